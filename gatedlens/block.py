@@ -1,0 +1,191 @@
+"""The block: the residual stream around a mixer (and, where there is one, a channel mixer), and what a call carries.
+
+    resid -> mixer_in -> norm -> mixer -> mixer_out -+-> resid_post
+       `---------------------------------------------'
+
+Run is the luggage of one forward call: padding, the state it came from, the state it leaves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gatedlens.errors import InputError
+from gatedlens.hookpoint import Part
+from gatedlens.padding import Padding
+from gatedlens.points import Point
+from gatedlens.recurrence import Terms, at_least_float32, linear_scan, readout, scan
+from gatedlens.state import RecurrentState
+
+
+@dataclass
+class Run:
+    """One forward call: `padding`, `positions` (each token's place in its document, counted through the state), the
+    `before` state (None: from nothing) and, if wanted, the tensors that are `left` for the next call."""
+
+    positions: Int[Tensor, "batch pos"]
+    padding: Padding = field(default_factory=Padding)
+    before: RecurrentState | None = None
+    left: dict[str, Tensor] | None = None  # None: nobody wants the state
+
+    def start(self, name: str, layer: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """The tensor `name` of the state that this call continues, zeros of `shape` if it starts from nothing."""
+        if self.before is None:
+            return like.new_zeros(shape)
+        given = self.before[name, layer]
+        if tuple(given.shape) != shape:
+            raise InputError(
+                f"The state's {RecurrentState.key(name, layer)} has shape {list(given.shape)}; this call needs {list(shape)}"
+                " (batch first). `state.rows([...])` repeats or picks rows."
+            )
+        return given.to(device=like.device, dtype=like.dtype)
+
+    def leave(self, name: str, layer: int, value: Tensor) -> None:
+        """Hand `value` to the next call."""
+        if self.left is not None:
+            self.left[RecurrentState.key(name, layer)] = value.clone()
+
+
+class Norm(Part):
+    """out = weight * x / scale (+ bias), scale = sqrt(mean(x^2) + eps), computed in at least float32.
+
+    RMSNorm where the wrapped norm has no bias, LayerNorm (x centred first) where it has one. The result has x's dtype
+    times the weight's, as in transformers. Zhang and Sennrich 2019 (RMSNorm), Ba et al. 2016 (LayerNorm).
+    """
+
+    def __init__(self, weights: Any, rows: tuple[Point, ...], eps: float, centred: bool = False):
+        super().__init__(weights, rows)
+        self.eps = eps
+        self.centred = centred
+
+    def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        wide = at_least_float32(x)
+        if self.centred:
+            wide = wide - wide.mean(-1, keepdim=True)
+        scale = self.hook_scale((wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        normalized = self.hook_normalized((wide / scale).to(x.dtype))
+        out = self.weights.weight * normalized
+        return self.hook_out(out + self.weights.bias if self.centred else out)
+
+
+def norm_rows(part: str, reads: str, source: str, equation: str = "w * normalized") -> tuple[Point, ...]:
+    """The points of a norm under `part`, which normalises the row `reads`."""
+    return (
+        Point(f"{part}.hook_scale", "batch pos one", f"sqrt(mean({reads}^2) + eps)", source),
+        Point(f"{part}.hook_normalized", "batch pos d_model", f"{reads} / scale", source),
+        Point(f"{part}.hook_out", "batch pos d_model", equation, source),
+    )
+
+
+class Mixer(Part):
+    """A token mixer. `layer` says which block it is in; subclasses write `forward(n, run)` like the paper."""
+
+    def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int):
+        super().__init__(weights, rows)
+        self.layer = layer
+
+    def recur(
+        self,
+        terms: Terms,
+        sequences: tuple[Tensor, ...],
+        constants: tuple[Tensor, ...],
+        initial: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The recurrence with its four lazy points: (scan, last state).
+
+        If nobody listens, nothing inside is materialised. Otherwise decay and write become tensors, so an edit of
+        either re-runs the recurrence; an edit of hook_state changes what the readout reads and nothing later.
+        """
+        # Each point is asked right before it fires: an nnsight trace parks on one location at a time.
+        if self.hook_state_start.heard():
+            initial = self.hook_state_start(initial)
+        built: tuple[Tensor, Tensor, Tensor | None] | None = None
+        if self.hook_decay.heard():
+            decay, write, read = terms(*sequences, *constants)
+            built = self.hook_decay(decay), write, read
+        if self.hook_write.heard():
+            decay, write, read = built or terms(*sequences, *constants)
+            built = decay, self.hook_write(write), read
+        if not self.hook_state.heard():
+            if built is None:
+                return scan(terms, sequences, constants, initial)
+            return scan(_as_they_are, tuple(t for t in built if t is not None), (), initial)
+        decay, write, read = built or terms(*sequences, *constants)
+        states = linear_scan(decay, write, initial)
+        return readout(self.hook_state(states), read), states[:, -1]
+
+
+def _as_they_are(decay: Tensor, write: Tensor, read: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    return decay, write.clone(), read
+
+
+class Block(Part):
+    """resid_post = resid + mixer(norm(resid)): a block with a token mixer alone."""
+
+    def __init__(self, weights: Any, rows: tuple[Point, ...], ln1: Norm, mixer: Part):
+        super().__init__(weights, rows)
+        self.ln1 = ln1
+        self.mixer = mixer
+
+    def forward(self, resid: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
+        resid = self.hook_resid_pre(resid)
+        mixer_in = self.hook_mixer_in(resid)
+        n = self.ln1(mixer_in.to(self.ln1.weights.weight.dtype))
+        mixer_out = self.hook_mixer_out(self.mixer(n, run))
+        return self.hook_resid_post(resid + mixer_out)
+
+
+class MlpBlock(Block):
+    """resid_mid = resid + mixer(norm(resid)); resid_post = resid_mid + mlp(norm(resid_mid)): with a channel mixer.
+
+    `mlp` is a Part whose forward(m, run) reads the second norm's output.
+    """
+
+    def __init__(self, weights: Any, rows: tuple[Point, ...], ln1: Norm, mixer: Part, ln2: Norm, mlp: Part):
+        super().__init__(weights, rows, ln1, mixer)
+        self.ln2 = ln2
+        self.mlp = mlp
+
+    def forward(self, resid: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
+        resid = self.hook_resid_pre(resid)
+        n = self.ln1(self.hook_mixer_in(resid))
+        resid = self.hook_resid_mid(resid + self.hook_mixer_out(self.mixer(n, run)))
+        m = self.ln2(self.hook_mlp_in(resid))
+        return self.hook_resid_post(resid + self.hook_mlp_out(self.mlp(m, run)))
+
+
+def mlp_residual_rows(
+    ln1: tuple[Point, ...], mixer: tuple[Point, ...], ln2: tuple[Point, ...], mlp: tuple[Point, ...], out: str, mlp_out: str
+) -> tuple[Point, ...]:
+    """The rows of an `MlpBlock`, in firing order; `out` and `mlp_out` are the equations of the two branches' outputs."""
+    stream = "the residual stream (pre-norm block)"
+    return (
+        Point("hook_resid_pre", "batch pos d_model", "resid_post of the block before, or embed", stream),
+        Point("hook_mixer_in", "batch pos d_model", "resid_pre (a copy: edits reach the mixer only)", stream),
+        *ln1,
+        *mixer,
+        Point("hook_mixer_out", "batch pos d_model", out, stream),
+        Point("hook_resid_mid", "batch pos d_model", "resid_pre + mixer_out", stream),
+        Point("hook_mlp_in", "batch pos d_model", "resid_mid (a copy: edits reach the MLP only)", stream),
+        *ln2,
+        *mlp,
+        Point("hook_mlp_out", "batch pos d_model", mlp_out, stream),
+        Point("hook_resid_post", "batch pos d_model", "resid_mid + mlp_out", stream),
+    )
+
+
+def residual_rows(ln1: tuple[Point, ...], mixer: tuple[Point, ...]) -> tuple[Point, ...]:
+    """The rows of a `Block`, in firing order, around those of its norm and its mixer."""
+    stream = "the residual stream (pre-norm block)"
+    return (
+        Point("hook_resid_pre", "batch pos d_model", "resid_post of the block before, or embed", stream),
+        Point("hook_mixer_in", "batch pos d_model", "resid_pre (a copy: edits reach the mixer only)", stream),
+        *ln1,
+        *mixer,
+        Point("hook_mixer_out", "batch pos d_model", "out_proj(gated)", stream),
+        Point("hook_resid_post", "batch pos d_model", "resid_pre + mixer_out", stream),
+    )

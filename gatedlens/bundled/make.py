@@ -1,0 +1,195 @@
+"""Train the bundled models: `python -m gatedlens.bundled.make mamba-recall` (or `all`).
+
+Each recipe says which model, which task, how long; the folder it writes is in transformers' hub layout (config.json,
+model.safetensors, tokenizer.json) with `training.json` beside it: recipe, seed, final metric, seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from gatedlens.loading import BUNDLED, wrap
+from gatedlens.tasks import VOCABULARY, recall
+
+BOS_BYTE = 256
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to train: `model` builds the wrapped model, `task` names the data, the rest is the optimiser's."""
+
+    name: str
+    model: Callable[[int], nn.Module]
+    task: str
+    steps: int
+    batch: int = 64
+    lr: float = 4e-3
+    context: int = 128
+    weight_decay: float = 0.01
+    seed: int = 0
+
+
+def mamba(d_model: int, n_layers: int, d_state: int = 16) -> Callable[[int], nn.Module]:
+    def build(vocabulary: int) -> nn.Module:
+        from transformers import MambaConfig, MambaForCausalLM
+
+        special = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": None}
+        sizes = {"hidden_size": d_model, "num_hidden_layers": n_layers, "state_size": d_state}
+        return MambaForCausalLM(MambaConfig(vocab_size=vocabulary, **sizes, **special))
+
+    return build
+
+
+RECIPES = (
+    Recipe("mamba-recall", mamba(64, 2), "recall", steps=1500),
+    Recipe("mamba-moby", mamba(80, 3), "moby", steps=4000, batch=24, context=192, lr=5e-3),
+)
+
+
+# -- tasks ----------------------------------------------------------------------------------------------------------
+
+
+def text() -> tuple[Tensor, Tensor]:
+    """(training bytes, held-out bytes) of the bundled book: the first nine tenths and the last."""
+    data = torch.frombuffer(bytearray((BUNDLED / "data" / "moby-dick.txt").read_bytes()), dtype=torch.uint8).long()
+    cut = int(0.9 * len(data))
+    return data[:cut], data[cut:]
+
+
+def recall_loss(model: Any, recipe: Recipe, step: int, data: Any) -> Tensor:
+    """Cross entropy of the answer alone."""
+    batch = recall(recipe.batch, seed=1_000_000 * (recipe.seed + 1) + step)
+    return nn.functional.cross_entropy(model(batch.tokens)[:, -1], batch.answers)
+
+
+def moby_loss(model: Any, recipe: Recipe, step: int, data: Any) -> Tensor:
+    """Next byte over random windows of the training part, each behind a BOS."""
+    train, _ = data
+    generator = torch.Generator().manual_seed(1_000_000 * (recipe.seed + 1) + step)
+    starts = torch.randint(len(train) - recipe.context, (recipe.batch,), generator=generator)
+    windows = torch.stack([train[s : s + recipe.context] for s in starts.tolist()])
+    bos = torch.full((recipe.batch, 1), BOS_BYTE)
+    return model(torch.cat([bos, windows], dim=1), return_type="loss")  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def recall_metric(model: Any) -> dict[str, float]:
+    """Accuracy on 4,096 fresh prompts."""
+    batch = recall(4096, seed=7)
+    guesses = torch.cat([model(part)[:, -1].argmax(-1) for part in batch.tokens.split(512)])
+    return {"accuracy": (guesses == batch.answers).float().mean().item()}
+
+
+@torch.no_grad()
+def moby_metric(model: Any) -> dict[str, float]:
+    """Bits per byte of the held-out part, in windows of 512 bytes, each behind a BOS."""
+    _, held_out = text()
+    rows = held_out[: len(held_out) // 512 * 512].reshape(-1, 512)
+    losses = [
+        model(torch.cat([torch.full((len(part), 1), BOS_BYTE), part], dim=1), return_type="loss").item() * len(part)
+        for part in rows.split(8)
+    ]
+    return {"bits_per_byte": sum(losses) / len(rows) / math.log(2)}
+
+
+TASKS: dict[str, tuple[Any, Any, Any, int]] = {
+    "recall": (recall_loss, recall_metric, lambda: None, len(VOCABULARY)),
+    "moby": (moby_loss, moby_metric, text, 257),
+}
+
+
+# -- tokenizers -----------------------------------------------------------------------------------------------------
+
+
+def word_tokenizer() -> Any:
+    """One id a word of the recall vocabulary, split at spaces."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {word: i for i, word in enumerate(VOCABULARY)}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token=None))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>")
+
+
+def byte_tokenizer() -> Any:
+    """One id a byte, id == byte, and <bos> = 256."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # the byte-level alphabet of GPT-2
+    others = [byte for byte in range(256) if byte not in printable]
+    letter = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    inner = Tokenizer(models.BPE({letter[byte]: byte for byte in range(256)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", clean_up_tokenization_spaces=False)
+
+
+TOKENIZERS = {"recall": word_tokenizer, "moby": byte_tokenizer}
+
+
+# -- training -------------------------------------------------------------------------------------------------------
+
+
+def train(recipe: Recipe, out: Path, verbose: bool = True) -> dict[str, Any]:
+    """Train one recipe, write its folder, and return what `training.json` says."""
+    torch.manual_seed(recipe.seed)
+    loss_of, metric_of, load, vocabulary = TASKS[recipe.task]
+    data, wrapped = load(), recipe.model(vocabulary)
+    model, began = wrap(wrapped, model_name=recipe.name), time.time()
+    decayed = [p for p in wrapped.parameters() if p.ndim > 1]
+    others = [p for p in wrapped.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.lr, total_steps=recipe.steps, pct_start=0.1)
+    model.train()
+    for step in (bar := tqdm(range(recipe.steps), desc=recipe.name, disable=not verbose, mininterval=10)):
+        loss = loss_of(model, recipe, step, data)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.eval()
+    report = {
+        **{k: v for k, v in asdict(recipe).items() if k != "model"},
+        "parameters": sum(p.numel() for p in wrapped.parameters()),
+        "metric": {k: round(v, 4) for k, v in metric_of(model).items()},
+        "seconds": round(time.time() - began),
+        "torch": torch.__version__.partition("+")[0],
+    }
+    folder = out / recipe.name
+    wrapped.save_pretrained(folder)
+    TOKENIZERS[recipe.task]().save_pretrained(folder)
+    (folder / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=[r.name for r in RECIPES] + ["all"])
+    parser.add_argument("--out", type=Path, default=BUNDLED)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for recipe in RECIPES:
+        if args.name in (recipe.name, "all"):
+            print(json.dumps(train(recipe, args.out)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""ActivationCache: TransformerLens's, with our names, and everything that an analysis needs beside the tensors.
+
+    logits, cache = model.run_with_cache("The cat sat on the mat", names_filter=["blocks.*.mixer.hook_dt", "hook_embed"])
+    cache["dt", 3]                      # also: cache["blocks.3.mixer.hook_dt"], cache["blocks.3.hook_delta"] (MambaLens)
+    cache.tokens, cache.mask, cache.state
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformer_lens
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.utilities import Slice
+
+from gatedlens.errors import PointError, did_you_mean
+from gatedlens.hookpoint import HookPoint, Saver
+from gatedlens.points import Found
+
+
+class ActivationCache(transformer_lens.ActivationCache):
+    """What one run fired. `tokens`, `mask` and `state` are what the run was given (None where it was not).
+
+    Keys: a full name, another tool's name for it, or TransformerLens's shorthand (word, layer[, part]). Gradients of an
+    `incl_bwd` run stand under the name with `_grad` behind it.
+    """
+
+    def __init__(
+        self,
+        cache_dict: dict[str, Tensor],
+        model: Any,
+        has_batch_dim: bool = True,
+        tokens: Tensor | None = None,
+        mask: Tensor | None = None,
+        state: Any = None,
+    ):
+        super().__init__(cache_dict, model, has_batch_dim=has_batch_dim)
+        self.tokens = tokens
+        self.mask = mask
+        self.state = state
+
+    def find(self, key: Any) -> Found:
+        """The point or view that `key` stands for in this model."""
+        names = self.model.names
+        if isinstance(key, str):
+            plain = re.fullmatch(r"(?!hook_)[A-Za-z_0-9]+", key)
+            return names.short(key) if plain else names.find(key)
+        if not isinstance(key, tuple) or not 1 <= len(key) <= 3:
+            raise PointError(f"{key!r} is no key of a cache: use a name, or (word, layer), or (word, layer, part).")
+        return names.short(*key)
+
+    def __getitem__(self, key: Any) -> Tensor:
+        if isinstance(key, str) and key in self.cache_dict:
+            return self.cache_dict[key]
+        suffix = ""
+        if isinstance(key, str) and key.endswith("_grad"):
+            key, suffix = key[: -len("_grad")], "_grad"
+        found = self.find(key)
+        if found.view is None:
+            return self._stored(found.name + suffix, key)
+        if suffix:
+            raise PointError(f"{key!r} is computed from {', '.join(found.needs())}: ask for their gradients.")
+        values = [self._stored(name, key) for name in found.needs()]
+        params = {k: v for k, v in found.params.items() if k != "l"}
+        return found.view.read(self.model, found.layer, *values, **params)  # type: ignore[no-any-return]
+
+    def _stored(self, name: str, asked: Any) -> Tensor:
+        if name in self.cache_dict:
+            return self.cache_dict[name]
+        known = list(self.cache_dict)
+        point = self.model.names.points.get(name)
+        if point is not None and point.lazy:
+            why = f"{name} is lazy, so the default leaves it out: ask for it, run_with_cache(..., names_filter={name!r})."
+        else:
+            why = f"It holds {len(known)} activations: {', '.join(known[:3])}, ..." if known else "It is empty."
+            why += did_you_mean(name, known)
+        raise PointError(f"{asked!r} ({name}) is not in this cache. {why}")
+
+    def __contains__(self, key: Any) -> bool:
+        if isinstance(key, str) and key in self.cache_dict:
+            return True
+        try:
+            return all(name in self.cache_dict for name in self.find(key).needs())
+        except PointError:
+            return False
+
+    def __repr__(self) -> str:
+        size = sum(t.numel() * t.element_size() for t in self.cache_dict.values())
+        names = ", ".join(list(self.cache_dict)[:3])
+        return f"ActivationCache({len(self)} activations, {size / 2**20:.1f} MiB: {names}, ...)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+    # -- residual stream: what TransformerLens decomposes into attention and MLP, decomposed into our components ----
+
+    def decompose_resid(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        mode: str = "all",
+        apply_ln: bool = False,
+        pos_slice: Any = None,
+        incl_embeds: bool = True,
+        return_labels: bool = False,
+    ) -> Float[Tensor, "component ..."] | tuple[Float[Tensor, "component ..."], list[str]]:
+        """The residual stream before `layer` (None, -1: the last one) as a sum of what was written into it.
+
+        Components: `embed`, then each block's `{l}_mixer_out` (and `{l}_mlp_out` where it has one). `mode` "attn"
+        keeps the mixers, "mlp" the channel mixers. They sum to `resid_pre` of the layer.
+        """
+        n_layers = self.model.cfg.n_layers
+        layer = n_layers if layer is None or layer == -1 else layer
+        slice_ = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
+        wanted = [("embed", "hook_embed")] if incl_embeds else []
+        kinds = {"all": ("mixer", "mlp"), "attn": ("mixer",), "mlp": ("mlp",)}[mode]
+        for block in range(layer + 1 if mlp_input else layer):
+            for kind in kinds if block < layer else ("mixer",):
+                name = f"blocks.{block}.hook_{kind}_out"
+                if name in self.model.names:
+                    wanted.append((f"{block}_{kind}_out", name))
+        parts = torch.stack([slice_.apply(self[name].to(self[wanted[-1][1]].dtype), dim=-2) for _, name in wanted])
+        if apply_ln:
+            parts = self.apply_ln_to_stack(parts, layer, pos_slice=slice_, mlp_input=mlp_input)
+        return (parts, [label for label, _ in wanted]) if return_labels else parts
+
+
+class Keep(Saver):
+    """The hook behind run_with_cache: a detached copy, on `device`, of the positions `pos_slice` picks."""
+
+    def __init__(self, store: dict[str, Tensor], device: Any, remove_batch_dim: bool, pos_slice: Slice):
+        self.store = store
+        self.device = device
+        self.remove_batch_dim = remove_batch_dim
+        self.pos_slice = pos_slice
+
+    def trim(self, tensor: Tensor, point: HookPoint) -> Tensor:
+        """The part of an activation (or of its gradient) that is kept."""
+        if point.pos_dim is not None:
+            tensor = self.pos_slice.apply(tensor, dim=point.pos_dim)
+        if self.remove_batch_dim and tensor.shape[0] == 1:
+            tensor = tensor[0]
+        return tensor
+
+    def __call__(self, tensor: Tensor, hook: Any) -> None:
+        kept = self.trim(tensor.detach(), hook)
+        self.store[hook.name] = kept.to(self.device) if _moves(kept, self.device) else kept.clone()
+
+
+class KeepLive:
+    """The hook behind run_with_cache(incl_bwd=True): what `Keep` keeps, and the tensor itself, for its gradient."""
+
+    def __init__(self, keep: Keep, live: dict[str, tuple[Tensor, HookPoint]]):
+        self.keep = keep
+        self.live = live
+
+    def __call__(self, tensor: Tensor, hook: Any) -> Tensor:
+        self.keep(tensor, hook)
+        leaf = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+        self.live[hook.name] = (leaf, hook)
+        return leaf.clone()
+
+
+def _moves(tensor: Tensor, device: Any) -> bool:
+    return device is not None and torch.device(device) != tensor.device
+
+
+def gradients(
+    out: Tensor, live: dict[str, tuple[Tensor, HookPoint]], keep: Callable[[Tensor, HookPoint], Tensor]
+) -> dict[str, Tensor]:
+    """`{name_grad: d out / d activation}`; zeros where `out` does not depend on it. Parameters' .grad stay untouched."""
+    found = torch.autograd.grad(out, [leaf for leaf, _ in live.values()], allow_unused=True)
+    grads = {}
+    for (name, (leaf, point)), grad in zip(live.items(), found, strict=True):
+        grads[f"{name}_grad"] = keep(torch.zeros_like(leaf) if grad is None else grad, point)
+    return grads

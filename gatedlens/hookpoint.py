@@ -1,0 +1,146 @@
+"""The HookPoint: TransformerLens's, with its row, and aware of whether anybody listens.
+
+    y = self.hook_y(y)                         # an eager point: identity, unless a hook edits it
+    if self.hook_state.heard():                # a lazy point: ask right before building its tensor
+        states = self.hook_state(states)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformer_lens.hook_points
+from torch import Tensor
+from torch.nn.modules import module as torch_module
+
+from gatedlens.errors import HookError
+from gatedlens.points import Point
+
+NNSIGHT = "__nnsight__"  # where nnsight 0.8 keeps a wrapped module's state
+
+
+class Saver:
+    """A hook that only reads: it keeps a copy, so a point that has no other listener need not protect its tensor."""
+
+    def __call__(self, tensor: Tensor, hook: Any) -> None:
+        raise NotImplementedError
+
+
+def _torch_hooks_everywhere() -> bool:
+    """Whether torch has hooks that hear every module (torch.nn.modules.module.register_module_..._hook)."""
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+class HookPoint(transformer_lens.hook_points.HookPoint):
+    """`HookPoint(Point("hook_y", ...))`: the identity, at which hooks read and edit an activation.
+
+    A hook gets its own copy and may edit it in place or return another tensor of the same shape, dtype and device;
+    either takes effect downstream. `visits` counts how often somebody was served.
+    """
+
+    def __init__(self, point: Point):
+        super().__init__()
+        self.point = point
+        self.visits = 0
+        self.pos_dim = point.dims.index("pos") if "pos" in point.dims else None
+
+    def hooked(self) -> bool:
+        """Whether any torch hook (TransformerLens's are torch hooks) would run here."""
+        return bool(
+            self._forward_hooks
+            or self._forward_pre_hooks
+            or self._backward_hooks
+            or self._backward_pre_hooks
+            or _torch_hooks_everywhere()
+        )
+
+    def _nnsight(self) -> tuple[Any, Any]:
+        """The interleaver of the nnsight trace that is running, with this module's locations; None outside one."""
+        state = self.__dict__.get(NNSIGHT)
+        if state is None:
+            return None, ()
+        interleaver, _, locations = state.active()
+        return interleaver, locations
+
+    def heard(self) -> bool:
+        """Whether somebody wants this visit: a torch hook of any kind, or a running nnsight trace.
+
+        Ask right before firing: an nnsight worker announces its next location only once it has been served the last.
+        A visit that a trace does not want is counted all the same, so that `tracer.iter` stays in step.
+        """
+        if self.hooked():
+            return True
+        if NNSIGHT not in self.__dict__:
+            return False
+        try:
+            interleaver, locations = self._nnsight()
+            if interleaver is None:
+                return False
+            wanted = any(location in interleaver.parked or location in interleaver.observers for location in locations)
+        except (AttributeError, TypeError, ValueError):
+            return True  # an nnsight whose internals we do not know: somebody may listen
+        if not wanted and self.point.lazy:
+            super().__call__(None)
+        return wanted
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.hooked() and NNSIGHT not in self.__dict__:
+            return x
+        self.visits += 1
+        given = x if self._only_saved() else x.clone()
+        out = super().__call__(given)
+        if out is not given:
+            self._check(out, x)
+        return out
+
+    def _only_saved(self) -> bool:
+        """Whether every listener is a Saver, which copies for itself."""
+        return (
+            len(self._forward_hooks) == len(self.fwd_hooks)
+            and all(isinstance(handle.user_hook, Saver) for handle in self.fwd_hooks)
+            and NNSIGHT not in self.__dict__
+            and not self._forward_pre_hooks
+            and not _torch_hooks_everywhere()
+        )
+
+    def _check(self, out: Any, x: Tensor) -> None:
+        where = f"The hook at {self.name or self.point.name} ({self.point.axes})"
+        if not isinstance(out, Tensor):
+            raise HookError(f"{where} returned {type(out).__name__}; return a tensor, or None to leave it as it is.")
+        if out.shape != x.shape:
+            raise HookError(f"{where} returned shape {list(out.shape)}; the activation has shape {list(x.shape)}.")
+        if out.dtype != x.dtype:
+            raise HookError(f"{where} returned {out.dtype}; the activation is {x.dtype}: return `value.to({x.dtype})`.")
+        if out.device != x.device:
+            raise HookError(f"{where} returned a tensor on {out.device}; the activation is on {x.device}.")
+
+
+class Part(torch.nn.Module):
+    """A piece of the open forward: hook points of its own, parameters of the wrapped module's.
+
+    `weights` is a reference to the wrapped module and not a submodule: its parameters stay where they are and are
+    read at call time, so a later `load_state_dict(assign=True)` is seen.
+    """
+
+    weights: Any
+
+    def __init__(self, weights: Any, rows: tuple[Point, ...]):
+        super().__init__()
+        self.__dict__["weights"] = weights
+        for row in rows:
+            if not row.part:
+                self.add_module(row.leaf, HookPoint(row))
+
+
+def rows_of(part: str, rows: tuple[Point, ...]) -> tuple[Point, ...]:
+    """The rows under `part`, named relative to it: `rows_of("mixer", rows)` holds `hook_x` for `mixer.hook_x`."""
+    from dataclasses import replace
+
+    stem = f"{part}."
+    return tuple(replace(row, name=row.name[len(stem) :]) for row in rows if row.name.startswith(stem))

@@ -1,0 +1,448 @@
+"""Mamba (Gu and Dao 2023, arXiv 2312.00752): selective state spaces, and FalconMamba, which norms dt, B and C.
+
+b batch, l pos, d d_model, c channel (d_inner = expand * d_model), n state, r dt_rank, K taps of the causal conv.
+
+    x, z    = in_proj(n)                        c = conv1d(x) + bias            u = SiLU(c)
+    dt, B, C = x_proj(u)                        dt = softplus(dt_proj(dt))      A = -exp(A_log)
+    state_t = exp(dt_t A) state_{t-1} + dt_t B_t u_t                            scan_t = C_t . state_t
+    y       = scan + D u                        out = out_proj(y SiLU(z))
+
+Wraps transformers' MambaForCausalLM and FalconMambaForCausalLM, mamba-ssm's MambaLMHeadModel (by its parameter names)
+and `Weights` below, which holds a checkpoint in mamba-ssm's original layout.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gatedlens.block import Block, Mixer, Norm, Run, norm_rows, residual_rows
+from gatedlens.config import HookedConfig
+from gatedlens.errors import CheckpointError
+from gatedlens.hookpoint import rows_of
+from gatedlens.language import HookedLanguageModel
+from gatedlens.padding import windows
+from gatedlens.points import Alias, Point, View, block_rows
+from gatedlens.recurrence import at_least_float32, linear_scan
+
+PAPER = "Mamba, arXiv 2312.00752"
+UIA = "UIA, arXiv 2405.16504"
+
+MIXER_ROWS = (
+    Point("hook_x", "batch pos channel", "in_proj(n)[:channel]", f"{PAPER}, fig. 3"),
+    Point("hook_gate_pre", "batch pos channel", "in_proj(n)[channel:]", f"{PAPER}, fig. 3"),
+    Point("hook_conv_taps", "batch pos channel tap", "conv1d.weight[tap] * x[pos - (K - 1) + tap]", f"{UIA}, eq. 9", True),
+    Point("hook_conv", "batch pos channel", "sum over tap of conv_taps + conv1d.bias", f"{PAPER}, fig. 3"),
+    Point("hook_u", "batch pos channel", "SiLU(conv)", f"{PAPER}, fig. 3"),
+    Point("hook_dt_rank", "batch pos dt_rank", "x_proj(u)[:dt_rank]", f"{PAPER}, alg. 2"),
+    Point("hook_B", "batch pos state", "x_proj(u)[dt_rank:dt_rank + state]", f"{PAPER}, alg. 2"),
+    Point("hook_C", "batch pos state", "x_proj(u)[dt_rank + state:]", f"{PAPER}, alg. 2"),
+    Point("hook_dt_pre", "batch pos channel", "dt_proj(dt_rank)", f"{PAPER}, alg. 2"),
+    Point("hook_dt", "batch pos channel", "softplus(dt_pre)", f"{PAPER}, alg. 2"),
+    Point("hook_state_start", "batch channel state", "state before the first position (zero without a state)", f"{PAPER}, eq. 2", True),
+    Point("hook_decay", "batch pos channel state", "exp(dt * A)", f"{PAPER}, eq. 4", True),
+    Point("hook_write", "batch pos channel state", "dt * B * u", f"{PAPER}, eq. 4 (Euler)", True),
+    Point("hook_state", "batch pos channel state", "decay * state[pos - 1] + write", f"{PAPER}, eq. 2a", True),
+    Point("hook_scan", "batch pos channel", "sum over state of C * state", f"{PAPER}, eq. 2b"),
+    Point("hook_y", "batch pos channel", "scan + D * u", f"{PAPER}, alg. 2"),
+    Point("hook_gate", "batch pos channel", "SiLU(gate_pre)", f"{PAPER}, fig. 3"),
+    Point("hook_gated", "batch pos channel", "y * gate", f"{PAPER}, fig. 3"),
+)
+FALCON = "Falcon Mamba, arXiv 2410.05355"
+RMSNORM = "RMSNorm, arXiv 1910.07467"
+BLOCK_ROWS = residual_rows(norm_rows("ln1", "mixer_in", RMSNORM), block_rows("mixer", MIXER_ROWS))
+
+
+def mamba_terms(dt: Tensor, B: Tensor, C: Tensor, u: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """decay = exp(dt A), write = dt B u, read = C for any slice of positions: Mamba, eq. 2 and 4."""
+    decay = torch.exp(dt.unsqueeze(-1) * A)
+    write = (dt * u).unsqueeze(-1) * B.unsqueeze(-2)
+    return decay, write, C
+
+
+class MambaMixer(Mixer):
+    """The selective state space mixer, every intermediate a point."""
+
+    def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, rms_eps: float | None):
+        super().__init__(weights, rows, layer)
+        self.rms_eps = rms_eps  # FalconMamba's weightless RMS of dt, B and C; None in Mamba
+
+    @property
+    def A(self) -> Float[Tensor, "channel state"]:
+        """-exp(A_log), at least float32."""
+        return -torch.exp(at_least_float32(self.weights.A_log))
+
+    def conv(self, x: Float[Tensor, "batch pos channel"], run: Run) -> Float[Tensor, "batch pos channel"]:
+        """The causal depthwise convolution, without bias where `hook_conv_taps` is heard, then with it."""
+        weight, bias = self.weights.conv1d.weight, self.weights.conv1d.bias
+        width = weight.shape[-1]
+        tail = run.start("conv", self.layer, (x.shape[0], width - 1, x.shape[2]), x)
+        long = run.padding.behind(x, tail)
+        run.leave("conv", self.layer, run.padding.tail(long, width))
+        if self.hook_conv_taps.heard():
+            taps = windows(long, width) * weight.squeeze(1)
+            taps = torch.stack([run.padding.spread(tap) for tap in taps.unbind(-1)], dim=-1)
+            total = self.hook_conv_taps(taps).sum(-1)
+            return total if bias is None else total + bias
+        c = F.conv1d(long.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)
+        return run.padding.spread(c)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """FalconMamba's weightless RMS norm; the identity in Mamba."""
+        if self.rms_eps is None:
+            return x
+        wide = at_least_float32(x)
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.rms_eps)).to(x.dtype)
+
+    def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
+        w, pad = self.weights, run.padding
+        x, z = F.linear(n, w.in_proj.weight, w.in_proj.bias).chunk(2, dim=-1)
+        x = self.hook_x(pad.zero(x))
+        z = self.hook_gate_pre(z)
+        c = self.hook_conv(self.conv(x, run))
+        u = self.hook_u(pad.zero(F.silu(c)))
+
+        ranks, n_state = w.dt_proj.weight.shape[1], w.A_log.shape[1]
+        dt_rank, B, C = F.linear(u, w.x_proj.weight).split([ranks, n_state, n_state], dim=-1)
+        dt_rank = self.hook_dt_rank(self.normed(dt_rank))
+        B = self.hook_B(self.normed(B))
+        C = self.hook_C(self.normed(C))
+        dt_pre = self.hook_dt_pre(F.linear(dt_rank, w.dt_proj.weight, w.dt_proj.bias))
+        dt = self.hook_dt(pad.zero(F.softplus(dt_pre)))  # dt = 0 at a masked position: the state passes unchanged
+
+        wide = tuple(at_least_float32(t) for t in (dt, B, C, u))
+        start = run.start("scan", self.layer, (u.shape[0], u.shape[2], n_state), wide[0])
+        scan, last = self.recur(mamba_terms, wide, (self.A,), start)
+        run.leave("scan", self.layer, last)
+
+        scan = self.hook_scan(scan.to(u.dtype))
+        y = self.hook_y(scan + u * at_least_float32(w.D))
+        gate = self.hook_gate(F.silu(z))
+        gated = self.hook_gated((y * gate).to(u.dtype))
+        return F.linear(gated, w.out_proj.weight, w.out_proj.bias)
+
+
+# -- other tools' names ---------------------------------------------------------------------------------------------
+
+
+def _mamba_lens(*pairs: tuple[str, str]) -> tuple[Alias, ...]:
+    return tuple(Alias(f"blocks.{{l}}.{theirs}", f"blocks.{{l}}.{ours}", "MambaLens") for theirs, ours in pairs)
+
+
+def _transformer_lens(*pairs: tuple[str, str]) -> tuple[Alias, ...]:
+    return tuple(Alias(f"blocks.{{l}}.{theirs}", f"blocks.{{l}}.{ours}", "TransformerLens") for theirs, ours in pairs)
+
+
+ALIASES = (
+    *_mamba_lens(
+        ("hook_layer_input", "hook_mixer_in"),
+        ("hook_normalized_input", "ln1.hook_out"),
+        ("hook_skip", "mixer.hook_gate_pre"),
+        ("hook_in_proj", "mixer.hook_x"),
+        ("hook_conv", "mixer.hook_conv"),
+        ("hook_ssm_input", "mixer.hook_u"),
+        ("hook_delta_1", "mixer.hook_dt_rank"),
+        ("hook_delta_2", "mixer.hook_dt_pre"),
+        ("hook_B", "mixer.hook_B"),
+        ("hook_C", "mixer.hook_C"),
+        ("hook_delta", "mixer.hook_dt"),
+        ("hook_A_bar", "mixer.hook_decay"),
+        ("hook_h_start", "mixer.hook_state_start"),
+        ("hook_y", "mixer.hook_scan"),
+        ("hook_ssm_output", "mixer.hook_y"),
+        ("hook_after_skip", "mixer.hook_gated"),
+        ("hook_out_proj", "hook_mixer_out"),
+    ),
+    Alias("hook_norm", "ln_final.hook_out", "MambaLens"),
+    *_transformer_lens(
+        ("hook_in", "hook_resid_pre"),
+        ("hook_out", "hook_resid_post"),
+        ("hook_attn_out", "hook_mixer_out"),
+        ("norm.hook_out", "ln1.hook_out"),
+        ("norm.hook_scale", "ln1.hook_scale"),
+        ("norm.hook_normalized", "ln1.hook_normalized"),
+        ("mixer.hook_in", "ln1.hook_out"),
+        ("mixer.hook_out", "hook_mixer_out"),
+        ("mixer.hook_ssm_out", "hook_mixer_out"),
+        ("mixer.x_proj.hook_in", "mixer.hook_u"),
+        ("mixer.dt_proj.hook_in", "mixer.hook_dt_rank"),
+        ("mixer.dt_proj.hook_out", "mixer.hook_dt_pre"),
+        ("mixer.hook_dt_proj", "mixer.hook_dt_pre"),
+        ("mixer.hook_ssm_dt", "mixer.hook_dt"),
+        ("mixer.hook_ssm_write", "mixer.hook_write"),
+        ("mixer.hook_ssm_state", "mixer.hook_state"),
+        ("mixer.out_proj.hook_in", "mixer.hook_gated"),
+    ),
+)
+
+
+def _edit_steps(model: Any, layer: int, values: list[Tensor], calls: list[tuple[dict[str, int], Any]]) -> Tensor:
+    """MambaLens's `hook_h.{t}`: walk the positions, let each hook edit the state after its step, and go on from there.
+
+    The recurrence is linear, so adding (new - old) to the write of position t makes `new` its state and propagates.
+    """
+    state, decay, write = values
+    done = 0
+    for params, call in sorted(calls, key=lambda item: item[0]["t"]):
+        t = params["t"]
+        if t >= write.shape[1]:
+            raise model.names.unknown(f"blocks.{layer}.hook_h.{t}", f"hook_h.{t} at {write.shape[1]} positions")
+        if t >= done:
+            state = linear_scan(decay[:, done : t + 1], write[:, done : t + 1], state)[:, -1]
+            done = t + 1
+        new = call(state.clone())
+        step = torch.nn.functional.one_hot(torch.tensor(t), write.shape[1]).to(write).reshape(1, -1, 1, 1)
+        write = write + step * (new - state).unsqueeze(1)
+        state = new
+    return write
+
+
+def _edit_B_bar(model: Any, layer: int, values: list[Tensor], calls: list[tuple[dict[str, int], Any]]) -> Tensor:
+    """MambaLens's `hook_B_bar` = dt * B; the write is B_bar * u."""
+    u, B, dt, write = values
+    B_bar = dt.to(write.dtype).unsqueeze(-1) * B.to(write.dtype).unsqueeze(-2)
+    for _, call in calls:
+        B_bar = call(B_bar)
+    return B_bar * u.to(write.dtype).unsqueeze(-1)
+
+
+_M = "blocks.{l}.mixer."
+VIEWS = (
+    View(
+        "blocks.{l}.hook_A", "channel state", "-exp(A_log)", "MambaLens",
+        read=lambda model, layer: model.blocks[layer].mixer.A,
+        instead="it is a parameter: edit A_log of the wrapped model, or hook mixer.hook_decay",
+    ),
+    View(
+        "blocks.{l}.hook_B_bar", "batch pos channel state", "dt * B", "MambaLens",
+        read=lambda model, layer, dt, B: at_least_float32(dt).unsqueeze(-1) * at_least_float32(B).unsqueeze(-2),
+        needs=(_M + "hook_dt", _M + "hook_B"),
+        at=(_M + "hook_u", _M + "hook_B", _M + "hook_dt", _M + "hook_write"),
+        visit=_edit_B_bar,
+    ),
+    View(
+        "blocks.{l}.hook_h.{t}", "batch channel state", "state[t]; an edit propagates", "MambaLens",
+        read=lambda model, layer, states, t: states.select(1, t),
+        needs=(_M + "hook_state",),
+        at=(_M + "hook_state_start", _M + "hook_decay", _M + "hook_write"),
+        visit=_edit_steps,
+    ),
+    View(
+        "blocks.{l}.mixer.hook_in_proj", "batch pos 2channel", "x and gate_pre, concatenated", "TransformerLens",
+        read=lambda model, layer, x, z: torch.cat([x, z], dim=-1),
+        needs=(_M + "hook_x", _M + "hook_gate_pre"),
+        instead="hook its halves, mixer.hook_x and mixer.hook_gate_pre",
+    ),
+    View(
+        "blocks.{l}.mixer.hook_x_proj", "batch pos dt_rank+2state", "dt_rank, B and C, concatenated", "TransformerLens",
+        read=lambda model, layer, dt, B, C: torch.cat([dt, B, C], dim=-1),
+        needs=(_M + "hook_dt_rank", _M + "hook_B", _M + "hook_C"),
+        instead="hook its parts, mixer.hook_dt_rank, mixer.hook_B and mixer.hook_C",
+    ),
+)  # fmt: skip
+
+
+# -- the model ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class MambaConfig(HookedConfig):
+    """cfg of Mamba and FalconMamba. `rms_eps`: FalconMamba's norm of dt, B, C; None in Mamba."""
+
+    d_inner: int
+    d_state: int
+    d_conv: int
+    dt_rank: int
+    expand: float = 2
+    rms_eps: float | None = None
+    residual_in_fp32: bool = True
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    tie_word_embeddings: bool = True
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        own = {"channel": self.d_inner, "state": self.d_state, "tap": self.d_conv, "dt_rank": self.dt_rank}
+        return {**super().sizes, **own}
+
+
+class HookedMamba(HookedLanguageModel):
+    """`HookedMamba(MambaForCausalLM(...))`, or better `gl.wrap(...)`: Mamba with every intermediate a hook point."""
+
+    title = "Mamba"
+    wraps = ("MambaForCausalLM", "FalconMambaForCausalLM", "MambaLMHeadModel", "Weights")
+    hub_types = ("mamba", "falcon_mamba")
+    block_points = BLOCK_ROWS
+    aliases = ALIASES
+    views = VIEWS
+    cfg: MambaConfig
+
+    @classmethod
+    def describe(cls, wrapped: Any, model_name: str) -> MambaConfig:
+        """The cfg of a wrapped model, from the shapes of its parameters and the few numbers that shapes do not tell."""
+        backbone, config = wrapped.backbone, wrapped.config
+        first = backbone.layers[0]
+        given = config if isinstance(config, dict) else config.to_dict() if _is_hf(config) else vars(config)
+        if given.get("attn_layer_idx") or given.get("d_intermediate"):
+            raise CheckpointError(
+                f"{model_name} mixes Mamba with attention or MLP layers (attn_layer_idx={given.get('attn_layer_idx')}, "
+                f"d_intermediate={given.get('d_intermediate')}); gatedlens supports pure Mamba stacks."
+            )
+        if not isinstance(getattr(first.mixer, "A_log", None), Tensor) or first.mixer.A_log.ndim != 2:
+            raise CheckpointError(
+                f"{model_name} is no Mamba-1 model: A_log must be [channel, state]. Mamba-2 is not supported; "
+                "supported are Mamba and FalconMamba."
+            )
+        act = given.get("hidden_act", "silu")
+        if act not in ("silu", "swish"):
+            raise CheckpointError(f"{model_name} has hidden_act={act!r}; gatedlens supports 'silu'.")
+        weight = _embedding(wrapped).weight
+        d_inner, d_state = first.mixer.A_log.shape
+        layernorm = getattr(first.norm, "bias", None) is not None
+        return MambaConfig(
+            model_name=model_name,
+            architecture="mamba",
+            n_layers=len(backbone.layers),
+            d_model=weight.shape[1],
+            d_vocab=weight.shape[0],
+            normalization_type="LN" if layernorm else "RMS",
+            eps=float(given.get("layer_norm_epsilon", given.get("norm_epsilon", 1e-5))),
+            dtype=first.mixer.in_proj.weight.dtype,
+            device=str(weight.device),
+            original_architecture=type(wrapped).__name__,
+            d_inner=d_inner,
+            d_state=d_state,
+            d_conv=first.mixer.conv1d.weight.shape[-1],
+            dt_rank=first.mixer.dt_proj.weight.shape[1],
+            expand=d_inner / weight.shape[1],
+            rms_eps=given.get("mixer_rms_eps") if given.get("model_type") == "falcon_mamba" else None,
+            residual_in_fp32=bool(given.get("residual_in_fp32", True)),
+            use_bias=first.mixer.in_proj.bias is not None,
+            use_conv_bias=first.mixer.conv1d.bias is not None,
+            tie_word_embeddings=wrapped.lm_head.weight is weight,
+        )
+
+    def make_block(self, layer: int) -> Block:
+        w, cfg = self.wrapped.backbone.layers[layer], self.cfg
+        ln1 = Norm(w.norm, rows_of("ln1", BLOCK_ROWS), cfg.eps, centred=cfg.normalization_type == "LN")
+        return Block(w, BLOCK_ROWS, ln1, MambaMixer(w.mixer, rows_of("mixer", BLOCK_ROWS), layer, cfg.rms_eps))
+
+    def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:
+        return Norm(self.wrapped.backbone.norm_f, rows, self.cfg.eps, centred=self.cfg.normalization_type == "LN")
+
+    @property
+    def embedding(self) -> nn.Module:
+        return _embedding(self.wrapped)
+
+    @property
+    def unembedding(self) -> nn.Module:
+        return self.wrapped.lm_head  # type: ignore[no-any-return]
+
+    def stream(self, embedded: Tensor) -> Tensor:
+        return at_least_float32(embedded) if self.cfg.residual_in_fp32 else embedded
+
+    @classmethod
+    def is_original(cls, config: dict[str, Any]) -> bool:
+        """mamba-ssm's config.json: d_model, n_layer, vocab_size, ssm_cfg, and no model_type."""
+        return {"d_model", "n_layer", "vocab_size"} <= set(config)
+
+    @classmethod
+    def empty(cls, config: dict[str, Any]) -> nn.Module:
+        return Weights(config)
+
+    @classmethod
+    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> HookedMamba:
+        """A small random model for tests and tours: 2 layers, 16 wide, state 4, 3 taps... whatever `sizes` say."""
+        config = {"d_model": 16, "n_layer": 2, "vocab_size": 40, "ssm_cfg": {"d_state": 4, "d_conv": 4}} | sizes
+        generator = torch.Generator().manual_seed(seed)
+        weights = Weights(config)
+        with torch.no_grad():
+            for name, p in weights.named_parameters():
+                if p.ndim > 1 and "A_log" not in name:
+                    p.copy_(torch.randn(p.shape, generator=generator) * (0.5 if "embed" in name else p.shape[-1] ** -0.5))
+                elif "norm" not in name:
+                    p.add_(torch.randn(p.shape, generator=generator) * 0.3)
+        return cls(weights.to(dtype), model_name="tiny-mamba")
+
+
+def _is_hf(config: Any) -> bool:
+    """Whether this is a transformers config (mamba-ssm's is a dataclass, a checkpoint's a dict)."""
+    return any(base.__name__ in ("PretrainedConfig", "PreTrainedConfig") for base in type(config).__mro__)
+
+
+def _embedding(wrapped: Any) -> Any:
+    """`backbone.embeddings` in transformers, `backbone.embedding` in mamba-ssm."""
+    names = dict(wrapped.backbone.named_children())
+    return names.get("embeddings", names.get("embedding"))
+
+
+# -- the original checkpoint layout ---------------------------------------------------------------------------------
+
+
+class Weights(nn.Module):
+    """Parameters in mamba-ssm's layout and names, without mamba-ssm: `Weights(config.json).load_state_dict(...)`.
+
+    config: `d_model, n_layer, vocab_size`, and optionally `ssm_cfg {d_state 16, d_conv 4, expand 2, dt_rank "auto",
+    bias False, conv_bias True}`, `rms_norm` True (False: LayerNorm), `residual_in_fp32` True,
+    `pad_vocab_size_multiple` 8, `tie_embeddings` True.
+    """
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__()
+        self.config = dict(config)
+        ssm = dict(config.get("ssm_cfg") or {})
+        kind = ssm.pop("layer", "Mamba1")
+        if kind != "Mamba1":
+            raise CheckpointError(f"ssm_cfg.layer is {kind!r}; supported is 'Mamba1'.")
+        d, multiple = config["d_model"], config.get("pad_vocab_size_multiple", 8)
+        vocab = math.ceil(config["vocab_size"] / multiple) * multiple
+        norm = nn.RMSNorm if config.get("rms_norm", True) else nn.LayerNorm
+        self.backbone = nn.Module()
+        self.backbone.embedding = nn.Embedding(vocab, d)
+        self.backbone.layers = nn.ModuleList(_layer(d, norm, **ssm) for _ in range(config["n_layer"]))
+        self.backbone.norm_f = norm(d, eps=1e-5)
+        self.lm_head = nn.Linear(d, vocab, bias=False)
+        if config.get("tie_embeddings", True):
+            self.lm_head.weight = self.backbone.embedding.weight
+
+
+def _layer(
+    d: int,
+    norm: Any,
+    d_state: int = 16,
+    d_conv: int = 4,
+    expand: float = 2,
+    dt_rank: int | str = "auto",
+    bias: bool = False,
+    conv_bias: bool = True,
+    dt_min: float = 0.001,
+    dt_max: float = 0.1,
+    dt_init_floor: float = 1e-4,
+    **unsupported: Any,
+) -> nn.Module:
+    """One layer as mamba-ssm initialises it: A_log = log(1..N), D = 1, softplus(dt_proj.bias) log-uniform in dt."""
+    harmless = {"dt_init", "dt_scale", "use_fast_path"}
+    if unknown := set(unsupported) - harmless:
+        raise CheckpointError(f"ssm_cfg asks for {', '.join(sorted(unknown))}, which gatedlens does not support.")
+    inner, ranks = int(expand * d), math.ceil(d / 16) if dt_rank == "auto" else int(dt_rank)
+    layer, mixer = nn.Module(), nn.Module()
+    layer.norm, layer.mixer = norm(d, eps=1e-5), mixer
+    mixer.in_proj = nn.Linear(d, 2 * inner, bias=bias)
+    mixer.conv1d = nn.Conv1d(inner, inner, d_conv, groups=inner, bias=conv_bias, padding=d_conv - 1)
+    mixer.x_proj = nn.Linear(inner, ranks + 2 * d_state, bias=False)
+    mixer.dt_proj = nn.Linear(ranks, inner)
+    dt = torch.exp(torch.linspace(math.log(dt_min), math.log(dt_max), inner)).clamp(min=dt_init_floor)
+    mixer.dt_proj.bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+    mixer.A_log = nn.Parameter(torch.log(torch.arange(1.0, d_state + 1)).repeat(inner, 1))
+    mixer.D = nn.Parameter(torch.ones(inner))
+    mixer.out_proj = nn.Linear(inner, d, bias=bias)
+    return layer
+
+
+HOOKED = HookedMamba

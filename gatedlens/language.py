@@ -1,0 +1,293 @@
+"""HookedLanguageModel: a HookedModel that reads tokens and predicts the next one.
+
+    logits = model("The cat sat on the mat")
+    loss = model(tokens, return_type="loss")
+    logits, state = model(prefix, return_state=True); model(suffix, state=state)
+    model.generate("Call me", max_new_tokens=20, temperature=0.8, seed=0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from gatedlens import tokens as tokens_
+from gatedlens.errors import InputError
+from gatedlens.generation import generate
+from gatedlens.model import Batch, HookedModel
+from gatedlens.points import Point
+from gatedlens.state import RecurrentState
+
+RETURN_TYPES = ("logits", "loss", "both", None)
+
+
+class Output(NamedTuple):
+    """`return_type="both"`."""
+
+    logits: Tensor
+    loss: Tensor
+
+
+def next_token_loss(
+    logits: Float[Tensor, "batch pos d_vocab"],
+    tokens: Int[Tensor, "batch pos"],
+    mask: Tensor | None = None,
+    per_token: bool = False,
+) -> Float[Tensor, "..."]:
+    """-log p(token[t + 1] | tokens[..t]), mean over real targets; [batch, pos - 1] with zeros at padding if per_token."""
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    losses = losses.reshape(tokens.shape[0], tokens.shape[1] - 1)
+    if mask is None:
+        return losses if per_token else losses.mean()
+    real = (mask[:, 1:] & mask[:, :-1]).to(losses.dtype)
+    return losses * real if per_token else (losses * real).sum() / real.sum()
+
+
+class HookedLanguageModel(HookedModel):
+    """What every language model shares; an architecture adds its rows, its blocks and where its embeddings are."""
+
+    first_points = (Point("hook_embed", "batch pos d_model", "embedding[token]", "the embedding"),)
+    last_points = (Point("hook_logits", "batch pos d_vocab", "unembedding(ln_final.out)", "the unembedding"),)
+
+    def __init__(self, wrapped: nn.Module, *, model_name: str = "", tokenizer: Any = None):
+        super().__init__(wrapped, model_name=model_name, tokenizer=tokenizer)
+        self.set_tokenizer(tokenizer)
+
+    generate = generate
+
+    # -- what an architecture gives ------------------------------------------------------------------------------
+
+    @property
+    def embedding(self) -> nn.Module:
+        raise NotImplementedError
+
+    @property
+    def unembedding(self) -> nn.Module:
+        raise NotImplementedError
+
+    def stream(self, embedded: Tensor) -> Tensor:
+        """The residual stream that an embedding starts (a scale or a dtype, where the architecture has one)."""
+        return embedded
+
+    # -- forward -------------------------------------------------------------------------------------------------
+
+    def prepare(
+        self,
+        input: Any,
+        return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        start_at_layer: int | None = None,
+        **options: Any,
+    ) -> tuple[Batch, dict[str, Any]]:
+        """Tokens (or, with start_at_layer, a residual stream), mask, and the options of `forward` still to be used."""
+        rest = {"return_type": return_type, "loss_per_token": loss_per_token, "start_at_layer": start_at_layer, **options}
+        if isinstance(input, Batch):
+            return input, rest
+        if start_at_layer is not None:
+            value = self._check_resid(input)
+            is_resid = True
+            mask = None
+        else:
+            if prepend_bos is None and options.get("state") is not None:
+                prepend_bos = False  # the text goes on from the state's
+            value, mask = self._tokenize(input, prepend_bos, padding_side)
+            is_resid = False
+        if attention_mask is not None:
+            mask = tokens_.check_mask(attention_mask, (value.shape[0], value.shape[1])).to(value.device)
+        return Batch(value, mask, is_resid), rest
+
+    def _check_resid(self, resid: Any) -> Tensor:
+        d = self.cfg.d_model
+        if not isinstance(resid, Tensor) or not resid.is_floating_point() or resid.ndim != 3 or resid.shape[-1] != d:
+            got = f"{resid.dtype} {list(resid.shape)}" if isinstance(resid, Tensor) else type(resid).__name__
+            raise InputError(f"start_at_layer runs from a residual stream, floats of [batch, pos, {d}]; this is {got}.")
+        if resid.numel() == 0:
+            raise InputError(f"The residual stream is empty: {list(resid.shape)}.")
+        return resid
+
+    def forward(
+        self,
+        input: Any,
+        return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+        attention_mask: Tensor | None = None,
+        state: RecurrentState | None = None,
+        return_state: bool = False,
+        tokens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Any:
+        """`logits = model(input)`: logits [batch, pos, d_vocab], the loss, both (an Output) or None, by `return_type`.
+
+        input: text, a list of texts (padded), token ids [batch, pos]; with `start_at_layer` the residual stream
+        [batch, pos, d_model] that enters that block (give `tokens` as well for a loss). attention_mask [batch, pos]: 0
+        where a position is padding. stop_at_layer: stop before that block and return the residual stream. state:
+        continue from a RecurrentState. return_state: return (output, state). position_ids [batch, pos]: each token's
+        place in its document, for architectures that have positions (a 0 starts a new one).
+        """
+        if return_type not in RETURN_TYPES:
+            raise InputError(f"return_type={return_type!r}: it is 'logits', 'loss', 'both' or None.")
+        batch, _ = self.prepare(
+            input, return_type, loss_per_token, prepend_bos, padding_side,
+            attention_mask=attention_mask, start_at_layer=start_at_layer, state=state,
+        )  # fmt: skip
+        run = self.begin(batch, state, return_state, position_ids)
+        if batch.is_resid:
+            resid = self.through_blocks(batch.value, run, start_at_layer, stop_at_layer)
+        else:
+            tokens = batch.value
+            resid = self.stream(self.hook_embed(F.embedding(tokens, self.embedding.weight)))
+            resid = self.through_blocks(resid, run, None, stop_at_layer)
+        out = resid if stop_at_layer is not None else self._outputs(resid, tokens, batch.mask, return_type, loss_per_token)
+        if not return_state:
+            return out
+        seen = run.padding.counts(batch.value) + (0 if state is None else state.seen.to(resid.device))
+        return out, RecurrentState(run.left or {}, seen, self.cfg.model_name)
+
+    def _outputs(
+        self, resid: Tensor, tokens: Tensor | None, mask: Tensor | None, return_type: str | None, per_token: bool
+    ) -> Any:
+        if return_type is None:
+            return None
+        logits = self.hook_logits(self.unembed(self.ln_final(resid)))
+        if return_type == "logits":
+            return logits
+        if tokens is None:
+            raise InputError(f"return_type={return_type!r} with start_at_layer needs tokens=..., the ids to predict.")
+        if tokens.shape[1] < 2:
+            raise InputError("A loss needs at least two tokens: one to read and one to predict.")
+        loss = next_token_loss(logits, tokens, mask, per_token)
+        return loss if return_type == "loss" else Output(logits, loss)
+
+    def unembed(self, normed: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+        """Logits of the normalised residual stream, at least float32."""
+        head = self.unembedding
+        logits = F.linear(normed.to(head.weight.dtype), head.weight, head.bias)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    # -- weights by TransformerLens's names ----------------------------------------------------------------------
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        return self.embedding.weight
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        return self.unembedding.weight.T
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        head = self.unembedding
+        return self.W_U.new_zeros(self.cfg.d_vocab_out) if head.bias is None else head.bias
+
+    def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "... d_model"]:
+        """The columns of W_U of some tokens: what the residual stream (after ln_final) is read along."""
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        return self.W_U.T[torch.as_tensor(tokens, device=self.W_U.device)]
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
+        """The constant that the output biases of all mixers before `layer` add to the residual stream."""
+        total = torch.zeros(self.cfg.d_model, device=self.W_U.device)
+        for block in self.blocks[: layer + int(mlp_input)]:
+            bias = block.mixer.weights.out_proj.bias
+            total = total if bias is None else total + bias
+        return total
+
+    # -- text ----------------------------------------------------------------------------------------------------
+
+    def set_tokenizer(self, tokenizer: Any) -> None:
+        """Use `tokenizer` (anything with transformers' encode, decode and special token ids; None: none)."""
+        self.tokenizer = tokenizer
+        self.cfg.tokenizer_name = None if tokenizer is None else (getattr(tokenizer, "name_or_path", "") or None)
+        self.cfg.default_prepend_bos = tokenizer is not None and tokenizer.bos_token_id is not None
+
+    def _need_tokenizer(self, what: str) -> Any:
+        if self.tokenizer is None:
+            raise InputError(
+                f"{what} needs a tokenizer and {self.cfg.model_name} has none: pass token ids, or give it one with "
+                "model.set_tokenizer(AutoTokenizer.from_pretrained(...))."
+            )
+        return self.tokenizer
+
+    def _tokenize(self, input: Any, prepend_bos: bool | None, side: str | None) -> tuple[Tensor, Tensor | None]:
+        """(tokens on the model's device, mask or None)."""
+        device = self.W_E.device
+        if isinstance(input, str) or (isinstance(input, Sequence) and any(isinstance(i, str) for i in input)):
+            tokenizer = self._need_tokenizer("Text")
+            texts = [input] if isinstance(input, str) else list(input)
+            bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
+            rows = [tokens_.encode(tokenizer, text, bos) for text in texts]
+            for text, row in zip(texts, rows, strict=True):
+                if not row:
+                    raise InputError(f"The text {text!r} has no tokens; give at least one (or prepend_bos=True).")
+            pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+            tokens, mask = tokens_.pad(rows, side or self.cfg.default_padding_side, pad_id)
+            tokens = tokens_.check(tokens, self.cfg.d_vocab)
+            return tokens.to(device), None if bool(mask.all()) else mask.to(device)
+        try:
+            ids = torch.as_tensor(input)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"The input is {type(input).__name__}, and neither text nor a rectangle of token ids: {error}."
+            ) from error
+        ids = tokens_.check(ids, self.cfg.d_vocab).to(device)
+        if prepend_bos:
+            bos_id = self._need_tokenizer("prepend_bos=True").bos_token_id
+            ids = torch.cat([torch.full_like(ids[:, :1], bos_id), ids], dim=1)
+        return ids, None
+
+    def to_tokens(
+        self,
+        input: str | Sequence[str],
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        move_to_device: bool = True,
+        truncate: bool = False,
+    ) -> Int[Tensor, "batch pos"]:
+        """`model.to_tokens("Call me")`: ids [batch, pos], with BOS if the tokenizer has one (cfg.default_prepend_bos)."""
+        ids, _ = self._tokenize([input] if isinstance(input, str) else input, prepend_bos, padding_side)
+        ids = ids[:, : self.cfg.n_ctx] if truncate else ids
+        return ids if move_to_device else ids.cpu()
+
+    def to_string(self, tokens: Any) -> Any:
+        """Text of ids: a string for [pos], a list of strings for [batch, pos]."""
+        tokenizer = self._need_tokenizer("to_string")
+        ids = torch.as_tensor(tokens)
+        if ids.ndim == 2:
+            return [tokenizer.decode(row) for row in ids.tolist()]
+        return tokenizer.decode([int(ids)] if ids.ndim == 0 else ids.tolist())
+
+    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> list[str] | list[list[str]]:
+        """Each token as a string; a list of lists for a list of texts or a batch of more than one row."""
+        tokenizer = self._need_tokenizer("to_str_tokens")
+        if not isinstance(input, str) and isinstance(input, Sequence) and input and isinstance(input[0], str):
+            return [self.to_str_tokens(text, prepend_bos) for text in input]  # type: ignore[misc]
+        ids = self.to_tokens(input, prepend_bos) if isinstance(input, str) else torch.as_tensor(input)
+        if ids.ndim == 2 and ids.shape[0] > 1:
+            return [self.to_str_tokens(row) for row in ids]  # type: ignore[misc]
+        return [tokenizer.decode([i]) for i in ids.reshape(-1).tolist()]
+
+    def to_single_token(self, text: str) -> int:
+        """The id of a text that is exactly one token."""
+        ids = tokens_.encode(self._need_tokenizer("to_single_token"), text, prepend_bos=False)
+        if len(ids) != 1:
+            raise InputError(f"{text!r} is {len(ids)} tokens ({ids}), not one.")
+        return ids[0]
+
+    def to_single_str_token(self, token: int) -> str:
+        return str(self._need_tokenizer("to_single_str_token").decode([token]))

@@ -1,0 +1,70 @@
+"""Padding: which positions are real, and what a window of the last K inputs sees across padding and calls.
+
+A masked position enters neither a conv or shift window nor a state: a padded batch equals its rows run alone. The real
+positions of each row are packed to the left, windows run over the packed row behind its tail (what the last call left),
+and the result is spread back; masked positions get zeros. Without a mask all of it is the identity.
+
+b batch, l pos, c channel, K the window's width; a tail holds the last K-1 inputs, oldest first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Padding:
+    """`Padding.of(mask)`; `mask` is True where a token is real, None when all are."""
+
+    mask: Bool[Tensor, "batch pos"] | None = None
+    order: Int[Tensor, "batch pos"] | None = None  # packed position -> position
+    rank: Int[Tensor, "batch pos"] | None = None  # position -> packed position
+
+    @staticmethod
+    def of(mask: Tensor | None) -> Padding:
+        """Padding from a [batch, pos] mask; one that masks nothing is none."""
+        if mask is None or bool(mask.all()):
+            return Padding()
+        mask = mask.bool()
+        order = torch.argsort((~mask).to(torch.int8), dim=1, stable=True)
+        return Padding(mask, order, torch.argsort(order, dim=1))
+
+    def zero(self, x: Tensor) -> Tensor:
+        """`x` with zeros at masked positions."""
+        return x if self.mask is None else x * self.mask.reshape(*self.mask.shape, *[1] * (x.ndim - 2)).to(x.dtype)
+
+    def counts(self, x: Tensor) -> Int[Tensor, " batch"]:
+        """How many real positions each row of `x` [batch, pos, ...] has."""
+        if self.mask is None:
+            return torch.full((x.shape[0],), x.shape[1], device=x.device, dtype=torch.long)
+        return self.mask.sum(1)
+
+    def behind(
+        self, x: Float[Tensor, "batch pos channel"], tail: Float[Tensor, "batch tail channel"]
+    ) -> Float[Tensor, "batch long channel"]:
+        """The packed row behind its tail: [b, K-1+l, c]; a window of K ending at K-1+rank is what a position sees."""
+        packed = x if self.order is None else _take(x, self.order)
+        return torch.cat([tail.to(x.dtype), packed], dim=1)
+
+    def spread(self, packed: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
+        """Back from packed to real positions; zeros at masked ones."""
+        return packed if self.rank is None else self.zero(_take(packed, self.rank))
+
+    def tail(self, long: Float[Tensor, "batch long channel"], width: int) -> Float[Tensor, "batch tail channel"]:
+        """The last K-1 real inputs of each row, from `behind`: the tail for the next call."""
+        if self.mask is None:
+            return long[:, long.shape[1] - (width - 1) :]
+        return _take(long, self.mask.sum(1, keepdim=True) + torch.arange(width - 1, device=long.device))
+
+
+def _take(x: Tensor, index: Int[Tensor, "batch some"]) -> Tensor:
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def windows(long: Float[Tensor, "batch long channel"], width: int) -> Float[Tensor, "batch pos channel tap"]:
+    """Every window of `width` over a row from `behind`, oldest tap first."""
+    return long.unfold(1, width, 1)

@@ -1,0 +1,278 @@
+"""Hook points as data: what a point is, and how a name that a user says finds it.
+
+    Point   one row: name, axes, equation, source, lazy
+    Alias   another tool's name for the same tensor
+    View    another tool's name for a tensor that is computed from points
+    Names   all names of one model: look up, glob, filter, "did you mean"
+
+Everything else that knows points (modules, caches, tables, the catalogue, tests) is derived from these rows. No torch
+here. In a template, {l} is a layer and {t} a position.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from gatedlens.errors import PointError, did_you_mean
+
+NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+
+
+@dataclass(frozen=True)
+class Point:
+    """`Point("mixer.hook_decay", "batch pos channel state", "exp(dt * A)", "Mamba eq. 4", lazy=True)`.
+
+    `name` is relative to its block, or to the model for what stands outside the blocks. `axes` begins with batch.
+    `equation` is written in the leaf names of other rows (without `hook_`) and of the module's weights. A lazy point
+    builds its tensor only when somebody listens.
+    """
+
+    name: str
+    axes: str
+    equation: str
+    source: str
+    lazy: bool = False
+
+    @property
+    def leaf(self) -> str:
+        """`hook_decay` of `mixer.hook_decay`."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def part(self) -> str:
+        """`mixer` of `mixer.hook_decay`; empty for a point of the block itself."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        return tuple(self.axes.split())
+
+    def axis(self, name: str) -> int:
+        """The dimension that the axis `name` is, or a PointError that lists the axes there are."""
+        if name not in self.dims:
+            raise PointError(f"{self.name} has no axis {name!r}; its axes are: {self.axes}.")
+        return self.dims.index(name)
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int | str, ...]:
+        """Axes with known sizes as numbers, the others (batch, pos) by name."""
+        return tuple(sizes.get(dim, dim) for dim in self.dims)
+
+    def elements(self, sizes: Mapping[str, int], **given: int) -> int:
+        """How many numbers one activation holds, `given` the sizes of batch and pos."""
+        total = 1
+        for dim in self.dims:
+            total *= given[dim] if dim in given else sizes[dim]
+        return total
+
+
+@dataclass(frozen=True)
+class Alias:
+    """`Alias("blocks.{l}.hook_skip", "blocks.{l}.mixer.hook_gate_pre", "MambaLens")`: one tensor, two names."""
+
+    name: str
+    target: str
+    tool: str
+
+
+@dataclass(frozen=True)
+class View:
+    """Another tool's name for something computed from our points.
+
+    `needs` are the points to cache; `read(model, layer, *values, **params)` computes the tensor from their values.
+    `visit(model, layer, values, calls)` serves hooks: `values` are those of the points `at`, in firing order, `calls`
+    a list of (params, function) where `function(tensor)` returns the edited tensor; it returns the new value of the
+    last point of `at`. A view without `visit` can be read and not hooked; `instead` then says what to hook.
+    """
+
+    name: str
+    axes: str
+    equation: str
+    tool: str
+    read: Callable[..., Any]
+    needs: tuple[str, ...] = ()
+    at: tuple[str, ...] = ()
+    visit: Callable[..., Any] | None = None
+    instead: str = ""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a name stands for: a point by its full name, or a view with its layer and parameters."""
+
+    asked: str
+    name: str
+    view: View | None = None
+    params: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def layer(self) -> int:
+        return self.params["l"]
+
+    def needs(self) -> tuple[str, ...]:
+        """The full names of the points behind it."""
+        return (self.name,) if self.view is None else tuple(_fill(n, self.params) for n in self.view.needs)
+
+    def at(self) -> tuple[str, ...]:
+        """The full names of the points at which its hooks run, in firing order."""
+        return (self.name,) if self.view is None else tuple(_fill(n, self.params) for n in self.view.at)
+
+
+def _fill(template: str, params: Mapping[str, int]) -> str:
+    return template.format(**params)
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    escaped = re.escape(template).replace(r"\{l\}", r"(?P<l>\d+)").replace(r"\{t\}", r"(?P<t>\d+)")
+    return re.compile(escaped + r"\Z")
+
+
+def is_glob(name: str) -> bool:
+    return any(c in name for c in "*?[")
+
+
+def _glob(pattern: str, names: Iterable[str]) -> list[str]:
+    """Names that match; `*` stands for any text, dots included."""
+    match = re.compile(fnmatch.translate(pattern)).match
+    return [name for name in names if match(name)]
+
+
+def block_rows(part: str, rows: Iterable[Point]) -> tuple[Point, ...]:
+    """The rows placed under `part`: `block_rows("mixer", rows)` renames `hook_x` to `mixer.hook_x`."""
+    return tuple(replace(row, name=f"{part}.{row.name}") for row in rows)
+
+
+class Names:
+    """All names of one model.
+
+    points: full name -> row, in the order in which they fire. aliases, views: templates with {l} (and {t}).
+    elsewhere: leaf name -> the architectures that have such a point, for the error of who asks the wrong model.
+    """
+
+    def __init__(
+        self,
+        points: Mapping[str, Point],
+        aliases: Sequence[Alias] = (),
+        views: Sequence[View] = (),
+        n_layers: int = 0,
+        model: str = "this model",
+        elsewhere: Callable[[str], list[str]] = lambda leaf: [],
+    ):
+        self.points = dict(points)
+        self.n_layers = n_layers
+        self.model = model
+        self.elsewhere = elsewhere
+        self.aliases = {
+            _fill(a.name, {"l": layer}): _fill(a.target, {"l": layer}) for a in aliases for layer in range(n_layers)
+        }
+        # An alias of a point that this layer lacks (a mixer word in an attention layer) is not a name of the model.
+        self.aliases = {name: target for name, target in self.aliases.items() if target in self.points}
+        self.views = [(_pattern(v.name), v) for v in views]
+
+    def __iter__(self):
+        return iter(self.points)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.points
+
+    def __getitem__(self, name: str) -> Point:
+        return self.points[self.find(name).name]
+
+    # -- one name ------------------------------------------------------------------------------------------------
+
+    def find(self, name: str) -> Found:
+        """The point or view that `name` stands for: a full name, an alias or a view. PointError when there is none."""
+        if name in self.points:
+            return Found(name, name)
+        if name in self.aliases:
+            return Found(name, self.aliases[name])
+        for pattern, view in self.views:
+            if match := pattern.match(name):
+                params = {key: int(value) for key, value in match.groupdict().items()}
+                if params["l"] < self.n_layers and all(_fill(n, params) in self.points for n in view.needs + view.at):
+                    return Found(name, name, view, params)
+        raise self.unknown(name)
+
+    def short(self, word: str, layer: int | None = None, part: str | None = None) -> Found:
+        """TransformerLens's shorthand: `short("decay", 3)` is `blocks.3.mixer.hook_decay`.
+
+        Negative layers count from the end. A word that several parts of the block know goes to the block itself, then
+        to its mixer; otherwise it is ambiguous and the error names the candidates.
+        """
+        asked = repr(word) if layer is None else repr((word, layer) if part is None else (word, layer, part))
+        if layer is None:
+            prefix = ""
+        else:
+            if not -self.n_layers <= layer < self.n_layers:
+                raise PointError(f"{asked}: layer {layer} does not exist; {self.model} has {self.n_layers} layers.")
+            prefix = f"blocks.{layer % self.n_layers}."
+        part = {"a": "attn", "m": "mlp", "b": "", "block": "", "attention": "attn"}.get(part or "", part)
+        leaf = word if word.startswith("hook_") else f"hook_{word}"
+        known = [*self.points, *self.aliases]
+        rests = [name[len(prefix) :] for name in known if name.startswith(prefix)]
+        if layer is None:
+            rests = [rest for rest in rests if not rest.startswith("blocks.")]
+        hits = [r for r in rests if r == (f"{part}.{leaf}" if part else leaf) or (part is None and r.endswith(f".{leaf}"))]
+        for preferred in (leaf, f"mixer.{leaf}", f"attn.{leaf}"):
+            if preferred in hits:
+                return self.find(prefix + preferred)
+        if len(hits) == 1:
+            return self.find(prefix + hits[0])
+        if hits:
+            raise PointError(f"{asked} is ambiguous: it may be {', '.join(prefix + h for h in hits)}.")
+        raise self.unknown(prefix + (f"{part}.{leaf}" if part else leaf), asked)
+
+    def unknown(self, name: str, asked: str | None = None) -> PointError:
+        """The error for a name that does not exist, with the nearest that do."""
+        message = f"{asked or repr(name)} is not a hook point of {self.model}."
+        layer = re.match(r"blocks\.(-?\d+)\.", name)
+        if layer and not 0 <= int(layer[1]) < self.n_layers:
+            return PointError(f"{message} It has layers 0 to {self.n_layers - 1}.")
+        hint = did_you_mean(name, [*self.points, *self.aliases])
+        others = self.elsewhere(name.rpartition(".")[2])
+        if others:
+            message += f" {' and '.join(others)} {'has' if len(others) == 1 else 'have'} such a point."
+        return PointError(message + (hint or " `model.hook_table()` lists them all."))
+
+    # -- many names ----------------------------------------------------------------------------------------------
+
+    def select(self, names_filter: NamesFilter) -> list[list[str]]:
+        """The points that a filter asks for, one list for each thing asked: each must fire at least one of its list.
+
+        None: every point that is not lazy. A string: a name, alias, view or glob. A list: each of these. A callable:
+        every point, lazy ones too, for whose full name it is true.
+        """
+        if names_filter is None:
+            return [[name for name, point in self.points.items() if not point.lazy]]
+        if isinstance(names_filter, str):
+            return [self._matches(names_filter)]
+        if callable(names_filter):
+            chosen = [name for name in self.points if names_filter(name)]
+            if not chosen:
+                raise PointError(f"names_filter {names_filter!r} is false for every hook point of {self.model}.")
+            return [chosen]
+        wanted = list(names_filter)
+        if not wanted:
+            raise PointError("names_filter is an empty list: name the points to cache, or pass None for all.")
+        return [self._matches(name) for name in wanted]
+
+    def _matches(self, name: str) -> list[str]:
+        if not isinstance(name, str):
+            raise PointError(f"A hook point is named by a string, not by {name!r}.")
+        if not is_glob(name):
+            return list(self.find(name).needs())
+        hits = {target: None for target in _glob(name, self.points)}
+        hits |= {self.aliases[alias]: None for alias in _glob(name, self.aliases)}
+        for _, view in self.views:
+            for layer in range(self.n_layers):
+                needs = [_fill(n, {"l": layer}) for n in view.needs]
+                stem = view.name.replace("{l}", str(layer)).replace("{t}", "*")
+                if (stem == name or fnmatch.fnmatchcase(stem, name)) and all(n in self.points for n in needs):
+                    hits |= dict.fromkeys(needs)
+        if not hits:
+            stem = name.replace("*", "0")
+            raise PointError(f"The pattern {name!r} matches no hook point of {self.model}." + did_you_mean(stem, self.points))
+        return [point for point in self.points if point in hits]

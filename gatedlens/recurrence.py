@@ -1,0 +1,185 @@
+"""The one recurrence that every gated-linear model is made of. It knows no model.
+
+    state_t = decay_t * state_{t-1} + write_t            scan_t = sum over state of read_t * state_t
+
+b batch, l pos, c channel, n state. decay, write, state: [b, l, c, n] (or [b, l, c] with no state axis); read: [b, l, n],
+or None where the state itself is read. An architecture gives `terms(*sequences, *constants) -> (decay, write, read)`,
+which works on any slice of positions; `scan` then runs it segment by segment without ever holding the states of more
+than one segment, forward and backward.
+
+Decays and states are at least float32: `at_least_float32`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import Function
+
+Terms = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+
+SEGMENT_ELEMENTS = 1 << 17  # numbers in one segment's decay: 512 KiB of float32, so three of them stay in the L2 cache
+SEGMENT_ELEMENTS_GRAD = 1 << 20  # with gradients each segment costs some autograd bookkeeping: take longer ones
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """float64 stays, everything else becomes float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _march(decay: Tensor, states: Tensor, state: Tensor | None) -> Tensor:
+    """Turn writes into states, in place: states[:, t] <- decay[:, t] * states[:, t-1] + states[:, t]."""
+    steps, decays = states.unbind(1), decay.unbind(1)
+    for step, a in zip(steps, decays, strict=True):
+        if state is not None:
+            torch.addcmul(step, a, state, out=step)
+        state = step
+    return states
+
+
+class LinearScan(Function):
+    """states = LinearScan.apply(decay, write, initial): every state; differentiable any number of times.
+
+    Its backward is a scan too, from the end: g_t = grad_t + decay_{t+1} * g_{t+1}; then d write_t = g_t and
+    d decay_t = g_t * state_{t-1}.
+    """
+
+    @staticmethod
+    def forward(decay: Tensor, write: Tensor, initial: Tensor) -> Tensor:
+        return _march(decay, write.clone(memory_format=torch.contiguous_format), initial)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        decay, _, initial = inputs
+        ctx.save_for_backward(decay, initial, output)
+        ctx.save_for_forward(decay, initial, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        decay, initial, states = ctx.saved_tensors
+        (grad,) = grads
+        last = torch.zeros_like(initial)
+        ahead = torch.cat([decay[:, 1:], torch.ones_like(decay[:, :1])], dim=1)
+        g = LinearScan.apply(ahead.flip(1), grad.flip(1), last).flip(1)
+        before = torch.cat([initial.unsqueeze(1), states[:, :-1]], dim=1)
+        return g * before, g, decay[:, 0] * g[:, 0]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        d_decay, d_write, d_initial = tangents
+        decay, initial, states = ctx.saved_tensors
+        before = torch.cat([initial.unsqueeze(1), states[:, :-1]], dim=1)
+        push = torch.zeros_like(states) if d_write is None else d_write
+        if d_decay is not None:
+            push = push + d_decay * before
+        start = torch.zeros_like(initial) if d_initial is None else d_initial
+        return LinearScan.apply(decay, push, start)
+
+
+def linear_scan(
+    decay: Float[Tensor, "batch pos *rest"],
+    write: Float[Tensor, "batch pos *rest"],
+    initial: Float[Tensor, "batch *rest"] | None = None,
+) -> Float[Tensor, "batch pos *rest"]:
+    """state_t = decay_t * state_{t-1} + write_t, all states, from `initial` (zero when None)."""
+    if initial is None:
+        initial = torch.zeros_like(write[:, 0])
+    return LinearScan.apply(decay, write, initial)  # type: ignore[no-any-return]
+
+
+def readout(states: Tensor, read: Tensor | None) -> Tensor:
+    """scan_t[c] = sum_n read_t[n] * state_t[c, n]; the state itself when `read` is None."""
+    if read is None:
+        return states
+    return torch.matmul(states, read.to(states.dtype).unsqueeze(-1)).squeeze(-1)
+
+
+def _explicit(terms: Terms, sequences: Sequence[Tensor], constants: Sequence[Tensor], initial: Tensor):
+    decay, write, read = terms(*sequences, *constants)
+    states = linear_scan(decay, write, initial)
+    return readout(states, read), states[:, -1]
+
+
+def _segments(length: int, per_step: int, budget: int) -> list[slice]:
+    size = max(4, min(length, budget // max(per_step, 1)))
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+class SegmentedScan(Function):
+    """scan, last = SegmentedScan.apply(terms, n, initial, *sequences[:n], *constants).
+
+    Forward keeps the state at each segment's start; backward rebuilds one segment at a time from there. Memory is one
+    segment plus [segments, b, c, n].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, terms: Terms, n: int, initial: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        sequences, constants = tensors[:n], tensors[n:]
+        slices = _segments(sequences[0].shape[1], initial.numel(), SEGMENT_ELEMENTS_GRAD)
+        scans, starts, state = [], [], initial
+        for part in slices:
+            starts.append(state)
+            decay, write, read = terms(*(s[:, part] for s in sequences), *constants)
+            states = _march(decay, write, state)
+            scans.append(readout(states, read).clone())
+            state = states[:, -1].clone()
+        ctx.terms, ctx.n, ctx.slices = terms, n, slices
+        ctx.save_for_backward(*tensors, *starts)
+        return torch.cat(scans, dim=1), state
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad_scan, grad_state = grads
+        tensors, starts = ctx.saved_tensors[: -len(ctx.slices)], ctx.saved_tensors[-len(ctx.slices) :]
+        sequences, constants = tensors[: ctx.n], tensors[ctx.n :]
+        if torch.is_grad_enabled():  # somebody differentiates the gradient: take the differentiable road, whole
+            initial = starts[0]
+            needed = [t for t in (initial, *tensors) if t.requires_grad]
+            outs = _explicit(ctx.terms, sequences, constants, initial)
+            found = iter(torch.autograd.grad(outs, needed, grads, create_graph=True, allow_unused=True))
+            return None, None, *(next(found) if t.requires_grad else None for t in (initial, *tensors))
+        into: list[Any] = [torch.empty_like(s) for s in sequences]
+        total: list[Any] = [torch.zeros_like(c) for c in constants]
+        for part, start in zip(reversed(ctx.slices), reversed(starts), strict=True):
+            with torch.enable_grad():
+                live = [t.detach().requires_grad_() for t in (start, *(s[:, part] for s in sequences), *constants)]
+                outs = _explicit(ctx.terms, live[1 : ctx.n + 1], live[ctx.n + 1 :], live[0])
+                found = torch.autograd.grad(outs, live, (grad_scan[:, part], grad_state), materialize_grads=True)
+            grad_state = found[0]
+            for whole, piece in zip(into, found[1 : ctx.n + 1], strict=True):
+                whole[:, part] = piece
+            for whole, piece in zip(total, found[ctx.n + 1 :], strict=True):
+                whole += piece
+        return None, None, grad_state, *into, *total
+
+
+def scan(
+    terms: Terms,
+    sequences: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    initial: Float[Tensor, "batch *rest"],
+) -> tuple[Tensor, Tensor]:
+    """`y, last = scan(terms, (dt, B, C, u), (A,), state)`: the readout at every position and the last state.
+
+    sequences: [b, l, ...] tensors that `terms` slices along pos; constants: the rest of its arguments. Every state is
+    exact, none is kept: memory is O(b c n) beyond inputs and output without gradients.
+    """
+    tensors = (initial, *sequences, *constants)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return SegmentedScan.apply(terms, len(sequences), initial, *sequences, *constants)  # type: ignore[no-any-return]
+    out, state = None, initial
+    length = sequences[0].shape[1]
+    for part in _segments(length, initial.numel(), SEGMENT_ELEMENTS):
+        decay, write, read = terms(*(s[:, part] for s in sequences), *constants)
+        states = _march(decay, write, state)
+        y = readout(states, read)
+        if out is None:
+            out = y.new_empty(y.shape[0], length, *y.shape[2:])
+        out[:, part] = y
+        state = states[:, -1].clone()
+    assert out is not None
+    return out, state

@@ -1,0 +1,76 @@
+"""Tokens: from text to ids and back, padding, and the checks that a stray id or mask fails before the model does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from gatedlens.errors import InputError
+
+Text = str | Sequence[str]
+SIDES = ("left", "right")
+
+
+def encode(tokenizer: Any, text: str, prepend_bos: bool) -> list[int]:
+    """The ids of one string, with exactly one BOS in front if `prepend_bos`."""
+    ids = list(tokenizer.encode(text, add_special_tokens=False))
+    bos = tokenizer.bos_token_id
+    if prepend_bos and bos is None:
+        raise InputError("prepend_bos=True, but the tokenizer has no BOS token; pass prepend_bos=False.")
+    return [bos, *ids] if prepend_bos and ids[:1] != [bos] else ids
+
+
+def pad(rows: list[list[int]], side: str, pad_id: int) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+    """(tokens, mask) of rows of unequal length, padded on `side`."""
+    if side not in SIDES:
+        raise InputError(f"padding_side={side!r}: it is 'left' or 'right'.")
+    longest = max(len(row) for row in rows)
+    tokens = torch.full((len(rows), longest), pad_id, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        place = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
+        tokens[i, place] = torch.tensor(row, dtype=torch.long)
+        mask[i, place] = True
+    return tokens, mask
+
+
+def check(tokens: Tensor, d_vocab: int) -> Int[Tensor, "batch pos"]:
+    """Token ids as [batch, pos] int64, or an InputError that says which id at which place is wrong."""
+    if tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.is_complex():
+        raise InputError(
+            f"Tokens must be integer ids; these are {tokens.dtype}. For a residual stream pass start_at_layer as well."
+        )
+    if tokens.ndim == 1:
+        tokens = tokens.unsqueeze(0)
+    if tokens.ndim != 2:
+        raise InputError(f"Tokens have shape [batch, pos]; these have shape {list(tokens.shape)}.")
+    if tokens.numel() == 0:
+        raise InputError(f"The input is empty: its shape is {list(tokens.shape)}. Give at least one token.")
+    wrong = (tokens < 0) | (tokens >= d_vocab)
+    if bool(wrong.any()):
+        row, pos = wrong.nonzero()[0].tolist()
+        raise InputError(
+            f"Token id {int(tokens[row, pos])} at row {row}, position {pos} is out of range: the model knows ids 0 to "
+            f"{d_vocab - 1}. Was the text encoded by another model's tokenizer?"
+        )
+    return tokens.long()
+
+
+def check_mask(mask: Tensor, shape: tuple[int, int]) -> Bool[Tensor, "batch pos"]:
+    """An attention mask as booleans of `shape`; every row must have a real token."""
+    mask = torch.as_tensor(mask)
+    if mask.ndim == 1 and shape[0] == 1:
+        mask = mask.unsqueeze(0)
+    if tuple(mask.shape) != shape:
+        raise InputError(f"attention_mask has shape {list(mask.shape)}; the input has shape {list(shape)} [batch, pos].")
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise InputError("attention_mask holds values other than 0 (padding) and 1 (a token).")
+    mask = mask.bool()
+    if not bool(mask.any(dim=1).all()):
+        row = int((~mask.any(dim=1)).nonzero()[0])
+        raise InputError(f"attention_mask masks all of row {row}: give every row at least one token.")
+    return mask
