@@ -425,7 +425,7 @@ class HookedMamba(HookedLanguageModel):
                     )
                 elif "norm" not in name:
                     p.add_(torch.randn(p.shape, generator=generator) * 0.3)
-        return cls(weights.to(dtype), model_name="tiny-mamba")
+        return cls(weights.to(dtype).eval(), model_name="tiny-mamba")
 
 
 def _is_hf(config: Any) -> bool:
