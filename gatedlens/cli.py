@@ -48,7 +48,10 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
             f"layer {layer}: attention @ x + remainder equals the layer's output, relative error {error:.1e}",
             soft_wrap=True,
         )
-    table = Table(title=f"What the last position attends to in layer {report.layer} (mean |attention| over channels)")
+    console.print(
+        f"What the last position attends to in layer {report.layer} (mean |attention| over channels):", soft_wrap=True
+    )
+    table = Table()
     for column in ("token", "position", "attention"):
         table.add_column(column, justify="left" if column == "token" else "right")
     for token, position, value in report.tops:
