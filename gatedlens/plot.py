@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gatedlens.errors import InputError
 
-MAX_LABELS = 64  # token labels an axis can hold and stay legible
+MAX_LABELS = 80  # token labels an axis can hold and stay legible
 
 
 def _pyplot() -> Any:
@@ -71,7 +71,7 @@ def heatmap(
     ax.set_ylabel("destination token")
     if tokens is not None and len(tokens) <= MAX_LABELS:
         names = [label(token) for token in tokens]
-        small = 9 if len(names) <= 32 else 7
+        small = 9 if len(names) <= 32 else 7 if len(names) <= 56 else 5
         ax.set_xticks(range(len(names)), names, rotation=90, fontsize=small, family="monospace")
         ax.set_yticks(range(len(names)), names, fontsize=small, family="monospace")
     ax.figure.colorbar(image, ax=ax, label=value, shrink=0.8)
@@ -92,7 +92,7 @@ def layers(
     columns = min(len(matrices), 4)
     rows = -(-len(matrices) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(size * columns, size * rows), squeeze=False, layout="constrained"
+        rows, columns, figsize=(size * columns, (size - 0.6) * rows), squeeze=False, layout="constrained"
     )
     for ax in axes.flat[len(matrices) :]:
         ax.remove()
