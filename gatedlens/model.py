@@ -107,6 +107,11 @@ class HookedModel(transformer_lens.HookedRootModule):
         """A module for the parameters of an original checkpoint with this config."""
         raise NotImplementedError
 
+    @classmethod
+    def renamed(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """An original checkpoint's tensors under the names (and in the shapes) of the parameters of `empty`."""
+        return state
+
     # -- names ---------------------------------------------------------------------------------------------------
 
     def setup(self) -> None:
