@@ -231,8 +231,8 @@ def rotate(
 class LocalAttention(Part):
     """Causal attention over the last `window` tokens, the own one included, of the same document.
 
-    The state carries the last window - 1 `keys` (rotary applied) and `values`, oldest first, with `key_positions`, -1 for
-    an empty place. A call that goes on from a state has them in front: key_pos = carried + pos.
+    The state carries the last window - 1 `keys` (rotary applied) and `values`, oldest first, with `key_positions`, -1
+    for an empty place. A call that goes on from a state has them in front: key_pos = carried + pos.
     """
 
     def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, d_head: int, window: int):
@@ -306,7 +306,7 @@ class LocalAttention(Part):
 
 
 class GemmaNorm(Norm):
-    """out = (1 + weight) * x / scale, scale = sqrt(mean(x^2) + eps); rounded to x's dtype at the end, as in transformers."""
+    """out = (1 + weight) * x / scale, scale = sqrt(mean(x^2) + eps); rounded to x's dtype only at the end."""
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         wide = at_least_float32(x)
@@ -371,8 +371,8 @@ ALIASES = _transformer_lens(
 
 @dataclass(kw_only=True)
 class GriffinConfig(HookedConfig):
-    """cfg of Griffin and Hawk. `layer_types`: "recurrent" or "attention" for each layer. `window_size`: how many tokens a
-    query sees, its own included. `logits_soft_cap`: None where there is none."""
+    """cfg of Griffin and Hawk. `layer_types`: "recurrent" or "attention" for each layer. `window_size`: how many tokens
+    a query sees, its own included. `logits_soft_cap`: None where there is none."""
 
     lru_width: int
     d_conv: int
@@ -545,8 +545,8 @@ class HookedGriffin(HookedLanguageModel):
 
     @classmethod
     def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> HookedGriffin:
-        """A small random model for tests and tours: blocks R R A, 16 wide, window 8... whatever `sizes` say, in the words of
-        transformers' RecurrentGemmaConfig."""
+        """A small random model for tests and tours: blocks R R A, 16 wide, window 8... whatever `sizes` say, in the
+        words of transformers' RecurrentGemmaConfig."""
         given = {"hidden_size": 16, "num_hidden_layers": 3, "vocab_size": 40, "intermediate_size": 48, "lru_width": 24}
         heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "attention_window_size": 8}
         generator = torch.Generator().manual_seed(seed)
