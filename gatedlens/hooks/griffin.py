@@ -43,6 +43,7 @@ TAPS = "conv_1d.weight[tap] * x[pos - (K - 1) + tap], 0 from another document"
 I_GATE = "sigmoid(u @ input_gate_weight + input_gate_bias), by head"
 R_GATE = "sigmoid(u @ recurrent_gate_weight + recurrent_gate_bias), by head"
 LOG_A = "-8 * recurrence_gate * softplus(recurrent_param)"
+MULTIPLIER = "sqrt(max(1 - exp(2 * log_decay), 0)), 1 at position 0"
 MIXER_ROWS = (
     Point("hook_x", "batch pos channel", "linear_x(n)", f"{PAPER}, fig. 2c"),
     Point("hook_gate_pre", "batch pos channel", "linear_y(n)", f"{PAPER}, fig. 2c"),
@@ -52,7 +53,7 @@ MIXER_ROWS = (
     Point("hook_input_gate", "batch pos channel", I_GATE, f"{PAPER}, eq. 2"),
     Point("hook_recurrence_gate", "batch pos channel", R_GATE, f"{PAPER}, eq. 1"),
     Point("hook_log_decay", "batch pos channel", LOG_A, f"{PAPER}, app. A"),
-    Point("hook_multiplier", "batch pos channel", "sqrt(1 - exp(2 * log_decay)), 1 at position 0", f"{PAPER}, eq. 4"),
+    Point("hook_multiplier", "batch pos channel", MULTIPLIER, f"{PAPER}, eq. 4"),
     Point("hook_state_start", "batch channel", "state before the first position", f"{PAPER}, eq. 4", True),
     Point("hook_decay", "batch pos channel", "exp(log_decay), 0 at position 0", f"{PAPER}, eq. 3", True),
     Point("hook_write", "batch pos channel", "multiplier * input_gate * u", f"{PAPER}, eq. 4", True),
@@ -127,13 +128,34 @@ class DocumentRun(Run):
         """Where a document begins: the recurrence forgets what was before."""
         return self.real & (self.positions == 0)
 
-    def in_document(self, width: int) -> Bool[Tensor, "batch pos one tap"]:
-        """Which taps of a conv window (over `Padding.behind`) are of the same document as its position."""
+    @property
+    def next_position(self) -> Int[Tensor, " batch"]:
+        """The position of the token that would come next."""
+        if self.padding.mask is None:
+            return self.positions[:, -1] + 1
+        is_last = self.ranks == self.padding.mask.sum(1, keepdim=True) - 1
+        return (self.positions * is_last).sum(1) + 1
+
+    def behind(self, width: int) -> Int[Tensor, "batch long"]:
+        """The document of each place of `Padding.behind`: the tail's is the state's."""
         assert self.documents is not None
         order = self.padding.order
-        packed = self.documents if order is None else self.documents.gather(1, order)
-        seen = F.pad(packed, (width - 1, 0)).unfold(1, width, 1)
+        return F.pad(self.documents if order is None else self.documents.gather(1, order), (width - 1, 0))
+
+    def in_document(self, width: int) -> Bool[Tensor, "batch pos one tap"]:
+        """Which taps of each conv window are of the same document as the window's position."""
+        seen = self.behind(width).unfold(1, width, 1)
         return (seen == seen[..., -1:]).unsqueeze(2)
+
+    def in_last(self, width: int) -> Bool[Tensor, "batch long one"]:
+        """Which places of `Padding.behind` are of the row's last document: what the next call may see."""
+        return (self.behind(width) == self.last).unsqueeze(2)
+
+    @property
+    def last(self) -> Int[Tensor, "batch one"]:
+        """The last document of each row."""
+        assert self.documents is not None
+        return self.documents.amax(1, keepdim=True)
 
 
 # -- the recurrent block's mixer ------------------------------------------------------------------------------------
@@ -142,7 +164,8 @@ MAX_SQRT_SLOPE = 1000.0
 
 
 def bounded_sqrt(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    """sqrt(x) with its slope bounded by 1000, as in training: where it would be steeper, the tangent of slope 1000."""
+    """sqrt(max(x, 0)) with its slope bounded by 1000, as Griffin is trained: where it would be steeper, it is 1000."""
+    x = x.clamp(min=0)  # below 0 only if an edit makes a decay exceed 1
     steep = 1 / (4 * MAX_SQRT_SLOPE**2)
     tangent = x.detach().sqrt() + MAX_SQRT_SLOPE * (x - x.detach())
     return torch.where(x > steep, x.clamp(min=steep).sqrt(), tangent)
@@ -173,7 +196,8 @@ class GriffinMixer(Mixer):
         width = weight.shape[-1]
         tail = run.start("conv", self.layer, (x.shape[0], width - 1, x.shape[2]), x)
         long = run.padding.behind(x, tail)
-        run.leave("conv", self.layer, run.padding.tail(long, width))
+        ours = long if run.documents is None else long * run.in_last(width)
+        run.leave("conv", self.layer, run.padding.tail(ours, width))
         heard = self.hook_conv_taps.heard()
         if not heard and run.documents is None:
             c = F.conv1d(long.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)
@@ -269,8 +293,8 @@ class LocalAttention(Part):
             return
         places = torch.cat([carried, run.positions.masked_fill(~run.real, -1)], dim=1)
         if run.documents is not None:
-            last = run.documents.amax(1, keepdim=True)
-            places = places.masked_fill(torch.cat([torch.zeros_like(carried), run.documents], dim=1) != last, -1)
+            of_keys = torch.cat([torch.zeros_like(carried), run.documents], dim=1)
+            places = places.masked_fill(of_keys != run.last, -1)
         # Oldest first with the empty places in front: a stable sort keeps the order of the others.
         order = (places >= 0).to(torch.int8).argsort(dim=1, stable=True)
         order = order[:, max(0, order.shape[1] - (self.window - 1)) :]
@@ -467,19 +491,15 @@ class HookedGriffin(HookedLanguageModel):
         self, batch: Batch, state: RecurrentState | None, return_state: bool, position_ids: Tensor | None = None
     ) -> DocumentRun:
         """As in every model, and: positions go on in the state's last document, and documents are told apart."""
-        run = super().begin(batch, state, return_state, position_ids)
-        positions, documents = run.positions, None
-        so_far = torch.zeros_like(positions[:, 0])
-        if state is not None:
-            so_far = state["next_position", 0].to(positions.device)
-            if position_ids is None:
-                positions = positions + (so_far - state.seen.to(positions.device)).unsqueeze(1)
-        ours = DocumentRun(positions, run.padding, run.before, run.left)
+        plain = super().begin(batch, state, return_state, position_ids)
+        run = DocumentRun(plain.positions, plain.padding, plain.before, plain.left)
         if position_ids is not None:
-            documents = ours.begins.long().cumsum(1)
-        ours.documents = documents
-        ours.leave("next_position", 0, _next_position(ours, so_far))
-        return ours
+            run.documents = run.begins.long().cumsum(1)
+        elif state is not None:
+            skipped = state["next_position", 0] - state.seen  # tokens of documents that ended before the state
+            run.positions = run.positions + skipped.to(run.positions.device).unsqueeze(1)
+        run.leave("next_position", 0, run.next_position)
+        return run
 
     @property
     def embedding(self) -> nn.Module:
@@ -560,16 +580,6 @@ class HookedGriffin(HookedLanguageModel):
                 else:
                     p.add_(torch.randn(p.shape, generator=generator) * (0.3 if p.ndim == 1 else 0.1))
         return cls(wrapped.to(dtype).eval(), model_name="tiny-griffin")
-
-
-def _next_position(run: DocumentRun, so_far: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
-    """The position of the token that would come next; `so_far` for a row without a real token."""
-    if run.padding.mask is None:
-        return run.positions[:, -1] + 1
-    assert run.padding.order is not None
-    count = run.padding.mask.sum(1, keepdim=True)
-    last = run.positions.gather(1, run.padding.order.gather(1, (count - 1).clamp(min=0)))
-    return torch.where(count > 0, last + 1, so_far.unsqueeze(1)).squeeze(1)
 
 
 def _wrapped(scaled: bool = True, **config: Any) -> Any:
