@@ -108,8 +108,8 @@ class HookedModel(transformer_lens.HookedRootModule):
         raise NotImplementedError
 
     @classmethod
-    def renamed(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """An original checkpoint's tensors under the names (and in the shapes) of the parameters of `empty`."""
+    def rename(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """An original checkpoint's tensors by the names of `empty`."""
         return state
 
     # -- names ---------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class DecayScan:
     def channels(self) -> int:
         return self.time.shape[2]
 
-    def select(self, channels: Tensor | slice) -> DecayScan:
+    def select(self, channels: Tensor | slice | list[int]) -> DecayScan:
         """The scan of some channels."""
         time, amount = self.time[:, :, channels], self.amount[:, :, channels]
         return DecayScan(time, self.rate[channels], self.read, amount, self.key, self.document)

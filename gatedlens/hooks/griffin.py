@@ -15,9 +15,9 @@ Wraps transformers' RecurrentGemmaForCausalLM; `renamed` reads the original chec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,35 +27,38 @@ from torch import Tensor, nn
 
 from gatedlens.block import Mixer, MlpBlock, Norm, Run, mlp_residual_rows, norm_rows
 from gatedlens.config import HookedConfig
-from gatedlens.errors import CheckpointError
+from gatedlens.errors import CheckpointError, InputError
+from gatedlens.factors import Factors
 from gatedlens.hookpoint import Part, rows_of
 from gatedlens.language import HookedLanguageModel
 from gatedlens.model import Batch
-from gatedlens.padding import windows
+from gatedlens.padding import Padding, windows
 from gatedlens.points import Alias, Point, block_rows
 from gatedlens.recurrence import at_least_float32
+from gatedlens.scanmatrix import DecayScan
 from gatedlens.state import RecurrentState
 
 PAPER = "Griffin, arXiv 2402.19427"
 UIA = "UIA, arXiv 2405.16504"
 
-TAPS = "conv_1d.weight[tap] * x[pos - (K - 1) + tap], 0 from another document"
+TAPS = "conv_1d.weight[tap] * x[pos - (tap.size - 1) + tap], 0 from another document"
 I_GATE = "sigmoid(u @ input_gate_weight + input_gate_bias), by head"
 R_GATE = "sigmoid(u @ recurrent_gate_weight + recurrent_gate_bias), by head"
 LOG_A = "-8 * recurrence_gate * softplus(recurrent_param)"
-MULTIPLIER = "sqrt(max(1 - exp(2 * log_decay), 0)), 1 at position 0"
+MULTIPLIER = "reset + (1 - reset) * sqrt(max(1 - exp(2 * log_decay), 0))"
 MIXER_ROWS = (
-    Point("hook_x", "batch pos channel", "linear_x(n)", f"{PAPER}, fig. 2c"),
-    Point("hook_gate_pre", "batch pos channel", "linear_y(n)", f"{PAPER}, fig. 2c"),
+    Point("hook_x", "batch pos channel", "linear_x(ln1.out)", f"{PAPER}, fig. 2c"),
+    Point("hook_gate_pre", "batch pos channel", "linear_y(ln1.out)", f"{PAPER}, fig. 2c"),
     Point("hook_conv_taps", "batch pos channel tap", TAPS, f"{UIA}, eq. 9", True),
     Point("hook_conv", "batch pos channel", "sum over tap of conv_taps + conv_1d.bias", f"{PAPER}, fig. 2c"),
     Point("hook_u", "batch pos channel", "conv", f"{PAPER}, fig. 2c"),
     Point("hook_input_gate", "batch pos channel", I_GATE, f"{PAPER}, eq. 2"),
     Point("hook_recurrence_gate", "batch pos channel", R_GATE, f"{PAPER}, eq. 1"),
     Point("hook_log_decay", "batch pos channel", LOG_A, f"{PAPER}, app. A"),
+    Point("hook_reset", "batch pos one", "1 where a document begins (position 0), else 0", f"{PAPER}, app. A"),
     Point("hook_multiplier", "batch pos channel", MULTIPLIER, f"{PAPER}, eq. 4"),
     Point("hook_state_start", "batch channel", "state before the first position", f"{PAPER}, eq. 4", True),
-    Point("hook_decay", "batch pos channel", "exp(log_decay), 0 at position 0", f"{PAPER}, eq. 3", True),
+    Point("hook_decay", "batch pos channel", "exp(log_decay) * (1 - reset)", f"{PAPER}, eq. 3", True),
     Point("hook_write", "batch pos channel", "multiplier * input_gate * u", f"{PAPER}, eq. 4", True),
     Point("hook_state", "batch pos channel", "decay * state[pos - 1] + write", f"{PAPER}, eq. 4", True),
     Point("hook_scan", "batch pos channel", "state", f"{PAPER}, eq. 4"),
@@ -68,9 +71,9 @@ LOCAL = f"{PAPER}, sec. 2.3"
 ROPE = "RoPE, arXiv 2104.09864"
 SCORES = "rot_q . rot_k / sqrt(d_head); -inf if the key is ahead, W or more behind, padding or of another document"
 ATTENTION_ROWS = (
-    Point("hook_q", "batch pos head d_head", "q_proj(n)", LOCAL),
-    Point("hook_k", "batch pos kv_head d_head", "k_proj(n)", LOCAL),
-    Point("hook_v", "batch pos kv_head d_head", "v_proj(n)", LOCAL),
+    Point("hook_q", "batch pos head d_head", "q_proj(ln1.out)", LOCAL),
+    Point("hook_k", "batch pos kv_head d_head", "k_proj(ln1.out)", LOCAL),
+    Point("hook_v", "batch pos kv_head d_head", "v_proj(ln1.out)", LOCAL),
     Point("hook_rot_q", "batch pos head d_head", "q, its first rotary_dim turned by position", ROPE),
     Point("hook_rot_k", "batch pos kv_head d_head", "k, its first rotary_dim turned by position", ROPE),
     Point("hook_attn_scores", "batch head pos key_pos", SCORES, LOCAL),
@@ -79,8 +82,8 @@ ATTENTION_ROWS = (
 )
 
 MLP_ROWS = (
-    Point("hook_pre", "batch pos d_mlp", "gate_proj(m)", f"{PAPER}, fig. 2b"),
-    Point("hook_pre_linear", "batch pos d_mlp", "up_proj(m)", f"{PAPER}, fig. 2b"),
+    Point("hook_pre", "batch pos d_mlp", "gate_proj(ln2.out)", f"{PAPER}, fig. 2b"),
+    Point("hook_pre_linear", "batch pos d_mlp", "up_proj(ln2.out)", f"{PAPER}, fig. 2b"),
     Point("hook_post", "batch pos d_mlp", "gelu_tanh(pre) * pre_linear", f"{PAPER}, fig. 2b"),
 )
 
@@ -161,6 +164,7 @@ class DocumentRun(Run):
 # -- the recurrent block's mixer ------------------------------------------------------------------------------------
 
 MAX_SQRT_SLOPE = 1000.0
+FORGOTTEN = -1000.0  # a log decay that leaves nothing, and is finite
 
 
 def bounded_sqrt(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
@@ -182,13 +186,16 @@ def block_diagonal(
     return out.flatten(2)
 
 
-def griffin_terms(log_decay: Tensor, multiplier: Tensor, gate: Tensor, u: Tensor) -> tuple[Tensor, Tensor, None]:
-    """decay = exp(log_decay), write = multiplier * gate * u, read = 1 for any slice of positions: Griffin, eq. 4."""
-    return torch.exp(log_decay), multiplier * gate * u, None
+def griffin_terms(log_a: Tensor, reset: Tensor, m: Tensor, i: Tensor, u: Tensor) -> tuple[Tensor, Tensor, None]:
+    """decay = a, 0 at resets, write = m i u, read = 1 for any slice of positions: Griffin, eq. 4."""
+    return torch.exp(log_a) * (1 - reset), m * i * u, None
 
 
 class GriffinMixer(Mixer):
     """The gated recurrent block around an RG-LRU, every intermediate a point."""
+
+    attention_points = ("hook_x", "hook_input_gate", "hook_log_decay", "hook_reset", "hook_multiplier", "hook_gate")
+    attention_points += ("hook_gated",)
 
     def conv(self, x: Float[Tensor, "batch pos channel"], run: DocumentRun) -> Float[Tensor, "batch pos channel"]:
         """The causal depthwise convolution, which sees its own document only."""
@@ -208,6 +215,25 @@ class GriffinMixer(Mixer):
         taps = torch.stack([run.padding.spread(tap) for tap in taps.unbind(-1)], dim=-1)
         return (self.hook_conv_taps(taps) if heard else taps).sum(-1) + bias
 
+    def factors(self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None) -> Factors:
+        """The factors of the implicit attention: u = M x + drift, S[i, j] = a_i ... a_{j+1} m_j i_j (UIA, eq. 13)."""
+        x, i, log_a, reset, m, gate, o = (
+            padding.pack(at_least_float32(cached(name))) for name in self.attention_points
+        )
+        if bool((reset[:, 1:] == 1).any()):
+            raise InputError("Implicit attention takes one document a row, and a row of this cache holds several.")
+        weight, bias = self.weights.conv_1d.weight.to(x.dtype), self.weights.conv_1d.bias.to(x.dtype)
+        drift, start, width = bias * padding.packed_mask(x), None, weight.shape[-1]
+        if state is not None:
+            tail = state["conv", self.layer].to(x) * (reset[:, :1] != 1)
+            reach = F.conv1d(F.pad(tail.mT, (0, width - 1)), weight, groups=weight.shape[0]).mT
+            drift = drift + F.pad(reach, (0, 0, 0, x.shape[1]))[:, : x.shape[1]]
+            start = state["scan", self.layer].to(x).unsqueeze(-1)
+        kept = torch.log1p(-reset.double()).clamp(min=FORGOTTEN)
+        one = x.new_ones(*x.shape[:2], 1)
+        scan = DecayScan((log_a.double() + kept).cumsum(1), x.new_ones(x.shape[2], 1), one, m * i, one)
+        return Factors(x=x, o=o, scan=scan, gate=gate, taps=weight.squeeze(1), drift=drift, start=start)
+
     def forward(self, n: Float[Tensor, "batch pos d_model"], run: DocumentRun) -> Float[Tensor, "batch pos d_model"]:
         w, lru, pad = self.weights, self.weights.rg_lru, run.padding
         x = self.hook_x(pad.zero(F.linear(n, w.linear_x.weight, w.linear_x.bias)))
@@ -221,13 +247,12 @@ class GriffinMixer(Mixer):
         )
         log_a = -8.0 * r * F.softplus(at_least_float32(lru.recurrent_param))
         log_a = self.hook_log_decay(pad.zero(log_a))  # a = 1, m = 0 at a masked position: the state passes unchanged
-        begins = run.begins.unsqueeze(-1)
-        m = self.hook_multiplier(torch.where(begins, 1.0, bounded_sqrt(-torch.expm1(2 * log_a))))
+        reset = self.hook_reset(run.begins.unsqueeze(-1).to(log_a.dtype))
+        m = self.hook_multiplier(reset + (1 - reset) * bounded_sqrt(-torch.expm1(2 * log_a)))
 
         wide = at_least_float32(u)
         start = run.start("scan", self.layer, (u.shape[0], u.shape[2]), wide)
-        log_a = log_a.masked_fill(begins, -torch.inf)  # a = 0: a document starts from nothing
-        scan, last = self.recur(griffin_terms, (log_a, m, i, wide), (), start)
+        scan, last = self.recur(griffin_terms, (log_a, reset, m, i, wide), (), start)
         run.leave("scan", self.layer, last)
 
         scan = self.hook_scan(scan.to(u.dtype))
@@ -422,6 +447,20 @@ class HookedGriffin(HookedLanguageModel):
     """
 
     title = "Griffin"
+    paper = "De et al., Griffin: Mixing Gated Linear Recurrences with Local Attention (arXiv 2402.19427)"
+    reference = (
+        "google/recurrentgemma-2b",
+        {"d_model": 2560, "channel": 2560, "tap": 4, "d_mlp": 7680, "head": 10, "kv_head": 1, "d_head": 256},
+    )
+    recurrence: ClassVar = {
+        "decay": "a = exp(log_decay), 0 at resets, [channel]",
+        "write": "multiplier * input_gate * u, [channel]; multiplier = sqrt(1 - a^2), 1 at resets",
+        "read": "1: the state has no axis of its own",
+        "skip": "none",
+        "conv": "causal depthwise conv over x, with bias, within a document",
+        "activation before the scan": "none",
+        "gate": "gelu_tanh(gate_pre)",
+    }
     wraps = ("RecurrentGemmaForCausalLM",)
     hub_types = ("recurrent_gemma",)
     block_points = (*RECURRENT_BLOCK, *block_rows("attn", ATTENTION_ROWS))  # of either kind; see rows_for
@@ -471,8 +510,13 @@ class HookedGriffin(HookedLanguageModel):
             tie_word_embeddings=wrapped.lm_head.weight is weight,
         )
 
+    @classmethod
+    def kinds(cls) -> dict[str, tuple[Point, ...]]:
+        """The rows of each kind of block."""
+        return {"recurrent": RECURRENT_BLOCK, "attention": ATTENTION_BLOCK}
+
     def rows_for(self, layer: int) -> tuple[Point, ...]:
-        return RECURRENT_BLOCK if self.cfg.layer_types[layer] == "recurrent" else ATTENTION_BLOCK
+        return self.kinds()[self.cfg.layer_types[layer]]
 
     def make_block(self, layer: int) -> MlpBlock:
         w, cfg, rows = self.wrapped.model.layers[layer], self.cfg, self.rows_for(layer)
@@ -560,7 +604,7 @@ class HookedGriffin(HookedLanguageModel):
         )
 
     @classmethod
-    def renamed(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def rename(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return renamed(state)
 
     @classmethod
@@ -618,7 +662,7 @@ RENAMES = {
 }
 
 
-def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """recurrentgemma's parameters under transformers' names: `blocks.0.recurrent_block.conv_1d.w` [tap, channel] is
     `model.layers.0.temporal_block.conv_1d.weight` [channel, 1, tap], and so on."""
     out = {}

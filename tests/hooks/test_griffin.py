@@ -237,7 +237,7 @@ def literal(model, layer, c, places):
         m, lru = p + "mixer.", t.rg_lru
         taps = torch.zeros(batch, length, model.cfg.lru_width, 4, dtype=torch.float64)
         decay, state = c[m + "hook_log_decay"].exp(), torch.zeros_like(c[m + "hook_x"])
-        gates = {}
+        gates, reset = {}, torch.zeros(batch, length, 1, dtype=torch.float64)
         for name, weight, bias in (
             ("hook_input_gate", lru.input_gate_weight, lru.input_gate_bias),
             ("hook_recurrence_gate", lru.recurrent_gate_weight, lru.recurrent_gate_bias),
@@ -255,7 +255,7 @@ def literal(model, layer, c, places):
                     if j >= 0 and documents[b, j] == documents[b, i]:
                         taps[b, i, :, tap] = t.conv_1d.weight[:, 0, tap] * c[m + "hook_x"][b, j]
                 if places[b, i] == 0:
-                    multiplier[b, i], decay[b, i] = 1, 0
+                    reset[b, i], multiplier[b, i], decay[b, i] = 1, 1, 0
                 last = state[b, i - 1] if i else c[m + "hook_state_start"][b]
                 state[b, i] = c[m + "hook_decay"][b, i] * last + c[m + "hook_write"][b, i]
         rows |= {
@@ -266,6 +266,7 @@ def literal(model, layer, c, places):
             "mixer.hook_u": c[m + "hook_conv"],
             **{f"mixer.{name}": gate for name, gate in gates.items()},
             "mixer.hook_log_decay": -8 * c[m + "hook_recurrence_gate"] * torch.log(1 + lru.recurrent_param.exp()),
+            "mixer.hook_reset": reset,
             "mixer.hook_multiplier": multiplier,
             "mixer.hook_state_start": torch.zeros(batch, model.cfg.lru_width, dtype=torch.float64),
             "mixer.hook_decay": decay,
@@ -578,6 +579,48 @@ def test_lazy_points_are_built_only_for_listeners(model):
         assert model.hook_dict[name].visits == before[name] + 1
     out, _ = model.run_with_cache(tokens, names_filter=lambda name: True)
     assert relative(out, plain) < 1e-12
+
+
+# -- implicit attention -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["plain", "left padded", "from a state", "a new document behind a state"])
+def test_implicit_attention_is_the_frozen_jacobian_and_reconstructs(model, case):
+    """o = A x + r, and A = d gated / d x with the gates and decays held."""
+    tokens, options = some_tokens(2, 9), {}
+    if case == "left padded":
+        tokens, options["attention_mask"] = padded([some_tokens(1, 9)[0], some_tokens(1, 4)[0]], "left")
+    elif case != "plain":
+        with torch.no_grad():
+            options["state"] = model(some_tokens(2, 6, seed=3), return_state=True)[1]
+        if "new" in case:
+            options["position_ids"] = torch.arange(9)
+    for layer in (0, 1):
+        A = gl.implicit_attention(model, tokens, layer=layer, **options)
+        assert A.check().relative < 1e-10
+        p = f"blocks.{layer}.mixer."
+        held = [p + f"hook_{word}" for word in ("input_gate", "log_decay", "multiplier", "gate")]
+        with torch.no_grad():
+            _, cache = model.run_with_cache(tokens, names_filter=[*held, p + "hook_x"], **options)
+        seen = {}
+
+        def gated_of(x, p=p, held=held, cache=cache, seen=seen):
+            hooks = [(name, lambda value, hook, c=cache: c[hook.name]) for name in held]
+            hooks += [(p + "hook_x", lambda value, hook: x), (p + "hook_gated", lambda o, hook: seen.update(o=o))]
+            model.run_with_hooks(tokens, fwd_hooks=hooks, **options)
+            return seen["o"]
+
+        exact = torch.autograd.functional.jacobian(gated_of, cache[p + "hook_x"])
+        dense = torch.einsum("bicbjc->bcij", exact)
+        real = options.get("attention_mask", torch.ones(2, 9, dtype=torch.bool))
+        real = (real[:, None, :, None] & real[:, None, None, :]).double()
+        torch.testing.assert_close(A.dense(), dense * real, atol=1e-10, rtol=0)
+        torch.testing.assert_close(A.mean(), A.dense().mean(1), atol=1e-10, rtol=0)
+
+
+def test_implicit_attention_of_packed_documents_is_refused(model):
+    with pytest.raises(InputError, match="one document a row"):
+        gl.implicit_attention(model, some_tokens(1, 4), layer=0, position_ids=torch.tensor([0, 1, 0, 1]))
 
 
 # -- generation -----------------------------------------------------------------------------------------------------
