@@ -194,8 +194,15 @@ def griffin_terms(log_a: Tensor, reset: Tensor, m: Tensor, i: Tensor, u: Tensor)
 class GriffinMixer(Mixer):
     """The gated recurrent block around an RG-LRU, every intermediate a point."""
 
-    attention_points = ("hook_x", "hook_input_gate", "hook_log_decay", "hook_reset", "hook_multiplier", "hook_gate")
-    attention_points += ("hook_gated",)
+    attention_points = (
+        "hook_x",
+        "hook_input_gate",
+        "hook_log_decay",
+        "hook_reset",
+        "hook_multiplier",
+        "hook_gate",
+        "hook_gated",
+    )
 
     def conv(self, x: Float[Tensor, "batch pos channel"], run: DocumentRun) -> Float[Tensor, "batch pos channel"]:
         """The causal depthwise convolution, which sees its own document only."""
@@ -289,6 +296,13 @@ class LocalAttention(Part):
         self.layer = layer
         self.d_head = d_head
         self.window = window
+
+    @property
+    def attention_points(self) -> tuple[str, ...]:
+        """There is no implicit attention here."""
+        raise InputError(
+            f"Layer {self.layer} attends explicitly: its attention is blocks.{self.layer}.attn.hook_pattern."
+        )
 
     def project(
         self, n: Float[Tensor, "batch pos d_model"], projection: nn.Linear
@@ -536,7 +550,7 @@ class HookedGriffin(HookedLanguageModel):
     ) -> DocumentRun:
         """As in every model, and: positions go on in the state's last document, and documents are told apart."""
         plain = super().begin(batch, state, return_state, position_ids)
-        run = DocumentRun(plain.positions, plain.padding, plain.before, plain.left)
+        run = DocumentRun(**vars(plain))
         if position_ids is not None:
             run.documents = run.begins.long().cumsum(1)
         elif state is not None:
@@ -546,12 +560,12 @@ class HookedGriffin(HookedLanguageModel):
         return run
 
     @property
-    def embedding(self) -> nn.Module:
-        return self.wrapped.model.embed_tokens  # type: ignore[no-any-return]
+    def embedding(self) -> Any:
+        return self.wrapped.model.embed_tokens
 
     @property
-    def unembedding(self) -> nn.Module:
-        return self.wrapped.lm_head  # type: ignore[no-any-return]
+    def unembedding(self) -> Any:
+        return self.wrapped.lm_head
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:

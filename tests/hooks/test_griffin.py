@@ -618,9 +618,26 @@ def test_implicit_attention_is_the_frozen_jacobian_and_reconstructs(model, case)
         torch.testing.assert_close(A.mean(), A.dense().mean(1), atol=1e-10, rtol=0)
 
 
-def test_implicit_attention_of_packed_documents_is_refused(model):
+def test_implicit_attention_of_packed_documents_and_of_attention_is_refused(model):
+    with pytest.raises(InputError, match=r"its attention is blocks.2.attn.hook_pattern"):
+        gl.implicit_attention(model, some_tokens(1, 4), layer=2)
     with pytest.raises(InputError, match="one document a row"):
         gl.implicit_attention(model, some_tokens(1, 4), layer=0, position_ids=torch.tensor([0, 1, 0, 1]))
+
+
+@torch.no_grad()
+def test_nnsight_sees_lazy_points_of_both_kinds_of_layer(model):
+    nnsight = pytest.importorskip("nnsight")
+    tiny, tokens = HookedGriffin.tiny(dtype=torch.float64), some_tokens()
+    names = ["blocks.0.mixer.hook_decay", "blocks.0.mixer.hook_state", "blocks.2.attn.hook_pattern"]
+    traced = nnsight.NNsight(tiny)
+    with traced.trace(tokens):
+        decay = traced.blocks[0].mixer.hook_decay.output.save()
+        state = traced.blocks[0].mixer.hook_state.output.save()
+        pattern = traced.blocks[2].attn.hook_pattern.output.save()
+    _, cache = model.run_with_cache(tokens, names_filter=names)
+    for name, value in zip(names, (decay, state, pattern), strict=True):
+        torch.testing.assert_close(value, cache[name])
 
 
 # -- generation -----------------------------------------------------------------------------------------------------
