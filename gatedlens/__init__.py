@@ -24,6 +24,7 @@ from gatedlens.errors import (
     TooLargeError,
 )
 from gatedlens.hookpoint import HookPoint
+from gatedlens.hooks.griffin import HookedGriffin
 from gatedlens.hooks.mamba import HookedMamba
 from gatedlens.language import HookedLanguageModel
 from gatedlens.loading import bundled_models, from_pretrained, wrap
@@ -43,6 +44,7 @@ __all__ = [
     "HookPoint",
     "HookTable",
     "HookedConfig",
+    "HookedGriffin",
     "HookedLanguageModel",
     "HookedMamba",
     "HookedModel",

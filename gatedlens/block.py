@@ -33,11 +33,14 @@ class Run:
     left: dict[str, Tensor] | None = None  # None: nobody wants the state
 
     def start(self, name: str, layer: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """The tensor `name` of the state that this call continues, zeros of `shape` if it starts from nothing."""
+        """The tensor `name` of the state that this call continues, zeros of `shape` if it starts from nothing.
+
+        A size of -1 stands for whatever the state has there, and for 0 when there is no state.
+        """
         if self.before is None:
-            return like.new_zeros(shape)
+            return like.new_zeros([max(size, 0) for size in shape])
         given = self.before[name, layer]
-        if tuple(given.shape) != shape:
+        if given.ndim != len(shape) or any(size not in (-1, has) for size, has in zip(shape, given.shape, strict=True)):
             raise InputError(
                 f"The state's {RecurrentState.key(name, layer)} has shape {list(given.shape)}; this call needs {list(shape)}"
                 " (batch first). `state.rows([...])` repeats or picks rows."

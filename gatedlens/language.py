@@ -70,8 +70,12 @@ class HookedLanguageModel(HookedModel):
     def unembedding(self) -> Any:
         raise NotImplementedError
 
+    def embed(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """What the tokens write into the residual stream (scaled, where the architecture scales it)."""
+        return F.embedding(tokens, self.embedding.weight)
+
     def stream(self, embedded: Tensor) -> Tensor:
-        """The residual stream that an embedding starts (a scale or a dtype, where the architecture has one)."""
+        """The residual stream that an embedding starts (in another dtype, where the architecture has one)."""
         return embedded
 
     @classmethod
@@ -161,7 +165,7 @@ class HookedLanguageModel(HookedModel):
             resid = self.through_blocks(batch.value, run, start_at_layer, stop_at_layer)
         else:
             tokens = batch.value
-            resid = self.stream(self.hook_embed(F.embedding(tokens, self.embedding.weight)))
+            resid = self.stream(self.hook_embed(self.embed(tokens)))
             resid = self.through_blocks(resid, run, None, stop_at_layer)
         out = (
             resid
@@ -244,7 +248,7 @@ class HookedLanguageModel(HookedModel):
 
     def _tokenize(self, input: Any, prepend_bos: bool | None, side: str | None) -> tuple[Tensor, Tensor | None]:
         """(tokens on the model's device, mask or None)."""
-        device = self.W_E.device
+        device = self.embedding.weight.device
         if isinstance(input, str) or (isinstance(input, Sequence) and any(isinstance(i, str) for i in input)):
             tokenizer = self._need_tokenizer("Text")
             texts = [input] if isinstance(input, str) else list(input)

@@ -191,7 +191,7 @@ def _from_original(
     hooked: Any, source: str, config: dict[str, Any], dtype: torch.dtype | None, hub: Mapping[str, Any]
 ) -> nn.Module:
     """An original checkpoint into the architecture's own parameter module."""
-    state = _state_dict(source, hub)
+    state = hooked.rename(_state_dict(source, hub))
     wrapped: nn.Module = hooked.empty(config)
     expected = wrapped.state_dict()
     shared = {k for k in expected if k not in state and _tied_to_known(wrapped, k, state)}

@@ -127,6 +127,11 @@ class HookedModel(transformer_lens.HookedRootModule):
         """Three lines of code that read one point of `model`, for the catalogue."""
         raise NotImplementedError
 
+    @classmethod
+    def rename(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """An original checkpoint's tensors by the names of `empty`."""
+        return state
+
     # -- names ---------------------------------------------------------------------------------------------------
 
     def setup(self) -> None:

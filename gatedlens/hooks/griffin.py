@@ -1,0 +1,701 @@
+"""Griffin (De et al. 2024, arXiv 2402.19427): gated linear recurrences and local attention; Hawk: no attention.
+
+b batch, l pos, d d_model, c channel (lru_width), K taps of the causal conv, h head, k key position, W the attention
+window; a decay, i input gate, r recurrence gate, m multiplier (in the mixer) or the MLP's input (elsewhere). A document
+is a run of tokens whose first has position 0: nothing passes from one document into the next.
+
+    recurrent    x, y = linear_x(n), linear_y(n)             u = conv1d(x) + bias          gate = gelu(y)
+                 i, r = sigmoid(block-diagonal(u))           log a = -8 r softplus(param)  m = sqrt(1 - a^2)
+                 state_t = a_t state_{t-1} + m_t i_t u_t     out = linear_out(state gate)
+    attention    q, k, v = proj(n), half of each head rotary; softmax(q k / sqrt(d_head)) v over the last W tokens
+    channel mix  down(gelu(gate(m)) up(m))
+
+Wraps transformers' RecurrentGemmaForCausalLM; `renamed` reads the original checkpoints' (recurrentgemma's) layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from gatedlens.block import Mixer, MlpBlock, Norm, Run, mlp_residual_rows, norm_rows
+from gatedlens.config import HookedConfig
+from gatedlens.errors import CheckpointError, InputError
+from gatedlens.factors import Factors
+from gatedlens.hookpoint import Part, rows_of
+from gatedlens.language import HookedLanguageModel
+from gatedlens.model import Batch
+from gatedlens.padding import Padding, windows
+from gatedlens.points import Alias, Point, block_rows
+from gatedlens.recurrence import at_least_float32
+from gatedlens.scanmatrix import DecayScan
+from gatedlens.state import RecurrentState
+
+PAPER = "Griffin, arXiv 2402.19427"
+UIA = "UIA, arXiv 2405.16504"
+
+TAPS = "conv_1d.weight[tap] * x[pos - (tap.size - 1) + tap], 0 from another document"
+I_GATE = "sigmoid(u @ input_gate_weight + input_gate_bias), by head"
+R_GATE = "sigmoid(u @ recurrent_gate_weight + recurrent_gate_bias), by head"
+LOG_A = "-8 * recurrence_gate * softplus(recurrent_param)"
+MULTIPLIER = "reset + (1 - reset) * sqrt(max(1 - exp(2 * log_decay), 0))"
+MIXER_ROWS = (
+    Point("hook_x", "batch pos channel", "linear_x(ln1.out)", f"{PAPER}, fig. 2c"),
+    Point("hook_gate_pre", "batch pos channel", "linear_y(ln1.out)", f"{PAPER}, fig. 2c"),
+    Point("hook_conv_taps", "batch pos channel tap", TAPS, f"{UIA}, eq. 9", True),
+    Point("hook_conv", "batch pos channel", "sum over tap of conv_taps + conv_1d.bias", f"{PAPER}, fig. 2c"),
+    Point("hook_u", "batch pos channel", "conv", f"{PAPER}, fig. 2c"),
+    Point("hook_input_gate", "batch pos channel", I_GATE, f"{PAPER}, eq. 2"),
+    Point("hook_recurrence_gate", "batch pos channel", R_GATE, f"{PAPER}, eq. 1"),
+    Point("hook_log_decay", "batch pos channel", LOG_A, f"{PAPER}, app. A"),
+    Point("hook_reset", "batch pos one", "1 where a document begins (position 0), else 0", f"{PAPER}, app. A"),
+    Point("hook_multiplier", "batch pos channel", MULTIPLIER, f"{PAPER}, eq. 4"),
+    Point("hook_state_start", "batch channel", "state before the first position", f"{PAPER}, eq. 4", True),
+    Point("hook_decay", "batch pos channel", "exp(log_decay) * (1 - reset)", f"{PAPER}, eq. 3", True),
+    Point("hook_write", "batch pos channel", "multiplier * input_gate * u", f"{PAPER}, eq. 4", True),
+    Point("hook_state", "batch pos channel", "decay * state[pos - 1] + write", f"{PAPER}, eq. 4", True),
+    Point("hook_scan", "batch pos channel", "state", f"{PAPER}, eq. 4"),
+    Point("hook_y", "batch pos channel", "scan (no skip)", f"{PAPER}, fig. 2c"),
+    Point("hook_gate", "batch pos channel", "gelu_tanh(gate_pre)", f"{PAPER}, fig. 2c"),
+    Point("hook_gated", "batch pos channel", "y * gate", f"{PAPER}, fig. 2c"),
+)  # fmt: skip
+
+LOCAL = f"{PAPER}, sec. 2.3"
+ROPE = "RoPE, arXiv 2104.09864"
+SCORES = "rot_q . rot_k / sqrt(d_head); -inf if the key is ahead, W or more behind, padding or of another document"
+ATTENTION_ROWS = (
+    Point("hook_q", "batch pos head d_head", "q_proj(ln1.out)", LOCAL),
+    Point("hook_k", "batch pos kv_head d_head", "k_proj(ln1.out)", LOCAL),
+    Point("hook_v", "batch pos kv_head d_head", "v_proj(ln1.out)", LOCAL),
+    Point("hook_rot_q", "batch pos head d_head", "q, its first rotary_dim turned by position", ROPE),
+    Point("hook_rot_k", "batch pos kv_head d_head", "k, its first rotary_dim turned by position", ROPE),
+    Point("hook_attn_scores", "batch head pos key_pos", SCORES, LOCAL),
+    Point("hook_pattern", "batch head pos key_pos", "softmax over key_pos of attn_scores", LOCAL),
+    Point("hook_z", "batch pos head d_head", "sum over key_pos of pattern * v", LOCAL),
+)
+
+MLP_ROWS = (
+    Point("hook_pre", "batch pos d_mlp", "gate_proj(ln2.out)", f"{PAPER}, fig. 2b"),
+    Point("hook_pre_linear", "batch pos d_mlp", "up_proj(ln2.out)", f"{PAPER}, fig. 2b"),
+    Point("hook_post", "batch pos d_mlp", "gelu_tanh(pre) * pre_linear", f"{PAPER}, fig. 2b"),
+)
+
+RMSNORM = "RMSNorm, arXiv 1910.07467"
+NORMED = "(1 + w) * normalized"
+
+
+def _rows(part: str, rows: tuple[Point, ...], out: str) -> tuple[Point, ...]:
+    """The rows of a block whose token mixing stands under `part`."""
+    ln1, ln2 = norm_rows("ln1", "mixer_in", RMSNORM, NORMED), norm_rows("ln2", "mlp_in", RMSNORM, NORMED)
+    return mlp_residual_rows(ln1, block_rows(part, rows), ln2, block_rows("mlp", MLP_ROWS), out, "down_proj(post)")
+
+
+RECURRENT_BLOCK = _rows("mixer", MIXER_ROWS, "linear_out(gated)")
+ATTENTION_BLOCK = _rows("attn", ATTENTION_ROWS, "o_proj(z)")
+
+
+# -- documents ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DocumentRun(Run):
+    """A Run whose rows may hold several documents.
+
+    `documents` counts the documents that have begun in this call, up to each position (0: the state's goes on). None
+    without position_ids: then each row is one document, and what lies before its beginning is empty anyway.
+    """
+
+    documents: Int[Tensor, "batch pos"] | None = None
+
+    @property
+    def real(self) -> Bool[Tensor, "batch pos"]:
+        """Where a token is no padding."""
+        return torch.ones_like(self.positions, dtype=torch.bool) if self.padding.mask is None else self.padding.mask
+
+    @property
+    def ranks(self) -> Int[Tensor, "batch pos"]:
+        """Each real token's place among the real tokens of its row; padding ranks behind them."""
+        if self.padding.rank is not None:
+            return self.padding.rank
+        return torch.arange(self.positions.shape[1], device=self.positions.device).expand_as(self.positions)
+
+    @property
+    def begins(self) -> Bool[Tensor, "batch pos"]:
+        """Where a document begins: the recurrence forgets what was before."""
+        return self.real & (self.positions == 0)
+
+    @property
+    def next_position(self) -> Int[Tensor, " batch"]:
+        """The position of the token that would come next."""
+        if self.padding.mask is None:
+            return self.positions[:, -1] + 1
+        is_last = self.ranks == self.padding.mask.sum(1, keepdim=True) - 1
+        return (self.positions * is_last).sum(1) + 1
+
+    def behind(self, width: int) -> Int[Tensor, "batch long"]:
+        """The document of each place of `Padding.behind`: the tail's is the state's."""
+        assert self.documents is not None
+        order = self.padding.order
+        return F.pad(self.documents if order is None else self.documents.gather(1, order), (width - 1, 0))
+
+    def in_document(self, width: int) -> Bool[Tensor, "batch pos one tap"]:
+        """Which taps of each conv window are of the same document as the window's position."""
+        seen = self.behind(width).unfold(1, width, 1)
+        return (seen == seen[..., -1:]).unsqueeze(2)
+
+    def in_last(self, width: int) -> Bool[Tensor, "batch long one"]:
+        """Which places of `Padding.behind` are of the row's last document: what the next call may see."""
+        return (self.behind(width) == self.last).unsqueeze(2)
+
+    @property
+    def last(self) -> Int[Tensor, "batch one"]:
+        """The last document of each row."""
+        assert self.documents is not None
+        return self.documents.amax(1, keepdim=True)
+
+
+# -- the recurrent block's mixer ------------------------------------------------------------------------------------
+
+MAX_SQRT_SLOPE = 1000.0
+FORGOTTEN = -1000.0  # a log decay that leaves nothing, and is finite
+
+
+def bounded_sqrt(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """sqrt(max(x, 0)) with its slope bounded by 1000, as Griffin is trained: where it would be steeper, it is 1000."""
+    x = x.clamp(min=0)  # below 0 only if an edit makes a decay exceed 1
+    steep = 1 / (4 * MAX_SQRT_SLOPE**2)
+    tangent = x.detach().sqrt() + MAX_SQRT_SLOPE * (x - x.detach())
+    return torch.where(x > steep, x.clamp(min=steep).sqrt(), tangent)
+
+
+def block_diagonal(
+    x: Float[Tensor, "batch pos channel"],
+    weight: Float[Tensor, "head width width"],
+    bias: Float[Tensor, "head width"],
+) -> Float[Tensor, "batch pos channel"]:
+    """x_h @ weight_h + bias_h for each head h of the channels, in at least float32."""
+    heads = rearrange(at_least_float32(x), "b l (h i) -> b l h i", h=weight.shape[0])
+    out = torch.einsum("blhi,hij->blhj", heads, at_least_float32(weight)) + at_least_float32(bias)
+    return out.flatten(2)
+
+
+def griffin_terms(log_a: Tensor, reset: Tensor, m: Tensor, i: Tensor, u: Tensor) -> tuple[Tensor, Tensor, None]:
+    """decay = a, 0 at resets, write = m i u, read = 1 for any slice of positions: Griffin, eq. 4."""
+    return torch.exp(log_a) * (1 - reset), m * i * u, None
+
+
+class GriffinMixer(Mixer):
+    """The gated recurrent block around an RG-LRU, every intermediate a point."""
+
+    attention_points = (
+        "hook_x",
+        "hook_input_gate",
+        "hook_log_decay",
+        "hook_reset",
+        "hook_multiplier",
+        "hook_gate",
+        "hook_gated",
+    )
+
+    def conv(self, x: Float[Tensor, "batch pos channel"], run: DocumentRun) -> Float[Tensor, "batch pos channel"]:
+        """The causal depthwise convolution, which sees its own document only."""
+        weight, bias = self.weights.conv_1d.weight, self.weights.conv_1d.bias
+        width = weight.shape[-1]
+        tail = run.start("conv", self.layer, (x.shape[0], width - 1, x.shape[2]), x)
+        long = run.padding.behind(x, tail)
+        ours = long if run.documents is None else long * run.in_last(width)
+        run.leave("conv", self.layer, run.padding.tail(ours, width))
+        heard = self.hook_conv_taps.heard()
+        if not heard and run.documents is None:
+            c = F.conv1d(long.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)
+            return run.padding.spread(c)
+        taps = windows(long, width) * weight.squeeze(1)
+        if run.documents is not None:
+            taps = taps * run.in_document(width)
+        taps = torch.stack([run.padding.spread(tap) for tap in taps.unbind(-1)], dim=-1)
+        return (self.hook_conv_taps(taps) if heard else taps).sum(-1) + bias
+
+    def factors(self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None) -> Factors:
+        """The factors of the implicit attention: u = M x + drift, S[i, j] = a_i ... a_{j+1} m_j i_j (UIA, eq. 13)."""
+        x, i, log_a, reset, m, gate, o = (
+            padding.pack(at_least_float32(cached(name))) for name in self.attention_points
+        )
+        if bool((reset[:, 1:] == 1).any()):
+            raise InputError("Implicit attention takes one document a row, and a row of this cache holds several.")
+        weight, bias = self.weights.conv_1d.weight.to(x.dtype), self.weights.conv_1d.bias.to(x.dtype)
+        drift, start, width = bias * padding.packed_mask(x), None, weight.shape[-1]
+        if state is not None:
+            tail = state["conv", self.layer].to(x) * (reset[:, :1] != 1)
+            reach = F.conv1d(F.pad(tail.mT, (0, width - 1)), weight, groups=weight.shape[0]).mT
+            drift = drift + F.pad(reach, (0, 0, 0, x.shape[1]))[:, : x.shape[1]]
+            start = state["scan", self.layer].to(x).unsqueeze(-1)
+        kept = torch.log1p(-reset.double()).clamp(min=FORGOTTEN)
+        one = x.new_ones(*x.shape[:2], 1)
+        scan = DecayScan((log_a.double() + kept).cumsum(1), x.new_ones(x.shape[2], 1), one, m * i, one)
+        return Factors(x=x, o=o, scan=scan, gate=gate, taps=weight.squeeze(1), drift=drift, start=start)
+
+    def forward(self, n: Float[Tensor, "batch pos d_model"], run: DocumentRun) -> Float[Tensor, "batch pos d_model"]:
+        w, lru, pad = self.weights, self.weights.rg_lru, run.padding
+        x = self.hook_x(pad.zero(F.linear(n, w.linear_x.weight, w.linear_x.bias)))
+        gate_pre = self.hook_gate_pre(F.linear(n, w.linear_y.weight, w.linear_y.bias))
+        c = self.hook_conv(self.conv(x, run))
+        u = self.hook_u(pad.zero(c))
+
+        i = self.hook_input_gate(torch.sigmoid(block_diagonal(u, lru.input_gate_weight, lru.input_gate_bias)))
+        r = self.hook_recurrence_gate(
+            torch.sigmoid(block_diagonal(u, lru.recurrent_gate_weight, lru.recurrent_gate_bias))
+        )
+        log_a = -8.0 * r * F.softplus(at_least_float32(lru.recurrent_param))
+        log_a = self.hook_log_decay(pad.zero(log_a))  # a = 1, m = 0 at a masked position: the state passes unchanged
+        reset = self.hook_reset(run.begins.unsqueeze(-1).to(log_a.dtype))
+        m = self.hook_multiplier(reset + (1 - reset) * bounded_sqrt(-torch.expm1(2 * log_a)))
+
+        wide = at_least_float32(u)
+        start = run.start("scan", self.layer, (u.shape[0], u.shape[2]), wide)
+        scan, last = self.recur(griffin_terms, (log_a, reset, m, i, wide), (), start)
+        run.leave("scan", self.layer, last)
+
+        scan = self.hook_scan(scan.to(u.dtype))
+        y = self.hook_y(scan)
+        gate = self.hook_gate(F.gelu(gate_pre, approximate="tanh"))
+        gated = self.hook_gated(y * gate)
+        return F.linear(gated, w.linear_out.weight, w.linear_out.bias)
+
+
+# -- local attention ------------------------------------------------------------------------------------------------
+
+
+def rotate(
+    x: Float[Tensor, "batch pos some d_head"],
+    cos: Float[Tensor, "batch pos rotary"],
+    sin: Float[Tensor, "batch pos rotary"],
+) -> Float[Tensor, "batch pos some d_head"]:
+    """The first `rotary` of d_head turned in pairs (j, j + rotary / 2); the rest as it is."""
+    turning, still = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    first, second = turning.chunk(2, dim=-1)
+    aside = torch.cat([-second, first], dim=-1)
+    return torch.cat([turning * cos.unsqueeze(2) + aside * sin.unsqueeze(2), still], dim=-1)
+
+
+class LocalAttention(Part):
+    """Causal attention over the last `window` tokens, the own one included, of the same document.
+
+    The state carries the last window - 1 `keys` (rotary applied) and `values`, oldest first, with `key_positions`, -1
+    for an empty place. A call that goes on from a state has them in front: key_pos = carried + pos.
+    """
+
+    def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, d_head: int, window: int):
+        super().__init__(weights, rows)
+        self.layer = layer
+        self.d_head = d_head
+        self.window = window
+
+    @property
+    def attention_points(self) -> tuple[str, ...]:
+        """There is no implicit attention here."""
+        raise InputError(
+            f"Layer {self.layer} attends explicitly: its attention is blocks.{self.layer}.attn.hook_pattern."
+        )
+
+    def project(
+        self, n: Float[Tensor, "batch pos d_model"], projection: nn.Linear
+    ) -> Float[Tensor, "batch pos some d_head"]:
+        return F.linear(n, projection.weight, projection.bias).unflatten(-1, (-1, self.d_head))
+
+    def angles(self, positions: Int[Tensor, "batch pos"], like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of position * theta^(-2j / rotary_dim), twice side by side, for the pairs of `rotate`."""
+        frequency = at_least_float32(self.weights.rotary_emb.inv_freq)
+        angle = (positions.unsqueeze(-1) * frequency).repeat(1, 1, 2)
+        return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+    def visible(self, carried: Int[Tensor, "batch carried"], run: DocumentRun) -> Bool[Tensor, "batch 1 pos key_pos"]:
+        """Which keys each query sees, counted in real tokens; a position always sees itself, so no row is empty."""
+        before = torch.arange(-carried.shape[1], 0, device=carried.device).expand_as(carried)
+        behind = run.ranks.unsqueeze(2) - torch.cat([before, run.ranks], dim=1).unsqueeze(1)
+        real = torch.cat([carried >= 0, run.real], dim=1).unsqueeze(1)
+        seen = (behind >= 0) & (behind < self.window) & real
+        if run.documents is not None:
+            of_keys = torch.cat([torch.zeros_like(carried), run.documents], dim=1)
+            seen &= run.documents.unsqueeze(2) == of_keys.unsqueeze(1)
+        return (seen | (behind == 0)).unsqueeze(1)
+
+    def remember(self, keys: Tensor, values: Tensor, carried: Int[Tensor, "batch carried"], run: DocumentRun) -> None:
+        """Leave the last window - 1 real keys and values of each row, without those of documents that have ended."""
+        if run.left is None:
+            return
+        places = torch.cat([carried, run.positions.masked_fill(~run.real, -1)], dim=1)
+        if run.documents is not None:
+            of_keys = torch.cat([torch.zeros_like(carried), run.documents], dim=1)
+            places = places.masked_fill(of_keys != run.last, -1)
+        # Oldest first with the empty places in front: a stable sort keeps the order of the others.
+        order = (places >= 0).to(torch.int8).argsort(dim=1, stable=True)
+        order = order[:, max(0, order.shape[1] - (self.window - 1)) :]
+        rows = torch.arange(len(order), device=order.device).unsqueeze(1)
+        for name, value in (("keys", keys), ("values", values), ("key_positions", places)):
+            run.leave(name, self.layer, value[rows, order])
+
+    def forward(self, n: Float[Tensor, "batch pos d_model"], run: DocumentRun) -> Float[Tensor, "batch pos d_model"]:
+        w = self.weights
+        q = self.hook_q(self.project(n, w.q_proj))
+        k = self.hook_k(self.project(n, w.k_proj))
+        v = self.hook_v(self.project(n, w.v_proj))
+        cos, sin = self.angles(run.positions, q)
+        rot_q = self.hook_rot_q(rotate(q, cos, sin))
+        rot_k = self.hook_rot_k(rotate(k, cos, sin))
+
+        carried = run.start("key_positions", self.layer, (len(n), -1), run.positions)
+        shape = (len(n), carried.shape[1], *k.shape[2:])
+        keys = torch.cat([run.start("keys", self.layer, shape, k), rot_k], dim=1)
+        values = torch.cat([run.start("values", self.layer, shape, v), v], dim=1)
+        self.remember(keys, values, carried, run)
+
+        groups = q.shape[2] // k.shape[2]  # so many heads share one key and value head
+        scores = torch.einsum("bqhd,bkhd->bhqk", rot_q, keys.repeat_interleave(groups, dim=2)) * self.d_head**-0.5
+        scores = self.hook_attn_scores(scores.masked_fill(~self.visible(carried, run), -torch.inf))
+        pattern = self.hook_pattern(at_least_float32(scores).softmax(-1).to(v.dtype))
+        pattern = F.dropout(pattern, w.attention_dropout, self.training)
+        z = self.hook_z(torch.einsum("bhqk,bkhd->bqhd", pattern, values.repeat_interleave(groups, dim=2)))
+        return F.linear(z.flatten(2), w.o_proj.weight, w.o_proj.bias)
+
+
+# -- the blocks -----------------------------------------------------------------------------------------------------
+
+
+class GemmaNorm(Norm):
+    """out = (1 + weight) * x / scale, scale = sqrt(mean(x^2) + eps); rounded to x's dtype only at the end."""
+
+    def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        wide = at_least_float32(x)
+        scale = self.hook_scale((wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        normalized = self.hook_normalized(wide / scale)
+        return self.hook_out((normalized * (1 + at_least_float32(self.weights.weight))).to(x.dtype))
+
+
+class GatedMlp(Part):
+    """out = down_proj(gelu(gate_proj(m)) * up_proj(m))."""
+
+    def forward(self, m: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
+        w = self.weights
+        pre = self.hook_pre(F.linear(m, w.gate_proj.weight, w.gate_proj.bias))
+        pre_linear = self.hook_pre_linear(F.linear(m, w.up_proj.weight, w.up_proj.bias))
+        post = self.hook_post(F.gelu(pre, approximate="tanh") * pre_linear)
+        return F.linear(post, w.down_proj.weight, w.down_proj.bias)
+
+
+class AttentionBlock(MlpBlock):
+    """A block whose token mixing is attention: its points stand under `attn.`, where TransformerLens has them."""
+
+    def __init__(self, weights: Any, rows: tuple[Point, ...], ln1: Norm, attn: Part, ln2: Norm, mlp: Part):
+        Part.__init__(self, weights, rows)
+        self.ln1 = ln1
+        self.attn = attn
+        self.ln2 = ln2
+        self.mlp = mlp
+
+    @property
+    def mixer(self) -> Part:  # type: ignore[override]
+        """What mixes tokens in this block, by the name that it has in every other."""
+        return self.attn
+
+
+# -- other tools' names ---------------------------------------------------------------------------------------------
+
+
+def _transformer_lens(*pairs: tuple[str, str]) -> tuple[Alias, ...]:
+    return tuple(Alias(f"blocks.{{l}}.{theirs}", f"blocks.{{l}}.{ours}", "TransformerLens") for theirs, ours in pairs)
+
+
+ALIASES = _transformer_lens(
+    ("hook_in", "hook_resid_pre"),
+    ("hook_out", "hook_resid_post"),
+    ("hook_attn_out", "hook_mixer_out"),
+    ("attn.hook_in", "ln1.hook_out"),
+    ("attn.hook_out", "hook_mixer_out"),
+    ("mlp.hook_in", "ln2.hook_out"),
+    ("mlp.hook_out", "hook_mlp_out"),
+    ("mixer.hook_in", "ln1.hook_out"),
+    ("mixer.hook_out", "hook_mixer_out"),
+    ("mixer.hook_ssm_out", "hook_mixer_out"),
+    ("mixer.hook_ssm_write", "mixer.hook_write"),
+    ("mixer.hook_ssm_state", "mixer.hook_state"),
+    ("mixer.out_proj.hook_in", "mixer.hook_gated"),
+)
+
+
+# -- the model ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class GriffinConfig(HookedConfig):
+    """cfg of Griffin and Hawk. `layer_types`: "recurrent" or "attention" for each layer. `window_size`: how many tokens
+    a query sees, its own included. `logits_soft_cap`: None where there is none."""
+
+    lru_width: int
+    d_conv: int
+    layer_types: tuple[str, ...]
+    window_size: int
+    n_key_value_heads: int
+    logits_soft_cap: float | None = None
+    tie_word_embeddings: bool = True
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        attention = {"head": self.n_heads, "kv_head": self.n_key_value_heads, "d_head": self.d_head}
+        own = {"channel": self.lru_width, "tap": self.d_conv, "d_mlp": self.d_mlp or 0}
+        return {**super().sizes, **own, **attention}
+
+
+class HookedGriffin(HookedLanguageModel):
+    """`HookedGriffin(RecurrentGemmaForCausalLM(...))`, or better `gl.wrap(...)`: Griffin (and Hawk) opened up.
+
+    Documents packed in a row, told apart by `position_ids`, are as if each stood alone: conv, recurrence and attention
+    stop at position 0. (So it is in Google's code. In transformers the recurrence does; the attention without a cache
+    only; the conv never.)
+    """
+
+    title = "Griffin"
+    paper = "De et al., Griffin: Mixing Gated Linear Recurrences with Local Attention (arXiv 2402.19427)"
+    reference = (
+        "google/recurrentgemma-2b",
+        {"d_model": 2560, "channel": 2560, "tap": 4, "d_mlp": 7680, "head": 10, "kv_head": 1, "d_head": 256},
+    )
+    recurrence: ClassVar = {
+        "decay": "a = exp(log_decay), 0 at resets, [channel]",
+        "write": "multiplier * input_gate * u, [channel]; multiplier = sqrt(1 - a^2), 1 at resets",
+        "read": "1: the state has no axis of its own",
+        "skip": "none",
+        "conv": "causal depthwise conv over x, with bias, within a document",
+        "activation before the scan": "none",
+        "gate": "gelu_tanh(gate_pre)",
+    }
+    wraps = ("RecurrentGemmaForCausalLM",)
+    hub_types = ("recurrent_gemma",)
+    block_points = (*RECURRENT_BLOCK, *block_rows("attn", ATTENTION_ROWS))  # of either kind; see rows_for
+    final_points = norm_rows("ln_final", "blocks.-1.hook_resid_post", "the final norm", NORMED)
+    first_points = (Point("hook_embed", "batch pos d_model", "sqrt(d_model) * embedding[token]", "the embedding"),)
+    last_points = (
+        Point("hook_logits", "batch pos d_vocab", "cap * tanh(unembedding(ln_final.out) / cap)", "the unembedding"),
+    )
+    aliases = ALIASES
+    has_positions = True
+    cfg: GriffinConfig
+
+    @classmethod
+    def describe(cls, wrapped: Any, model_name: str) -> GriffinConfig:
+        """The cfg of a wrapped model, from the shapes of its parameters and the few numbers that shapes do not tell."""
+        config, layers = wrapped.config, wrapped.model.layers
+        if config.hidden_activation != "gelu_pytorch_tanh":
+            raise CheckpointError(
+                f"{model_name} has hidden_activation={config.hidden_activation!r}; supported is 'gelu_pytorch_tanh'."
+            )
+        weight = wrapped.model.embed_tokens.weight
+        return GriffinConfig(
+            model_name=model_name,
+            architecture="griffin",
+            n_layers=len(layers),
+            d_model=weight.shape[1],
+            d_vocab=weight.shape[0],
+            n_heads=config.num_attention_heads,
+            d_head=config.head_dim,
+            d_mlp=layers[0].mlp_block.up_proj.weight.shape[0],
+            act_fn=config.hidden_activation,
+            attn_only=False,
+            positional_embedding_type="rotary",
+            eps=float(config.rms_norm_eps),
+            dtype=weight.dtype,
+            device=str(weight.device),
+            original_architecture=type(wrapped).__name__,
+            lru_width=config.lru_width,
+            d_conv=config.conv1d_width,
+            layer_types=tuple(
+                "recurrent" if t == "linear_attention" else "attention" for t in config.layers_block_type
+            ),
+            window_size=config.attention_window_size,
+            n_key_value_heads=config.num_key_value_heads,
+            logits_soft_cap=config.logits_soft_cap
+            or None,  # transformers' logits are all 0 for a cap of 0: we take none
+            tie_word_embeddings=wrapped.lm_head.weight is weight,
+        )
+
+    @classmethod
+    def kinds(cls) -> dict[str, tuple[Point, ...]]:
+        """The rows of each kind of block."""
+        return {"recurrent": RECURRENT_BLOCK, "attention": ATTENTION_BLOCK}
+
+    def rows_for(self, layer: int) -> tuple[Point, ...]:
+        return self.kinds()[self.cfg.layer_types[layer]]
+
+    def make_block(self, layer: int) -> MlpBlock:
+        w, cfg, rows = self.wrapped.model.layers[layer], self.cfg, self.rows_for(layer)
+        ln1 = GemmaNorm(w.temporal_pre_norm, rows_of("ln1", rows), cfg.eps)
+        ln2 = GemmaNorm(w.channel_pre_norm, rows_of("ln2", rows), cfg.eps)
+        mlp = GatedMlp(w.mlp_block, rows_of("mlp", rows))
+        if cfg.layer_types[layer] == "recurrent":
+            return MlpBlock(w, rows, ln1, GriffinMixer(w.temporal_block, rows_of("mixer", rows), layer), ln2, mlp)
+        attn = LocalAttention(w.temporal_block, rows_of("attn", rows), layer, cfg.d_head, cfg.window_size)
+        return AttentionBlock(w, rows, ln1, attn, ln2, mlp)
+
+    def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:
+        return GemmaNorm(self.wrapped.model.final_norm, rows, self.cfg.eps)
+
+    def begin(
+        self, batch: Batch, state: RecurrentState | None, return_state: bool, position_ids: Tensor | None = None
+    ) -> DocumentRun:
+        """As in every model, and: positions go on in the state's last document, and documents are told apart."""
+        plain = super().begin(batch, state, return_state, position_ids)
+        run = DocumentRun(**vars(plain))
+        if position_ids is not None:
+            run.documents = run.begins.long().cumsum(1)
+        elif state is not None:
+            skipped = state["next_position", 0] - state.seen  # tokens of documents that ended before the state
+            run.positions = run.positions + skipped.to(run.positions.device).unsqueeze(1)
+        run.leave("next_position", 0, run.next_position)
+        return run
+
+    @property
+    def embedding(self) -> Any:
+        return self.wrapped.model.embed_tokens
+
+    @property
+    def unembedding(self) -> Any:
+        return self.wrapped.lm_head
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        """The embedding as it enters the residual stream: scaled, by sqrt(d_model) rounded to bfloat16."""
+        return self.embedding.weight * self.embed_scale
+
+    @property
+    def embed_scale(self) -> Float[Tensor, ""]:
+        return self.wrapped.model.normalizer.to(self.embedding.weight.dtype)
+
+    def embed(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        return super().embed(tokens) * self.embed_scale
+
+    def unembed(self, normed: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+        """Logits, softly capped: cap * tanh(logits / cap)."""
+        logits, cap = super().unembed(normed), self.cfg.logits_soft_cap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
+        total = torch.zeros(self.cfg.d_model, device=self.W_U.device)
+        for number, block in enumerate(self.blocks[: layer + int(mlp_input)]):
+            kind, w = self.cfg.layer_types[number], block.mixer.weights
+            total = total + (w.linear_out.bias if kind == "recurrent" else w.o_proj.bias)
+            if include_mlp_biases and number < layer:
+                total = total + block.mlp.weights.down_proj.bias
+        return total
+
+    @classmethod
+    def is_original(cls, config: dict[str, Any]) -> bool:
+        """The arguments of recurrentgemma's GriffinConfig."""
+        return {"width", "mlp_expanded_width", "num_heads", "block_types"} <= set(config)
+
+    @classmethod
+    def empty(cls, config: dict[str, Any]) -> nn.Module:
+        return _wrapped(
+            vocab_size=config["vocab_size"],
+            hidden_size=config["width"],
+            intermediate_size=2 * config["mlp_expanded_width"],
+            num_attention_heads=config["num_heads"],
+            num_key_value_heads=1,
+            num_hidden_layers=len(config["block_types"]),
+            lru_width=config.get("lru_width"),
+            block_types=config["block_types"],
+            attention_window_size=config.get("attention_window_size", 2048)
+            + 1,  # the original's leaves out the own token
+            logits_soft_cap=config.get("logits_soft_cap") or 0.0,
+            scaled=config.get("embeddings_scale_by_sqrt_dim", True),
+        )
+
+    @classmethod
+    def rename(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return renamed(state)
+
+    @classmethod
+    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> HookedGriffin:
+        """A small random model for tests and tours: blocks R R A, 16 wide, window 8... whatever `sizes` say, in the
+        words of transformers' RecurrentGemmaConfig."""
+        given = {"hidden_size": 16, "num_hidden_layers": 3, "vocab_size": 40, "intermediate_size": 48, "lru_width": 24}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "attention_window_size": 8}
+        generator = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            wrapped = _wrapped(**(given | heads | sizes))
+        with torch.no_grad():
+            for name, p in wrapped.named_parameters():
+                if name.endswith("embed_tokens.weight"):
+                    p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+                else:
+                    p.add_(torch.randn(p.shape, generator=generator) * (0.3 if p.ndim == 1 else 0.1))
+        return cls(wrapped.to(dtype).eval(), model_name="tiny-griffin")
+
+
+def _wrapped(scaled: bool = True, **config: Any) -> Any:
+    """A RecurrentGemmaForCausalLM of this config, without special tokens."""
+    from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+
+    special = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    # The default variance (0.01) leaves a small random model all but silent.
+    model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**(special | {"w_init_variance_scale": 1.0} | config)))
+    if not scaled:
+        model.model.normalizer.fill_(1.0)
+    return model
+
+
+# -- the original checkpoint layout ---------------------------------------------------------------------------------
+
+RENAMES = {
+    "blocks.": "model.layers.",
+    "recurrent_block": "temporal_block",
+    "attention_block": "temporal_block",
+    "norm.scale": "norm.weight",
+    "proj_final": "o_proj",
+    "proj_q": "q_proj",
+    "proj_k": "k_proj",
+    "proj_v": "v_proj",
+    "a_param": "recurrent_param",
+    "input_gate.w": "input_gate_weight",
+    "input_gate.b": "input_gate_bias",
+    "a_gate.w": "recurrent_gate_weight",
+    "a_gate.b": "recurrent_gate_bias",
+    "conv_1d.w": "conv_1d.weight",
+    "conv_1d.b": "conv_1d.bias",
+    "ffw_down": "down_proj",
+    "embedder.input_embedding": "model.embed_tokens.weight",
+    "final_norm": "model.final_norm",
+}
+
+
+def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """recurrentgemma's parameters under transformers' names: `blocks.0.recurrent_block.conv_1d.w` [tap, channel] is
+    `model.layers.0.temporal_block.conv_1d.weight` [channel, 1, tap], and so on."""
+    out = {}
+    for name, value in state.items():
+        new = name
+        for theirs, ours in RENAMES.items():
+            new = new.replace(theirs, ours)
+        if name.endswith("ffw_up.w"):  # [2, d_model, d_mlp]: the gate, then what it gates
+            gate, up = value.transpose(1, 2)
+            kind = "weight"
+        elif name.endswith("ffw_up.b"):
+            gate, up = value.flatten(1)
+            kind = "bias"
+        else:
+            out[new] = value.t().unsqueeze(1).contiguous() if name.endswith("conv_1d.w") else value
+            continue
+        stem = new.rpartition("ffw_up")[0]
+        out |= {f"{stem}gate_proj.{kind}": gate.contiguous(), f"{stem}up_proj.{kind}": up.contiguous()}
+    return out
+
+
+HOOKED = HookedGriffin
