@@ -1,0 +1,807 @@
+"""Vision Mamba, ViM (Zhu et al. 2024, arXiv 2401.09417): a Mamba that reads an image's patches from both ends.
+
+b batch, l pos (patches row by row, the class token among them), d d_model, c channel (d_inner = expand * d_model),
+n state, r dt_rank, K taps of the convolution.
+
+    tokens = patches with the class token in their middle + pos_embed
+    x, z   = in_proj(norm(resid))
+    gated  = (SSM_fwd(x) SiLU(z) + SSM_bwd(x) SiLU(z)) / 2           resid = resid + out_proj(gated)
+    logits = head(norm_f(resid)[class token])
+
+SSM is Mamba's (`mamba.py`) from its convolution to its skip. The backward one runs from the last position to the first
+with parameters of its own (bimamba "v2"), or only with an A of its own ("v1": it shares even the convolution's output,
+and nothing is halved); "none" is Mamba. **Everything is in image token order**: position p is the same patch at
+`mixer.fwd.hook_dt` and `mixer.bwd.hook_dt`; `mixer.bwd.hook_state` at p has consumed the tokens from the last down to p.
+
+Wraps `VisionMamba` below, which holds a checkpoint of hustvl/Vim by its names, and the official class by that name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gatedlens.block import Block, Norm, Run, norm_rows, residual_rows
+from gatedlens.config import HookedConfig
+from gatedlens.errors import CheckpointError, InputError, did_you_mean
+from gatedlens.grid import Grid
+from gatedlens.hookpoint import Part, rows_of
+from gatedlens.hooks.mamba import ALIASES, MIXER_ROWS, RMSNORM, SelectiveScan, layer_parameters
+from gatedlens.images import IMAGENET_MEAN, IMAGENET_STD, preprocess
+from gatedlens.model import Batch, HookedModel
+from gatedlens.points import Point, View, block_rows
+from gatedlens.recurrence import at_least_float32
+
+PAPER = "Vim, arXiv 2401.09417"
+RETURN_TYPES = ("logits", "loss", "both", None)
+BACKWARD = {  # what the backward direction calls Mamba's parameters
+    "v1": {"A_log": "A_b_log"},
+    "v2": {"conv1d": "conv1d_b", "x_proj": "x_proj_b", "dt_proj": "dt_proj_b", "A_log": "A_b_log", "D": "D_b"},
+}
+
+
+# -- rows -----------------------------------------------------------------------------------------------------------
+
+
+def _with(rows: tuple[Point, ...], equations: Mapping[str, str]) -> tuple[Point, ...]:
+    """The same rows, some with the equation that they have here."""
+    source = f"{PAPER}, alg. 1"
+    return tuple(replace(r, equation=equations[r.leaf], source=source) if r.leaf in equations else r for r in rows)
+
+
+FWD_ROWS = _with(
+    MIXER_ROWS,
+    {
+        "hook_x": "x of the mixer (a copy: edits reach this direction only)",
+        "hook_gate_pre": "gate_pre of the mixer (a copy: edits reach this direction only)",
+        "hook_state_start": "state before the first position (zero)",
+    },
+)
+_FROM_THE_END = {
+    "hook_state_start": "state behind the last position (zero)",
+    "hook_decay": "exp(dt * A_b)",
+    "hook_state": "decay * state[pos + 1] + write",
+}
+BWD_ROWS = {
+    "v1": _with(FWD_ROWS, _FROM_THE_END),
+    "v2": _with(
+        FWD_ROWS,
+        {
+            **_FROM_THE_END,
+            "hook_conv_taps": "conv1d_b.weight[tap] * x[pos + (K - 1) - tap]",
+            "hook_conv": "sum over tap of conv_taps + conv1d_b.bias",
+            "hook_dt_rank": "x_proj_b(u)[:dt_rank]",
+            "hook_B": "x_proj_b(u)[dt_rank:dt_rank + state]",
+            "hook_C": "x_proj_b(u)[dt_rank + state:]",
+            "hook_dt_pre": "dt_proj_b(dt_rank)",
+            "hook_y": "scan + D_b * u",
+        },
+    ),
+}
+
+
+def vim_rows(bimamba_type: str = "v2", divided: bool = True, layer_scale: bool = False) -> tuple[Point, ...]:
+    """The rows of a block, in firing order, for each kind of mixer."""
+    x = Point("hook_x", "batch pos channel", "in_proj(n)[:channel]", f"{PAPER}, alg. 1")
+    z = Point("hook_gate_pre", "batch pos channel", "in_proj(n)[channel:]", f"{PAPER}, alg. 1")
+    fwd, bwd = block_rows("fwd", FWD_ROWS), block_rows("bwd", BWD_ROWS.get(bimamba_type, ()))
+    total = "fwd.gated + bwd.gated" if bwd else "fwd.gated"
+    gated = Point("hook_gated", "batch pos channel", f"({total}) / 2" if divided else total, f"{PAPER}, alg. 1")
+    rows = residual_rows(norm_rows("ln1", "mixer_in", RMSNORM), block_rows("mixer", (x, z, *fwd, *bwd, gated)))
+    scaled = {"hook_mixer_out": "gamma * out_proj(gated)"} if layer_scale else {}
+    return _with(rows, scaled)
+
+
+BLOCK_ROWS = vim_rows()
+
+
+# -- the mixer ------------------------------------------------------------------------------------------------------
+
+
+class Renamed:
+    """`Renamed(mixer, {"D": "D_b"}).D` is `mixer.D_b`, read when asked; a name that is not listed is itself."""
+
+    def __init__(self, module: nn.Module, names: Mapping[str, str]):
+        self.module = module
+        self.names = names
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("module", "names") or name.startswith("__"):  # a half-made copy (deepcopy, pickle) asks for these
+            raise AttributeError(name)
+        return getattr(self.module, self.names.get(name, name))
+
+
+class Forward(SelectiveScan):
+    """fwd: Mamba's conv, selection, scan, skip and gate, from the first position to the last."""
+
+    def forward(
+        self, x: Float[Tensor, "batch pos channel"], z: Float[Tensor, "batch pos channel"], run: Run
+    ) -> Float[Tensor, "batch pos channel"]:
+        return self.gated(x, z, run)
+
+
+class Backward(Forward):
+    """bwd of v2: the same from the last position to the first; the convolution too looks at what is behind in the image."""
+
+    def along(self, x: Tensor) -> Tensor:
+        return x.flip(1)
+
+
+class SharedBackward(Backward):
+    """bwd of v1: only the scan runs from the end; what enters it is what enters the forward scan."""
+
+    def along_conv(self, x: Tensor) -> Tensor:
+        return x
+
+
+class ViMMixer(Part):
+    """out = out_proj(scale * (fwd(x, z) + bwd(x, z))), x and z = in_proj(n). Vim, alg. 1; scale as the config says."""
+
+    def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, bimamba_type: str, scale: float):
+        super().__init__(weights, rows)
+        self.scale = scale
+        self.fwd = Forward(weights, rows_of("fwd", rows), layer)
+        backward = {"v1": SharedBackward, "v2": Backward}.get(bimamba_type)
+        self.bwd = None
+        if backward is not None:
+            self.bwd = backward(Renamed(weights, BACKWARD[bimamba_type]), rows_of("bwd", rows), layer)
+
+    def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
+        w = self.weights
+        x, z = F.linear(n, w.in_proj.weight, w.in_proj.bias).chunk(2, dim=-1)
+        x = self.hook_x(x)
+        z = self.hook_gate_pre(z)
+        gated = self.fwd(x, z, run)
+        if self.bwd is not None:
+            gated = gated + self.bwd(x, z, run)
+        gated = self.hook_gated(gated * self.scale)
+        out = F.linear(gated, w.out_proj.weight, w.out_proj.bias)
+        return out if w.init_layer_scale is None else out * w.gamma
+
+
+class ViMBlock(Block):
+    """A Block whose norm reads the residual stream as wide as it is: official kernels fuse the addition and the norm."""
+
+    def forward(self, resid: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
+        resid = self.hook_resid_pre(resid)
+        n = self.ln1(self.hook_mixer_in(resid)).to(self.ln1.weights.weight.dtype)
+        mixer_out = self.hook_mixer_out(self.mixer(n, run))
+        return self.hook_resid_post(resid + mixer_out)
+
+
+VIEWS = (
+    View(
+        "blocks.{l}.mixer.hook_y", "batch pos channel", "scale * (fwd.y + bwd.y)", "gatedlens",
+        read=lambda model, layer, fwd, bwd: model.blocks[layer].mixer.scale * (fwd + bwd),
+        needs=("blocks.{l}.mixer.fwd.hook_y", "blocks.{l}.mixer.bwd.hook_y"),
+        instead="hook its directions, mixer.fwd.hook_y and mixer.bwd.hook_y",
+    ),
+)  # fmt: skip
+
+
+# -- the model ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class ViMConfig(HookedConfig):
+    """cfg of a ViM. d_vocab is num_classes, n_ctx the number of positions, `cls` where the class token stands
+    ("middle", "head", "tail", "double", "none") and `pool` what is read without one ("mean", or "none": the last)."""
+
+    d_inner: int
+    d_state: int
+    d_conv: int
+    dt_rank: int
+    num_classes: int
+    expand: float = 2
+    bimamba_type: str = "v2"
+    divide_out: bool = True
+    layer_scale: bool = False
+    cls: str = "middle"
+    pool: str = "mean"
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: tuple[int, int] = (16, 16)
+    stride: tuple[int, int] = (16, 16)
+    n_channels: int = 3
+    image_mean: tuple[float, ...] = IMAGENET_MEAN
+    image_std: tuple[float, ...] = IMAGENET_STD
+    residual_in_fp32: bool = True
+
+    @property
+    def grid(self) -> Grid:
+        """Where the patches and the class tokens are."""
+        rows, columns = (
+            (i - p) // s + 1 for i, p, s in zip(self.image_size, self.patch_size, self.stride, strict=True)
+        )
+        n = rows * columns
+        cls = {"middle": (n // 2,), "head": (0,), "tail": (n,), "double": (0, n + 1), "none": ()}[self.cls]
+        return Grid(rows, columns, cls, self.patch_size, self.stride)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        own = {"channel": self.d_inner, "state": self.d_state, "tap": self.d_conv, "dt_rank": self.dt_rank}
+        grid = self.grid
+        return {**super().sizes, **own, "class": self.num_classes, "patch": grid.rows * grid.columns}
+
+
+class Output(NamedTuple):
+    """`return_type="both"`."""
+
+    logits: Tensor
+    loss: Tensor
+
+
+class HookedViM(HookedModel):
+    """`gl.from_pretrained("vim_t_midclstok_76p1acc.pth")`: Vision Mamba with every intermediate a hook point.
+
+    model(images) -> logits [batch, class]; `images` are [batch, channels, height, width] as `preprocess` makes them, or
+    PIL images. The forward is the evaluation's: drop_rate and drop_path_rate do nothing, in training neither.
+    """
+
+    title = "Vision Mamba"
+    wraps = ("VisionMamba",)
+    block_points = BLOCK_ROWS
+    first_points = (
+        Point("hook_patch_embed", "batch patch d_model", "patch_embed.proj(image), row by row", f"{PAPER}, eq. 3"),
+        Point(
+            "hook_embed",
+            "batch pos d_model",
+            "patch_embed with the class token in its place + pos_embed",
+            f"{PAPER}, eq. 3",
+        ),
+    )
+    last_points = (
+        Point(
+            "hook_features",
+            "batch d_model",
+            "ln_final.out at the class token (their mean where there are two)",
+            f"{PAPER}, alg. 1",
+        ),
+        Point("hook_logits", "batch class", "head(features)", f"{PAPER}, alg. 1"),
+    )
+    aliases = ALIASES
+    views = VIEWS
+    cfg: ViMConfig
+
+    # -- what an architecture gives ------------------------------------------------------------------------------
+
+    @classmethod
+    def describe(cls, wrapped: Any, model_name: str) -> ViMConfig:
+        """The cfg of a VisionMamba, ours or the official one: sizes from the parameters, the rest from its attributes."""
+        told = vars(wrapped)
+        check_supported(told, model_name)
+        patch, first = wrapped.patch_embed, wrapped.layers[0].mixer
+        d_inner, d_state = first.A_log.shape
+        channels = patch.proj.weight.shape[1]
+        config = told.get("config", {})
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
+        cfg = ViMConfig(
+            model_name=model_name,
+            architecture="vim",
+            n_layers=len(wrapped.layers),
+            d_model=wrapped.norm_f.weight.shape[0],
+            d_vocab=wrapped.head.weight.shape[0],
+            normalization_type="RMS" if getattr(wrapped.norm_f, "bias", None) is None else "LN",
+            eps=float(wrapped.norm_f.eps),
+            dtype=first.in_proj.weight.dtype,
+            device=str(first.in_proj.weight.device),
+            positional_embedding_type="standard" if wrapped.if_abs_pos_embed else "none",
+            original_architecture=type(wrapped).__name__,
+            d_inner=d_inner,
+            d_state=d_state,
+            d_conv=first.conv1d.weight.shape[-1],
+            dt_rank=first.dt_proj.weight.shape[1],
+            num_classes=wrapped.head.weight.shape[0],
+            expand=d_inner / wrapped.norm_f.weight.shape[0],
+            bimamba_type=first.bimamba_type,
+            divide_out=first.bimamba_type == "v2"
+            and bool(vars(first).get("if_divide_out", vars(first).get("if_devide_out"))),
+            layer_scale=first.init_layer_scale is not None,
+            cls=cls_place(told),
+            pool=wrapped.final_pool_type,
+            image_size=_pair(patch.img_size),
+            patch_size=_pair(patch.patch_size),
+            stride=_pair(patch.proj.stride),
+            n_channels=channels,
+            image_mean=tuple(config.get("image_mean", mean)),
+            image_std=tuple(config.get("image_std", std)),
+            residual_in_fp32=bool(wrapped.residual_in_fp32),
+        )
+        return replace(cfg, n_ctx=cfg.grid.length)
+
+    def rows_for(self, layer: int) -> tuple[Point, ...]:
+        return vim_rows(self.cfg.bimamba_type, self.cfg.divide_out, self.cfg.layer_scale)
+
+    def make_block(self, layer: int) -> ViMBlock:
+        w, cfg, rows = self.wrapped.layers[layer], self.cfg, self.rows_for(layer)
+        scale = 0.5 if cfg.divide_out else 1.0
+        ln1 = Norm(w.norm, rows_of("ln1", rows), cfg.eps, centred=cfg.normalization_type == "LN")
+        return ViMBlock(w, rows, ln1, ViMMixer(w.mixer, rows_of("mixer", rows), layer, cfg.bimamba_type, scale))
+
+    def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:
+        return Norm(self.wrapped.norm_f, rows, self.cfg.eps, centred=self.cfg.normalization_type == "LN")
+
+    @property
+    def grid(self) -> Grid:
+        """Which position is which patch, and which is the class token."""
+        return self.cfg.grid
+
+    def preprocess(self, image: Any) -> Float[Tensor, "channels height width"]:
+        """`model.preprocess(Image.open(path))`: a PIL image as the official evaluation prepares it."""
+        return preprocess(image, self.cfg.image_size, self.cfg.image_mean, self.cfg.image_std)
+
+    # -- forward -------------------------------------------------------------------------------------------------
+
+    def prepare(
+        self,
+        input: Any,
+        return_type: str | None = "logits",
+        labels: Any = None,
+        *,
+        start_at_layer: int | None = None,
+        **options: Any,
+    ) -> tuple[Batch, dict[str, Any]]:
+        """Images (or, with start_at_layer, a residual stream), and the options of `forward` still to be used."""
+        _refuse_sequence_options(options)
+        rest = {"return_type": return_type, "labels": labels, "start_at_layer": start_at_layer, **options}
+        if isinstance(input, Batch):
+            return input, rest
+        if start_at_layer is not None:
+            return Batch(self._check_resid(input), is_resid=True), rest
+        return Batch(self._check_images(input)), rest
+
+    def _check_images(self, input: Any) -> Float[Tensor, "batch channels height width"]:
+        if not isinstance(input, Tensor):
+            images = list(input) if isinstance(input, Sequence) and not isinstance(input, str) else [input]
+            if not images:
+                raise InputError("There is no image in this batch: the list is empty.")
+            input = torch.stack([self.preprocess(image) for image in images])
+        if input.ndim == 3:
+            input = input.unsqueeze(0)
+        wanted = (self.cfg.n_channels, *self.cfg.image_size)
+        if not input.is_floating_point() or tuple(input.shape[1:]) != wanted:
+            raise InputError(
+                f"{self.cfg.model_name} reads float images [batch, {', '.join(map(str, wanted))}]; this is {input.dtype} "
+                f"{list(input.shape)}. `model.preprocess(pil_image)` makes one."
+            )
+        if input.shape[0] == 0:
+            raise InputError(f"There is no image in this batch: {list(input.shape)}.")
+        weight = self.wrapped.patch_embed.proj.weight
+        return input.to(device=weight.device, dtype=weight.dtype)
+
+    def _check_resid(self, resid: Any) -> Float[Tensor, "batch pos d_model"]:
+        wanted = (self.cfg.n_ctx, self.cfg.d_model)
+        if not isinstance(resid, Tensor) or not resid.is_floating_point() or tuple(resid.shape[1:]) != wanted:
+            got = f"{resid.dtype} {list(resid.shape)}" if isinstance(resid, Tensor) else type(resid).__name__
+            raise InputError(
+                f"start_at_layer runs from a residual stream, floats of [batch, {wanted[0]}, {wanted[1]}]; this is {got}."
+            )
+        return resid
+
+    def positions(self, batch: Batch) -> int:
+        return self.grid.length
+
+    def forward(
+        self,
+        input: Any,
+        return_type: str | None = "logits",
+        labels: Any = None,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+        **unsupported: Any,
+    ) -> Any:
+        """`logits = model(images)`: logits [batch, class], the loss, both (an Output) or None, by `return_type`.
+
+        input: images [batch, channels, height, width], one PIL image or several; with `start_at_layer` the residual
+        stream [batch, pos, d_model] that enters that block. labels [batch]: the classes, for a loss (mean cross
+        entropy). stop_at_layer: stop before that block and return the residual stream.
+        """
+        if return_type not in RETURN_TYPES:
+            raise InputError(f"return_type={return_type!r}: it is 'logits', 'loss', 'both' or None.")
+        batch, _ = self.prepare(input, return_type, labels, start_at_layer=start_at_layer, **unsupported)
+        run = self.begin(batch, None, False)
+        resid = batch.value if batch.is_resid else self.embed(batch.value)
+        resid = self.through_blocks(resid, run, start_at_layer if batch.is_resid else None, stop_at_layer)
+        if stop_at_layer is not None:
+            return resid
+        if return_type is None:
+            return None
+        logits = self.classify(self.ln_final(resid))
+        if return_type == "logits":
+            return logits
+        loss = F.cross_entropy(logits, self._check_labels(labels, logits.shape[0]).to(logits.device))
+        return loss if return_type == "loss" else Output(logits, loss)
+
+    def embed(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream that images start: patches, class tokens in their places, absolute positions."""
+        w = self.wrapped
+        proj = w.patch_embed.proj
+        tokens = self.hook_patch_embed(F.conv2d(images, proj.weight, proj.bias, proj.stride).flatten(2).transpose(1, 2))
+        for at, token in zip(self.grid.cls, self.class_tokens(), strict=True):
+            tokens = torch.cat([tokens[:, :at], token.expand(len(tokens), -1, -1), tokens[:, at:]], dim=1)
+        embedded = self.hook_embed(tokens + w.pos_embed if w.if_abs_pos_embed else tokens)
+        return at_least_float32(embedded) if self.cfg.residual_in_fp32 else embedded
+
+    def class_tokens(self) -> tuple[Float[Tensor, "1 1 d_model"], ...]:
+        """The parameters that stand at `grid.cls`."""
+        w, cls = self.wrapped, self.cfg.cls
+        if cls == "none":
+            return ()
+        return (w.cls_token_head, w.cls_token_tail) if cls == "double" else (w.cls_token,)
+
+    def classify(self, normed: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch class"]:
+        """Logits, at least float32, of what the class token (or, without one, the pool) reads off."""
+        if self.grid.cls:
+            features = normed[:, list(self.grid.cls)].mean(1)
+        else:
+            features = normed.mean(1) if self.cfg.pool == "mean" else normed[:, -1]
+        head = self.wrapped.head
+        logits = F.linear(self.hook_features(features).to(head.weight.dtype), head.weight, head.bias)
+        return self.hook_logits(at_least_float32(logits))
+
+    def _check_labels(self, labels: Any, rows: int) -> Tensor:
+        if labels is None:
+            raise InputError("A loss needs labels=..., the class of each image.")
+        labels = torch.as_tensor(labels).reshape(-1)
+        if labels.is_floating_point() or labels.shape[0] != rows:
+            raise InputError(
+                f"labels are one class number an image, [{rows}]; these are {labels.dtype} {list(labels.shape)}."
+            )
+        if labels.min() < 0 or labels.max() >= self.cfg.num_classes:
+            raise InputError(
+                f"labels run from {labels.min()} to {labels.max()}; the classes are 0 to {self.cfg.num_classes - 1}."
+            )
+        return labels.long()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        raise InputError(
+            f"generate: {self.title} classifies images, it has no next token. `model(images)` gives logits."
+        )
+
+    # -- weights by TransformerLens's names ----------------------------------------------------------------------
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        return self.wrapped.head.weight.T  # type: ignore[no-any-return]
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        return self.wrapped.head.bias  # type: ignore[no-any-return]
+
+    def tokens_to_residual_directions(self, tokens: int | Tensor) -> Float[Tensor, "... d_model"]:
+        """The columns of W_U of some classes: what the class token (after ln_final) is read along."""
+        return self.W_U.T[torch.as_tensor(tokens, device=self.W_U.device)]
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def is_original(cls, config: dict[str, Any]) -> bool:
+        """A config.json of the official constructor's arguments."""
+        return {"embed_dim", "depth", "patch_size"} <= set(config) and "model_type" not in config
+
+    @classmethod
+    def empty(cls, config: dict[str, Any]) -> nn.Module:
+        return VisionMamba(**config)
+
+    @classmethod
+    def config_of_file(
+        cls, state: Mapping[str, Tensor], told: Mapping[str, Any], variant: str | None
+    ) -> dict[str, Any] | None:
+        """Sizes from the shapes; what shapes do not tell from `variant`, or from the name that training left in `told`."""
+        if "patch_embed.proj.weight" not in state or "layers.0.mixer.A_log" not in state:
+            return None
+        name = variant or told.get("model")
+        if name is None:
+            raise CheckpointError(
+                "The file does not say which ViM it holds (its `args.model` is missing), and shapes do not tell where the "
+                f"class token stands: pass variant=..., one of {', '.join(SHORT)}."
+            )
+        return config_from_shapes(state, variant_config(str(name)), told.get("input_size"))
+
+    @classmethod
+    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> HookedViM:
+        """A small random model for tests and tours: 12 x 12 images, patches of 4, 2 layers, 16 wide, state 4, 5 classes."""
+        config = {
+            "img_size": 12,
+            "patch_size": 4,
+            "stride": 4,
+            "depth": 2,
+            "embed_dim": 16,
+            "d_state": 4,
+            "num_classes": 5,
+        }
+        wrapped = VisionMamba(**{**config, "final_pool_type": "mean", **sizes})
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, p in wrapped.named_parameters():
+                if p.ndim > 1 and not name.endswith("_log"):
+                    fan = p.shape[1:].numel() if "proj" in name or "head" in name else 4
+                    p.copy_(torch.randn(p.shape, generator=generator) * fan**-0.5)
+                elif "norm" not in name:
+                    p.add_(torch.randn(p.shape, generator=generator) * 0.3)
+        return cls(wrapped.to(dtype).eval(), model_name="tiny-vim")
+
+
+SEQUENCE_OPTIONS = {
+    "attention_mask": "every image has the same positions, so there is no padding",
+    "padding_side": "every image has the same positions, so there is no padding",
+    "state": "an image is read whole, from both ends, so there is no state to go on from",
+    "return_state": "an image is read whole, from both ends, so there is no state to go on from",
+    "position_ids": "the positions are those of the patches, `model.grid`",
+    "prepend_bos": "it reads images, not text",
+    "tokens": "it reads images, not text; a loss wants labels=...",
+    "loss_per_token": "a loss belongs to an image, not to a token",
+}
+
+
+def _refuse_sequence_options(options: Mapping[str, Any]) -> None:
+    """InputError for options that only language models have; None and False ask for nothing."""
+    for name, value in options.items():
+        if name in SEQUENCE_OPTIONS and value is not None and value is not False:
+            raise InputError(f"{name} was given to a Vision Mamba: {SEQUENCE_OPTIONS[name]}.")
+        if name not in SEQUENCE_OPTIONS and name != "stop_at_layer":
+            known = ("return_type", "labels", "start_at_layer", "stop_at_layer")
+            raise TypeError(f"A Vision Mamba's forward has no option {name!r}.{did_you_mean(name, known)}")
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    """(height, width) of a number or a pair."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+# -- the official layout --------------------------------------------------------------------------------------------
+
+
+def check_supported(told: Mapping[str, Any], name: str) -> None:
+    """CheckpointError for what the official class can do and this forward cannot, by its official name."""
+    reasons = {
+        "if_rope": (told.get("if_rope"), "rotary position embeddings between the layers"),
+        "if_bidirectional": (told.get("if_bidirectional"), "pairs of layers, one of them on the reversed image"),
+        "flip_img_sequences_ratio": (told.get("flip_img_sequences_ratio", -1) > 0, "images reversed at random"),
+        "final_pool_type": (told["final_pool_type"] not in ("none", "mean"), "logits at every position"),
+    }
+    for option, (asked, what) in reasons.items():
+        if asked and not (option == "final_pool_type" and told["if_cls_token"] and told[option] == "all"):
+            raise CheckpointError(
+                f"{name} has {option}={told[option]!r} ({what}), which gatedlens does not support. Supported are "
+                "bimamba_type v2, v1 and none, any place of the class token, or the mean or last position without one."
+            )
+
+
+def cls_place(told: Mapping[str, Any]) -> str:
+    """Where the class token stands, in the order in which the official forward asks."""
+    if not told["if_cls_token"]:
+        return "none"
+    if told["use_double_cls_token"]:
+        return "double"
+    if told["use_middle_cls_token"]:
+        return "middle"
+    return "tail" if told.get("use_end_cls_token") else "head"
+
+
+class PatchEmbed(nn.Module):
+    """The parameters that turn an image into patches."""
+
+    def __init__(self, img_size: Any, patch_size: Any, stride: int, channels: int, embed_dim: int):
+        super().__init__()
+        self.img_size, self.patch_size = _pair(img_size), _pair(patch_size)
+        if any(image < patch for image, patch in zip(self.img_size, self.patch_size, strict=True)):
+            raise CheckpointError(f"img_size={img_size} is smaller than patch_size={patch_size}.")
+        self.grid_size = tuple((i - p) // stride + 1 for i, p in zip(self.img_size, self.patch_size, strict=True))
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.proj = nn.Conv2d(channels, embed_dim, kernel_size=self.patch_size, stride=stride)
+
+
+class VisionMamba(nn.Module):
+    """Parameters in hustvl/Vim's layout and names, without its CUDA extensions: `VisionMamba(**config.json)`.
+
+    The arguments are the official constructor's, and so are the attributes; those that only training or speed know
+    (drop_path_rate, fused_add_norm, ...) are kept in `config` and do nothing. `if_devide_out`, as HiddenMambaAttn spells
+    it, is heard where `if_divide_out` is not given. `use_end_cls_token` is Audio Mamba's: the class token last.
+    `image_mean` and `image_std` say how `preprocess` normalises.
+    """
+
+    def __init__(
+        self,
+        img_size: Any = 224,
+        patch_size: Any = 16,
+        stride: int = 16,
+        depth: int = 24,
+        embed_dim: int = 192,
+        d_state: int = 16,
+        channels: int = 3,
+        num_classes: int = 1000,
+        ssm_cfg: dict[str, Any] | None = None,
+        norm_epsilon: float = 1e-5,
+        rms_norm: bool = True,
+        residual_in_fp32: bool = True,
+        if_bidirectional: bool = False,
+        final_pool_type: str = "none",
+        if_abs_pos_embed: bool = True,
+        if_rope: bool = False,
+        flip_img_sequences_ratio: float = -1.0,
+        if_bimamba: bool = False,
+        bimamba_type: str = "v2",
+        if_cls_token: bool = True,
+        if_divide_out: bool | None = None,
+        if_devide_out: bool = True,
+        init_layer_scale: float | None = None,
+        use_double_cls_token: bool = False,
+        use_middle_cls_token: bool = True,
+        use_end_cls_token: bool = False,
+        **others: Any,
+    ):
+        super().__init__()
+        given = {k: v for k, v in locals().items() if k not in ("self", "others", "__class__")}
+        self.config = {**{k: v for k, v in given.items() if v is not None}, **others}
+        self.residual_in_fp32 = residual_in_fp32
+        self.if_bidirectional = if_bidirectional
+        self.final_pool_type = final_pool_type
+        self.if_abs_pos_embed = if_abs_pos_embed
+        self.if_rope = if_rope
+        self.flip_img_sequences_ratio = flip_img_sequences_ratio
+        self.if_cls_token = if_cls_token
+        self.use_double_cls_token = use_double_cls_token
+        self.use_middle_cls_token = use_middle_cls_token
+        self.use_end_cls_token = use_end_cls_token
+        check_supported(vars(self), "This config")
+        if use_end_cls_token and (use_middle_cls_token or use_double_cls_token):
+            raise CheckpointError("use_end_cls_token=True: set use_middle_cls_token and use_double_cls_token to False.")
+        kind = "v1" if if_bimamba else bimamba_type
+        if kind not in ("none", "v1", "v2"):
+            raise CheckpointError(f"bimamba_type={kind!r}; supported are 'v2', 'v1' and 'none'.")
+        if num_classes < 1:
+            raise CheckpointError(f"num_classes={num_classes}: a ViM without its head is not supported.")
+
+        self.patch_embed = PatchEmbed(img_size, patch_size, stride, channels, embed_dim)
+        names = () if not if_cls_token else ("_head", "_tail") if use_double_cls_token else ("",)
+        for name in names:
+            self.register_parameter(f"cls_token{name}", nn.Parameter(torch.zeros(1, 1, embed_dim)))
+        if if_abs_pos_embed:
+            self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + len(names), embed_dim))
+        self.head = nn.Linear(embed_dim, num_classes)
+        norm = nn.RMSNorm if rms_norm else nn.LayerNorm
+        divided = if_devide_out if if_divide_out is None else if_divide_out
+        ssm = {**(ssm_cfg or {}), "d_state": (ssm_cfg or {}).get("d_state", d_state)}
+        self.layers = nn.ModuleList(
+            _vim_layer(embed_dim, _eps(norm, norm_epsilon), ssm, kind, divided, init_layer_scale) for _ in range(depth)
+        )
+        self.norm_f = norm(embed_dim, eps=norm_epsilon)
+        self._initialise(depth)
+
+    @torch.no_grad()
+    def _initialise(self, depth: int) -> None:
+        """As the official model starts: small positions and class tokens, output projections scaled by depth."""
+        for name, p in self.named_parameters():
+            if "pos_embed" in name or "cls_token" in name or name == "head.weight":
+                nn.init.trunc_normal_(p, std=0.02)
+            elif name == "patch_embed.proj.weight":
+                nn.init.trunc_normal_(p, std=p[0].numel() ** -0.5)
+            elif name in ("patch_embed.proj.bias", "head.bias"):
+                nn.init.zeros_(p)
+            elif name.endswith("out_proj.weight"):
+                p.div_(math.sqrt(depth))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors, which `gl.from_pretrained(folder)` reads."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(self.config, indent=1) + "\n")
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors"
+        )
+
+
+def _eps(norm: Any, eps: float) -> Callable[..., nn.Module]:
+    """The norm's class with this eps, whatever eps its caller asks for."""
+    return lambda width, **_: norm(width, eps=eps)
+
+
+def _vim_layer(
+    d: int, norm: Any, ssm: dict[str, Any], kind: str, divided: bool, init_layer_scale: float | None
+) -> nn.Module:
+    """One layer: Mamba's, and the backward direction's parameters under their own names."""
+    layer, other = layer_parameters(d, norm, **ssm), layer_parameters(d, norm, **ssm).mixer
+    mixer: Any = layer.mixer
+    for ours, theirs in BACKWARD.get(kind, {}).items():
+        setattr(mixer, theirs, getattr(other, ours))
+    mixer.bimamba_type, mixer.if_divide_out, mixer.init_layer_scale = kind, divided, init_layer_scale
+    if init_layer_scale is not None:
+        mixer.gamma = nn.Parameter(init_layer_scale * torch.ones(d))
+    return layer
+
+
+# -- variants -------------------------------------------------------------------------------------------------------
+
+
+def _variant(embed_dim: int, stride: int = 16) -> dict[str, Any]:
+    flags = {"bimamba_type": "v2", "if_cls_token": True, "if_divide_out": True, "use_middle_cls_token": True}
+    sizes = {"img_size": 224, "patch_size": 16, "stride": stride, "depth": 24, "embed_dim": embed_dim}
+    return {**sizes, **flags, "final_pool_type": "mean"}
+
+
+SHORT = {
+    "vim_tiny": _variant(192),
+    "vim_tiny_stride8": _variant(192, 8),
+    "vim_small": _variant(384),
+    "vim_small_stride8": _variant(384, 8),
+    "vim_base": _variant(768),
+}
+_TAIL = "bimambav2_final_pool_mean_abs_pos_embed_with"
+OFFICIAL = {
+    f"vim_tiny_patch16_224_{_TAIL}_midclstok_div2": "vim_tiny",
+    f"vim_tiny_patch16_stride8_224_{_TAIL}_midclstok_div2": "vim_tiny_stride8",
+    f"vim_small_patch16_224_{_TAIL}_midclstok_div2": "vim_small",
+    f"vim_small_patch16_stride8_224_{_TAIL}_midclstok_div2": "vim_small_stride8",
+    f"vim_base_patch16_224_{_TAIL}_middle_cls_token_div2": "vim_base",
+}
+
+
+def variant_config(name: str) -> dict[str, Any]:
+    """The constructor's arguments of a variant by its short or its official name."""
+    short = OFFICIAL.get(name, name)
+    if short not in SHORT:
+        raise CheckpointError(
+            f"{name!r} is no variant of ViM that gatedlens knows.{did_you_mean(name, [*SHORT, *OFFICIAL])} It knows "
+            f"{', '.join(SHORT)}; for another, write its config.json beside a model.safetensors and load the folder."
+        )
+    return dict(SHORT[short])
+
+
+def config_from_shapes(state: Mapping[str, Tensor], variant: dict[str, Any], input_size: int | None) -> dict[str, Any]:
+    """The variant's arguments with the sizes that the tensors have; the image's size follows from the positions."""
+    mixer, patch = "layers.0.mixer.", state["patch_embed.proj.weight"]
+    inner, d_state = state[f"{mixer}A_log"].shape
+    dt_rank, d_conv = state[f"{mixer}dt_proj.weight"].shape[1], state[f"{mixer}conv1d.weight"].shape[-1]
+    kind = "v2" if f"{mixer}conv1d_b.weight" in state else "v1" if f"{mixer}A_b_log" in state else "none"
+    config = {
+        **variant,
+        "patch_size": patch.shape[-1],
+        "depth": 1 + max(int(key.split(".")[1]) for key in state if key.startswith("layers.")),
+        "embed_dim": patch.shape[0],
+        "d_state": d_state,
+        "channels": patch.shape[1],
+        "num_classes": state["head.weight"].shape[0],
+        "ssm_cfg": {"d_conv": d_conv, "expand": inner / patch.shape[0], "dt_rank": dt_rank},
+        "rms_norm": "norm_f.bias" not in state,
+        "bimamba_type": kind,
+        "if_cls_token": any(key.startswith("cls_token") for key in state),
+        "use_double_cls_token": "cls_token_head" in state,
+        "if_abs_pos_embed": "pos_embed" in state,
+        "init_layer_scale": 1.0 if f"{mixer}gamma" in state else None,
+    }
+    if patch.shape[-1] != 16:
+        config["stride"] = patch.shape[-1] if variant["stride"] == 16 else variant["stride"]
+    return {**config, "img_size": _image_size(state, config, input_size)}
+
+
+def _image_size(state: Mapping[str, Tensor], config: Mapping[str, Any], input_size: int | None) -> int:
+    """The image that has as many patches as there are positions; CheckpointError if the stride cannot be right."""
+    patch, stride = config["patch_size"], config["stride"]
+    if "pos_embed" not in state:
+        return int(input_size or config["img_size"])
+    n_cls = sum(key.startswith("cls_token") for key in state)
+    patches = state["pos_embed"].shape[1] - n_cls
+    side = math.isqrt(patches)
+    guess = int(input_size or config["img_size"])
+    if ((guess - patch) // stride + 1) ** 2 == patches:
+        return guess
+    if side * side != patches or (guess == 224 and side in (14, 27) and patch == 16):
+        raise CheckpointError(
+            f"The file has {patches} patch positions; patches of {patch} with stride {stride} on {guess} x {guess} images "
+            f"are {((guess - patch) // stride + 1) ** 2}. Is it a _stride8 variant, or not one?"
+        )
+    return (side - 1) * stride + patch
+
+
+HOOKED = HookedViM
