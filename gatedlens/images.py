@@ -37,8 +37,8 @@ def preprocess(
         image = _cropped(_resized(image, int(height / CROP_RATIO)), height, width)
     elif image.size != (width, height):
         raise InputError(
-            f"The image is {image.size[0]} x {image.size[1]} and the model reads {width} x {height}. Inputs as small as "
-            f"this are not resized by the official evaluation: do it yourself, `image.resize(({width}, {height}))`."
+            f"The image is {image.size[0]} x {image.size[1]} and the model reads {width} x {height}. Inputs this small "
+            f"are not resized by the official evaluation: do it yourself, `image.resize(({width}, {height}))`."
         )
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(height, width, len(mean))
     scaled = pixels.permute(2, 0, 1).float() / 255

@@ -85,7 +85,8 @@ def from_pretrained(
     name_or_path: a bundled model, a local folder, or a hub name; in transformers' layout (config.json with model_type,
     safetensors, sharded or not) or an architecture's original one (mamba-ssm: config.json with d_model and ssm_cfg,
     pytorch_model.bin or safetensors); or an original checkpoint that is one file (.pth, .safetensors). variant: which
-    model such a file holds, where it does not say so itself ("vim_small"). dtype: that of the checkpoint if None. device: CUDA where there is one if None.
+    model such a file holds, where it does not say so itself ("vim_small"). dtype: that of the checkpoint if None.
+    device: CUDA where there is one if None.
     tokenizer: found beside the model if None. revision and `hub` (token, cache_dir, local_files_only, ...) go to the
     hub. Raises CheckpointError when weights are missing, left over, damaged or of another architecture.
     """
@@ -95,7 +96,7 @@ def from_pretrained(
         hooked, wrapped = _from_file(Path(name_or_path).expanduser(), variant, dtype)
     else:
         if variant is not None:
-            raise CheckpointError(f"variant={variant!r} is for a checkpoint that is one file; {name_or_path} has a config.json.")
+            raise CheckpointError(f"variant={variant!r} is for a checkpoint that is one file; {name_or_path} is none.")
         source = _source(str(name_or_path))
         hooked, wrapped = _from_folder(source, str(name_or_path), dtype, hub)
         tokenizer = _tokenizer(source, hub) if tokenizer is None else tokenizer
@@ -120,18 +121,21 @@ def _from_folder(source: str, name: str, dtype: torch.dtype | None, hub: Mapping
 
 
 def _from_file(path: Path, variant: str | None, dtype: torch.dtype | None) -> tuple[Any, nn.Module]:
-    """(architecture, module) of an original checkpoint that is one file: tensors, or `{"model": tensors, "args": ...}`."""
+    """(architecture, module) of an original checkpoint in one file: tensors, or `{"model": tensors, "args": ...}`."""
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}. Download the checkpoint and give its path.")
     loaded = _load(path)
-    told = loaded.get("args") if isinstance(loaded, dict) else None
-    told = vars(told) if isinstance(told, argparse.Namespace) else {}
-    state = _tensors(path, loaded["model"] if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict) else loaded)
+    told: dict[str, Any] = {}
+    if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
+        told = vars(loaded["args"]) if isinstance(loaded.get("args"), argparse.Namespace) else {}
+        loaded = loaded["model"]
+    state = _tensors(path, loaded)
     for hooked in architectures().values():
         config = hooked.config_of_file(state, told, variant)
         if config is not None:
             return hooked, _from_original(hooked, str(path), config, state, dtype)
-    raise CheckpointError(f"{path} has {', '.join(list(state)[:3])}, ...: of no architecture that loads from one file. {supported()}")
+    held = ", ".join(list(state)[:3])
+    raise CheckpointError(f"{path} holds {held}, ...: no architecture that loads from one file. {supported()}")
 
 
 def _source(name: str) -> str:
@@ -259,7 +263,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _load(path: Path) -> Any:
-    """What a file holds: of a pickle, tensors, plain data and the Namespace in which training scripts keep their options."""
+    """What a file holds: of a pickle, tensors, plain data and the Namespace in which training scripts keep options."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -67,7 +67,7 @@ def mamba_terms(dt: Tensor, B: Tensor, C: Tensor, u: Tensor, A: Tensor) -> tuple
 
 
 class SelectiveScan(Mixer):
-    """gated = y * SiLU(z), y = SSM(SiLU(conv(x))): all that lies between the two projections, every intermediate a point."""
+    """gated = y * SiLU(z), y = SSM(SiLU(conv(x))): what lies between the two projections, every intermediate a point."""
 
     def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, rms_eps: float | None = None):
         super().__init__(weights, rows, layer)

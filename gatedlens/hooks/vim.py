@@ -11,7 +11,7 @@ n state, r dt_rank, K taps of the convolution.
 SSM is Mamba's (`mamba.py`) from its convolution to its skip. The backward one runs from the last position to the first
 with parameters of its own (bimamba "v2"), or only with an A of its own ("v1": it shares even the convolution's output,
 and nothing is halved); "none" is Mamba. **Everything is in image token order**: position p is the same patch at
-`mixer.fwd.hook_dt` and `mixer.bwd.hook_dt`; `mixer.bwd.hook_state` at p has consumed the tokens from the last down to p.
+`mixer.fwd.hook_dt` and `mixer.bwd.hook_dt`; `mixer.bwd.hook_state` at p has consumed the tokens from the last to p.
 
 Wraps `VisionMamba` below, which holds a checkpoint of hustvl/Vim by its names, and the official class by that name.
 """
@@ -130,7 +130,7 @@ class Forward(SelectiveScan):
 
 
 class Backward(Forward):
-    """bwd of v2: the same from the last position to the first; the convolution too looks at what is behind in the image."""
+    """bwd of v2: the same from the last position to the first; the convolution too sees what comes later in the image."""
 
     def along(self, x: Tensor) -> Tensor:
         return x.flip(1)
@@ -169,7 +169,7 @@ class ViMMixer(Part):
 
 
 class ViMBlock(Block):
-    """A Block whose norm reads the residual stream as wide as it is: official kernels fuse the addition and the norm."""
+    """A Block whose norm reads the residual stream at its full width: the official kernel fuses addition and norm."""
 
     def forward(self, resid: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
         resid = self.hook_resid_pre(resid)
@@ -275,7 +275,7 @@ class HookedViM(HookedModel):
 
     @classmethod
     def describe(cls, wrapped: Any, model_name: str) -> ViMConfig:
-        """The cfg of a VisionMamba, ours or the official one: sizes from the parameters, the rest from its attributes."""
+        """The cfg of a VisionMamba, ours or the official one: sizes from its parameters, the rest from its attributes."""
         told = vars(wrapped)
         check_supported(told, model_name)
         patch, first = wrapped.patch_embed, wrapped.layers[0].mixer
@@ -369,8 +369,8 @@ class HookedViM(HookedModel):
         wanted = (self.cfg.n_channels, *self.cfg.image_size)
         if not input.is_floating_point() or tuple(input.shape[1:]) != wanted:
             raise InputError(
-                f"{self.cfg.model_name} reads float images [batch, {', '.join(map(str, wanted))}]; this is {input.dtype} "
-                f"{list(input.shape)}. `model.preprocess(pil_image)` makes one."
+                f"{self.cfg.model_name} reads float images [batch, {', '.join(map(str, wanted))}]; this is "
+                f"{input.dtype} {list(input.shape)}. `model.preprocess(pil_image)` makes one."
             )
         if input.shape[0] == 0:
             raise InputError(f"There is no image in this batch: {list(input.shape)}.")
@@ -382,7 +382,8 @@ class HookedViM(HookedModel):
         if not isinstance(resid, Tensor) or not resid.is_floating_point() or tuple(resid.shape[1:]) != wanted:
             got = f"{resid.dtype} {list(resid.shape)}" if isinstance(resid, Tensor) else type(resid).__name__
             raise InputError(
-                f"start_at_layer runs from a residual stream, floats of [batch, {wanted[0]}, {wanted[1]}]; this is {got}."
+                f"start_at_layer runs from a residual stream, floats of [batch, {wanted[0]}, {wanted[1]}]; this is "
+                f"{got}."
             )
         return resid
 
@@ -495,20 +496,20 @@ class HookedViM(HookedModel):
     def config_of_file(
         cls, state: Mapping[str, Tensor], told: Mapping[str, Any], variant: str | None
     ) -> dict[str, Any] | None:
-        """Sizes from the shapes; what shapes do not tell from `variant`, or from the name that training left in `told`."""
+        """Sizes from the shapes; what shapes do not tell from `variant`, or from the name that training left behind."""
         if "patch_embed.proj.weight" not in state or "layers.0.mixer.A_log" not in state:
             return None
         name = variant or told.get("model")
         if name is None:
             raise CheckpointError(
-                "The file does not say which ViM it holds (its `args.model` is missing), and shapes do not tell where the "
-                f"class token stands: pass variant=..., one of {', '.join(SHORT)}."
+                "The file does not say which ViM it holds (its `args.model` is missing), and shapes do not tell where "
+                f"the class token stands: pass variant=..., one of {', '.join(SHORT)}."
             )
         return config_from_shapes(state, variant_config(str(name)), told.get("input_size"))
 
     @classmethod
     def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> HookedViM:
-        """A small random model for tests and tours: 12 x 12 images, patches of 4, 2 layers, 16 wide, state 4, 5 classes."""
+        """A small random model for tests and tours: 12 x 12 images, patches of 4, 2 layers, 16 wide, 5 classes."""
         config = {
             "img_size": 12,
             "patch_size": 4,
@@ -566,10 +567,10 @@ def check_supported(told: Mapping[str, Any], name: str) -> None:
         "if_rope": (told.get("if_rope"), "rotary position embeddings between the layers"),
         "if_bidirectional": (told.get("if_bidirectional"), "pairs of layers, one of them on the reversed image"),
         "flip_img_sequences_ratio": (told.get("flip_img_sequences_ratio", -1) > 0, "images reversed at random"),
-        "final_pool_type": (told["final_pool_type"] not in ("none", "mean"), "logits at every position"),
+        "final_pool_type": (told["final_pool_type"] not in ("none", "mean"), "every position has features of its own"),
     }
     for option, (asked, what) in reasons.items():
-        if asked and not (option == "final_pool_type" and told["if_cls_token"] and told[option] == "all"):
+        if asked:
             raise CheckpointError(
                 f"{name} has {option}={told[option]!r} ({what}), which gatedlens does not support. Supported are "
                 "bimamba_type v2, v1 and none, any place of the class token, or the mean or last position without one."
@@ -604,8 +605,8 @@ class VisionMamba(nn.Module):
     """Parameters in hustvl/Vim's layout and names, without its CUDA extensions: `VisionMamba(**config.json)`.
 
     The arguments are the official constructor's, and so are the attributes; those that only training or speed know
-    (drop_path_rate, fused_add_norm, ...) are kept in `config` and do nothing. `if_devide_out`, as HiddenMambaAttn spells
-    it, is heard where `if_divide_out` is not given. `use_end_cls_token` is Audio Mamba's: the class token last.
+    (drop_path_rate, fused_add_norm, ...) are kept in `config` and do nothing. `if_devide_out`, as HiddenMambaAttn
+    spells it, is heard where `if_divide_out` is not given. `use_end_cls_token` is Audio Mamba's: the class token last.
     `image_mean` and `image_std` say how `preprocess` normalises.
     """
 
@@ -780,28 +781,25 @@ def config_from_shapes(state: Mapping[str, Tensor], variant: dict[str, Any], inp
         "if_abs_pos_embed": "pos_embed" in state,
         "init_layer_scale": 1.0 if f"{mixer}gamma" in state else None,
     }
-    if patch.shape[-1] != 16:
-        config["stride"] = patch.shape[-1] if variant["stride"] == 16 else variant["stride"]
-    return {**config, "img_size": _image_size(state, config, input_size)}
+    config["stride"] = config["patch_size"] * variant["stride"] // variant["patch_size"]
+    config["img_size"] = int(input_size or variant["img_size"])
+    _check_positions(state, config)
+    return config
 
 
-def _image_size(state: Mapping[str, Tensor], config: Mapping[str, Any], input_size: int | None) -> int:
-    """The image that has as many patches as there are positions; CheckpointError if the stride cannot be right."""
-    patch, stride = config["patch_size"], config["stride"]
+def _check_positions(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """CheckpointError unless an image of this size has as many patches as the file has positions."""
     if "pos_embed" not in state:
-        return int(input_size or config["img_size"])
-    n_cls = sum(key.startswith("cls_token") for key in state)
-    patches = state["pos_embed"].shape[1] - n_cls
-    side = math.isqrt(patches)
-    guess = int(input_size or config["img_size"])
-    if ((guess - patch) // stride + 1) ** 2 == patches:
-        return guess
-    if side * side != patches or (guess == 224 and side in (14, 27) and patch == 16):
+        return
+    size, patch, stride = config["img_size"], config["patch_size"], config["stride"]
+    have = state["pos_embed"].shape[1] - sum(key.startswith("cls_token") for key in state)
+    want = ((size - patch) // stride + 1) ** 2
+    if have != want:
         raise CheckpointError(
-            f"The file has {patches} patch positions; patches of {patch} with stride {stride} on {guess} x {guess} images "
-            f"are {((guess - patch) // stride + 1) ** 2}. Is it a _stride8 variant, or not one?"
+            f"The file has positions for {have} patches; patches of {patch}, one every {stride} pixels, of a {size} x {size} "
+            f"image are {want}. Pass the right variant=... (one with or without _stride8), or write a config.json beside "
+            "a model.safetensors and load the folder."
         )
-    return (side - 1) * stride + patch
 
 
 HOOKED = HookedViM
