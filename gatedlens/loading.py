@@ -13,7 +13,8 @@ import argparse
 import json
 import logging
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -181,13 +182,28 @@ def _from_transformers(source: str, dtype: torch.dtype | None, hub: Mapping[str,
     from transformers import AutoModelForCausalLM
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or "auto", output_loading_info=True, **hub
-        )
+        with _quiet() if Path(source).is_dir() else nullcontext():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype or "auto", output_loading_info=True, **hub
+            )
     except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{source} cannot be loaded: {type(error).__name__}: {error}") from error
     _complete(source, info["missing_keys"], info["unexpected_keys"], info.get("mismatched_keys", ()))
     return model  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar over local weights."""
+    from transformers.utils import logging as hf_logging
+
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def _complete(source: str, missing: Any, extra: Any, mismatched: Any = ()) -> None:

@@ -52,8 +52,8 @@ def mamba(d_model: int, n_layers: int, d_state: int = 16) -> Callable[[int], nn.
 
 
 RECIPES = (
-    Recipe("mamba-recall", mamba(64, 2), "recall", steps=1500),
-    Recipe("mamba-moby", mamba(80, 3), "moby", steps=4000, batch=24, context=192, lr=5e-3),
+    Recipe("mamba-recall", mamba(64, 2), "recall", steps=2000),
+    Recipe("mamba-moby", mamba(80, 3), "moby", steps=1600, batch=16, context=160, lr=6e-3),
 )
 
 

@@ -14,6 +14,7 @@ and `Weights` below, which holds a checkpoint in mamba-ssm's original layout.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +26,14 @@ from torch import Tensor, nn
 from gatedlens.block import Block, Mixer, Norm, Run, norm_rows, residual_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError
+from gatedlens.factors import Factors
 from gatedlens.hookpoint import rows_of
 from gatedlens.language import HookedLanguageModel
-from gatedlens.padding import windows
+from gatedlens.padding import Padding, windows
 from gatedlens.points import Alias, Point, View, block_rows
 from gatedlens.recurrence import at_least_float32, linear_scan
+from gatedlens.scanmatrix import DecayScan
+from gatedlens.state import RecurrentState
 
 PAPER = "Mamba, arXiv 2312.00752"
 UIA = "UIA, arXiv 2405.16504"
@@ -69,6 +73,8 @@ def mamba_terms(dt: Tensor, B: Tensor, C: Tensor, u: Tensor, A: Tensor) -> tuple
 class SelectiveScan(Mixer):
     """gated = y * SiLU(z), y = SSM(SiLU(conv(x))): what lies between the two projections, every intermediate a point."""
 
+    attention_points = ("hook_x", "hook_conv", "hook_dt", "hook_B", "hook_C", "hook_gate", "hook_gated")
+
     def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, rms_eps: float | None = None):
         super().__init__(weights, rows, layer)
         self.rms_eps = rms_eps  # FalconMamba's weightless RMS of dt, B and C; None in Mamba
@@ -103,6 +109,30 @@ class SelectiveScan(Mixer):
             return x
         wide = at_least_float32(x)
         return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.rms_eps)).to(x.dtype)
+
+    def factors(self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None) -> Factors:
+        """The factors of the implicit attention: c = M x + drift, u = sigmoid(c) c, S from dt, B, C and A (UIA, eq. 9)."""
+        x, c, dt, B, C, gate, o = (padding.pack(at_least_float32(cached(name))) for name in self.attention_points)
+        weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weights.conv1d.weight, self.weights.conv1d.bias))
+        taps, drift, start = weight.squeeze(1), torch.zeros_like(x), None
+        if state is not None:
+            tail = state["conv", self.layer].to(x)
+            drift[:, : tail.shape[1]] += F.conv1d(F.pad(tail.mT, (0, tail.shape[1])), weight, groups=len(taps)).mT[
+                :, : x.shape[1]
+            ]
+            start = state["scan", self.layer].to(x)
+        real = padding.packed_mask(x)
+        return Factors(
+            x=x,
+            o=o,
+            scan=DecayScan(dt.double().cumsum(1), self.A.to(x.dtype), C, dt, B),
+            gate=gate,
+            skip=at_least_float32(self.weights.D).to(x.dtype),
+            act=torch.sigmoid(c) * real,
+            taps=taps,
+            drift=drift if bias is None else drift + bias * real,
+            start=start,
+        )
 
     def gated(
         self, x: Float[Tensor, "batch pos channel"], z: Float[Tensor, "batch pos channel"], run: Run
