@@ -265,7 +265,7 @@ class HookedViM(HookedModel):
         Point(
             "hook_features",
             "batch d_model",
-            "ln_final.out at the class token (their mean where there are two)",
+            "ln_final.out at the class token (the mean of two; without one: of all, or the last)",
             f"{PAPER}, alg. 1",
         ),
         Point("hook_logits", "batch class", "head(features)", f"{PAPER}, alg. 1"),
@@ -479,11 +479,11 @@ class HookedViM(HookedModel):
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        return self.wrapped.head.weight.T  # type: ignore[no-any-return]
+        return self.wrapped.head.weight.T
 
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:
-        return self.wrapped.head.bias  # type: ignore[no-any-return]
+        return self.wrapped.head.bias
 
     def tokens_to_residual_directions(self, tokens: int | Tensor) -> Float[Tensor, "... d_model"]:
         """The columns of W_U of some classes: what the class token (after ln_final) is read along."""

@@ -534,6 +534,20 @@ def test_parameters_are_shared_and_read_at_call_time():
     assert torch.equal(twin(x), other(x)) and not torch.equal(model(x), other(x))
 
 
+def test_an_official_module_wraps():
+    """The official class has its constructor's attributes and no config; HiddenMambaAttn's fork has the typo."""
+    exact = tiny("v2-undivided")
+    wrapped = copy.deepcopy(exact.wrapped)
+    del wrapped.config, wrapped.use_end_cls_token
+    for layer in wrapped.layers:
+        layer.mixer.if_devide_out = layer.mixer.if_divide_out
+        del layer.mixer.if_divide_out
+    assert torch.equal(gl.wrap(wrapped)(images(exact)), exact(images(exact)))
+    wrapped.if_rope = True
+    with pytest.raises(CheckpointError, match="VisionMamba has if_rope"):
+        gl.wrap(wrapped)
+
+
 @pytest.mark.parametrize("size", ["tiny", "small"])
 def test_official_state_dict(size):
     """Key for key and shape for shape the released checkpoints'."""
