@@ -56,8 +56,9 @@ def implicit_attention(source: Any, input: Any = None, *, layer: int, **options:
     if input is None:
         raise InputError("implicit_attention(model, ...) needs an input: text or token ids.")
     index = _index(source, layer)
+    mixer: Any = source.blocks[index].mixer
     with torch.no_grad():
-        needed = [f"blocks.{index}.mixer.{name}" for name in source.blocks[index].mixer.attention_points]
+        needed = [f"blocks.{index}.mixer.{name}" for name in mixer.attention_points]
         _, cache = source.run_with_cache(input, names_filter=needed, stop_at_layer=index + 1, **options)
     return _from_cache(cache, index)
 

@@ -34,7 +34,9 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
         return report.to_dict()
     console = Console()
     console.print(f"[bold]{escape(report.model)}[/] reads {escape(repr(report.text))}")
-    console.print(f"cached {report.n_cached} activations, {in_bytes(report.cached_bytes)}: every gate, conv and scan intermediate")
+    console.print(
+        f"cached {report.n_cached} activations, {in_bytes(report.cached_bytes)}: every gate, conv and scan intermediate"
+    )
     for layer, error in report.errors.items():
         console.print(f"layer {layer}: attention @ x + remainder equals the layer's output, relative error {error:.1e}")
     table = Table(title=f"What the last position attends to in layer {report.layer} (mean |attention| over channels)")
@@ -81,13 +83,17 @@ def parser() -> argparse.ArgumentParser:
 
     def command(name: str, function: Any, examples: str) -> argparse.ArgumentParser:
         raw = argparse.RawDescriptionHelpFormatter
-        sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__, epilog=examples, formatter_class=raw)
+        sub = commands.add_parser(
+            name, help=function.__doc__, description=function.__doc__, epilog=examples, formatter_class=raw
+        )
         sub.add_argument("--json", action="store_true", help="print one JSON object instead of text")
         sub.set_defaults(function=function)
         return sub
 
     sub = command("demo", demo, DEMO)
-    sub.add_argument("--model", default="gatedlens/mamba-moby", help="a bundled model, a folder or a hub name (%(default)s)")
+    sub.add_argument(
+        "--model", default="gatedlens/mamba-moby", help="a bundled model, a folder or a hub name (%(default)s)"
+    )
     sub.add_argument("--text", help="what it reads (a passage or prompt that suits a bundled model)")
     sub.add_argument("--layer", type=int, default=-1, help="the layer whose attention is listed (the last)")
     sub.add_argument("--out", default="out", help="the folder for the picture and the page (%(default)s)")

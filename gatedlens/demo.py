@@ -71,7 +71,9 @@ def run(model_name: str, text: str | None = None, layer: int = -1, out: str | Pa
     best = row.topk(min(5, len(row)))
     tops = [(tokens[j], j, v) for v, j in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
     likely = logits[0, -1].softmax(-1).topk(min(5, logits.shape[-1]))
-    following = [(model.to_string([i]), p) for p, i in zip(likely.values.tolist(), likely.indices.tolist(), strict=True)]
+    following = [
+        (model.to_string([i]), p) for p, i in zip(likely.values.tolist(), likely.indices.tolist(), strict=True)
+    ]
 
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +83,9 @@ def run(model_name: str, text: str | None = None, layer: int = -1, out: str | Pa
     plot.layers(maps, tokens, title=title, value="|attention| (mean over channels)").savefig(figure_path, dpi=110)
     signed = {f"layer {i}": A.mean()[0] for i, A in attention.items()}
     absolute = {f"layer {i} (absolute)": m for i, m in maps.items()}
-    notes = [f"attention and remainder give layer {i}'s output to a relative error of {e:.1e}" for i, e in errors.items()]
+    notes = [
+        f"attention and remainder give layer {i}'s output to a relative error of {e:.1e}" for i, e in errors.items()
+    ]
     page = attention_page({**absolute, **signed}, tokens, title, first=f"layer {layer} (absolute)", notes=notes)
     page_path = page.save(folder / f"{stem}.html")
     size = sum(t.numel() * t.element_size() for t in cache.values())

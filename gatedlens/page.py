@@ -52,7 +52,9 @@ def attention_page(
     layers: a [dst, src] matrix by name; `first` the one shown first (the last one if None); notes: lines below.
     """
     rows = {
-        name: [[float(f"{v:.4g}") for v in row[: i + 1]] for i, row in enumerate(matrix.detach().float().cpu().tolist())]
+        name: [
+            [float(f"{v:.4g}") for v in row[: i + 1]] for i, row in enumerate(matrix.detach().float().cpu().tolist())
+        ]
         for name, matrix in layers.items()
     }
     data = {"tokens": [label(token) for token in tokens], "layers": rows, "first": first or list(layers)[-1]}

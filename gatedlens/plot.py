@@ -40,7 +40,9 @@ def _matrix(matrix: Any, tokens: Sequence[str] | None) -> Tensor:
     """A [dst, src] matrix on the CPU, checked against its labels."""
     data = torch.as_tensor(matrix).detach().float().cpu()
     if data.ndim != 2:
-        raise InputError(f"A heat map shows one [dst, src] matrix; this has shape {list(data.shape)}. Pick a row of the batch.")
+        raise InputError(
+            f"A heat map shows one [dst, src] matrix; this has shape {list(data.shape)}. Pick a row of the batch."
+        )
     if tokens is not None and len(tokens) != data.shape[0]:
         raise InputError(f"{len(tokens)} token labels for a matrix of {data.shape[0]} positions.")
     return data
@@ -77,7 +79,10 @@ def heatmap(
 
 
 def layers(
-    matrices: Mapping[Any, Any], tokens: Sequence[str] | None = None, title: str = "Implicit attention by layer", **style: Any
+    matrices: Mapping[Any, Any],
+    tokens: Sequence[str] | None = None,
+    title: str = "Implicit attention by layer",
+    **style: Any,
 ) -> Any:
     """`gl.plot.layers({0: A0, 1: A1}, tokens)`: one heat map a layer, side by side. Returns the matplotlib Figure."""
     plt = _pyplot()
@@ -86,7 +91,9 @@ def layers(
     size = min(4 + 0.13 * len(next(iter(matrices.values()))), 9)
     columns = min(len(matrices), 4)
     rows = -(-len(matrices) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(size * columns, size * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(size * columns, size * rows), squeeze=False, layout="constrained"
+    )
     for ax in axes.flat[len(matrices) :]:
         ax.remove()
     for ax, (name, matrix) in zip(axes.flat, matrices.items(), strict=False):

@@ -45,12 +45,12 @@ class DecayScan:
     def channels(self) -> int:
         return self.time.shape[2]
 
-    def select(self, channels: Tensor | slice) -> DecayScan:
+    def select(self, channels: Tensor | slice | list[int]) -> DecayScan:
         """The scan of some channels."""
         time, amount = self.time[:, :, channels], self.amount[:, :, channels]
         return DecayScan(time, self.rate[channels], self.read, amount, self.key, self.document)
 
-    def decay(self, later: Tensor, earlier: Tensor) -> Float[Tensor, "..."]:
+    def decay(self, later: Tensor, earlier: Tensor) -> Float[Tensor, ...]:
         """exp(rate * (later - earlier)) with a state axis behind: [..., c] float64 times to [..., c, n]."""
         return torch.exp((later - earlier).to(self.rate.dtype).unsqueeze(-1) * self.rate)
 
@@ -133,7 +133,7 @@ class DecayScan:
                 spread[:, width - 1 - k : spread.shape[1] - k] += sources * taps[:, width - 1 - k, None]
             product = rows @ rearrange(spread, "b j c n -> b (c n) j")
             total[:, mid:hi, lo : mid + width - 1] += product
-        for offset in range(NARROW):
+        for offset in range(min(NARROW, self.length)):
             values = self._diagonal(offset) * left[:, offset:] * right[:, : self.length - offset]
             rows = torch.arange(offset, self.length, device=left.device)
             near = rows % NARROW >= offset
@@ -159,8 +159,10 @@ class DecayScan:
             boundary = self.time[:, mid - 1 : mid]
             rows = self.read[:, mid:hi].unsqueeze(-2) * self.decay(self.time[:, mid:hi], boundary)
             sources = source[:, lo:mid] * self.decay(boundary, self.time[:, lo:mid])
-            total[:, :, mid:hi, lo:mid] = rearrange(rows, "b i c n -> b c i n") @ rearrange(sources, "b j c n -> b c n j")
-        for offset in range(NARROW):
+            total[:, :, mid:hi, lo:mid] = rearrange(rows, "b i c n -> b c i n") @ rearrange(
+                sources, "b j c n -> b c n j"
+            )
+        for offset in range(min(NARROW, self.length)):
             rows = torch.arange(offset, self.length, device=total.device)
             near = rows % NARROW >= offset
             total[:, :, rows[near], rows[near] - offset] = rearrange(self._diagonal(offset)[:, near], "b i c -> b c i")
@@ -178,7 +180,9 @@ class DecayScan:
             yield slice(start, start + size)
 
 
-def _terms(step: Tensor, fresh: Tensor, push: Tensor, key: Tensor, read: Tensor, rate: Tensor):
+def _terms(
+    step: Tensor, fresh: Tensor, push: Tensor, key: Tensor, read: Tensor, rate: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     decay = torch.exp(step.unsqueeze(-1) * rate) * (1 - fresh).unsqueeze(-1)
     return decay, push.unsqueeze(-1) * key.unsqueeze(-2), read
 

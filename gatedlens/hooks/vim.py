@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,8 +64,8 @@ def _with(rows: tuple[Point, ...], equations: Mapping[str, str]) -> tuple[Point,
 FWD_ROWS = _with(
     MIXER_ROWS,
     {
-        "hook_x": "x of the mixer (a copy: edits reach this direction only)",
-        "hook_gate_pre": "gate_pre of the mixer (a copy: edits reach this direction only)",
+        "hook_x": "mixer.x (a copy: edits reach this direction only)",
+        "hook_gate_pre": "mixer.gate_pre (a copy: edits reach this direction only)",
         "hook_state_start": "state before the first position (zero)",
     },
 )
@@ -80,7 +80,7 @@ BWD_ROWS = {
         FWD_ROWS,
         {
             **_FROM_THE_END,
-            "hook_conv_taps": "conv1d_b.weight[tap] * x[pos + (K - 1) - tap]",
+            "hook_conv_taps": "conv1d_b.weight[tap] * x[pos + (tap.size - 1) - tap]",
             "hook_conv": "sum over tap of conv_taps + conv1d_b.bias",
             "hook_dt_rank": "x_proj_b(u)[:dt_rank]",
             "hook_B": "x_proj_b(u)[dt_rank:dt_rank + state]",
@@ -94,14 +94,13 @@ BWD_ROWS = {
 
 def vim_rows(bimamba_type: str = "v2", divided: bool = True, layer_scale: bool = False) -> tuple[Point, ...]:
     """The rows of a block, in firing order, for each kind of mixer."""
-    x = Point("hook_x", "batch pos channel", "in_proj(n)[:channel]", f"{PAPER}, alg. 1")
-    z = Point("hook_gate_pre", "batch pos channel", "in_proj(n)[channel:]", f"{PAPER}, alg. 1")
+    x = Point("hook_x", "batch pos channel", "in_proj(ln1.out)[:channel]", f"{PAPER}, alg. 1")
+    z = Point("hook_gate_pre", "batch pos channel", "in_proj(ln1.out)[channel:]", f"{PAPER}, alg. 1")
     fwd, bwd = block_rows("fwd", FWD_ROWS), block_rows("bwd", BWD_ROWS.get(bimamba_type, ()))
-    total = "fwd.gated + bwd.gated" if bwd else "fwd.gated"
+    total = "mixer.fwd.gated + mixer.bwd.gated" if bwd else "mixer.fwd.gated"
     gated = Point("hook_gated", "batch pos channel", f"({total}) / 2" if divided else total, f"{PAPER}, alg. 1")
     rows = residual_rows(norm_rows("ln1", "mixer_in", RMSNORM), block_rows("mixer", (x, z, *fwd, *bwd, gated)))
-    scaled = {"hook_mixer_out": "gamma * out_proj(gated)"} if layer_scale else {}
-    return _with(rows, scaled)
+    return _with(rows, {"hook_mixer_out": "gamma * out_proj(mixer.gated)" if layer_scale else "out_proj(mixer.gated)"})
 
 
 BLOCK_ROWS = vim_rows()
@@ -250,6 +249,19 @@ class HookedViM(HookedModel):
     """
 
     title = "Vision Mamba"
+    paper = (
+        "Zhu et al., Vision Mamba: Efficient Visual Representation Learning with Bidirectional SSM (arXiv 2401.09417)"
+    )
+    reference = ("vim_tiny", {"d_model": 192, "channel": 384, "state": 16, "tap": 4, "dt_rank": 12, "patch": 196})
+    recurrence: ClassVar = {
+        "decay": "fwd: exp(dt * A), bwd: exp(dt * A_b), [channel, state]; bwd runs from the last position to the first",
+        "write": "dt * B * u, [channel, state], of each direction",
+        "read": "C, [state], of each direction",
+        "skip": "D * u, D_b * u",
+        "conv": "depthwise conv over x, with bias: causal in fwd, anti-causal in bwd (v1: causal in both)",
+        "activation before the scan": "SiLU: u = sigmoid(c) * c",
+        "gate": "SiLU(gate_pre), the same in both directions; their sum is halved (v2 with if_divide_out)",
+    }
     wraps = ("VisionMamba",)
     block_points = BLOCK_ROWS
     first_points = (
@@ -319,6 +331,18 @@ class HookedViM(HookedModel):
             residual_in_fp32=bool(wrapped.residual_in_fp32),
         )
         return replace(cfg, n_ctx=cfg.grid.length)
+
+    @classmethod
+    def kinds(cls) -> dict[str, tuple[Point, ...]]:
+        return {"bimamba v2": vim_rows(), "bimamba v1": vim_rows("v1", False), "bimamba none": vim_rows("none", False)}
+
+    @classmethod
+    def snippet(cls) -> str:
+        return (
+            "logits, cache = model.run_with_cache(torch.zeros(1, *model.image_shape))\n"
+            'dt = cache["blocks.0.mixer.bwd.hook_dt"]     # batch pos channel: position p is the same patch as in fwd\n'
+            "print(model.grid.fold(dt.mean(-1)))           # a map of the image: [batch, row, column]"
+        )
 
     def rows_for(self, layer: int) -> tuple[Point, ...]:
         return vim_rows(self.cfg.bimamba_type, self.cfg.divide_out, self.cfg.layer_scale)

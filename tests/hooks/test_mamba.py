@@ -65,7 +65,9 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     A = -torch.exp(m.A_log)
     out["mixer.hook_state_start"] = torch.zeros(batch, channels, n, dtype=torch.float64)
     out["mixer.hook_decay"] = torch.exp(c("mixer.hook_dt")[..., None] * A)
-    out["mixer.hook_write"] = c("mixer.hook_dt")[..., None] * c("mixer.hook_B")[:, :, None] * c("mixer.hook_u")[..., None]
+    out["mixer.hook_write"] = (
+        c("mixer.hook_dt")[..., None] * c("mixer.hook_B")[:, :, None] * c("mixer.hook_u")[..., None]
+    )
     state, states = c("mixer.hook_state_start"), []
     for t in range(length):
         state = c("mixer.hook_decay")[:, t] * state + c("mixer.hook_write")[:, t]
@@ -189,9 +191,11 @@ def test_golden_language_model():
     assert relative(cache["hook_norm"], io["norm_f_out"]) < 1e-5
     for layer in range(3):
         assert relative(cache["mixer_out", layer], io[f"layers.{layer}.mixer_out"]) < 1e-5
-    theirs = io["layer0.scan.y"].mT if "layer0.scan.y" in io else None
-    if theirs is not None:
-        assert relative(cache["gated", 0], theirs) < 1e-5
+        assert relative(cache["resid_pre", layer], io[f"layers.{layer}.residual_in"]) < 1e-5
+    ours = {"u": "u", "B": "B", "C": "C", "y_before_gate": "y", "y": "gated"}
+    for theirs, word in ours.items():
+        assert relative(cache[word, 0], io[f"layer0.scan.{theirs}"].mT) < 1e-5, theirs
+    assert relative(cache["state", 0][:, -1], io["layer0.scan.last_state"]) < 1e-5
     model(io["input_ids"])[:, -1].pow(2).sum().backward()
     for name, p in wrapped.named_parameters():
         assert relative(p.grad, io[f"grad.{name}"]) < 1e-5, name
@@ -199,7 +203,9 @@ def test_golden_language_model():
 
 def golden_mixer():
     config, weights, io = golden("mamba1_mixer")
-    whole = Weights({"d_model": config["d_model"], "n_layer": 1, "vocab_size": 8, "ssm_cfg": {"d_state": config["d_state"]}})
+    whole = Weights(
+        {"d_model": config["d_model"], "n_layer": 1, "vocab_size": 8, "ssm_cfg": {"d_state": config["d_state"]}}
+    )
     mixer = whole.backbone.layers[0].mixer
     mixer.load_state_dict(weights)
     return gl.wrap(whole), mixer, io
@@ -228,7 +234,10 @@ def _keepers(kept):
     def keep(x, hook):
         kept[hook.name.rpartition(".")[2]] = x.detach().clone()
 
-    return [(f"blocks.0.mixer.{name}", keep) for name in ("hook_u", "hook_B", "hook_C", "hook_y", "hook_gated", "hook_dt_pre")]
+    return [
+        (f"blocks.0.mixer.{name}", keep)
+        for name in ("hook_u", "hook_B", "hook_C", "hook_y", "hook_gated", "hook_dt_pre")
+    ]
 
 
 @torch.no_grad()
@@ -236,7 +245,7 @@ def test_golden_mixer_step_by_step():
     model, _, io = golden_mixer()
     state, ys = None, []
     for t in range(io["x"].shape[1]):
-        run = Run(torch.full(io["x"].shape[:1] + (1,), t), before=state, left={})
+        run = Run(torch.full((*io["x"].shape[:1], 1), t), before=state, left={})
         ys.append(model.blocks[0].mixer(io["x"][:, t : t + 1], run))
         state = gl.RecurrentState(run.left, torch.full(io["x"].shape[:1], t + 1))
     assert relative(torch.cat(ys, dim=1), io["step_y"]) < 1e-5
