@@ -25,6 +25,7 @@ from gatedlens.errors import (
 )
 from gatedlens.hookpoint import HookPoint
 from gatedlens.hooks.mamba import HookedMamba
+from gatedlens.hooks.vim import HookedViM
 from gatedlens.language import HookedLanguageModel
 from gatedlens.loading import bundled_models, from_pretrained, wrap
 from gatedlens.model import HookedModel
@@ -46,6 +47,7 @@ __all__ = [
     "HookedLanguageModel",
     "HookedMamba",
     "HookedModel",
+    "HookedViM",
     "ImplicitAttention",
     "InputError",
     "Point",

@@ -128,7 +128,7 @@ def _from_file(path: Path, variant: str | None, dtype: torch.dtype | None) -> tu
     loaded = _load(path)
     told: dict[str, Any] = {}
     if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
-        told = vars(loaded["args"]) if isinstance(loaded.get("args"), argparse.Namespace) else {}
+        told = dict(vars(loaded["args"])) if isinstance(loaded.get("args"), argparse.Namespace) else {}
         loaded = loaded["model"]
     state = _tensors(path, loaded)
     for hooked in architectures().values():

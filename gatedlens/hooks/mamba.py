@@ -123,8 +123,13 @@ class SelectiveScan(Mixer):
         return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.rms_eps)).to(x.dtype)
 
     def factors(self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None) -> Factors:
-        """The factors of the implicit attention: c = M x + drift, u = sigmoid(c) c, S from dt, B, C and A (UIA, eq. 9)."""
-        x, c, dt, B, C, gate, o = (padding.pack(at_least_float32(cached(name))) for name in self.attention_points)
+        """The factors of the implicit attention: c = M x + drift, u = sigmoid(c) c, S from dt, B, C and A (UIA, eq. 9).
+
+        Positions are in the order of the scan (`along`), so S and M look back.
+        """
+        x, c, dt, B, C, gate, o = (
+            self.along(padding.pack(at_least_float32(cached(name)))) for name in self.attention_points
+        )
         weight = self.weights.conv1d.weight.to(x.dtype)
         bias = self.weights.conv1d.bias
         taps, drift, start = weight.squeeze(1), torch.zeros_like(x), None

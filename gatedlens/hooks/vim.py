@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from gatedlens.block import Block, Norm, Run, norm_rows, residual_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError, InputError, did_you_mean
+from gatedlens.factors import Factors
 from gatedlens.grid import Grid
 from gatedlens.hookpoint import Part, rows_of
 from gatedlens.hooks.mamba import ALIASES, MIXER_ROWS, RMSNORM, SelectiveScan
@@ -143,6 +144,12 @@ class SharedBackward(Backward):
 
     def along_conv(self, x: Tensor) -> Tensor:
         return x
+
+    def factors(self, *args: Any) -> Factors:
+        raise InputError(
+            "Implicit attention of bimamba_type 'v1': its backward direction convolves forward in the image and scans "
+            "backward, which is not one of the products that gatedlens builds. Models of 'v2' and 'none' have one."
+        )
 
 
 class ViMMixer(Part):
@@ -339,9 +346,10 @@ class HookedViM(HookedModel):
     @classmethod
     def snippet(cls) -> str:
         return (
+            "import torch\n\n"
             "logits, cache = model.run_with_cache(torch.zeros(1, *model.image_shape))\n"
-            'dt = cache["blocks.0.mixer.bwd.hook_dt"]     # batch pos channel: position p is the same patch as in fwd\n'
-            "print(model.grid.fold(dt.mean(-1)))           # a map of the image: [batch, row, column]"
+            'dt = cache["blocks.0.mixer.bwd.hook_dt"]  # batch pos channel: position p is the same patch as in fwd\n'
+            "print(model.grid.fold(dt.mean(-1)))  # a map of the image: [batch, row, column]"
         )
 
     def rows_for(self, layer: int) -> tuple[Point, ...]:

@@ -18,6 +18,7 @@ install_import_hook("gatedlens", "beartype.beartype")
 import gatedlens as gl  # noqa: E402
 from gatedlens.errors import CheckpointError, InputError, PointError  # noqa: E402
 from gatedlens.hooks.vim import HookedViM, vim_rows  # noqa: E402
+from gatedlens.padding import Padding  # noqa: E402
 from gatedlens.visionmamba import OFFICIAL, SHORT, VisionMamba, variant_config  # noqa: E402
 
 torch.set_num_threads(1)
@@ -459,6 +460,20 @@ def test_logit_attribution():
     ] / len(parts)
     assert labels == ["embed", "0_mixer_out", "1_mixer_out"]
     assert torch.allclose(read.sum(0), logits[:, 3])
+
+
+@pytest.mark.parametrize("way", ["fwd", "bwd"])
+def test_implicit_attention_of_a_direction(way):
+    """o = A x + r of each direction, from its factors in the order of its scan."""
+    model = tiny()
+    _, cache = model.run_with_cache(images(model))
+    direction, name = model.blocks[1].mixer.get_submodule(way), f"blocks.1.mixer.{way}."
+    factors = direction.factors(lambda leaf: cache[name + leaf], Padding(), None)
+    operator = gl.ImplicitAttention(factors, Padding(), model, 1)
+    assert operator.check().relative < 1e-12
+    assert relative(direction.along(operator.output()), cache[name + "hook_gated"]) < 1e-12
+    with pytest.raises(InputError, match="bimamba_type 'v1'"):
+        tiny("v1").blocks[0].mixer.bwd.factors(None, None, None)
 
 
 # -- options --------------------------------------------------------------------------------------------------------
