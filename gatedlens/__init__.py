@@ -26,6 +26,7 @@ from gatedlens.errors import (
 from gatedlens.hookpoint import HookPoint
 from gatedlens.hooks.griffin import HookedGriffin
 from gatedlens.hooks.mamba import HookedMamba
+from gatedlens.hooks.vim import HookedViM
 from gatedlens.language import HookedLanguageModel
 from gatedlens.loading import bundled_models, from_pretrained, wrap
 from gatedlens.model import HookedModel
@@ -48,6 +49,7 @@ __all__ = [
     "HookedLanguageModel",
     "HookedMamba",
     "HookedModel",
+    "HookedViM",
     "ImplicitAttention",
     "InputError",
     "Point",

@@ -91,6 +91,10 @@ class Mixer(Part):
         super().__init__(weights, rows)
         self.layer = layer
 
+    def along(self, x: Tensor) -> Tensor:
+        """`x` from token order to the order of the scan, or back: the identity, unless the mixer runs from the end."""
+        return x
+
     def recur(
         self,
         terms: Terms,
@@ -102,24 +106,29 @@ class Mixer(Part):
 
         If nobody listens, nothing inside is materialised. Otherwise decay and write become tensors, so an edit of
         either re-runs the recurrence; an edit of hook_state changes what the readout reads and nothing later.
+        Sequences, points and scan are in token order; in between all is `along` the scan.
         """
+        sequences = tuple(self.along(s) for s in sequences)
         # Each point is asked right before it fires: an nnsight trace parks on one location at a time.
         if self.hook_state_start.heard():
             initial = self.hook_state_start(initial)
         built: tuple[Tensor, Tensor, Tensor | None] | None = None
         if self.hook_decay.heard():
             decay, write, read = terms(*sequences, *constants)
-            built = self.hook_decay(decay), write, read
+            built = self.along(self.hook_decay(self.along(decay))), write, read
         if self.hook_write.heard():
             decay, write, read = built or terms(*sequences, *constants)
-            built = decay, self.hook_write(write), read
+            built = decay, self.along(self.hook_write(self.along(write))), read
         if not self.hook_state.heard():
             if built is None:
-                return scan(terms, sequences, constants, initial)
-            return scan(_as_they_are, tuple(t for t in built if t is not None), (), initial)
+                out, last = scan(terms, sequences, constants, initial)
+            else:
+                out, last = scan(_as_they_are, tuple(t for t in built if t is not None), (), initial)
+            return self.along(out), last
         decay, write, read = built or terms(*sequences, *constants)
         states = linear_scan(decay, write, initial)
-        return readout(self.hook_state(states), read), states[:, -1]
+        heard = self.along(self.hook_state(self.along(states)))
+        return self.along(readout(heard, read)), states[:, -1]
 
 
 def _as_they_are(decay: Tensor, write: Tensor, read: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:

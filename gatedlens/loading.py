@@ -2,12 +2,14 @@
 
 model = gl.from_pretrained("state-spaces/mamba-130m-hf")      # transformers' layout, from the hub
 model = gl.from_pretrained("path/to/folder")                   # the same, or an original checkpoint's layout
+model = gl.from_pretrained("vim_s_midclstok_80p5acc.pth")      # an original checkpoint that is one file
 model = gl.from_pretrained("gatedlens/mamba-recall")           # bundled: trained, tiny, no network
 model = gl.wrap(hf_model, tokenizer)                           # shares hf_model's parameters
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import pickle
@@ -27,6 +29,7 @@ from gatedlens.model import HookedModel
 
 log = logging.getLogger(__name__)
 BUNDLED = Path(__file__).parent / "bundled"
+ONE_FILE = (".pth", ".pt", ".bin", ".safetensors")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -74,6 +77,7 @@ def from_pretrained(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     tokenizer: Any = None,
+    variant: str | None = None,
     revision: str | None = None,
     **hub: Any,
 ) -> Any:
@@ -81,30 +85,58 @@ def from_pretrained(
 
     name_or_path: a bundled model, a local folder, or a hub name; in transformers' layout (config.json with model_type,
     safetensors, sharded or not) or an architecture's original one (mamba-ssm: config.json with d_model and ssm_cfg,
-    pytorch_model.bin or safetensors). dtype: that of the checkpoint if None. device: CUDA where there is one if None.
+    pytorch_model.bin or safetensors); or an original checkpoint that is one file (.pth, .safetensors). variant: which
+    model such a file holds, where it does not say so itself ("vim_small"). dtype: that of the checkpoint if None.
+    device: CUDA where there is one if None.
     tokenizer: found beside the model if None. revision and `hub` (token, cache_dir, local_files_only, ...) go to the
     hub. Raises CheckpointError when weights are missing, left over, damaged or of another architecture.
     """
-    source = _source(str(name_or_path))
     dtype = _dtype(dtype)
     hub = {"revision": revision, **hub} if revision is not None else hub
-    config = _config(source, hub)
-    kind = config.get("model_type")
-    hooked = next((a for a in architectures().values() if kind in a.hub_types), None)
-    if hooked is not None:
-        wrapped = _from_transformers(source, dtype, hub)
+    if Path(name_or_path).suffix in ONE_FILE:
+        hooked, wrapped = _from_file(Path(name_or_path).expanduser(), variant, dtype)
     else:
-        hooked = next((a for a in architectures().values() if a.is_original(config)), None)
-        if hooked is None:
-            what = f"model_type {kind!r}" if kind else f"a config.json with {', '.join(list(config)[:6])}"
-            raise CheckpointError(f"{name_or_path} has {what}, which gatedlens does not support. {supported()}")
-        wrapped = _from_original(hooked, source, config, dtype, hub)
-    if tokenizer is None:
-        tokenizer = _tokenizer(source, hub)
+        if variant is not None:
+            raise CheckpointError(f"variant={variant!r} is for a checkpoint that is one file; {name_or_path} is none.")
+        source = _source(str(name_or_path))
+        hooked, wrapped = _from_folder(source, str(name_or_path), dtype, hub)
+        tokenizer = _tokenizer(source, hub) if tokenizer is None else tokenizer
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     wrapped.to(device)
     return hooked(wrapped.eval(), model_name=str(name_or_path), tokenizer=tokenizer)
+
+
+def _from_folder(source: str, name: str, dtype: torch.dtype | None, hub: Mapping[str, Any]) -> tuple[Any, nn.Module]:
+    """(architecture, module) of a folder or hub repository with a config.json."""
+    config = _config(source, hub)
+    kind = config.get("model_type")
+    for hooked in architectures().values():
+        if kind in hooked.hub_types:
+            return hooked, _from_transformers(source, dtype, hub)
+    for hooked in architectures().values():
+        if hooked.is_original(config):
+            return hooked, _from_original(hooked, source, config, _state_dict(source, hub), dtype)
+    what = f"model_type {kind!r}" if kind else f"a config.json with {', '.join(list(config)[:6])}"
+    raise CheckpointError(f"{name} has {what}, which gatedlens does not support. {supported()}")
+
+
+def _from_file(path: Path, variant: str | None, dtype: torch.dtype | None) -> tuple[Any, nn.Module]:
+    """(architecture, module) of an original checkpoint in one file: tensors, or `{"model": tensors, "args": ...}`."""
+    if not path.is_file():
+        raise CheckpointError(f"There is no file {path}. Download the checkpoint and give its path.")
+    loaded = _load(path)
+    told: dict[str, Any] = {}
+    if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
+        told = dict(vars(loaded["args"])) if isinstance(loaded.get("args"), argparse.Namespace) else {}
+        loaded = loaded["model"]
+    state = _tensors(path, loaded)
+    for hooked in architectures().values():
+        config = hooked.config_of_file(state, told, variant)
+        if config is not None:
+            return hooked, _from_original(hooked, str(path), config, state, dtype)
+    held = ", ".join(list(state)[:3])
+    raise CheckpointError(f"{path} holds {held}, ...: no architecture that loads from one file. {supported()}")
 
 
 def _source(name: str) -> str:
@@ -188,10 +220,10 @@ def _complete(source: str, missing: Any, extra: Any, mismatched: Any = ()) -> No
 
 
 def _from_original(
-    hooked: Any, source: str, config: dict[str, Any], dtype: torch.dtype | None, hub: Mapping[str, Any]
+    hooked: Any, source: str, config: dict[str, Any], state: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> nn.Module:
     """An original checkpoint into the architecture's own parameter module."""
-    state = hooked.rename(_state_dict(source, hub))
+    state = hooked.rename(dict(state))
     wrapped: nn.Module = hooked.empty(config)
     expected = wrapped.state_dict()
     shared = {k for k in expected if k not in state and _tied_to_known(wrapped, k, state)}
@@ -248,10 +280,16 @@ def _file(source: str, name: str, hub: Mapping[str, Any]) -> Path | None:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file or of a pickle; a pickle that carries code is refused."""
+    return _tensors(path, _load(path))
+
+
+def _load(path: Path) -> Any:
+    """What a file holds: of a pickle, tensors, plain data and the Namespace in which training scripts keep options."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it holds more than tensors (a pickle can run code), or is damaged. "
@@ -259,6 +297,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or cut short: {type(error).__name__}: {error}") from error
+
+
+def _tensors(path: Path, loaded: Any) -> dict[str, Tensor]:
+    """`loaded` if it is a state dict."""
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
         raise CheckpointError(f"{path} holds no state dict (names to tensors).")
     return loaded

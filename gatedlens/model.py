@@ -10,7 +10,7 @@ An architecture subclasses it (see `hooks/`) and gives rows, blocks, and how an 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -116,6 +116,16 @@ class HookedModel(transformer_lens.HookedRootModule):
     def empty(cls, config: dict[str, Any]) -> nn.Module:
         """A module for the parameters of an original checkpoint with this config."""
         raise NotImplementedError
+
+    @classmethod
+    def config_of_file(
+        cls, state: Mapping[str, Tensor], told: Mapping[str, Any], variant: str | None
+    ) -> dict[str, Any] | None:
+        """The config for `empty` of a checkpoint that is one file; None when its keys are not this architecture's.
+
+        state: its tensors. told: what its training script left beside them (`args`). variant: what the caller says.
+        """
+        return None
 
     @classmethod
     def kinds(cls) -> dict[str, tuple[Point, ...]]:

@@ -82,12 +82,12 @@ def mamba_terms(dt: Tensor, B: Tensor, C: Tensor, u: Tensor, A: Tensor) -> tuple
     return decay, write, C
 
 
-class MambaMixer(Mixer):
-    """The selective state space mixer, every intermediate a point."""
+class SelectiveScan(Mixer):
+    """gated = y * SiLU(z), y = SSM(SiLU(conv(x))): what lies between the two projections, every intermediate a point."""
 
     attention_points = ("hook_x", "hook_conv", "hook_dt", "hook_B", "hook_C", "hook_gate", "hook_gated")
 
-    def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, rms_eps: float | None):
+    def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, rms_eps: float | None = None):
         super().__init__(weights, rows, layer)
         self.rms_eps = rms_eps  # FalconMamba's weightless RMS of dt, B and C; None in Mamba
 
@@ -96,20 +96,24 @@ class MambaMixer(Mixer):
         """-exp(A_log), at least float32."""
         return -torch.exp(at_least_float32(self.weights.A_log))
 
+    def along_conv(self, x: Tensor) -> Tensor:
+        """As `along`: the convolution runs the way the scan does."""
+        return self.along(x)
+
     def conv(self, x: Float[Tensor, "batch pos channel"], run: Run) -> Float[Tensor, "batch pos channel"]:
         """The causal depthwise convolution, without bias where `hook_conv_taps` is heard, then with it."""
         weight, bias = self.weights.conv1d.weight, self.weights.conv1d.bias
         width = weight.shape[-1]
         tail = run.start("conv", self.layer, (x.shape[0], width - 1, x.shape[2]), x)
-        long = run.padding.behind(x, tail)
+        long = run.padding.behind(self.along_conv(x), tail)
         run.leave("conv", self.layer, run.padding.tail(long, width))
         if self.hook_conv_taps.heard():
             taps = windows(long, width) * weight.squeeze(1)
             taps = torch.stack([run.padding.spread(tap) for tap in taps.unbind(-1)], dim=-1)
-            total = self.hook_conv_taps(taps).sum(-1)
+            total = self.hook_conv_taps(self.along_conv(taps)).sum(-1)
             return total if bias is None else total + bias
         c = F.conv1d(long.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)
-        return run.padding.spread(c)
+        return self.along_conv(run.padding.spread(c))
 
     def normed(self, x: Tensor) -> Tensor:
         """FalconMamba's weightless RMS norm; the identity in Mamba."""
@@ -119,8 +123,13 @@ class MambaMixer(Mixer):
         return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.rms_eps)).to(x.dtype)
 
     def factors(self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None) -> Factors:
-        """The factors of the implicit attention: c = M x + drift, u = sigmoid(c) c, S from dt, B, C and A (UIA, eq. 9)."""
-        x, c, dt, B, C, gate, o = (padding.pack(at_least_float32(cached(name))) for name in self.attention_points)
+        """The factors of the implicit attention: c = M x + drift, u = sigmoid(c) c, S from dt, B, C and A (UIA, eq. 9).
+
+        Positions are in the order of the scan (`along`), so S and M look back.
+        """
+        x, c, dt, B, C, gate, o = (
+            self.along(padding.pack(at_least_float32(cached(name)))) for name in self.attention_points
+        )
         weight = self.weights.conv1d.weight.to(x.dtype)
         bias = self.weights.conv1d.bias
         taps, drift, start = weight.squeeze(1), torch.zeros_like(x), None
@@ -144,9 +153,11 @@ class MambaMixer(Mixer):
             start=start,
         )
 
-    def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
+    def gated(
+        self, x: Float[Tensor, "batch pos channel"], z: Float[Tensor, "batch pos channel"], run: Run
+    ) -> Float[Tensor, "batch pos channel"]:
+        """What the output projection reads, from the two halves of the input projection."""
         w, pad = self.weights, run.padding
-        x, z = F.linear(n, w.in_proj.weight, w.in_proj.bias).chunk(2, dim=-1)
         x = self.hook_x(pad.zero(x))
         z = self.hook_gate_pre(z)
         c = self.hook_conv(self.conv(x, run))
@@ -168,8 +179,16 @@ class MambaMixer(Mixer):
         scan = self.hook_scan(scan.to(u.dtype))
         y = self.hook_y(scan + u * at_least_float32(w.D))
         gate = self.hook_gate(F.silu(z))
-        gated = self.hook_gated((y * gate).to(u.dtype))
-        return F.linear(gated, w.out_proj.weight, w.out_proj.bias)
+        return self.hook_gated((y * gate).to(u.dtype))
+
+
+class MambaMixer(SelectiveScan):
+    """out = out_proj(gated), x and z = in_proj(n)."""
+
+    def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
+        w = self.weights
+        x, z = F.linear(n, w.in_proj.weight, w.in_proj.bias).chunk(2, dim=-1)
+        return F.linear(self.gated(x, z, run), w.out_proj.weight, w.out_proj.bias)
 
 
 # -- other tools' names ---------------------------------------------------------------------------------------------
@@ -464,14 +483,14 @@ class Weights(nn.Module):
         norm = nn.RMSNorm if config.get("rms_norm", True) else nn.LayerNorm
         self.backbone = nn.Module()
         self.backbone.embedding = nn.Embedding(vocab, d)
-        self.backbone.layers = nn.ModuleList(_layer(d, norm, **ssm) for _ in range(config["n_layer"]))
+        self.backbone.layers = nn.ModuleList(layer_parameters(d, norm, **ssm) for _ in range(config["n_layer"]))
         self.backbone.norm_f = norm(d, eps=1e-5)
         self.lm_head = nn.Linear(d, vocab, bias=False)
         if config.get("tie_embeddings", True):
             self.lm_head.weight = self.backbone.embedding.weight
 
 
-def _layer(
+def layer_parameters(
     d: int,
     norm: Any,
     d_state: int = 16,

@@ -1,0 +1,599 @@
+"""Vision Mamba, ViM (Zhu et al. 2024, arXiv 2401.09417): a Mamba that reads an image's patches from both ends.
+
+b batch, l pos (patches row by row, the class token among them), d d_model, c channel (d_inner = expand * d_model),
+n state, r dt_rank, K taps of the convolution.
+
+    tokens = patches with the class token in their middle + pos_embed
+    x, z   = in_proj(norm(resid))
+    gated  = (SSM_fwd(x) SiLU(z) + SSM_bwd(x) SiLU(z)) / 2           resid = resid + out_proj(gated)
+    logits = head(norm_f(resid)[class token])
+
+SSM is Mamba's (`mamba.py`) from its convolution to its skip. The backward one runs from the last position to the first
+with parameters of its own (bimamba "v2"), or only with an A of its own ("v1": it shares even the convolution's output,
+and nothing is halved); "none" is Mamba. **Everything is in image token order**: position p is the same patch at
+`mixer.fwd.hook_dt` and `mixer.bwd.hook_dt`; `mixer.bwd.hook_state` at p has consumed the tokens from the last to p.
+
+Wraps `VisionMamba` (visionmamba.py), which holds a checkpoint of hustvl/Vim by its names, and the official class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gatedlens.block import Block, Norm, Run, norm_rows, residual_rows
+from gatedlens.config import HookedConfig
+from gatedlens.errors import CheckpointError, InputError, did_you_mean
+from gatedlens.factors import Factors
+from gatedlens.grid import Grid
+from gatedlens.hookpoint import Part, rows_of
+from gatedlens.hooks.mamba import ALIASES, MIXER_ROWS, RMSNORM, SelectiveScan
+from gatedlens.images import IMAGENET_MEAN, IMAGENET_STD, preprocess
+from gatedlens.model import Batch, HookedModel
+from gatedlens.points import Point, View, block_rows
+from gatedlens.recurrence import at_least_float32
+from gatedlens.visionmamba import (
+    BACKWARD,
+    SHORT,
+    VisionMamba,
+    check_supported,
+    cls_place,
+    config_from_shapes,
+    pair,
+    variant_config,
+)
+
+PAPER = "Vim, arXiv 2401.09417"
+RETURN_TYPES = ("logits", "loss", "both", None)
+
+
+# -- rows -----------------------------------------------------------------------------------------------------------
+
+
+def _with(rows: tuple[Point, ...], equations: Mapping[str, str]) -> tuple[Point, ...]:
+    """The same rows, some with the equation that they have here."""
+    source = f"{PAPER}, alg. 1"
+    return tuple(replace(r, equation=equations[r.leaf], source=source) if r.leaf in equations else r for r in rows)
+
+
+FWD_ROWS = _with(
+    MIXER_ROWS,
+    {
+        "hook_x": "mixer.x (a copy: edits reach this direction only)",
+        "hook_gate_pre": "mixer.gate_pre (a copy: edits reach this direction only)",
+        "hook_state_start": "state before the first position (zero)",
+    },
+)
+_FROM_THE_END = {
+    "hook_state_start": "state behind the last position (zero)",
+    "hook_decay": "exp(dt * A_b)",
+    "hook_state": "decay * state[pos + 1] + write",
+}
+BWD_ROWS = {
+    "v1": _with(FWD_ROWS, _FROM_THE_END),
+    "v2": _with(
+        FWD_ROWS,
+        {
+            **_FROM_THE_END,
+            "hook_conv_taps": "conv1d_b.weight[tap] * x[pos + (tap.size - 1) - tap]",
+            "hook_conv": "sum over tap of conv_taps + conv1d_b.bias",
+            "hook_dt_rank": "x_proj_b(u)[:dt_rank]",
+            "hook_B": "x_proj_b(u)[dt_rank:dt_rank + state]",
+            "hook_C": "x_proj_b(u)[dt_rank + state:]",
+            "hook_dt_pre": "dt_proj_b(dt_rank)",
+            "hook_y": "scan + D_b * u",
+        },
+    ),
+}
+
+
+def vim_rows(bimamba_type: str = "v2", divided: bool = True, layer_scale: bool = False) -> tuple[Point, ...]:
+    """The rows of a block, in firing order, for each kind of mixer."""
+    x = Point("hook_x", "batch pos channel", "in_proj(ln1.out)[:channel]", f"{PAPER}, alg. 1")
+    z = Point("hook_gate_pre", "batch pos channel", "in_proj(ln1.out)[channel:]", f"{PAPER}, alg. 1")
+    fwd, bwd = block_rows("fwd", FWD_ROWS), block_rows("bwd", BWD_ROWS.get(bimamba_type, ()))
+    total = "mixer.fwd.gated + mixer.bwd.gated" if bwd else "mixer.fwd.gated"
+    gated = Point("hook_gated", "batch pos channel", f"({total}) / 2" if divided else total, f"{PAPER}, alg. 1")
+    rows = residual_rows(norm_rows("ln1", "mixer_in", RMSNORM), block_rows("mixer", (x, z, *fwd, *bwd, gated)))
+    return _with(rows, {"hook_mixer_out": "gamma * out_proj(mixer.gated)" if layer_scale else "out_proj(mixer.gated)"})
+
+
+BLOCK_ROWS = vim_rows()
+
+
+# -- the mixer ------------------------------------------------------------------------------------------------------
+
+
+class Renamed:
+    """`Renamed(mixer, {"D": "D_b"}).D` is `mixer.D_b`, read when asked; a name that is not listed is itself."""
+
+    def __init__(self, module: nn.Module, names: Mapping[str, str]):
+        self.module = module
+        self.names = names
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("module", "names") or name.startswith("__"):  # a half-made copy (deepcopy, pickle) asks for these
+            raise AttributeError(name)
+        return getattr(self.module, self.names.get(name, name))
+
+
+class Forward(SelectiveScan):
+    """fwd: Mamba's conv, selection, scan, skip and gate, from the first position to the last."""
+
+    def forward(
+        self, x: Float[Tensor, "batch pos channel"], z: Float[Tensor, "batch pos channel"], run: Run
+    ) -> Float[Tensor, "batch pos channel"]:
+        return self.gated(x, z, run)
+
+
+class Backward(Forward):
+    """bwd of v2: the same from the last position to the first; the convolution too sees what is later in the image."""
+
+    def along(self, x: Tensor) -> Tensor:
+        return x.flip(1)
+
+
+class SharedBackward(Backward):
+    """bwd of v1: only the scan runs from the end; what enters it is what enters the forward scan."""
+
+    def along_conv(self, x: Tensor) -> Tensor:
+        return x
+
+    def factors(self, *args: Any) -> Factors:
+        raise InputError(
+            "Implicit attention of bimamba_type 'v1': its backward direction convolves forward in the image and scans "
+            "backward, which is not one of the products that gatedlens builds. Models of 'v2' and 'none' have one."
+        )
+
+
+class ViMMixer(Part):
+    """out = out_proj(scale * (fwd(x, z) + bwd(x, z))), x and z = in_proj(n). Vim, alg. 1; scale as the config says."""
+
+    def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, bimamba_type: str, scale: float):
+        super().__init__(weights, rows)
+        self.scale = scale
+        self.fwd = Forward(weights, rows_of("fwd", rows), layer)
+        backward = {"v1": SharedBackward, "v2": Backward}.get(bimamba_type)
+        self.bwd = None
+        if backward is not None:
+            self.bwd = backward(Renamed(weights, BACKWARD[bimamba_type]), rows_of("bwd", rows), layer)
+
+    def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
+        w = self.weights
+        x, z = F.linear(n, w.in_proj.weight, w.in_proj.bias).chunk(2, dim=-1)
+        x = self.hook_x(x)
+        z = self.hook_gate_pre(z)
+        gated = self.fwd(x, z, run)
+        if self.bwd is not None:
+            gated = gated + self.bwd(x, z, run)
+        gated = self.hook_gated(gated * self.scale)
+        out = F.linear(gated, w.out_proj.weight, w.out_proj.bias)
+        return out if w.init_layer_scale is None else out * w.gamma
+
+
+class ViMBlock(Block):
+    """A Block whose norm reads the residual stream at its full width: the official kernel fuses addition and norm."""
+
+    def forward(self, resid: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
+        resid = self.hook_resid_pre(resid)
+        n = self.ln1(self.hook_mixer_in(resid)).to(self.ln1.weights.weight.dtype)
+        mixer_out = self.hook_mixer_out(self.mixer(n, run))
+        return self.hook_resid_post(resid + mixer_out)
+
+
+VIEWS = (
+    View(
+        "blocks.{l}.mixer.hook_y", "batch pos channel", "scale * (fwd.y + bwd.y)", "gatedlens",
+        read=lambda model, layer, fwd, bwd: model.blocks[layer].mixer.scale * (fwd + bwd),
+        needs=("blocks.{l}.mixer.fwd.hook_y", "blocks.{l}.mixer.bwd.hook_y"),
+        instead="hook its directions, mixer.fwd.hook_y and mixer.bwd.hook_y",
+    ),
+)  # fmt: skip
+
+
+# -- the model ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class ViMConfig(HookedConfig):
+    """cfg of a ViM. d_vocab is num_classes, n_ctx the number of positions, `cls` where the class token stands
+    ("middle", "head", "tail", "double", "none") and `pool` what is read without one ("mean", or "none": the last)."""
+
+    d_inner: int
+    d_state: int
+    d_conv: int
+    dt_rank: int
+    num_classes: int
+    expand: float = 2
+    bimamba_type: str = "v2"
+    divide_out: bool = True
+    layer_scale: bool = False
+    cls: str = "middle"
+    pool: str = "mean"
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: tuple[int, int] = (16, 16)
+    stride: tuple[int, int] = (16, 16)
+    n_channels: int = 3
+    image_mean: tuple[float, ...] = IMAGENET_MEAN
+    image_std: tuple[float, ...] = IMAGENET_STD
+    residual_in_fp32: bool = True
+
+    @property
+    def grid(self) -> Grid:
+        """Where the patches and the class tokens are."""
+        rows, columns = (
+            (i - p) // s + 1 for i, p, s in zip(self.image_size, self.patch_size, self.stride, strict=True)
+        )
+        n = rows * columns
+        cls = {"middle": (n // 2,), "head": (0,), "tail": (n,), "double": (0, n + 1), "none": ()}[self.cls]
+        return Grid(rows, columns, cls, self.patch_size, self.stride)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        own = {"channel": self.d_inner, "state": self.d_state, "tap": self.d_conv, "dt_rank": self.dt_rank}
+        grid = self.grid
+        return {**super().sizes, **own, "class": self.num_classes, "patch": grid.rows * grid.columns}
+
+
+class Output(NamedTuple):
+    """`return_type="both"`."""
+
+    logits: Tensor
+    loss: Tensor
+
+
+class HookedViM(HookedModel):
+    """`gl.from_pretrained("vim_t_midclstok_76p1acc.pth")`: Vision Mamba with every intermediate a hook point.
+
+    model(images) -> logits [batch, class]; `images` are [batch, channels, height, width] as `preprocess` makes them, or
+    PIL images. The forward is the evaluation's: drop_rate and drop_path_rate do nothing, in training neither.
+    """
+
+    title = "Vision Mamba"
+    paper = (
+        "Zhu et al., Vision Mamba: Efficient Visual Representation Learning with Bidirectional SSM (arXiv 2401.09417)"
+    )
+    reference = ("vim_tiny", {"d_model": 192, "channel": 384, "state": 16, "tap": 4, "dt_rank": 12, "patch": 196})
+    recurrence: ClassVar = {
+        "decay": "fwd: exp(dt * A), bwd: exp(dt * A_b), [channel, state]; bwd runs from the last position to the first",
+        "write": "dt * B * u, [channel, state], of each direction",
+        "read": "C, [state], of each direction",
+        "skip": "D * u, D_b * u",
+        "conv": "depthwise conv over x, with bias: causal in fwd, anti-causal in bwd (v1: causal in both)",
+        "activation before the scan": "SiLU: u = sigmoid(c) * c",
+        "gate": "SiLU(gate_pre), the same in both directions; their sum is halved (v2 with if_divide_out)",
+    }
+    wraps = ("VisionMamba",)
+    block_points = BLOCK_ROWS
+    first_points = (
+        Point("hook_patch_embed", "batch patch d_model", "patch_embed.proj(image), row by row", f"{PAPER}, eq. 3"),
+        Point(
+            "hook_embed",
+            "batch pos d_model",
+            "patch_embed with the class token in its place + pos_embed",
+            f"{PAPER}, eq. 3",
+        ),
+    )
+    last_points = (
+        Point(
+            "hook_features",
+            "batch d_model",
+            "ln_final.out at the class token (the mean of two; without one: of all, or the last)",
+            f"{PAPER}, alg. 1",
+        ),
+        Point("hook_logits", "batch class", "head(features)", f"{PAPER}, alg. 1"),
+    )
+    aliases = ALIASES
+    views = VIEWS
+    cfg: ViMConfig
+
+    # -- what an architecture gives ------------------------------------------------------------------------------
+
+    @classmethod
+    def describe(cls, wrapped: Any, model_name: str) -> ViMConfig:
+        """The cfg of a VisionMamba, ours or the official: sizes from its parameters, the rest from its attributes."""
+        told = vars(wrapped)
+        check_supported(told, model_name)
+        patch, first = wrapped.patch_embed, wrapped.layers[0].mixer
+        d_inner, d_state = first.A_log.shape
+        channels = patch.proj.weight.shape[1]
+        config = told.get("config", {})
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
+        cfg = ViMConfig(
+            model_name=model_name,
+            architecture="vim",
+            n_layers=len(wrapped.layers),
+            d_model=wrapped.norm_f.weight.shape[0],
+            d_vocab=wrapped.head.weight.shape[0],
+            normalization_type="RMS" if getattr(wrapped.norm_f, "bias", None) is None else "LN",
+            eps=float(wrapped.norm_f.eps),
+            dtype=first.in_proj.weight.dtype,
+            device=str(first.in_proj.weight.device),
+            positional_embedding_type="standard" if wrapped.if_abs_pos_embed else "none",
+            original_architecture=type(wrapped).__name__,
+            d_inner=d_inner,
+            d_state=d_state,
+            d_conv=first.conv1d.weight.shape[-1],
+            dt_rank=first.dt_proj.weight.shape[1],
+            num_classes=wrapped.head.weight.shape[0],
+            expand=d_inner / wrapped.norm_f.weight.shape[0],
+            bimamba_type=first.bimamba_type,
+            divide_out=first.bimamba_type == "v2"
+            and bool(vars(first).get("if_divide_out", vars(first).get("if_devide_out"))),
+            layer_scale=first.init_layer_scale is not None,
+            cls=cls_place(told),
+            pool=wrapped.final_pool_type,
+            image_size=pair(patch.img_size),
+            patch_size=pair(patch.patch_size),
+            stride=pair(patch.proj.stride),
+            n_channels=channels,
+            image_mean=tuple(config.get("image_mean", mean)),
+            image_std=tuple(config.get("image_std", std)),
+            residual_in_fp32=bool(wrapped.residual_in_fp32),
+        )
+        return replace(cfg, n_ctx=cfg.grid.length)
+
+    @classmethod
+    def kinds(cls) -> dict[str, tuple[Point, ...]]:
+        return {"bimamba v2": vim_rows(), "bimamba v1": vim_rows("v1", False), "bimamba none": vim_rows("none", False)}
+
+    @classmethod
+    def snippet(cls) -> str:
+        return (
+            "import torch\n\n"
+            "logits, cache = model.run_with_cache(torch.zeros(1, *model.image_shape))\n"
+            'dt = cache["blocks.0.mixer.bwd.hook_dt"]  # batch pos channel: position p is the same patch as in fwd\n'
+            "print(model.grid.fold(dt.mean(-1)))  # a map of the image: [batch, row, column]"
+        )
+
+    def rows_for(self, layer: int) -> tuple[Point, ...]:
+        return vim_rows(self.cfg.bimamba_type, self.cfg.divide_out, self.cfg.layer_scale)
+
+    def make_block(self, layer: int) -> ViMBlock:
+        w, cfg, rows = self.wrapped.layers[layer], self.cfg, self.rows_for(layer)
+        scale = 0.5 if cfg.divide_out else 1.0
+        ln1 = Norm(w.norm, rows_of("ln1", rows), cfg.eps, centred=cfg.normalization_type == "LN")
+        return ViMBlock(w, rows, ln1, ViMMixer(w.mixer, rows_of("mixer", rows), layer, cfg.bimamba_type, scale))
+
+    def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:
+        return Norm(self.wrapped.norm_f, rows, self.cfg.eps, centred=self.cfg.normalization_type == "LN")
+
+    @property
+    def grid(self) -> Grid:
+        """Which position is which patch, and which is the class token."""
+        return self.cfg.grid
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of an image."""
+        return (self.cfg.n_channels, *self.cfg.image_size)
+
+    def preprocess(self, image: Any) -> Float[Tensor, "channels height width"]:
+        """`model.preprocess(Image.open(path))`: a PIL image as the official evaluation prepares it."""
+        return preprocess(image, self.cfg.image_size, self.cfg.image_mean, self.cfg.image_std)
+
+    # -- forward -------------------------------------------------------------------------------------------------
+
+    def prepare(
+        self,
+        input: Any,
+        return_type: str | None = "logits",
+        labels: Any = None,
+        *,
+        start_at_layer: int | None = None,
+        **options: Any,
+    ) -> tuple[Batch, dict[str, Any]]:
+        """Images (or, with start_at_layer, a residual stream), and the options of `forward` still to be used."""
+        _refuse_sequence_options(options)
+        rest = {"return_type": return_type, "labels": labels, "start_at_layer": start_at_layer, **options}
+        if isinstance(input, Batch):
+            return input, rest
+        if start_at_layer is not None:
+            return Batch(self._check_resid(input), is_resid=True), rest
+        return Batch(self._check_images(input)), rest
+
+    def _check_images(self, input: Any) -> Float[Tensor, "batch channels height width"]:
+        if not isinstance(input, Tensor):
+            images = list(input) if isinstance(input, Sequence) and not isinstance(input, str) else [input]
+            if not images:
+                raise InputError("There is no image in this batch: the list is empty.")
+            input = torch.stack([self.preprocess(image) for image in images])
+        if input.ndim == 3:
+            input = input.unsqueeze(0)
+        wanted = self.image_shape
+        if not input.is_floating_point() or tuple(input.shape[1:]) != wanted:
+            raise InputError(
+                f"{self.cfg.model_name} reads float images [batch, {', '.join(map(str, wanted))}]; this is "
+                f"{input.dtype} {list(input.shape)}. `model.preprocess(pil_image)` makes one."
+            )
+        if input.shape[0] == 0:
+            raise InputError(f"There is no image in this batch: {list(input.shape)}.")
+        weight = self.wrapped.patch_embed.proj.weight
+        return input.to(device=weight.device, dtype=weight.dtype)
+
+    def _check_resid(self, resid: Any) -> Float[Tensor, "batch pos d_model"]:
+        wanted = (self.cfg.n_ctx, self.cfg.d_model)
+        if not isinstance(resid, Tensor) or not resid.is_floating_point() or tuple(resid.shape[1:]) != wanted:
+            got = f"{resid.dtype} {list(resid.shape)}" if isinstance(resid, Tensor) else type(resid).__name__
+            raise InputError(
+                f"start_at_layer runs from a residual stream, floats of [batch, {wanted[0]}, {wanted[1]}]; this is "
+                f"{got}."
+            )
+        return resid
+
+    def positions(self, batch: Batch) -> int:
+        return self.grid.length
+
+    def forward(
+        self,
+        input: Any,
+        return_type: str | None = "logits",
+        labels: Any = None,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+        **unsupported: Any,
+    ) -> Any:
+        """`logits = model(images)`: logits [batch, class], the loss, both (an Output) or None, by `return_type`.
+
+        input: images [batch, channels, height, width], one PIL image or several; with `start_at_layer` the residual
+        stream [batch, pos, d_model] that enters that block. labels [batch]: the classes, for a loss (mean cross
+        entropy). stop_at_layer: stop before that block and return the residual stream.
+        """
+        if return_type not in RETURN_TYPES:
+            raise InputError(f"return_type={return_type!r}: it is 'logits', 'loss', 'both' or None.")
+        batch, _ = self.prepare(input, return_type, labels, start_at_layer=start_at_layer, **unsupported)
+        run = self.begin(batch, None, False)
+        resid = batch.value if batch.is_resid else self.embed(batch.value)
+        resid = self.through_blocks(resid, run, start_at_layer if batch.is_resid else None, stop_at_layer)
+        if stop_at_layer is not None:
+            return resid
+        if return_type is None:
+            return None
+        logits = self.classify(self.ln_final(resid))
+        if return_type == "logits":
+            return logits
+        loss = F.cross_entropy(logits, self._check_labels(labels, logits.shape[0]).to(logits.device))
+        return loss if return_type == "loss" else Output(logits, loss)
+
+    def embed(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream that images start: patches, class tokens in their places, absolute positions."""
+        w = self.wrapped
+        proj = w.patch_embed.proj
+        tokens = self.hook_patch_embed(F.conv2d(images, proj.weight, proj.bias, proj.stride).flatten(2).transpose(1, 2))
+        for at, token in zip(self.grid.cls, self.class_tokens(), strict=True):
+            tokens = torch.cat([tokens[:, :at], token.expand(len(tokens), -1, -1), tokens[:, at:]], dim=1)
+        embedded = self.hook_embed(tokens + w.pos_embed if w.if_abs_pos_embed else tokens)
+        return at_least_float32(embedded) if self.cfg.residual_in_fp32 else embedded
+
+    def class_tokens(self) -> tuple[Float[Tensor, "1 1 d_model"], ...]:
+        """The parameters that stand at `grid.cls`."""
+        w, cls = self.wrapped, self.cfg.cls
+        if cls == "none":
+            return ()
+        return (w.cls_token_head, w.cls_token_tail) if cls == "double" else (w.cls_token,)
+
+    def classify(self, normed: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch class"]:
+        """Logits, at least float32, of what the class token (or, without one, the pool) reads off."""
+        if self.grid.cls:
+            features = normed[:, list(self.grid.cls)].mean(1)
+        else:
+            features = normed.mean(1) if self.cfg.pool == "mean" else normed[:, -1]
+        head = self.wrapped.head
+        logits = F.linear(self.hook_features(features).to(head.weight.dtype), head.weight, head.bias)
+        return self.hook_logits(at_least_float32(logits))
+
+    def _check_labels(self, labels: Any, rows: int) -> Tensor:
+        if labels is None:
+            raise InputError("A loss needs labels=..., the class of each image.")
+        labels = torch.as_tensor(labels).reshape(-1)
+        if labels.is_floating_point() or labels.shape[0] != rows:
+            raise InputError(
+                f"labels are one class number an image, [{rows}]; these are {labels.dtype} {list(labels.shape)}."
+            )
+        if labels.min() < 0 or labels.max() >= self.cfg.num_classes:
+            raise InputError(
+                f"labels run from {labels.min()} to {labels.max()}; the classes are 0 to {self.cfg.num_classes - 1}."
+            )
+        return labels.long()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        raise InputError(
+            f"generate: {self.title} classifies images, it has no next token. `model(images)` gives logits."
+        )
+
+    # -- weights by TransformerLens's names ----------------------------------------------------------------------
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        return self.wrapped.head.weight.T
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        return self.wrapped.head.bias
+
+    def tokens_to_residual_directions(self, tokens: int | Tensor) -> Float[Tensor, "... d_model"]:
+        """The columns of W_U of some classes: what the class token (after ln_final) is read along."""
+        return self.W_U.T[torch.as_tensor(tokens, device=self.W_U.device)]
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def is_original(cls, config: dict[str, Any]) -> bool:
+        """A config.json of the official constructor's arguments."""
+        return {"embed_dim", "depth", "patch_size"} <= set(config) and "model_type" not in config
+
+    @classmethod
+    def empty(cls, config: dict[str, Any]) -> nn.Module:
+        return VisionMamba(**config)
+
+    @classmethod
+    def config_of_file(
+        cls, state: Mapping[str, Tensor], told: Mapping[str, Any], variant: str | None
+    ) -> dict[str, Any] | None:
+        """Sizes from the shapes; what shapes do not tell from `variant`, or from the name that training left behind."""
+        if "patch_embed.proj.weight" not in state or "layers.0.mixer.A_log" not in state:
+            return None
+        name = variant or told.get("model")
+        if name is None:
+            raise CheckpointError(
+                "The file does not say which ViM it holds (its `args.model` is missing), and shapes do not tell where "
+                f"the class token stands: pass variant=..., one of {', '.join(SHORT)}."
+            )
+        return config_from_shapes(state, variant_config(str(name)), told.get("input_size"))
+
+    @classmethod
+    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> HookedViM:
+        """A small random model for tests and tours: 12 x 12 images, patches of 4, 2 layers, 16 wide, 5 classes."""
+        config = {
+            "img_size": 12,
+            "patch_size": 4,
+            "stride": 4,
+            "depth": 2,
+            "embed_dim": 16,
+            "d_state": 4,
+            "num_classes": 5,
+        }
+        wrapped = VisionMamba(**{**config, "final_pool_type": "mean", **sizes})
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, p in wrapped.named_parameters():
+                noise = torch.randn(p.shape, generator=generator)
+                if p.ndim > 1 and not name.endswith("_log"):
+                    fan = p.shape[1:].numel() if "proj" in name or "head" in name else 4
+                    p.copy_(noise * fan**-0.5)
+                elif "conv1d" in name:
+                    p.copy_(noise * 0.3)
+                else:
+                    p.add_(noise * 0.3)
+        return cls(wrapped.to(dtype).eval(), model_name="tiny-vim")
+
+
+SEQUENCE_OPTIONS = {
+    "attention_mask": "every image has the same positions, so there is no padding",
+    "padding_side": "every image has the same positions, so there is no padding",
+    "state": "an image is read whole, from both ends, so there is no state to go on from",
+    "return_state": "an image is read whole, from both ends, so there is no state to go on from",
+    "position_ids": "the positions are those of the patches, `model.grid`",
+    "prepend_bos": "it reads images, not text",
+    "tokens": "it reads images, not text; a loss wants labels=...",
+    "loss_per_token": "a loss belongs to an image, not to a token",
+}
+
+
+def _refuse_sequence_options(options: Mapping[str, Any]) -> None:
+    """InputError for options that only language models have; None and False ask for nothing."""
+    for name, value in options.items():
+        if name in SEQUENCE_OPTIONS and value is not None and value is not False:
+            raise InputError(f"{name} was given to a Vision Mamba: {SEQUENCE_OPTIONS[name]}.")
+        if name not in SEQUENCE_OPTIONS and name != "stop_at_layer":
+            known = ("return_type", "labels", "start_at_layer", "stop_at_layer")
+            raise TypeError(f"A Vision Mamba's forward has no option {name!r}.{did_you_mean(name, known)}")
+
+
+HOOKED = HookedViM

@@ -1,0 +1,79 @@
+"""Images as the official Vision Mamba evaluation prepares them: Pillow in, tensor out. torchvision is not needed.
+
+    pixels = preprocess(Image.open("cat.jpg"), size=(224, 224))        # channels height width
+
+Resize the shorter side to int(size / 0.875) (bicubic), crop the centre, scale to [0, 1], normalise. Inputs of 32 pixels
+or fewer are not resized (the official rule for CIFAR): there the image must have the model's size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gatedlens.errors import InputError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+CROP_RATIO = 0.875
+MODES = {3: ("RGB", "L"), 1: ("L",)}  # what an image may be, by the model's channels; L becomes RGB without loss
+
+
+def preprocess(
+    image: Any,
+    size: tuple[int, int] = (224, 224),
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+) -> Float[Tensor, "channels height width"]:
+    """One PIL image for a model that reads `size` (height, width), normalised with `mean` and `std` of each channel."""
+    image = _moded(image, len(mean))
+    height, width = size
+    if height != width:
+        raise InputError(f"preprocess makes square inputs; this model reads {height} x {width}: pass a tensor instead.")
+    if height > 32:
+        image = _cropped(_resized(image, int(height / CROP_RATIO)), height, width)
+    elif image.size != (width, height):
+        raise InputError(
+            f"The image is {image.size[0]} x {image.size[1]} and the model reads {width} x {height}. Inputs this small "
+            f"are not resized by the official evaluation: do it yourself, `image.resize(({width}, {height}))`."
+        )
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(height, width, len(mean))
+    scaled = pixels.permute(2, 0, 1).float() / 255
+    return (scaled - torch.tensor(mean).reshape(-1, 1, 1)) / torch.tensor(std).reshape(-1, 1, 1)
+
+
+def _moded(image: Any, channels: int) -> Any:
+    from PIL import Image
+
+    if not isinstance(image, Image.Image):
+        raise InputError(f"preprocess reads a PIL image, not a {type(image).__name__}: `Image.open(path)` makes one.")
+    modes = MODES.get(channels)
+    if modes is None:
+        raise InputError(f"preprocess knows models of 1 or 3 channels; this one has {channels}: pass a tensor instead.")
+    if image.mode not in modes:
+        raise InputError(
+            f"The image has mode {image.mode!r}; a model of {channels} channel{'s' if channels > 1 else ''} reads "
+            f"{' or '.join(modes)}: `image.convert({modes[0]!r})` (what is transparent turns opaque)."
+        )
+    if 0 in image.size:
+        raise InputError(f"The image is empty: {image.size[0]} x {image.size[1]}.")
+    return image.convert(modes[0])
+
+
+def _resized(image: Any, shorter: int) -> Any:
+    """The shorter side becomes `shorter`, the other keeps the aspect, rounded down as torchvision does."""
+    from PIL import Image
+
+    width, height = image.size
+    longer = int(shorter * max(width, height) / min(width, height))
+    new = (shorter, longer) if width <= height else (longer, shorter)
+    return image.resize(new, Image.Resampling.BICUBIC)
+
+
+def _cropped(image: Any, height: int, width: int) -> Any:
+    """The centre of an image that is at least this large."""
+    left, top = round((image.size[0] - width) / 2), round((image.size[1] - height) / 2)
+    return image.crop((left, top, left + width, top + height))
