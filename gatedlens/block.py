@@ -32,10 +32,10 @@ class Run:
     before: RecurrentState | None = None
     left: dict[str, Tensor] | None = None  # None: nobody wants the state
 
-    def start(self, name: str, layer: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """The tensor `name` of the state that this call continues, zeros of `shape` if it starts from nothing."""
+    def start(self, name: str, layer: int, shape: tuple[int, ...], like: Tensor, nothing: float = 0.0) -> Tensor:
+        """The tensor `name` of the state that this call continues; full of `nothing` if it starts from none."""
         if self.before is None:
-            return like.new_zeros(shape)
+            return like.new_full(shape, nothing)
         given = self.before[name, layer]
         if tuple(given.shape) != shape:
             raise InputError(

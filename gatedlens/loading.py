@@ -2,6 +2,7 @@
 
     model = gl.from_pretrained("state-spaces/mamba-130m-hf")      # transformers' layout, from the hub
     model = gl.from_pretrained("path/to/folder")                   # the same, or an original checkpoint's layout
+    model = gl.from_pretrained("RWKV-4-Pile-169M.pth")             # an original checkpoint that is one file
     model = gl.from_pretrained("gatedlens/mamba-recall")           # bundled: trained, tiny, no network
     model = gl.wrap(hf_model, tokenizer)                           # shares hf_model's parameters
 """
@@ -80,24 +81,15 @@ def from_pretrained(
 
     name_or_path: a bundled model, a local folder, or a hub name; in transformers' layout (config.json with model_type,
     safetensors, sharded or not) or an architecture's original one (mamba-ssm: config.json with d_model and ssm_cfg,
-    pytorch_model.bin or safetensors). dtype: that of the checkpoint if None. device: CUDA where there is one if None.
+    pytorch_model.bin or safetensors; RWKV-LM: a .pth file, or a folder that holds one and no config.json). dtype: that of the checkpoint if None. device: CUDA where there is one if None.
     tokenizer: found beside the model if None. revision and `hub` (token, cache_dir, local_files_only, ...) go to the
     hub. Raises CheckpointError when weights are missing, left over, damaged or of another architecture.
     """
     source = _source(str(name_or_path))
     dtype = _dtype(dtype)
     hub = {"revision": revision, **hub} if revision is not None else hub
-    config = _config(source, hub)
-    kind = config.get("model_type")
-    hooked = next((a for a in architectures().values() if kind in a.hub_types), None)
-    if hooked is not None:
-        wrapped = _from_transformers(source, dtype, hub)
-    else:
-        hooked = next((a for a in architectures().values() if a.is_original(config)), None)
-        if hooked is None:
-            what = f"model_type {kind!r}" if kind else f"a config.json with {', '.join(list(config)[:6])}"
-            raise CheckpointError(f"{name_or_path} has {what}, which gatedlens does not support. {supported()}")
-        wrapped = _from_original(hooked, source, config, dtype, hub)
+    file = _one_file(source)
+    hooked, wrapped = _from_folder(source, dtype, hub) if file is None else _from_file(file, dtype)
     if tokenizer is None:
         tokenizer = _tokenizer(source, hub)
     if device is None:
@@ -106,8 +98,44 @@ def from_pretrained(
     return hooked(wrapped.eval(), model_name=str(name_or_path), tokenizer=tokenizer)
 
 
+def _from_folder(source: str, dtype: torch.dtype | None, hub: Mapping[str, Any]) -> tuple[Any, nn.Module]:
+    """(architecture, model) of a folder or hub repository with a config.json."""
+    config = _config(source, hub)
+    kind = config.get("model_type")
+    hooked = next((a for a in architectures().values() if kind in a.hub_types), None)
+    if hooked is not None:
+        return hooked, _from_transformers(source, dtype, hub)
+    hooked = next((a for a in architectures().values() if a.is_original(config)), None)
+    if hooked is None:
+        what = f"model_type {kind!r}" if kind else f"a config.json with {', '.join(list(config)[:6])}"
+        raise CheckpointError(f"{source} has {what}, which gatedlens does not support. {supported()}")
+    return hooked, _from_original(hooked, source, config, _state_dict(source, hub), dtype)
+
+
+def _one_file(source: str) -> Path | None:
+    """The checkpoint that is one file: `source` itself, or the only .pth of a folder without a config.json."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    files = sorted(path.glob("*.pth")) if path.is_dir() and not (path / "config.json").exists() else []
+    if len(files) > 1:
+        raise CheckpointError(f"{source} holds {len(files)} checkpoints ({', '.join(f.name for f in files[:4])}): name one.")
+    return files[0] if files else None
+
+
+def _from_file(path: Path, dtype: torch.dtype | None) -> tuple[Any, nn.Module]:
+    """(architecture, model) of one file of tensors: which one it is, and its sizes, are read off names and shapes."""
+    state = read_tensors(path)
+    for hooked in architectures().values():
+        config = hooked.original_config(state)
+        if config is not None:
+            return hooked, _from_original(hooked, str(path), config, state, dtype)
+    names = ", ".join(list(state)[:4])
+    raise CheckpointError(f"{path} holds {names}, ...: no layout that gatedlens reads without a config.json. {supported()}")
+
+
 def _source(name: str) -> str:
-    """A folder for bundled and local models, the name itself for the hub."""
+    """A folder or file for bundled and local models, the name itself for the hub."""
     if name.startswith("gatedlens/"):
         if name not in bundled_models():
             raise CheckpointError(
@@ -115,10 +143,10 @@ def _source(name: str) -> str:
             )
         return str(BUNDLED / name.partition("/")[2])
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.exists():
         return str(path)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise CheckpointError(f"There is no folder {path}. Give a folder with a config.json, a hub name, or a bundled model.")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith(".pth"):
+        raise CheckpointError(f"There is no folder or file {path}. Give a folder with a config.json, a hub name, or a bundled model.")
     return name
 
 
@@ -170,10 +198,10 @@ def _complete(source: str, missing: Any, extra: Any, mismatched: Any = ()) -> No
 
 
 def _from_original(
-    hooked: Any, source: str, config: dict[str, Any], dtype: torch.dtype | None, hub: Mapping[str, Any]
+    hooked: Any, source: str, config: dict[str, Any], state: dict[str, Tensor], dtype: torch.dtype | None
 ) -> nn.Module:
     """An original checkpoint into the architecture's own parameter module."""
-    state = _state_dict(source, hub)
+    state = hooked.rename(state)
     wrapped: nn.Module = hooked.empty(config)
     expected = wrapped.state_dict()
     shared = {k for k in expected if k not in state and _tied_to_known(wrapped, k, state)}

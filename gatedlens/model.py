@@ -107,6 +107,16 @@ class HookedModel(transformer_lens.HookedRootModule):
         """A module for the parameters of an original checkpoint with this config."""
         raise NotImplementedError
 
+    @classmethod
+    def original_config(cls, state: dict[str, Tensor]) -> dict[str, Any] | None:
+        """The config of an original checkpoint that is one file and brings none; None if it is another architecture's."""
+        return None
+
+    @classmethod
+    def rename(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """An original checkpoint's tensors by the names of `empty`."""
+        return state
+
     # -- names ---------------------------------------------------------------------------------------------------
 
     def setup(self) -> None:
