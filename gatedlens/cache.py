@@ -116,7 +116,8 @@ class ActivationCache(transformer_lens.ActivationCache):
         n_layers = self.model.cfg.n_layers
         layer = n_layers if layer is None or layer == -1 else layer
         slice_ = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
-        wanted = [("embed", "hook_embed")] if incl_embeds else []
+        # Not hook_embed: an architecture may scale or norm the embedding before it becomes the stream.
+        wanted = [("embed", "blocks.0.hook_resid_pre")] if incl_embeds else []
         kinds = {"all": ("mixer", "mlp"), "attn": ("mixer",), "mlp": ("mlp",)}[mode]
         for block in range(layer + 1 if mlp_input else layer):
             for kind in kinds if block < layer else ("mixer",):

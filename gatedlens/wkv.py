@@ -55,35 +55,70 @@ def _behind(start: Tensor, steps: Tensor) -> Tensor:
     return torch.cat([start.unsqueeze(1), steps[:, :-1]], dim=1)
 
 
+class _Pieces(NamedTuple):
+    """A segment's intermediates, [b, l, c]; `past_state` [b, l, 2, c] is the (num, den) that each position finds."""
+
+    decay: Tensor  # e^{max_{t-1} + w - max_t}
+    weight: Tensor  # e^{k_t - max_t}
+    past: Tensor  # e^{max_{t-1} - q_t}, with q_t the larger of max_{t-1} and u + k_t
+    present: Tensor  # e^{u + k_t - q_t}
+    past_state: Tensor
+    total: Tensor  # past den_{t-1} + present
+    scan: Tensor
+    carry: tuple[Tensor, Tensor, Tensor]
+
+
 def _segment(
     mask: Tensor | None, k: Tensor, v: Tensor, w: Tensor, u: Tensor, num: Tensor, den: Tensor, top: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(scan, num, den, max) of some positions after the carry (num, den, top); differentiable, the maximum held fixed."""
+) -> _Pieces:
+    """The recurrence over some positions after the carry; differentiable, with every maximum held fixed."""
     writes, log_decay = k, w.expand_as(k)
     if mask is not None:
-        writes = k.masked_fill(~mask.unsqueeze(-1), -torch.inf)
-        log_decay = w * mask.unsqueeze(-1)
+        writes, log_decay = k.masked_fill(~mask.unsqueeze(-1), -torch.inf), w * mask.unsqueeze(-1)
     with torch.no_grad():
         maxima = _running_max(log_decay, writes, top)
     before = _behind(top, maxima)
     decay = torch.exp(before + log_decay - maxima)
     weight = torch.exp(writes - maxima)
-    states = linear_scan(
-        decay.unsqueeze(2).expand(-1, -1, 2, -1),
-        torch.stack([weight * v, weight], dim=2),
-        torch.stack([num, den], dim=1),
-    )
-    nums, dens = states.unbind(2)
-    scan = _read(_behind(num, nums), _behind(den, dens), before, u + k, v)
-    return scan, nums[:, -1], dens[:, -1], maxima[:, -1]
+    start = torch.stack([num, den], dim=1)
+    states = linear_scan(decay.unsqueeze(2).expand(-1, -1, 2, -1), torch.stack([weight * v, weight], dim=2), start)
+    past_state = _behind(start, states)
+    past, present = _exponentials(before, u + k)
+    total = past * past_state[:, :, 1] + present
+    scan = (past * past_state[:, :, 0] + present * v) / total
+    return _Pieces(decay, weight, past, present, past_state, total, scan, (*states[:, -1].unbind(1), maxima[:, -1]))
 
 
-def _read(num: Tensor, den: Tensor, top: Tensor, bonus: Tensor, v: Tensor) -> Tensor:
-    """(e^top num + e^bonus v) / (e^top den + e^bonus), relative to the larger exponent."""
+def _exponentials(top: Tensor, bonus: Tensor) -> tuple[Tensor, Tensor]:
+    """e^top and e^bonus, relative to the larger."""
     with torch.no_grad():
         largest = torch.maximum(top, bonus)
-    past, present = torch.exp(top - largest), torch.exp(bonus - largest)
-    return (past * num + present * v) / (past * den + present)
+    return torch.exp(top - largest), torch.exp(bonus - largest)
+
+
+def _backward(p: _Pieces, v: Tensor, grad_scan: Tensor, grad_state: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of a segment by hand, maxima held fixed: of v, of u + k, of k as written, of w (all [b, l, c]), of the
+    state before [b, 2, c] and of the maximum before [b, c]; `grad_state` [b, 2, c] is that of the state after.
+
+    scan = (past num + present v) / total, and from the end g_t = d scan_{t+1} / d state_t + decay_{t+1} g_{t+1}.
+    """
+    per_total = grad_scan / p.total
+    bonus = p.present * per_total
+    read = p.past * per_total
+    reads = torch.stack([read, -read * p.scan], dim=2)
+    flows = torch.empty_like(reads)
+    flows[:, -1] = grad_state
+    steps = list(zip(flows.unbind(1), p.decay.unsqueeze(2).unbind(1), reads.unbind(1), strict=True))
+    for t in range(len(steps) - 1, 0, -1):
+        flow, decay, grad = steps[t]
+        torch.addcmul(grad, decay, flow, out=steps[t - 1][0])
+    flow, decay, grad = steps[0]
+    onward = torch.addcmul(grad, decay, flow)
+    num_flow, den_flow = flows.unbind(2)
+    grad_decay = (p.past_state * flows).sum(2).mul_(p.decay)
+    grad_top = grad_decay[:, 0] + (p.past_state[:, 0] * reads[:, 0]).sum(1)
+    grad_written = torch.addcmul(den_flow, num_flow, v).mul_(p.weight)
+    return torch.addcmul(bonus, p.weight, num_flow), bonus * (v - p.scan), grad_written, grad_decay, onward, grad_top
 
 
 class SegmentedWkv(Function):
@@ -99,8 +134,9 @@ class SegmentedWkv(Function):
         scan, starts = torch.empty_like(k), []
         for part in slices:
             starts += carry
-            scan[:, part], *rest = _segment(_part(mask, part), k[:, part], v[:, part], w, u, *carry)
-            carry = [t.clone() for t in rest]  # a view would keep the segment's states alive
+            pieces = _segment(_part(mask, part), k[:, part], v[:, part], w, u, *carry)
+            scan[:, part] = pieces.scan
+            carry = [t.clone() for t in pieces.carry]  # a view would keep the segment's states alive
         ctx.mask, ctx.slices = mask, slices
         ctx.save_for_backward(k, v, w, u, *starts)
         ctx.mark_non_differentiable(carry[2])
@@ -108,28 +144,30 @@ class SegmentedWkv(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        grad_scan, *grad_carry = grads[:3]
+        grad_scan, grad_num, grad_den, _ = grads
         k, v, w, u, *starts = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody differentiates the gradient: take the differentiable road, whole
             given = (k, v, w, u, *starts[:3])
             needed = [t for t in given if t.requires_grad]
-            outs = _segment(ctx.mask, *given)[:3]
+            pieces = _segment(ctx.mask, *given)
+            outs = (pieces.scan, *pieces.carry[:2])
             found = iter(torch.autograd.grad(outs, needed, grads[:3], create_graph=True, allow_unused=True))
             return None, *(next(found) if t.requires_grad else None for t in given)
-        into, total = [torch.empty_like(k), torch.empty_like(v)], [torch.zeros_like(w), torch.zeros_like(u)]
-        grad_top = None
+        grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
+        grad_w, grad_u = torch.zeros_like(w), torch.zeros_like(u)
+        grad_state, grad_top = torch.stack([grad_num, grad_den], dim=1), None
         for i in reversed(range(len(ctx.slices))):
             part = ctx.slices[i]
-            with torch.enable_grad():
-                live = [t.detach().requires_grad_() for t in (k[:, part], v[:, part], w, u, *starts[3 * i : 3 * i + 3])]
-                outs = _segment(_part(ctx.mask, part), *live)[:3]
-                found = torch.autograd.grad(outs, live, (grad_scan[:, part], *grad_carry), materialize_grads=True)
-            *grad_carry, grad_top = found[4:]  # that of an inner maximum is dropped: it is held fixed
-            for whole, piece in zip(into, found[:2], strict=True):
-                whole[:, part] = piece
-            for whole, piece in zip(total, found[2:4], strict=True):
-                whole += piece
-        return None, *into, *total, *grad_carry, grad_top
+            mask, k_part, v_part = _part(ctx.mask, part), k[:, part], v[:, part]
+            pieces = _segment(mask, k_part, v_part, w, u, *starts[3 * i : 3 * i + 3])
+            # The gradient of an inner maximum is dropped: it is held fixed. That of the first one is the carry's.
+            grad_v[:, part], bonus, written, decay, grad_state, grad_top = _backward(
+                pieces, v_part, grad_scan[:, part], grad_state
+            )
+            grad_k[:, part] = bonus + written
+            grad_u += bonus.sum((0, 1))
+            grad_w += (decay if mask is None else decay * mask.unsqueeze(-1)).sum((0, 1))
+        return None, grad_k, grad_v, grad_w, grad_u, *grad_state.unbind(1), grad_top
 
 
 def _part(mask: Tensor | None, part: slice) -> Tensor | None:
@@ -150,8 +188,8 @@ def wkv(
         return scan, Carry(*rest)
     scan = torch.empty_like(v)
     for part in _segments(k.shape[1], k[:, 0].numel(), SEGMENT_ELEMENTS):
-        scan[:, part], *rest = _segment(_part(mask, part), k[:, part], v[:, part], w, u, *carry)
-        carry = Carry(*rest)
+        pieces = _segment(_part(mask, part), k[:, part], v[:, part], w, u, *carry)
+        scan[:, part], carry = pieces.scan, Carry(*pieces.carry)
     return scan, carry
 
 
@@ -176,8 +214,8 @@ class OpenWkv:
         """e^x, or an error where float64 does not hold it."""
         if bool((x > LARGEST_KEY).any()):
             raise InputError(
-                f"A key is {float(x.max()):.4g}, and hook_write and hook_state hold exp(key) itself, in float64, which ends"
-                f" at exp({LARGEST_KEY:g}). Hook hook_k, hook_u and hook_scan instead: nothing inside the scan is built then."
+                f"A key is {float(x.max()):.4g}; the points inside the scan (hook_write, hook_state, ...) need exp(key)"
+                f" in float64, up to exp({LARGEST_KEY:g}). hook_k, hook_u and hook_scan have no limit: hook those."
             )
         return x.exp()
 
@@ -216,7 +254,7 @@ class OpenWkv:
 
     @cached_property
     def running_max(self) -> Tensor:
-        """max_t = max(max_{t-1} + log decay_t, log of the denominator's write_t), the same as k_t unless it was edited."""
+        """max_t = max(max_{t-1} + log decay_t, log of the denominator's write_t, which is k_t unless it was edited)."""
         log_decay = self.decay[..., 1].abs().clamp(min=TINY).log()
         top = _running_max(log_decay, self.write[..., 1].abs().clamp(min=TINY).log(), self.top_start)
         return top.to(self.wide).double()  # rounded before num and den are taken relative to it, not after
@@ -236,8 +274,9 @@ class OpenWkv:
     @cached_property
     def scan(self) -> Tensor:
         num, den = (self.state_start * torch.exp(-self.top_start).unsqueeze(-1)).unbind(-1)
-        past = _behind(num, self.num.double()), _behind(den, self.den.double())
-        return _read(*past, _behind(self.top_start, self.max.double()), self.u + self.k, self.v).to(self.wide)
+        num, den = _behind(num, self.num.double()), _behind(den, self.den.double())
+        past, present = _exponentials(_behind(self.top_start, self.max.double()), self.u + self.k)
+        return ((past * num + present * self.v) / (past * den + present)).to(self.wide)
 
     @cached_property
     def last(self) -> Carry:

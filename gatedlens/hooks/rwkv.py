@@ -1,20 +1,22 @@
 """RWKV-4 (Peng et al. 2023, arXiv 2305.13048): token shift, the WKV recurrence, receptance gates, and a channel mix.
 
-b batch, l pos, d d_model, c channel (attention_hidden_size), f d_mlp; s the input of the position before; w = -exp(time_decay);
-u = time_first in wkv.py; the state of a channel is the pair (N, D), numerator and denominator.
+b batch, l pos, d d_model, c channel (attention_hidden_size), f d_mlp; n a norm's output, s the one of the position
+before; w = -exp(time_decay), u = time_first; the state of a channel is the pair (N, D), numerator and denominator.
 
-    time mix      x_m = n time_mix_m + s (1 - time_mix_m)  for m = k, v, r        k, v, r = key(x_k), value(x_v), receptance(x_r)
+    time mix      x_m = n time_mix_m + s (1 - time_mix_m)  for m = k, v, r
+                  k, v, r = key(x_k), value(x_v), receptance(x_r)
                   N_t = e^w N_{t-1} + e^{k_t} v_t          D_t = e^w D_{t-1} + e^{k_t}
                   scan_t = (N_{t-1} + e^{time_first + k_t} v_t) / (D_{t-1} + e^{time_first + k_t})
                   out = output(sigmoid(r) scan)
     channel mix   x_m as above for m = k, r               out = sigmoid(receptance(x_r)) value(relu(key(x_k))^2)
 
-**Rescaling.** In evaluation transformers (and the official code) halve the stream after every `rescale_every` blocks and divide
-the output weights of the blocks behind by the same power of two, *in place*, to stay in float16's range. Here the stream, and
-so every hook point, is never halved: stored weights are multiplied back if `layers_are_rescaled` says so, and since
-LayerNorm(h / 2^s; eps) = LayerNorm(h; 4^s eps), evaluation shows in the norms' eps alone. Hook values are the same whatever
-transformers has done to its weights, what is added to the stream sums to it, and the logits are transformers' in either mode.
-transformers' `hidden_states` of block i in evaluation are ours / 2^((i + 1) // rescale_every).
+**Rescaling.** In evaluation transformers (and the official code) halve the stream after every `rescale_every` blocks
+and divide the output weights of the blocks behind by the same power of two, *in place*, to stay in float16's range.
+Here the stream, and so every hook point, is never halved: stored weights are multiplied back if `layers_are_rescaled`
+says so, and since LayerNorm(h / 2^p; eps) = LayerNorm(h; 4^p eps), evaluation shows in the norms' eps alone. Hook
+values are the same whatever transformers has done to its weights, the blocks' outputs sum to the stream, and the
+logits are transformers' in either mode. Its `hidden_states` after block i are, in evaluation, ours / 2^((i + 1) //
+rescale_every).
 
 Wraps transformers' RwkvForCausalLM; the official .pth key layout is renamed to its names.
 """
@@ -39,29 +41,35 @@ from gatedlens.recurrence import at_least_float32
 from gatedlens.wkv import NOTHING, Carry, OpenWkv, wkv
 
 PAPER = "RWKV, arXiv 2305.13048"
-UIA = "UIA, arXiv 2405.16504"
-STABLE = f"{PAPER}, app. D (numerical stability)"
+EQ16 = f"{PAPER}, eq. 16; numerator and denominator as they are, in float64"
+STABLE = f"{PAPER}, appendix (time mixing as an RNN cell); the next position reads it"
+
+
+def _mixed(norm: str, mix: str) -> str:
+    return f"{norm}.out * time_mix_{mix} + shift * (1 - time_mix_{mix})"
+
 
 MIXER_ROWS = (
     Point("hook_shift", "batch pos d_model", "ln1.out[pos - 1]", f"{PAPER}, sec. 3.1.1 (token shift)"),
-    Point("hook_xk", "batch pos d_model", "ln1.out * time_mix_key + shift * (1 - time_mix_key)", f"{PAPER}, eq. 12"),
-    Point("hook_xv", "batch pos d_model", "ln1.out * time_mix_value + shift * (1 - time_mix_value)", f"{PAPER}, eq. 13"),
-    Point("hook_xr", "batch pos d_model", "ln1.out * time_mix_receptance + shift * (1 - time_mix_receptance)", f"{PAPER}, eq. 11"),
+    Point("hook_xk", "batch pos d_model", _mixed("ln1", "key"), f"{PAPER}, eq. 12"),
+    Point("hook_xv", "batch pos d_model", _mixed("ln1", "value"), f"{PAPER}, eq. 13"),
+    Point("hook_xr", "batch pos d_model", _mixed("ln1", "receptance"), f"{PAPER}, eq. 11"),
     Point("hook_k", "batch pos channel", "key(xk)", f"{PAPER}, eq. 12"),
     Point("hook_x", "batch pos channel", "value(xv)", f"{PAPER}, eq. 13 (v)"),
     Point("hook_gate_pre", "batch pos channel", "receptance(xr)", f"{PAPER}, eq. 11 (r)"),
     Point("hook_u", "batch pos channel", "x", f"{PAPER}, eq. 16"),
-    Point("hook_state_start", "batch channel state", "state before the first position (zero without a state)", f"{PAPER}, eq. 22", True),
-    Point("hook_decay", "batch pos channel state", "exp(-exp(time_decay))", f"{PAPER}, eq. 16 (float64)", True),
-    Point("hook_write", "batch pos channel state", "exp(k) * (u, 1)", f"{PAPER}, eq. 16 (float64)", True),
-    Point("hook_state", "batch pos channel state", "decay * state[pos - 1] + write", f"{PAPER}, eq. 16 (N, D) (float64)", True),
+    Point("hook_state_start", "batch channel state", "state before the first position (zero without one)", EQ16, True),
+    Point("hook_decay", "batch pos channel state", "exp(-exp(time_decay))", EQ16, True),
+    Point("hook_write", "batch pos channel state", "exp(k) * (u, 1)", EQ16, True),
+    Point("hook_state", "batch pos channel state", "decay * state[pos - 1] + write", EQ16, True),
     Point("hook_num", "batch pos channel", "state[0] * exp(-max)", STABLE, True),
     Point("hook_den", "batch pos channel", "state[1] * exp(-max)", STABLE, True),
-    Point("hook_max", "batch pos channel", "max(max[pos - 1] + log(decay), log(write[1]))", f"{STABLE}; log(write[1]) is k", True),
+    Point("hook_max", "batch pos channel", "max(max[pos - 1] + log(decay), log(write[1]))", STABLE, True),
     Point(
         "hook_scan",
         "batch pos channel",
-        "(num[pos - 1] * exp(max[pos - 1]) + exp(time_first + k) * u) / (den[pos - 1] * exp(max[pos - 1]) + exp(time_first + k))",
+        "(past * num[pos - 1] + bonus * u) / (past * den[pos - 1] + bonus), past = exp(max[pos - 1]), "
+        "bonus = exp(time_first + k)",
         f"{PAPER}, eq. 16 (wkv)",
     ),
     Point("hook_y", "batch pos channel", "scan (the bonus at pos itself is inside)", f"{PAPER}, eq. 16"),
@@ -72,8 +80,8 @@ INSIDE = ("state_start", "decay", "write", "state", "num", "den", "max")  # the 
 
 MLP_ROWS = (
     Point("hook_shift", "batch pos d_model", "ln2.out[pos - 1]", f"{PAPER}, sec. 3.1.1 (token shift)"),
-    Point("hook_xk", "batch pos d_model", "ln2.out * time_mix_key + shift * (1 - time_mix_key)", f"{PAPER}, eq. 15"),
-    Point("hook_xr", "batch pos d_model", "ln2.out * time_mix_receptance + shift * (1 - time_mix_receptance)", f"{PAPER}, eq. 14"),
+    Point("hook_xk", "batch pos d_model", _mixed("ln2", "key"), f"{PAPER}, eq. 15"),
+    Point("hook_xr", "batch pos d_model", _mixed("ln2", "receptance"), f"{PAPER}, eq. 14"),
     Point("hook_k", "batch pos d_mlp", "key(xk)", f"{PAPER}, eq. 15"),
     Point("hook_k_act", "batch pos d_mlp", "relu(k)^2", f"{PAPER}, eq. 18"),
     Point("hook_v", "batch pos d_model", "value(k_act)", f"{PAPER}, eq. 18"),
@@ -101,7 +109,7 @@ FIRST_BLOCK_ROWS = (*LN0_ROWS, replace(BLOCK_ROWS[0], equation="ln0.out"), *BLOC
 
 @dataclass(frozen=True)
 class Rescale:
-    """By which powers of two evaluation scales down, at one depth; what the wrapped model says is read at every call."""
+    """By which power of two evaluation scales down at one depth; what the wrapped model says is read at every call."""
 
     backbone: Any
     depth: int  # blocks before this place
@@ -115,9 +123,9 @@ class Rescale:
         return eps if self.backbone.training else eps * 4.0 ** self.power()
 
     def whole(self, out: Tensor) -> Tensor:
-        """What the unscaled weights would have put out; float32 in float16 models, where the stream may need the range."""
+        """What the unscaled weights would have put out; float32 in float16 models, as the stream may need the range."""
         out = _stream_dtype(out)
-        return out * 2.0 ** self.power() if self.backbone.layers_are_rescaled else out
+        return out * 2.0 ** self.power() if self.backbone.layers_are_rescaled and self.power() else out
 
 
 def _stream_dtype(x: Tensor) -> Tensor:
@@ -125,7 +133,7 @@ def _stream_dtype(x: Tensor) -> Tensor:
 
 
 class RwkvNorm(Norm):
-    """LayerNorm of the unscaled stream as evaluation has it: out = weight * (x - mean) / sqrt(var + 4^power eps) + bias."""
+    """out = weight * (x - mean) / sqrt(var + 4^power eps) + bias: evaluation's LayerNorm, of the unscaled stream."""
 
     def __init__(self, weights: Any, rows: tuple[Point, ...], eps: float, rescale: Rescale):
         Part.__init__(self, weights, rows)
@@ -155,7 +163,8 @@ class RwkvMix(Part):
 
 
 def _mix(n: Tensor, shift: Tensor, share: Tensor) -> Tensor:
-    return n * share + shift * (1 - share)
+    """n * share + shift * (1 - share)"""
+    return torch.lerp(shift, n, share)
 
 
 class RwkvMixer(RwkvMix):
@@ -182,22 +191,25 @@ class RwkvMixer(RwkvMix):
     def recur(
         self, k: Float[Tensor, "batch pos channel"], v: Float[Tensor, "batch pos channel"], run: Run
     ) -> Float[Tensor, "batch pos channel"]:
-        """The WKV recurrence with its lazy points: segments if nobody listens, else laid open as far as somebody does."""
-        log_decay, first = -torch.exp(at_least_float32(self.weights.time_decay)), at_least_float32(self.weights.time_first)
+        """The WKV recurrence with its lazy points: in segments if nobody listens, else laid open."""
+        w, pad = self.weights, run.padding
+        log_decay, first = -torch.exp(at_least_float32(w.time_decay)), at_least_float32(w.time_first)
         shape = (k.shape[0], k.shape[2])
         carry = Carry(
             run.start("num", self.layer, shape, k),
             run.start("den", self.layer, shape, k),
             run.start("max", self.layer, shape, k, nothing=NOTHING),
         )
-        inside = OpenWkv(k, v, log_decay, first, run.padding.mask, carry)
-        heard = False
+        inside: OpenWkv | None = None
         for name in INSIDE:  # each is asked right before it fires: an nnsight trace parks on one location at a time
-            point = self.get_submodule(f"hook_{name}")
-            if point.heard():  # type: ignore[operator]
+            point = getattr(self, f"hook_{name}")
+            if point.heard():
+                inside = inside or OpenWkv(k, v, log_decay, first, pad.mask, carry)
                 setattr(inside, name, point(getattr(inside, name)))
-                heard = True
-        scan, last = (inside.scan, inside.last) if heard else wkv(k, v, log_decay, first, run.padding.mask, carry)
+        if inside is None:
+            scan, last = wkv(k, v, log_decay, first, pad.mask, carry)
+        else:
+            scan, last = inside.scan, inside.last
         for name, value in zip(last._fields, last, strict=True):
             run.leave(name, self.layer, value)
         return scan
@@ -283,7 +295,7 @@ ALIASES = (
 
 @dataclass(kw_only=True)
 class RWKVConfig(HookedConfig):
-    """cfg of RWKV-4. `rescale_every`: how the wrapped model was configured; the forward reads the wrapped model itself."""
+    """cfg of RWKV-4. `rescale_every` is a record: the forward reads the wrapped model's."""
 
     d_inner: int
     rescale_every: int = 6
@@ -397,7 +409,7 @@ class HookedRWKV(HookedLanguageModel):
 
     @classmethod
     def empty(cls, config: dict[str, Any]) -> nn.Module:
-        """transformers' model for official arguments; `rescale_layer` (6 as in RWKV-LM unless given, 0 for none)."""
+        """transformers' model for official arguments; `rescale_layer` is RWKV-LM's 6 unless given (0 for none)."""
         from transformers import RwkvConfig, RwkvForCausalLM
 
         if config.get("version", 4) not in (4, "4"):
@@ -424,7 +436,13 @@ class HookedRWKV(HookedLanguageModel):
         """
         from transformers import RwkvConfig, RwkvForCausalLM
 
-        config = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24, "rescale_every": 1}
+        config = {
+            "vocab_size": 40,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "intermediate_size": 24,
+            "rescale_every": 1,
+        }
         wrapped = _uninitialised(RwkvForCausalLM, RwkvConfig(**(config | sizes)))
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -449,7 +467,7 @@ def _tiny_value(leaf: str, name: str, noise: Tensor) -> Tensor:
 
 
 def _uninitialised(kind: Any, config: Any) -> nn.Module:
-    """A model without values: transformers' own initialisation is slow, draws random numbers and divides by n_layer - 1."""
+    """A model without values: transformers' initialisation is slow, draws random numbers and divides by n_layer - 1."""
     with torch.device("meta"):
         model = kind(config)
     model.to_empty(device="cpu").tie_weights()
