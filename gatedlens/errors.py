@@ -48,7 +48,7 @@ def did_you_mean(word: str, known: Iterable[str], n: int = 3) -> str:
     return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
 
 
-def in_bytes(n: float) -> str:
+def in_bytes(n: int | float) -> str:
     """`in_bytes(3 * 2**20)` is `3.0 MiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if n < 1024:

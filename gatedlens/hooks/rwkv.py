@@ -240,6 +240,7 @@ def _aliases(tool: str, *pairs: tuple[str, str]) -> tuple[Alias, ...]:
 
 
 ALIASES = (
+    Alias("blocks.0.pre_ln.hook_in", "hook_embed", "TransformerLens"),
     *_aliases(
         "RWKV-LM",
         ("mixer.hook_v", "mixer.hook_x"),
@@ -256,7 +257,6 @@ ALIASES = (
         ("hook_out", "hook_resid_post"),
         ("hook_attn_in", "hook_mixer_in"),
         ("hook_attn_out", "hook_mixer_out"),
-        ("pre_ln.hook_in", "hook_embed"),
         ("pre_ln.hook_scale", "ln0.hook_scale"),
         ("pre_ln.hook_normalized", "ln0.hook_normalized"),
         ("pre_ln.hook_out", "ln0.hook_out"),

@@ -1,4 +1,4 @@
-"""RWKV-4: parity with transformers and the official numbers, every row from its equation, state, padding, edits, traps."""
+"""RWKV-4: parity with transformers and the official numbers, every row from its equation, state, padding, edits."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def test_logits_and_gradients_are_transformers_whatever_it_has_done_to_its_weigh
 
     want.square().sum().backward()
     for (name, p), (_, q) in zip(hf.named_parameters(), reference.named_parameters(), strict=True):
-        scale = float((q.norm() / p.norm()).clamp(min=1e-9)) if p.grad.norm() else 1.0  # 2^n where only the copy is scaled
-        assert abs(scale - 2 ** round(torch.tensor(scale).log2().item())) < 1e-3, name
+        scale = q.detach().norm() / p.detach().norm()  # a power of two, where only the copy's are stored scaled
+        assert abs(scale.log2() - scale.log2().round()) < 1e-5, name
         assert (p.grad / scale - q.grad).norm() <= 1e-4 * q.grad.norm() + 1e-6, name
 
 
@@ -122,11 +122,11 @@ def test_half_precision_is_close(dtype):
 
 
 def test_float16_holds_a_stream_beyond_its_range():
-    model, ids = tiny(torch.float32, num_hidden_layers=4, seed=3), tokens(1, 6)
+    model, ids = tiny(torch.float32, num_hidden_layers=10, seed=3), tokens(1, 6)
     for block in model.wrapped.rwkv.blocks:
-        block.feed_forward.value.weight.data *= 6000
-    exact, cache = model.run_with_cache(ids, names_filter="blocks.*.hook_resid_post")
-    assert cache["resid_post", 3].abs().max() > 65504
+        block.feed_forward.value.weight.data *= 3000
+    exact, cache = model.run_with_cache(ids)
+    assert max(cache["resid_post", layer].abs().max() for layer in range(10)) > 65504
     model.wrapped(ids, use_cache=False)  # scaled in place: the stored weights are small
     assert (model.to(torch.float16)(ids) - exact).abs().mean() < 0.02 * exact.abs().mean()
 
@@ -253,7 +253,7 @@ def norm_rows(check, part: str, x: torch.Tensor, w, eps: float) -> torch.Tensor:
 def test_every_row_is_its_equation(training):
     model, ids = tiny(num_hidden_layers=3).train(training), tokens(2, 6)
     backbone = model.wrapped.rwkv
-    logits, cache = model.run_with_cache(ids, names_filter=everything)
+    _, cache = model.run_with_cache(ids, names_filter=everything)
     seen = []
 
     def check(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -395,7 +395,7 @@ def test_padded_rows_are_their_rows_alone(side, heard):
     mask = torch.tensor(MASKS[side])
     ids, prefix = tokens(len(mask), 8), tokens(len(mask), 3, seed=1)
     _, before = model(prefix, return_state=True)
-    for state in (None, before):
+    for state in (None, before.detach()):
         names = everything if heard else "hook_logits"
         (logits, after), cache = model.run_with_cache(
             ids, names_filter=names, attention_mask=mask, state=state, return_state=True
@@ -415,8 +415,8 @@ def test_padded_rows_are_their_rows_alone(side, heard):
                 _, own_cache = model.run_with_cache(ids[row : row + 1, real], names_filter=everything, state=own)
                 for name in set(model.names) - {n for n in model.names if n.endswith("state_start")}:
                     assert far(cache[name][row, real], own_cache[name][0]) < 1e-10, name
-            for total, g in zip(alone_grad, torch.autograd.grad(alone.square().sum(), list(model.parameters())), strict=True):
-                total += g
+            own_grad = torch.autograd.grad(alone.square().sum(), list(model.parameters()))
+            alone_grad = [total + g for total, g in zip(alone_grad, own_grad, strict=True)]
         for g, want in zip(grad, alone_grad, strict=True):
             assert far(g, want) < 1e-9
 
@@ -450,7 +450,8 @@ def test_an_edit_takes_effect_in_value_and_gradient(point):
     _, state = model(tokens(2, 3, seed=1), return_state=True)
     weight = torch.randn(2, 6, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     _, cache = model.run_with_cache(ids, names_filter=point, state=state)
-    by = torch.randn(cache[point].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 0.1 * cache[point]
+    by = torch.randn(cache[point].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    by *= 0.1 * cache[point]
 
     def out(theta: torch.Tensor | float, in_place: bool = False) -> torch.Tensor:
         def hook(x, hook):
@@ -543,7 +544,7 @@ def test_a_hook_that_returns_something_else_is_told_so():
     for bad, message in ((lambda x, hook: x[:, :2], "shape"), (lambda x, hook: x.float(), "float64")):
         with pytest.raises(HookError, match=message):
             model.run_with_hooks(ids, fwd_hooks=[("blocks.0.mixer.hook_write", bad)])
-    with pytest.raises(PointError, match="no_such|not a hook point"):
+    with pytest.raises(PointError, match="not a hook point"):
         model.run_with_hooks(ids, fwd_hooks=[("blocks.0.mixer.hook_conv", lambda x, hook: x)])
 
 
@@ -629,8 +630,6 @@ def test_names_of_other_tools():
             if layer and "pre_ln" in alias.name:
                 continue
             name, target = alias.name.format(l=layer), alias.target.format(l=layer)
-            if target == f"blocks.{layer}.hook_embed":
-                continue
             assert torch.equal(cache[name], cache[target]), name
     assert torch.equal(cache["v", 1], cache["x", 1]) and torch.equal(cache["r", 1], cache["gate_pre", 1])
     assert torch.equal(cache["r", 1, "mlp"], cache["blocks.1.mlp.hook_r"])
@@ -711,8 +710,8 @@ def test_wkv_gradients_numerically_to_second_order(short_segments, masked):
         further, _ = wkv(k.flip(1), v, w, u, None, after)  # the carry, by what it does
         return scan, further
 
-    assert torch.autograd.gradcheck(run, given)
-    assert torch.autograd.gradgradcheck(lambda *args: run(*args)[1].sum(), given)
+    assert torch.autograd.gradcheck(run, given, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *args: run(*args)[1], given, fast_mode=True)
     with torch.no_grad():
         lean = wkv(*given[:4], mask, Carry(*given[4:]))
         laid_open = OpenWkv(*given[:4], mask, Carry(*given[4:]))
