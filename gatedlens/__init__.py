@@ -1,5 +1,65 @@
-"""gatedlens: open up gated-linear recurrent models."""
+"""gatedlens: open up gated-linear recurrent models (Mamba, Griffin, RWKV, Vision Mamba).
 
+    import gatedlens as gl
+
+    model = gl.from_pretrained("gatedlens/mamba-moby")
+    logits, cache = model.run_with_cache("Call me Ishmael", names_filter="blocks.*.mixer.*")
+    attention = gl.implicit_attention(cache, layer=-1)
+    gl.plot.heatmap(attention.mean()[0], tokens=model.to_str_tokens("Call me Ishmael"))
+
+Every gate, convolution and scan intermediate is a named hook point (`model.hook_table()`); implicit attention follows
+Zimerman, Ali and Wolf, "Explaining Modern Gated-Linear RNNs via a Unified Implicit Attention Formulation" (ICLR 2025).
+"""
+
+from gatedlens import plot, tasks
+from gatedlens.attention import ImplicitAttention, implicit_attention
 from gatedlens.cache import ActivationCache
+from gatedlens.config import HookedConfig
+from gatedlens.errors import (
+    CheckpointError,
+    GatedlensError,
+    HookError,
+    InputError,
+    PointError,
+    TooLargeError,
+)
+from gatedlens.hookpoint import HookPoint
 from gatedlens.hooks.mamba import HookedMamba
+from gatedlens.hooks.rwkv import HookedRWKV
+from gatedlens.language import HookedLanguageModel
 from gatedlens.loading import bundled_models, from_pretrained, wrap
+from gatedlens.model import HookedModel
+from gatedlens.points import Alias, Point, View
+from gatedlens.state import RecurrentState
+from gatedlens.table import HookTable
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActivationCache",
+    "Alias",
+    "CheckpointError",
+    "GatedlensError",
+    "HookError",
+    "HookPoint",
+    "HookTable",
+    "HookedConfig",
+    "HookedLanguageModel",
+    "HookedMamba",
+    "HookedModel",
+    "HookedRWKV",
+    "ImplicitAttention",
+    "InputError",
+    "Point",
+    "PointError",
+    "RecurrentState",
+    "TooLargeError",
+    "View",
+    "__version__",
+    "bundled_models",
+    "from_pretrained",
+    "implicit_attention",
+    "plot",
+    "tasks",
+    "wrap",
+]

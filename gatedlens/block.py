@@ -159,7 +159,12 @@ class MlpBlock(Block):
 
 
 def mlp_residual_rows(
-    ln1: tuple[Point, ...], mixer: tuple[Point, ...], ln2: tuple[Point, ...], mlp: tuple[Point, ...], out: str, mlp_out: str
+    ln1: tuple[Point, ...],
+    mixer: tuple[Point, ...],
+    ln2: tuple[Point, ...],
+    mlp: tuple[Point, ...],
+    out: str,
+    mlp_out: str,
 ) -> tuple[Point, ...]:
     """The rows of an `MlpBlock`, in firing order; `out` and `mlp_out` are the equations of the two branches' outputs."""
     stream = "the residual stream (pre-norm block)"

@@ -1,8 +1,8 @@
 """ActivationCache: TransformerLens's, with our names, and everything that an analysis needs beside the tensors.
 
-    logits, cache = model.run_with_cache("The cat sat on the mat", names_filter=["blocks.*.mixer.hook_dt", "hook_embed"])
-    cache["dt", 3]                      # also: cache["blocks.3.mixer.hook_dt"], cache["blocks.3.hook_delta"] (MambaLens)
-    cache.tokens, cache.mask, cache.state
+logits, cache = model.run_with_cache("The cat sat on the mat", names_filter=["blocks.*.mixer.hook_dt", "hook_embed"])
+cache["dt", 3]                      # also: cache["blocks.3.mixer.hook_dt"], cache["blocks.3.hook_delta"] (MambaLens)
+cache.tokens, cache.mask, cache.state
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class ActivationCache(transformer_lens.ActivationCache):
             raise PointError(f"{key!r} is computed from {', '.join(found.needs())}: ask for their gradients.")
         values = [self._stored(name, key) for name in found.needs()]
         params = {k: v for k, v in found.params.items() if k != "l"}
-        return found.view.read(self.model, found.layer, *values, **params)  # type: ignore[no-any-return]
+        return found.view.read(self.model, found.layer, *values, **params)
 
     def _stored(self, name: str, asked: Any) -> Tensor:
         if name in self.cache_dict:
@@ -74,7 +74,9 @@ class ActivationCache(transformer_lens.ActivationCache):
         known = list(self.cache_dict)
         point = self.model.names.points.get(name)
         if point is not None and point.lazy:
-            why = f"{name} is lazy, so the default leaves it out: ask for it, run_with_cache(..., names_filter={name!r})."
+            why = (
+                f"{name} is lazy, so the default leaves it out: ask for it, run_with_cache(..., names_filter={name!r})."
+            )
         else:
             why = f"It holds {len(known)} activations: {', '.join(known[:3])}, ..." if known else "It is empty."
             why += did_you_mean(name, known)
@@ -116,15 +118,17 @@ class ActivationCache(transformer_lens.ActivationCache):
         n_layers = self.model.cfg.n_layers
         layer = n_layers if layer is None or layer == -1 else layer
         slice_ = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
-        # Not hook_embed: an architecture may scale or norm the embedding before it becomes the stream.
-        wanted = [("embed", "blocks.0.hook_resid_pre")] if incl_embeds else []
+        wanted = [("embed", "blocks.0.hook_resid_pre")] if incl_embeds else []  # the embedding as the stream holds it
         kinds = {"all": ("mixer", "mlp"), "attn": ("mixer",), "mlp": ("mlp",)}[mode]
         for block in range(layer + 1 if mlp_input else layer):
             for kind in kinds if block < layer else ("mixer",):
                 name = f"blocks.{block}.hook_{kind}_out"
                 if name in self.model.names:
                     wanted.append((f"{block}_{kind}_out", name))
-        parts = torch.stack([slice_.apply(self[name].to(self[wanted[-1][1]].dtype), dim=-2) for _, name in wanted])
+        stream = slice_.apply(self["resid_pre", 0], dim=-2)
+        parts = stream.new_zeros(len(wanted), *stream.shape)
+        for part, (_, name) in zip(parts, wanted, strict=True):
+            part += slice_.apply(self[name], dim=-2)
         if apply_ln:
             parts = self.apply_ln_to_stack(parts, layer, pos_slice=slice_, mlp_input=mlp_input)
         return (parts, [label for label, _ in wanted]) if return_labels else parts

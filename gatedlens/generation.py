@@ -14,9 +14,9 @@ from gatedlens.errors import InputError
 
 def sample(
     logits: Float[Tensor, "batch d_vocab"],
-    temperature: float = 1.0,
+    temperature: int | float = 1.0,
     top_k: int | None = None,
-    top_p: float | None = None,
+    top_p: int | float | None = None,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, " batch"]:
     """One token a row. temperature 0: the most likely one. top_k: among the k likeliest. top_p: among the smallest set
@@ -35,7 +35,7 @@ def sample(
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
 
 
-def _check(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check(max_new_tokens: int, temperature: int | float, top_k: int | None, top_p: int | float | None) -> None:
     if max_new_tokens < 0:
         raise InputError(f"max_new_tokens={max_new_tokens}: it cannot be negative.")
     if temperature < 0:
@@ -55,8 +55,8 @@ def generate(
     eos_token_id: int | None = None,
     do_sample: bool = True,
     top_k: int | None = None,
-    top_p: float | None = None,
-    temperature: float = 1.0,
+    top_p: int | float | None = None,
+    temperature: int | float = 1.0,
     seed: int | None = None,
     prepend_bos: bool | None = None,
     padding_side: str | None = None,

@@ -1,13 +1,14 @@
 """The HookPoint: TransformerLens's, with its row, and aware of whether anybody listens.
 
-    y = self.hook_y(y)                         # an eager point: identity, unless a hook edits it
-    if self.hook_state.heard():                # a lazy point: ask right before building its tensor
-        states = self.hook_state(states)
+y = self.hook_y(y)                         # an eager point: identity, unless a hook edits it
+if self.hook_state.heard():                # a lazy point: ask right before building its tensor
+    states = self.hook_state(states)
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformer_lens.hook_points
@@ -130,6 +131,10 @@ class Part(torch.nn.Module):
 
     weights: Any
 
+    if TYPE_CHECKING:  # hook points are attributes, named by rows
+
+        def __getattr__(self, name: str) -> Any: ...
+
     def __init__(self, weights: Any, rows: tuple[Point, ...]):
         super().__init__()
         self.__dict__["weights"] = weights
@@ -140,7 +145,5 @@ class Part(torch.nn.Module):
 
 def rows_of(part: str, rows: tuple[Point, ...]) -> tuple[Point, ...]:
     """The rows under `part`, named relative to it: `rows_of("mixer", rows)` holds `hook_x` for `mixer.hook_x`."""
-    from dataclasses import replace
-
     stem = f"{part}."
     return tuple(replace(row, name=row.name[len(stem) :]) for row in rows if row.name.startswith(stem))

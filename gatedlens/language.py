@@ -1,9 +1,9 @@
 """HookedLanguageModel: a HookedModel that reads tokens and predicts the next one.
 
-    logits = model("The cat sat on the mat")
-    loss = model(tokens, return_type="loss")
-    logits, state = model(prefix, return_state=True); model(suffix, state=state)
-    model.generate("Call me", max_new_tokens=20, temperature=0.8, seed=0)
+logits = model("The cat sat on the mat")
+loss = model(tokens, return_type="loss")
+logits, state = model(prefix, return_state=True); model(suffix, state=state)
+model.generate("Call me", max_new_tokens=20, temperature=0.8, seed=0)
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def next_token_loss(
     tokens: Int[Tensor, "batch pos"],
     mask: Tensor | None = None,
     per_token: bool = False,
-) -> Float[Tensor, "..."]:
+) -> Float[Tensor, ...]:
     """-log p(token[t + 1] | tokens[..t]), mean over real targets; [batch, pos - 1] with zeros at padding if per_token."""
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     losses = losses.reshape(tokens.shape[0], tokens.shape[1] - 1)
@@ -63,16 +63,24 @@ class HookedLanguageModel(HookedModel):
     # -- what an architecture gives ------------------------------------------------------------------------------
 
     @property
-    def embedding(self) -> nn.Module:
+    def embedding(self) -> Any:
         raise NotImplementedError
 
     @property
-    def unembedding(self) -> nn.Module:
+    def unembedding(self) -> Any:
         raise NotImplementedError
 
     def stream(self, embedded: Tensor) -> Tensor:
         """The residual stream that an embedding starts (a scale or a dtype, where the architecture has one)."""
         return embedded
+
+    @classmethod
+    def snippet(cls) -> str:
+        return (
+            'logits, cache = model.run_with_cache([[1, 2, 3, 4]], names_filter="blocks.*.mixer.hook_decay")\n'
+            'decay = cache["decay", 0]            # how much of its state each channel keeps at each position\n'
+            'print(decay.shape, model.hook_table()["blocks.0.mixer.hook_decay"]["equation"])'
+        )
 
     # -- forward -------------------------------------------------------------------------------------------------
 
@@ -89,7 +97,12 @@ class HookedLanguageModel(HookedModel):
         **options: Any,
     ) -> tuple[Batch, dict[str, Any]]:
         """Tokens (or, with start_at_layer, a residual stream), mask, and the options of `forward` still to be used."""
-        rest = {"return_type": return_type, "loss_per_token": loss_per_token, "start_at_layer": start_at_layer, **options}
+        rest = {
+            "return_type": return_type,
+            "loss_per_token": loss_per_token,
+            "start_at_layer": start_at_layer,
+            **options,
+        }
         if isinstance(input, Batch):
             return input, rest
         if start_at_layer is not None:
@@ -150,7 +163,11 @@ class HookedLanguageModel(HookedModel):
             tokens = batch.value
             resid = self.stream(self.hook_embed(F.embedding(tokens, self.embedding.weight)))
             resid = self.through_blocks(resid, run, None, stop_at_layer)
-        out = resid if stop_at_layer is not None else self._outputs(resid, tokens, batch.mask, return_type, loss_per_token)
+        out = (
+            resid
+            if stop_at_layer is not None
+            else self._outputs(resid, tokens, batch.mask, return_type, loss_per_token)
+        )
         if not return_state:
             return out
         seen = run.padding.counts(batch.value) + (0 if state is None else state.seen.to(resid.device))
@@ -203,7 +220,8 @@ class HookedLanguageModel(HookedModel):
     ) -> Float[Tensor, " d_model"]:
         """The constant that the output biases of all mixers before `layer` add to the residual stream."""
         total = torch.zeros(self.cfg.d_model, device=self.W_U.device)
-        for block in self.blocks[: layer + int(mlp_input)]:
+        blocks: Any = self.blocks[: layer + int(mlp_input)]
+        for block in blocks:
             bias = block.mixer.weights.out_proj.bias
             total = total if bias is None else total + bias
         return total
@@ -272,14 +290,14 @@ class HookedLanguageModel(HookedModel):
             return [tokenizer.decode(row) for row in ids.tolist()]
         return tokenizer.decode([int(ids)] if ids.ndim == 0 else ids.tolist())
 
-    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> list[str] | list[list[str]]:
+    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> Any:
         """Each token as a string; a list of lists for a list of texts or a batch of more than one row."""
         tokenizer = self._need_tokenizer("to_str_tokens")
         if not isinstance(input, str) and isinstance(input, Sequence) and input and isinstance(input[0], str):
-            return [self.to_str_tokens(text, prepend_bos) for text in input]  # type: ignore[misc]
+            return [self.to_str_tokens(text, prepend_bos) for text in input]
         ids = self.to_tokens(input, prepend_bos) if isinstance(input, str) else torch.as_tensor(input)
         if ids.ndim == 2 and ids.shape[0] > 1:
-            return [self.to_str_tokens(row) for row in ids]  # type: ignore[misc]
+            return [self.to_str_tokens(row) for row in ids]
         return [tokenizer.decode([i]) for i in ids.reshape(-1).tolist()]
 
     def to_single_token(self, text: str) -> int:

@@ -1,10 +1,10 @@
 """Where models come from: a hub name, a folder, a bundled model, or a model that you already have.
 
-    model = gl.from_pretrained("state-spaces/mamba-130m-hf")      # transformers' layout, from the hub
-    model = gl.from_pretrained("path/to/folder")                   # the same, or an original checkpoint's layout
-    model = gl.from_pretrained("RWKV-4-Pile-169M.pth")             # an original checkpoint that is one file
-    model = gl.from_pretrained("gatedlens/mamba-recall")           # bundled: trained, tiny, no network
-    model = gl.wrap(hf_model, tokenizer)                           # shares hf_model's parameters
+model = gl.from_pretrained("state-spaces/mamba-130m-hf")      # transformers' layout, from the hub
+model = gl.from_pretrained("path/to/folder")                   # the same, or an original checkpoint's layout
+model = gl.from_pretrained("RWKV-4-Pile-169M.pth")             # an original checkpoint that is one file
+model = gl.from_pretrained("gatedlens/mamba-recall")           # bundled: trained, tiny, no network
+model = gl.wrap(hf_model, tokenizer)                           # shares hf_model's parameters
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,9 @@ def _one_file(source: str) -> Path | None:
         return path
     files = sorted(path.glob("*.pth")) if path.is_dir() and not (path / "config.json").exists() else []
     if len(files) > 1:
-        raise CheckpointError(f"{source} holds {len(files)} checkpoints ({', '.join(f.name for f in files[:4])}): name one.")
+        raise CheckpointError(
+            f"{source} holds {len(files)} checkpoints ({', '.join(f.name for f in files[:4])}): name one."
+        )
     return files[0] if files else None
 
 
@@ -131,7 +134,9 @@ def _from_file(path: Path, dtype: torch.dtype | None) -> tuple[Any, nn.Module]:
         if config is not None:
             return hooked, _from_original(hooked, str(path), config, state, dtype)
     names = ", ".join(list(state)[:4])
-    raise CheckpointError(f"{path} holds {names}, ...: no layout that gatedlens reads without a config.json. {supported()}")
+    raise CheckpointError(
+        f"{path} holds {names}, ...: no layout that gatedlens reads without a config.json. {supported()}"
+    )
 
 
 def _source(name: str) -> str:
@@ -146,7 +151,9 @@ def _source(name: str) -> str:
     if path.exists():
         return str(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith(".pth"):
-        raise CheckpointError(f"There is no folder or file {path}. Give a folder with a config.json, a hub name, or a bundled model.")
+        raise CheckpointError(
+            f"There is no folder or file {path}. Give a folder with a config.json, a hub name, or a bundled model."
+        )
     return name
 
 
@@ -177,13 +184,28 @@ def _from_transformers(source: str, dtype: torch.dtype | None, hub: Mapping[str,
     from transformers import AutoModelForCausalLM
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or "auto", output_loading_info=True, **hub
-        )
+        with _quiet() if Path(source).is_dir() else nullcontext():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **hub
+            )
     except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{source} cannot be loaded: {type(error).__name__}: {error}") from error
     _complete(source, info["missing_keys"], info["unexpected_keys"], info.get("mismatched_keys", ()))
-    return model  # type: ignore[no-any-return]
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar over local weights."""
+    from transformers.utils import logging as hf_logging
+
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def _complete(source: str, missing: Any, extra: Any, mismatched: Any = ()) -> None:
@@ -206,7 +228,9 @@ def _from_original(
     expected = wrapped.state_dict()
     shared = {k for k in expected if k not in state and _tied_to_known(wrapped, k, state)}
     mismatched = [
-        f"{k} {list(state[k].shape)} for {list(v.shape)}" for k, v in expected.items() if k in state and state[k].shape != v.shape
+        f"{k} {list(state[k].shape)} for {list(v.shape)}"
+        for k, v in expected.items()
+        if k in state and state[k].shape != v.shape
     ]
     _complete(source, set(expected) - set(state) - shared, set(state) - set(expected), mismatched)
     wrapped.load_state_dict(state, strict=False)
@@ -281,5 +305,7 @@ def _tokenizer(source: str, hub: Mapping[str, Any]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, **hub)
     except (OSError, ValueError, KeyError) as error:
-        log.warning("%s has no tokenizer that transformers can load (%s); pass tokenizer=... or token ids.", source, error)
+        log.warning(
+            "%s has no tokenizer that transformers can load (%s); pass tokenizer=... or token ids.", source, error
+        )
         return None

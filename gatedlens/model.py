@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import transformer_lens
@@ -48,6 +48,12 @@ class HookedModel(transformer_lens.HookedRootModule):
     """`wrapped` holds the parameters; `cfg` the sizes; `names` all names; `blocks`, `ln_final` the open forward."""
 
     title: ClassVar[str]
+    paper: ClassVar[str] = ""
+    reference: ClassVar[tuple[str, dict[str, int]]] = (
+        "",
+        {},
+    )  # a well-known model and its axis sizes, for the catalogue
+    recurrence: ClassVar[dict[str, str]] = {}  # how the architecture fills the one recurrence, for the catalogue
     wraps: ClassVar[tuple[str, ...]] = ()  # class names that `gl.wrap` hands to this architecture
     hub_types: ClassVar[tuple[str, ...]] = ()  # model_type in a config.json of transformers
     block_points: ClassVar[tuple[Point, ...]] = ()
@@ -60,6 +66,10 @@ class HookedModel(transformer_lens.HookedRootModule):
     cfg: HookedConfig
     wrapped: Any
     training: bool
+
+    if TYPE_CHECKING:  # hook points are attributes, named by rows
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(self, wrapped: nn.Module, *, model_name: str = "", tokenizer: Any = None):
         super().__init__()
@@ -116,6 +126,16 @@ class HookedModel(transformer_lens.HookedRootModule):
     def rename(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """An original checkpoint's tensors by the names of `empty`."""
         return state
+
+    @classmethod
+    def kinds(cls) -> dict[str, tuple[Point, ...]]:
+        """The rows of each kind of block that the architecture mixes, by name; one kind, "block", for most."""
+        return {"block": cls.block_points}
+
+    @classmethod
+    def snippet(cls) -> str:
+        """Three lines of code that read one point of `model`, for the catalogue."""
+        raise NotImplementedError
 
     # -- names ---------------------------------------------------------------------------------------------------
 
@@ -227,7 +247,7 @@ class HookedModel(transformer_lens.HookedRootModule):
                 Visit.add(self, found, hook, dir, is_permanent, level)
                 continue
             asked = [found.asked] if found.asked != found.name else None
-            self.hook_dict[found.name].add_hook(hook, dir, is_permanent, level, prepend, asked)  # type: ignore[arg-type]
+            self.hook_dict[found.name].add_hook(hook, dir, is_permanent, level, prepend, asked)
 
     def _enable_hook(self, name: str | Callable[[str], bool], hook: Callable[..., Any], dir: Any) -> None:
         self.add_hook(name, hook, dir, level=self.context_level)
@@ -341,7 +361,9 @@ class HookedModel(transformer_lens.HookedRootModule):
                 store |= gradients(_scalar(out), live, lambda g, point: keep.trim(g, point).to(device).clone())
         for group in groups:
             if group and not any(name in store for name in group):
-                raise PointError(f"{', '.join(group[:3])} did not fire in this call: the layers that ran do not reach it.")
+                raise PointError(
+                    f"{', '.join(group[:3])} did not fire in this call: the layers that ran do not reach it."
+                )
         if not return_cache_object:
             return out, store
         tokens = None if batch.is_resid else batch.value

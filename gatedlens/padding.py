@@ -47,8 +47,16 @@ class Padding:
         self, x: Float[Tensor, "batch pos channel"], tail: Float[Tensor, "batch tail channel"]
     ) -> Float[Tensor, "batch long channel"]:
         """The packed row behind its tail: [b, K-1+l, c]; a window of K ending at K-1+rank is what a position sees."""
-        packed = x if self.order is None else _take(x, self.order)
-        return torch.cat([tail.to(x.dtype), packed], dim=1)
+        return torch.cat([tail.to(x.dtype), self.pack(x)], dim=1)
+
+    def pack(self, x: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
+        """Each row's real positions first, in their order."""
+        return x if self.order is None else _take(x, self.order)
+
+    def packed_mask(self, x: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos one"]:
+        """1 at packed positions that are real, 0 behind them, in x's dtype."""
+        real = torch.arange(x.shape[1], device=x.device) < self.counts(x).unsqueeze(1)
+        return real.unsqueeze(-1).to(x.dtype)
 
     def spread(self, packed: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
         """Back from packed to real positions; zeros at masked ones."""

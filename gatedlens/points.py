@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -172,7 +172,7 @@ class Names:
         self.aliases = {name: target for name, target in self.aliases.items() if target in self.points}
         self.views = [(_pattern(v.name), v) for v in views]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self.points)
 
     def __contains__(self, name: str) -> bool:
@@ -211,19 +211,20 @@ class Names:
             prefix = f"blocks.{layer % self.n_layers}."
         part = {"a": "attn", "m": "mlp", "b": "", "block": "", "attention": "attn"}.get(part or "", part)
         leaf = word if word.startswith("hook_") else f"hook_{word}"
-        known = [*self.points, *self.aliases]
-        rests = [name[len(prefix) :] for name in known if name.startswith(prefix)]
-        if layer is None:
-            rests = [rest for rest in rests if not rest.startswith("blocks.")]
-        hits = [r for r in rests if r == (f"{part}.{leaf}" if part else leaf) or (part is None and r.endswith(f".{leaf}"))]
-        for preferred in (leaf, f"mixer.{leaf}", f"attn.{leaf}"):
-            if preferred in hits:
-                return self.find(prefix + preferred)
-        if len(hits) == 1:
-            return self.find(prefix + hits[0])
-        if hits:
-            raise PointError(f"{asked} is ambiguous: it may be {', '.join(prefix + h for h in hits)}.")
-        raise self.unknown(prefix + (f"{part}.{leaf}" if part else leaf), asked)
+        wanted = f"{part}.{leaf}" if part else leaf
+        for names in (self.points, self.aliases):  # our own names win: MambaLens's hook_y is our hook_scan
+            rests = [name[len(prefix) :] for name in names if name.startswith(prefix)]
+            if layer is None:
+                rests = [rest for rest in rests if not rest.startswith("blocks.")]
+            hits = [r for r in rests if r == wanted or (part is None and r.endswith(f".{leaf}"))]
+            for preferred in (leaf, f"mixer.{leaf}", f"attn.{leaf}"):
+                if preferred in hits:
+                    return self.find(prefix + preferred)
+            if len(hits) == 1:
+                return self.find(prefix + hits[0])
+            if hits:
+                raise PointError(f"{asked} is ambiguous: it may be {', '.join(prefix + h for h in hits)}.")
+        raise self.unknown(prefix + wanted, asked)
 
     def unknown(self, name: str, asked: str | None = None) -> PointError:
         """The error for a name that does not exist, with the nearest that do."""
@@ -264,7 +265,7 @@ class Names:
             raise PointError(f"A hook point is named by a string, not by {name!r}.")
         if not is_glob(name):
             return list(self.find(name).needs())
-        hits = {target: None for target in _glob(name, self.points)}
+        hits = dict.fromkeys(_glob(name, self.points))
         hits |= {self.aliases[alias]: None for alias in _glob(name, self.aliases)}
         for _, view in self.views:
             for layer in range(self.n_layers):
@@ -274,5 +275,7 @@ class Names:
                     hits |= dict.fromkeys(needs)
         if not hits:
             stem = name.replace("*", "0")
-            raise PointError(f"The pattern {name!r} matches no hook point of {self.model}." + did_you_mean(stem, self.points))
+            raise PointError(
+                f"The pattern {name!r} matches no hook point of {self.model}." + did_you_mean(stem, self.points)
+            )
         return [point for point in self.points if point in hits]

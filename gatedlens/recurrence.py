@@ -83,12 +83,12 @@ class LinearScan(Function):
 def linear_scan(
     decay: Float[Tensor, "batch pos *rest"],
     write: Float[Tensor, "batch pos *rest"],
-    initial: Float[Tensor, "batch *rest"] | None = None,
+    initial: Float[Tensor, batch * rest] | None = None,
 ) -> Float[Tensor, "batch pos *rest"]:
     """state_t = decay_t * state_{t-1} + write_t, all states, from `initial` (zero when None)."""
     if initial is None:
         initial = torch.zeros_like(write[:, 0])
-    return LinearScan.apply(decay, write, initial)  # type: ignore[no-any-return]
+    return LinearScan.apply(decay, write, initial)
 
 
 def readout(states: Tensor, read: Tensor | None) -> Tensor:
@@ -98,7 +98,9 @@ def readout(states: Tensor, read: Tensor | None) -> Tensor:
     return torch.matmul(states, read.to(states.dtype).unsqueeze(-1)).squeeze(-1)
 
 
-def _explicit(terms: Terms, sequences: Sequence[Tensor], constants: Sequence[Tensor], initial: Tensor):
+def _explicit(
+    terms: Terms, sequences: Sequence[Tensor], constants: Sequence[Tensor], initial: Tensor
+) -> tuple[Tensor, Tensor]:
     decay, write, read = terms(*sequences, *constants)
     states = linear_scan(decay, write, initial)
     return readout(states, read), states[:, -1]
@@ -140,8 +142,8 @@ class SegmentedScan(Function):
             initial = starts[0]
             needed = [t for t in (initial, *tensors) if t.requires_grad]
             outs = _explicit(ctx.terms, sequences, constants, initial)
-            found = iter(torch.autograd.grad(outs, needed, grads, create_graph=True, allow_unused=True))
-            return None, None, *(next(found) if t.requires_grad else None for t in (initial, *tensors))
+            flow = iter(torch.autograd.grad(outs, needed, grads, create_graph=True, allow_unused=True))
+            return None, None, *(next(flow) if t.requires_grad else None for t in (initial, *tensors))
         into: list[Any] = [torch.empty_like(s) for s in sequences]
         total: list[Any] = [torch.zeros_like(c) for c in constants]
         for part, start in zip(reversed(ctx.slices), reversed(starts), strict=True):
@@ -161,7 +163,7 @@ def scan(
     terms: Terms,
     sequences: Sequence[Tensor],
     constants: Sequence[Tensor],
-    initial: Float[Tensor, "batch *rest"],
+    initial: Float[Tensor, batch * rest],
 ) -> tuple[Tensor, Tensor]:
     """`y, last = scan(terms, (dt, B, C, u), (A,), state)`: the readout at every position and the last state.
 
@@ -170,7 +172,7 @@ def scan(
     """
     tensors = (initial, *sequences, *constants)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return SegmentedScan.apply(terms, len(sequences), initial, *sequences, *constants)  # type: ignore[no-any-return]
+        return SegmentedScan.apply(terms, len(sequences), initial, *sequences, *constants)
     out, state = None, initial
     length = sequences[0].shape[1]
     for part in _segments(length, initial.numel(), SEGMENT_ELEMENTS):

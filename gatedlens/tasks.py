@@ -1,8 +1,8 @@
 """Tasks with a known truth, for testing what an explanation or an intervention finds.
 
-    batch = gl.tasks.recall(8, seed=0)
-    model(batch.tokens)[:, -1].argmax(-1) == batch.answers           # the value of the queried key
-    batch.answer_pos                                                  # the position that holds it
+batch = gl.tasks.recall(8, seed=0)
+model(batch.tokens)[:, -1].argmax(-1) == batch.answers           # the value of the queried key
+batch.answer_pos                                                  # the position that holds it
 """
 
 from __future__ import annotations

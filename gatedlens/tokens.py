@@ -40,6 +40,8 @@ def pad(rows: list[list[int]], side: str, pad_id: int) -> tuple[Int[Tensor, "bat
 
 def check(tokens: Tensor, d_vocab: int) -> Int[Tensor, "batch pos"]:
     """Token ids as [batch, pos] int64, or an InputError that says which id at which place is wrong."""
+    if tokens.numel() == 0:
+        raise InputError(f"The input is empty: its shape is {list(tokens.shape)}. Give at least one token.")
     if tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.is_complex():
         raise InputError(
             f"Tokens must be integer ids; these are {tokens.dtype}. For a residual stream pass start_at_layer as well."
@@ -48,8 +50,6 @@ def check(tokens: Tensor, d_vocab: int) -> Int[Tensor, "batch pos"]:
         tokens = tokens.unsqueeze(0)
     if tokens.ndim != 2:
         raise InputError(f"Tokens have shape [batch, pos]; these have shape {list(tokens.shape)}.")
-    if tokens.numel() == 0:
-        raise InputError(f"The input is empty: its shape is {list(tokens.shape)}. Give at least one token.")
     wrong = (tokens < 0) | (tokens >= d_vocab)
     if bool(wrong.any()):
         row, pos = wrong.nonzero()[0].tolist()
@@ -66,7 +66,9 @@ def check_mask(mask: Tensor, shape: tuple[int, int]) -> Bool[Tensor, "batch pos"
     if mask.ndim == 1 and shape[0] == 1:
         mask = mask.unsqueeze(0)
     if tuple(mask.shape) != shape:
-        raise InputError(f"attention_mask has shape {list(mask.shape)}; the input has shape {list(shape)} [batch, pos].")
+        raise InputError(
+            f"attention_mask has shape {list(mask.shape)}; the input has shape {list(shape)} [batch, pos]."
+        )
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise InputError("attention_mask holds values other than 0 (padding) and 1 (a token).")
     mask = mask.bool()

@@ -82,7 +82,9 @@ class Visit:
                 return tensor
             if not isinstance(out, Tensor) or out.shape != tensor.shape or out.dtype != tensor.dtype:
                 got = f"{list(out.shape)} {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
-                raise HookError(f"The hook at {found.asked} returned {got}; it got {list(tensor.shape)} {tensor.dtype}.")
+                raise HookError(
+                    f"The hook at {found.asked} returned {got}; it got {list(tensor.shape)} {tensor.dtype}."
+                )
             return out
 
         return call
@@ -95,4 +97,4 @@ class Visit:
         values = [self.values.pop(name) for name in self.found.at()[:-1]]
         view = self.found.view
         assert view is not None and view.visit is not None
-        return view.visit(self.model, self.found.layer, [*values, tensor], self.calls)  # type: ignore[no-any-return]
+        return view.visit(self.model, self.found.layer, [*values, tensor], self.calls)

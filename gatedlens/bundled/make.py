@@ -52,8 +52,8 @@ def mamba(d_model: int, n_layers: int, d_state: int = 16) -> Callable[[int], nn.
 
 
 RECIPES = (
-    Recipe("mamba-recall", mamba(64, 2), "recall", steps=1500),
-    Recipe("mamba-moby", mamba(80, 3), "moby", steps=4000, batch=24, context=192, lr=5e-3),
+    Recipe("mamba-recall", mamba(64, 2), "recall", steps=2000),
+    Recipe("mamba-moby", mamba(80, 3), "moby", steps=1600, batch=16, context=160, lr=6e-3),
 )
 
 
@@ -80,7 +80,7 @@ def moby_loss(model: Any, recipe: Recipe, step: int, data: Any) -> Tensor:
     starts = torch.randint(len(train) - recipe.context, (recipe.batch,), generator=generator)
     windows = torch.stack([train[s : s + recipe.context] for s in starts.tolist()])
     bos = torch.full((recipe.batch, 1), BOS_BYTE)
-    return model(torch.cat([bos, windows], dim=1), return_type="loss")  # type: ignore[no-any-return]
+    return model(torch.cat([bos, windows], dim=1), return_type="loss")
 
 
 @torch.no_grad()
@@ -148,7 +148,8 @@ def train(recipe: Recipe, out: Path, verbose: bool = True) -> dict[str, Any]:
     torch.manual_seed(recipe.seed)
     loss_of, metric_of, load, vocabulary = TASKS[recipe.task]
     data, wrapped = load(), recipe.model(vocabulary)
-    model, began = wrap(wrapped, model_name=recipe.name), time.time()
+    model: Any = wrap(wrapped, model_name=recipe.name)
+    began = time.time()
     decayed = [p for p in wrapped.parameters() if p.ndim > 1]
     others = [p for p in wrapped.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -156,7 +157,7 @@ def train(recipe: Recipe, out: Path, verbose: bool = True) -> dict[str, Any]:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.lr, total_steps=recipe.steps, pct_start=0.1)
     model.train()
     for step in (bar := tqdm(range(recipe.steps), desc=recipe.name, disable=not verbose, mininterval=10)):
-        loss = loss_of(model, recipe, step, data)
+        loss: Any = loss_of(model, recipe, step, data)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
@@ -173,7 +174,8 @@ def train(recipe: Recipe, out: Path, verbose: bool = True) -> dict[str, Any]:
         "torch": torch.__version__.partition("+")[0],
     }
     folder = out / recipe.name
-    wrapped.save_pretrained(folder)
+    save: Any = wrapped.save_pretrained
+    save(folder)
     TOKENIZERS[recipe.task]().save_pretrained(folder)
     (folder / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     return report

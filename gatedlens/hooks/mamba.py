@@ -14,8 +14,9 @@ and `Weights` below, which holds a checkpoint in mamba-ssm's original layout.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,19 +26,28 @@ from torch import Tensor, nn
 from gatedlens.block import Block, Mixer, Norm, Run, norm_rows, residual_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError
+from gatedlens.factors import Factors
 from gatedlens.hookpoint import rows_of
 from gatedlens.language import HookedLanguageModel
-from gatedlens.padding import windows
+from gatedlens.padding import Padding, windows
 from gatedlens.points import Alias, Point, View, block_rows
 from gatedlens.recurrence import at_least_float32, linear_scan
+from gatedlens.scanmatrix import DecayScan
+from gatedlens.state import RecurrentState
 
 PAPER = "Mamba, arXiv 2312.00752"
 UIA = "UIA, arXiv 2405.16504"
 
 MIXER_ROWS = (
-    Point("hook_x", "batch pos channel", "in_proj(n)[:channel]", f"{PAPER}, fig. 3"),
-    Point("hook_gate_pre", "batch pos channel", "in_proj(n)[channel:]", f"{PAPER}, fig. 3"),
-    Point("hook_conv_taps", "batch pos channel tap", "conv1d.weight[tap] * x[pos - (K - 1) + tap]", f"{UIA}, eq. 9", True),
+    Point("hook_x", "batch pos channel", "in_proj(ln1.out)[:channel]", f"{PAPER}, fig. 3"),
+    Point("hook_gate_pre", "batch pos channel", "in_proj(ln1.out)[channel:]", f"{PAPER}, fig. 3"),
+    Point(
+        "hook_conv_taps",
+        "batch pos channel tap",
+        "conv1d.weight[tap] * x[pos - (tap.size - 1) + tap]",
+        f"{UIA}, eq. 9",
+        True,
+    ),
     Point("hook_conv", "batch pos channel", "sum over tap of conv_taps + conv1d.bias", f"{PAPER}, fig. 3"),
     Point("hook_u", "batch pos channel", "SiLU(conv)", f"{PAPER}, fig. 3"),
     Point("hook_dt_rank", "batch pos dt_rank", "x_proj(u)[:dt_rank]", f"{PAPER}, alg. 2"),
@@ -45,7 +55,13 @@ MIXER_ROWS = (
     Point("hook_C", "batch pos state", "x_proj(u)[dt_rank + state:]", f"{PAPER}, alg. 2"),
     Point("hook_dt_pre", "batch pos channel", "dt_proj(dt_rank)", f"{PAPER}, alg. 2"),
     Point("hook_dt", "batch pos channel", "softplus(dt_pre)", f"{PAPER}, alg. 2"),
-    Point("hook_state_start", "batch channel state", "state before the first position (zero without a state)", f"{PAPER}, eq. 2", True),
+    Point(
+        "hook_state_start",
+        "batch channel state",
+        "state before the first position (zero without a state)",
+        f"{PAPER}, eq. 2",
+        True,
+    ),
     Point("hook_decay", "batch pos channel state", "exp(dt * A)", f"{PAPER}, eq. 4", True),
     Point("hook_write", "batch pos channel state", "dt * B * u", f"{PAPER}, eq. 4 (Euler)", True),
     Point("hook_state", "batch pos channel state", "decay * state[pos - 1] + write", f"{PAPER}, eq. 2a", True),
@@ -68,6 +84,8 @@ def mamba_terms(dt: Tensor, B: Tensor, C: Tensor, u: Tensor, A: Tensor) -> tuple
 
 class MambaMixer(Mixer):
     """The selective state space mixer, every intermediate a point."""
+
+    attention_points = ("hook_x", "hook_conv", "hook_dt", "hook_B", "hook_C", "hook_gate", "hook_gated")
 
     def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, rms_eps: float | None):
         super().__init__(weights, rows, layer)
@@ -99,6 +117,32 @@ class MambaMixer(Mixer):
             return x
         wide = at_least_float32(x)
         return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.rms_eps)).to(x.dtype)
+
+    def factors(self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None) -> Factors:
+        """The factors of the implicit attention: c = M x + drift, u = sigmoid(c) c, S from dt, B, C and A (UIA, eq. 9)."""
+        x, c, dt, B, C, gate, o = (padding.pack(at_least_float32(cached(name))) for name in self.attention_points)
+        weight = self.weights.conv1d.weight.to(x.dtype)
+        bias = self.weights.conv1d.bias
+        taps, drift, start = weight.squeeze(1), torch.zeros_like(x), None
+        if state is not None:
+            tail = state["conv", self.layer].to(x)
+            reach = F.conv1d(
+                F.pad(tail.mT, (0, tail.shape[1])), weight, groups=len(taps)
+            ).mT  # what the tail still brings
+            drift[:, : reach.shape[1]] += reach[:, : x.shape[1]]
+            start = state["scan", self.layer].to(x)
+        real = padding.packed_mask(x)
+        return Factors(
+            x=x,
+            o=o,
+            scan=DecayScan(dt.double().cumsum(1), self.A.to(x.dtype), C, dt, B),
+            gate=gate,
+            skip=at_least_float32(self.weights.D).to(x.dtype),
+            act=torch.sigmoid(c) * real,
+            taps=taps,
+            drift=drift if bias is None else drift + bias.to(x.dtype) * real,
+            start=start,
+        )
 
     def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
         w, pad = self.weights, run.padding
@@ -276,6 +320,17 @@ class HookedMamba(HookedLanguageModel):
     """`HookedMamba(MambaForCausalLM(...))`, or better `gl.wrap(...)`: Mamba with every intermediate a hook point."""
 
     title = "Mamba"
+    paper = "Gu and Dao, Mamba: Linear-Time Sequence Modeling with Selective State Spaces (arXiv 2312.00752)"
+    reference = ("state-spaces/mamba-130m-hf", {"d_model": 768, "channel": 1536, "state": 16, "tap": 4, "dt_rank": 48})
+    recurrence: ClassVar = {
+        "decay": "exp(dt * A), [channel, state]",
+        "write": "dt * B * u, [channel, state]",
+        "read": "C, [state]",
+        "skip": "D * u",
+        "conv": "causal depthwise conv over x, with bias",
+        "activation before the scan": "SiLU: u = sigmoid(c) * c",
+        "gate": "SiLU(gate_pre)",
+    }
     wraps = ("MambaForCausalLM", "FalconMambaForCausalLM", "MambaLMHeadModel", "Weights")
     hub_types = ("mamba", "falcon_mamba")
     block_points = BLOCK_ROWS
@@ -288,7 +343,7 @@ class HookedMamba(HookedLanguageModel):
         """The cfg of a wrapped model, from the shapes of its parameters and the few numbers that shapes do not tell."""
         backbone, config = wrapped.backbone, wrapped.config
         first = backbone.layers[0]
-        given = config if isinstance(config, dict) else config.to_dict() if _is_hf(config) else vars(config)
+        given: Any = config if isinstance(config, dict) else config.to_dict() if _is_hf(config) else vars(config)
         if given.get("attn_layer_idx") or given.get("d_intermediate"):
             raise CheckpointError(
                 f"{model_name} mixes Mamba with attention or MLP layers (attn_layer_idx={given.get('attn_layer_idx')}, "
@@ -337,12 +392,12 @@ class HookedMamba(HookedLanguageModel):
         return Norm(self.wrapped.backbone.norm_f, rows, self.cfg.eps, centred=self.cfg.normalization_type == "LN")
 
     @property
-    def embedding(self) -> nn.Module:
+    def embedding(self) -> Any:
         return _embedding(self.wrapped)
 
     @property
-    def unembedding(self) -> nn.Module:
-        return self.wrapped.lm_head  # type: ignore[no-any-return]
+    def unembedding(self) -> Any:
+        return self.wrapped.lm_head
 
     def stream(self, embedded: Tensor) -> Tensor:
         return at_least_float32(embedded) if self.cfg.residual_in_fp32 else embedded
@@ -365,7 +420,9 @@ class HookedMamba(HookedLanguageModel):
         with torch.no_grad():
             for name, p in weights.named_parameters():
                 if p.ndim > 1 and "A_log" not in name:
-                    p.copy_(torch.randn(p.shape, generator=generator) * (0.5 if "embed" in name else p.shape[-1] ** -0.5))
+                    p.copy_(
+                        torch.randn(p.shape, generator=generator) * (0.5 if "embed" in name else p.shape[-1] ** -0.5)
+                    )
                 elif "norm" not in name:
                     p.add_(torch.randn(p.shape, generator=generator) * 0.3)
         return cls(weights.to(dtype), model_name="tiny-mamba")

@@ -23,8 +23,9 @@ Wraps transformers' RwkvForCausalLM; the official .pth key layout is renamed to 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +35,15 @@ from torch import Tensor, nn
 from gatedlens.block import MlpBlock, Norm, Run, mlp_residual_rows, norm_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError
+from gatedlens.factors import Factors
 from gatedlens.hookpoint import Part, rows_of
 from gatedlens.language import HookedLanguageModel
+from gatedlens.padding import Padding
 from gatedlens.points import Alias, Point, block_rows
 from gatedlens.recurrence import at_least_float32
+from gatedlens.state import RecurrentState
 from gatedlens.wkv import NOTHING, Carry, OpenWkv, wkv
+from gatedlens.wkvmatrix import WkvScan
 
 PAPER = "RWKV, arXiv 2305.13048"
 EQ16 = f"{PAPER}, eq. 16; numerator and denominator as they are, in float64"
@@ -170,6 +175,22 @@ def _mix(n: Tensor, shift: Tensor, share: Tensor) -> Tensor:
 class RwkvMixer(RwkvMix):
     """The time mix, every intermediate a point."""
 
+    attention_points = ("hook_k", "hook_x", "hook_gate", "hook_gated")
+
+    def rates(self) -> tuple[Float[Tensor, " channel"], Float[Tensor, " channel"]]:
+        """(w, u) = (-exp(time_decay), time_first), at least float32."""
+        return -torch.exp(at_least_float32(self.weights.time_decay)), at_least_float32(self.weights.time_first)
+
+    def factors(self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None) -> Factors:
+        """The factors of the implicit attention: o = sigmoid(r) S v, S a softmax over the past (UIA, sec. 3.3)."""
+        k, v, gate, o = (padding.pack(at_least_float32(cached(name))) for name in self.attention_points)
+        w, u = (t.to(k.dtype) for t in self.rates())
+        if state is None:
+            nothing = k.new_zeros(k.shape[0], k.shape[2])
+            return Factors(x=v, o=o, scan=WkvScan(k, w, u, nothing, nothing + NOTHING), gate=gate)
+        num, den, top = (state[name, self.layer].to(k) for name in Carry._fields)
+        return Factors(x=v, o=o, scan=WkvScan(k, w, u, den, top), gate=gate, start=num.unsqueeze(-1))
+
     def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
         w = self.weights
         n = n.to(w.key.weight.dtype)
@@ -192,9 +213,8 @@ class RwkvMixer(RwkvMix):
         self, k: Float[Tensor, "batch pos channel"], v: Float[Tensor, "batch pos channel"], run: Run
     ) -> Float[Tensor, "batch pos channel"]:
         """The WKV recurrence with its lazy points: in segments if nobody listens, else laid open."""
-        w, pad = self.weights, run.padding
-        log_decay, first = -torch.exp(at_least_float32(w.time_decay)), at_least_float32(w.time_first)
-        shape = (k.shape[0], k.shape[2])
+        w, u = self.rates()
+        mask, shape = run.padding.mask, (k.shape[0], k.shape[2])
         carry = Carry(
             run.start("num", self.layer, shape, k),
             run.start("den", self.layer, shape, k),
@@ -204,10 +224,10 @@ class RwkvMixer(RwkvMix):
         for name in INSIDE:  # each is asked right before it fires: an nnsight trace parks on one location at a time
             point = getattr(self, f"hook_{name}")
             if point.heard():
-                inside = inside or OpenWkv(k, v, log_decay, first, pad.mask, carry)
+                inside = inside or OpenWkv(k, v, w, u, mask, carry)
                 setattr(inside, name, point(getattr(inside, name)))
         if inside is None:
-            scan, last = wkv(k, v, log_decay, first, pad.mask, carry)
+            scan, last = wkv(k, v, w, u, mask, carry)
         else:
             scan, last = inside.scan, inside.last
         for name, value in zip(last._fields, last, strict=True):
@@ -310,6 +330,17 @@ class HookedRWKV(HookedLanguageModel):
     """`HookedRWKV(RwkvForCausalLM(...))`, or better `gl.wrap(...)`: RWKV-4 with every intermediate a hook point."""
 
     title = "RWKV"
+    paper = "Peng et al., RWKV: Reinventing RNNs for the Transformer Era (arXiv 2305.13048), version 4"
+    reference = ("RWKV/rwkv-4-169m-pile", {"d_model": 768, "channel": 768, "state": 2, "d_mlp": 3072})
+    recurrence: ClassVar = {
+        "decay": "exp(-exp(time_decay)), constant, [channel]; the same for both states",
+        "write": "exp(k) * u (numerator), exp(k) (denominator), [channel, 2]",
+        "read": "numerator / denominator of the state before, with the position's own bonus exp(time_first + k) in both",
+        "skip": "none (the bonus is inside)",
+        "conv": "none; token shift on the inputs of k, v and r",
+        "activation before the scan": "none",
+        "gate": "sigmoid(gate_pre), the receptance",
+    }
     wraps = ("RwkvForCausalLM",)
     hub_types = ("rwkv",)
     block_points = BLOCK_ROWS
@@ -342,6 +373,10 @@ class HookedRWKV(HookedLanguageModel):
             tie_word_embeddings=wrapped.head.weight is weight,
         )
 
+    @classmethod
+    def kinds(cls) -> dict[str, tuple[Point, ...]]:
+        return {"the first, with ln0": FIRST_BLOCK_ROWS, "all others": BLOCK_ROWS}
+
     def rows_for(self, layer: int) -> tuple[Point, ...]:
         return FIRST_BLOCK_ROWS if layer == 0 else BLOCK_ROWS
 
@@ -365,12 +400,12 @@ class HookedRWKV(HookedLanguageModel):
         return RwkvNorm(backbone.ln_out, rows, backbone.ln_out.eps, Rescale(backbone, self.cfg.n_layers))
 
     @property
-    def embedding(self) -> nn.Module:
-        return self.wrapped.rwkv.embeddings  # type: ignore[no-any-return]
+    def embedding(self) -> Any:
+        return self.wrapped.rwkv.embeddings
 
     @property
-    def unembedding(self) -> nn.Module:
-        return self.wrapped.head  # type: ignore[no-any-return]
+    def unembedding(self) -> Any:
+        return self.wrapped.head
 
     def stream(self, embedded: Tensor) -> Tensor:
         """Block 0's first norm starts the stream: what enters block 0 (start_at_layer=0) has passed it."""

@@ -1,0 +1,52 @@
+# Everything a user or CI needs; each target makes .venv first when it is missing.
+# PYTHON picks the interpreter; TRANSFORMERS (test-matrix) another transformers.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-all test-matrix bench check catalogue tutorials bundled format clean
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)  ## the main job on bundled models: prints, a picture and a page in out/
+	$(BIN)/gatedlens demo --model gatedlens/mamba-moby --out out
+	$(BIN)/gatedlens demo --model gatedlens/mamba-recall --out out
+
+test: $(STAMP)  ## every test, the slow ones last
+	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m slow
+
+check: $(STAMP)  ## format, lint, types, catalogue
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m gatedlens.catalogue --check
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+catalogue: $(STAMP)  ## write hooks/ from the rows
+	$(BIN)/python -m gatedlens.catalogue
+
+tutorials: $(STAMP)  ## run every tutorial
+	for file in tutorials/*.py; do echo "== $$file"; MPLBACKEND=agg $(BIN)/python $$file || exit 1; done
+
+bench: $(STAMP)  ## ratios against transformers and TransformerLens, in one run
+	$(BIN)/python -m benchmarks.run
+
+bundled: $(STAMP)  ## train the bundled models anew (minutes)
+	$(BIN)/python -m gatedlens.bundled.make all
+
+test-matrix: $(STAMP)  ## the parity tests with the oldest transformers that we support
+	test -x .venv-old/bin/python || $(PYTHON) -m venv .venv-old
+	.venv-old/bin/pip install --quiet --disable-pip-version-check -c constraints-old.txt -e '.[test]'
+	.venv-old/bin/python -m pytest -m "not slow"
+
+clean:
+	rm -rf $(VENV) .venv-old out .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,321 @@
+"""Implicit attention: what a gated-linear layer attends to, as one exact, lazy linear operator.
+
+    logits, cache = model.run_with_cache("The cat sat on the mat")
+    A = gl.implicit_attention(cache, layer=3)
+    A @ x                       # batch pos channel: the layer's output without r; A.T @ g goes back
+    A.row(-1), A.column(0)      # batch channel src / dst
+    A.mean()                    # batch dst src, channels averaged; A.abs_mean(), A.weighted(w)
+    A.dense(channels=[0, 5])    # batch channel dst src
+    A.without("skip"), A.only("scan"), A.paper("unified"), A.paper("hidden")
+    A.check()                   # how exactly A x + r is the layer's output
+
+o = A x + r with A = diag(gate) (S + diag(skip)) diag(act) M: see `factors.py`. Nothing of size [state, pos, pos] is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from gatedlens.cache import ActivationCache
+from gatedlens.errors import InputError, PointError, TooLargeError, did_you_mean, in_bytes
+from gatedlens.factors import NAMES, Factors
+from gatedlens.model import HookedModel
+from gatedlens.padding import Padding
+
+DENSE_LIMIT = 4 * 2**30  # bytes that dense() takes without being told more
+PAPERS = {"unified": ("gate", "scan", "act", "conv"), "hidden": ("scan",)}
+
+
+class Check(NamedTuple):
+    """How far A x + r is from the layer's output: the largest absolute error, and that relative to the largest output."""
+
+    absolute: float
+    relative: float
+
+
+def implicit_attention(source: Any, input: Any = None, *, layer: int, **options: Any) -> ImplicitAttention:
+    """`gl.implicit_attention(model, "The cat sat on the mat", layer=3)`, or `gl.implicit_attention(cache, layer=3)`.
+
+    source: a HookedModel with its `input` (and any options of its forward), or an ActivationCache that holds the points
+    `model.blocks[layer].mixer.attention_points` (the default cache does). Gradients flow to the cached activations.
+    """
+    if isinstance(source, ActivationCache):
+        if input is not None or options:
+            raise InputError("A cache needs no input: gl.implicit_attention(cache, layer=...).")
+        return _from_cache(source, layer)
+    if not isinstance(source, HookedModel):
+        raise InputError(f"implicit_attention takes a HookedModel or an ActivationCache, not {type(source).__name__}.")
+    if input is None:
+        raise InputError("implicit_attention(model, ...) needs an input: text or token ids.")
+    index = _index(source, layer)
+    mixer: Any = source.blocks[index].mixer
+    with torch.no_grad():
+        needed = [f"blocks.{index}.mixer.{name}" for name in mixer.attention_points]
+        _, cache = source.run_with_cache(input, names_filter=needed, stop_at_layer=index + 1, **options)
+    return _from_cache(cache, index)
+
+
+def _index(model: HookedModel, layer: int) -> int:
+    n = model.cfg.n_layers
+    if not isinstance(layer, int) or not -n <= layer < n:
+        raise InputError(f"layer={layer!r}: {model.cfg.model_name} has layers 0 to {n - 1}.")
+    return layer % n
+
+
+def _from_cache(cache: ActivationCache, layer: int) -> ImplicitAttention:
+    model: Any = cache.model
+    index = _index(model, layer)
+    if not cache.has_batch_dim:
+        raise InputError("This cache was made with remove_batch_dim=True; implicit attention needs the batch axis.")
+    mixer = model.blocks[index].mixer
+    missing = [name for name in mixer.attention_points if not _has(cache, index, name)]
+    if missing:
+        names = ", ".join(f"blocks.{index}.mixer.{name}" for name in missing)
+        raise PointError(f"Implicit attention of layer {index} needs points that this cache lacks: {names}.")
+    padding = Padding.of(cache.mask)
+    factors = mixer.factors(lambda name: cache[f"blocks.{index}.mixer.{name}"], padding, cache.state)
+    return ImplicitAttention(factors, padding, model, index, cache.tokens)
+
+
+def _has(cache: ActivationCache, layer: int, name: str) -> bool:
+    return f"blocks.{layer}.mixer.{name}" in cache.cache_dict
+
+
+@dataclass(frozen=True)
+class ImplicitAttention:
+    """The operator of one layer; see the head of this file. `parts` are the factors that are in it (all of them)."""
+
+    factors: Factors
+    padding: Padding
+    model: Any
+    layer: int
+    tokens: Tensor | None = None
+    parts: tuple[str, ...] = NAMES
+    transposed: bool = False
+
+    # -- which factors -------------------------------------------------------------------------------------------
+
+    def only(self, *parts: str) -> ImplicitAttention:
+        """The operator of these factors alone: `only("scan")` is S. The others become the identity (the skip: zero)."""
+        return replace(self, parts=tuple(name for name in NAMES if name in self._known(parts)))
+
+    def without(self, *parts: str) -> ImplicitAttention:
+        """The operator with these factors replaced by the identity (the skip, or the scan, by zero)."""
+        return replace(self, parts=tuple(name for name in self.parts if name not in self._known(parts)))
+
+    def paper(self, which: str) -> ImplicitAttention:
+        """The matrices of the papers: "unified" is gate S act conv (UIA), "hidden" is S (HA). Both leave out the skip."""
+        if which not in PAPERS:
+            raise InputError(f"paper({which!r}): it is {' or '.join(map(repr, PAPERS))}.")
+        return self.only(*PAPERS[which])
+
+    def _known(self, parts: tuple[str, ...]) -> tuple[str, ...]:
+        for part in parts:
+            if part not in NAMES:
+                raise InputError(f"{part!r} is no factor; they are {', '.join(NAMES)}.{did_you_mean(part, NAMES)}")
+        return parts
+
+    def __repr__(self) -> str:
+        b, p, c = self.shape
+        name = f"{self.model.cfg.model_name}, layer {self.layer}"
+        return f"ImplicitAttention({name}: {' '.join(self.parts)}; batch {b}, pos {p}, channel {c})"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(batch, pos, channel)"""
+        return tuple(self.factors.x.shape)  # type: ignore[return-value]
+
+    def _with(self, part: str, value: Tensor | None) -> Tensor | None:
+        return value if part in self.parts else None
+
+    @property
+    def _gate(self) -> Float[Tensor, "batch pos channel"]:
+        gate = self._with("gate", self.factors.gate)
+        return torch.ones_like(self.factors.x) if gate is None else gate
+
+    @property
+    def _act(self) -> Float[Tensor, "batch pos channel"]:
+        act = self._with("act", self.factors.act)
+        return torch.ones_like(self.factors.x) if act is None else act
+
+    @property
+    def _taps(self) -> Float[Tensor, "channel tap"]:
+        taps = self._with("conv", self.factors.taps)
+        return self.factors.x.new_ones(self.shape[2], 1) if taps is None else taps
+
+    @property
+    def _skip(self) -> Float[Tensor, " channel"]:
+        skip = self._with("skip", self.factors.skip)
+        return self.factors.x.new_zeros(self.shape[2]) if skip is None else skip
+
+    # -- as an operator ------------------------------------------------------------------------------------------
+
+    @property
+    def T(self) -> ImplicitAttention:
+        return replace(self, transposed=not self.transposed)
+
+    def __matmul__(self, x: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
+        """A @ x, or A.T @ g for the transpose: linear in pos."""
+        if tuple(x.shape) != self.shape:
+            raise InputError(f"The operator takes [batch, pos, channel] = {list(self.shape)}; this is {list(x.shape)}.")
+        x = self.padding.pack(self.padding.zero(x.to(self.factors.x.dtype)))
+        return self.padding.spread(self._backward(x) if self.transposed else self._forward(x))
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return self._after_conv(_conv(x, self._taps))
+
+    def _after_conv(self, c: Tensor, start: Tensor | None = None) -> Tensor:
+        """gate (S + skip) act c, and what the start state adds."""
+        u = self._act * c
+        y = self._skip * u
+        if "scan" in self.parts:
+            y = y + self.factors.scan.apply(u, start)
+        return self._gate * y
+
+    def _backward(self, g: Tensor) -> Tensor:
+        y = self._gate * g
+        u = self._skip * y
+        if "scan" in self.parts:
+            u = u + self.factors.scan.apply_transposed(y)
+        return _conv_transposed(self._act * u, self._taps)
+
+    @property
+    def bias(self) -> Float[Tensor, "batch pos channel"]:
+        """r: what the output holds besides A x: the conv bias, a carried state's conv tail and its scan state."""
+        drift = self.factors.drift
+        drift = torch.zeros_like(self.factors.x) if drift is None else drift
+        start = self.factors.start if "scan" in self.parts else None
+        return self.padding.spread(self._after_conv(drift, start))
+
+    def output(self) -> Float[Tensor, "batch pos channel"]:
+        """A x + r: with all factors, the layer's output before its output projection."""
+        return replace(self, transposed=False) @ self.padding.spread(self.factors.x) + self.bias
+
+    def check(self) -> Check:
+        """How exactly the operator of all factors reconstructs what the layer computed (masked positions left out)."""
+        whole = replace(self, parts=NAMES, transposed=False)
+        o = self.padding.spread(self.factors.o)
+        error = (whole.output() - o).abs().max().item()
+        return Check(error, error / max(o.abs().max().item(), torch.finfo(o.dtype).tiny))
+
+    # -- parts of the matrix -------------------------------------------------------------------------------------
+
+    def row(self, i: int) -> Float[Tensor, "batch channel src"]:
+        """A[i, :] for every channel: what position i reads from each position. `row(-1)`: the last."""
+        basis = self._basis(i)
+        if self.transposed:
+            return rearrange(self.padding.spread(self._forward(basis)), "b p c -> b c p")
+        return rearrange(self.padding.spread(self._backward(basis)), "b p c -> b c p")
+
+    def column(self, j: int) -> Float[Tensor, "batch channel dst"]:
+        """A[:, j] for every channel: where position j's input goes."""
+        return self.T.row(j)
+
+    def _basis(self, i: int) -> Tensor:
+        """Ones in all channels at position i, zeros elsewhere (packed)."""
+        length = self.shape[1]
+        if not -length <= i < length:
+            raise InputError(f"Position {i} is out of range: there are {length} positions.")
+        basis = torch.zeros_like(self.factors.x)
+        basis[:, i % length] = 1
+        return self.padding.pack(self.padding.zero(basis))
+
+    def dense(
+        self, channels: int | slice | Sequence[int] | Tensor | None = None, max_bytes: int | None = DENSE_LIMIT
+    ) -> Float[Tensor, "batch channel dst src"]:
+        """The matrix of each channel (of `channels`, all if None). Refuses more than `max_bytes`."""
+        chosen = _channels(channels, self.shape[2])
+        batch, length, _ = self.shape
+        size = batch * len(chosen) * length * length * self.factors.x.element_size()
+        if max_bytes is not None and size > max_bytes:
+            raise TooLargeError(
+                f"dense() of {len(chosen)} channels at {length} positions would take {in_bytes(size)}, more than "
+                f"max_bytes={in_bytes(max_bytes)}. Ask for mean(), row(i), `@ x`, or some channels=[...]."
+            )
+        act, taps = self._act[:, :, chosen], self._taps[chosen]
+        whole = torch.diag_embed(self._skip[chosen, None].expand(-1, length)).expand(batch, -1, -1, -1)
+        if "scan" in self.parts:
+            whole = whole + self.factors.scan.select(chosen).dense()
+        whole = _conv_columns(whole * rearrange(act, "b j c -> b c 1 j"), taps)
+        whole = self._unpack_both(whole * rearrange(self._gate[:, :, chosen], "b i c -> b c i 1"))
+        return whole.mT if self.transposed else whole
+
+    def weighted(self, weights: Float[Tensor, " channel"]) -> Float[Tensor, "batch dst src"]:
+        """sum over channels of weights[c] * A[c]: one matrix product per block, no channel apart."""
+        length, taps = self.shape[1], self._taps
+        left = self._gate * weights.to(self._gate)
+        if "scan" in self.parts:
+            total = self.factors.scan.summed(left, self._act, taps)
+        else:
+            total = left.new_zeros(left.shape[0], length, length)
+        direct = (left * self._skip * self._act) @ taps  # b pos tap
+        for k in range(min(taps.shape[1], length)):
+            total = total + torch.diag_embed(direct[:, k:, taps.shape[1] - 1 - k], offset=-k)
+        total = self._unpack_both(total.unsqueeze(1)).squeeze(1)
+        return total.mT if self.transposed else total
+
+    def mean(self) -> Float[Tensor, "batch dst src"]:
+        """The mean over channels, signed."""
+        channels = self.shape[2]
+        return self.weighted(self.factors.x.new_full((channels,), 1 / channels))
+
+    def abs_mean(self) -> Float[Tensor, "batch dst src"]:
+        """The mean over channels of absolute values, channel chunk by channel chunk."""
+        batch, length, channels = self.shape
+        size = max(1, (1 << 23) // (batch * length * length))
+        total = self.factors.x.new_zeros(batch, length, length)
+        for start in range(0, channels, size):
+            total = total + self.dense(range(channels)[start : start + size], max_bytes=None).abs().sum(1)
+        return total / channels
+
+    # -- padding -------------------------------------------------------------------------------------------------
+
+    def _unpack_both(self, x: Tensor) -> Tensor:
+        """[b, c, i, j] from packed to real rows and columns; masked ones are zero."""
+        rank, mask = self.padding.rank, self.padding.mask
+        if rank is None or mask is None:
+            return x
+        x = x.gather(2, rank[:, None, :, None].expand_as(x)).gather(3, rank[:, None, None, :].expand_as(x))
+        return x * (mask[:, None, :, None] & mask[:, None, None, :]).to(x.dtype)
+
+
+def _channels(channels: Any, total: int) -> list[int]:
+    """The channel indices that a user named: an index, a slice, a sequence, or None for all."""
+    if channels is None:
+        return list(range(total))
+    if isinstance(channels, slice):
+        return list(range(total))[channels]
+    chosen = [int(c) for c in ([channels] if isinstance(channels, int) else channels)]
+    for c in chosen:
+        if not -total <= c < total:
+            raise InputError(f"Channel {c} is out of range: there are {total} channels.")
+    return [c % total for c in chosen]
+
+
+def _conv(x: Tensor, taps: Tensor) -> Tensor:
+    """M x: the causal depthwise convolution without bias."""
+    width = taps.shape[1]
+    return F.conv1d(F.pad(x.mT, (width - 1, 0)), taps.unsqueeze(1), groups=taps.shape[0]).mT
+
+
+def _conv_transposed(g: Tensor, taps: Tensor) -> Tensor:
+    """M^T g."""
+    width = taps.shape[1]
+    return F.conv1d(F.pad(g.mT, (0, width - 1)), taps.flip(1).unsqueeze(1), groups=taps.shape[0]).mT
+
+
+def _conv_columns(matrix: Tensor, taps: Tensor) -> Tensor:
+    """matrix @ M for each channel: [b, c, i, j]."""
+    length, width = matrix.shape[-1], taps.shape[1]
+    out = torch.zeros_like(matrix)
+    for k in range(min(width, length)):
+        out[..., : length - k] += matrix[..., k:] * taps[:, width - 1 - k, None, None]
+    return out

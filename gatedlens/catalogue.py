@@ -1,0 +1,171 @@
+"""The catalogue of hook points that people read: `python -m gatedlens.catalogue` writes the pages under `hooks/`.
+
+All of it is derived from rows: a diagram whose arrows are the names in the equations, the table, the recurrence's terms,
+other tools' names. `--check` writes nothing and fails if a page is stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from gatedlens.errors import in_bytes
+from gatedlens.hooks import architectures
+from gatedlens.points import Point
+
+FOLDER = Path(__file__).parent.parent / "hooks"
+
+
+def arrows(rows: tuple[Point, ...]) -> list[tuple[str, str]]:
+    """(from, to) row names: an equation that names another row of the block depends on it.
+
+    A bare word is the row of the same part if there is one, else the only row of that leaf; `ln1.out` names its part.
+    """
+    by_leaf: dict[str, list[str]] = {}
+    for row in rows:
+        by_leaf.setdefault(row.leaf.removeprefix("hook_"), []).append(row.name)
+    place = {row.name: i for i, row in enumerate(rows)}
+    found = []
+    for row in rows:
+        formula = re.sub(r"\[[^\]]*\]", "", row.equation)  # an index is no dependency
+        for word in dict.fromkeys(re.findall(r"[A-Za-z_][A-Za-z_0-9]*(?:\.[A-Za-z_][A-Za-z_0-9]*)*", formula)):
+            part, _, leaf = word.rpartition(".")
+            names = [name for name in by_leaf.get(leaf, []) if not part or name == f"{part}.hook_{leaf}"]
+            near = [name for name in names if name.rpartition(".")[0] == row.part]
+            chosen = near or (names if len(names) == 1 else [])
+            found += [(name, row.name) for name in chosen if place[name] < place[row.name]]
+    return found
+
+
+def diagram(rows: tuple[Point, ...]) -> str:
+    """A mermaid flow chart of one block: a box a point (rounded: lazy), an arrow a dependency."""
+    key = {row.name: f"p{i}" for i, row in enumerate(rows)}
+    lines = ["```mermaid", "flowchart TD"]
+    parts = list(dict.fromkeys(row.part for row in rows))
+    for part in parts:
+        indent = "    " if part else "  "
+        if part:
+            lines.append(f'  subgraph {part.replace(".", "_")} ["{part}"]')
+        for row in rows:
+            if row.part == part:
+                left, right = ("([", "])") if row.lazy else ("[", "]")
+                lines.append(f"{indent}{key[row.name]}{left}{row.leaf}{right}")
+        if part:
+            lines.append("  end")
+    lines += [f"  {key[a]} --> {key[b]}" for a, b in arrows(rows)]
+    return "\n".join([*lines, "```"])
+
+
+def _table(rows: tuple[Point, ...], sizes: dict[str, int], prefix: str) -> str:
+    lines = ["| point | axes | equation | source | bytes per token |", "|---|---|---|---|---|"]
+    for row in rows:
+        known = {"one": 1, "key_pos": 1, "class": 1000, "d_vocab": 50280, **sizes}
+        bytes_ = "-"
+        if "pos" in row.dims and all(dim in known or dim in ("batch", "pos") for dim in row.dims):
+            bytes_ = in_bytes(4 * row.elements(known, batch=1, pos=1))
+        name = f"`{prefix}{row.name}`" + (" (lazy)" if row.lazy else "")
+        lines.append(
+            f"| {name} | {row.axes} | `{row.equation.replace('|', chr(92) + '|')}` | {row.source} | {bytes_} |"
+        )
+    return "\n".join(lines)
+
+
+def page(name: str, hooked: Any) -> str:
+    """The page of one architecture."""
+    model, sizes = hooked.reference
+    out = [
+        f"# {hooked.title}: hook points",
+        f"{hooked.paper}\n\nWritten by `python -m gatedlens.catalogue` from `gatedlens/hooks/{name}.py`; do not edit.",
+        f"`{{l}}` is a layer. A lazy point (rounded) builds its tensor only when somebody listens. Bytes per token are those "
+        f"of {model} in float32.",
+        "## The recurrence",
+        "    state_t = decay_t * state_{t-1} + write_t      scan_t = read_t . state_t      y_t = scan_t + skip * u_t",
+        "| term | here |\n|---|---|\n" + "\n".join(f"| {term} | {here} |" for term, here in hooked.recurrence.items()),
+        "## Read one point",
+        f"```python\nimport gatedlens as gl\n\nmodel = gl.{hooked.__name__}.tiny()\n{hooked.snippet()}\n```",
+    ]
+    for kind, rows in hooked.kinds().items():
+        many = len(hooked.kinds()) > 1
+        out += [f"## {'Blocks: ' + kind if many else 'A block'}", diagram(rows), _table(rows, sizes, "blocks.{l}.")]
+    outside = (*hooked.first_points, *hooked.final_points, *hooked.last_points)
+    out += ["## Outside the blocks", _table(outside, sizes, "")]
+    names = [(a.tool, a.name, a.target) for a in hooked.aliases]
+    names += [(v.tool, v.name, f"{v.equation} (computed{'' if v.visit else ', read only'})") for v in hooked.views]
+    if names:
+        lines = [f"| {tool} | `{theirs}` | {ours} |" for tool, theirs, ours in sorted(names)]
+        out += ["## Other tools' names", "| tool | name | here |\n|---|---|---|\n" + "\n".join(lines)]
+    return "\n\n".join(out) + "\n"
+
+
+def index(found: dict[str, Any]) -> str:
+    """hooks/README.md."""
+    lines = [
+        f"| [{hooked.title}]({name}.md) | `gl.{hooked.__name__}` | {hooked.paper} |" for name, hooked in found.items()
+    ]
+    shared = [{row.leaf for rows in hooked.kinds().values() for row in rows} for hooked in found.values()]
+    common = ", ".join(f"`{leaf}`" for leaf in sorted(set.intersection(*shared)))
+    return (
+        "# The hook points\n\n"
+        "Every gate, convolution and scan intermediate of every architecture, by name. Written by "
+        "`python -m gatedlens.catalogue`; `model.hook_table()` shows the same for a model of yours, and "
+        "[catalogue.json](catalogue.json) holds it as data.\n\n"
+        "| architecture | class | paper |\n|---|---|---|\n" + "\n".join(lines) + "\n\n"
+        f"Every architecture has: {common}.\n"
+    )
+
+
+def data(found: dict[str, Any]) -> dict[str, Any]:
+    """hooks/catalogue.json."""
+    return {
+        name: {
+            "title": hooked.title,
+            "class": hooked.__name__,
+            "outside": [_row(r) for r in (*hooked.first_points, *hooked.final_points, *hooked.last_points)],
+            "blocks": {kind: [_row(r) for r in rows] for kind, rows in hooked.kinds().items()},
+            "aliases": [{"name": a.name, "target": a.target, "tool": a.tool} for a in hooked.aliases],
+            "views": [{"name": v.name, "axes": v.axes, "equation": v.equation, "tool": v.tool} for v in hooked.views],
+            "recurrence": hooked.recurrence,
+        }
+        for name, hooked in found.items()
+    }
+
+
+def _row(row: Point) -> dict[str, Any]:
+    return {"name": row.name, "axes": row.axes, "equation": row.equation, "source": row.source, "lazy": row.lazy}
+
+
+def pages() -> dict[str, str]:
+    """Every file of the catalogue by name, as it should be."""
+    found = architectures()
+    files = {"README.md": index(found), "catalogue.json": json.dumps(data(found), indent=1) + "\n"}
+    return files | {f"{name}.md": page(name, hooked) for name, hooked in found.items()}
+
+
+def stale(folder: Path = FOLDER) -> list[str]:
+    """The files that are missing or differ from what the rows say."""
+    wanted = pages()
+    present = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    wrong = [name for name, text in wanted.items() if name not in present or (folder / name).read_text() != text]
+    return wrong + sorted(present - set(wanted))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is stale")
+    args = parser.parse_args()
+    wrong = stale()
+    if args.check:
+        print(f"stale: {', '.join(wrong)} (run `make catalogue`)" if wrong else "the catalogue is up to date")
+        return bool(wrong)
+    FOLDER.mkdir(exist_ok=True)
+    for name, text in pages().items():
+        (FOLDER / name).write_text(text)
+    print(f"wrote {len(pages())} files to {FOLDER.name}/" + (f" ({', '.join(wrong)} had changed)" if wrong else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,122 @@
+"""The command line: `gatedlens demo`, `gatedlens models`, `gatedlens table`. Each command has --help with examples and --json."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from gatedlens.errors import GatedlensError, in_bytes
+
+DEMO = """examples:
+  gatedlens demo
+  gatedlens demo --model gatedlens/mamba-recall --text "D 3 dog A 7 hay ? D"
+  gatedlens demo --text "It was the whiteness of the whale" --layer 0 --out figures --json"""
+
+TABLE = """examples:
+  gatedlens table gatedlens/mamba-moby
+  gatedlens table path/to/model --layer 3 --json"""
+
+
+def demo(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the demo and say what it found."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from gatedlens.demo import run
+    from gatedlens.plot import label
+
+    report = run(args.model, args.text, args.layer, args.out)
+    if args.json:
+        return report.to_dict()
+    console = Console()
+    console.print(f"[bold]{escape(report.model)}[/] reads {escape(repr(report.text))}")
+    console.print(
+        f"cached {report.n_cached} activations, {in_bytes(report.cached_bytes)}: every gate, conv and scan intermediate"
+    )
+    for layer, error in report.errors.items():
+        console.print(f"layer {layer}: attention @ x + remainder equals the layer's output, relative error {error:.1e}")
+    table = Table(title=f"What the last position attends to in layer {report.layer} (mean |attention| over channels)")
+    for column in ("token", "position", "attention"):
+        table.add_column(column, justify="left" if column == "token" else "right")
+    for token, position, value in report.tops:
+        table.add_row(escape(label(token)), str(position), f"{value:.4f}")
+    console.print(table)
+    likely = ", ".join(f"{label(token)!r} {p:.0%}" for token, p in report.next_tokens)
+    console.print(f"next token: {escape(likely)}")
+    console.print(f"picture: {report.figure}\npage:    {report.page}  (hover the tokens)")
+    return {}
+
+
+def models(args: argparse.Namespace) -> dict[str, Any]:
+    """List the bundled models."""
+    from gatedlens.loading import BUNDLED, bundled_models
+
+    found = {}
+    for name in bundled_models():
+        report = json.loads((BUNDLED / name.partition("/")[2] / "training.json").read_text())
+        found[name] = {"task": report["task"], "parameters": report["parameters"], **report["metric"]}
+    if not args.json:
+        for name, facts in found.items():
+            print(f"{name:28} " + ", ".join(f"{key} {value}" for key, value in facts.items()))
+    return found
+
+
+def table(args: argparse.Namespace) -> dict[str, Any]:
+    """Print the hook points of a model."""
+    from rich.console import Console
+
+    from gatedlens.loading import from_pretrained
+
+    rows = from_pretrained(args.model).hook_table(layer=args.layer)
+    if not args.json:
+        Console().print(rows)
+    return {"model": args.model, "points": rows.rows}
+
+
+def parser() -> argparse.ArgumentParser:
+    main_parser = argparse.ArgumentParser(prog="gatedlens", description="Open up gated-linear recurrent models.")
+    commands = main_parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(name: str, function: Any, examples: str) -> argparse.ArgumentParser:
+        raw = argparse.RawDescriptionHelpFormatter
+        sub = commands.add_parser(
+            name, help=function.__doc__, description=function.__doc__, epilog=examples, formatter_class=raw
+        )
+        sub.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = command("demo", demo, DEMO)
+    sub.add_argument(
+        "--model", default="gatedlens/mamba-moby", help="a bundled model, a folder or a hub name (%(default)s)"
+    )
+    sub.add_argument("--text", help="what it reads (a passage or prompt that suits a bundled model)")
+    sub.add_argument("--layer", type=int, default=-1, help="the layer whose attention is listed (the last)")
+    sub.add_argument("--out", default="out", help="the folder for the picture and the page (%(default)s)")
+    command("models", models, "examples:\n  gatedlens models\n  gatedlens models --json")
+    sub = command("table", table, TABLE)
+    sub.add_argument("model", help="a bundled model, a folder or a hub name")
+    sub.add_argument("--layer", type=int, default=0, help="the block to show (%(default)s)")
+    return main_parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point; errors that gatedlens raises on purpose are one line on stderr and exit code 2."""
+    args = parser().parse_args(argv)
+    try:
+        result = args.function(args)
+    except (GatedlensError, ImportError) as error:
+        print(f"gatedlens {args.command}: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        json.dump(result, sys.stdout, indent=1)
+        print()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,92 @@
+"""The demo: the main job from end to end on a bundled model, in a few seconds and without network.
+
+Cache every gate, conv and scan intermediate of a text; derive each layer's implicit attention from the cache; check that
+attention and remainder are the layer's output; show what the last position attends to; write a picture and a page.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gatedlens import plot
+from gatedlens.attention import implicit_attention
+from gatedlens.errors import InputError
+from gatedlens.loading import BUNDLED, from_pretrained
+from gatedlens.page import attention_page
+from gatedlens.tasks import VOCABULARY, recall
+
+POINTS = "blocks.*.mixer.*"
+PASSAGE = slice(384_262, 384_326)  # of the held-out part of the book
+
+
+def default_text(model_name: str) -> str:
+    """What a bundled model is shown when no text is given: a prompt of its task, or a passage of the book."""
+    report = BUNDLED / model_name.rpartition("/")[2] / "training.json"
+    if report.exists() and json.loads(report.read_text())["task"] == "recall":
+        return " ".join(VOCABULARY[i] for i in recall(1, seed=3).tokens[0, 1:].tolist())
+    return (BUNDLED / "data" / "moby-dick.txt").read_text(encoding="utf-8")[PASSAGE]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the demo found; `tops` are (token, position, attention) of the last position, strongest first."""
+
+    model: str
+    text: str
+    layer: int
+    n_cached: int
+    cached_bytes: int
+    errors: dict[int, float]
+    tops: list[tuple[str, int, float]]
+    next_tokens: list[tuple[str, float]]
+    figure: Path
+    page: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "figure": str(self.figure), "page": str(self.page)}
+
+
+@torch.no_grad()
+def run(model_name: str, text: str | None = None, layer: int = -1, out: str | Path = "out") -> Report:
+    """`gatedlens.demo.run("gatedlens/mamba-moby")`: everything that `gatedlens demo` shows, as a Report."""
+    model = from_pretrained(model_name)
+    text = default_text(model_name) if text is None else text
+    tokens = model.to_str_tokens(text)
+    n_layers = model.cfg.n_layers
+    if not -n_layers <= layer < n_layers:
+        raise InputError(f"--layer {layer}: {model_name} has layers 0 to {n_layers - 1}.")
+    layer %= n_layers
+
+    logits, cache = model.run_with_cache(text, names_filter=POINTS)
+    attention = {i: implicit_attention(cache, layer=i) for i in range(n_layers)}
+    errors = {i: A.check().relative for i, A in attention.items()}
+    maps = {i: A.abs_mean()[0] for i, A in attention.items()}
+
+    row = maps[layer][-1]
+    best = row.topk(min(5, len(row)))
+    tops = [(tokens[j], j, v) for v, j in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+    likely = logits[0, -1].softmax(-1).topk(min(5, logits.shape[-1]))
+    following = [
+        (model.to_string([i]), p) for p, i in zip(likely.values.tolist(), likely.indices.tolist(), strict=True)
+    ]
+
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = model_name.rpartition("/")[2]
+    title = f"Implicit attention of {model_name}"
+    figure_path = folder / f"{stem}.png"
+    plot.layers(maps, tokens, title=title, value="|attention| (mean over channels)").savefig(figure_path, dpi=110)
+    signed = {f"layer {i}": A.mean()[0] for i, A in attention.items()}
+    absolute = {f"layer {i} (absolute)": m for i, m in maps.items()}
+    notes = [
+        f"attention and remainder give layer {i}'s output to a relative error of {e:.1e}" for i, e in errors.items()
+    ]
+    page = attention_page({**absolute, **signed}, tokens, title, first=f"layer {layer} (absolute)", notes=notes)
+    page_path = page.save(folder / f"{stem}.html")
+    size = sum(t.numel() * t.element_size() for t in cache.values())
+    return Report(model_name, text, layer, len(cache), size, errors, tops, following, figure_path, page_path)

@@ -1,0 +1,37 @@
+"""Factors: what an architecture says of its implicit attention, read off a cache.
+
+    o = A x + r ,   A = diag(gate) (S + diag(skip)) diag(act) M ,   r = what does not come from x
+
+x what enters the token mixing; M the causal conv (taps), act the activation as a factor (sigmoid(c) of SiLU(c)), S the
+scan, skip its direct path, gate the gate after its activation. `drift` is what the conv adds besides M x (its bias, and
+the tail of a carried state); `start` the state that the scan began from. UIA (arXiv 2405.16504), eq. 9-15.
+
+A factor that an architecture lacks is None: the identity (no skip: zero).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from gatedlens.scanmatrix import DecayScan
+from gatedlens.wkvmatrix import WkvScan
+
+NAMES = ("gate", "scan", "skip", "act", "conv")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One layer's factors, positions packed (see `Padding`) where a batch is padded."""
+
+    x: Float[Tensor, "batch pos channel"]
+    o: Float[Tensor, "batch pos channel"]
+    scan: DecayScan | WkvScan
+    gate: Float[Tensor, "batch pos channel"]
+    skip: Float[Tensor, " channel"] | None = None
+    act: Float[Tensor, "batch pos channel"] | None = None
+    taps: Float[Tensor, "channel tap"] | None = None
+    drift: Float[Tensor, "batch pos channel"] | None = None
+    start: Float[Tensor, "batch channel state"] | None = None

@@ -1,0 +1,72 @@
+"""Fixtures. Every registered architecture runs in every test that asks for `model`; shapes and types are checked by
+jaxtyping and beartype while the tests run."""
+
+from __future__ import annotations
+
+from jaxtyping import install_import_hook
+
+install_import_hook("gatedlens", "beartype.beartype")
+
+import copy  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+import gatedlens as gl  # noqa: E402
+from gatedlens.hooks import architectures  # noqa: E402
+
+torch.set_num_threads(1)
+settings.register_profile("gatedlens", deadline=None, max_examples=20, derandomize=True)
+settings.load_profile("gatedlens")
+
+EVERY = architectures()
+LANGUAGE = {name: hooked for name, hooked in EVERY.items() if issubclass(hooked, gl.HookedLanguageModel)}
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(params=list(EVERY), scope="session")
+def hooked(request):
+    """Each architecture's class."""
+    return EVERY[request.param]
+
+
+@pytest.fixture(scope="session")
+def _model(hooked):
+    return hooked.tiny(seed=0, dtype=torch.float64)
+
+
+@pytest.fixture
+def model(_model):
+    """Each architecture's tiny model in float64; the test fails if it leaves hooks or changed parameters behind."""
+    before = copy.deepcopy({name: p.detach() for name, p in _model.wrapped.named_parameters()})
+    yield _model
+    assert not _model.list_hooks(), "the test left hooks on the model"
+    for name, p in _model.wrapped.named_parameters():
+        assert torch.equal(before[name], p), f"{name} was changed"
+        assert p.grad is None, f"{name} has a gradient"
+
+
+@pytest.fixture(params=list(LANGUAGE), scope="session")
+def _language_model(request):
+    return LANGUAGE[request.param].tiny(seed=0, dtype=torch.float64)
+
+
+@pytest.fixture
+def lm(_language_model):
+    """Each language architecture's tiny model in float64."""
+    yield _language_model
+    assert not _language_model.list_hooks(), "the test left hooks on the model"
+
+
+@pytest.fixture(scope="session")
+def recall_model():
+    """The bundled in-context model, float32."""
+    return gl.from_pretrained("gatedlens/mamba-recall", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def moby_model():
+    """The bundled byte-level model, float32."""
+    return gl.from_pretrained("gatedlens/mamba-moby", device="cpu")

@@ -1,0 +1,43 @@
+"""What several test files need: inputs for any architecture, golden vectors, and the relative error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import gatedlens as gl
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def example(model, batch: int = 2, pos: int = 7, seed: int = 0):
+    """A random input that `model` reads: tokens for a language model, images for a vision model."""
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(model, gl.HookedLanguageModel):
+        return torch.randint(model.cfg.d_vocab, (batch, pos), generator=generator)
+    return torch.randn(batch, *model.image_shape, generator=generator, dtype=torch.float64)
+
+
+def golden(name: str):
+    """(config, weights, io) of a golden folder."""
+    folder = GOLDEN / name
+    config = json.loads((folder / "config.json").read_text())
+    return config, load_file(folder / "model.safetensors"), load_file(folder / "io.safetensors")
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """max |a - b| / max |b|."""
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+
+
+def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, mask) of token rows of unequal length; padding holds token 1, which must not matter."""
+    longest = max(len(row) for row in rows)
+    tokens, mask = torch.ones(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        place = slice(longest - len(row), None) if side == "left" else slice(len(row))
+        tokens[i, place], mask[i, place] = row, True
+    return tokens, mask

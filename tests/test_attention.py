@@ -1,0 +1,308 @@
+"""Implicit attention: exact reconstruction, the literal triple loop, the frozen Jacobian, factors, padding, errors."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gatedlens as gl
+from gatedlens.hooks.mamba import HookedMamba
+from gatedlens.scanmatrix import DecayScan, blocks
+from tests.helpers import example, padded, relative
+
+LENGTH = 11
+CASES = ["plain", "state", "left", "right", "holes+state"]
+
+
+def cached(model, case: str, seed: int = 0):
+    """The cache of one run of the kind `case`."""
+    tokens, options = example(model, 2, LENGTH, seed), {}
+    if "state" in case:
+        _, options["state"] = model(example(model, 2, 4, seed + 1), return_state=True)
+    if case in ("left", "right"):
+        tokens, options["attention_mask"] = padded([tokens[0], tokens[1, :5]], case)
+    if "holes" in case:
+        mask = torch.ones(2, LENGTH, dtype=torch.bool)
+        mask[0, [0, 3, 4]] = mask[1, [2, 9, 10]] = False
+        options["attention_mask"] = mask
+    return model.run_with_cache(tokens, **options)[1]
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return request.param
+
+
+@torch.no_grad()
+def test_attention_and_remainder_are_the_layers_output(lm, case):
+    cache = cached(lm, case)
+    for layer in range(lm.cfg.n_layers):
+        check = gl.implicit_attention(cache, layer=layer).check()
+        assert check.relative < 1e-10 and check.absolute < 1e-10
+
+
+@torch.no_grad()
+def test_in_float32_to_float32_rounding(lm):
+    model = copy.deepcopy(lm).to(torch.float32)
+    cache = cached(model, "plain")
+    for layer in range(model.cfg.n_layers):
+        assert gl.implicit_attention(cache, layer=layer).check().relative < 1e-5
+
+
+VARIANTS = {
+    "all": lambda A: A,
+    "without skip": lambda A: A.without("skip"),
+    "scan": lambda A: A.only("scan"),
+    "no act": lambda A: A.only("skip", "conv"),
+    "unified": lambda A: A.paper("unified"),
+    "hidden": lambda A: A.paper("hidden"),
+    "no scan": lambda A: A.without("scan"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_view_of_the_operator_is_the_dense_matrix(lm, case, variant):
+    A = VARIANTS[variant](gl.implicit_attention(cached(lm, case), layer=1))
+    dense = A.dense()
+    batch, length, channels = A.shape
+    assert dense.shape == (batch, channels, length, length)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, length, channels, generator=generator, dtype=torch.float64)
+    weights = torch.randn(channels, generator=generator, dtype=torch.float64)
+    pairs = {
+        "@ x": (A @ x, torch.einsum("bcij,bjc->bic", dense, x)),
+        "T @ g": (A.T @ x, torch.einsum("bcij,bic->bjc", dense, x)),
+        "T.dense": (A.T.dense(), dense.mT),
+        "mean": (A.mean(), dense.mean(1)),
+        "abs_mean": (A.abs_mean(), dense.abs().mean(1)),
+        "weighted": (A.weighted(weights), torch.einsum("bcij,c->bij", dense, weights)),
+        "channels": (A.dense(channels=[3, -1]), dense[:, [3, -1]]),
+        **{f"row {i}": (A.row(i), dense[:, :, i]) for i in (0, 4, -1)},
+        **{f"column {j}": (A.column(j), dense[:, :, :, j]) for j in (0, 4, -1)},
+    }
+    for name, (got, want) in pairs.items():
+        assert torch.allclose(got, want, rtol=0, atol=1e-12 * max(1.0, dense.abs().max().item())), name
+    assert torch.equal(dense, dense.tril())
+
+
+@torch.no_grad()
+def test_masked_rows_and_columns_are_zero(lm):
+    for side in ("left", "right"):
+        cache = cached(lm, side)
+        dense = gl.implicit_attention(cache, layer=0).dense()
+        out = ~cache.mask
+        assert dense.transpose(1, 2)[out].abs().max() == 0 and dense.permute(0, 3, 1, 2)[out].abs().max() == 0
+
+
+def test_mamba_against_the_literal_triple_loop():
+    """UIA eq. 9 with D and bias, one number at a time: o = G (S + D) Z M x + G (S + D) Z b."""
+    model = HookedMamba.tiny(dtype=torch.float64)
+    with torch.no_grad():
+        cache = cached(model, "plain")
+    A = gl.implicit_attention(cache, layer=1)
+    w = model.wrapped.backbone.layers[1].mixer
+    dt, B, C, gate, c = (cache[name, 1] for name in ("dt", "B", "C", "gate", "conv"))
+    rate = -torch.exp(w.A_log)
+    for d in (0, 17):
+        S = torch.zeros(2, LENGTH, LENGTH, dtype=torch.float64)
+        M = torch.zeros(LENGTH, LENGTH, dtype=torch.float64)
+        for i in range(LENGTH):
+            for j in range(i + 1):
+                decay = torch.exp(rate[d] * dt[:, j + 1 : i + 1, d].sum(1, keepdim=True))
+                S[:, i, j] = (C[:, i] * decay * dt[:, j, d, None] * B[:, j]).sum(-1)
+                if i - j < 4:
+                    M[i, j] = w.conv1d.weight[d, 0, 3 - (i - j)]
+        SD = S + w.D[d] * torch.eye(LENGTH, dtype=torch.float64)
+        Z = torch.diag_embed(torch.sigmoid(c[:, :, d]))
+        whole = torch.diag_embed(gate[:, :, d]) @ SD @ Z
+        assert relative(A.dense(channels=d)[:, 0], whole @ M) < 1e-12
+        assert relative(A.bias[:, :, d], (whole @ w.conv1d.bias[d].expand(2, LENGTH, 1)).squeeze(-1)) < 1e-12
+        assert relative(A.only("scan").dense(channels=d)[:, 0], S) < 1e-12
+
+
+def frozen_mixer(cache, model, layer):
+    """o as a function of x with gate, dt, B, C and sigmoid(c) held at their cached values: the forward itself, frozen."""
+    fixed = {n: cache[n, layer] for n in ("hook_gate", "hook_dt", "hook_B", "hook_C", "hook_conv")}
+    mixer = model.blocks[layer].mixer
+
+    def forward(x):
+        w = mixer.weights
+        c = F.conv1d(F.pad(x.mT, (3, 0)), w.conv1d.weight, w.conv1d.bias, groups=x.shape[-1]).mT
+        u = torch.sigmoid(fixed["hook_conv"]) * c
+        state, ys = 0.0, []
+        for t in range(x.shape[1]):
+            decay = torch.exp(fixed["hook_dt"][:, t, :, None] * mixer.A)
+            state = decay * state + (fixed["hook_dt"][:, t] * u[:, t])[..., None] * fixed["hook_B"][:, t, None]
+            ys.append((state * fixed["hook_C"][:, t, None]).sum(-1) + w.D * u[:, t])
+        return torch.stack(ys, 1) * fixed["hook_gate"]
+
+    return forward
+
+
+def test_the_operator_is_the_jacobian_of_the_frozen_forward():
+    model = HookedMamba.tiny(dtype=torch.float64)
+    with torch.no_grad():
+        cache = cached(model, "plain")
+    A = gl.implicit_attention(cache, layer=1)
+    forward, x = frozen_mixer(cache, model, 1), cache["x", 1].clone().requires_grad_()
+    out = forward(x)
+    assert relative(out, cache["gated", 1]) < 1e-12
+    dense = A.dense().detach()
+    for i in range(LENGTH):
+        (grad,) = torch.autograd.grad(out[:, i].sum(), x, retain_graph=True)
+        assert torch.allclose(grad, dense[:, :, i].mT, atol=1e-12)
+    g = torch.randn_like(out)
+    (vjp,) = torch.autograd.grad(out, x, g)
+    assert torch.allclose(A.T @ g, vjp, atol=1e-12)
+
+
+def test_it_is_differentiable_in_the_cached_activations():
+    model = HookedMamba.tiny(dtype=torch.float64)
+    with torch.no_grad():
+        cache = cached(model, "plain")
+    for name in ("gate", "dt", "B", "C", "conv"):
+        key = f"blocks.1.mixer.hook_{name}"
+        base = cache.cache_dict[key].clone()
+        direction = torch.randn_like(base)
+
+        def value(size, base=base, direction=direction, key=key):
+            cache.cache_dict[key] = base + size * direction
+            A = gl.implicit_attention(cache, layer=1)
+            return A.mean().pow(2).sum() + A.row(-1).pow(2).sum() + A.dense(channels=[0]).pow(2).sum()
+
+        size = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        (exact,) = torch.autograd.grad(value(size), size)
+        numeric = (value(1e-5) - value(-1e-5)) / 2e-5
+        cache.cache_dict[key] = base
+        assert torch.allclose(exact, numeric, rtol=1e-5, atol=1e-8), name
+
+
+@torch.no_grad()
+def test_from_a_model_it_asks_only_for_what_it_needs():
+    model = HookedMamba.tiny(dtype=torch.float64)
+    tokens = example(model)
+    _, cache = model.run_with_cache(tokens)
+    seen = []
+    with model.hooks([(lambda name: True, lambda x, hook: seen.append(hook.name))]):
+        A = gl.implicit_attention(model, tokens, layer=0)
+    assert relative(A.mean(), gl.implicit_attention(cache, layer=0).mean()) < 1e-12
+    assert not any(name.startswith("blocks.1") for name in seen)
+    lean = model.run_with_cache(
+        tokens, names_filter=[f"blocks.1.mixer.{n}" for n in model.blocks[1].mixer.attention_points]
+    )[1]
+    assert torch.equal(gl.implicit_attention(lean, layer=-1).mean(), gl.implicit_attention(cache, layer=1).mean())
+
+
+@torch.no_grad()
+def test_on_a_wrapped_transformers_model():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    model = gl.wrap(MambaForCausalLM(MambaConfig(hidden_size=24, num_hidden_layers=2, vocab_size=30)).eval())
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        model.to(dtype)
+        A = gl.implicit_attention(model, torch.randint(30, (2, 40)), layer=1)
+        assert A.check().relative < tolerance
+        assert A.mean().dtype == torch.float32
+
+
+def test_nothing_of_state_by_pos_by_pos_is_built():
+    """The largest tensor behind mean() stays at chunk size, far below [channel, state, pos, pos]."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    scan = random_scan(length=128, channels=64, state=16)
+    ones = torch.ones(1, 128, 64, dtype=torch.float64)
+    with Watch():
+        scan.summed(ones, ones, torch.ones(64, 4, dtype=torch.float64))
+    assert largest <= 2 * 128 * 64 * 16
+
+
+def random_scan(length: int, channels: int = 6, state: int = 3, seed: int = 0) -> DecayScan:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    return DecayScan(
+        random(1, length, channels).cumsum(1), -3 * random(channels, state), random(1, length, state) - 0.5,
+        random(1, length, channels), random(1, length, state) - 0.5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 8, 9, 31, 64, 100])
+def test_blocks_tile_the_triangle_at_every_length(length):
+    scan = random_scan(length)
+    dense = scan.dense()
+    u = torch.randn(1, length, 6, dtype=torch.float64)
+    assert relative(torch.einsum("bcij,bjc->bic", dense, u), scan.apply(u)) < 1e-10
+    ones = torch.ones(1, length, 6, dtype=torch.float64)
+    assert relative(scan.summed(ones, ones, torch.ones(6, 1, dtype=torch.float64)), dense.sum(1)) < 1e-10
+    covered = torch.zeros(length, length, dtype=torch.long)
+    for lo, mid, hi in blocks(length):
+        covered[mid:hi, lo:mid] += 1
+    assert covered.max() <= 1
+
+
+def test_documents_do_not_see_each_other():
+    scan = random_scan(12)
+    document = torch.tensor([[0] * 5 + [1] * 7])
+    packed = DecayScan(scan.time, scan.rate, scan.read, scan.amount, scan.key, document)
+    same = document.unsqueeze(2) == document.unsqueeze(1)
+    assert torch.allclose(packed.dense(), scan.dense() * same.unsqueeze(1))
+    assert torch.allclose(packed.row(8), packed.dense()[:, :, 8]) and torch.allclose(
+        packed.column(2), packed.dense()[..., 2]
+    )
+    u = torch.randn(1, 12, 6, dtype=torch.float64)
+    assert torch.allclose(packed.apply(u), torch.einsum("bcij,bjc->bic", packed.dense(), u))
+    assert torch.allclose(packed.apply_transposed(u), torch.einsum("bcij,bic->bjc", packed.dense(), u))
+
+
+def test_long_sequences_keep_their_precision_in_float32():
+    """A cumulative time of hundreds would lose small differences in float32; it is kept in float64."""
+    scan = random_scan(400)
+    narrow = DecayScan(scan.time, scan.rate.float(), scan.read.float(), scan.amount.float(), scan.key.float())
+    assert relative(narrow.dense().double(), scan.dense()) < 1e-5
+
+
+def test_bad_questions_are_explained():
+    model = HookedMamba.tiny()
+    tokens = example(model)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens)
+    A = gl.implicit_attention(cache, layer=0)
+    with pytest.raises(gl.InputError, match="layers 0 to 1"):
+        gl.implicit_attention(cache, layer=5)
+    with pytest.raises(gl.InputError, match="needs an input"):
+        gl.implicit_attention(model, layer=0)
+    with pytest.raises(gl.InputError, match="needs no input"):
+        gl.implicit_attention(cache, tokens, layer=0)
+    with pytest.raises(gl.InputError, match="not dict"):
+        gl.implicit_attention({}, layer=0)
+    with pytest.raises(gl.PointError, match=r"lacks: .*hook_dt"):
+        gl.implicit_attention(model.run_with_cache(tokens, names_filter="blocks.0.mixer.hook_x")[1], layer=0)
+    with pytest.raises(gl.InputError, match="'gat' is no factor.*Did you mean 'gate'"):
+        A.without("gat")
+    with pytest.raises(gl.InputError, match="'unified' or 'hidden'"):
+        A.paper("uia")
+    with pytest.raises(gl.InputError, match="Position 7 is out of range"):
+        A.row(7)
+    with pytest.raises(gl.InputError, match="Channel 32 is out of range"):
+        A.dense(channels=[32])
+    with pytest.raises(gl.InputError, match=r"takes \[batch, pos, channel\] = \[2, 7, 32\]"):
+        A @ torch.zeros(2, 7, 16)
+    with pytest.raises(gl.TooLargeError, match="Ask for mean"):
+        A.dense(max_bytes=100)
