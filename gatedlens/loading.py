@@ -80,11 +80,12 @@ def from_pretrained(
 ) -> Any:
     """`gl.from_pretrained("state-spaces/mamba-130m-hf", dtype=torch.bfloat16)`: a hooked model in eval mode.
 
-    name_or_path: a bundled model, a local folder, or a hub name; in transformers' layout (config.json with model_type,
-    safetensors, sharded or not) or an architecture's original one (mamba-ssm: config.json with d_model and ssm_cfg,
-    pytorch_model.bin or safetensors; RWKV-LM: a .pth file, or a folder that holds one and no config.json). dtype: that of the checkpoint if None. device: CUDA where there is one if None.
-    tokenizer: found beside the model if None. revision and `hub` (token, cache_dir, local_files_only, ...) go to the
-    hub. Raises CheckpointError when weights are missing, left over, damaged or of another architecture.
+    name_or_path: a bundled model, a local folder, or a hub name; in transformers' layout (config.json with
+    model_type, safetensors, sharded or not) or an architecture's original one (mamba-ssm: config.json with d_model
+    and ssm_cfg, pytorch_model.bin or safetensors; RWKV-LM: a .pth file, or a folder that holds one and no
+    config.json). dtype: that of the checkpoint if None. device: CUDA where there is one if None. tokenizer: found
+    beside the model if None. revision and `hub` (token, cache_dir, local_files_only, ...) go to the hub. Raises
+    CheckpointError when weights are missing, left over, damaged or of another architecture.
     """
     source = _source(str(name_or_path))
     dtype = _dtype(dtype)

@@ -89,9 +89,9 @@ MLP_ROWS = (
     Point("hook_xr", "batch pos d_model", _mixed("ln2", "receptance"), f"{PAPER}, eq. 14"),
     Point("hook_k", "batch pos d_mlp", "key(xk)", f"{PAPER}, eq. 15"),
     Point("hook_k_act", "batch pos d_mlp", "relu(k)^2", f"{PAPER}, eq. 18"),
-    Point("hook_v", "batch pos d_model", "value(k_act)", f"{PAPER}, eq. 18"),
-    Point("hook_r", "batch pos d_model", "receptance(xr)", f"{PAPER}, eq. 14"),
-    Point("hook_gate", "batch pos d_model", "sigmoid(r)", f"{PAPER}, eq. 18"),
+    Point("hook_kv", "batch pos d_model", "value(k_act)", f"{PAPER}, eq. 18"),
+    Point("hook_gate_pre", "batch pos d_model", "receptance(xr)", f"{PAPER}, eq. 14 (r)"),
+    Point("hook_gate", "batch pos d_model", "sigmoid(gate_pre)", f"{PAPER}, eq. 18"),
 )
 
 
@@ -107,7 +107,7 @@ BLOCK_ROWS = mlp_residual_rows(
     _layer_norm_rows("ln2", "mlp_in"),
     block_rows("mlp", MLP_ROWS),
     "output(gated)",
-    "mlp.v * mlp.gate",
+    "mlp.kv * mlp.gate",
 )
 FIRST_BLOCK_ROWS = (*LN0_ROWS, replace(BLOCK_ROWS[0], equation="ln0.out"), *BLOCK_ROWS[1:])
 
@@ -246,10 +246,10 @@ class RwkvMlp(RwkvMix):
         xr = self.hook_xr(_mix(m, shift, w.time_mix_receptance))
         k = self.hook_k(F.linear(xk, w.key.weight))
         k_act = self.hook_k_act(torch.relu(k).square())
-        v = self.hook_v(self.rescale.whole(F.linear(k_act, w.value.weight)))
-        r = self.hook_r(F.linear(xr, w.receptance.weight))
+        kv = self.hook_kv(self.rescale.whole(F.linear(k_act, w.value.weight)))
+        r = self.hook_gate_pre(F.linear(xr, w.receptance.weight))
         gate = self.hook_gate(torch.sigmoid(r))
-        return v * gate
+        return kv * gate
 
 
 # -- other tools' names ---------------------------------------------------------------------------------------------
@@ -269,7 +269,8 @@ ALIASES = (
         ("mixer.hook_aa", "mixer.hook_num"),
         ("mixer.hook_bb", "mixer.hook_den"),
         ("mixer.hook_pp", "mixer.hook_max"),
-        ("mlp.hook_gate_pre", "mlp.hook_r"),
+        ("mlp.hook_r", "mlp.hook_gate_pre"),
+        ("mlp.hook_v", "mlp.hook_kv"),
     ),
     *_aliases(
         "TransformerLens",
@@ -301,9 +302,9 @@ ALIASES = (
         ("channel_mix.in.hook_in", "mlp.hook_xk"),
         ("channel_mix.in.hook_out", "mlp.hook_k"),
         ("channel_mix.receptance.hook_in", "mlp.hook_xr"),
-        ("channel_mix.receptance.hook_out", "mlp.hook_r"),
+        ("channel_mix.receptance.hook_out", "mlp.hook_gate_pre"),
         ("channel_mix.out.hook_in", "mlp.hook_k_act"),
-        ("channel_mix.out.hook_out", "mlp.hook_v"),
+        ("channel_mix.out.hook_out", "mlp.hook_kv"),
         ("mlp.hook_pre", "mlp.hook_k"),
         ("mlp.hook_post", "mlp.hook_k_act"),
     ),

@@ -307,8 +307,8 @@ def test_every_row_is_its_equation(training):
         xr = check(m + "xr", n * f.time_mix_receptance + s * (1 - f.time_mix_receptance))
         k = check(m + "k", xk @ f.key.weight.T)
         k_act = check(m + "k_act", k.clamp(min=0) ** 2)
-        v = check(m + "v", k_act @ f.value.weight.T)
-        r = check(m + "r", xr @ f.receptance.weight.T)
+        v = check(m + "kv", k_act @ f.value.weight.T)
+        r = check(m + "gate_pre", xr @ f.receptance.weight.T)
         gate = check(m + "gate", torch.sigmoid(r))
         h = h + check(f"{b}.hook_mlp_out", v * gate)
         check(f"{b}.hook_resid_post", h)
@@ -328,6 +328,21 @@ def test_scan_is_a_softmax_over_the_past():
     scores = torch.where(torch.eye(9, dtype=torch.bool), (a.time_first + k).transpose(1, 2).unsqueeze(2), scores)
     S = scores.masked_fill(i[None] > i[:, None], -torch.inf).softmax(-1)
     assert far(torch.einsum("bcij,bjc->bic", S, v), cache["scan", 1]) < 1e-12
+    scan = gl.implicit_attention(cache, layer=1).only("scan")
+    assert far(scan.dense(), S) < 1e-12 and far(scan.dense().sum(-1), torch.ones(2, 16, 9)) < 1e-12
+    assert far(scan.mean(), S.mean(1)) < 1e-12
+
+
+@torch.no_grad()
+def test_implicit_attention_of_loud_keys():
+    for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
+        model = loud(200, dtype)
+        _, state = model(tokens(2, 5, seed=1), return_state=True)
+        for before in (None, state):
+            _, cache = model.run_with_cache(tokens(2, 24), state=before)
+            A = gl.implicit_attention(cache, layer=0)
+            assert A.check().relative < bound
+            assert A.dense().isfinite().all() and far(A.mean(), A.dense().mean(1)) < bound
 
 
 # -- state, padding, generation -------------------------------------------------------------------------------------
@@ -632,7 +647,8 @@ def test_names_of_other_tools():
             name, target = alias.name.format(l=layer), alias.target.format(l=layer)
             assert torch.equal(cache[name], cache[target]), name
     assert torch.equal(cache["v", 1], cache["x", 1]) and torch.equal(cache["r", 1], cache["gate_pre", 1])
-    assert torch.equal(cache["r", 1, "mlp"], cache["blocks.1.mlp.hook_r"])
+    assert torch.equal(cache["v", 1], cache["blocks.1.mixer.hook_x"])
+    assert torch.equal(cache["r", 1, "mlp"], cache["blocks.1.mlp.hook_gate_pre"])
     edited = model.run_with_hooks(ids, fwd_hooks=[("blocks.1.mixer.hook_r", lambda r, hook: r * 0)])
     same = model.run_with_hooks(ids, fwd_hooks=[("blocks.1.mixer.hook_gate_pre", lambda r, hook: r * 0)])
     assert torch.equal(edited, same)
