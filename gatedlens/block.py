@@ -126,6 +126,8 @@ def _as_they_are(decay: Tensor, write: Tensor, read: Tensor | None = None) -> tu
 class Block(Part):
     """resid_post = resid + mixer(norm(resid)): a block with a token mixer alone."""
 
+    hook_out_is_single_residual_stream = True  # what TransformerLens's logit lens asks of a block
+
     def __init__(self, weights: Any, rows: tuple[Point, ...], ln1: Norm, mixer: Part):
         super().__init__(weights, rows)
         self.ln1 = ln1

@@ -20,9 +20,15 @@ TABLE = """examples:
   gatedlens table path/to/model --layer 3 --json"""
 
 
+def _console() -> Any:
+    """A rich console: as wide as the terminal, or wide enough for a table when the output goes to a file or a pipe."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
 def demo(args: argparse.Namespace) -> dict[str, Any]:
     """Run the demo and say what it found."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -32,22 +38,28 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
     report = run(args.model, args.text, args.layer, args.out)
     if args.json:
         return report.to_dict()
-    console = Console()
-    console.print(f"[bold]{escape(report.model)}[/] reads {escape(repr(report.text))}")
+    console = _console()
+    console.print(f"[bold]{escape(report.model)}[/] reads {escape(repr(report.text))}", soft_wrap=True)
     console.print(
         f"cached {report.n_cached} activations, {in_bytes(report.cached_bytes)}: every gate, conv and scan intermediate"
     )
     for layer, error in report.errors.items():
-        console.print(f"layer {layer}: attention @ x + remainder equals the layer's output, relative error {error:.1e}")
-    table = Table(title=f"What the last position attends to in layer {report.layer} (mean |attention| over channels)")
+        console.print(
+            f"layer {layer}: attention @ x + remainder equals the layer's output, relative error {error:.1e}",
+            soft_wrap=True,
+        )
+    console.print(
+        f"What the last position attends to in layer {report.layer} (mean |attention| over channels):", soft_wrap=True
+    )
+    table = Table()
     for column in ("token", "position", "attention"):
         table.add_column(column, justify="left" if column == "token" else "right")
     for token, position, value in report.tops:
         table.add_row(escape(label(token)), str(position), f"{value:.4f}")
     console.print(table)
     likely = ", ".join(f"{label(token)!r} {p:.0%}" for token, p in report.next_tokens)
-    console.print(f"next token: {escape(likely)}")
-    console.print(f"picture: {report.figure}\npage:    {report.page}  (hover the tokens)")
+    console.print(f"next token: {escape(likely)}", soft_wrap=True)
+    console.print(f"picture: {report.figure}\npage:    {report.page}  (hover the tokens)", soft_wrap=True)
     return {}
 
 
@@ -67,13 +79,11 @@ def models(args: argparse.Namespace) -> dict[str, Any]:
 
 def table(args: argparse.Namespace) -> dict[str, Any]:
     """Print the hook points of a model."""
-    from rich.console import Console
-
     from gatedlens.loading import from_pretrained
 
     rows = from_pretrained(args.model).hook_table(layer=args.layer)
     if not args.json:
-        Console().print(rows)
+        _console().print(rows)
     return {"model": args.model, "points": rows.rows}
 
 

@@ -21,6 +21,13 @@ from gatedlens.points import Point
 NNSIGHT = "__nnsight__"  # where nnsight 0.8 keeps a wrapped module's state
 
 
+def _wanted(interleaver: Any, location: str) -> bool:
+    """Whether a cache of the trace observes `location`, or a worker is parked on it and on this very visit."""
+    if location in interleaver.observers:
+        return True
+    return location in interleaver.parked and bool(interleaver._ready(location))
+
+
 class Saver:
     """A hook that only reads: it keeps a copy, so a point that has no other listener need not protect its tensor."""
 
@@ -83,7 +90,7 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
             interleaver, locations = self._nnsight()
             if interleaver is None:
                 return False
-            wanted = any(location in interleaver.parked or location in interleaver.observers for location in locations)
+            wanted = any(_wanted(interleaver, location) for location in locations)
         except (AttributeError, TypeError, ValueError):
             return True  # an nnsight whose internals we do not know: somebody may listen
         if not wanted and self.point.lazy:

@@ -78,7 +78,7 @@ class HookedLanguageModel(HookedModel):
     def snippet(cls) -> str:
         return (
             'logits, cache = model.run_with_cache([[1, 2, 3, 4]], names_filter="blocks.*.mixer.hook_decay")\n'
-            'decay = cache["decay", 0]            # how much of its state each channel keeps at each position\n'
+            'decay = cache["decay", 0]  # how much of its state each channel keeps at each position\n'
             'print(decay.shape, model.hook_table()["blocks.0.mixer.hook_decay"]["equation"])'
         )
 

@@ -23,7 +23,7 @@ from torch.autograd.function import Function
 Terms = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 
 SEGMENT_ELEMENTS = 1 << 17  # numbers in one segment's decay: 512 KiB of float32, so three of them stay in the L2 cache
-SEGMENT_ELEMENTS_GRAD = 1 << 20  # with gradients each segment costs some autograd bookkeeping: take longer ones
+SEGMENT_ELEMENTS_GRAD = 1 << 19  # with gradients each segment costs some autograd bookkeeping: take longer ones
 
 
 def at_least_float32(x: Tensor) -> Tensor:

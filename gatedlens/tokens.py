@@ -17,7 +17,12 @@ SIDES = ("left", "right")
 
 def encode(tokenizer: Any, text: str, prepend_bos: bool) -> list[int]:
     """The ids of one string, with exactly one BOS in front if `prepend_bos`."""
-    ids = list(tokenizer.encode(text, add_special_tokens=False))
+    try:
+        ids = list(tokenizer.encode(text, add_special_tokens=False))
+    except Exception as error:  # the tokenizers library raises no narrower class
+        words = sorted(tokenizer.get_vocab())
+        knows = f" It knows only: {' '.join(words)}." if len(words) <= 64 else ""
+        raise InputError(f"The tokenizer cannot encode {text!r} ({error}).{knows}") from error
     bos = tokenizer.bos_token_id
     if prepend_bos and bos is None:
         raise InputError("prepend_bos=True, but the tokenizer has no BOS token; pass prepend_bos=False.")

@@ -416,7 +416,9 @@ class HookedMamba(HookedLanguageModel):
         """A small random model for tests and tours: 2 layers, 16 wide, state 4, 3 taps... whatever `sizes` say."""
         config = {"d_model": 16, "n_layer": 2, "vocab_size": 40, "ssm_cfg": {"d_state": 4, "d_conv": 4}} | sizes
         generator = torch.Generator().manual_seed(seed)
-        weights = Weights(config)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            weights = Weights(config)
         with torch.no_grad():
             for name, p in weights.named_parameters():
                 if p.ndim > 1 and "A_log" not in name:
@@ -425,7 +427,7 @@ class HookedMamba(HookedLanguageModel):
                     )
                 elif "norm" not in name:
                     p.add_(torch.randn(p.shape, generator=generator) * 0.3)
-        return cls(weights.to(dtype), model_name="tiny-mamba")
+        return cls(weights.to(dtype).eval(), model_name="tiny-mamba")
 
 
 def _is_hf(config: Any) -> bool:

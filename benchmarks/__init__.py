@@ -1,0 +1,1 @@
+"""Benchmarks: ratios against a peer in one run, medians, one thread, peak memory in fresh processes."""

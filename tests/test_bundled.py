@@ -1,0 +1,83 @@
+"""The bundled models do what their training.json says, and their attention points at the token that holds the answer."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import gatedlens as gl
+from gatedlens.bundled import make
+from gatedlens.loading import BUNDLED
+
+RECALL = [name for name in gl.bundled_models() if name.endswith("-recall")]
+
+
+def report(name: str) -> dict:
+    return json.loads((BUNDLED / name.partition("/")[2] / "training.json").read_text())
+
+
+def test_sizes_stay_small():
+    sizes = {path: path.stat().st_size for path in BUNDLED.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert all(size < 2**20 for size in sizes.values()) and sum(sizes.values()) < 5 * 2**20
+
+
+@pytest.mark.parametrize("name", RECALL)
+def test_recall_accuracy_is_the_recorded_one(name):
+    metric = make.recall_metric(gl.from_pretrained(name, device="cpu"))
+    assert abs(metric["accuracy"] - report(name)["metric"]["accuracy"]) < 2e-3
+    assert metric["accuracy"] >= 0.95
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_bits_per_byte_are_the_recorded_ones():
+    metric = make.moby_metric(gl.from_pretrained("gatedlens/mamba-moby", device="cpu"))
+    assert abs(metric["bits_per_byte"] - report("gatedlens/mamba-moby")["metric"]["bits_per_byte"]) < 2e-3
+    assert metric["bits_per_byte"] < 2.4
+
+
+@torch.no_grad()
+def test_the_attention_points_at_the_token_that_holds_the_answer(recall_model):
+    """Of 21 positions, and of the 4 that hold a value, far more often than chance (1/21 and 1/4)."""
+    batch = gl.tasks.recall(200, seed=11)
+    right = recall_model(batch.tokens)[:, -1].argmax(-1) == batch.answers
+    assert right.float().mean() > 0.95
+    row = gl.implicit_attention(recall_model, batch.tokens, layer=-1).row(-1).abs().mean(1)
+    among_all = (row.argmax(-1) == batch.answer_pos).float().mean()
+    values = row.gather(1, batch.pair_pos)
+    among_values = (
+        (batch.pair_pos.gather(1, values.argmax(-1, keepdim=True)).squeeze(1) == batch.answer_pos).float().mean()
+    )
+    assert among_values > 0.75, f"chance is 0.25, this is {among_values:.2f}"
+    assert among_all > 0.5, f"chance is 0.05, this is {among_all:.2f}"
+
+
+def test_recall_prompts_are_what_they_say():
+    batch = gl.tasks.recall(300, seed=1)
+    words = gl.tasks.VOCABULARY
+    for row, answer, at in zip(batch.tokens.tolist(), batch.answers.tolist(), batch.answer_pos.tolist(), strict=True):
+        text = [words[i] for i in row]
+        assert text[0] == "<bos>" and text[-2] == "?" and text.count("?") == 1
+        keys = [w for w in text[:-1] if w in gl.tasks.KEYS]
+        assert len(set(keys)) == len(keys) == 4 and text[-1] in keys
+        for i, word in enumerate(text[:-1]):
+            if word in gl.tasks.KEYS:
+                assert text[i + 1] in gl.tasks.VALUES
+        assert row[at] == answer and text[at - 1] == text[-1]
+        assert sum(w in gl.tasks.NOISE for w in text) == 10
+    other = batch.with_answer((batch.answers - 14 + 1) % 8 + 14)
+    assert (other.tokens != batch.tokens).sum() == 300 and torch.equal(
+        other.tokens[range(300), batch.answer_pos], other.answers
+    )
+    assert torch.equal(gl.tasks.recall(5, seed=3).tokens, gl.tasks.recall(5, seed=3).tokens)
+
+
+def test_the_script_trains_saves_and_reports(tmp_path):
+    recipe = make.Recipe("mini", make.mamba(8, 1, 2), "recall", steps=3, batch=4)
+    made = make.train(recipe, tmp_path, verbose=False)
+    model = gl.from_pretrained(tmp_path / "mini", device="cpu")
+    assert json.loads((tmp_path / "mini" / "training.json").read_text()) == made
+    assert model.to_str_tokens("A 3 ? A") == ["<bos>", "A", "3", "?", "A"]
+    assert made["metric"] == {k: round(v, 4) for k, v in make.recall_metric(model).items()}
