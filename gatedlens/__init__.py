@@ -26,6 +26,7 @@ from gatedlens.errors import (
 from gatedlens.hookpoint import HookPoint
 from gatedlens.hooks.griffin import HookedGriffin
 from gatedlens.hooks.mamba import HookedMamba
+from gatedlens.hooks.rwkv import HookedRWKV
 from gatedlens.hooks.vim import HookedViM
 from gatedlens.language import HookedLanguageModel
 from gatedlens.loading import bundled_models, from_pretrained, wrap
@@ -49,6 +50,7 @@ __all__ = [
     "HookedLanguageModel",
     "HookedMamba",
     "HookedModel",
+    "HookedRWKV",
     "HookedViM",
     "ImplicitAttention",
     "InputError",

@@ -32,13 +32,13 @@ class Run:
     before: RecurrentState | None = None
     left: dict[str, Tensor] | None = None  # None: nobody wants the state
 
-    def start(self, name: str, layer: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """The tensor `name` of the state that this call continues, zeros of `shape` if it starts from nothing.
+    def start(self, name: str, layer: int, shape: tuple[int, ...], like: Tensor, nothing: float = 0.0) -> Tensor:
+        """The tensor `name` of the state that this call continues; full of `nothing` if it starts from none.
 
         A size of -1 stands for whatever the state has there, and for 0 when there is no state.
         """
         if self.before is None:
-            return like.new_zeros([max(size, 0) for size in shape])
+            return like.new_full([max(size, 0) for size in shape], nothing)
         given = self.before[name, layer]
         if given.ndim != len(shape) or any(size not in (-1, has) for size, has in zip(shape, given.shape, strict=True)):
             raise InputError(

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.scanmatrix import DecayScan
+from gatedlens.wkvmatrix import WkvScan
 
 NAMES = ("gate", "scan", "skip", "act", "conv")
 
@@ -27,7 +28,7 @@ class Factors:
 
     x: Float[Tensor, "batch pos channel"]
     o: Float[Tensor, "batch pos channel"]
-    scan: DecayScan
+    scan: DecayScan | WkvScan
     gate: Float[Tensor, "batch pos channel"]
     skip: Float[Tensor, " channel"] | None = None
     act: Float[Tensor, "batch pos channel"] | None = None

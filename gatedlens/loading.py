@@ -85,16 +85,16 @@ def from_pretrained(
 
     name_or_path: a bundled model, a local folder, or a hub name; in transformers' layout (config.json with model_type,
     safetensors, sharded or not) or an architecture's original one (mamba-ssm: config.json with d_model and ssm_cfg,
-    pytorch_model.bin or safetensors); or an original checkpoint that is one file (.pth, .safetensors). variant: which
-    model such a file holds, where it does not say so itself ("vim_small"). dtype: that of the checkpoint if None.
-    device: CUDA where there is one if None.
-    tokenizer: found beside the model if None. revision and `hub` (token, cache_dir, local_files_only, ...) go to the
+    pytorch_model.bin or safetensors); or an original checkpoint that is one file (RWKV-LM's and ViM's .pth), or a folder
+    that holds one and no config.json. variant: which model such a file holds, where it does not say so itself
+    ("vim_small"). dtype: that of the checkpoint if None. device: CUDA where there is one if None. tokenizer: found beside the model if None. revision and `hub` (token, cache_dir, local_files_only, ...) go to the
     hub. Raises CheckpointError when weights are missing, left over, damaged or of another architecture.
     """
     dtype = _dtype(dtype)
     hub = {"revision": revision, **hub} if revision is not None else hub
-    if Path(name_or_path).suffix in ONE_FILE:
-        hooked, wrapped = _from_file(Path(name_or_path).expanduser(), variant, dtype)
+    file = _one_file(Path(name_or_path).expanduser())
+    if file is not None:
+        hooked, wrapped = _from_file(file, variant, dtype)
     else:
         if variant is not None:
             raise CheckpointError(f"variant={variant!r} is for a checkpoint that is one file; {name_or_path} is none.")
@@ -119,6 +119,17 @@ def _from_folder(source: str, name: str, dtype: torch.dtype | None, hub: Mapping
             return hooked, _from_original(hooked, source, config, _state_dict(source, hub), dtype)
     what = f"model_type {kind!r}" if kind else f"a config.json with {', '.join(list(config)[:6])}"
     raise CheckpointError(f"{name} has {what}, which gatedlens does not support. {supported()}")
+
+
+def _one_file(path: Path) -> Path | None:
+    """The checkpoint that is one file: `path` itself, or the only .pth of a folder without a config.json."""
+    if path.suffix in ONE_FILE:
+        return path
+    files = sorted(path.glob("*.pth")) if path.is_dir() and not (path / "config.json").exists() else []
+    if len(files) > 1:
+        held = ", ".join(file.name for file in files[:4])
+        raise CheckpointError(f"{path} holds {len(files)} checkpoints ({held}): name one.")
+    return files[0] if files else None
 
 
 def _from_file(path: Path, variant: str | None, dtype: torch.dtype | None) -> tuple[Any, nn.Module]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -51,9 +52,47 @@ def mamba(d_model: int, n_layers: int, d_state: int = 16) -> Callable[[int], nn.
     return build
 
 
+def griffin(d_model: int, mlp: int) -> Callable[[int], nn.Module]:
+    """Two recurrent layers and one of local attention."""
+
+    def build(vocabulary: int) -> nn.Module:
+        from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+
+        special = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": None}
+        sizes = {"hidden_size": d_model, "lru_width": d_model, "intermediate_size": mlp, "num_hidden_layers": 3}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "attention_window_size": 64}
+        config = RecurrentGemmaConfig(vocab_size=vocabulary, w_init_variance_scale=1.0, **sizes, **heads, **special)
+        return RecurrentGemmaForCausalLM(config)
+
+    return build
+
+
+def rwkv(d_model: int, n_layers: int, mlp: int) -> Callable[[int], nn.Module]:
+    def build(vocabulary: int) -> nn.Module:
+        from transformers import RwkvConfig, RwkvForCausalLM
+
+        sizes = {"hidden_size": d_model, "num_hidden_layers": n_layers, "intermediate_size": mlp}
+        return RwkvForCausalLM(RwkvConfig(vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, **sizes))
+
+    return build
+
+
+def vim(classes: int) -> nn.Module:
+    """Vision Mamba on 8 x 8 pixels: 16 patches of 2 x 2, mean pooling."""
+    from gatedlens.visionmamba import VisionMamba
+
+    image = {"img_size": 8, "patch_size": 2, "stride": 2, "channels": 1}
+    return VisionMamba(**image, num_classes=classes, embed_dim=40, depth=3, d_state=4, final_pool_type="mean")
+
+
 RECIPES = (
-    Recipe("mamba-recall", mamba(64, 2), "recall", steps=2000),
+    Recipe("mamba-recall", mamba(64, 2), "recall", steps=2500, lr=2.5e-3, weight_decay=0.05),
     Recipe("mamba-moby", mamba(80, 3), "moby", steps=1600, batch=16, context=160, lr=6e-3),
+    Recipe("griffin-recall", griffin(64, 192), "recall", steps=1800),
+    Recipe("rwkv-recall", rwkv(64, 2, 128), "recall", steps=2500),
+    Recipe("vim-digits", vim, "digits", steps=1500, weight_decay=0.05),
+    Recipe("griffin-moby", griffin(80, 240), "moby", steps=1600, batch=16, context=160, lr=5e-3),
+    Recipe("rwkv-moby", rwkv(80, 3, 240), "moby", steps=1600, batch=16, context=160, lr=5e-3),
 )
 
 
@@ -65,6 +104,14 @@ def text() -> tuple[Tensor, Tensor]:
     data = torch.frombuffer(bytearray((BUNDLED / "data" / "moby-dick.txt").read_bytes()), dtype=torch.uint8).long()
     cut = int(0.9 * len(data))
     return data[:cut], data[cut:]
+
+
+def digits() -> dict[str, tuple[Tensor, Tensor]]:
+    """{"train": (images [n, 1, 8, 8] in [-1, 1], labels), "test": ...}: 1,437 handwritten digits and 360 held out."""
+    data = load_file(BUNDLED / "data" / "digits.safetensors")
+    images, labels = data["images"].float().unsqueeze(1) / 8 - 1, data["labels"].long()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    return {"train": (images[order[360:]], labels[order[360:]]), "test": (images[order[:360]], labels[order[:360]])}
 
 
 def recall_loss(model: Any, recipe: Recipe, step: int, data: Any) -> Tensor:
@@ -81,6 +128,23 @@ def moby_loss(model: Any, recipe: Recipe, step: int, data: Any) -> Tensor:
     windows = torch.stack([train[s : s + recipe.context] for s in starts.tolist()])
     bos = torch.full((recipe.batch, 1), BOS_BYTE)
     return model(torch.cat([bos, windows], dim=1), return_type="loss")
+
+
+def digits_loss(model: Any, recipe: Recipe, step: int, data: Any) -> Tensor:
+    """Cross entropy of the class, the batch shifted by at most one pixel each way."""
+    images, labels = data["train"]
+    generator = torch.Generator().manual_seed(1_000_000 * (recipe.seed + 1) + step)
+    pick = torch.randint(len(labels), (recipe.batch,), generator=generator)
+    down, right = torch.randint(3, (2,), generator=generator).tolist()
+    shifted = nn.functional.pad(images[pick], (1, 1, 1, 1), value=-1.0)[:, :, down : down + 8, right : right + 8]
+    return nn.functional.cross_entropy(model(shifted), labels[pick])
+
+
+@torch.no_grad()
+def digits_metric(model: Any) -> dict[str, float]:
+    """Accuracy on the 360 held-out digits."""
+    images, labels = digits()["test"]
+    return {"accuracy": (model(images).argmax(-1) == labels).float().mean().item()}
 
 
 @torch.no_grad()
@@ -106,6 +170,7 @@ def moby_metric(model: Any) -> dict[str, float]:
 TASKS: dict[str, tuple[Any, Any, Any, int]] = {
     "recall": (recall_loss, recall_metric, lambda: None, len(VOCABULARY)),
     "moby": (moby_loss, moby_metric, text, 257),
+    "digits": (digits_loss, digits_metric, digits, 10),
 }
 
 
@@ -176,7 +241,8 @@ def train(recipe: Recipe, out: Path, verbose: bool = True) -> dict[str, Any]:
     folder = out / recipe.name
     save: Any = wrapped.save_pretrained
     save(folder)
-    TOKENIZERS[recipe.task]().save_pretrained(folder)
+    if recipe.task in TOKENIZERS:
+        TOKENIZERS[recipe.task]().save_pretrained(folder)
     (folder / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 

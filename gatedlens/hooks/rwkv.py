@@ -1,0 +1,524 @@
+"""RWKV-4 (Peng et al. 2023, arXiv 2305.13048): token shift, the WKV recurrence, receptance gates, and a channel mix.
+
+b batch, l pos, d d_model, c channel (attention_hidden_size), f d_mlp; n a norm's output, s the one of the position
+before; w = -exp(time_decay), u = time_first; the state of a channel is the pair (N, D), numerator and denominator.
+
+    time mix      x_m = n time_mix_m + s (1 - time_mix_m)  for m = k, v, r
+                  k, v, r = key(x_k), value(x_v), receptance(x_r)
+                  N_t = e^w N_{t-1} + e^{k_t} v_t          D_t = e^w D_{t-1} + e^{k_t}
+                  scan_t = (N_{t-1} + e^{time_first + k_t} v_t) / (D_{t-1} + e^{time_first + k_t})
+                  out = output(sigmoid(r) scan)
+    channel mix   x_m as above for m = k, r               out = sigmoid(receptance(x_r)) value(relu(key(x_k))^2)
+
+**Rescaling.** In evaluation transformers (and the official code) halve the stream after every `rescale_every` blocks
+and divide the output weights of the blocks behind by the same power of two, *in place*, to stay in float16's range.
+Here the stream, and so every hook point, is never halved: stored weights are multiplied back if `layers_are_rescaled`
+says so, and since LayerNorm(h / 2^p; eps) = LayerNorm(h; 4^p eps), evaluation shows in the norms' eps alone. Hook
+values are the same whatever transformers has done to its weights, the blocks' outputs sum to the stream, and the
+logits are transformers' in either mode. Its `hidden_states` after block i are, in evaluation, ours / 2^((i + 1) //
+rescale_every).
+
+Wraps transformers' RwkvForCausalLM; the official .pth key layout is renamed to its names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gatedlens.block import MlpBlock, Norm, Run, mlp_residual_rows, norm_rows
+from gatedlens.config import HookedConfig
+from gatedlens.errors import CheckpointError
+from gatedlens.factors import Factors
+from gatedlens.hookpoint import Part, rows_of
+from gatedlens.language import HookedLanguageModel
+from gatedlens.padding import Padding
+from gatedlens.points import Alias, Point, block_rows
+from gatedlens.recurrence import at_least_float32
+from gatedlens.state import RecurrentState
+from gatedlens.wkv import NOTHING, Carry, OpenWkv, wkv
+from gatedlens.wkvmatrix import WkvScan
+
+PAPER = "RWKV, arXiv 2305.13048"
+EQ16 = f"{PAPER}, eq. 16; numerator and denominator as they are, in float64"
+STABLE = f"{PAPER}, appendix (time mixing as an RNN cell); the next position reads it"
+
+
+def _mixed(norm: str, mix: str) -> str:
+    return f"{norm}.out * time_mix_{mix} + shift * (1 - time_mix_{mix})"
+
+
+MIXER_ROWS = (
+    Point("hook_shift", "batch pos d_model", "ln1.out[pos - 1]", f"{PAPER}, sec. 3.1.1 (token shift)"),
+    Point("hook_xk", "batch pos d_model", _mixed("ln1", "key"), f"{PAPER}, eq. 12"),
+    Point("hook_xv", "batch pos d_model", _mixed("ln1", "value"), f"{PAPER}, eq. 13"),
+    Point("hook_xr", "batch pos d_model", _mixed("ln1", "receptance"), f"{PAPER}, eq. 11"),
+    Point("hook_k", "batch pos channel", "key(xk)", f"{PAPER}, eq. 12"),
+    Point("hook_x", "batch pos channel", "value(xv)", f"{PAPER}, eq. 13 (v)"),
+    Point("hook_gate_pre", "batch pos channel", "receptance(xr)", f"{PAPER}, eq. 11 (r)"),
+    Point("hook_u", "batch pos channel", "x", f"{PAPER}, eq. 16"),
+    Point("hook_state_start", "batch channel state", "state before the first position (zero without one)", EQ16, True),
+    Point("hook_decay", "batch pos channel state", "exp(-exp(time_decay))", EQ16, True),
+    Point("hook_write", "batch pos channel state", "exp(k) * (u, 1)", EQ16, True),
+    Point("hook_state", "batch pos channel state", "decay * state[pos - 1] + write", EQ16, True),
+    Point("hook_num", "batch pos channel", "state[0] * exp(-max)", STABLE, True),
+    Point("hook_den", "batch pos channel", "state[1] * exp(-max)", STABLE, True),
+    Point("hook_max", "batch pos channel", "max(max[pos - 1] + log(decay), log(write[1]))", STABLE, True),
+    Point(
+        "hook_scan",
+        "batch pos channel",
+        "(past * num[pos - 1] + bonus * u) / (past * den[pos - 1] + bonus), past = exp(max[pos - 1]), "
+        "bonus = exp(time_first + k)",
+        f"{PAPER}, eq. 16 (wkv)",
+    ),
+    Point("hook_y", "batch pos channel", "scan (the bonus at pos itself is inside)", f"{PAPER}, eq. 16"),
+    Point("hook_gate", "batch pos channel", "sigmoid(gate_pre)", f"{PAPER}, eq. 17"),
+    Point("hook_gated", "batch pos channel", "y * gate", f"{PAPER}, eq. 17"),
+)  # fmt: skip
+INSIDE = ("state_start", "decay", "write", "state", "num", "den", "max")  # the points inside the scan, in firing order
+
+MLP_ROWS = (
+    Point("hook_shift", "batch pos d_model", "ln2.out[pos - 1]", f"{PAPER}, sec. 3.1.1 (token shift)"),
+    Point("hook_xk", "batch pos d_model", _mixed("ln2", "key"), f"{PAPER}, eq. 15"),
+    Point("hook_xr", "batch pos d_model", _mixed("ln2", "receptance"), f"{PAPER}, eq. 14"),
+    Point("hook_k", "batch pos d_mlp", "key(xk)", f"{PAPER}, eq. 15"),
+    Point("hook_k_act", "batch pos d_mlp", "relu(k)^2", f"{PAPER}, eq. 18"),
+    Point("hook_kv", "batch pos d_model", "value(k_act)", f"{PAPER}, eq. 18"),
+    Point("hook_gate_pre", "batch pos d_model", "receptance(xr)", f"{PAPER}, eq. 14 (r)"),
+    Point("hook_gate", "batch pos d_model", "sigmoid(gate_pre)", f"{PAPER}, eq. 18"),
+)
+
+
+def _layer_norm_rows(part: str, reads: str) -> tuple[Point, ...]:
+    source = "LayerNorm, arXiv 1607.06450; eps * 4^(halvings so far) in evaluation"
+    return norm_rows(part, f"({reads} - mean({reads}))", source, "weight * normalized + bias")
+
+
+LN0_ROWS = _layer_norm_rows("ln0", "embed")
+BLOCK_ROWS = mlp_residual_rows(
+    _layer_norm_rows("ln1", "mixer_in"),
+    block_rows("mixer", MIXER_ROWS),
+    _layer_norm_rows("ln2", "mlp_in"),
+    block_rows("mlp", MLP_ROWS),
+    "output(gated)",
+    "mlp.kv * mlp.gate",
+)
+FIRST_BLOCK_ROWS = (*LN0_ROWS, replace(BLOCK_ROWS[0], equation="ln0.out"), *BLOCK_ROWS[1:])
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """By which power of two evaluation scales down at one depth; what the wrapped model says is read at every call."""
+
+    backbone: Any
+    depth: int  # blocks before this place
+
+    def power(self) -> int:
+        every = self.backbone.config.rescale_every
+        return self.depth // every if every > 0 else 0
+
+    def eps(self, eps: float) -> float:
+        """LayerNorm(h / 2^power; eps) = LayerNorm(h; this)."""
+        return eps if self.backbone.training else eps * 4.0 ** self.power()
+
+    def whole(self, out: Tensor) -> Tensor:
+        """What the unscaled weights would have put out; float32 in float16 models, as the stream may need the range."""
+        out = _stream_dtype(out)
+        return out * 2.0 ** self.power() if self.backbone.layers_are_rescaled and self.power() else out
+
+
+def _stream_dtype(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.float16 else x
+
+
+class RwkvNorm(Norm):
+    """out = weight * (x - mean) / sqrt(var + 4^power eps) + bias: evaluation's LayerNorm, of the unscaled stream."""
+
+    def __init__(self, weights: Any, rows: tuple[Point, ...], eps: float, rescale: Rescale):
+        Part.__init__(self, weights, rows)
+        self.centred = True
+        self.own_eps = eps
+        self.rescale = rescale
+
+    @property
+    def eps(self) -> float:
+        return self.rescale.eps(self.own_eps)
+
+
+class RwkvMix(Part):
+    """What both mixes share: the token shift, and weights that may be scaled."""
+
+    def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, rescale: Rescale):
+        super().__init__(weights, rows)
+        self.layer = layer
+        self.rescale = rescale
+
+    def shifted(self, n: Float[Tensor, "batch pos d_model"], run: Run, tail: str) -> Float[Tensor, "batch pos d_model"]:
+        """n[pos - 1]: across padding and calls; zero before the first token."""
+        before = run.start(tail, self.layer, (n.shape[0], 1, n.shape[2]), n)
+        long = run.padding.behind(n, before)
+        run.leave(tail, self.layer, run.padding.tail(long, 2))
+        return run.padding.spread(long[:, :-1])
+
+
+def _mix(n: Tensor, shift: Tensor, share: Tensor) -> Tensor:
+    """n * share + shift * (1 - share)"""
+    return torch.lerp(shift, n, share)
+
+
+class RwkvMixer(RwkvMix):
+    """The time mix, every intermediate a point."""
+
+    attention_points = ("hook_k", "hook_x", "hook_gate", "hook_gated")
+
+    def rates(self) -> tuple[Float[Tensor, " channel"], Float[Tensor, " channel"]]:
+        """(w, u) = (-exp(time_decay), time_first), at least float32."""
+        return -torch.exp(at_least_float32(self.weights.time_decay)), at_least_float32(self.weights.time_first)
+
+    def factors(self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None) -> Factors:
+        """The factors of the implicit attention: o = sigmoid(r) S v, S a softmax over the past (UIA, sec. 3.3)."""
+        k, v, gate, o = (padding.pack(at_least_float32(cached(name))) for name in self.attention_points)
+        w, u = (t.to(k.dtype) for t in self.rates())
+        if state is None:
+            nothing = k.new_zeros(k.shape[0], k.shape[2])
+            return Factors(x=v, o=o, scan=WkvScan(k, w, u, nothing, nothing + NOTHING), gate=gate)
+        num, den, top = (state[name, self.layer].to(k) for name in Carry._fields)
+        return Factors(x=v, o=o, scan=WkvScan(k, w, u, den, top), gate=gate, start=num.unsqueeze(-1))
+
+    def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
+        w = self.weights
+        n = n.to(w.key.weight.dtype)
+        shift = self.hook_shift(self.shifted(n, run, "shift"))
+        xk = self.hook_xk(_mix(n, shift, w.time_mix_key))
+        xv = self.hook_xv(_mix(n, shift, w.time_mix_value))
+        xr = self.hook_xr(_mix(n, shift, w.time_mix_receptance))
+        k = self.hook_k(F.linear(xk, w.key.weight))
+        v = self.hook_x(F.linear(xv, w.value.weight))
+        r = self.hook_gate_pre(F.linear(xr, w.receptance.weight))
+        u = self.hook_u(v)
+
+        scan = self.hook_scan(self.recur(at_least_float32(k), at_least_float32(u), run).to(u.dtype))
+        y = self.hook_y(scan)
+        gate = self.hook_gate(torch.sigmoid(r))
+        gated = self.hook_gated(y * gate)
+        return self.rescale.whole(F.linear(gated, w.output.weight))
+
+    def recur(
+        self, k: Float[Tensor, "batch pos channel"], v: Float[Tensor, "batch pos channel"], run: Run
+    ) -> Float[Tensor, "batch pos channel"]:
+        """The WKV recurrence with its lazy points: in segments if nobody listens, else laid open."""
+        w, u = self.rates()
+        mask, shape = run.padding.mask, (k.shape[0], k.shape[2])
+        carry = Carry(
+            run.start("num", self.layer, shape, k),
+            run.start("den", self.layer, shape, k),
+            run.start("max", self.layer, shape, k, nothing=NOTHING),
+        )
+        inside: OpenWkv | None = None
+        for name in INSIDE:  # each is asked right before it fires: an nnsight trace parks on one location at a time
+            point = getattr(self, f"hook_{name}")
+            if point.heard():
+                inside = inside or OpenWkv(k, v, w, u, mask, carry)
+                setattr(inside, name, point(getattr(inside, name)))
+        if inside is None:
+            scan, last = wkv(k, v, w, u, mask, carry)
+        else:
+            scan, last = inside.scan, inside.last
+        for name, value in zip(last._fields, last, strict=True):
+            run.leave(name, self.layer, value)
+        return scan
+
+
+class RwkvMlp(RwkvMix):
+    """The channel mix, every intermediate a point."""
+
+    def forward(self, m: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
+        w = self.weights
+        m = m.to(w.key.weight.dtype)
+        shift = self.hook_shift(self.shifted(m, run, "mlp_shift"))
+        xk = self.hook_xk(_mix(m, shift, w.time_mix_key))
+        xr = self.hook_xr(_mix(m, shift, w.time_mix_receptance))
+        k = self.hook_k(F.linear(xk, w.key.weight))
+        k_act = self.hook_k_act(torch.relu(k).square())
+        kv = self.hook_kv(self.rescale.whole(F.linear(k_act, w.value.weight)))
+        r = self.hook_gate_pre(F.linear(xr, w.receptance.weight))
+        gate = self.hook_gate(torch.sigmoid(r))
+        return kv * gate
+
+
+# -- other tools' names ---------------------------------------------------------------------------------------------
+
+
+def _aliases(tool: str, *pairs: tuple[str, str]) -> tuple[Alias, ...]:
+    return tuple(Alias(f"blocks.{{l}}.{theirs}", f"blocks.{{l}}.{ours}", tool) for theirs, ours in pairs)
+
+
+ALIASES = (
+    Alias("blocks.0.pre_ln.hook_in", "hook_embed", "TransformerLens"),
+    *_aliases(
+        "RWKV-LM",
+        ("mixer.hook_v", "mixer.hook_x"),
+        ("mixer.hook_r", "mixer.hook_gate_pre"),
+        ("mixer.hook_wkv", "mixer.hook_scan"),
+        ("mixer.hook_aa", "mixer.hook_num"),
+        ("mixer.hook_bb", "mixer.hook_den"),
+        ("mixer.hook_pp", "mixer.hook_max"),
+        ("mlp.hook_r", "mlp.hook_gate_pre"),
+        ("mlp.hook_v", "mlp.hook_kv"),
+    ),
+    *_aliases(
+        "TransformerLens",
+        ("hook_in", "hook_resid_pre"),
+        ("hook_out", "hook_resid_post"),
+        ("hook_attn_in", "hook_mixer_in"),
+        ("hook_attn_out", "hook_mixer_out"),
+        ("pre_ln.hook_scale", "ln0.hook_scale"),
+        ("pre_ln.hook_normalized", "ln0.hook_normalized"),
+        ("pre_ln.hook_out", "ln0.hook_out"),
+        ("ln1.hook_in", "hook_mixer_in"),
+        ("ln2.hook_in", "hook_mlp_in"),
+        ("hook_time_mix_in", "ln1.hook_out"),
+        ("hook_time_mix_out", "hook_mixer_out"),
+        ("hook_channel_mix_in", "ln2.hook_out"),
+        ("hook_channel_mix_out", "hook_mlp_out"),
+        ("time_mix.hook_in", "ln1.hook_out"),
+        ("time_mix.hook_out", "hook_mixer_out"),
+        ("time_mix.key.hook_in", "mixer.hook_xk"),
+        ("time_mix.key.hook_out", "mixer.hook_k"),
+        ("time_mix.value.hook_in", "mixer.hook_xv"),
+        ("time_mix.value.hook_out", "mixer.hook_x"),
+        ("time_mix.receptance.hook_in", "mixer.hook_xr"),
+        ("time_mix.receptance.hook_out", "mixer.hook_gate_pre"),
+        ("time_mix.output.hook_in", "mixer.hook_gated"),
+        ("time_mix.output.hook_out", "hook_mixer_out"),
+        ("channel_mix.hook_in", "ln2.hook_out"),
+        ("channel_mix.hook_out", "hook_mlp_out"),
+        ("channel_mix.in.hook_in", "mlp.hook_xk"),
+        ("channel_mix.in.hook_out", "mlp.hook_k"),
+        ("channel_mix.receptance.hook_in", "mlp.hook_xr"),
+        ("channel_mix.receptance.hook_out", "mlp.hook_gate_pre"),
+        ("channel_mix.out.hook_in", "mlp.hook_k_act"),
+        ("channel_mix.out.hook_out", "mlp.hook_kv"),
+        ("mlp.hook_pre", "mlp.hook_k"),
+        ("mlp.hook_post", "mlp.hook_k_act"),
+    ),
+)
+
+
+# -- the model ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class RWKVConfig(HookedConfig):
+    """cfg of RWKV-4. `rescale_every` is a record: the forward reads the wrapped model's."""
+
+    d_inner: int
+    rescale_every: int = 6
+    tie_word_embeddings: bool = False
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {**super().sizes, "channel": self.d_inner, "state": 2, "d_mlp": self.d_mlp or 0}
+
+
+class HookedRWKV(HookedLanguageModel):
+    """`HookedRWKV(RwkvForCausalLM(...))`, or better `gl.wrap(...)`: RWKV-4 with every intermediate a hook point."""
+
+    title = "RWKV"
+    paper = "Peng et al., RWKV: Reinventing RNNs for the Transformer Era (arXiv 2305.13048), version 4"
+    reference = ("RWKV/rwkv-4-169m-pile", {"d_model": 768, "channel": 768, "state": 2, "d_mlp": 3072})
+    recurrence: ClassVar = {
+        "decay": "exp(-exp(time_decay)), constant, [channel]; the same for both states",
+        "write": "exp(k) * u (numerator), exp(k) (denominator), [channel, 2]",
+        "read": "numerator / denominator of the state before, with the position's own bonus exp(time_first + k) in both",
+        "skip": "none (the bonus is inside)",
+        "conv": "none; token shift on the inputs of k, v and r",
+        "activation before the scan": "none",
+        "gate": "sigmoid(gate_pre), the receptance",
+    }
+    wraps = ("RwkvForCausalLM",)
+    hub_types = ("rwkv",)
+    block_points = BLOCK_ROWS
+    final_points = _layer_norm_rows("ln_final", "blocks.-1.hook_resid_post")
+    aliases = ALIASES
+    cfg: RWKVConfig
+
+    @classmethod
+    def describe(cls, wrapped: Any, model_name: str) -> RWKVConfig:
+        """The cfg of a wrapped model, from the shapes of its parameters and its config."""
+        first, config = wrapped.rwkv.blocks[0], wrapped.config
+        weight = wrapped.rwkv.embeddings.weight
+        return RWKVConfig(
+            model_name=model_name,
+            architecture="rwkv",
+            n_layers=len(wrapped.rwkv.blocks),
+            d_model=weight.shape[1],
+            d_vocab=weight.shape[0],
+            n_ctx=config.context_length,
+            act_fn="relu2",
+            normalization_type="LN",
+            eps=config.layer_norm_epsilon,
+            dtype=first.attention.key.weight.dtype,
+            device=str(weight.device),
+            d_mlp=first.feed_forward.key.weight.shape[0],
+            attn_only=False,
+            original_architecture=type(wrapped).__name__,
+            d_inner=first.attention.key.weight.shape[0],
+            rescale_every=config.rescale_every,
+            tie_word_embeddings=wrapped.head.weight is weight,
+        )
+
+    @classmethod
+    def kinds(cls) -> dict[str, tuple[Point, ...]]:
+        return {"the first, with ln0": FIRST_BLOCK_ROWS, "all others": BLOCK_ROWS}
+
+    def rows_for(self, layer: int) -> tuple[Point, ...]:
+        return FIRST_BLOCK_ROWS if layer == 0 else BLOCK_ROWS
+
+    def make_block(self, layer: int) -> MlpBlock:
+        backbone, eps = self.wrapped.rwkv, self.cfg.eps
+        w, rows, rescale = backbone.blocks[layer], self.rows_for(layer), Rescale(backbone, layer)
+        block = MlpBlock(
+            w,
+            rows,
+            RwkvNorm(w.ln1, rows_of("ln1", rows), eps, rescale),
+            RwkvMixer(w.attention, rows_of("mixer", rows), layer, rescale),
+            RwkvNorm(w.ln2, rows_of("ln2", rows), eps, rescale),
+            RwkvMlp(w.feed_forward, rows_of("mlp", rows), layer, rescale),
+        )
+        if layer == 0:
+            block.ln0 = RwkvNorm(w.pre_ln, rows_of("ln0", rows), eps, rescale)
+        return block
+
+    def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:
+        backbone = self.wrapped.rwkv
+        return RwkvNorm(backbone.ln_out, rows, backbone.ln_out.eps, Rescale(backbone, self.cfg.n_layers))
+
+    @property
+    def embedding(self) -> Any:
+        return self.wrapped.rwkv.embeddings
+
+    @property
+    def unembedding(self) -> Any:
+        return self.wrapped.head
+
+    def stream(self, embedded: Tensor) -> Tensor:
+        """Block 0's first norm starts the stream: what enters block 0 (start_at_layer=0) has passed it."""
+        return _stream_dtype(self.blocks[0].ln0(embedded))
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
+        """Zeros: RWKV's projections have no biases."""
+        return torch.zeros(self.cfg.d_model, device=self.W_U.device)
+
+    # -- the official layout -------------------------------------------------------------------------------------
+
+    @classmethod
+    def is_original(cls, config: dict[str, Any]) -> bool:
+        """RWKV-LM's arguments: n_embd, n_layer, vocab_size, and no model_type."""
+        return {"n_embd", "n_layer", "vocab_size"} <= set(config) and "model_type" not in config
+
+    @classmethod
+    def config_of_file(
+        cls, state: Mapping[str, Tensor], told: Mapping[str, Any], variant: str | None
+    ) -> dict[str, Any] | None:
+        """The arguments behind an official RWKV-4 .pth, read off its shapes; None if it is not one."""
+        if not {"emb.weight", "blocks.0.att.time_mix_k", "blocks.0.ffn.key.weight"} <= set(state):
+            return None
+        return {
+            "vocab_size": state["emb.weight"].shape[0],
+            "n_embd": state["emb.weight"].shape[1],
+            "n_layer": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+            "dim_att": state["blocks.0.att.key.weight"].shape[0],
+            "dim_ffn": state["blocks.0.ffn.key.weight"].shape[0],
+        }
+
+    @classmethod
+    def rename(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`blocks.0.att.time_mix_k` is `rwkv.blocks.0.attention.time_mix_key`: official names to transformers'."""
+        return {_renamed(name): tensor for name, tensor in state.items()}
+
+    @classmethod
+    def empty(cls, config: dict[str, Any]) -> nn.Module:
+        """transformers' model for official arguments; `rescale_layer` is RWKV-LM's 6 unless given (0 for none)."""
+        from transformers import RwkvConfig, RwkvForCausalLM
+
+        if config.get("version", 4) not in (4, "4"):
+            raise CheckpointError(f"The config says RWKV version {config['version']!r}; gatedlens supports RWKV-4.")
+        return _uninitialised(
+            RwkvForCausalLM,
+            RwkvConfig(
+                vocab_size=config["vocab_size"],
+                hidden_size=config["n_embd"],
+                num_hidden_layers=config["n_layer"],
+                attention_hidden_size=config.get("dim_att"),
+                intermediate_size=config.get("dim_ffn"),
+                context_length=config.get("ctx_len", 1024),
+                rescale_every=config.get("rescale_layer", 6),
+            ),
+        )
+
+    @classmethod
+    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> HookedRWKV:
+        """A small random model for tests and tours: 2 layers, 16 wide, halved after each... whatever `sizes` say.
+
+        sizes: arguments of transformers' RwkvConfig. Its own initialisation is nearly silent (zero matrices, constant
+        time_first), so every parameter is drawn anew.
+        """
+        from transformers import RwkvConfig, RwkvForCausalLM
+
+        config = {
+            "vocab_size": 40,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "intermediate_size": 24,
+            "rescale_every": 1,
+        }
+        wrapped = _uninitialised(RwkvForCausalLM, RwkvConfig(**(config | sizes)))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, p in wrapped.named_parameters():
+                noise = torch.randn(p.shape, generator=generator)
+                p.copy_(_tiny_value(name.rpartition(".")[2], name, noise))
+        return cls(wrapped.to(dtype), model_name="tiny-rwkv")
+
+
+def _tiny_value(leaf: str, name: str, noise: Tensor) -> Tensor:
+    if leaf == "time_decay":
+        return torch.linspace(-4, 1, noise.numel()) + 0.1 * noise
+    if leaf.startswith("time_mix"):
+        return torch.sigmoid(noise)
+    if leaf == "bias":
+        return 0.2 * noise
+    if noise.ndim == 1 and leaf == "weight":
+        return 1 + 0.2 * noise
+    if leaf == "time_first" or "embeddings" in name:
+        return noise
+    return noise * 1.5 * noise.shape[-1] ** -0.5
+
+
+def _uninitialised(kind: Any, config: Any) -> nn.Module:
+    """A model without values: transformers' initialisation is slow, draws random numbers and divides by n_layer - 1."""
+    with torch.device("meta"):
+        model = kind(config)
+    model.to_empty(device="cpu").tie_weights()
+    return model.eval()  # type: ignore[no-any-return]
+
+
+NAMES = {"att": "attention", "ffn": "feed_forward", "ln0": "pre_ln", "emb": "embeddings"}
+MIXES = {"time_mix_k": "time_mix_key", "time_mix_v": "time_mix_value", "time_mix_r": "time_mix_receptance"}
+
+
+def _renamed(name: str) -> str:
+    words = [NAMES.get(word, MIXES.get(word, word)) for word in name.split(".")]
+    return ".".join(words if words[0] == "head" else ["rwkv", *words])
+
+
+HOOKED = HookedRWKV

@@ -1,0 +1,285 @@
+"""The WKV recurrence of RWKV-4 (arXiv 2305.13048): an exponentially weighted mean as a recurrence. It knows no model.
+
+    N_t = e^w N_{t-1} + e^{k_t} v_t        D_t = e^w D_{t-1} + e^{k_t}
+    scan_t = (N_{t-1} + e^{u + k_t} v_t) / (D_{t-1} + e^{u + k_t})
+
+b batch, l pos, c channel; k, v keys and values [b, l, c]; w = -exp(time_decay) and u = time_first [c].
+
+e^{k} leaves float32 at |k| = 88, so the state is carried relative to a running maximum, num = N e^{-max} and
+den = D e^{-max} with max_t = max(max_{t-1} + w, k_t). The maximum is a gauge: scan does not depend on it, and gradients
+may hold it fixed. Two roads lead to the same numbers:
+
+    wkv      nobody looks inside: segments, forward and backward, with factors that all lie in [0, 1]
+    OpenWkv  somebody does: N and D themselves, as one state of two, in float64, which holds e^{k} up to |k| = 700
+
+A masked position (mask False) passes the state on as it is.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.autograd.function import Function
+
+from gatedlens.errors import InputError
+from gatedlens.recurrence import SEGMENT_ELEMENTS, SEGMENT_ELEMENTS_GRAD, _segments, linear_scan
+
+NOTHING = -1e38  # the maximum of an empty past
+LARGEST_KEY = 700.0  # e^700 is still a float64
+TINY = 1e-304  # e^-700
+
+
+class Carry(NamedTuple):
+    """What one position hands to the next: num, den and max, [b, c] each."""
+
+    num: Tensor
+    den: Tensor
+    max: Tensor
+
+
+def _running_max(log_decay: Tensor, key: Tensor, start: Tensor) -> Tensor:
+    """max_t = max(max_{t-1} + log_decay_t, key_t), at every position."""
+    maxima = []
+    for w, k in zip(log_decay.unbind(1), key.unbind(1), strict=True):
+        start = torch.maximum(start + w, k)
+        maxima.append(start)
+    return torch.stack(maxima, dim=1)
+
+
+def _behind(start: Tensor, steps: Tensor) -> Tensor:
+    """What each position finds: `start`, then the steps before it."""
+    return torch.cat([start.unsqueeze(1), steps[:, :-1]], dim=1)
+
+
+class _Pieces(NamedTuple):
+    """A segment's intermediates, [b, l, c]; `past_state` [b, l, 2, c] is the (num, den) that each position finds."""
+
+    decay: Tensor  # e^{max_{t-1} + w - max_t}
+    weight: Tensor  # e^{k_t - max_t}
+    past: Tensor  # e^{max_{t-1} - q_t}, with q_t the larger of max_{t-1} and u + k_t
+    present: Tensor  # e^{u + k_t - q_t}
+    past_state: Tensor
+    total: Tensor  # past den_{t-1} + present
+    scan: Tensor
+    carry: tuple[Tensor, Tensor, Tensor]
+
+
+def _segment(
+    mask: Tensor | None, k: Tensor, v: Tensor, w: Tensor, u: Tensor, num: Tensor, den: Tensor, top: Tensor
+) -> _Pieces:
+    """The recurrence over some positions after the carry; differentiable, with every maximum held fixed."""
+    writes, log_decay = k, w.expand_as(k)
+    if mask is not None:
+        writes, log_decay = k.masked_fill(~mask.unsqueeze(-1), -torch.inf), w * mask.unsqueeze(-1)
+    with torch.no_grad():
+        maxima = _running_max(log_decay, writes, top)
+    before = _behind(top, maxima)
+    decay = torch.exp(before + log_decay - maxima)
+    weight = torch.exp(writes - maxima)
+    start = torch.stack([num, den], dim=1)
+    states = linear_scan(decay.unsqueeze(2).expand(-1, -1, 2, -1), torch.stack([weight * v, weight], dim=2), start)
+    past_state = _behind(start, states)
+    past, present = _exponentials(before, u + k)
+    total = past * past_state[:, :, 1] + present
+    scan = (past * past_state[:, :, 0] + present * v) / total
+    return _Pieces(decay, weight, past, present, past_state, total, scan, (*states[:, -1].unbind(1), maxima[:, -1]))
+
+
+def _exponentials(top: Tensor, bonus: Tensor) -> tuple[Tensor, Tensor]:
+    """e^top and e^bonus, relative to the larger."""
+    with torch.no_grad():
+        largest = torch.maximum(top, bonus)
+    return torch.exp(top - largest), torch.exp(bonus - largest)
+
+
+def _backward(p: _Pieces, v: Tensor, grad_scan: Tensor, grad_state: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of a segment by hand, maxima held fixed: of v, of u + k, of k as written, of w (all [b, l, c]), of the
+    state before [b, 2, c] and of the maximum before [b, c]; `grad_state` [b, 2, c] is that of the state after.
+
+    scan = (past num + present v) / total, and from the end g_t = d scan_{t+1} / d state_t + decay_{t+1} g_{t+1}.
+    """
+    per_total = grad_scan / p.total
+    bonus = p.present * per_total
+    read = p.past * per_total
+    reads = torch.stack([read, -read * p.scan], dim=2)
+    flows = torch.empty_like(reads)
+    flows[:, -1] = grad_state
+    steps = list(zip(flows.unbind(1), p.decay.unsqueeze(2).unbind(1), reads.unbind(1), strict=True))
+    for t in range(len(steps) - 1, 0, -1):
+        flow, decay, grad = steps[t]
+        torch.addcmul(grad, decay, flow, out=steps[t - 1][0])
+    flow, decay, grad = steps[0]
+    onward = torch.addcmul(grad, decay, flow)
+    num_flow, den_flow = flows.unbind(2)
+    grad_decay = (p.past_state * flows).sum(2).mul_(p.decay)
+    grad_top = grad_decay[:, 0] + (p.past_state[:, 0] * reads[:, 0]).sum(1)
+    grad_written = torch.addcmul(den_flow, num_flow, v).mul_(p.weight)
+    return torch.addcmul(bonus, p.weight, num_flow), bonus * (v - p.scan), grad_written, grad_decay, onward, grad_top
+
+
+class SegmentedWkv(Function):
+    """scan, num, den, max = SegmentedWkv.apply(mask, k, v, w, u, num, den, max).
+
+    Forward keeps the carry at each segment's start; backward rebuilds one segment at a time from there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        k, v, w, u, *carry = tensors
+        slices = _segments(k.shape[1], k[:, 0].numel(), SEGMENT_ELEMENTS_GRAD)
+        scan, starts = torch.empty_like(k), []
+        for part in slices:
+            starts += carry
+            pieces = _segment(_part(mask, part), k[:, part], v[:, part], w, u, *carry)
+            scan[:, part] = pieces.scan
+            carry = [t.clone() for t in pieces.carry]  # a view would keep the segment's states alive
+        ctx.mask, ctx.slices = mask, slices
+        ctx.save_for_backward(k, v, w, u, *starts)
+        ctx.mark_non_differentiable(carry[2])
+        return scan, *carry
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad_scan, grad_num, grad_den, _ = grads
+        k, v, w, u, *starts = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody differentiates the gradient: take the differentiable road, whole
+            given = (k, v, w, u, *starts[:3])
+            needed = [t for t in given if t.requires_grad]
+            pieces = _segment(ctx.mask, *given)
+            outs = (pieces.scan, *pieces.carry[:2])
+            found = iter(torch.autograd.grad(outs, needed, grads[:3], create_graph=True, allow_unused=True))
+            return None, *(next(found) if t.requires_grad else None for t in given)
+        grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
+        grad_w, grad_u = torch.zeros_like(w), torch.zeros_like(u)
+        grad_state, grad_top = torch.stack([grad_num, grad_den], dim=1), None
+        for i in reversed(range(len(ctx.slices))):
+            part = ctx.slices[i]
+            mask, k_part, v_part = _part(ctx.mask, part), k[:, part], v[:, part]
+            pieces = _segment(mask, k_part, v_part, w, u, *starts[3 * i : 3 * i + 3])
+            # The gradient of an inner maximum is dropped: it is held fixed. That of the first one is the carry's.
+            grad_v[:, part], bonus, written, decay, grad_state, grad_top = _backward(
+                pieces, v_part, grad_scan[:, part], grad_state
+            )
+            grad_k[:, part] = bonus + written
+            grad_u += bonus.sum((0, 1))
+            grad_w += (decay if mask is None else decay * mask.unsqueeze(-1)).sum((0, 1))
+        return None, grad_k, grad_v, grad_w, grad_u, *grad_state.unbind(1), grad_top
+
+
+def _part(mask: Tensor | None, part: slice) -> Tensor | None:
+    return None if mask is None else mask[:, part]
+
+
+def wkv(
+    k: Float[Tensor, "batch pos channel"],
+    v: Float[Tensor, "batch pos channel"],
+    w: Float[Tensor, " channel"],
+    u: Float[Tensor, " channel"],
+    mask: Bool[Tensor, "batch pos"] | None,
+    carry: Carry,
+) -> tuple[Tensor, Carry]:
+    """`scan, carry = wkv(k, v, w, u, mask, carry)`; O(b c) memory beyond inputs and output without gradients."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (k, v, w, u, *carry)):
+        scan, *rest = SegmentedWkv.apply(mask, k, v, w, u, *carry)
+        return scan, Carry(*rest)
+    scan = torch.empty_like(v)
+    for part in _segments(k.shape[1], k[:, 0].numel(), SEGMENT_ELEMENTS):
+        pieces = _segment(_part(mask, part), k[:, part], v[:, part], w, u, *carry)
+        scan[:, part], carry = pieces.scan, Carry(*pieces.carry)
+    return scan, carry
+
+
+class OpenWkv:
+    """The recurrence laid open: every attribute is built when it is first read, from those above it, edited or not.
+
+        state_start [b, c, 2]                    (N, D) before the first position
+        decay, write, state [b, l, c, 2]         state_t = decay_t state_{t-1} + write_t, with state = (N, D)
+        num, den, max [b, l, c]                  state_t = (num_t, den_t) e^{max_t}
+        scan [b, l, c], last                     the readout, and the carry that an edit of state, num, den, max spares
+
+    decay and write are the true e^w and e^k (v, 1): a state can be moved from one run to another as it is.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, w: Tensor, u: Tensor, mask: Tensor | None, carry: Carry):
+        self.wide = v.dtype
+        self.k, self.v, self.w, self.u, self.num0, self.den0, top = (t.double() for t in (k, v, w, u, *carry))
+        self.top = top.clamp(min=-LARGEST_KEY)  # a smaller one is nothing, in float64 as well
+        self.mask = mask
+
+    def _true(self, x: Tensor) -> Tensor:
+        """e^x, or an error where float64 does not hold it."""
+        if bool((x > LARGEST_KEY).any()):
+            raise InputError(
+                f"A key is {float(x.max()):.4g}; the points inside the scan (hook_write, hook_state, ...) need exp(key)"
+                f" in float64, up to exp({LARGEST_KEY:g}). hook_k, hook_u and hook_scan have no limit: hook those."
+            )
+        return x.exp()
+
+    @cached_property
+    def untouched_start(self) -> Tensor:
+        return torch.stack([self.num0, self.den0], dim=-1) * self._true(self.top).unsqueeze(-1)
+
+    @cached_property
+    def state_start(self) -> Tensor:
+        return self.untouched_start
+
+    @cached_property
+    def decay(self) -> Tensor:
+        constant = self.w.exp().reshape(1, 1, -1, 1).expand(*self.k.shape, 2)
+        return constant if self.mask is None else torch.where(self.mask[:, :, None, None], constant, 1.0)
+
+    @cached_property
+    def write(self) -> Tensor:
+        weight = self._true(self.k)
+        write = torch.stack([weight * self.v, weight], dim=-1)
+        return write if self.mask is None else write * self.mask[:, :, None, None]
+
+    @cached_property
+    def states(self) -> Tensor:
+        return linear_scan(self.decay, self.write, self.state_start)
+
+    @cached_property
+    def state(self) -> Tensor:
+        return self.states
+
+    @cached_property
+    def top_start(self) -> Tensor:
+        """The maximum that came with the carry; a start that was edited brings its own."""
+        den, given = self.state_start[..., 1], self.untouched_start[..., 1]
+        return torch.where(den == given, self.top, den.abs().clamp(min=TINY).log())
+
+    @cached_property
+    def running_max(self) -> Tensor:
+        """max_t = max(max_{t-1} + log decay_t, log of the denominator's write_t, which is k_t unless it was edited)."""
+        log_decay = self.decay[..., 1].abs().clamp(min=TINY).log()
+        top = _running_max(log_decay, self.write[..., 1].abs().clamp(min=TINY).log(), self.top_start)
+        return top.to(self.wide).double()  # rounded before num and den are taken relative to it, not after
+
+    @cached_property
+    def num(self) -> Tensor:
+        return (self.state[..., 0] * torch.exp(-self.running_max)).to(self.wide)
+
+    @cached_property
+    def den(self) -> Tensor:
+        return (self.state[..., 1] * torch.exp(-self.running_max)).to(self.wide)
+
+    @cached_property
+    def max(self) -> Tensor:
+        return self.running_max.to(self.wide)
+
+    @cached_property
+    def scan(self) -> Tensor:
+        num, den = (self.state_start * torch.exp(-self.top_start).unsqueeze(-1)).unbind(-1)
+        num, den = _behind(num, self.num.double()), _behind(den, self.den.double())
+        past, present = _exponentials(_behind(self.top_start, self.max.double()), self.u + self.k)
+        return ((past * num + present * self.v) / (past * den + present)).to(self.wide)
+
+    @cached_property
+    def last(self) -> Carry:
+        top = self.running_max[:, -1]
+        num, den = (self.states[:, -1] * torch.exp(-top).unsqueeze(-1)).unbind(-1)
+        return Carry(*(t.to(self.wide) for t in (num, den, top)))

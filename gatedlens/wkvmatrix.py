@@ -1,0 +1,134 @@
+"""The WKV scan as a matrix: a row softmax over the past, with what a carried state holds in every row's sum.
+
+    S[i, j] = e^{w (i - j - 1) + k_j} / Z_i  (j < i),   e^{u + k_i} / Z_i  (j = i)
+    Z_i = e^{w i} D_start + sum_{j < i} e^{w (i - j - 1) + k_j} + e^{u + k_i}
+
+b batch, l pos (i row, j source), c channel; k keys [b, l, c], w < 0 and u [c]. It offers what `scanmatrix.DecayScan` does.
+As there, a block of rows i >= m and sources j < m is one matrix product: with P the running maximum at m - 1,
+
+    S[i, j] = e^{w (i - m) + P - log Z_i} * e^{w (m - 1 - j) + k_j - P},   both factors at most 1.
+
+Exponents are formed in float64: w i alone may be in the thousands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from gatedlens.scanmatrix import CHUNK_ELEMENTS, NARROW, blocks
+from gatedlens.wkv import TINY, Carry, wkv
+
+
+@dataclass(frozen=True)
+class WkvScan:
+    """`WkvScan(k, w, u, den, max)`: den and max are those of the carry that the scan began from."""
+
+    k: Float[Tensor, "batch pos channel"]
+    w: Float[Tensor, " channel"]
+    u: Float[Tensor, " channel"]
+    den: Float[Tensor, "batch channel"]
+    max: Float[Tensor, "batch channel"]
+
+    @property
+    def length(self) -> int:
+        return self.k.shape[1]
+
+    def select(self, channels: Tensor | slice | list[int]) -> WkvScan:
+        """The scan of some channels."""
+        start = {"den": self.den[:, channels], "max": self.max[:, channels]}
+        return replace(self, k=self.k[:, :, channels], w=self.w[channels], u=self.u[channels], **start)
+
+    # -- as an operator ------------------------------------------------------------------------------------------
+
+    def apply(
+        self, u: Float[Tensor, "batch pos channel"], start: Float[Tensor, "batch channel one"] | None = None
+    ) -> Float[Tensor, "batch pos channel"]:
+        """S u (+ what the start numerator contributes), by the recurrence."""
+        num = torch.zeros_like(self.den) if start is None else start.squeeze(-1)
+        return wkv(self.k, u, self.w, self.u, None, Carry(num, self.den, self.max))[0]
+
+    def apply_transposed(self, g: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
+        """S^T g: S u is linear in u, so this is its gradient."""
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            u = torch.zeros_like(g).requires_grad_()
+            return torch.autograd.grad(self.apply(u), u, g, create_graph=again)[0]
+
+    # -- the matrix ----------------------------------------------------------------------------------------------
+
+    @property
+    def _risen(self) -> Float[Tensor, "batch pos channel"]:
+        """k_j - w j: a key as it is seen from position 0, whatever the row; float64."""
+        return self.k.double() - self.w.double() * torch.arange(self.length, device=self.k.device).unsqueeze(-1)
+
+    @property
+    def _log_total(self) -> Float[Tensor, "batch pos channel"]:
+        """log Z; float64."""
+        start = self.max.double() + self.den.double().clamp(min=TINY).log() + self.w.double()
+        past = torch.cat([start.unsqueeze(1), self._risen[:, :-1]], dim=1).logcumsumexp(1)
+        past = past + self.w.double() * (torch.arange(self.length, device=self.k.device).unsqueeze(-1) - 1)
+        return torch.logaddexp(past, (self.u + self.k).double())
+
+    def _diagonal(self, offset: int, log_total: Tensor) -> Float[Tensor, "batch some channel"]:
+        """S[i, i - offset] for i >= offset."""
+        source = self.k[:, : self.length - offset].double()
+        score = source + (self.u.double() if offset == 0 else self.w.double() * (offset - 1))
+        return torch.exp(score - log_total[:, offset:]).to(self.k.dtype)
+
+    def _blocks(self, log_total: Tensor) -> Iterator[tuple[int, int, int, Tensor, Tensor]]:
+        """(lo, mid, hi, left, right): S[mid:hi, lo:mid] = left * right, channel by channel."""
+        places = torch.arange(self.length, device=self.k.device).unsqueeze(-1)
+        risen, w = self._risen, self.w.double()
+        with torch.no_grad():
+            tops = risen.cummax(1).values
+        for lo, mid, hi in blocks(self.length):
+            top = tops[:, mid - 1 : mid]
+            left = torch.exp(w * (places[mid:hi] - 1) + top - log_total[:, mid:hi])
+            right = torch.exp(risen[:, lo:mid] - top)
+            yield lo, mid, hi, left.to(self.k.dtype), right.to(self.k.dtype)
+
+    def summed(
+        self,
+        left: Float[Tensor, "batch pos channel"],
+        right: Float[Tensor, "batch pos channel"],
+        taps: Float[Tensor, "channel one"],
+    ) -> Float[Tensor, "batch dst src"]:
+        """sum_c left_i[c] * S[i, j][c] * right_j[c] * taps[c]: RWKV has no conv, so there is one tap."""
+        total = left.new_zeros(left.shape[0], self.length, self.length)
+        size = max(1, CHUNK_ELEMENTS // (left.shape[0] * self.length))
+        for first in range(0, left.shape[2], size):
+            some = slice(first, first + size)
+            self.select(some)._add_summed(total, left[..., some], right[..., some] * taps[some, 0])
+        return total
+
+    def _add_summed(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        log_total = self._log_total
+        for lo, mid, hi, rows, sources in self._blocks(log_total):
+            total[:, mid:hi, lo:mid] += (rows * left[:, mid:hi]) @ (sources * right[:, lo:mid]).mT
+        for offset in range(min(NARROW, self.length)):
+            values = self._diagonal(offset, log_total) * left[:, offset:] * right[:, : self.length - offset]
+            rows = self._near(offset)
+            total[:, rows, rows - offset] += values.sum(-1)[:, rows - offset]
+
+    def dense(self) -> Float[Tensor, "batch channel dst src"]:
+        """S channel by channel: [b, c, l, l]."""
+        batch, length, channels = self.k.shape
+        total, log_total = self.k.new_zeros(batch, channels, length, length), self._log_total
+        for lo, mid, hi, rows, sources in self._blocks(log_total):
+            total[:, :, mid:hi, lo:mid] = rows.mT.unsqueeze(-1) * sources.mT.unsqueeze(-2)
+        for offset in range(min(NARROW, length)):
+            rows = self._near(offset)
+            values = self._diagonal(offset, log_total)[:, rows - offset]
+            total[:, :, rows, rows - offset] = rearrange(values, "b i c -> b c i")
+        return total
+
+    def _near(self, offset: int) -> Tensor:
+        """The rows whose source `offset` places before is in their own narrow block."""
+        rows = torch.arange(offset, self.length, device=self.k.device)
+        return rows[rows % NARROW >= offset]
