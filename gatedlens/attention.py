@@ -14,16 +14,16 @@ o = A x + r with A = diag(gate) (S + diag(skip)) diag(act) M: see `factors.py`. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from gatedlens.branch import Branch
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError, TooLargeError, did_you_mean, in_bytes
 from gatedlens.factors import NAMES, Factors
@@ -58,7 +58,7 @@ def implicit_attention(source: Any, input: Any = None, *, layer: int, **options:
     index = _index(source, layer)
     mixer: Any = source.blocks[index].mixer
     with torch.no_grad():
-        needed = [f"blocks.{index}.mixer.{name}" for name in mixer.attention_points]
+        needed = _needed(mixer, index)
         _, cache = source.run_with_cache(input, names_filter=needed, stop_at_layer=index + 1, **options)
     return _from_cache(cache, index)
 
@@ -76,24 +76,26 @@ def _from_cache(cache: ActivationCache, layer: int) -> ImplicitAttention:
     if not cache.has_batch_dim:
         raise InputError("This cache was made with remove_batch_dim=True; implicit attention needs the batch axis.")
     mixer = model.blocks[index].mixer
-    missing = [name for name in mixer.attention_points if not _has(cache, index, name)]
+    missing = [name for name in _needed(mixer, index) if name not in cache.cache_dict]
     if missing:
-        names = ", ".join(f"blocks.{index}.mixer.{name}" for name in missing)
-        raise PointError(f"Implicit attention of layer {index} needs points that this cache lacks: {names}.")
+        raise PointError(
+            f"Implicit attention of layer {index} needs points that this cache lacks: {', '.join(missing)}."
+        )
     padding = Padding.of(cache.mask)
-    factors = mixer.factors(lambda name: cache[f"blocks.{index}.mixer.{name}"], padding, cache.state)
-    return ImplicitAttention(factors, padding, model, index, cache.tokens)
+    branches = mixer.branches(lambda name: cache[f"blocks.{index}.{mixer.place}.{name}"], padding, cache.state)
+    return ImplicitAttention(branches, padding, model, index, cache.tokens)
 
 
-def _has(cache: ActivationCache, layer: int, name: str) -> bool:
-    return f"blocks.{layer}.mixer.{name}" in cache.cache_dict
+def _needed(mixer: Any, layer: int) -> list[str]:
+    """The full names of the points that the attention of a layer is derived from."""
+    return [f"blocks.{layer}.{mixer.place}.{name}" for name in mixer.attention_points]
 
 
 @dataclass(frozen=True)
 class ImplicitAttention:
     """The operator of one layer; see the head of this file. `parts` are the factors that are in it (all of them)."""
 
-    factors: Factors
+    branches: tuple[Factors, ...]
     padding: Padding
     model: Any
     layer: int
@@ -102,6 +104,13 @@ class ImplicitAttention:
     transposed: bool = False
 
     # -- which factors -------------------------------------------------------------------------------------------
+
+    @property
+    def factors(self) -> Factors:
+        """The factors of a layer that has one branch."""
+        if len(self.branches) > 1:
+            raise InputError(f"Layer {self.layer} has {len(self.branches)} branches: look at `.branches`.")
+        return self.branches[0]
 
     def only(self, *parts: str) -> ImplicitAttention:
         """The operator of these factors alone: `only("scan")` is S. The others become the identity (the skip: zero)."""
@@ -131,30 +140,11 @@ class ImplicitAttention:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(batch, pos, channel)"""
-        return tuple(self.factors.x.shape)  # type: ignore[return-value]
-
-    def _with(self, part: str, value: Tensor | None) -> Tensor | None:
-        return value if part in self.parts else None
+        return tuple(self.branches[0].x.shape)  # type: ignore[return-value]
 
     @property
-    def _gate(self) -> Float[Tensor, "batch pos channel"]:
-        gate = self._with("gate", self.factors.gate)
-        return torch.ones_like(self.factors.x) if gate is None else gate
-
-    @property
-    def _act(self) -> Float[Tensor, "batch pos channel"]:
-        act = self._with("act", self.factors.act)
-        return torch.ones_like(self.factors.x) if act is None else act
-
-    @property
-    def _taps(self) -> Float[Tensor, "channel tap"]:
-        taps = self._with("conv", self.factors.taps)
-        return self.factors.x.new_ones(self.shape[2], 1) if taps is None else taps
-
-    @property
-    def _skip(self) -> Float[Tensor, " channel"]:
-        skip = self._with("skip", self.factors.skip)
-        return self.factors.x.new_zeros(self.shape[2]) if skip is None else skip
+    def dtype(self) -> torch.dtype:
+        return self.branches[0].x.dtype
 
     # -- as an operator ------------------------------------------------------------------------------------------
 
@@ -162,71 +152,57 @@ class ImplicitAttention:
     def T(self) -> ImplicitAttention:
         return replace(self, transposed=not self.transposed)
 
+    def _sum(self, term: Callable[[Branch, Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
+        """The sum over branches of scale * term(branch, turn); `turn` puts positions (dim 1) into the scan's order or back."""
+        return sum(
+            factors.scale * term(Branch(factors, self.parts), _flip if factors.reverse else _keep)
+            for factors in self.branches
+        )  # type: ignore[return-value]
+
     def __matmul__(self, x: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
         """A @ x, or A.T @ g for the transpose: linear in pos."""
         if tuple(x.shape) != self.shape:
             raise InputError(f"The operator takes [batch, pos, channel] = {list(self.shape)}; this is {list(x.shape)}.")
-        x = self.padding.pack(self.padding.zero(x.to(self.factors.x.dtype)))
-        return self.padding.spread(self._backward(x) if self.transposed else self._forward(x))
+        return self._apply(x.to(self.dtype), self.transposed)
 
-    def _forward(self, x: Tensor) -> Tensor:
-        return self._after_conv(_conv(x, self._taps))
+    def _apply(self, x: Tensor, transposed: bool) -> Tensor:
+        x = self.padding.pack(self.padding.zero(x))
 
-    def _after_conv(self, c: Tensor, start: Tensor | None = None) -> Tensor:
-        """gate (S + skip) act c, and what the start state adds."""
-        u = self._act * c
-        y = self._skip * u
-        if "scan" in self.parts:
-            y = y + self.factors.scan.apply(u, start)
-        return self._gate * y
+        def term(branch: Branch, turn: Callable[[Tensor], Tensor]) -> Tensor:
+            return turn(branch.backward(turn(x)) if transposed else branch.forward(turn(x)))
 
-    def _backward(self, g: Tensor) -> Tensor:
-        y = self._gate * g
-        u = self._skip * y
-        if "scan" in self.parts:
-            u = u + self.factors.scan.apply_transposed(y)
-        return _conv_transposed(self._act * u, self._taps)
+        return self.padding.spread(self._sum(term))
 
     @property
     def bias(self) -> Float[Tensor, "batch pos channel"]:
         """r: what the output holds besides A x: the conv bias, a carried state's conv tail and its scan state."""
-        drift = self.factors.drift
-        drift = torch.zeros_like(self.factors.x) if drift is None else drift
-        start = self.factors.start if "scan" in self.parts else None
-        return self.padding.spread(self._after_conv(drift, start))
+        return self.padding.spread(self._sum(lambda branch, turn: turn(branch.bias())))
 
     def output(self) -> Float[Tensor, "batch pos channel"]:
         """A x + r: with all factors, the layer's output before its output projection."""
-        return replace(self, transposed=False) @ self.padding.spread(self.factors.x) + self.bias
+        own = self._sum(lambda branch, turn: turn(branch.forward(branch.factors.x)))
+        return self.padding.spread(own) + self.bias
 
     def check(self) -> Check:
         """How exactly the operator of all factors reconstructs what the layer computed (masked positions left out)."""
-        whole = replace(self, parts=NAMES, transposed=False)
-        o = self.padding.spread(self.factors.o)
-        error = (whole.output() - o).abs().max().item()
+        o = self.padding.spread(self._sum(lambda branch, turn: turn(branch.factors.o)))
+        error = (replace(self, parts=NAMES).output() - o).abs().max().item()
         return Check(error, error / max(o.abs().max().item(), torch.finfo(o.dtype).tiny))
 
     # -- parts of the matrix -------------------------------------------------------------------------------------
 
     def row(self, i: int) -> Float[Tensor, "batch channel src"]:
         """A[i, :] for every channel: what position i reads from each position. `row(-1)`: the last."""
-        basis = self._basis(i)
-        if self.transposed:
-            return rearrange(self.padding.spread(self._forward(basis)), "b p c -> b c p")
-        return rearrange(self.padding.spread(self._backward(basis)), "b p c -> b c p")
+        batch, length, channels = self.shape
+        if not -length <= i < length:
+            raise InputError(f"Position {i} is out of range: there are {length} positions.")
+        basis = torch.zeros(batch, length, channels, dtype=self.dtype, device=self.branches[0].x.device)
+        basis[:, i % length] = 1
+        return rearrange(self._apply(basis, not self.transposed), "b p c -> b c p")
 
     def column(self, j: int) -> Float[Tensor, "batch channel dst"]:
         """A[:, j] for every channel: where position j's input goes."""
         return self.T.row(j)
-
-    def _basis(self, i: int) -> Tensor:
-        """Ones in all channels at position i, zeros elsewhere (packed)."""
-        length = self.shape[1]
-        if not -length <= i < length:
-            raise InputError(f"Position {i} is out of range: there are {length} positions.")
-        basis = torch.zeros_like(self.factors.x)
-        basis[:, i % length] = 1
-        return self.padding.pack(self.padding.zero(basis))
 
     def dense(
         self, channels: int | slice | Sequence[int] | Tensor | None = None, max_bytes: int | None = DENSE_LIMIT
@@ -234,57 +210,56 @@ class ImplicitAttention:
         """The matrix of each channel (of `channels`, all if None). Refuses more than `max_bytes`."""
         chosen = _channels(channels, self.shape[2])
         batch, length, _ = self.shape
-        size = batch * len(chosen) * length * length * self.factors.x.element_size()
+        size = batch * len(chosen) * length * length * self.branches[0].x.element_size()
         if max_bytes is not None and size > max_bytes:
             raise TooLargeError(
                 f"dense() of {len(chosen)} channels at {length} positions would take {in_bytes(size)}, more than "
                 f"max_bytes={in_bytes(max_bytes)}. Ask for mean(), row(i), `@ x`, or some channels=[...]."
             )
-        act, taps = self._act[:, :, chosen], self._taps[chosen]
-        whole = torch.diag_embed(self._skip[chosen, None].expand(-1, length)).expand(batch, -1, -1, -1)
-        if "scan" in self.parts:
-            whole = whole + self.factors.scan.select(chosen).dense()
-        whole = _conv_columns(whole * rearrange(act, "b j c -> b c 1 j"), taps)
-        whole = self._unpack_both(whole * rearrange(self._gate[:, :, chosen], "b i c -> b c i 1"))
+        whole = self._unpack_both(self._sum(lambda branch, turn: _turn_both(branch.dense(chosen), turn)))
         return whole.mT if self.transposed else whole
 
     def weighted(self, weights: Float[Tensor, " channel"]) -> Float[Tensor, "batch dst src"]:
         """sum over channels of weights[c] * A[c]: one matrix product per block, no channel apart."""
-        length, taps = self.shape[1], self._taps
-        left = self._gate * weights.to(self._gate)
-        if "scan" in self.parts:
-            total = self.factors.scan.summed(left, self._act, taps)
-        else:
-            total = left.new_zeros(left.shape[0], length, length)
-        direct = (left * self._skip * self._act) @ taps  # b pos tap
-        for k in range(min(taps.shape[1], length)):
-            total = total + torch.diag_embed(direct[:, k:, taps.shape[1] - 1 - k], offset=-k)
-        total = self._unpack_both(total.unsqueeze(1)).squeeze(1)
+        weights = weights.to(self.branches[0].x)
+        total = self._sum(lambda branch, turn: _turn_both(branch.weighted(weights).unsqueeze(1), turn))
+        total = self._unpack_both(total).squeeze(1)
         return total.mT if self.transposed else total
 
     def mean(self) -> Float[Tensor, "batch dst src"]:
         """The mean over channels, signed."""
         channels = self.shape[2]
-        return self.weighted(self.factors.x.new_full((channels,), 1 / channels))
+        return self.weighted(self.branches[0].x.new_full((channels,), 1 / channels))
 
     def abs_mean(self) -> Float[Tensor, "batch dst src"]:
         """The mean over channels of absolute values, channel chunk by channel chunk."""
         batch, length, channels = self.shape
         size = max(1, (1 << 23) // (batch * length * length))
-        total = self.factors.x.new_zeros(batch, length, length)
+        total = self.branches[0].x.new_zeros(batch, length, length)
         for start in range(0, channels, size):
             total = total + self.dense(range(channels)[start : start + size], max_bytes=None).abs().sum(1)
         return total / channels
 
-    # -- padding -------------------------------------------------------------------------------------------------
-
-    def _unpack_both(self, x: Tensor) -> Tensor:
-        """[b, c, i, j] from packed to real rows and columns; masked ones are zero."""
+    def _unpack_both(self, x: Float[Tensor, "batch some dst src"]) -> Float[Tensor, "batch some dst src"]:
+        """From packed to real rows and columns; masked ones are zero."""
         rank, mask = self.padding.rank, self.padding.mask
         if rank is None or mask is None:
             return x
         x = x.gather(2, rank[:, None, :, None].expand_as(x)).gather(3, rank[:, None, None, :].expand_as(x))
         return x * (mask[:, None, :, None] & mask[:, None, None, :]).to(x.dtype)
+
+
+def _keep(x: Tensor) -> Tensor:
+    return x
+
+
+def _flip(x: Tensor) -> Tensor:
+    return x.flip(1)
+
+
+def _turn_both(matrix: Tensor, turn: Callable[[Tensor], Tensor]) -> Tensor:
+    """[b, c, dst, src] from the scan's order of positions to the tokens', or back."""
+    return matrix if turn is _keep else matrix.flip(2, 3)
 
 
 def _channels(channels: Any, total: int) -> list[int]:
@@ -298,24 +273,3 @@ def _channels(channels: Any, total: int) -> list[int]:
         if not -total <= c < total:
             raise InputError(f"Channel {c} is out of range: there are {total} channels.")
     return [c % total for c in chosen]
-
-
-def _conv(x: Tensor, taps: Tensor) -> Tensor:
-    """M x: the causal depthwise convolution without bias."""
-    width = taps.shape[1]
-    return F.conv1d(F.pad(x.mT, (width - 1, 0)), taps.unsqueeze(1), groups=taps.shape[0]).mT
-
-
-def _conv_transposed(g: Tensor, taps: Tensor) -> Tensor:
-    """M^T g."""
-    width = taps.shape[1]
-    return F.conv1d(F.pad(g.mT, (0, width - 1)), taps.flip(1).unsqueeze(1), groups=taps.shape[0]).mT
-
-
-def _conv_columns(matrix: Tensor, taps: Tensor) -> Tensor:
-    """matrix @ M for each channel: [b, c, i, j]."""
-    length, width = matrix.shape[-1], taps.shape[1]
-    out = torch.zeros_like(matrix)
-    for k in range(min(width, length)):
-        out[..., : length - k] += matrix[..., k:] * taps[:, width - 1 - k, None, None]
-    return out

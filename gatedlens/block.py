@@ -8,6 +8,7 @@ Run is the luggage of one forward call: padding, the state it came from, the sta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gatedlens.errors import InputError
+from gatedlens.factors import Factors
 from gatedlens.hookpoint import Part
 from gatedlens.padding import Padding
 from gatedlens.points import Point
@@ -84,12 +86,33 @@ def norm_rows(part: str, reads: str, source: str, equation: str = "w * normalize
     )
 
 
-class Mixer(Part):
-    """A token mixer. `layer` says which block it is in; subclasses write `forward(n, run)` like the paper."""
+class TokenMixing(Part):
+    """What mixes tokens in a block. Subclasses write `forward(n, run)` like the paper.
+
+    `place` is its name in the block, `attention_points` what its implicit attention is derived from (relative to it), and
+    `factors(cached, padding, state)` that derivation, where `cached(name)` reads a point.
+    """
+
+    place = "mixer"
+    attention_points: tuple[str, ...] = ()
 
     def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int):
         super().__init__(weights, rows)
-        self.layer = layer
+        self.layer = layer  # the block it is in
+
+    def factors(self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None) -> Factors:
+        """How the cached activations fill A x + r; see `factors.py`."""
+        raise NotImplementedError
+
+    def branches(
+        self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None
+    ) -> tuple[Factors, ...]:
+        """The summands of the implicit attention: one, unless the mixer runs several scans side by side."""
+        return (self.factors(cached, padding, state),)
+
+
+class Mixer(TokenMixing):
+    """A token mixer by the one recurrence, `recur`."""
 
     def along(self, x: Tensor) -> Tensor:
         """`x` from token order to the order of the scan, or back: the identity, unless the mixer runs from the end."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from gatedlens.patternmatrix import PatternScan
 from gatedlens.scanmatrix import DecayScan
 from gatedlens.wkvmatrix import WkvScan
 
@@ -28,10 +29,12 @@ class Factors:
 
     x: Float[Tensor, "batch pos channel"]
     o: Float[Tensor, "batch pos channel"]
-    scan: DecayScan | WkvScan
-    gate: Float[Tensor, "batch pos channel"]
+    scan: DecayScan | WkvScan | PatternScan
+    gate: Float[Tensor, "batch pos channel"] | None = None
     skip: Float[Tensor, " channel"] | None = None
     act: Float[Tensor, "batch pos channel"] | None = None
     taps: Float[Tensor, "channel tap"] | None = None
     drift: Float[Tensor, "batch pos channel"] | None = None
-    start: Float[Tensor, "batch channel state"] | None = None
+    start: Float[Tensor, "batch _ _"] | None = None  # as the scan's `apply` takes it
+    reverse: bool = False  # the scan runs from the last position to the first, and all tensors here are in its order
+    scale: float = 1.0  # this branch's share of the layer's output

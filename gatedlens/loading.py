@@ -87,7 +87,8 @@ def from_pretrained(
     safetensors, sharded or not) or an architecture's original one (mamba-ssm: config.json with d_model and ssm_cfg,
     pytorch_model.bin or safetensors); or an original checkpoint that is one file (RWKV-LM's and ViM's .pth), or a folder
     that holds one and no config.json. variant: which model such a file holds, where it does not say so itself
-    ("vim_small"). dtype: that of the checkpoint if None. device: CUDA where there is one if None. tokenizer: found beside the model if None. revision and `hub` (token, cache_dir, local_files_only, ...) go to the
+    ("vim_small"). dtype: that of the checkpoint if None. device: CUDA where there is one if None. tokenizer: found beside
+    the model if None. revision and `hub` (token, cache_dir, local_files_only, ...) go to the
     hub. Raises CheckpointError when weights are missing, left over, damaged or of another architecture.
     """
     dtype = _dtype(dtype)

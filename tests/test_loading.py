@@ -219,7 +219,7 @@ def test_a_pickle_that_carries_code_is_refused(original_folder, capsys):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2', which gatedlens does not support. Supported are Mamba"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2', which gatedlens does not support. Supported are .*Mamba"),
         ({"architecture": "x"}, "a config.json with architecture"),
         ({"d_model": 16, "n_layer": 2, "vocab_size": 40, "ssm_cfg": {"layer": "Mamba2"}}, "ssm_cfg.layer is 'Mamba2'"),
         ({"d_model": 16, "n_layer": 2, "vocab_size": 40, "ssm_cfg": {"d_stat": 3}}, "asks for d_stat"),

@@ -25,7 +25,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from gatedlens.block import Mixer, MlpBlock, Norm, Run, mlp_residual_rows, norm_rows
+from gatedlens.block import Mixer, MlpBlock, Norm, Run, TokenMixing, mlp_residual_rows, norm_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError, InputError
 from gatedlens.factors import Factors
@@ -33,6 +33,7 @@ from gatedlens.hookpoint import Part, rows_of
 from gatedlens.language import HookedLanguageModel
 from gatedlens.model import Batch
 from gatedlens.padding import Padding, windows
+from gatedlens.patternmatrix import PatternScan
 from gatedlens.points import Alias, Point, block_rows
 from gatedlens.recurrence import at_least_float32
 from gatedlens.scanmatrix import DecayScan
@@ -284,25 +285,41 @@ def rotate(
     return torch.cat([turning * cos.unsqueeze(2) + aside * sin.unsqueeze(2), still], dim=-1)
 
 
-class LocalAttention(Part):
+class LocalAttention(TokenMixing):
     """Causal attention over the last `window` tokens, the own one included, of the same document.
 
     The state carries the last window - 1 `keys` (rotary applied) and `values`, oldest first, with `key_positions`, -1
     for an empty place. A call that goes on from a state has them in front: key_pos = carried + pos.
     """
 
+    place = "attn"
+    attention_points = ("hook_v", "hook_pattern", "hook_z")
+
     def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, d_head: int, window: int):
-        super().__init__(weights, rows)
-        self.layer = layer
+        super().__init__(weights, rows, layer)
         self.d_head = d_head
         self.window = window
 
-    @property
-    def attention_points(self) -> tuple[str, ...]:
-        """There is no implicit attention here."""
-        raise InputError(
-            f"Layer {self.layer} attends explicitly: its attention is blocks.{self.layer}.attn.hook_pattern."
-        )
+    def branches(
+        self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None
+    ) -> tuple[Factors, ...]:
+        """A is the pattern of each channel's head, x the values, and r what the carried window's values bring."""
+        v, pattern, z = (at_least_float32(cached(name)) for name in self.attention_points)
+        heads, length = pattern.shape[1], v.shape[1]
+        groups = heads // v.shape[2]
+
+        def channels(values: Tensor) -> Tensor:
+            return values.repeat_interleave(groups, dim=2).flatten(2)
+
+        before, own = pattern[..., :-length], pattern[..., -length:]
+        if padding.order is not None:
+            rows = padding.order[:, None, :, None]
+            before = before.gather(2, rows.expand(-1, heads, -1, before.shape[-1]))
+            own = own.gather(2, rows.expand_as(own)).gather(3, rows.mT.expand_as(own))
+        head = torch.arange(heads, device=v.device).repeat_interleave(self.d_head)
+        start = None if state is None else channels(state["values", self.layer].to(v))
+        x, o = padding.pack(channels(v)), padding.pack(z.flatten(2))
+        return (Factors(x=x, o=o, scan=PatternScan(own, before, head), start=start),)
 
     def project(
         self, n: Float[Tensor, "batch pos d_model"], projection: nn.Linear

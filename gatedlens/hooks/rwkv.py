@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatedlens.block import MlpBlock, Norm, Run, mlp_residual_rows, norm_rows
+from gatedlens.block import MlpBlock, Norm, Run, TokenMixing, mlp_residual_rows, norm_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError
 from gatedlens.factors import Factors
@@ -151,12 +151,11 @@ class RwkvNorm(Norm):
         return self.rescale.eps(self.own_eps)
 
 
-class RwkvMix(Part):
-    """What both mixes share: the token shift, and weights that may be scaled."""
+class RwkvMix(TokenMixing):
+    """What both mixes share: the token shift (a mixing of neighbours), and weights that may be scaled."""
 
     def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, rescale: Rescale):
-        super().__init__(weights, rows)
-        self.layer = layer
+        super().__init__(weights, rows, layer)
         self.rescale = rescale
 
     def shifted(self, n: Float[Tensor, "batch pos d_model"], run: Run, tail: str) -> Float[Tensor, "batch pos d_model"]:

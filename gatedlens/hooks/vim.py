@@ -18,7 +18,7 @@ Wraps `VisionMamba` (visionmamba.py), which holds a checkpoint of hustvl/Vim by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -27,17 +27,19 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatedlens.block import Block, Norm, Run, norm_rows, residual_rows
+from gatedlens.block import Block, Norm, Run, TokenMixing, norm_rows, residual_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError, InputError, did_you_mean
 from gatedlens.factors import Factors
 from gatedlens.grid import Grid
-from gatedlens.hookpoint import Part, rows_of
+from gatedlens.hookpoint import rows_of
 from gatedlens.hooks.mamba import ALIASES, MIXER_ROWS, RMSNORM, SelectiveScan
 from gatedlens.images import IMAGENET_MEAN, IMAGENET_STD, preprocess
 from gatedlens.model import Batch, HookedModel
+from gatedlens.padding import Padding
 from gatedlens.points import Point, View, block_rows
 from gatedlens.recurrence import at_least_float32
+from gatedlens.state import RecurrentState
 from gatedlens.visionmamba import (
     BACKWARD,
     SHORT,
@@ -152,17 +154,37 @@ class SharedBackward(Backward):
         )
 
 
-class ViMMixer(Part):
+class ViMMixer(TokenMixing):
     """out = out_proj(scale * (fwd(x, z) + bwd(x, z))), x and z = in_proj(n). Vim, alg. 1; scale as the config says."""
 
     def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, bimamba_type: str, scale: float):
-        super().__init__(weights, rows)
+        super().__init__(weights, rows, layer)
         self.scale = scale
         self.fwd = Forward(weights, rows_of("fwd", rows), layer)
         backward = {"v1": SharedBackward, "v2": Backward}.get(bimamba_type)
         self.bwd = None
         if backward is not None:
             self.bwd = backward(Renamed(weights, BACKWARD[bimamba_type]), rows_of("bwd", rows), layer)
+
+    @property
+    def directions(self) -> dict[str, SelectiveScan]:
+        """The scans by name: fwd, and bwd where there is one."""
+        return {"fwd": self.fwd} if self.bwd is None else {"fwd": self.fwd, "bwd": self.bwd}
+
+    @property
+    def attention_points(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(f"{name}.{point}" for name, scan in self.directions.items() for point in scan.attention_points)
+
+    def branches(
+        self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None
+    ) -> tuple[Factors, ...]:
+        """A = scale * (A_fwd + P A_bwd P), P the reversal: HA (arXiv 2403.01590), sec. 3.3."""
+
+        def branch(name: str, scan: SelectiveScan) -> Factors:
+            factors = scan.factors(lambda point: cached(f"{name}.{point}"), padding, state)
+            return replace(factors, reverse=name == "bwd", scale=self.scale)
+
+        return tuple(branch(name, scan) for name, scan in self.directions.items())
 
     def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
         w = self.weights

@@ -469,7 +469,7 @@ def test_implicit_attention_of_a_direction(way):
     _, cache = model.run_with_cache(images(model))
     direction, name = model.blocks[1].mixer.get_submodule(way), f"blocks.1.mixer.{way}."
     factors = direction.factors(lambda leaf: cache[name + leaf], Padding(), None)
-    operator = gl.ImplicitAttention(factors, Padding(), model, 1)
+    operator = gl.ImplicitAttention((factors,), Padding(), model, 1)
     assert operator.check().relative < 1e-12
     assert relative(direction.along(operator.output()), cache[name + "hook_gated"]) < 1e-12
     with pytest.raises(InputError, match="bimamba_type 'v1'"):

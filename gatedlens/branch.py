@@ -1,0 +1,118 @@
+"""One branch of an implicit attention: the operator A = diag(gate) (S + diag(skip)) diag(act) M of one `Factors`.
+
+Most layers have one branch; Vision Mamba has one a direction. Positions are packed and in the order of the scan, so S and M
+look back; `ImplicitAttention` does the rest. A part that is left out becomes the identity (scan and skip: zero).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from gatedlens.factors import NAMES, Factors
+
+
+@dataclass(frozen=True)
+class Branch:
+    """`Branch(factors).forward(x)` is A x; `parts` are the factors that are in A."""
+
+    factors: Factors
+    parts: tuple[str, ...] = NAMES
+
+    def _factor(self, part: str, value: Tensor | None, absent: Any) -> Tensor:
+        return absent if value is None or part not in self.parts else value  # type: ignore[no-any-return]
+
+    @property
+    def gate(self) -> Float[Tensor, "batch pos channel"]:
+        return self._factor("gate", self.factors.gate, torch.ones_like(self.factors.x))
+
+    @property
+    def act(self) -> Float[Tensor, "batch pos channel"]:
+        return self._factor("act", self.factors.act, torch.ones_like(self.factors.x))
+
+    @property
+    def taps(self) -> Float[Tensor, "channel tap"]:
+        return self._factor("conv", self.factors.taps, self.factors.x.new_ones(self.factors.x.shape[2], 1))
+
+    @property
+    def skip(self) -> Float[Tensor, " channel"]:
+        return self._factor("skip", self.factors.skip, self.factors.x.new_zeros(self.factors.x.shape[2]))
+
+    # -- as an operator ------------------------------------------------------------------------------------------
+
+    def forward(self, x: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
+        """A x"""
+        return self._after_conv(_conv(x, self.taps))
+
+    def _after_conv(self, c: Tensor, start: Tensor | None = None) -> Tensor:
+        """gate (S + skip) act c, and what the start state adds."""
+        u = self.act * c
+        y = self.skip * u
+        if "scan" in self.parts:
+            y = y + self.factors.scan.apply(u, start)
+        return self.gate * y
+
+    def backward(self, g: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
+        """A^T g"""
+        y = self.gate * g
+        u = self.skip * y
+        if "scan" in self.parts:
+            u = u + self.factors.scan.apply_transposed(y)
+        return _conv_transposed(self.act * u, self.taps)
+
+    def bias(self) -> Float[Tensor, "batch pos channel"]:
+        """r"""
+        drift = self.factors.drift
+        drift = torch.zeros_like(self.factors.x) if drift is None else drift
+        return self._after_conv(drift, self.factors.start if "scan" in self.parts else None)
+
+    # -- the matrix ----------------------------------------------------------------------------------------------
+
+    def dense(self, chosen: list[int]) -> Float[Tensor, "batch some dst src"]:
+        """The matrices of the chosen channels."""
+        batch, length, _ = self.factors.x.shape
+        whole = torch.diag_embed(self.skip[chosen, None].expand(-1, length)).expand(batch, -1, -1, -1)
+        if "scan" in self.parts:
+            whole = whole + self.factors.scan.select(chosen).dense()
+        whole = _conv_columns(whole * rearrange(self.act[:, :, chosen], "b j c -> b c 1 j"), self.taps[chosen])
+        return whole * rearrange(self.gate[:, :, chosen], "b i c -> b c i 1")
+
+    def weighted(self, weights: Float[Tensor, " channel"]) -> Float[Tensor, "batch dst src"]:
+        """sum_c weights[c] A[c], no channel apart."""
+        taps, length = self.taps, self.factors.x.shape[1]
+        left = self.gate * weights
+        if "scan" in self.parts:
+            total = self.factors.scan.summed(left, self.act, taps)
+        else:
+            total = left.new_zeros(left.shape[0], length, length)
+        direct = (left * self.skip * self.act) @ taps  # b pos tap
+        for k in range(min(taps.shape[1], length)):
+            total = total + torch.diag_embed(direct[:, k:, taps.shape[1] - 1 - k], offset=-k)
+        return total
+
+
+def _conv(x: Tensor, taps: Tensor) -> Tensor:
+    """M x: the causal depthwise convolution without bias."""
+    width = taps.shape[1]
+    return F.conv1d(F.pad(x.mT, (width - 1, 0)), taps.unsqueeze(1), groups=taps.shape[0]).mT
+
+
+def _conv_transposed(g: Tensor, taps: Tensor) -> Tensor:
+    """M^T g."""
+    width = taps.shape[1]
+    return F.conv1d(F.pad(g.mT, (0, width - 1)), taps.flip(1).unsqueeze(1), groups=taps.shape[0]).mT
+
+
+def _conv_columns(matrix: Tensor, taps: Tensor) -> Tensor:
+    """matrix @ M for each channel: [b, c, i, j]."""
+    length, width = matrix.shape[-1], taps.shape[1]
+    out = torch.zeros_like(matrix)
+    for k in range(min(width, length)):
+        out[..., : length - k] += matrix[..., k:] * taps[:, width - 1 - k, None, None]
+    return out

@@ -1,0 +1,66 @@
+"""A softmax pattern as a scan matrix: S is the attention pattern of a channel's head.
+
+b batch, l pos (i row, j source), h head, c channel = head * d_head; `carried` are the sources that a state brought along.
+It offers what `scanmatrix.DecayScan` does; here the matrix exists already, a head at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PatternScan:
+    """`PatternScan(pattern, head)`: `pattern` over this call's positions, `before` over the carried ones."""
+
+    pattern: Float[Tensor, "batch head pos key_pos"]
+    before: Float[Tensor, "batch head pos carried"]
+    head: Int[Tensor, " channel"]
+
+    @property
+    def length(self) -> int:
+        return self.pattern.shape[2]
+
+    def select(self, channels: Tensor | slice | list[int]) -> PatternScan:
+        """The scan of some channels."""
+        return PatternScan(self.pattern, self.before, self.head[channels])
+
+    def _apply(self, pattern: Tensor, u: Tensor) -> Tensor:
+        """Each channel's head times its values, a head at a time."""
+        out = u.new_zeros(u.shape[0], pattern.shape[2], u.shape[2])
+        for head in self.head.unique().tolist():
+            mine = self.head == head
+            out[:, :, mine] = pattern[:, head] @ u[:, :, mine]
+        return out
+
+    def apply(
+        self, u: Float[Tensor, "batch pos channel"], start: Float[Tensor, "batch carried channel"] | None = None
+    ) -> Float[Tensor, "batch pos channel"]:
+        """S u (+ what the carried values contribute)."""
+        own = self._apply(self.pattern, u)
+        return own if start is None else own + self._apply(self.before, start)
+
+    def apply_transposed(self, g: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
+        """S^T g"""
+        return self._apply(self.pattern.mT, g)
+
+    def summed(
+        self,
+        left: Float[Tensor, "batch pos channel"],
+        right: Float[Tensor, "batch pos channel"],
+        taps: Float[Tensor, "channel one"],
+    ) -> Float[Tensor, "batch dst src"]:
+        """sum_c left_i[c] * S[i, j][c] * right_j[c] * taps[c]: attention has no conv, so there is one tap."""
+        total = torch.zeros_like(self.pattern[:, 0])
+        for head in self.head.unique().tolist():
+            mine = self.head == head
+            total = total + self.pattern[:, head] * ((left * taps[:, 0])[:, :, mine] @ right[:, :, mine].mT)
+        return total
+
+    def dense(self) -> Float[Tensor, "batch channel dst src"]:
+        """S channel by channel."""
+        return self.pattern[:, self.head]
