@@ -35,7 +35,13 @@ class Padding:
 
     def zero(self, x: Tensor) -> Tensor:
         """`x` with zeros at masked positions."""
-        return x if self.mask is None else x * self.mask.reshape(*self.mask.shape, *[1] * (x.ndim - 2)).to(x.dtype)
+        return self.fill(x, 0.0)
+
+    def fill(self, x: Tensor, value: float) -> Tensor:
+        """`x` with `value` at masked positions, whatever stood there (NaN too)."""
+        return (
+            x if self.mask is None else x.masked_fill(~self.mask.reshape(*self.mask.shape, *[1] * (x.ndim - 2)), value)
+        )
 
     def counts(self, x: Tensor) -> Int[Tensor, " batch"]:
         """How many real positions each row of `x` [batch, pos, ...] has."""

@@ -254,13 +254,15 @@ class GriffinMixer(Mixer):
             torch.sigmoid(block_diagonal(u, lru.recurrent_gate_weight, lru.recurrent_gate_bias))
         )
         log_a = -8.0 * r * F.softplus(at_least_float32(lru.recurrent_param))
-        log_a = self.hook_log_decay(pad.zero(log_a))  # a = 1, m = 0 at a masked position: the state passes unchanged
+        log_a = pad.zero(
+            self.hook_log_decay(pad.zero(log_a))
+        )  # a = 1, m = 0 at a masked position: the state passes unchanged
         reset = self.hook_reset(run.begins.unsqueeze(-1).to(log_a.dtype))
         m = self.hook_multiplier(reset + (1 - reset) * bounded_sqrt(-torch.expm1(2 * log_a)))
 
         wide = at_least_float32(u)
         start = run.start("scan", self.layer, (u.shape[0], u.shape[2]), wide)
-        scan, last = self.recur(griffin_terms, (log_a, reset, m, i, wide), (), start)
+        scan, last = self.recur(griffin_terms, (log_a, reset, m, i, wide), (), start, pad)
         run.leave("scan", self.layer, last)
 
         scan = self.hook_scan(scan.to(u.dtype))

@@ -82,6 +82,7 @@ MIXER_ROWS = (
     Point("hook_gated", "batch pos channel", "y * gate", f"{PAPER}, eq. 17"),
 )  # fmt: skip
 INSIDE = ("state_start", "decay", "write", "state", "num", "den", "max")  # the points inside the scan, in firing order
+PASSED = {"decay": 1.0, "write": 0.0}
 
 MLP_ROWS = (
     Point("hook_shift", "batch pos d_model", "ln2.out[pos - 1]", f"{PAPER}, sec. 3.1.1 (token shift)"),
@@ -224,7 +225,10 @@ class RwkvMixer(RwkvMix):
             point = getattr(self, f"hook_{name}")
             if point.heard():
                 inside = inside or OpenWkv(k, v, w, u, mask, carry)
-                setattr(inside, name, point(getattr(inside, name)))
+                value = point(getattr(inside, name))
+                if name in PASSED:  # a masked position passes the state on, whatever a hook does there
+                    value = run.padding.fill(value, PASSED[name])
+                setattr(inside, name, value)
         if inside is None:
             scan, last = wkv(k, v, w, u, mask, carry)
         else:
