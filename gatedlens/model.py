@@ -277,8 +277,8 @@ class HookedModel(transformer_lens.HookedRootModule):
     @contextmanager
     def hooks(
         self,
-        fwd_hooks: Sequence[Hook] = (),
-        bwd_hooks: Sequence[Hook] = (),
+        fwd_hooks: Any = (),
+        bwd_hooks: Any = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Iterator[Any]:
@@ -293,8 +293,8 @@ class HookedModel(transformer_lens.HookedRootModule):
     def run_with_hooks(
         self,
         *model_args: Any,
-        fwd_hooks: Sequence[Hook] = (),
-        bwd_hooks: Sequence[Hook] = (),
+        fwd_hooks: Any = (),
+        bwd_hooks: Any = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
         **model_kwargs: Any,
@@ -421,7 +421,7 @@ class HookedModel(transformer_lens.HookedRootModule):
         return int(batch.value.shape[1])
 
 
-def _pairs(*lists: Any) -> list[Hook]:
+def _pairs(*lists: Any) -> list[Any]:
     """The hooks of some lists, each checked to be a (name, hook) pair."""
     pairs = [pair for hooks in lists for pair in hooks]
     for pair in pairs:

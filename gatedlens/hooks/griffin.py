@@ -364,7 +364,7 @@ class LocalAttention(TokenMixing):
         w = self.weights
         q = self.hook_q(self.project(n, w.q_proj))
         k = self.hook_k(self.project(n, w.k_proj))
-        v = self.hook_v(self.project(n, w.v_proj))
+        v = run.padding.zero(self.hook_v(self.project(n, w.v_proj)))  # 0 * NaN at a masked key would be NaN
         cos, sin = self.angles(run.positions, q)
         rot_q = self.hook_rot_q(rotate(q, cos, sin))
         rot_k = self.hook_rot_k(rotate(k, cos, sin))
@@ -607,7 +607,8 @@ class HookedGriffin(HookedLanguageModel):
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
         total = torch.zeros(self.cfg.d_model, device=self.W_U.device)
-        for number, block in enumerate(self.blocks[: layer + int(mlp_input)]):
+        blocks: Any = self.blocks[: layer + int(mlp_input)]
+        for number, block in enumerate(blocks):
             kind, w = self.cfg.layer_types[number], block.mixer.weights
             total = total + (w.linear_out.bias if kind == "recurrent" else w.o_proj.bias)
             if include_mlp_biases and number < layer:

@@ -278,7 +278,7 @@ def _edit_B_bar(model: Any, layer: int, values: list[Tensor], calls: list[tuple[
 
 
 def _read_A(model: Any, layer: int) -> Tensor:
-    return model.blocks[layer].mixer.A  # type: ignore[no-any-return]
+    return model.blocks[layer].mixer.A
 
 
 def _read_B_bar(model: Any, layer: int, dt: Tensor, B: Tensor) -> Tensor:
