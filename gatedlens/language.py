@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from gatedlens import tokens as tokens_
 from gatedlens.errors import InputError
 from gatedlens.generation import generate
-from gatedlens.model import Batch, HookedModel
+from gatedlens.hooking import Batch
+from gatedlens.model import HookedModel
 from gatedlens.padding import Padding
 from gatedlens.points import Point
 from gatedlens.state import RecurrentState
