@@ -14,7 +14,8 @@ o = A x + r with A = diag(gate) (S + diag(skip)) diag(act) M: see `factors.py`. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -41,11 +42,13 @@ class Check(NamedTuple):
     relative: float
 
 
-def implicit_attention(source: Any, input: Any = None, *, layer: int, **options: Any) -> ImplicitAttention:
+def implicit_attention(source: Any, input: Any = None, *, layer: Any, **options: Any) -> ImplicitAttention:
     """`gl.implicit_attention(model, "The cat sat on the mat", layer=3)`, or `gl.implicit_attention(cache, layer=3)`.
 
     source: a HookedModel with its `input` (and any options of its forward), or an ActivationCache that holds the points
-    `model.blocks[layer].mixer.attention_points` (the default cache does). Gradients flow to the cached activations.
+    `model.blocks[layer].mixer.attention_points` (the default cache does). Gradients flow to the cached activations. The
+    operator is that of the model's equations at these activations: hooks that edit *inside* the recurrence (decay, write,
+    state, scan, y) make the layer's output differ from it, and `check()` says by how much.
     """
     if isinstance(source, ActivationCache):
         if input is not None or options:
@@ -63,18 +66,24 @@ def implicit_attention(source: Any, input: Any = None, *, layer: int, **options:
     return _from_cache(cache, index)
 
 
-def _index(model: HookedModel, layer: int) -> int:
+def _index(model: HookedModel, layer: Any) -> int:
     n = model.cfg.n_layers
-    if not isinstance(layer, int) or not -n <= layer < n:
+    try:
+        index = operator.index(layer)
+    except TypeError:
+        raise InputError(f"layer={layer!r} is no layer number.") from None
+    if not -n <= index < n:
         raise InputError(f"layer={layer!r}: {model.cfg.model_name} has layers 0 to {n - 1}.")
-    return layer % n
+    return index % n
 
 
-def _from_cache(cache: ActivationCache, layer: int) -> ImplicitAttention:
+def _from_cache(cache: ActivationCache, layer: Any) -> ImplicitAttention:
     model: Any = cache.model
     index = _index(model, layer)
     if not cache.has_batch_dim:
         raise InputError("This cache was made with remove_batch_dim=True; implicit attention needs the batch axis.")
+    if cache.sliced:
+        raise InputError("This cache keeps only some positions (pos_slice); implicit attention needs all of them.")
     mixer = model.blocks[index].mixer
     missing = [name for name in _needed(mixer, index) if name not in cache.cache_dict]
     if missing:
@@ -205,7 +214,7 @@ class ImplicitAttention:
         return self.T.row(j)
 
     def dense(
-        self, channels: int | slice | Sequence[int] | Tensor | None = None, max_bytes: int | None = DENSE_LIMIT
+        self, channels: Any = None, max_bytes: int | None = DENSE_LIMIT
     ) -> Float[Tensor, "batch channel dst src"]:
         """The matrix of each channel (of `channels`, all if None). Refuses more than `max_bytes`."""
         chosen = _channels(channels, self.shape[2])
@@ -219,8 +228,10 @@ class ImplicitAttention:
         whole = self._unpack_both(self._sum(lambda branch, turn: _turn_both(branch.dense(chosen), turn)))
         return whole.mT if self.transposed else whole
 
-    def weighted(self, weights: Float[Tensor, " channel"]) -> Float[Tensor, "batch dst src"]:
+    def weighted(self, weights: Tensor) -> Float[Tensor, "batch dst src"]:
         """sum over channels of weights[c] * A[c]: one matrix product per block, no channel apart."""
+        if tuple(weights.shape) != (self.shape[2],):
+            raise InputError(f"weights have shape {list(weights.shape)}; there are {self.shape[2]} channels.")
         weights = weights.to(self.branches[0].x)
         total = self._sum(lambda branch, turn: _turn_both(branch.weighted(weights).unsqueeze(1), turn))
         total = self._unpack_both(total).squeeze(1)
@@ -268,7 +279,12 @@ def _channels(channels: Any, total: int) -> list[int]:
         return list(range(total))
     if isinstance(channels, slice):
         return list(range(total))[channels]
-    chosen = [int(c) for c in ([channels] if isinstance(channels, int) else channels)]
+    picked = torch.as_tensor(channels)
+    if picked.dtype == torch.bool:
+        if tuple(picked.shape) != (total,):
+            raise InputError(f"A mask of channels has shape {list(picked.shape)}; there are {total} channels.")
+        picked = picked.nonzero()
+    chosen = picked.reshape(-1).tolist()
     for c in chosen:
         if not -total <= c < total:
             raise InputError(f"Channel {c} is out of range: there are {total} channels.")
