@@ -50,13 +50,14 @@
 #         x = self.hook_x(pad.zero(w.i_proj(n)))
 #         f = self.hook_forget_pre(w.f_proj(n))
 #         z = self.hook_gate_pre(w.g_proj(n))
-#         u = self.hook_u(F.silu(x))
+#         u = pad.zero(self.hook_u(F.silu(x)))
 #         # log decay 0 at a masked position: decay is 1 and write 0, the state passes unchanged
 #         log_decay = self.hook_log_decay(pad.zero(self.bound.log_decay(at_least_float32(f))))
+#         log_decay = pad.zero(log_decay)  # whatever a hook did there
 #
 #         wide = at_least_float32(u)
 #         start = run.start("scan", self.layer, (u.shape[0], u.shape[2]), wide)
-#         scan, last = self.recur(hgrn_terms, (log_decay, wide), (), start)
+#         scan, last = self.recur(hgrn_terms, (log_decay, wide), (), start, pad)
 #         run.leave("scan", self.layer, last)
 #
 #         y = self.hook_y(self.hook_scan(scan.to(u.dtype)))
