@@ -23,7 +23,15 @@ import gatedlens as gl
 import gatedlens.hooks
 from gatedlens import catalogue
 from gatedlens.hooks import architectures
-from tests import test_attention, test_cache, test_language, test_model, test_points, test_transformer_lens
+from tests import (
+    test_attention,
+    test_cache,
+    test_hookpoint,
+    test_language,
+    test_model,
+    test_points,
+    test_transformer_lens,
+)
 from tests.conftest import EVERY, ROOT
 from tests.helpers import example, relative
 from tests.test_attention import case  # noqa: F401  a fixture
@@ -53,7 +61,15 @@ def _language_model(_model):
 
 # -- every promise --------------------------------------------------------------------------------------------------
 
-GENERAL = [test_model, test_language, test_attention, test_cache, test_points, test_transformer_lens]
+GENERAL = [
+    test_model,
+    test_hookpoint,
+    test_language,
+    test_attention,
+    test_cache,
+    test_points,
+    test_transformer_lens,
+]
 if importlib.util.find_spec("nnsight") is not None:
     from tests import test_nnsight
     from tests.test_nnsight import wrapped  # noqa: F401  a fixture
