@@ -233,8 +233,8 @@ class HookedHGRN(HookedLanguageModel):
 
     @classmethod
     def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> HookedHGRN:
-        """A small random model for tests and tours: 3 layers, 16 wide, 24 channels... whatever `sizes` say."""
-        small = {"hidden_size": 16, "expand_ratio": 1.5, "intermediate_size": 48, "num_hidden_layers": 3}
+        """A small random model for tests and tours: 2 layers, 16 wide, 24 channels... whatever `sizes` say."""
+        small = {"hidden_size": 16, "expand_ratio": 1.5, "intermediate_size": 48, "num_hidden_layers": 2}
         wrapped = HGRN({"vocab_size": 40, **small, **sizes})
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
