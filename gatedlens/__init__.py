@@ -37,34 +37,12 @@ from gatedlens.table import HookTable
 
 __version__ = "0.1.0"
 
+# fmt: off
 __all__ = [
-    "ActivationCache",
-    "Alias",
-    "CheckpointError",
-    "GatedlensError",
-    "HookError",
-    "HookPoint",
-    "HookTable",
-    "HookedConfig",
-    "HookedGriffin",
-    "HookedLanguageModel",
-    "HookedMamba",
-    "HookedModel",
-    "HookedRWKV",
-    "HookedViM",
-    "ImplicitAttention",
-    "InputError",
-    "Point",
-    "PointError",
-    "RecurrentState",
-    "TooLargeError",
-    "View",
-    "__version__",
-    "bundled_models",
-    "data",
-    "from_pretrained",
-    "implicit_attention",
-    "plot",
-    "tasks",
+    "ActivationCache", "Alias", "CheckpointError", "GatedlensError", "HookError", "HookPoint", "HookTable",
+    "HookedConfig", "HookedGriffin", "HookedLanguageModel", "HookedMamba", "HookedModel", "HookedRWKV",
+    "HookedViM", "ImplicitAttention", "InputError", "Point", "PointError", "RecurrentState", "TooLargeError",
+    "View", "__version__", "bundled_models", "data", "from_pretrained", "implicit_attention", "plot", "tasks",
     "wrap",
 ]
+# fmt: on
