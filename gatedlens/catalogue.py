@@ -73,6 +73,11 @@ def _table(rows: tuple[Point, ...], sizes: dict[str, int], prefix: str) -> str:
     return "\n".join(lines)
 
 
+def imported(name: str, hooked: Any) -> str:
+    """The line that imports an architecture's class from its file: it holds for one that `gl` does not list, too."""
+    return f"from gatedlens.hooks.{name} import {hooked.__name__}"
+
+
 def page(name: str, hooked: Any) -> str:
     """The page of one architecture."""
     model, sizes = hooked.reference
@@ -85,7 +90,7 @@ def page(name: str, hooked: Any) -> str:
         "    state_t = decay_t * state_{t-1} + write_t      scan_t = read_t . state_t      y_t = scan_t + skip * u_t",
         "| term | here |\n|---|---|\n" + "\n".join(f"| {term} | {here} |" for term, here in hooked.recurrence.items()),
         "## Read one point",
-        f"```python\nimport gatedlens as gl\n\nmodel = gl.{hooked.__name__}.tiny()\n{hooked.snippet()}\n```",
+        f"```python\n{imported(name, hooked)}\n\nmodel = {hooked.__name__}.tiny()\n{hooked.snippet()}\n```",
     ]
     for kind, rows in hooked.kinds().items():
         many = len(hooked.kinds()) > 1
@@ -103,7 +108,7 @@ def page(name: str, hooked: Any) -> str:
 def index(found: dict[str, Any]) -> str:
     """hooks/README.md."""
     lines = [
-        f"| [{hooked.title}]({name}.md) | `gl.{hooked.__name__}` | {hooked.paper} |" for name, hooked in found.items()
+        f"| [{hooked.title}]({name}.md) | `{hooked.__name__}` | {hooked.paper} |" for name, hooked in found.items()
     ]
     shared = [{row.leaf for rows in hooked.kinds().values() for row in rows} for hooked in found.values()]
     common = ", ".join(f"`{leaf}`" for leaf in sorted(set.intersection(*shared)))

@@ -259,7 +259,10 @@ class HookedLanguageModel(HookedModel):
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
-        """The constant that the output biases of all mixers before `layer` add to the residual stream."""
+        """The constant that the output biases of all mixers before `layer` add to the residual stream.
+
+        Of mixers whose output projection is named `out_proj`, and MLPs without biases; an architecture with others says so.
+        """
         total = torch.zeros(self.cfg.d_model, device=self.W_U.device)
         blocks: Any = self.blocks[: layer + int(mlp_input)]
         for block in blocks:
