@@ -24,6 +24,7 @@ import gatedlens.hooks
 from gatedlens import catalogue
 from gatedlens.hooks import architectures
 from tests import (
+    test_ablation,
     test_attention,
     test_cache,
     test_hookpoint,
@@ -34,6 +35,7 @@ from tests import (
 )
 from tests.conftest import EVERY, ROOT
 from tests.helpers import example, relative
+from tests.test_ablation import clean  # noqa: F401  a fixture
 from tests.test_attention import case  # noqa: F401  a fixture
 
 FOLDER = ROOT / "tutorials" / "fifth"
@@ -63,6 +65,7 @@ def _language_model(_model):
 
 GENERAL = [
     test_model,
+    test_ablation,
     test_hookpoint,
     test_language,
     test_attention,
