@@ -8,6 +8,7 @@
     A.grouped([slow, fast])     # batch group dst src: the mean of each group of channels
     A.dense(channels=[0, 5])    # batch channel dst src
     A.without("skip"), A.only("scan"), A.paper("unified"), A.paper("hidden")
+    A.contributions()           # token to token, in d_model: norms, projections on a direction, vectors
     A.check()                   # how exactly A x + r is the layer's output
 
 o = A x + r with A = diag(gate) (S + diag(skip)) diag(act) M: see `factors.py`. Nothing of size [state, pos, pos] is built.
@@ -32,6 +33,7 @@ from gatedlens.model import HookedModel
 from gatedlens.padding import Padding
 
 if TYPE_CHECKING:
+    from gatedlens.contributions import Contributions
     from gatedlens.stack import AttentionStack
 
 Layers = slice | Sequence[int] | None
@@ -225,6 +227,12 @@ class ImplicitAttention:
         o = self.padding.spread(self._sum(lambda branch, turn: turn(branch.factors.o)))
         error = (replace(self, parts=NAMES).output() - o).abs().max().item()
         return Check(error, error / max(o.abs().max().item(), torch.finfo(o.dtype).tiny))
+
+    def contributions(self) -> Contributions:
+        """What each token writes into the residual stream through each other, in d_model: see `contributions.py`."""
+        from gatedlens.contributions import Contributions  # they are made of what is in this file
+
+        return Contributions(self)
 
     # -- parts of the matrix -------------------------------------------------------------------------------------
 

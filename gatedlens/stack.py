@@ -55,10 +55,8 @@ class AttentionStack:
         n = self.cache.model.cfg.n_layers
         if isinstance(layer, int):
             return self._operator(self._known(layer))
-        if isinstance(layer, slice):
-            chosen = [i for i in range(n)[layer] if i in self.layers]
-        else:
-            chosen = [self._known(i) for i in layer]
+        asked = [i for i in range(n)[layer] if i in self.layers] if isinstance(layer, slice) else layer
+        chosen = [self._known(i) for i in asked]
         if not chosen:
             raise InputError(f"stack[{layer!r}] holds no layer; this stack holds {self._held}.")
         return replace(self, layers=tuple(sorted(set(chosen))))

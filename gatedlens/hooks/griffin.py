@@ -242,6 +242,9 @@ class GriffinMixer(Mixer):
         scan = DecayScan((log_a.double() + kept).cumsum(1), x.new_ones(x.shape[2], 1), one, m * i, one)
         return Factors(x=x, o=o, scan=scan, gate=gate, taps=weight.squeeze(1), drift=drift, start=start)
 
+    def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
+        return self.weights.linear_out.weight, self.weights.linear_out.bias
+
     def forward(self, n: Float[Tensor, "batch pos d_model"], run: DocumentRun) -> Float[Tensor, "batch pos d_model"]:
         w, lru, pad = self.weights, self.weights.rg_lru, run.padding
         x = self.hook_x(pad.zero(F.linear(n, w.linear_x.weight, w.linear_x.bias)))
@@ -320,6 +323,9 @@ class LocalAttention(TokenMixing):
         start = None if state is None else channels(state["values", self.layer].to(v))
         x, o = padding.pack(channels(v)), padding.pack(z.flatten(2))
         return (Factors(x=x, o=o, scan=PatternScan(own, before, head), start=start),)
+
+    def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
+        return self.weights.o_proj.weight, self.weights.o_proj.bias
 
     def project(
         self, n: Float[Tensor, "batch pos d_model"], projection: nn.Linear

@@ -185,6 +185,9 @@ class SelectiveScan(Mixer):
 class MambaMixer(SelectiveScan):
     """out = out_proj(gated), x and z = in_proj(n)."""
 
+    def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
+        return self.weights.out_proj.weight, self.weights.out_proj.bias
+
     def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
         w = self.weights
         x, z = F.linear(n, w.in_proj.weight, w.in_proj.bias).chunk(2, dim=-1)

@@ -190,6 +190,9 @@ class RwkvMixer(RwkvMix):
         num, den, top = (state[name, self.layer].to(k) for name in Carry._fields)
         return Factors(x=v, o=o, scan=WkvScan(k, w, u, den, top), gate=gate, start=num.unsqueeze(-1))
 
+    def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
+        return self.rescale.whole(self.weights.output.weight), None
+
     def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
         w = self.weights
         n = n.to(w.key.weight.dtype)

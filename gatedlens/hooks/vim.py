@@ -186,6 +186,13 @@ class ViMMixer(TokenMixing):
 
         return tuple(branch(name, scan) for name, scan in self.directions.items())
 
+    def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
+        w = self.weights
+        weight, bias = w.out_proj.weight, w.out_proj.bias
+        if w.init_layer_scale is None:
+            return weight, bias
+        return weight * w.gamma.unsqueeze(1), None if bias is None else bias * w.gamma
+
     def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
         w = self.weights
         x, z = F.linear(n, w.in_proj.weight, w.in_proj.bias).chunk(2, dim=-1)
