@@ -16,7 +16,8 @@ o = A x + r with A = diag(gate) (S + diag(skip)) diag(act) M: see `factors.py`. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from gatedlens.contributions import Contributions
     from gatedlens.stack import AttentionStack
 
-Layers = slice | Sequence[int] | None
 DENSE_LIMIT = 4 * 2**30  # bytes that dense() takes without being told more
 PAPERS = {"unified": ("gate", "scan", "act", "conv"), "hidden": ("scan",)}
 
@@ -49,24 +49,24 @@ class Check(NamedTuple):
 
 
 @overload
-def implicit_attention(source: Any, input: Any = None, *, layer: int, **options: Any) -> ImplicitAttention: ...
-
-
-@overload
 def implicit_attention(
-    source: Any, input: Any = None, *, layer: None = None, layers: Layers = None, **options: Any
+    source: Any, input: Any = None, *, layer: None = None, layers: Any = None, **options: Any
 ) -> AttentionStack: ...
 
 
-def implicit_attention(
-    source: Any, input: Any = None, *, layer: int | None = None, layers: Layers = None, **options: Any
-) -> Any:
+@overload
+def implicit_attention(source: Any, input: Any = None, *, layer: Any, **options: Any) -> ImplicitAttention: ...
+
+
+def implicit_attention(source: Any, input: Any = None, *, layer: Any = None, layers: Any = None, **options: Any) -> Any:
     """`gl.implicit_attention(model, "The cat sat on the mat", layer=3)`, or `gl.implicit_attention(cache, layer=3)`.
 
     With `layer` the ImplicitAttention of one layer; without it the AttentionStack of `layers`: a slice, a sequence, or
     None for all. source: a HookedModel with its `input` (and any options of its forward, run once), or an
     ActivationCache that holds the points `model.blocks[layer].mixer.attention_points` (the default cache does).
-    Gradients flow to the cached activations.
+    Gradients flow to the cached activations. The operator is that of the model's equations at these activations: hooks
+    that edit *inside* the recurrence (decay, write, state, scan, y) make the layer's output differ from it, and
+    `check()` says by how much.
     """
     given = isinstance(source, ActivationCache)
     if given and (input is not None or options):
@@ -90,11 +90,13 @@ def implicit_attention(
     return AttentionStack(source, chosen)
 
 
-def _indices(model: Any, layers: Layers) -> tuple[int, ...]:
+def _indices(model: Any, layers: Any) -> tuple[int, ...]:
     """The layers that a user named, in ascending order."""
     every = range(model.cfg.n_layers)
     if layers is None or isinstance(layers, slice):
         chosen = set(every[layers or slice(None)])
+    elif not isinstance(layers, Iterable):
+        raise InputError(f"layers={layers!r}: give a slice or a sequence of layers, or layer={layers!r} for one.")
     else:
         chosen = {_index(model, layer) for layer in layers}
     if not chosen:
@@ -102,18 +104,24 @@ def _indices(model: Any, layers: Layers) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-def _index(model: HookedModel, layer: int) -> int:
+def _index(model: HookedModel, layer: Any) -> int:
     n = model.cfg.n_layers
-    if not isinstance(layer, int) or not -n <= layer < n:
+    try:
+        index = operator.index(layer)
+    except TypeError:
+        raise InputError(f"layer={layer!r} is no layer number.") from None
+    if not -n <= index < n:
         raise InputError(f"layer={layer!r}: {model.cfg.model_name} has layers 0 to {n - 1}.")
-    return layer % n
+    return index % n
 
 
-def _from_cache(cache: ActivationCache, layer: int) -> ImplicitAttention:
+def _from_cache(cache: ActivationCache, layer: Any) -> ImplicitAttention:
     model: Any = cache.model
     index = _index(model, layer)
     if not cache.has_batch_dim:
         raise InputError("This cache was made with remove_batch_dim=True; implicit attention needs the batch axis.")
+    if cache.sliced:
+        raise InputError("This cache keeps only some positions (pos_slice); implicit attention needs all of them.")
     mixer = model.blocks[index].mixer
     missing = [name for name in _needed(mixer, index) if name not in cache.cache_dict]
     if missing:
@@ -250,7 +258,7 @@ class ImplicitAttention:
         return self.T.row(j)
 
     def dense(
-        self, channels: int | slice | Sequence[int] | Tensor | None = None, max_bytes: int | None = DENSE_LIMIT
+        self, channels: Any = None, max_bytes: int | None = DENSE_LIMIT
     ) -> Float[Tensor, "batch channel dst src"]:
         """The matrix of each channel (of `channels`, all if None). Refuses more than `max_bytes`."""
         chosen = _channels(channels, self.shape[2])
@@ -264,8 +272,10 @@ class ImplicitAttention:
         whole = self._unpack_both(self._sum(lambda branch, turn: _turn_both(branch.dense(chosen), turn)))
         return whole.mT if self.transposed else whole
 
-    def weighted(self, weights: Float[Tensor, " channel"]) -> Float[Tensor, "batch dst src"]:
+    def weighted(self, weights: Tensor) -> Float[Tensor, "batch dst src"]:
         """sum over channels of weights[c] * A[c]: one matrix product per block, no channel apart."""
+        if tuple(weights.shape) != (self.shape[2],):
+            raise InputError(f"weights have shape {list(weights.shape)}; there are {self.shape[2]} channels.")
         weights = weights.to(self.branches[0].x)
         total = self._sum(lambda branch, turn: _turn_both(branch.weighted(weights).unsqueeze(1), turn))
         total = self._unpack_both(total).squeeze(1)
@@ -285,7 +295,7 @@ class ImplicitAttention:
             total = total + self.dense(range(channels)[start : start + size], max_bytes=None).abs().sum(1)
         return total / channels
 
-    def select(self, channels: int | slice | Sequence[int] | Tensor) -> ImplicitAttention:
+    def select(self, channels: Any) -> ImplicitAttention:
         """The operator of some channels."""
         chosen = _channels(channels, self.shape[2])
         return replace(self, branches=tuple(factors.select(chosen) for factors in self.branches))
@@ -330,7 +340,12 @@ def _channels(channels: Any, total: int) -> list[int]:
         return list(range(total))
     if isinstance(channels, slice):
         return list(range(total))[channels]
-    chosen = [int(c) for c in ([channels] if isinstance(channels, int) else channels)]
+    picked = torch.as_tensor(channels)
+    if picked.dtype == torch.bool:
+        if tuple(picked.shape) != (total,):
+            raise InputError(f"A mask of channels has shape {list(picked.shape)}; there are {total} channels.")
+        picked = picked.nonzero()
+    chosen = picked.reshape(-1).tolist()
     for c in chosen:
         if not -total <= c < total:
             raise InputError(f"Channel {c} is out of range: there are {total} channels.")

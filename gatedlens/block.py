@@ -128,12 +128,14 @@ class Mixer(TokenMixing):
         sequences: tuple[Tensor, ...],
         constants: tuple[Tensor, ...],
         initial: Tensor,
+        padding: Padding,
     ) -> tuple[Tensor, Tensor]:
         """The recurrence with its four lazy points: (scan, last state).
 
         If nobody listens, nothing inside is materialised. Otherwise decay and write become tensors, so an edit of
-        either re-runs the recurrence; an edit of hook_state changes what the readout reads and nothing later.
-        Sequences, points and scan are in token order; in between all is `along` the scan.
+        either re-runs the recurrence; an edit of hook_state changes what the readout reads and nothing later. A masked
+        position keeps decay 1 and write 0 whatever a hook does there. Sequences, points and scan are in token order; in
+        between all is `along` the scan.
         """
         sequences = tuple(self.along(s) for s in sequences)
         # Each point is asked right before it fires: an nnsight trace parks on one location at a time.
@@ -142,10 +144,10 @@ class Mixer(TokenMixing):
         built: tuple[Tensor, Tensor, Tensor | None] | None = None
         if self.hook_decay.heard():
             decay, write, read = terms(*sequences, *constants)
-            built = self.along(self.hook_decay(self.along(decay))), write, read
+            built = self.along(padding.fill(self.hook_decay(self.along(decay)), 1.0)), write, read
         if self.hook_write.heard():
             decay, write, read = built or terms(*sequences, *constants)
-            built = decay, self.along(self.hook_write(self.along(write))), read
+            built = decay, self.along(padding.zero(self.hook_write(self.along(write)))), read
         if not self.hook_state.heard():
             if built is None:
                 out, last = scan(terms, sequences, constants, initial)

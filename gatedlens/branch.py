@@ -26,7 +26,7 @@ class Branch:
     parts: tuple[str, ...] = NAMES
 
     def _factor(self, part: str, value: Tensor | None, absent: Any) -> Tensor:
-        return absent if value is None or part not in self.parts else value  # type: ignore[no-any-return]
+        return absent if value is None or part not in self.parts else value
 
     @property
     def gate(self) -> Float[Tensor, "batch pos channel"]:

@@ -17,13 +17,14 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.utilities import Slice
 
-from gatedlens.errors import PointError, did_you_mean
+from gatedlens.errors import InputError, PointError, did_you_mean
 from gatedlens.hookpoint import HookPoint, Saver
 from gatedlens.points import Found
 
 
 class ActivationCache(transformer_lens.ActivationCache):
-    """What one run fired. `tokens`, `mask` and `state` are what the run was given (None where it was not).
+    """What one run fired. `tokens`, `mask` and `state` are what the run was given (None where it was not); `sliced` says
+    whether only some positions were kept.
 
     Keys: a full name, another tool's name for it, or TransformerLens's shorthand (word, layer[, part]). Gradients of an
     `incl_bwd` run stand under the name with `_grad` behind it.
@@ -37,11 +38,13 @@ class ActivationCache(transformer_lens.ActivationCache):
         tokens: Tensor | None = None,
         mask: Tensor | None = None,
         state: Any = None,
+        sliced: bool = False,
     ):
         super().__init__(cache_dict, model, has_batch_dim=has_batch_dim)
         self.tokens = tokens
         self.mask = mask
         self.state = state
+        self.sliced = sliced
 
     def find(self, key: Any) -> Found:
         """The point or view that `key` stands for in this model."""
@@ -66,7 +69,25 @@ class ActivationCache(transformer_lens.ActivationCache):
             raise PointError(f"{key!r} is computed from {', '.join(found.needs())}: ask for their gradients.")
         values = [self._stored(name, key) for name in found.needs()]
         params = {k: v for k, v in found.params.items() if k != "l"}
+        if "t" in params:
+            self._check_position(key, params["t"], values[0])
         return found.view.read(self.model, found.layer, *values, **params)
+
+    def _check_position(self, key: Any, t: int, states: Tensor) -> None:
+        if self.sliced:
+            raise PointError(
+                f"{key!r}: this cache keeps only some positions (pos_slice); read them from its hook_state."
+            )
+        if t >= states.shape[-3]:
+            raise PointError(f"{key!r}: there are {states.shape[-3]} positions, 0 to {states.shape[-3] - 1}.")
+
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> ActivationCache:
+        """Some rows of the batch, with their tokens, mask and state."""
+        rows = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
+        part = super().apply_slice_to_batch_dim(rows)
+        tokens, mask = (None if t is None else rows.apply(t, dim=0) for t in (self.tokens, self.mask))
+        state = None if self.state is None else self.state.map(lambda t: rows.apply(t, dim=0))
+        return ActivationCache(part.cache_dict, self.model, part.has_batch_dim, tokens, mask, state, self.sliced)
 
     def _stored(self, name: str, asked: Any) -> Tensor:
         if name in self.cache_dict:
@@ -119,7 +140,10 @@ class ActivationCache(transformer_lens.ActivationCache):
         layer = n_layers if layer is None or layer == -1 else layer
         slice_ = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
         wanted = [("embed", "blocks.0.hook_resid_pre")] if incl_embeds else []  # the embedding as the stream holds it
-        kinds = {"all": ("mixer", "mlp"), "attn": ("mixer",), "mlp": ("mlp",)}[mode]
+        modes = {"all": ("mixer", "mlp"), "attn": ("mixer",), "mlp": ("mlp",)}
+        if mode not in modes:
+            raise InputError(f"mode={mode!r}: it is 'all', 'attn' (the mixers) or 'mlp'.")
+        kinds = modes[mode]
         for block in range(layer + 1 if mlp_input else layer):
             for kind in kinds if block < layer else ("mixer",):
                 name = f"blocks.{block}.hook_{kind}_out"

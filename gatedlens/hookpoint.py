@@ -14,6 +14,7 @@ import torch
 import transformer_lens.hook_points
 from torch import Tensor
 from torch.nn.modules import module as torch_module
+from transformer_lens.hook_points import LensHandle
 
 from gatedlens.errors import HookError
 from gatedlens.points import Point
@@ -33,6 +34,16 @@ class Saver:
 
     def __call__(self, tensor: Tensor, hook: Any) -> None:
         raise NotImplementedError
+
+
+class Capture:
+    """A hook that notes an activation as it leaves its point, after every other hook: `values[name]`."""
+
+    def __init__(self, values: dict[str, Tensor]):
+        self.values = values
+
+    def __call__(self, tensor: Tensor, hook: Any) -> None:
+        self.values[hook.name] = tensor
 
 
 def _torch_hooks_everywhere() -> bool:
@@ -57,6 +68,39 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         self.point = point
         self.visits = 0
         self.pos_dim = point.dims.index("pos") if "pos" in point.dims else None
+
+    def add_hook(
+        self,
+        hook: Any,
+        dir: Any = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+        alias_names: list[str] | None = None,
+    ) -> LensHandle:
+        """As TransformerLens's. A backward hook gets its own copy of the gradient of the point's (edited) output; what it
+        returns, or does to the copy, goes on from there through the forward hooks."""
+        if dir != "bwd":
+            return super().add_hook(hook, dir, is_permanent, level, prepend, alias_names)
+
+        def on_gradient(module: Any, grads: Any) -> Any:
+            if grads[0] is None:
+                return None
+            grad = grads[0].clone()
+            out = hook(grad, hook=self)
+            if out is None:
+                return (grad,) if grad._version else None
+            return out if isinstance(out, tuple) else (out,)
+
+        handle = LensHandle(
+            self.register_full_backward_pre_hook(on_gradient, prepend=prepend), is_permanent, level, user_hook=hook
+        )
+        self.bwd_hooks.insert(0 if prepend else len(self.bwd_hooks), handle)
+        return handle
+
+    def forward(self, x: Any) -> Any:
+        """The identity; behind a backward hook a copy, since torch hands in a view that must not be edited in place."""
+        return x.clone() if x is not None and (self._backward_hooks or self._backward_pre_hooks) else x
 
     def hooked(self) -> bool:
         """Whether any torch hook (TransformerLens's are torch hooks) would run here."""
@@ -105,10 +149,14 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         out = super().__call__(given)
         if out is not given:
             self._check(out, x)
+        for handle in self.fwd_hooks:
+            if isinstance(handle.user_hook, Capture):
+                handle.user_hook(out, hook=self)  # once more, with what the hooks behind it made of it
         return out
 
     def _only_saved(self) -> bool:
-        """Whether every listener is a Saver, which copies for itself."""
+        """Whether every listener is a Saver, which copies for itself. More torch hooks than TransformerLens has handles
+        means that somebody registered one with torch directly."""
         return (
             len(self._forward_hooks) == len(self.fwd_hooks)
             and all(isinstance(handle.user_hook, Saver) for handle in self.fwd_hooks)

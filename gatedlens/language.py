@@ -8,18 +8,20 @@ model.generate("Call me", max_new_tokens=20, temperature=0.8, seed=0)
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gatedlens import tokens as tokens_
 from gatedlens.errors import InputError
 from gatedlens.generation import generate
 from gatedlens.model import Batch, HookedModel
+from gatedlens.padding import Padding
 from gatedlens.points import Point
 from gatedlens.state import RecurrentState
 
@@ -39,13 +41,21 @@ def next_token_loss(
     mask: Tensor | None = None,
     per_token: bool = False,
 ) -> Float[Tensor, ...]:
-    """-log p(token[t + 1] | tokens[..t]), mean over real targets; [batch, pos - 1] with zeros at padding if per_token."""
-    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-    losses = losses.reshape(tokens.shape[0], tokens.shape[1] - 1)
-    if mask is None:
-        return losses if per_token else losses.mean()
-    real = (mask[:, 1:] & mask[:, :-1]).to(losses.dtype)
-    return losses * real if per_token else (losses * real).sum() / real.sum()
+    """-log p(token[t + 1] | tokens[..t]), mean over the targets: each real token but the first of its row.
+
+    per_token: [batch, pos - 1], the loss of the token behind each position, padding skipped; 0 where there is none.
+    """
+    padding = Padding.of(mask)
+    packed = padding.pack(tokens.unsqueeze(-1)).squeeze(-1)
+    losses = F.cross_entropy(padding.pack(logits)[:, :-1].flatten(0, 1), packed[:, 1:].flatten(), reduction="none")
+    losses = losses.reshape(len(tokens), -1)
+    real = torch.arange(1, tokens.shape[1], device=tokens.device) < padding.counts(tokens).unsqueeze(1)
+    if not bool(real.any()):
+        raise InputError("A loss needs at least two tokens in some row: one to read and one to predict.")
+    losses = losses.masked_fill(~real, 0)
+    if not per_token:
+        return losses.sum() / real.sum()
+    return padding.spread(F.pad(losses, (0, 1)).unsqueeze(-1)).squeeze(-1)[:, :-1]
 
 
 class HookedLanguageModel(HookedModel):
@@ -101,6 +111,7 @@ class HookedLanguageModel(HookedModel):
         **options: Any,
     ) -> tuple[Batch, dict[str, Any]]:
         """Tokens (or, with start_at_layer, a residual stream), mask, and the options of `forward` still to be used."""
+        self._check_options(return_type, loss_per_token, prepend_bos, padding_side, start_at_layer, options)
         rest = {
             "return_type": return_type,
             "loss_per_token": loss_per_token,
@@ -119,8 +130,32 @@ class HookedLanguageModel(HookedModel):
             value, mask = self._tokenize(input, prepend_bos, padding_side)
             is_resid = False
         if attention_mask is not None:
-            mask = tokens_.check_mask(attention_mask, (value.shape[0], value.shape[1])).to(value.device)
+            given = tokens_.check_mask(attention_mask, (value.shape[0], value.shape[1])).to(value.device)
+            mask = given if mask is None else given & mask
         return Batch(value, mask, is_resid), rest
+
+    def _check_options(
+        self,
+        return_type: str | None,
+        per_token: bool,
+        prepend_bos: bool | None,
+        side: str | None,
+        start: int | None,
+        options: dict[str, Any],
+    ) -> None:
+        """Refuse options that the others would make vain: nothing is silently ignored."""
+        if return_type not in RETURN_TYPES:
+            raise InputError(f"return_type={return_type!r}: it is 'logits', 'loss', 'both' or None.")
+        if side is not None and side not in tokens_.SIDES:
+            raise InputError(f"padding_side={side!r}: it is 'left' or 'right'.")
+        if options.get("stop_at_layer") is not None and return_type in ("loss", "both"):
+            raise InputError(f"return_type={return_type!r} with stop_at_layer: a run that stops has no logits.")
+        if per_token and return_type not in ("loss", "both"):
+            raise InputError(f"loss_per_token=True with return_type={return_type!r}: ask for 'loss' or 'both'.")
+        if start is None and options.get("tokens") is not None:
+            raise InputError("tokens=... goes with start_at_layer; otherwise the input holds the tokens.")
+        if start is not None and prepend_bos:
+            raise InputError("prepend_bos=True with start_at_layer: a residual stream takes no BOS.")
 
     def _check_resid(self, resid: Any) -> Tensor:
         d = self.cfg.d_model
@@ -154,14 +189,17 @@ class HookedLanguageModel(HookedModel):
         continue from a RecurrentState. return_state: return (output, state). position_ids [batch, pos]: each token's
         place in its document, for architectures that have positions (a 0 starts a new one).
         """
-        if return_type not in RETURN_TYPES:
-            raise InputError(f"return_type={return_type!r}: it is 'logits', 'loss', 'both' or None.")
         batch, _ = self.prepare(
-            input, return_type, loss_per_token, prepend_bos, padding_side,
-            attention_mask=attention_mask, start_at_layer=start_at_layer, state=state,
+            input, return_type, loss_per_token, prepend_bos, padding_side, attention_mask=attention_mask,
+            start_at_layer=start_at_layer, stop_at_layer=stop_at_layer, state=state, tokens=tokens,
         )  # fmt: skip
         run = self.begin(batch, state, return_state, position_ids)
         if batch.is_resid:
+            tokens = None if tokens is None else tokens_.check(torch.as_tensor(tokens), self.cfg.d_vocab)
+            if tokens is not None and tokens.shape != batch.value.shape[:2]:
+                raise InputError(
+                    f"tokens have shape {list(tokens.shape)}; the stream is {list(batch.value.shape[:2])}."
+                )
             resid = self.through_blocks(batch.value, run, start_at_layer, stop_at_layer)
         else:
             tokens = batch.value
@@ -187,8 +225,6 @@ class HookedLanguageModel(HookedModel):
             return logits
         if tokens is None:
             raise InputError(f"return_type={return_type!r} with start_at_layer needs tokens=..., the ids to predict.")
-        if tokens.shape[1] < 2:
-            raise InputError("A loss needs at least two tokens: one to read and one to predict.")
         loss = next_token_loss(logits, tokens, mask, per_token)
         return loss if return_type == "loss" else Output(logits, loss)
 
@@ -281,10 +317,27 @@ class HookedLanguageModel(HookedModel):
         move_to_device: bool = True,
         truncate: bool = False,
     ) -> Int[Tensor, "batch pos"]:
-        """`model.to_tokens("Call me")`: ids [batch, pos], with BOS if the tokenizer has one (cfg.default_prepend_bos)."""
-        ids, _ = self._tokenize([input] if isinstance(input, str) else input, prepend_bos, padding_side)
+        """`model.to_tokens("Call me")`: ids [batch, pos], with BOS if the tokenizer has one (cfg.default_prepend_bos).
+
+        Ids do not tell padding from text: for texts of unequal length pass them to the model themselves, or
+        `attention_mask=` of `to_tokens_and_mask`; this warns.
+        """
+        ids, mask = self._tokenize([input] if isinstance(input, str) else input, prepend_bos, padding_side)
+        if mask is not None:
+            warnings.warn(
+                "These texts differ in length and were padded; ids alone do not say where. Give the model the texts, or "
+                "attention_mask from model.to_tokens_and_mask(texts).",
+                stacklevel=2,
+            )
         ids = ids[:, : self.cfg.n_ctx] if truncate else ids
         return ids if move_to_device else ids.cpu()
+
+    def to_tokens_and_mask(
+        self, input: str | Sequence[str], prepend_bos: bool | None = None, padding_side: str | None = None
+    ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+        """`tokens, mask = model.to_tokens_and_mask(texts)`; `model(tokens, attention_mask=mask)` equals `model(texts)`."""
+        ids, mask = self._tokenize([input] if isinstance(input, str) else input, prepend_bos, padding_side)
+        return ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
 
     def to_string(self, tokens: Any) -> Any:
         """Text of ids: a string for [pos], a list of strings for [batch, pos]."""

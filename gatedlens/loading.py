@@ -47,7 +47,7 @@ def supported() -> str:
 # -- a model that exists --------------------------------------------------------------------------------------------
 
 
-def wrap(model: nn.Module, tokenizer: Any = None, *, model_name: str | None = None) -> Any:
+def wrap(model: Any, tokenizer: Any = None, *, model_name: str | None = None) -> Any:
     """`gl.wrap(MambaForCausalLM(...))`: hook points around a model's own parameters, which are shared, not copied.
 
     The architecture follows from the model's class (or that of a base class); CheckpointError for one that is not
@@ -55,6 +55,9 @@ def wrap(model: nn.Module, tokenizer: Any = None, *, model_name: str | None = No
     """
     if isinstance(model, HookedModel):
         raise CheckpointError(f"This is a {type(model).__name__} already: use it as it is, or wrap its `.wrapped`.")
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"wrap takes a model, not {type(model).__name__}: gl.from_pretrained loads one by name.")
+    _check_plain(model)
     names = [base.__name__ for base in type(model).__mro__]
     for hooked in architectures().values():
         if set(names) & set(hooked.wraps):
@@ -68,11 +71,24 @@ def wrap(model: nn.Module, tokenizer: Any = None, *, model_name: str | None = No
     raise CheckpointError(f"gatedlens does not know {names[0]}.{hint} {supported()}")
 
 
+def _check_plain(model: nn.Module) -> None:
+    """Refuse adapted or quantised layers: the hooked forward reads weights, so what such a layer adds would be lost."""
+    plain = (nn.Linear, nn.Conv1d, nn.Embedding)
+    for name, module in model.named_modules():
+        adapted = "base_layer" in dict(module.named_children())
+        replaced = isinstance(module, plain) and all(type(module).forward is not kind.forward for kind in plain)
+        if adapted or replaced:
+            raise CheckpointError(
+                f"{name} is a {type(module).__name__}, whose forward is its own; gatedlens reads its weight alone. "
+                "Merge the adapter (merge_and_unload) or load the model without quantisation first."
+            )
+
+
 # -- a model that is named ------------------------------------------------------------------------------------------
 
 
 def from_pretrained(
-    name_or_path: str | Path,
+    name_or_path: Any,
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
@@ -91,6 +107,8 @@ def from_pretrained(
     the model if None. revision and `hub` (token, cache_dir, local_files_only, ...) go to the
     hub. Raises CheckpointError when weights are missing, left over, damaged or of another architecture.
     """
+    if isinstance(name_or_path, nn.Module):
+        raise CheckpointError("from_pretrained takes a name or a path; gl.wrap(model) takes a model that you have.")
     dtype = _dtype(dtype)
     hub = {"revision": revision, **hub} if revision is not None else hub
     file = _one_file(Path(name_or_path).expanduser())

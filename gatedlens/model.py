@@ -26,7 +26,7 @@ from gatedlens.config import HookedConfig
 from gatedlens.errors import InputError, PointError, TooLargeError, in_bytes
 from gatedlens.hookpoint import HookPoint, rows_of
 from gatedlens.padding import Padding
-from gatedlens.points import Alias, Found, Names, NamesFilter, Point, View, is_glob
+from gatedlens.points import Alias, Names, NamesFilter, Point, View
 from gatedlens.state import RecurrentState
 from gatedlens.table import HookTable
 from gatedlens.visit import Visit
@@ -82,8 +82,15 @@ class HookedModel(transformer_lens.HookedRootModule):
         self.ln_final = self.make_final_norm(rows_of("ln_final", self.final_points))
         for row in self.last_points:
             self.add_module(row.name, HookPoint(row))
-        self.train(wrapped.training)
+        self._follow(wrapped.training)
         self.setup()
+
+    def _follow(self, mode: bool) -> None:
+        """Take over the wrapped model's mode without touching any of its modules'."""
+        theirs = set(self.wrapped.modules())
+        for module in self.modules():
+            if module not in theirs:
+                module.training = mode
 
     # -- what an architecture gives ------------------------------------------------------------------------------
 
@@ -172,6 +179,7 @@ class HookedModel(transformer_lens.HookedRootModule):
 
         `layer`: the block to show, None for all of them (blocks differ only where the architecture mixes kinds).
         """
+        self._layer(layer, "layer")
         chosen = range(self.cfg.n_layers) if layer is None else [range(self.cfg.n_layers)[layer]]
         blocks = tuple(f"blocks.{i}." for i in chosen)
         rows = {n: p for n, p in self.names.points.items() if not n.startswith("blocks.") or n.startswith(blocks)}
@@ -209,6 +217,7 @@ class HookedModel(transformer_lens.HookedRootModule):
     ) -> Run:
         """The luggage of a call: padding, positions, the state to go on from, and a place for the state to leave."""
         rows, length = batch.value.shape[0], self.positions(batch)
+        self._check_state(state)
         if state is not None and state.batch_size != rows:
             raise InputError(
                 f"The state holds {state.batch_size} rows and the input {rows}: `state.rows([...])` repeats or picks rows."
@@ -222,6 +231,20 @@ class HookedModel(transformer_lens.HookedRootModule):
             positions = self._check_positions(position_ids, rows, length).to(batch.value.device)
         return Run(positions, padding, state, {} if return_state else None)
 
+    def _check_state(self, state: Any) -> None:
+        if state is None:
+            return
+        if not isinstance(state, RecurrentState):
+            raise InputError(
+                f"state is {type(state).__name__}; it must be a RecurrentState, as return_state=True gives."
+            )
+        layers = {int(key.split(".")[1]) for key in state}
+        if layers and max(layers) >= self.cfg.n_layers:
+            raise InputError(
+                f"The state is that of a model with {max(layers) + 1} layers ({state.model_name or 'unnamed'}); "
+                f"{self.cfg.model_name} has {self.cfg.n_layers}."
+            )
+
     def _check_positions(self, position_ids: Tensor, rows: int, length: int) -> Tensor:
         if not self.has_positions:
             raise InputError(f"position_ids were given, and {self.title} knows no positions: it would ignore them.")
@@ -230,12 +253,6 @@ class HookedModel(transformer_lens.HookedRootModule):
         return position_ids.expand(rows, length)
 
     # -- hooks ---------------------------------------------------------------------------------------------------
-
-    def _targets(self, name: str | Callable[[str], bool]) -> list[Found]:
-        """What a hook is to be put on: one point or view, every point of a glob or of a predicate."""
-        if isinstance(name, str) and not is_glob(name):
-            return [self.names.find(name)]
-        return [Found(full, full) for full in self.names.select(name)[0]]
 
     def add_hook(
         self,
@@ -247,7 +264,7 @@ class HookedModel(transformer_lens.HookedRootModule):
         prepend: bool = False,
     ) -> None:
         """`model.add_hook("blocks.*.mixer.hook_gate", f)`: names, aliases, globs, views and predicates; see `reset_hooks`."""
-        for found in self._targets(name):
+        for found in self.names.hooked(name):
             if found.view is not None:
                 Visit.add(self, found, hook, dir, is_permanent, level)
                 continue
@@ -260,28 +277,31 @@ class HookedModel(transformer_lens.HookedRootModule):
     @contextmanager
     def hooks(
         self,
-        fwd_hooks: Sequence[Hook] = (),
-        bwd_hooks: Sequence[Hook] = (),
+        fwd_hooks: Any = (),
+        bwd_hooks: Any = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Iterator[Any]:
         """`with model.hooks(fwd_hooks=[(name, hook)]): ...`: hooks for the time of the block; every name is checked first."""
-        for name, _ in (*fwd_hooks, *bwd_hooks):
-            self._targets(name)
+        for name, hook in _pairs(fwd_hooks, bwd_hooks):
+            self.names.hooked(name)
+            if not callable(hook):
+                raise InputError(f"The hook on {name!r} is {hook!r}; a hook is a function of (activation, hook).")
         with super().hooks(list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts) as hooked:
             yield hooked
 
     def run_with_hooks(
         self,
         *model_args: Any,
-        fwd_hooks: Sequence[Hook] = (),
-        bwd_hooks: Sequence[Hook] = (),
+        fwd_hooks: Any = (),
+        bwd_hooks: Any = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
         **model_kwargs: Any,
     ) -> Any:
         """One forward with hooks; a hook whose point did not fire (a layer that was not run, say) raises."""
-        asked = {str(name): [at for f in self._targets(name) for at in f.at()[-1:]] for name, _ in fwd_hooks}
+        hooked = {str(name): self.names.hooked(name) for name, _ in _pairs(fwd_hooks, bwd_hooks)}
+        asked = {name: [at for found in several for at in found.at()[-1:]] for name, several in hooked.items()}
         before = {at: self.hook_dict[at].visits for ats in asked.values() for at in ats}
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts) as model:
             out = model(*model_args, **model_kwargs)
@@ -373,7 +393,8 @@ class HookedModel(transformer_lens.HookedRootModule):
             return out, store
         tokens = None if batch.is_resid else batch.value
         state = rest.get("state")
-        cache = ActivationCache(store, self, not remove_batch_dim, tokens=tokens, mask=batch.mask, state=state)
+        sliced = Slice.unwrap(pos_slice).mode != "identity"
+        cache = ActivationCache(store, self, not remove_batch_dim, tokens, batch.mask, state, sliced)
         return out, cache
 
     def _check_size(self, groups: list[list[str]], batch: Batch, pos_slice: Slice, limit: int | None) -> None:
@@ -398,6 +419,15 @@ class HookedModel(transformer_lens.HookedRootModule):
     def positions(self, batch: Batch) -> int:
         """How many positions the residual stream has for this input."""
         return int(batch.value.shape[1])
+
+
+def _pairs(*lists: Any) -> list[Any]:
+    """The hooks of some lists, each checked to be a (name, hook) pair."""
+    pairs = [pair for hooks in lists for pair in hooks]
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise InputError(f"Hooks are a list of pairs [(name, hook), ...]; this holds {pair!r}.")
+    return pairs
 
 
 def _scalar(out: Any) -> Tensor:

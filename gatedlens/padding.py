@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 
@@ -35,7 +35,13 @@ class Padding:
 
     def zero(self, x: Tensor) -> Tensor:
         """`x` with zeros at masked positions."""
-        return x if self.mask is None else x * self.mask.reshape(*self.mask.shape, *[1] * (x.ndim - 2)).to(x.dtype)
+        return self.fill(x, 0.0)
+
+    def fill(self, x: Tensor, value: float) -> Tensor:
+        """`x` with `value` at masked positions, whatever stood there (NaN too)."""
+        return (
+            x if self.mask is None else x.masked_fill(~self.mask.reshape(*self.mask.shape, *[1] * (x.ndim - 2)), value)
+        )
 
     def counts(self, x: Tensor) -> Int[Tensor, " batch"]:
         """How many real positions each row of `x` [batch, pos, ...] has."""
@@ -49,7 +55,7 @@ class Padding:
         """The packed row behind its tail: [b, K-1+l, c]; a window of K ending at K-1+rank is what a position sees."""
         return torch.cat([tail.to(x.dtype), self.pack(x)], dim=1)
 
-    def pack(self, x: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
+    def pack(self, x: Shaped[Tensor, "batch pos channel"]) -> Shaped[Tensor, "batch pos channel"]:
         """Each row's real positions first, in their order."""
         return x if self.order is None else _take(x, self.order)
 

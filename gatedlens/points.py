@@ -125,6 +125,15 @@ def _fill(template: str, params: Mapping[str, int]) -> str:
     return template.format(**params)
 
 
+def _stem(view: View, layer: int) -> tuple[str, dict[str, int]]:
+    """A view's name in one layer, with `*` for an open position, and its parameters."""
+    return view.name.replace("{l}", str(layer)).replace("{t}", "*"), {"l": layer}
+
+
+def _nowhere(leaf: str) -> list[str]:
+    return []
+
+
 def _pattern(template: str) -> re.Pattern[str]:
     escaped = re.escape(template).replace(r"\{l\}", r"(?P<l>\d+)").replace(r"\{t\}", r"(?P<t>\d+)")
     return re.compile(escaped + r"\Z")
@@ -159,7 +168,7 @@ class Names:
         views: Sequence[View] = (),
         n_layers: int = 0,
         model: str = "this model",
-        elsewhere: Callable[[str], list[str]] = lambda leaf: [],
+        elsewhere: Callable[[str], list[str]] = _nowhere,
     ):
         self.points = dict(points)
         self.n_layers = n_layers
@@ -260,22 +269,39 @@ class Names:
             raise PointError("names_filter is an empty list: name the points to cache, or pass None for all.")
         return [self._matches(name) for name in wanted]
 
+    def matching(self, pattern: str) -> list[Found]:
+        """What a glob stands for: our points; if none match, other tools' names for them; if none, views."""
+        own = [Found(name, name) for name in _glob(pattern, self.points)]
+        theirs = own or [Found(alias, self.aliases[alias]) for alias in _glob(pattern, self.aliases)]
+        found = theirs or [
+            Found(name, name, view, params)
+            for _, view in self.views
+            for layer in range(self.n_layers)
+            for name, params in [_stem(view, layer)]
+            if (name == pattern or fnmatch.fnmatchcase(name, pattern))
+            and all(_fill(n, params) in self.points for n in view.needs)
+        ]
+        if not found:
+            hint = did_you_mean(pattern.replace("*", "0"), self.points)
+            raise PointError(f"The pattern {pattern!r} matches no hook point of {self.model}.{hint}")
+        return found
+
+    def hooked(self, name: str | Callable[[str], bool]) -> list[Found]:
+        """What a hook on `name` is put on: a point or view, all that a glob stands for, the points a predicate picks."""
+        if not isinstance(name, str):
+            return [Found(full, full) for full in self.select(name)[0]]
+        if not is_glob(name):
+            return [self.find(name)]
+        found = self.matching(name)
+        for one in found:
+            if one.view is not None and "{t}" in one.view.name:
+                raise PointError(f"{name!r} leaves the position open: name it, as in {one.name.replace('*', '0')!r}.")
+        return found
+
     def _matches(self, name: str) -> list[str]:
         if not isinstance(name, str):
             raise PointError(f"A hook point is named by a string, not by {name!r}.")
         if not is_glob(name):
             return list(self.find(name).needs())
-        hits = dict.fromkeys(_glob(name, self.points))
-        hits |= {self.aliases[alias]: None for alias in _glob(name, self.aliases)}
-        for _, view in self.views:
-            for layer in range(self.n_layers):
-                needs = [_fill(n, {"l": layer}) for n in view.needs]
-                stem = view.name.replace("{l}", str(layer)).replace("{t}", "*")
-                if (stem == name or fnmatch.fnmatchcase(stem, name)) and all(n in self.points for n in needs):
-                    hits |= dict.fromkeys(needs)
-        if not hits:
-            stem = name.replace("*", "0")
-            raise PointError(
-                f"The pattern {name!r} matches no hook point of {self.model}." + did_you_mean(stem, self.points)
-            )
+        hits = dict.fromkeys(point for found in self.matching(name) for point in found.needs())
         return [point for point in self.points if point in hits]

@@ -171,6 +171,8 @@ def scan(
     exact, none is kept: memory is O(b c n) beyond inputs and output without gradients.
     """
     tensors = (initial, *sequences, *constants)
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return _explicit(terms, sequences, constants, initial)  # forward mode and torch.func see through this road only
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return SegmentedScan.apply(terms, len(sequences), initial, *sequences, *constants)
     out, state = None, initial

@@ -14,9 +14,10 @@ A layer's operator is derived from the cache when it is asked for, and not kept.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import overload
+from typing import Any, SupportsIndex, overload
 
 import torch
 from jaxtyping import Float
@@ -50,11 +51,11 @@ class AttentionStack:
     @overload
     def __getitem__(self, layer: slice | Sequence[int]) -> AttentionStack: ...
 
-    def __getitem__(self, layer: int | slice | Sequence[int]) -> ImplicitAttention | AttentionStack:
+    def __getitem__(self, layer: Any) -> ImplicitAttention | AttentionStack:
         """`stack[3]`: layer 3 of the model (-1: its last); a slice or a sequence of layers: the stack of these."""
         n = self.cache.model.cfg.n_layers
-        if isinstance(layer, int):
-            return self._operator(self._known(layer))
+        if isinstance(layer, SupportsIndex):  # a Python or numpy integer, or a tensor of one
+            return self._operator(self._known(operator.index(layer)))
         asked = [i for i in range(n)[layer] if i in self.layers] if isinstance(layer, slice) else layer
         chosen = [self._known(i) for i in asked]
         if not chosen:
@@ -96,9 +97,9 @@ class AttentionStack:
     def each(
         self, matrix: Callable[[ImplicitAttention], Tensor], what: str = "attention", verbose: bool = True
     ) -> Iterator[Tensor]:
-        """`matrix(operator)` of each layer in turn, behind a progress bar unless `verbose` is off."""
-        for operator in tqdm(self, total=len(self), disable=not verbose, desc=what, unit="layer"):
-            yield matrix(operator)
+        """`matrix(attention)` of each layer in turn, behind a progress bar unless `verbose` is off."""
+        for attention in tqdm(self, total=len(self), disable=not verbose, desc=what, unit="layer"):
+            yield matrix(attention)
 
     def mean(self, verbose: bool = True) -> Float[Tensor, "layer batch dst src"]:
         """Each layer's signed mean over channels."""

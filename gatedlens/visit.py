@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from gatedlens.errors import HookError, PointError
+from gatedlens.hookpoint import Capture
 from gatedlens.points import Found
 
 
@@ -65,7 +66,7 @@ class Visit:
         visit = cls(model, found, level, permanent)
         visit.calls.append((dict(found.params), visit._call(found, hook)))
         for name in found.at()[:-1]:
-            model.hook_dict[name].add_hook(visit.capture, is_permanent=permanent, level=level)
+            model.hook_dict[name].add_hook(Capture(visit.values), is_permanent=permanent, level=level)
         last.add_hook(visit, is_permanent=permanent, level=level)
 
     def _is_kin(self, found: Found, level: int | None, permanent: bool) -> bool:
@@ -88,9 +89,6 @@ class Visit:
             return out
 
         return call
-
-    def capture(self, tensor: Tensor, hook: Any) -> None:
-        self.values[hook.name] = tensor
 
     def __call__(self, tensor: Tensor, hook: Any) -> Tensor:
         """At the last point: compute, let the hooks edit, and return what this point must be for the edits to hold."""

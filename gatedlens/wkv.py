@@ -86,7 +86,8 @@ def _segment(
     past, present = _exponentials(before, u + k)
     total = past * past_state[:, :, 1] + present
     scan = (past * past_state[:, :, 0] + present * v) / total
-    return _Pieces(decay, weight, past, present, past_state, total, scan, (*states[:, -1].unbind(1), maxima[:, -1]))
+    num, den = states[:, -1].unbind(1)
+    return _Pieces(decay, weight, past, present, past_state, total, scan, (num, den, maxima[:, -1]))
 
 
 def _exponentials(top: Tensor, bonus: Tensor) -> tuple[Tensor, Tensor]:

@@ -162,6 +162,59 @@ def test_gradients_through_a_hook_h_patch():
     assert grad.abs().max() > 0
 
 
+@torch.no_grad()
+def test_a_glob_over_views_hooks_the_views():
+    seen = []
+    MODEL.run_with_hooks(TOKENS, fwd_hooks=[("blocks.*.hook_B_bar", lambda x, hook: seen.append((hook.name, x.ndim)))])
+    assert seen == [("blocks.0.hook_B_bar", 4), ("blocks.1.hook_B_bar", 4)]
+    with pytest.raises(gl.PointError, match=r"leaves the position open: name it, as in 'blocks.1.hook_h.0'"):
+        MODEL.add_hook("blocks.1.hook_h.*", lambda x, hook: x)
+    _, cache = MODEL.run_with_cache(TOKENS, names_filter="blocks.1.hook_h.*")
+    assert list(cache.cache_dict) == ["blocks.1.mixer.hook_state"]
+
+
+@torch.no_grad()
+def test_a_glob_means_our_points_where_there_are_any():
+    _, cache = MODEL.run_with_cache(TOKENS, names_filter="blocks.1.hook_*")
+    assert list(cache.cache_dict) == [
+        f"blocks.1.hook_{w}" for w in ("resid_pre", "mixer_in", "mixer_out", "resid_post")
+    ]
+
+
+@torch.no_grad()
+def test_a_view_that_is_only_read_changes_nothing_and_spares_other_edits():
+    hooks = [("blocks.1.mixer.hook_write", lambda w, hook: w * 0.5)]
+    alone = MODEL.run_with_hooks(TOKENS, fwd_hooks=hooks)
+    for name in ("blocks.1.hook_B_bar", "blocks.1.hook_h.3"):
+        both = MODEL.run_with_hooks(TOKENS, fwd_hooks=[*hooks, (name, lambda x, hook: None)])
+        assert torch.allclose(alone, both, rtol=0, atol=1e-14), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("later", ["hook_decay", "hook_state_start", "hook_write"])
+def test_a_view_sees_what_later_hooks_make_of_its_points(later):
+    hooks = [
+        ("blocks.1.hook_h.3", lambda x, hook: x * 0),
+        (f"blocks.1.mixer.{later}", lambda x, hook: x * 0.1 + 0.2),
+    ]
+    for order in (hooks, hooks[::-1]) if later != "hook_write" else (hooks[::-1],):
+        with MODEL.hooks(order):
+            _, cache = MODEL.run_with_cache(TOKENS, names_filter="blocks.1.mixer.hook_state")
+        assert cache["state", 1][:, 3].abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_reading_steps_from_trimmed_caches():
+    name = "blocks.1.hook_h.3"
+    _, whole = MODEL.run_with_cache(TOKENS[:1], names_filter=name)
+    _, cache = MODEL.run_with_cache(TOKENS[:1], names_filter=name, remove_batch_dim=True)
+    assert torch.equal(cache[name], whole[name][0])
+    with pytest.raises(gl.PointError, match="there are 7 positions"):
+        whole["blocks.1.hook_h.99"]
+    with pytest.raises(gl.PointError, match="only some positions"):
+        MODEL.run_with_cache(TOKENS, names_filter=name, pos_slice=3)[1][name]
+
+
 def test_what_cannot_be_hooked_says_what_can():
     with pytest.raises(gl.PointError, match="hook mixer.hook_decay"):
         MODEL.run_with_hooks(TOKENS, fwd_hooks=[("blocks.0.hook_A", lambda x, hook: x)])

@@ -312,5 +312,29 @@ def test_bad_questions_are_explained():
         A.dense(channels=[32])
     with pytest.raises(gl.InputError, match=r"takes \[batch, pos, channel\] = \[2, 7, 32\]"):
         A @ torch.zeros(2, 7, 16)
+    with pytest.raises(gl.InputError, match="keeps only some positions"):
+        gl.implicit_attention(model.run_with_cache(tokens, pos_slice=[1, 2])[1], layer=0)
+    with pytest.raises(gl.InputError, match="weights have shape"):
+        A.weighted(torch.ones(1))
     with pytest.raises(gl.TooLargeError, match="Ask for mean"):
         A.dense(max_bytes=100)
+
+
+@torch.no_grad()
+def test_channels_by_mask_and_number_types_and_rows_of_a_cache():
+    import numpy as np
+
+    model = HookedMamba.tiny(dtype=torch.float64)
+    cache = cached(model, "right")
+    A = gl.implicit_attention(cache, layer=np.int64(1))
+    mask = torch.zeros(32, dtype=torch.bool)
+    mask[[3, 7]] = True
+    assert torch.equal(A.dense(mask), A.dense([3, 7])) and torch.equal(A.dense(np.int64(3)), A.dense(3))
+    part = gl.implicit_attention(cache.apply_slice_to_batch_dim([1]), layer=1)
+    assert torch.equal(part.dense(), A.dense()[1:])
+
+
+@torch.no_grad()
+def test_a_convolution_of_one_tap_and_a_carried_state():
+    model = HookedMamba.tiny(ssm_cfg={"d_state": 1, "d_conv": 1}, dtype=torch.float64)
+    assert gl.implicit_attention(cached(model, "holes+state"), layer=1).check().relative < 1e-12

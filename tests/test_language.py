@@ -26,7 +26,7 @@ def test_text_to_tokens_and_back(moby_model):
     assert moby_model.to_string(tokens[:, 1:]) == ["Call me"]
     assert moby_model.to_str_tokens("Ah — a") == ["<bos>", "A", "h", " ", "�", "�", "�", " ", "a"]
     assert moby_model.to_single_token("C") == ord("C")
-    assert moby_model.to_tokens(["a", "abc"]).shape == (2, 4)
+    assert moby_model.to_tokens(["abd", "abc"]).shape == (2, 4)
     assert moby_model.to_tokens("x" * 3000, truncate=True).shape == (1, 2048)
     with pytest.raises(gl.InputError, match="is 2 tokens"):
         moby_model.to_single_token("Ca")
@@ -102,6 +102,49 @@ def test_padding_in_the_middle_and_between_calls(lm):
         alone = lm(torch.cat([row, more[i]]).unsqueeze(0))[0, len(row) :]
         assert relative(both[i, -4:], alone) < 1e-10
         assert relative(split[i], alone) < 1e-10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_holds_whatever_a_hook_does_there(lm, side):
+    """Constant decay, write and (where there is one) dt at every position, masked ones too: rows still equal rows alone."""
+    rows = [example(lm, 1, n, seed=n)[0] for n in (3, 6)]
+    tokens, mask = padded(rows, side)
+    for leaf in ("hook_decay", "hook_write", "hook_dt", "hook_log_decay"):
+        names = [n for n in lm.names if n.endswith(f".{leaf}")]
+        if not names:
+            continue
+        value = -0.3 if leaf == "hook_log_decay" else 0.3
+        with lm.hooks([(n, lambda x, hook, value=value: torch.full_like(x, value)) for n in names]):
+            logits, state = lm(tokens, attention_mask=mask, return_state=True)
+            for i, row in enumerate(rows):
+                alone, own = lm(row.unsqueeze(0), return_state=True)
+                assert relative(logits[i][mask[i]], alone[0]) < 1e-10, leaf
+                assert relative(lm(tokens[:1], state=state.rows([i])), lm(tokens[:1], state=own)) < 1e-10, leaf
+
+
+@torch.no_grad()
+def test_nothing_leaks_from_masked_positions(lm):
+    """NaN in the stream at padding stays there."""
+    tokens, mask = padded([example(lm, 1, 3, seed=1)[0], example(lm, 1, 6)[0]], "left")
+    resid = lm(tokens, stop_at_layer=0)
+    clean = lm(resid, start_at_layer=0, attention_mask=mask)
+    resid[0, :3] = torch.nan
+    dirty = lm(resid, start_at_layer=0, attention_mask=mask)
+    assert torch.equal(dirty[mask], clean[mask])
+    loss = lm(resid, "loss", start_at_layer=0, attention_mask=mask, tokens=tokens)
+    assert torch.isfinite(loss)
+
+
+@torch.no_grad()
+def test_loss_over_holes_is_that_of_the_row_alone(lm):
+    tokens, mask = example(lm, 1, 5), torch.tensor([[1, 0, 1, 1, 0]])
+    want = lm(tokens[:, [0, 2, 3]], return_type="loss", loss_per_token=True)[0]
+    assert torch.allclose(lm(tokens, return_type="loss", attention_mask=mask), want.mean())
+    got = lm(tokens, return_type="loss", loss_per_token=True, attention_mask=mask)[0]
+    assert torch.allclose(got[[0, 2]], want) and got[[1, 3]].abs().max() == 0
+    with pytest.raises(gl.InputError, match="at least two tokens"):
+        lm(tokens, return_type="loss", attention_mask=torch.tensor([[0, 0, 1, 0, 0]]))
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6).filter(any), min_size=1, max_size=3), st.integers(0, 5))

@@ -263,3 +263,27 @@ def test_wrap_refuses_what_it_does_not_know():
         gl.wrap(mamba2)
     with pytest.raises(gl.CheckpointError, match="supports 'silu'"):
         gl.wrap(hf_model(hidden_act="gelu"))
+
+
+def test_adapted_layers_are_refused_since_their_forward_would_be_lost():
+    class Adapted(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    class Peft(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base_layer = base
+
+    for make in (lambda old: Adapted(16, 64, bias=False), Peft):
+        model = hf_model()
+        model.backbone.layers[1].mixer.in_proj = make(model.backbone.layers[1].mixer.in_proj)
+        with pytest.raises(gl.CheckpointError, match=r"layers.1.mixer.in_proj is a (.|\n)*Merge"):
+            gl.wrap(model)
+
+
+def test_names_and_models_are_told_apart():
+    with pytest.raises(gl.CheckpointError, match="gl.wrap"):
+        gl.from_pretrained(hf_model())
+    with pytest.raises(gl.CheckpointError, match="gl.from_pretrained"):
+        gl.wrap("state-spaces/mamba-130m-hf")

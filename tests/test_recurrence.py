@@ -108,3 +108,15 @@ def test_only_one_segment_is_alive_at_a_time(monkeypatch):
     with torch.no_grad(), Watch():
         scan(mamba_terms, sequences, (A,), initial)
     assert max(sizes) <= 64 * 2 * 3  # the output itself
+
+
+def test_torch_func_and_forward_mode_see_through_the_scan():
+    (dt, B, C, u), A, initial = inputs(6, grad=False)
+    initial = initial.detach()
+
+    def total(u):
+        return scan(mamba_terms, (dt, B, C, u), (A,), initial)[0].pow(2).sum()
+
+    grad = torch.func.grad(total)(u)
+    direction = torch.ones_like(u)
+    assert torch.allclose(torch.func.jvp(total, (u,), (direction,))[1], (grad * direction).sum())

@@ -81,7 +81,7 @@ def vim(classes: int) -> nn.Module:
     """Vision Mamba on 8 x 8 pixels: 16 patches of 2 x 2, mean pooling."""
     from gatedlens.visionmamba import VisionMamba
 
-    image = {"img_size": 8, "patch_size": 2, "stride": 2, "channels": 1}
+    image: dict[str, Any] = {"img_size": 8, "patch_size": 2, "stride": 2, "channels": 1}
     return VisionMamba(**image, num_classes=classes, embed_dim=40, depth=3, d_state=4, final_pool_type="mean")
 
 

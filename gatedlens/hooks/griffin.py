@@ -257,13 +257,15 @@ class GriffinMixer(Mixer):
             torch.sigmoid(block_diagonal(u, lru.recurrent_gate_weight, lru.recurrent_gate_bias))
         )
         log_a = -8.0 * r * F.softplus(at_least_float32(lru.recurrent_param))
-        log_a = self.hook_log_decay(pad.zero(log_a))  # a = 1, m = 0 at a masked position: the state passes unchanged
+        log_a = pad.zero(
+            self.hook_log_decay(pad.zero(log_a))
+        )  # a = 1, m = 0 at a masked position: the state passes unchanged
         reset = self.hook_reset(run.begins.unsqueeze(-1).to(log_a.dtype))
         m = self.hook_multiplier(reset + (1 - reset) * bounded_sqrt(-torch.expm1(2 * log_a)))
 
         wide = at_least_float32(u)
         start = run.start("scan", self.layer, (u.shape[0], u.shape[2]), wide)
-        scan, last = self.recur(griffin_terms, (log_a, reset, m, i, wide), (), start)
+        scan, last = self.recur(griffin_terms, (log_a, reset, m, i, wide), (), start, pad)
         run.leave("scan", self.layer, last)
 
         scan = self.hook_scan(scan.to(u.dtype))
@@ -368,7 +370,7 @@ class LocalAttention(TokenMixing):
         w = self.weights
         q = self.hook_q(self.project(n, w.q_proj))
         k = self.hook_k(self.project(n, w.k_proj))
-        v = self.hook_v(self.project(n, w.v_proj))
+        v = run.padding.zero(self.hook_v(self.project(n, w.v_proj)))  # 0 * NaN at a masked key would be NaN
         cos, sin = self.angles(run.positions, q)
         rot_q = self.hook_rot_q(rotate(q, cos, sin))
         rot_k = self.hook_rot_k(rotate(k, cos, sin))
@@ -611,7 +613,8 @@ class HookedGriffin(HookedLanguageModel):
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
         total = torch.zeros(self.cfg.d_model, device=self.W_U.device)
-        for number, block in enumerate(self.blocks[: layer + int(mlp_input)]):
+        blocks: Any = self.blocks[: layer + int(mlp_input)]
+        for number, block in enumerate(blocks):
             kind, w = self.cfg.layer_types[number], block.mixer.weights
             total = total + (w.linear_out.bias if kind == "recurrent" else w.o_proj.bias)
             if include_mlp_biases and number < layer:

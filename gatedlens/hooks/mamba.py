@@ -127,27 +127,28 @@ class SelectiveScan(Mixer):
 
         Positions are in the order of the scan (`along`), so S and M look back.
         """
-        x, c, dt, B, C, gate, o = (
-            self.along(padding.pack(at_least_float32(cached(name)))) for name in self.attention_points
-        )
+        names = (name.removeprefix("hook_") for name in self.attention_points)
+        c = {name: self.along(padding.pack(at_least_float32(cached(f"hook_{name}")))) for name in names}
+        x = c["x"]
         weight = self.weights.conv1d.weight.to(x.dtype)
         bias = self.weights.conv1d.bias
         taps, drift, start = weight.squeeze(1), torch.zeros_like(x), None
         if state is not None:
             tail = state["conv", self.layer].to(x)
-            reach = F.conv1d(
-                F.pad(tail.mT, (0, tail.shape[1])), weight, groups=len(taps)
-            ).mT  # what the tail still brings
-            drift[:, : reach.shape[1]] += reach[:, : x.shape[1]]
+            width = tail.shape[1]  # K - 1
+            reach = F.conv1d(F.pad(tail.mT, (0, width + 1)), weight, groups=len(taps)).mT[
+                :, :width
+            ]  # what it still brings
+            drift[:, :width] += reach[:, : x.shape[1]]
             start = state["scan", self.layer].to(x)
         real = padding.packed_mask(x)
         return Factors(
             x=x,
-            o=o,
-            scan=DecayScan(dt.double().cumsum(1), self.A.to(x.dtype), C, dt, B),
-            gate=gate,
+            o=c["gated"],
+            scan=DecayScan(c["dt"].double().cumsum(1), self.A.to(x.dtype), c["C"], c["dt"], c["B"]),
+            gate=c["gate"],
             skip=at_least_float32(self.weights.D).to(x.dtype),
-            act=torch.sigmoid(c) * real,
+            act=torch.sigmoid(c["conv"]) * real,
             taps=taps,
             drift=drift if bias is None else drift + bias.to(x.dtype) * real,
             start=start,
@@ -169,11 +170,11 @@ class SelectiveScan(Mixer):
         B = self.hook_B(self.normed(B))
         C = self.hook_C(self.normed(C))
         dt_pre = self.hook_dt_pre(F.linear(dt_rank, w.dt_proj.weight, w.dt_proj.bias))
-        dt = self.hook_dt(pad.zero(F.softplus(dt_pre)))  # dt = 0 at a masked position: the state passes unchanged
+        dt = pad.zero(self.hook_dt(pad.zero(F.softplus(dt_pre))))  # 0 at a masked position: the state passes unchanged
 
         wide = tuple(at_least_float32(t) for t in (dt, B, C, u))
         start = run.start("scan", self.layer, (u.shape[0], u.shape[2], n_state), wide[0])
-        scan, last = self.recur(mamba_terms, wide, (self.A,), start)
+        scan, last = self.recur(mamba_terms, wide, (self.A,), start, pad)
         run.leave("scan", self.layer, last)
 
         scan = self.hook_scan(scan.to(u.dtype))
@@ -273,45 +274,77 @@ def _edit_B_bar(model: Any, layer: int, values: list[Tensor], calls: list[tuple[
     """MambaLens's `hook_B_bar` = dt * B; the write is B_bar * u."""
     u, B, dt, write = values
     B_bar = dt.to(write.dtype).unsqueeze(-1) * B.to(write.dtype).unsqueeze(-2)
+    edited = B_bar
     for _, call in calls:
-        B_bar = call(B_bar)
-    return B_bar * u.to(write.dtype).unsqueeze(-1)
+        edited = call(edited.clone())
+    return write + (edited - B_bar) * u.to(write.dtype).unsqueeze(-1)  # an edit of the write itself stays
+
+
+def _read_A(model: Any, layer: int) -> Tensor:
+    return model.blocks[layer].mixer.A
+
+
+def _read_B_bar(model: Any, layer: int, dt: Tensor, B: Tensor) -> Tensor:
+    return at_least_float32(dt).unsqueeze(-1) * at_least_float32(B).unsqueeze(-2)
+
+
+def _read_step(model: Any, layer: int, states: Tensor, t: int) -> Tensor:
+    return states.select(-3, t)  # from the end: the batch axis may have been dropped
+
+
+def _read_side_by_side(model: Any, layer: int, *parts: Tensor) -> Tensor:
+    return torch.cat(parts, dim=-1)
 
 
 _M = "blocks.{l}.mixer."
 VIEWS = (
     View(
-        "blocks.{l}.hook_A", "channel state", "-exp(A_log)", "MambaLens",
-        read=lambda model, layer: model.blocks[layer].mixer.A,
+        "blocks.{l}.hook_A",
+        "channel state",
+        "-exp(A_log)",
+        "MambaLens",
+        read=_read_A,
         instead="it is a parameter: edit A_log of the wrapped model, or hook mixer.hook_decay",
     ),
     View(
-        "blocks.{l}.hook_B_bar", "batch pos channel state", "dt * B", "MambaLens",
-        read=lambda model, layer, dt, B: at_least_float32(dt).unsqueeze(-1) * at_least_float32(B).unsqueeze(-2),
+        "blocks.{l}.hook_B_bar",
+        "batch pos channel state",
+        "dt * B",
+        "MambaLens",
+        read=_read_B_bar,
         needs=(_M + "hook_dt", _M + "hook_B"),
         at=(_M + "hook_u", _M + "hook_B", _M + "hook_dt", _M + "hook_write"),
         visit=_edit_B_bar,
     ),
     View(
-        "blocks.{l}.hook_h.{t}", "batch channel state", "state[t]; an edit propagates", "MambaLens",
-        read=lambda model, layer, states, t: states.select(1, t),
+        "blocks.{l}.hook_h.{t}",
+        "batch channel state",
+        "state[t]; an edit propagates",
+        "MambaLens",
+        read=_read_step,
         needs=(_M + "hook_state",),
         at=(_M + "hook_state_start", _M + "hook_decay", _M + "hook_write"),
         visit=_edit_steps,
     ),
     View(
-        "blocks.{l}.mixer.hook_in_proj", "batch pos 2channel", "x and gate_pre, concatenated", "TransformerLens",
-        read=lambda model, layer, x, z: torch.cat([x, z], dim=-1),
+        "blocks.{l}.mixer.hook_in_proj",
+        "batch pos 2channel",
+        "x and gate_pre, concatenated",
+        "TransformerLens",
+        read=_read_side_by_side,
         needs=(_M + "hook_x", _M + "hook_gate_pre"),
         instead="hook its halves, mixer.hook_x and mixer.hook_gate_pre",
     ),
     View(
-        "blocks.{l}.mixer.hook_x_proj", "batch pos dt_rank+2state", "dt_rank, B and C, concatenated", "TransformerLens",
-        read=lambda model, layer, dt, B, C: torch.cat([dt, B, C], dim=-1),
+        "blocks.{l}.mixer.hook_x_proj",
+        "batch pos dt_rank+2state",
+        "dt_rank, B and C, concatenated",
+        "TransformerLens",
+        read=_read_side_by_side,
         needs=(_M + "hook_dt_rank", _M + "hook_B", _M + "hook_C"),
         instead="hook its parts, mixer.hook_dt_rank, mixer.hook_B and mixer.hook_C",
     ),
-)  # fmt: skip
+)
 
 
 # -- the model ------------------------------------------------------------------------------------------------------

@@ -82,6 +82,7 @@ MIXER_ROWS = (
     Point("hook_gated", "batch pos channel", "y * gate", f"{PAPER}, eq. 17"),
 )  # fmt: skip
 INSIDE = ("state_start", "decay", "write", "state", "num", "den", "max")  # the points inside the scan, in firing order
+PASSED = {"decay": 1.0, "write": 0.0}
 
 MLP_ROWS = (
     Point("hook_shift", "batch pos d_model", "ln2.out[pos - 1]", f"{PAPER}, sec. 3.1.1 (token shift)"),
@@ -147,7 +148,7 @@ class RwkvNorm(Norm):
         self.rescale = rescale
 
     @property
-    def eps(self) -> float:
+    def eps(self) -> float:  # type: ignore[override]
         return self.rescale.eps(self.own_eps)
 
 
@@ -205,7 +206,8 @@ class RwkvMixer(RwkvMix):
         r = self.hook_gate_pre(F.linear(xr, w.receptance.weight))
         u = self.hook_u(v)
 
-        scan = self.hook_scan(self.recur(at_least_float32(k), at_least_float32(u), run).to(u.dtype))
+        inputs = (at_least_float32(run.padding.zero(t)) for t in (k, u))
+        scan = self.hook_scan(self.recur(*inputs, run).to(u.dtype))
         y = self.hook_y(scan)
         gate = self.hook_gate(torch.sigmoid(r))
         gated = self.hook_gated(y * gate)
@@ -227,7 +229,10 @@ class RwkvMixer(RwkvMix):
             point = getattr(self, f"hook_{name}")
             if point.heard():
                 inside = inside or OpenWkv(k, v, w, u, mask, carry)
-                setattr(inside, name, point(getattr(inside, name)))
+                value = point(getattr(inside, name))
+                if name in PASSED:  # a masked position passes the state on, whatever a hook does there
+                    value = run.padding.fill(value, PASSED[name])
+                setattr(inside, name, value)
         if inside is None:
             scan, last = wkv(k, v, w, u, mask, carry)
         else:
@@ -412,7 +417,8 @@ class HookedRWKV(HookedLanguageModel):
 
     def stream(self, embedded: Tensor) -> Tensor:
         """Block 0's first norm starts the stream: what enters block 0 (start_at_layer=0) has passed it."""
-        return _stream_dtype(self.blocks[0].ln0(embedded))
+        first: Any = self.blocks[0]
+        return _stream_dtype(first.ln0(embedded))
 
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
@@ -511,7 +517,7 @@ def _uninitialised(kind: Any, config: Any) -> nn.Module:
     with torch.device("meta"):
         model = kind(config)
     model.to_empty(device="cpu").tie_weights()
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 NAMES = {"att": "attention", "ffn": "feed_forward", "ln0": "pre_ln", "emb": "embeddings"}
