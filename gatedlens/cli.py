@@ -1,4 +1,4 @@
-"""The command line: `gatedlens demo`, `gatedlens models`, `gatedlens table`. Each command has --help with examples and --json."""
+"""The command line: `gatedlens demo`, `attention`, `models`, `table`. Each command has --help with examples and --json."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ DEMO = """examples:
   gatedlens demo
   gatedlens demo --model gatedlens/mamba-recall --text "D 3 dog A 7 hay ? D"
   gatedlens demo --text "It was the whiteness of the whale" --layer 0 --out figures --json"""
+
+ATTENTION = """examples:
+  gatedlens attention --model gatedlens/mamba-moby --text "It was the whiteness of the whale" --layer 1
+  gatedlens attention --model gatedlens/mamba-recall --text "D 3 dog A 7 hay ? D" --reduce row --json
+  gatedlens attention --model vim_t_midclstok_76p1acc.pth --image cat.jpg --reduce row --out figures"""
 
 TABLE = """examples:
   gatedlens table gatedlens/mamba-moby
@@ -63,6 +68,22 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
     return {}
 
 
+def attention(args: argparse.Namespace) -> dict[str, Any]:
+    """Draw and save the implicit attention of one layer for a text or an image."""
+    from gatedlens.exhibit import show
+
+    shown = show(args.model, args.text, args.image, args.layer, args.reduce, args.position, args.out)
+    if args.json:
+        return shown.to_dict()
+    print(f"{shown.model}, layer {shown.layer}, reads {shown.input!r}")
+    print(f"attention @ x + remainder equals the layer's output, relative error {shown.error:.1e}")
+    print(f"position {shown.position} attends most to ({shown.reduce} over channels):".replace("row over", "mean over"))
+    for name, position, value in shown.tops:
+        print(f"  {name!r:>12} at {position}: {value:+.4f}")
+    print("\n".join(shown.files))
+    return {}
+
+
 def models(args: argparse.Namespace) -> dict[str, Any]:
     """List the bundled models."""
     from gatedlens.loading import BUNDLED, bundled_models
@@ -107,6 +128,18 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--text", help="what it reads (a passage or prompt that suits a bundled model)")
     sub.add_argument("--layer", type=int, default=-1, help="the layer whose attention is listed (the last)")
     sub.add_argument("--out", default="out", help="the folder for the picture and the page (%(default)s)")
+    sub = command("attention", attention, ATTENTION)
+    sub.add_argument("--model", required=True, help="a bundled model, a folder, a file or a hub name")
+    sub.add_argument("--text", help="what a language model reads (as in demo)")
+    sub.add_argument("--image", help="the path of the image that a vision model reads")
+    sub.add_argument("--layer", type=int, default=-1, help="the layer (the last)")
+    sub.add_argument(
+        "--reduce",
+        default="mean",
+        help="mean or abs_mean over channels (a matrix), or row: one row of the mean (%(default)s)",
+    )
+    sub.add_argument("--position", type=int, help="whose row (the last token's; of an image the class token's)")
+    sub.add_argument("--out", default="out", help="the folder for the picture and the numbers (%(default)s)")
     command("models", models, "examples:\n  gatedlens models\n  gatedlens models --json")
     sub = command("table", table, TABLE)
     sub.add_argument("model", help="a bundled model, a folder or a hub name")
