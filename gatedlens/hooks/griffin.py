@@ -500,6 +500,19 @@ class HookedGriffin(HookedLanguageModel):
         "activation before the scan": "none",
         "gate": "gelu_tanh(gate_pre)",
     }
+    attention_words: ClassVar = {
+        "x": "x",
+        "o": "gated",
+        "gate": "gate",
+        "scan": "S[i, j] = exp(log_decay[j + 1] + ... + log_decay[i]) * multiplier[j] * input_gate[j], j <= i; "
+        "0 where a reset lies between, j < reset <= i",
+        "skip": "none",
+        "act": "none",
+        "conv": "M[i, j] = conv_1d.weight[K - 1 - (i - j)], 0 <= i - j < K taps, within a document",
+        "r": "gate * S * conv_1d.bias; with a carried state also what its conv tail and its scan state bring",
+        "attention layers": "x = v of each head, A[i, j] = pattern[i, j] of the channel's head, o = z; "
+        "r = the pattern times the values that a state carried",
+    }
     wraps = ("RecurrentGemmaForCausalLM",)
     hub_types = ("recurrent_gemma",)
     block_points = (*RECURRENT_BLOCK, *block_rows("attn", ATTENTION_ROWS))  # of either kind; see rows_for

@@ -386,6 +386,16 @@ class HookedMamba(HookedLanguageModel):
         "activation before the scan": "SiLU: u = sigmoid(c) * c",
         "gate": "SiLU(gate_pre)",
     }
+    attention_words: ClassVar = {
+        "x": "x",
+        "o": "gated",
+        "gate": "gate",
+        "scan": "S[i, j] = sum over state of C[i] * exp(A * (dt[j + 1] + ... + dt[i])) * dt[j] * B[j], j <= i",
+        "skip": "D",
+        "act": "sigmoid(conv): u = act * conv",
+        "conv": "M[i, j] = conv1d.weight[K - 1 - (i - j)], 0 <= i - j < K taps",
+        "r": "gate * (S + D) * act * conv1d.bias; with a carried state also what its conv tail and its scan state bring",
+    }
     wraps = ("MambaForCausalLM", "FalconMambaForCausalLM", "MambaLMHeadModel", "Weights")
     hub_types = ("mamba", "falcon_mamba")
     block_points = BLOCK_ROWS

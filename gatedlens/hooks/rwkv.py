@@ -349,6 +349,17 @@ class HookedRWKV(HookedLanguageModel):
         "activation before the scan": "none",
         "gate": "sigmoid(gate_pre), the receptance",
     }
+    attention_words: ClassVar = {
+        "x": "x (v in the paper)",
+        "o": "gated",
+        "gate": "gate",
+        "scan": "S[i, j] = exp(w (i - j - 1) + k[j]) / Z[i], j < i; exp(time_first + k[i]) / Z[i], j = i; w = -exp(time_decay); "
+        "Z[i] their sum, with a carried state also its denominator: rows sum to 1 without one",
+        "skip": "none",
+        "act": "none",
+        "conv": "none",
+        "r": "0; with a carried state what its numerator brings, over the same Z",
+    }
     wraps = ("RwkvForCausalLM",)
     hub_types = ("rwkv",)
     block_points = BLOCK_ROWS

@@ -298,6 +298,17 @@ class HookedViM(HookedModel):
         "activation before the scan": "SiLU: u = sigmoid(c) * c",
         "gate": "SiLU(gate_pre), the same in both directions; their sum is halved (v2 with if_divide_out)",
     }
+    attention_words: ClassVar = {
+        "A": "scale * (A_fwd + P A_bwd P): P turns positions round, scale = 1/2 for v2 with if_divide_out, else 1",
+        "x": "fwd.x, bwd.x",
+        "o": "scale * (fwd.gated + bwd.gated)",
+        "gate": "fwd.gate, bwd.gate",
+        "scan": "S[i, j] as in Mamba, from dt, B and C of each direction, positions in the order of its scan",
+        "skip": "D, D_b",
+        "act": "sigmoid(conv) of each direction",
+        "conv": "M[i, j] = conv1d.weight[K - 1 - (i - j)], conv1d_b.weight in bwd, positions in the order of the scan",
+        "r": "scale * (gate * (S + D) * act * conv1d.bias), summed over directions",
+    }
     wraps = ("VisionMamba",)
     block_points = BLOCK_ROWS
     first_points = (
