@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## the main job on bundled models: prints, a picture and a page in out/
 	$(BIN)/gatedlens demo --model gatedlens/mamba-moby --out out
-	$(BIN)/gatedlens demo --model gatedlens/mamba-recall --out out
+	$(BIN)/gatedlens compare --out out
 
 test: $(STAMP)  ## every test, the slow ones last
 	$(BIN)/python -m pytest -m "not slow"

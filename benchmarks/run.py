@@ -44,6 +44,12 @@ def mamba() -> Iterator[Line]:
         yield Line(name, peaks["ours"], peaks["theirs"], "MiB", 0.5)
 
 
+def language() -> Iterator[Line]:
+    for name, title in (("griffin", "Griffin"), ("rwkv", "RWKV")):
+        seconds = fresh("benchmarks.language", name)
+        yield Line(f"{title}: forward + backward, pos 1024", seconds["ours"], seconds["theirs"], "s", 0.25)
+
+
 def imports() -> Iterator[Line]:
     seconds = statistics.median(fresh("benchmarks.imports") for _ in range(5))
     yield Line("import gatedlens, over import transformer_lens (limit 0.3 s)", seconds, 1.0, "s", 0.3)
@@ -56,7 +62,7 @@ def table(lines: list[Line]) -> str:
 
 
 def main() -> None:
-    lines = [line for part in (mamba, imports) for line in part()]
+    lines = [line for part in (mamba, language, imports) for line in part()]
     print(table(lines))
     machine = {"machine": platform.machine(), "python": platform.python_version(), "threads": 1}
     results = {"machine": machine, "lines": [{**asdict(x), "ratio": x.ratio} for x in lines]}

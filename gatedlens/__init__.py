@@ -11,7 +11,7 @@ Every gate, convolution and scan intermediate is a named hook point (`model.hook
 Zimerman, Ali and Wolf, "Explaining Modern Gated-Linear RNNs via a Unified Implicit Attention Formulation" (ICLR 2025).
 """
 
-from gatedlens import plot, tasks
+from gatedlens import data, plot, tasks
 from gatedlens.attention import ImplicitAttention, implicit_attention
 from gatedlens.cache import ActivationCache
 from gatedlens.config import HookedConfig
@@ -37,33 +37,12 @@ from gatedlens.table import HookTable
 
 __version__ = "0.1.0"
 
+# fmt: off
 __all__ = [
-    "ActivationCache",
-    "Alias",
-    "CheckpointError",
-    "GatedlensError",
-    "HookError",
-    "HookPoint",
-    "HookTable",
-    "HookedConfig",
-    "HookedGriffin",
-    "HookedLanguageModel",
-    "HookedMamba",
-    "HookedModel",
-    "HookedRWKV",
-    "HookedViM",
-    "ImplicitAttention",
-    "InputError",
-    "Point",
-    "PointError",
-    "RecurrentState",
-    "TooLargeError",
-    "View",
-    "__version__",
-    "bundled_models",
-    "from_pretrained",
-    "implicit_attention",
-    "plot",
-    "tasks",
+    "ActivationCache", "Alias", "CheckpointError", "GatedlensError", "HookError", "HookPoint", "HookTable",
+    "HookedConfig", "HookedGriffin", "HookedLanguageModel", "HookedMamba", "HookedModel", "HookedRWKV",
+    "HookedViM", "ImplicitAttention", "InputError", "Point", "PointError", "RecurrentState", "TooLargeError",
+    "View", "__version__", "bundled_models", "data", "from_pretrained", "implicit_attention", "plot", "tasks",
     "wrap",
 ]
+# fmt: on

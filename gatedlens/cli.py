@@ -1,4 +1,4 @@
-"""The command line: `gatedlens demo`, `attention`, `models`, `table`. Each command has --help with examples and --json."""
+"""The command line: `gatedlens demo`, `attention`, `compare`, `models`, `table`; each has --help with examples and --json."""
 
 from __future__ import annotations
 
@@ -84,6 +84,29 @@ def attention(args: argparse.Namespace) -> dict[str, Any]:
     return {}
 
 
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Show the four architectures side by side, on one prompt and one handwritten digit."""
+    from rich.table import Table
+
+    from gatedlens.demo import compare as run
+
+    found = run(args.out)
+    if args.json:
+        return found.to_dict()
+    console = _console()
+    console.print(f"prompt: {found.prompt}", soft_wrap=True)
+    table = Table()
+    for column in ("model", "answer", "right answer", "source it reads most", "reconstruction error"):
+        table.add_column(column)
+    for name, (answer, right, strongest, error) in found.recalled.items():
+        table.add_row(name, answer, right, strongest, f"{error:.1e}")
+    console.print(table)
+    label, guess, probability, error = found.digit
+    console.print(f"gatedlens/vim-digits reads a handwritten {label} as {guess} ({probability:.0%}), error {error:.1e}")
+    console.print(f"picture: {found.figure}", soft_wrap=True)
+    return {}
+
+
 def models(args: argparse.Namespace) -> dict[str, Any]:
     """List the bundled models."""
     from gatedlens.loading import BUNDLED, bundled_models
@@ -140,6 +163,8 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--position", type=int, help="whose row (the last token's; of an image the class token's)")
     sub.add_argument("--out", default="out", help="the folder for the picture and the numbers (%(default)s)")
+    sub = command("compare", compare, "examples:\n  gatedlens compare\n  gatedlens compare --out figures --json")
+    sub.add_argument("--out", default="out", help="the folder for the picture (%(default)s)")
     command("models", models, "examples:\n  gatedlens models\n  gatedlens models --json")
     sub = command("table", table, TABLE)
     sub.add_argument("model", help="a bundled model, a folder or a hub name")

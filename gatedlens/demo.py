@@ -15,12 +15,18 @@ import torch
 
 from gatedlens import plot
 from gatedlens.attention import implicit_attention
+from gatedlens.data import digits
 from gatedlens.errors import InputError
 from gatedlens.loading import BUNDLED, from_pretrained
 from gatedlens.page import attention_page
 from gatedlens.tasks import VOCABULARY, recall
 
-POINTS = "blocks.*.mixer.*"
+FOUR = {
+    "gatedlens/mamba-recall": 1,
+    "gatedlens/griffin-recall": 0,
+    "gatedlens/rwkv-recall": 1,
+}  # the layer that recalls
+DIGITS = "gatedlens/vim-digits"
 PASSAGE = slice(381_274, 381_319)  # a sentence of the held-out part of the book
 
 
@@ -30,6 +36,11 @@ def default_text(model_name: str) -> str:
     if report.exists() and json.loads(report.read_text())["task"] == "recall":
         return " ".join(VOCABULARY[i] for i in recall(1, seed=3).tokens[0, 1:].tolist())
     return (BUNDLED / "data" / "moby-dick.txt").read_text(encoding="utf-8")[PASSAGE]
+
+
+def _mixing(name: str) -> bool:
+    """The points of the token mixers, lazy ones included."""
+    return ".mixer." in name or ".attn." in name
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ def run(model_name: str, text: str | None = None, layer: int = -1, out: str | Pa
         raise InputError(f"--layer {layer}: {model_name} has layers 0 to {n_layers - 1}.")
     layer %= n_layers
 
-    logits, cache = model.run_with_cache(text, names_filter=POINTS)
+    logits, cache = model.run_with_cache(text, names_filter=_mixing)
     attention = {i: implicit_attention(cache, layer=i) for i in range(n_layers)}
     errors = {i: A.check().relative for i, A in attention.items()}
     maps = {i: A.abs_mean()[0] for i, A in attention.items()}
@@ -90,3 +101,68 @@ def run(model_name: str, text: str | None = None, layer: int = -1, out: str | Pa
     page_path = page.save(folder / f"{stem}.html")
     size = sum(t.numel() * t.element_size() for t in cache.values())
     return Report(model_name, text, layer, len(cache), size, errors, tops, following, figure_path, page_path)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The four architectures side by side. recalled: model -> (its answer, what holds the right one, the source that its
+    layer reads most, relative error of the reconstruction); digit: (label, prediction, probability, error)."""
+
+    prompt: str
+    recalled: dict[str, tuple[str, str, str, float]]
+    digit: tuple[int, int, float, float]
+    figure: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "figure": str(self.figure)}
+
+
+@torch.no_grad()
+def compare(out: str | Path = "out", seed: int = 3, digit: int = 4) -> Comparison:
+    """`gatedlens.demo.compare()`: one prompt through Mamba, Griffin and RWKV, one handwritten digit through Vision Mamba,
+    and one figure with an implicit attention map of each."""
+    figure, axes = plot.panels(2, 3, size=5.2)
+    batch = recall(1, seed=seed)
+    recalled, tokens = {}, [VOCABULARY[i] for i in batch.tokens[0].tolist()]
+    for ax, (name, layer) in zip(axes[0], FOUR.items(), strict=True):
+        model = from_pretrained(name)
+        A = implicit_attention(model, batch.tokens, layer=layer)
+        attended = A.abs_mean()[0]
+        title = f"{model.title}: layer {layer} of {name.partition('/')[2]}"
+        plot.heatmap(attended, tokens, title=title, value="|attention| (mean over channels)", ax=ax)
+        answer = VOCABULARY[int(model(batch.tokens)[0, -1].argmax())]
+        strongest = tokens[int(attended[-1].argmax())]
+        recalled[name] = (answer, tokens[int(batch.answer_pos)], strongest, A.check().relative)
+
+    images, labels = digits()["test"]
+    image, label = images[digit : digit + 1], int(labels[digit])
+    vim = from_pretrained(DIGITS)
+    A = implicit_attention(vim, image, layer=-1)
+    probabilities = vim(image)[0].softmax(-1)
+    guess = int(probabilities.argmax())
+    attended = A.abs_mean()[0]
+    grid = vim.grid
+    read = (
+        attended[list(grid.cls)].mean(0) if grid.cls else attended.mean(0)
+    )  # what the class token, or their mean, reads
+    heat = read[list(grid.patches)].reshape(grid.rows, grid.columns)
+    plot.image(
+        image[0], title=f"a handwritten {label}, read as {guess} ({float(probabilities[guess]):.0%})", ax=axes[1][0]
+    )
+    places = ["cls" if (at := grid.place(p)) is None else f"{at[0]},{at[1]}" for p in range(grid.length)]
+    title = f"{vim.title}: layer {vim.cfg.n_layers - 1} of {DIGITS.partition('/')[2]}"
+    plot.heatmap(attended, places, title=title, value="|attention| (mean over channels)", ax=axes[1][1])
+    plot.image(
+        image[0],
+        heat=heat,
+        title="where the class token looks" if grid.cls else "where the positions look",
+        ax=axes[1][2],
+    )
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "four-architectures.png"
+    figure.suptitle(f"Implicit attention, four architectures. Prompt: {' '.join(tokens[1:])}")
+    figure.savefig(path, dpi=100)
+    return Comparison(
+        " ".join(tokens[1:]), recalled, (label, guess, float(probabilities[guess]), A.check().relative), path
+    )

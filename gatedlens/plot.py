@@ -106,6 +106,36 @@ def layers(
     return figure
 
 
+def panels(rows: int, columns: int, size: float = 5.0) -> tuple[Any, Any]:
+    """(figure, axes [rows, columns]): an empty figure of square panels, for the `ax` of the others."""
+    return _pyplot().subplots(
+        rows, columns, figsize=(size * columns, (size - 0.6) * rows), squeeze=False, layout="constrained"
+    )
+
+
+def image(pixels: Any, heat: Any = None, title: str = "", value: str = "relevance", ax: Any = None) -> Any:
+    """`gl.plot.image(image[0], heat=rows_by_columns)`: an image [channel height width], under a map of its patches.
+
+    Values are stretched to the image's own range. Returns the matplotlib Figure.
+    """
+    data = torch.as_tensor(pixels).detach().float().cpu()
+    if data.ndim != 3:
+        raise InputError(f"An image is [channel, height, width]; this has shape {list(data.shape)}.")
+    if ax is None:
+        _, ax = _pyplot().subplots(layout="constrained")
+    data = (data - data.min()) / (data.max() - data.min()).clamp(min=1e-12)
+    height, width = data.shape[1:]
+    box = (-0.5, width - 0.5, height - 0.5, -0.5)
+    ax.imshow(data[0] if len(data) == 1 else data.permute(1, 2, 0), cmap="gray", extent=box)
+    if heat is not None:
+        heat = torch.as_tensor(heat).detach().float().cpu()
+        shown = ax.imshow(heat, cmap="inferno", alpha=0.55, extent=box, interpolation="nearest")
+        ax.figure.colorbar(shown, ax=ax, label=value, shrink=0.8)
+    ax.set_title(title)
+    ax.set_xticks([])
+    ax.set_yticks([])
+
+
 def over_image(
     row: Any,
     image: Any,

@@ -38,6 +38,18 @@ def test_demo_as_json(tmp_path, capsys):
     assert all(error < 1e-5 for error in found["errors"].values())
 
 
+def test_compare_shows_all_four(tmp_path, capsys):
+    assert cli.main(["compare", "--out", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["recalled"]) == {f"gatedlens/{name}-recall" for name in ("mamba", "griffin", "rwkv")}
+    assert all(answer == right and error < 1e-5 for answer, right, _, error in found["recalled"].values())
+    label, guess, probability, error = found["digit"]
+    assert label == guess and probability > 0.5 and error < 1e-5
+    assert (tmp_path / "four-architectures.png").stat().st_size > 20_000
+    assert cli.main(["compare", "--out", str(tmp_path)]) == 0
+    assert "reads a handwritten" in capsys.readouterr().out
+
+
 def test_models_and_table(capsys):
     assert cli.main(["models"]) == 0
     assert "gatedlens/mamba-recall" in capsys.readouterr().out
@@ -108,7 +120,7 @@ def test_mistakes_are_one_line_and_code_2(arguments, message, tmp_path, capsys):
     assert message in error and "Traceback" not in error
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["attention"], ["models"], ["table"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["attention"], ["compare"], ["models"], ["table"]])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])

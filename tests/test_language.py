@@ -177,6 +177,26 @@ def test_prefix_and_suffix_equal_the_whole_at_every_split(lm):
         assert all(relative(end[k], last[k]) < 1e-10 for k in last if last[k].is_floating_point())
 
 
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(0, 9))
+@torch.no_grad()
+def test_any_split_into_pieces_equals_the_whole(pieces, seed):
+    tokens = example(TINY, 2, sum(pieces), seed)
+    state, parts = None, []
+    for part in tokens.split(pieces, dim=1):
+        logits, state = TINY(part, state=state, return_state=True)
+        parts.append(logits)
+    assert relative(torch.cat(parts, 1), TINY(tokens)) < 1e-10
+
+
+@torch.no_grad()
+def test_a_state_stays_the_same_size_however_much_was_read(lm):
+    """Generation in constant memory per step: what is carried does not grow (an attention window only fills up)."""
+    _, state = lm.generate(example(lm, pos=12), max_new_tokens=8, do_sample=False, return_state=True, verbose=False)
+    _, later = lm.generate(example(lm, pos=12), max_new_tokens=60, do_sample=False, return_state=True, verbose=False)
+    assert later.seen.tolist() == [72, 72]
+    assert later.nbytes == state.nbytes
+
+
 def test_gradients_flow_through_the_state(lm):
     tokens = example(lm, pos=8)
     weight = torch.randn(2, 3, lm.cfg.d_vocab_out, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

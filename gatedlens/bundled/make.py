@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from gatedlens.data import digits, text
 from gatedlens.loading import BUNDLED, wrap
 from gatedlens.tasks import VOCABULARY, recall
 
@@ -97,21 +97,6 @@ RECIPES = (
 
 
 # -- tasks ----------------------------------------------------------------------------------------------------------
-
-
-def text() -> tuple[Tensor, Tensor]:
-    """(training bytes, held-out bytes) of the bundled book: the first nine tenths and the last."""
-    data = torch.frombuffer(bytearray((BUNDLED / "data" / "moby-dick.txt").read_bytes()), dtype=torch.uint8).long()
-    cut = int(0.9 * len(data))
-    return data[:cut], data[cut:]
-
-
-def digits() -> dict[str, tuple[Tensor, Tensor]]:
-    """{"train": (images [n, 1, 8, 8] in [-1, 1], labels), "test": ...}: 1,437 handwritten digits and 360 held out."""
-    data = load_file(BUNDLED / "data" / "digits.safetensors")
-    images, labels = data["images"].float().unsqueeze(1) / 8 - 1, data["labels"].long()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    return {"train": (images[order[360:]], labels[order[360:]]), "test": (images[order[:360]], labels[order[:360]])}
 
 
 def recall_loss(model: Any, recipe: Recipe, step: int, data: Any) -> Tensor:

@@ -206,8 +206,8 @@ class RwkvMixer(RwkvMix):
         r = self.hook_gate_pre(F.linear(xr, w.receptance.weight))
         u = self.hook_u(v)
 
-        inputs = (at_least_float32(run.padding.zero(t)) for t in (k, u))
-        scan = self.hook_scan(self.recur(*inputs, run).to(u.dtype))
+        clean = [at_least_float32(run.padding.zero(t)) for t in (k, u)]
+        scan = self.hook_scan(self.recur(clean[0], clean[1], run).to(u.dtype))
         y = self.hook_y(scan)
         gate = self.hook_gate(torch.sigmoid(r))
         gated = self.hook_gated(y * gate)
