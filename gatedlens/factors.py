@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gatedlens.patternmatrix import PatternScan
@@ -37,6 +37,7 @@ class Factors:
     act: Float[Tensor, "batch pos channel"] | None = None
     taps: Float[Tensor, "channel tap"] | None = None
     drift: Float[Tensor, "batch pos channel"] | None = None
+    document: Int[Tensor, "batch pos"] | None = None  # numbers a row's documents; None: each row is one
     start: Float[Tensor, "batch _ _"] | None = None  # as the scan's `apply` takes it
     reverse: bool = False  # the scan runs from the last position to the first, and all tensors here are in its order
     scale: float = 1.0  # this branch's share of the layer's output
