@@ -73,6 +73,11 @@ def _table(rows: tuple[Point, ...], sizes: dict[str, int], prefix: str) -> str:
     return "\n".join(lines)
 
 
+def imported(name: str, hooked: Any) -> str:
+    """The line that imports an architecture's class from its file: it holds for one that `gl` does not list, too."""
+    return f"from gatedlens.hooks.{name} import {hooked.__name__}"
+
+
 def page(name: str, hooked: Any) -> str:
     """The page of one architecture."""
     model, sizes = hooked.reference
@@ -91,7 +96,7 @@ def page(name: str, hooked: Any) -> str:
         "| factor | from the points |\n|---|---|\n"
         + "\n".join(f"| {factor} | `{here}` |" for factor, here in hooked.attention_words.items()),
         "## Read one point",
-        f"```python\nimport gatedlens as gl\n\nmodel = gl.{hooked.__name__}.tiny()\n{hooked.snippet()}\n```",
+        f"```python\n{imported(name, hooked)}\n\nmodel = {hooked.__name__}.tiny()\n{hooked.snippet()}\n```",
     ]
     for kind, rows in hooked.kinds().items():
         many = len(hooked.kinds()) > 1
@@ -109,7 +114,7 @@ def page(name: str, hooked: Any) -> str:
 def index(found: dict[str, Any]) -> str:
     """hooks/README.md."""
     lines = [
-        f"| [{hooked.title}]({name}.md) | `gl.{hooked.__name__}` | {hooked.paper} |" for name, hooked in found.items()
+        f"| [{hooked.title}]({name}.md) | `{hooked.__name__}` | {hooked.paper} |" for name, hooked in found.items()
     ]
     shared = [{row.leaf for rows in hooked.kinds().values() for row in rows} for hooked in found.values()]
     common = ", ".join(f"`{leaf}`" for leaf in sorted(set.intersection(*shared)))

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from gatedlens import tokens as tokens_
 from gatedlens.errors import InputError
 from gatedlens.generation import generate
-from gatedlens.model import Batch, HookedModel
+from gatedlens.hooking import Batch
+from gatedlens.model import HookedModel
 from gatedlens.padding import Padding
 from gatedlens.points import Point
 from gatedlens.state import RecurrentState
@@ -258,7 +259,10 @@ class HookedLanguageModel(HookedModel):
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
-        """The constant that the output biases of all mixers before `layer` add to the residual stream."""
+        """The constant that the output biases of all mixers before `layer` add to the residual stream.
+
+        Of mixers whose output projection is named `out_proj`, and MLPs without biases; an architecture with others says so.
+        """
         total = torch.zeros(self.cfg.d_model, device=self.W_U.device)
         blocks: Any = self.blocks[: layer + int(mlp_input)]
         for block in blocks:

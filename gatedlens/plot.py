@@ -23,6 +23,7 @@ from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError
 from gatedlens.grid import Grid
 
+BODY = "font-family:system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em"
 MAX_LABELS = 80  # token labels an axis can hold and stay legible
 
 
@@ -264,7 +265,7 @@ class Html:
 
     def page(self) -> str:
         head = f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(self.title)}</title></head>"
-        return f"{head}<body style='font-family:system-ui,sans-serif;max-width:70em;margin:2em auto'>{self.body}</body></html>"
+        return f"{head}<body style='{BODY}'>{self.body}</body></html>"
 
     def save(self, path: str | Path) -> Path:
         """Write a self-contained page and return its path."""

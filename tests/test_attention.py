@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import gatedlens as gl
 from gatedlens.hooks.mamba import HookedMamba
@@ -132,40 +131,81 @@ def test_mamba_against_the_literal_triple_loop():
         assert relative(A.only("scan").dense(channels=d)[:, 0], S) < 1e-12
 
 
-def frozen_mixer(cache, model, layer):
-    """o as a function of x with gate, dt, B, C and sigmoid(c) held at their cached values: the forward itself, frozen."""
-    fixed = {n: cache[n, layer] for n in ("hook_gate", "hook_dt", "hook_B", "hook_C", "hook_conv")}
-    mixer = model.blocks[layer].mixer
+MAMBA = ("hook_gate", "hook_dt", "hook_B", "hook_C")
+GRIFFIN = ("hook_gate", "hook_input_gate", "hook_log_decay", "hook_multiplier", "hook_reset")
+# place -> (the input x, the output o, the points held fixed, the (input, output) of SiLUs whose sigmoid is held fixed)
+FROZEN = {
+    "mamba": {"mixer": ("hook_x", "hook_gated", MAMBA, (("hook_conv", "hook_u"),))},
+    "griffin": {"mixer": ("hook_x", "hook_gated", GRIFFIN, ()), "attn": ("hook_v", "hook_z", ("hook_pattern",), ())},
+    "rwkv": {"mixer": ("hook_x", "hook_gated", ("hook_gate", "hook_k"), ())},
+    "vim": {
+        "mixer": (
+            "hook_x",
+            "hook_gated",
+            tuple(f"{way}.{name}" for way in ("fwd", "bwd") for name in MAMBA),
+            (("fwd.hook_conv", "fwd.hook_u"), ("bwd.hook_conv", "bwd.hook_u")),
+        )
+    },
+    "hgrn": {"mixer": ("hook_x", "hook_gated", ("hook_gate", "hook_log_decay"), (("hook_x", "hook_u"),))},
+}
 
-    def forward(x):
-        w = mixer.weights
-        c = F.conv1d(F.pad(x.mT, (3, 0)), w.conv1d.weight, w.conv1d.bias, groups=x.shape[-1]).mT
-        u = torch.sigmoid(fixed["hook_conv"]) * c
-        state, ys = 0.0, []
-        for t in range(x.shape[1]):
-            decay = torch.exp(fixed["hook_dt"][:, t, :, None] * mixer.A)
-            state = decay * state + (fixed["hook_dt"][:, t] * u[:, t])[..., None] * fixed["hook_B"][:, t, None]
-            ys.append((state * fixed["hook_C"][:, t, None]).sum(-1) + w.D * u[:, t])
-        return torch.stack(ys, 1) * fixed["hook_gate"]
 
-    return forward
+def frozen_forward(model, layer, run):
+    """(x, o): the model's own forward of a layer as a function of x alone, gates, dt, B, C, ... held at their values.
+
+    Nothing of the attention code is used: hooks detach what is fixed, and put sigmoid(c) c back together with the
+    sigmoid fixed.
+    """
+    place = model.blocks[layer].mixer.place
+    x_name, o_name, fixed, silus = FROZEN[model.cfg.architecture][place]
+    stem, live = f"blocks.{layer}.{place}.", {}
+
+    def leaf(x, hook):
+        live["x"] = x.detach().clone().requires_grad_()
+        return live["x"] * 1.0
+
+    def note(name):
+        return lambda x, hook: live.__setitem__(name, x)
+
+    hooks = [(stem + x_name, leaf), (stem + o_name, note("o"))]
+    hooks += [(stem + name, lambda x, hook: x.detach()) for name in fixed]
+    for c, u in silus:
+        hooks.append((stem + c, note(c)))
+        hooks.append((stem + u, lambda u, hook, c=c: torch.sigmoid(live[c]).detach() * live[c]))
+    run(hooks)
+    return live["x"], live["o"]
 
 
-def test_the_operator_is_the_jacobian_of_the_frozen_forward():
-    model = HookedMamba.tiny(dtype=torch.float64)
+def test_the_operator_is_the_jacobian_of_the_models_own_frozen_forward(model):
+    """Rows by VJP through the forward equal A's rows; any contraction equals A.T @ g, for every kind of layer."""
+    input = example(model, 2, LENGTH)
     with torch.no_grad():
-        cache = cached(model, "plain")
-    A = gl.implicit_attention(cache, layer=1)
-    forward, x = frozen_mixer(cache, model, 1), cache["x", 1].clone().requires_grad_()
-    out = forward(x)
-    assert relative(out, cache["gated", 1]) < 1e-12
-    dense = A.dense().detach()
-    for i in range(LENGTH):
-        (grad,) = torch.autograd.grad(out[:, i].sum(), x, retain_graph=True)
-        assert torch.allclose(grad, dense[:, :, i].mT, atol=1e-12)
-    g = torch.randn_like(out)
-    (vjp,) = torch.autograd.grad(out, x, g)
-    assert torch.allclose(A.T @ g, vjp, atol=1e-12)
+        _, cache = model.run_with_cache(input)
+    kinds = {model.rows_for(layer): layer for layer in range(model.cfg.n_layers)}
+    for layer in kinds.values():
+
+        def run(hooks, layer=layer):
+            model.run_with_hooks(input, fwd_hooks=hooks, stop_at_layer=layer + 1)
+
+        x, o = frozen_forward(model, layer, run)
+        A = gl.implicit_attention(cache, layer=layer)
+        batch, length, channels = A.shape
+        groups = channels // (x.shape[2] * x.shape[3]) if x.ndim == 4 else 1  # heads that share one value head
+
+        def per_source(value, x=x, groups=groups):
+            """A gradient by x as one by channel: what heads share, they share the gradient's sum of."""
+            if x.ndim == 3:
+                return value
+            kv, d = x.shape[2:]
+            return value.reshape(*value.shape[:2], kv, groups, d).sum(3)
+
+        o = o.flatten(2) if o.ndim == 4 else o
+        for i in (0, length // 2, length - 1):
+            (row,) = torch.autograd.grad(o[:, i].sum(), x, retain_graph=True)
+            assert torch.allclose(per_source(A.row(i).mT), row, rtol=0, atol=1e-12), (layer, i)
+        g = torch.randn(batch, length, channels, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        (vjp,) = torch.autograd.grad(o, x, g)
+        assert torch.allclose(per_source(A.T @ g), vjp, rtol=0, atol=1e-12), layer
 
 
 def test_it_is_differentiable_in_the_cached_activations():

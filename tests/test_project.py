@@ -17,7 +17,7 @@ from gatedlens.hooks import architectures
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "gatedlens"
-TUTORIALS = sorted((ROOT / "tutorials").glob("*.py"))
+TUTORIALS = sorted((ROOT / "tutorials").glob("*.py"), key=lambda path: int(path.name.split("-")[0]))
 
 
 def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
@@ -90,9 +90,8 @@ def test_tutorials_run(path, tmp_path):
 
 
 def test_tutorials_are_numbered_and_carry_no_output():
-    names = [path.name for path in TUTORIALS]
-    numbers = [int(name.split("-")[0]) for name in names]
-    assert numbers == sorted(set(numbers)) and numbers[0] == 1
+    numbers = [int(path.name.split("-")[0]) for path in TUTORIALS]
+    assert numbers[0] == 1 and len(set(numbers)) == len(numbers), "two tutorials have one number"
     assert not list((ROOT / "tutorials").glob("*.ipynb"))
 
 

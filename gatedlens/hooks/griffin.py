@@ -29,9 +29,9 @@ from gatedlens.block import Mixer, MlpBlock, Norm, Run, TokenMixing, mlp_residua
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError
 from gatedlens.factors import Factors
+from gatedlens.hooking import Batch
 from gatedlens.hookpoint import Part, rows_of
 from gatedlens.language import HookedLanguageModel
-from gatedlens.model import Batch
 from gatedlens.padding import Padding, windows
 from gatedlens.patternmatrix import PatternScan
 from gatedlens.points import Alias, Point, block_rows

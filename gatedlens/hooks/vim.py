@@ -32,10 +32,11 @@ from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError, InputError, did_you_mean
 from gatedlens.factors import Factors
 from gatedlens.grid import Grid
+from gatedlens.hooking import Batch
 from gatedlens.hookpoint import rows_of
 from gatedlens.hooks.mamba import ALIASES, MIXER_ROWS, RMSNORM, SelectiveScan
 from gatedlens.images import IMAGENET_MEAN, IMAGENET_STD, preprocess
-from gatedlens.model import Batch, HookedModel
+from gatedlens.model import HookedModel
 from gatedlens.padding import Padding
 from gatedlens.points import Point, View, block_rows
 from gatedlens.recurrence import at_least_float32

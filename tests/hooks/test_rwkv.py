@@ -20,16 +20,7 @@ from gatedlens.wkv import NOTHING, Carry, OpenWkv, wkv
 
 torch.set_num_threads(1)
 LAZY = tuple(f"hook_{name}" for name in INSIDE)
-HERE = Path(__file__).resolve()
-
-
-def golden(name: str) -> Path:
-    """A folder of the shared golden vectors, or our copy of its small files."""
-    shared = [parent / "shared" / "golden" / name for parent in HERE.parents]
-    return next((p for p in [*shared, HERE.parents[1] / "golden" / name] if p.exists()), Path("/nowhere"))
-
-
-needs_golden = pytest.mark.skipif(not golden("rwkv4_lm").exists(), reason="the golden vectors are not here")
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 def tokens(rows: int, length: int, seed: int = 0, vocab: int = 40) -> torch.Tensor:
@@ -152,10 +143,9 @@ def test_wrap_and_a_folder_of_transformers(tmp_path):
 # -- the official implementation ------------------------------------------------------------------------------------
 
 
-@needs_golden
 def test_golden_logits_with_and_without_rescaling_and_states():
-    io = load_file(golden("rwkv4_lm") / "io.safetensors")
-    model, ids = gl.from_pretrained(golden("rwkv4_lm")), io["input_ids"][None]
+    io = load_file(GOLDEN / "rwkv4_lm" / "io.safetensors")
+    model, ids = gl.from_pretrained(GOLDEN / "rwkv4_lm"), io["input_ids"][None]
     assert (model.cfg.n_layers, model.cfg.rescale_every) == (7, 6)
     with torch.no_grad():
         assert (model(ids)[0] - io["logits"]).abs().max() < 1e-5

@@ -22,10 +22,7 @@ from gatedlens.padding import Padding  # noqa: E402
 from gatedlens.visionmamba import OFFICIAL, SHORT, VisionMamba, variant_config  # noqa: E402
 
 torch.set_num_threads(1)
-HERE = Path(__file__).parent.parent
-GOLDEN = next(
-    p for p in (HERE / "golden", HERE.parent.parent / "shared" / "golden") if (p / "vim_midcls_div2").exists()
-)
+GOLDEN = Path(__file__).parent.parent / "golden"
 FOLDERS = ("vim_midcls_div2", "vim_headcls_nodiv", "vim_v1_midcls")
 CLS = {
     "middle": {},

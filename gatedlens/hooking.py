@@ -1,0 +1,234 @@
+"""Hooking: putting hooks on points, by any name, and taking caches.
+
+    with model.hooks(fwd_hooks=[("blocks.3.mixer.hook_gate", f)]): ...
+    model.run_with_hooks(input, fwd_hooks=[("blocks.*.hook_mixer_out", f)])
+    out, cache = model.run_with_cache(input, names_filter="blocks.*.mixer.hook_decay")
+
+What HookedModel inherits of this: TransformerLens's HookedRootModule, with names resolved through our tables, nothing
+silently missing, and hooks undone on exceptions too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformer_lens
+from torch import Tensor
+from transformer_lens.utilities import Slice
+
+from gatedlens.cache import ActivationCache, Keep, KeepLive, gradients
+from gatedlens.config import HookedConfig
+from gatedlens.errors import InputError, PointError, TooLargeError, in_bytes
+from gatedlens.hookpoint import HookPoint
+from gatedlens.points import Names, NamesFilter
+from gatedlens.visit import Visit
+
+Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
+CACHE_LIMIT = 8 * 2**30  # bytes that run_with_cache takes without being told more
+
+
+@dataclass
+class Batch:
+    """An input made ready: `value` is tokens [batch, pos] (or images), or the residual stream if `is_resid`."""
+
+    value: Tensor
+    mask: Tensor | None = None
+    is_resid: bool = False
+
+
+class Hooking(transformer_lens.HookedRootModule):
+    """`names`, `hook_dict`, `cfg`, `prepare` and `positions` are the model's."""
+
+    names: Names
+    cfg: HookedConfig
+
+    def prepare(self, input: Any, **options: Any) -> tuple[Batch, dict[str, Any]]:
+        """The input as tensors, checked, with the options of `forward` that are still to be used."""
+        raise NotImplementedError
+
+    def positions(self, batch: Batch) -> int:
+        """How many positions the residual stream has for this input."""
+        return int(batch.value.shape[1])
+
+    def add_hook(
+        self,
+        name: str | Callable[[str], bool],
+        hook: Callable[..., Any],
+        dir: str = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> None:
+        """`model.add_hook("blocks.*.mixer.hook_gate", f)`: names, aliases, globs, views and predicates; see `reset_hooks`."""
+        for found in self.names.hooked(name):
+            if found.view is not None:
+                Visit.add(self, found, hook, dir, is_permanent, level)
+                continue
+            asked = [found.asked] if found.asked != found.name else None
+            self.hook_dict[found.name].add_hook(hook, dir, is_permanent, level, prepend, asked)
+
+    def _enable_hook(self, name: str | Callable[[str], bool], hook: Callable[..., Any], dir: Any) -> None:
+        self.add_hook(name, hook, dir, level=self.context_level)
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Any = (),
+        bwd_hooks: Any = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator[Any]:
+        """`with model.hooks(fwd_hooks=[(name, hook)]): ...`: hooks for the time of the block; every name is checked first."""
+        for name, hook in _pairs(fwd_hooks, bwd_hooks):
+            self.names.hooked(name)
+            if not callable(hook):
+                raise InputError(f"The hook on {name!r} is {hook!r}; a hook is a function of (activation, hook).")
+        with super().hooks(list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts) as hooked:
+            yield hooked
+
+    def run_with_hooks(
+        self,
+        *model_args: Any,
+        fwd_hooks: Any = (),
+        bwd_hooks: Any = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        """One forward with hooks; a hook whose point did not fire (a layer that was not run, say) raises."""
+        hooked = {str(name): self.names.hooked(name) for name, _ in _pairs(fwd_hooks, bwd_hooks)}
+        asked = {name: [at for found in several for at in found.at()[-1:]] for name, several in hooked.items()}
+        before = {at: self.hook_dict[at].visits for ats in asked.values() for at in ats}
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts) as model:
+            out = model(*model_args, **model_kwargs)
+        for name, ats in asked.items():
+            if all(self.hook_dict[at].visits == before[at] for at in ats):
+                raise PointError(f"The hook on {name!r} never ran: {', '.join(ats[:3])} did not fire in this call.")
+        return out
+
+    def get_caching_hooks(
+        self,
+        names_filter: NamesFilter = None,
+        incl_bwd: bool = False,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+        pos_slice: Any = None,
+    ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
+        """(store, forward hooks, backward hooks): the hooks that fill `store` when the model runs under them."""
+        store = {} if cache is None else cache
+        keep = Keep(store, device, remove_batch_dim, Slice.unwrap(pos_slice))
+        names = dict.fromkeys(name for group in self.names.select(names_filter) for name in group)
+        backward: list[Any] = []
+        if incl_bwd:
+
+            def save_grad(grad: Tensor, hook: HookPoint) -> None:
+                store[f"{hook.name}_grad"] = keep.trim(grad.detach(), hook).clone()
+
+            backward = [(name, save_grad) for name in names]
+        return store, [(name, keep) for name in names], backward
+
+    def add_caching_hooks(
+        self,
+        names_filter: NamesFilter = None,
+        incl_bwd: bool = False,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Add hooks that fill the returned dict at every run, until `reset_hooks`."""
+        store, forward, backward = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, cache)
+        for direction, hooks in (("fwd", forward), ("bwd", backward)):
+            for name, hook in hooks:
+                self.add_hook(name, hook, direction)
+        self.is_caching = True
+        return store
+
+    def run_with_cache(
+        self,
+        input: Any,
+        *model_args: Any,
+        names_filter: NamesFilter = None,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        incl_bwd: bool = False,
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        pos_slice: Any = None,
+        return_cache_object: bool = True,
+        max_bytes: int | None = CACHE_LIMIT,
+        **model_kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """`out, cache = model.run_with_cache(input, names_filter="blocks.*.mixer.hook_dt")`.
+
+        names_filter: None (every point that is not lazy), a name, alias or glob, a list of these, or a predicate on
+        full names. pos_slice: which positions to keep, whatever axis they are. device: where to keep them.
+        incl_bwd: also the gradients of the (scalar) output, under name + "_grad". max_bytes: refuse a larger cache.
+        The rest goes to `forward`. Raises PointError if something asked for did not fire.
+        """
+        groups = self.names.select(names_filter)
+        batch, rest = self.prepare(input, *model_args, **model_kwargs)
+        if remove_batch_dim and batch.value.shape[0] != 1:
+            raise InputError(f"remove_batch_dim needs a batch of one; this one has {batch.value.shape[0]} rows.")
+        self._check_size(groups, batch, Slice.unwrap(pos_slice), max_bytes)
+        names = list(dict.fromkeys(name for group in groups for name in group))
+        store: dict[str, Tensor] = {}
+        live: dict[str, tuple[Tensor, HookPoint]] = {}
+        keep: Any = Keep(store, device, remove_batch_dim, Slice.unwrap(pos_slice))
+        hook = KeepLive(keep, live) if incl_bwd else keep
+        with self.hooks([(name, hook) for name in names], (), reset_hooks_end, clear_contexts):
+            out = self(batch, **rest)
+            if incl_bwd:
+                store |= gradients(_scalar(out), live, lambda g, point: keep.trim(g, point).to(device).clone())
+        for group in groups:
+            if group and not any(name in store for name in group):
+                raise PointError(
+                    f"{', '.join(group[:3])} did not fire in this call: the layers that ran do not reach it."
+                )
+        if not return_cache_object:
+            return out, store
+        tokens = None if batch.is_resid else batch.value
+        state = rest.get("state")
+        sliced = Slice.unwrap(pos_slice).mode != "identity"
+        cache = ActivationCache(store, self, not remove_batch_dim, tokens, batch.mask, state, sliced)
+        return out, cache
+
+    def _check_size(self, groups: list[list[str]], batch: Batch, pos_slice: Slice, limit: int | None) -> None:
+        """Refuse, before anything runs, a cache of more than `limit` bytes."""
+        if limit is None:
+            return
+        kept = pos_slice.apply(torch.empty(1, self.positions(batch)), dim=1).numel()
+        given = {"batch": batch.value.shape[0], "pos": kept, "key_pos": self.positions(batch)}
+        sizes = {}
+        for name in dict.fromkeys(name for group in groups for name in group):
+            point = self.names.points[name]
+            sizes[name] = 4 * point.elements({**self.cfg.sizes, **given})
+        total = sum(sizes.values())
+        if total > limit:
+            worst = max(sizes, key=lambda name: sizes[name])
+            raise TooLargeError(
+                f"This cache would take {in_bytes(total)}, more than max_bytes={in_bytes(limit)}; the largest is {worst}"
+                f" with {in_bytes(sizes[worst])}. Ask for fewer points or layers (names_filter), for some positions"
+                " (pos_slice), or raise max_bytes."
+            )
+
+
+def _pairs(*lists: Any) -> list[Any]:
+    """The hooks of some lists, each checked to be a (name, hook) pair."""
+    pairs = [pair for hooks in lists for pair in hooks]
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise InputError(f"Hooks are a list of pairs [(name, hook), ...]; this holds {pair!r}.")
+    return pairs
+
+
+def _scalar(out: Any) -> Tensor:
+    if not isinstance(out, Tensor) or out.numel() != 1:
+        raise InputError('incl_bwd differentiates a scalar output: pass return_type="loss".')
+    if not out.requires_grad:
+        raise InputError("incl_bwd needs gradients, and they are switched off (torch.no_grad or inference_mode).")
+    return out

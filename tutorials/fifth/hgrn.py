@@ -1,0 +1,290 @@
+"""HGRN (Qin, Yang and Zhong 2023, arXiv 2311.04823): a forget gate with a floor that rises from layer to layer.
+
+b batch, l pos, d d_model, c channel (expand_ratio * d_model), f d_mlp; n and m the norms' outputs.
+
+    x, f, z  = i_proj(n), f_proj(n), g_proj(n)                        u = SiLU(x)
+    decay    = bound + (1 - bound) sigmoid(f)                         bound: 0 in the first layer, below 1 in the last
+    state_t  = decay_t state_{t-1} + (1 - decay_t) u_t                scan_t = state_t
+    out      = out_proj(scan SiLU(z))
+    channel mix  down_proj(SiLU(gate_proj(m)) up_proj(m))
+
+This is the real recurrence (the paper also turns each state by a fixed angle), with SiLU for the gates as in the
+flash-linear-attention library, and without that library's norm before `out_proj`.
+
+It is the example of tutorial 8: an architecture that gatedlens does not ship, in one file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gatedlens.block import Mixer, MlpBlock, Norm, Run, mlp_residual_rows, norm_rows
+from gatedlens.config import HookedConfig
+from gatedlens.factors import Factors
+from gatedlens.hookpoint import Part, rows_of
+from gatedlens.language import HookedLanguageModel
+from gatedlens.padding import Padding
+from gatedlens.points import Alias, Point, block_rows
+from gatedlens.recurrence import at_least_float32
+from gatedlens.scanmatrix import DecayScan
+from gatedlens.state import RecurrentState
+
+# -- rows -----------------------------------------------------------------------------------------------------------
+
+PAPER = "HGRN, arXiv 2311.04823"
+GATES = f"{PAPER}, the recurrent unit's gates"
+HGRU = f"{PAPER}, the gated linear recurrence"
+GLU = f"{PAPER}, the channel mixer (GLU)"
+RMSNORM = "RMSNorm, arXiv 1910.07467"
+
+MIXER_ROWS = (
+    Point("hook_x", "batch pos channel", "i_proj(ln1.out)", HGRU),
+    Point("hook_forget_pre", "batch pos channel", "f_proj(ln1.out)", GATES),
+    Point("hook_gate_pre", "batch pos channel", "g_proj(ln1.out)", GATES),
+    Point("hook_u", "batch pos channel", "SiLU(x)", HGRU),
+    Point("hook_log_decay", "batch pos channel", "log(bound + (1 - bound) * sigmoid(forget_pre))", GATES),
+    Point("hook_state_start", "batch channel", "state before the first position (zero without one)", HGRU, True),
+    Point("hook_decay", "batch pos channel", "exp(log_decay)", HGRU, True),
+    Point("hook_write", "batch pos channel", "(1 - exp(log_decay)) * u", HGRU, True),
+    Point("hook_state", "batch pos channel", "decay * state[pos - 1] + write", HGRU, True),
+    Point("hook_scan", "batch pos channel", "state", HGRU),
+    Point("hook_y", "batch pos channel", "scan (no skip)", HGRU),
+    Point("hook_gate", "batch pos channel", "SiLU(gate_pre)", GATES),
+    Point("hook_gated", "batch pos channel", "y * gate", GATES),
+)
+MLP_ROWS = (
+    Point("hook_pre", "batch pos d_mlp", "gate_proj(ln2.out)", GLU),
+    Point("hook_pre_linear", "batch pos d_mlp", "up_proj(ln2.out)", GLU),
+    Point("hook_post", "batch pos d_mlp", "SiLU(pre) * pre_linear", GLU),
+)
+BLOCK_ROWS = mlp_residual_rows(
+    norm_rows("ln1", "mixer_in", RMSNORM),
+    block_rows("mixer", MIXER_ROWS),
+    norm_rows("ln2", "mlp_in", RMSNORM),
+    block_rows("mlp", MLP_ROWS),
+    out="out_proj(gated)",
+    mlp_out="down_proj(post)",
+)
+
+
+# -- the open forward -----------------------------------------------------------------------------------------------
+
+
+def hgrn_terms(log_decay: Tensor, u: Tensor) -> tuple[Tensor, Tensor, None]:
+    """decay, write = (1 - decay) u, read = 1 (the state itself), for any slice of positions."""
+    return torch.exp(log_decay), -torch.expm1(log_decay) * u, None
+
+
+@dataclass(frozen=True)
+class LowerBound:
+    """The floor of one layer's forget gate: it belongs to the whole model, and is read from it at every call."""
+
+    model: Any
+    layer: int
+
+    def log_decay(self, f: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
+        """log(bound + (1 - bound) sigmoid(f)) = log(sigmoid(f) + bound sigmoid(-f)); the bound is the share that a
+        softmax over layers gives to layers 1 to this one, so the first layer has none."""
+        if self.layer == 0:
+            return F.logsigmoid(f)
+        bound = at_least_float32(self.model.lower_bounds).log_softmax(0)[1 : self.layer + 1].logsumexp(0)
+        return torch.logaddexp(F.logsigmoid(f), bound + F.logsigmoid(-f))
+
+
+class HgrnMixer(Mixer):
+    """out = out_proj(scan * SiLU(z)), every intermediate a point."""
+
+    attention_points = ("hook_x", "hook_log_decay", "hook_gate", "hook_gated")
+
+    def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, bound: LowerBound):
+        super().__init__(weights, rows, layer)
+        self.bound = bound
+
+    def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
+        w, pad = self.weights, run.padding
+        x = self.hook_x(pad.zero(w.i_proj(n)))
+        f = self.hook_forget_pre(w.f_proj(n))
+        z = self.hook_gate_pre(w.g_proj(n))
+        u = pad.zero(self.hook_u(F.silu(x)))
+        # log decay 0 at a masked position: decay is 1 and write 0, the state passes unchanged
+        log_decay = self.hook_log_decay(pad.zero(self.bound.log_decay(at_least_float32(f))))
+        log_decay = pad.zero(log_decay)  # whatever a hook did there
+
+        wide = at_least_float32(u)
+        start = run.start("scan", self.layer, (u.shape[0], u.shape[2]), wide)
+        scan, last = self.recur(hgrn_terms, (log_decay, wide), (), start, pad)
+        run.leave("scan", self.layer, last)
+
+        y = self.hook_y(self.hook_scan(scan.to(u.dtype)))
+        gate = self.hook_gate(F.silu(z))
+        return w.out_proj(self.hook_gated(y * gate))
+
+    def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
+        return self.weights.out_proj.weight, None
+
+    def factors(self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None) -> Factors:
+        """u = sigmoid(x) x, S[i, j] = decay_i ... decay_{j+1} (1 - decay_j), and the gate: A = diag(gate) S diag(act)."""
+        x, log_decay, gate, o = (padding.pack(at_least_float32(cached(name))) for name in self.attention_points)
+        one = x.new_ones(*x.shape[:2], 1)
+        rate = x.new_ones(x.shape[2], 1)
+        return Factors(
+            x=x,
+            o=o,
+            scan=DecayScan(log_decay.double().cumsum(1), rate, read=one, amount=-torch.expm1(log_decay), key=one),
+            gate=gate,
+            act=torch.sigmoid(x),
+            start=None if state is None else state["scan", self.layer].to(x).unsqueeze(-1),
+        )
+
+
+class Glu(Part):
+    """out = down_proj(SiLU(gate_proj(m)) * up_proj(m))."""
+
+    def forward(self, m: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
+        w = self.weights
+        pre = self.hook_pre(w.gate_proj(m))
+        pre_linear = self.hook_pre_linear(w.up_proj(m))
+        return w.down_proj(self.hook_post(F.silu(pre) * pre_linear))
+
+
+# -- the model ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class HgrnConfig(HookedConfig):
+    """cfg of HGRN."""
+
+    d_inner: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {**super().sizes, "channel": self.d_inner, "d_mlp": self.d_mlp or 0}
+
+
+class HookedHGRN(HookedLanguageModel):
+    """`HookedHGRN(HGRN(config))`, or `gl.wrap(...)`: HGRN with every intermediate a hook point."""
+
+    title = "HGRN"
+    paper = (
+        "Qin, Yang and Zhong, Hierarchically Gated Recurrent Neural Network for Sequence Modeling (arXiv 2311.04823)"
+    )
+    reference = ("a model of 12 layers", {"d_model": 768, "channel": 768, "d_mlp": 2048})
+    recurrence: ClassVar = {
+        "decay": "bound + (1 - bound) * sigmoid(forget_pre), [channel]; bound rises with the layer",
+        "write": "(1 - decay) * u, [channel]",
+        "read": "1: the state has no axis of its own",
+        "skip": "none",
+        "conv": "none",
+        "activation before the scan": "SiLU: u = sigmoid(x) * x",
+        "gate": "SiLU(gate_pre)",
+    }
+    attention_words: ClassVar = {
+        "x": "x",
+        "o": "gated",
+        "gate": "gate",
+        "scan": "S[i, j] = exp(log_decay[j + 1] + ... + log_decay[i]) * (1 - exp(log_decay[j])), j <= i",
+        "skip": "none",
+        "act": "sigmoid(x): u = act * x",
+        "conv": "none",
+        "r": "0; with a carried state what it brings",
+    }
+    wraps = ("HGRN",)
+    block_points = BLOCK_ROWS
+    aliases = (Alias("blocks.{l}.hook_attn_out", "blocks.{l}.hook_mixer_out", "TransformerLens"),)
+    cfg: HgrnConfig
+
+    @classmethod
+    def describe(cls, wrapped: Any, model_name: str) -> HgrnConfig:
+        weight, first = wrapped.embedding.weight, wrapped.layers[0]
+        return HgrnConfig(
+            model_name=model_name,
+            architecture="hgrn",
+            n_layers=len(wrapped.layers),
+            d_model=weight.shape[1],
+            d_vocab=weight.shape[0],
+            d_inner=first.mixer.i_proj.out_features,
+            d_mlp=first.mlp.up_proj.out_features,
+            attn_only=False,
+            eps=wrapped.norm.eps,
+            dtype=weight.dtype,
+            device=str(weight.device),
+            original_architecture=type(wrapped).__name__,
+        )
+
+    def make_block(self, layer: int) -> MlpBlock:
+        w, eps = self.wrapped.layers[layer], self.cfg.eps
+        ln1, ln2 = (Norm(w[part], rows_of(part, BLOCK_ROWS), eps) for part in ("ln1", "ln2"))
+        mixer = HgrnMixer(w.mixer, rows_of("mixer", BLOCK_ROWS), layer, LowerBound(self.wrapped, layer))
+        return MlpBlock(w, BLOCK_ROWS, ln1, mixer, ln2, Glu(w.mlp, rows_of("mlp", BLOCK_ROWS)))
+
+    def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:
+        return Norm(self.wrapped.norm, rows, self.cfg.eps)
+
+    @property
+    def embedding(self) -> Any:
+        return self.wrapped.embedding
+
+    @property
+    def unembedding(self) -> Any:
+        return self.wrapped.head
+
+    @classmethod
+    def is_original(cls, config: dict[str, Any]) -> bool:
+        """Whether a config.json is one that `HGRN` takes: `gl.from_pretrained` then loads the folder."""
+        return config.get("model_type") == "hgrn"
+
+    @classmethod
+    def empty(cls, config: dict[str, Any]) -> nn.Module:
+        return HGRN(config)
+
+    @classmethod
+    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> HookedHGRN:
+        """A small random model for tests and tours: 2 layers, 16 wide, 24 channels... whatever `sizes` say."""
+        small = {"hidden_size": 16, "expand_ratio": 1.5, "intermediate_size": 48, "num_hidden_layers": 2}
+        wrapped = HGRN({"vocab_size": 40, **small, **sizes})
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, p in wrapped.named_parameters():
+                noise = torch.randn(p.shape, generator=generator)
+                p.copy_(1 + 0.3 * noise if p.ndim == 1 else noise if "bound" in name else noise * p.shape[1] ** -0.5)
+        return cls(wrapped.to(dtype).eval(), model_name="tiny-hgrn")
+
+
+EPS = 1e-6
+
+
+class HGRN(nn.Module):
+    """The parameters of an HGRN language model, as yours may be: gatedlens runs its own forward over them.
+
+    config: `hidden_size, num_hidden_layers, vocab_size, intermediate_size`, and optionally `expand_ratio` 1.
+    """
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__()
+        d, layers = config["hidden_size"], config["num_hidden_layers"]
+        inner = int(d * config.get("expand_ratio", 1))
+        self.config = dict(config)
+        self.embedding = nn.Embedding(config["vocab_size"], d)
+        self.lower_bounds = nn.Parameter(torch.zeros(layers, inner))
+        self.layers = nn.ModuleList(_layer(d, inner, config["intermediate_size"]) for _ in range(layers))
+        self.norm = nn.RMSNorm(d, eps=EPS)
+        self.head = nn.Linear(d, config["vocab_size"], bias=False)
+
+
+def _layer(d: int, inner: int, mlp: int) -> nn.ModuleDict:
+    def linear(**sizes: tuple[int, int]) -> nn.ModuleDict:
+        return nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
+
+    mixer = linear(i_proj=(d, inner), f_proj=(d, inner), g_proj=(d, inner), out_proj=(inner, d))
+    glu = linear(gate_proj=(d, mlp), up_proj=(d, mlp), down_proj=(mlp, d))
+    return nn.ModuleDict({"ln1": nn.RMSNorm(d, EPS), "mixer": mixer, "ln2": nn.RMSNorm(d, EPS), "mlp": glu})
+
+
+HOOKED = HookedHGRN
