@@ -5,8 +5,10 @@
     A @ x                       # batch pos channel: the layer's output without r; A.T @ g goes back
     A.row(-1), A.column(0)      # batch channel src / dst
     A.mean()                    # batch dst src, channels averaged; A.abs_mean(), A.weighted(w)
+    A.grouped([slow, fast])     # batch group dst src: the mean of each group of channels
     A.dense(channels=[0, 5])    # batch channel dst src
     A.without("skip"), A.only("scan"), A.paper("unified"), A.paper("hidden")
+    A.contributions()           # token to token, in d_model: norms, projections on a direction, vectors
     A.check()                   # how exactly A x + r is the layer's output
 
 o = A x + r with A = diag(gate) (S + diag(skip)) diag(act) M: see `factors.py`. Nothing of size [state, pos, pos] is built.
@@ -15,9 +17,9 @@ o = A x + r with A = diag(gate) (S + diag(skip)) diag(act) M: see `factors.py`. 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from einops import rearrange
@@ -31,6 +33,10 @@ from gatedlens.factors import NAMES, Factors
 from gatedlens.model import HookedModel
 from gatedlens.padding import Padding
 
+if TYPE_CHECKING:
+    from gatedlens.contributions import Contributions
+    from gatedlens.stack import AttentionStack
+
 DENSE_LIMIT = 4 * 2**30  # bytes that dense() takes without being told more
 PAPERS = {"unified": ("gate", "scan", "act", "conv"), "hidden": ("scan",)}
 
@@ -42,28 +48,60 @@ class Check(NamedTuple):
     relative: float
 
 
-def implicit_attention(source: Any, input: Any = None, *, layer: Any, **options: Any) -> ImplicitAttention:
+@overload
+def implicit_attention(
+    source: Any, input: Any = None, *, layer: None = None, layers: Any = None, **options: Any
+) -> AttentionStack: ...
+
+
+@overload
+def implicit_attention(source: Any, input: Any = None, *, layer: Any, **options: Any) -> ImplicitAttention: ...
+
+
+def implicit_attention(source: Any, input: Any = None, *, layer: Any = None, layers: Any = None, **options: Any) -> Any:
     """`gl.implicit_attention(model, "The cat sat on the mat", layer=3)`, or `gl.implicit_attention(cache, layer=3)`.
 
-    source: a HookedModel with its `input` (and any options of its forward), or an ActivationCache that holds the points
-    `model.blocks[layer].mixer.attention_points` (the default cache does). Gradients flow to the cached activations. The
-    operator is that of the model's equations at these activations: hooks that edit *inside* the recurrence (decay, write,
-    state, scan, y) make the layer's output differ from it, and `check()` says by how much.
+    With `layer` the ImplicitAttention of one layer; without it the AttentionStack of `layers`: a slice, a sequence, or
+    None for all. source: a HookedModel with its `input` (and any options of its forward, run once), or an
+    ActivationCache that holds the points `model.blocks[layer].mixer.attention_points` (the default cache does).
+    Gradients flow to the cached activations. The operator is that of the model's equations at these activations: hooks
+    that edit *inside* the recurrence (decay, write, state, scan, y) make the layer's output differ from it, and
+    `check()` says by how much.
     """
-    if isinstance(source, ActivationCache):
-        if input is not None or options:
-            raise InputError("A cache needs no input: gl.implicit_attention(cache, layer=...).")
-        return _from_cache(source, layer)
-    if not isinstance(source, HookedModel):
+    given = isinstance(source, ActivationCache)
+    if given and (input is not None or options):
+        raise InputError("A cache needs no input: gl.implicit_attention(cache, layer=...).")
+    if not given and not isinstance(source, HookedModel):
         raise InputError(f"implicit_attention takes a HookedModel or an ActivationCache, not {type(source).__name__}.")
-    if input is None:
+    if not given and input is None:
         raise InputError("implicit_attention(model, ...) needs an input: text or token ids.")
-    index = _index(source, layer)
-    mixer: Any = source.blocks[index].mixer
-    with torch.no_grad():
-        needed = _needed(mixer, index)
-        _, cache = source.run_with_cache(input, names_filter=needed, stop_at_layer=index + 1, **options)
-    return _from_cache(cache, index)
+    if layer is not None and layers is not None:
+        raise InputError(f"layer={layer!r} and layers={layers!r}: give one layer, or several, or neither for all.")
+    model: Any = source.model if given else source
+    chosen = _indices(model, layers) if layer is None else (_index(model, layer),)
+    if not given:
+        needed = [name for index in chosen for name in _needed(model.blocks[index].mixer, index)]
+        with torch.no_grad():
+            _, source = model.run_with_cache(input, names_filter=needed, stop_at_layer=max(chosen) + 1, **options)
+    if layer is not None:
+        return _from_cache(source, chosen[0])
+    from gatedlens.stack import AttentionStack  # a stack is made of what is in this file
+
+    return AttentionStack(source, chosen)
+
+
+def _indices(model: Any, layers: Any) -> tuple[int, ...]:
+    """The layers that a user named, in ascending order."""
+    every = range(model.cfg.n_layers)
+    if layers is None or isinstance(layers, slice):
+        chosen = set(every[layers or slice(None)])
+    elif not isinstance(layers, Iterable):
+        raise InputError(f"layers={layers!r}: give a slice or a sequence of layers, or layer={layers!r} for one.")
+    else:
+        chosen = {_index(model, layer) for layer in layers}
+    if not chosen:
+        raise InputError(f"layers={layers!r} names no layer: {model.cfg.model_name} has layers 0 to {len(every) - 1}.")
+    return tuple(sorted(chosen))
 
 
 def _index(model: HookedModel, layer: Any) -> int:
@@ -198,6 +236,12 @@ class ImplicitAttention:
         error = (replace(self, parts=NAMES).output() - o).abs().max().item()
         return Check(error, error / max(o.abs().max().item(), torch.finfo(o.dtype).tiny))
 
+    def contributions(self) -> Contributions:
+        """What each token writes into the residual stream through each other, in d_model: see `contributions.py`."""
+        from gatedlens.contributions import Contributions  # they are made of what is in this file
+
+        return Contributions(self)
+
     # -- parts of the matrix -------------------------------------------------------------------------------------
 
     def row(self, i: int) -> Float[Tensor, "batch channel src"]:
@@ -250,6 +294,23 @@ class ImplicitAttention:
         for start in range(0, channels, size):
             total = total + self.dense(range(channels)[start : start + size], max_bytes=None).abs().sum(1)
         return total / channels
+
+    def select(self, channels: Any) -> ImplicitAttention:
+        """The operator of some channels."""
+        chosen = _channels(channels, self.shape[2])
+        return replace(self, branches=tuple(factors.select(chosen) for factors in self.branches))
+
+    def grouped(self, groups: Sequence[Any]) -> Float[Tensor, "batch group dst src"]:
+        """The mean over each group of channels, signed: `A.grouped([[0, 3], slice(4, 8)])`; a group is named as in `dense`.
+
+        Groups may overlap and need not cover all channels.
+        """
+        if len(groups) == 0:
+            raise InputError("grouped() needs at least one group of channels: a sequence of indices, slices or lists.")
+        for number, group in enumerate(groups):
+            if not _channels(group, self.shape[2]):
+                raise InputError(f"grouped(): group {number} is empty.")
+        return torch.stack([self.select(group).mean() for group in groups], dim=1)
 
     def _unpack_both(self, x: Float[Tensor, "batch some dst src"]) -> Float[Tensor, "batch some dst src"]:
         """From packed to real rows and columns; masked ones are zero."""

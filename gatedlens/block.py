@@ -104,6 +104,10 @@ class TokenMixing(Part):
         """How the cached activations fill A x + r; see `factors.py`."""
         raise NotImplementedError
 
+    def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
+        """(W, b) of the output projection: the mixer's output is W o + b, o what the implicit attention yields."""
+        raise NotImplementedError
+
     def branches(
         self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None
     ) -> tuple[Factors, ...]:

@@ -15,6 +15,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from gatedlens import documents
 from gatedlens.factors import NAMES, Factors
 
 
@@ -48,7 +49,8 @@ class Branch:
 
     def forward(self, x: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
         """A x"""
-        return self._after_conv(_conv(x, self.taps))
+        document = self.factors.document
+        return self._after_conv(_conv(x, self.taps) if document is None else documents.conv(x, self.taps, document))
 
     def _after_conv(self, c: Tensor, start: Tensor | None = None) -> Tensor:
         """gate (S + skip) act c, and what the start state adds."""
@@ -64,6 +66,9 @@ class Branch:
         u = self.skip * y
         if "scan" in self.parts:
             u = u + self.factors.scan.apply_transposed(y)
+        document = self.factors.document
+        if document is not None:
+            return documents.conv_transposed(self.act * u, self.taps, document)
         return _conv_transposed(self.act * u, self.taps)
 
     def bias(self) -> Float[Tensor, "batch pos channel"]:
@@ -81,7 +86,8 @@ class Branch:
         if "scan" in self.parts:
             whole = whole + self.factors.scan.select(chosen).dense()
         whole = _conv_columns(whole * rearrange(self.act[:, :, chosen], "b j c -> b c 1 j"), self.taps[chosen])
-        return whole * rearrange(self.gate[:, :, chosen], "b i c -> b c i 1")
+        whole = whole * rearrange(self.gate[:, :, chosen], "b i c -> b c i 1")
+        return whole if self.factors.document is None else documents.within(whole, self.factors.document)
 
     def weighted(self, weights: Float[Tensor, " channel"]) -> Float[Tensor, "batch dst src"]:
         """sum_c weights[c] A[c], no channel apart."""

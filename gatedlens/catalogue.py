@@ -89,6 +89,12 @@ def page(name: str, hooked: Any) -> str:
         "## The recurrence",
         "    state_t = decay_t * state_{t-1} + write_t      scan_t = read_t . state_t      y_t = scan_t + skip * u_t",
         "| term | here |\n|---|---|\n" + "\n".join(f"| {term} | {here} |" for term, here in hooked.recurrence.items()),
+        "## The implicit attention",
+        "    o = A x + r      A = diag(gate) (S + diag(skip)) diag(act) M      (UIA, arXiv 2405.16504; per channel, [pos, pos])",
+        "What `gl.implicit_attention(model, text, layer=0)` makes of the points. A factor that is none is the identity "
+        "(skip: zero).",
+        "| factor | from the points |\n|---|---|\n"
+        + "\n".join(f"| {factor} | `{here}` |" for factor, here in hooked.attention_words.items()),
         "## Read one point",
         f"```python\n{imported(name, hooked)}\n\nmodel = {hooked.__name__}.tiny()\n{hooked.snippet()}\n```",
     ]
@@ -133,6 +139,7 @@ def data(found: dict[str, Any]) -> dict[str, Any]:
             "aliases": [{"name": a.name, "target": a.target, "tool": a.tool} for a in hooked.aliases],
             "views": [{"name": v.name, "axes": v.axes, "equation": v.equation, "tool": v.tool} for v in hooked.views],
             "recurrence": hooked.recurrence,
+            "attention": hooked.attention_words,
         }
         for name, hooked in found.items()
     }

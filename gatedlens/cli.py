@@ -1,4 +1,4 @@
-"""The command line: `gatedlens demo`, `compare`, `models`, `table`. Each command has --help with examples and --json."""
+"""The command line: `gatedlens demo`, `attention`, `compare`, `models`, `table`; each has --help with examples and --json."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ DEMO = """examples:
   gatedlens demo
   gatedlens demo --model gatedlens/mamba-recall --text "D 3 dog A 7 hay ? D"
   gatedlens demo --text "It was the whiteness of the whale" --layer 0 --out figures --json"""
+
+ATTENTION = """examples:
+  gatedlens attention --model gatedlens/mamba-moby --text "It was the whiteness of the whale" --layer 1
+  gatedlens attention --model gatedlens/mamba-recall --text "D 3 dog A 7 hay ? D" --reduce row --json
+  gatedlens attention --model vim_t_midclstok_76p1acc.pth --image cat.jpg --reduce row --out figures"""
 
 TABLE = """examples:
   gatedlens table gatedlens/mamba-moby
@@ -60,6 +65,22 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
     likely = ", ".join(f"{label(token)!r} {p:.0%}" for token, p in report.next_tokens)
     console.print(f"next token: {escape(likely)}", soft_wrap=True)
     console.print(f"picture: {report.figure}\npage:    {report.page}  (hover the tokens)", soft_wrap=True)
+    return {}
+
+
+def attention(args: argparse.Namespace) -> dict[str, Any]:
+    """Draw and save the implicit attention of one layer for a text or an image."""
+    from gatedlens.exhibit import show
+
+    shown = show(args.model, args.text, args.image, args.layer, args.reduce, args.position, args.out)
+    if args.json:
+        return shown.to_dict()
+    print(f"{shown.model}, layer {shown.layer}, reads {shown.input!r}")
+    print(f"attention @ x + remainder equals the layer's output, relative error {shown.error:.1e}")
+    print(f"position {shown.position} attends most to ({shown.reduce} over channels):".replace("row over", "mean over"))
+    for name, position, value in shown.tops:
+        print(f"  {name!r:>12} at {position}: {value:+.4f}")
+    print("\n".join(shown.files))
     return {}
 
 
@@ -130,6 +151,18 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--text", help="what it reads (a passage or prompt that suits a bundled model)")
     sub.add_argument("--layer", type=int, default=-1, help="the layer whose attention is listed (the last)")
     sub.add_argument("--out", default="out", help="the folder for the picture and the page (%(default)s)")
+    sub = command("attention", attention, ATTENTION)
+    sub.add_argument("--model", required=True, help="a bundled model, a folder, a file or a hub name")
+    sub.add_argument("--text", help="what a language model reads (as in demo)")
+    sub.add_argument("--image", help="the path of the image that a vision model reads")
+    sub.add_argument("--layer", type=int, default=-1, help="the layer (the last)")
+    sub.add_argument(
+        "--reduce",
+        default="mean",
+        help="mean or abs_mean over channels (a matrix), or row: one row of the mean (%(default)s)",
+    )
+    sub.add_argument("--position", type=int, help="whose row (the last token's; of an image the class token's)")
+    sub.add_argument("--out", default="out", help="the folder for the picture and the numbers (%(default)s)")
     sub = command("compare", compare, "examples:\n  gatedlens compare\n  gatedlens compare --out figures --json")
     sub.add_argument("--out", default="out", help="the folder for the picture (%(default)s)")
     command("models", models, "examples:\n  gatedlens models\n  gatedlens models --json")

@@ -11,9 +11,11 @@ A factor that an architecture lacks is None: the identity (no skip: zero).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gatedlens.patternmatrix import PatternScan
@@ -35,6 +37,19 @@ class Factors:
     act: Float[Tensor, "batch pos channel"] | None = None
     taps: Float[Tensor, "channel tap"] | None = None
     drift: Float[Tensor, "batch pos channel"] | None = None
+    document: Int[Tensor, "batch pos"] | None = None  # numbers a row's documents; None: each row is one
     start: Float[Tensor, "batch _ _"] | None = None  # as the scan's `apply` takes it
     reverse: bool = False  # the scan runs from the last position to the first, and all tensors here are in its order
     scale: float = 1.0  # this branch's share of the layer's output
+
+    def select(self, channels: list[int]) -> Factors:
+        """The factors of some channels."""
+        axis = 2 if isinstance(self.scan, PatternScan) else 1  # of the channels in what each scan starts from
+        per_position = {name: _pick(getattr(self, name), 2, channels) for name in ("x", "o", "gate", "act", "drift")}
+        per_channel = {name: _pick(getattr(self, name), 0, channels) for name in ("skip", "taps")}
+        start = _pick(self.start, axis, channels)
+        return replace(self, scan=self.scan.select(channels), start=start, **per_position, **per_channel)
+
+
+def _pick(x: Tensor | None, axis: int, channels: list[int]) -> Any:
+    return None if x is None else x.index_select(axis, torch.tensor(channels, device=x.device))

@@ -34,6 +34,7 @@ class HookedModel(Hooking):
     paper: ClassVar[str] = ""
     reference: ClassVar[tuple[str, dict[str, int]]] = ("", {})  # a known model and its axis sizes, for the catalogue
     recurrence: ClassVar[dict[str, str]] = {}  # how the architecture fills the one recurrence, for the catalogue
+    attention_words: ClassVar[dict[str, str]] = {}  # each factor of the implicit attention, from its points; ditto
     wraps: ClassVar[tuple[str, ...]] = ()  # class names that `gl.wrap` hands to this architecture
     hub_types: ClassVar[tuple[str, ...]] = ()  # model_type in a config.json of transformers
     block_points: ClassVar[tuple[Point, ...]] = ()

@@ -3,6 +3,8 @@
     gl.plot.heatmap(attention.mean()[0], tokens=model.to_str_tokens(text))     # a matplotlib Figure
     gl.plot.layers({0: A0, 1: A1}, tokens)                                      # one panel a layer
     gl.plot.text(scores, tokens)                                                # coloured tokens, shows in a notebook
+    gl.plot.over_image(attention.mean()[0, cls], images[0], model.grid)         # a map over the image it was read from
+    gl.plot.activation(cache, ("dt", 3), tokens)                                # one activation, titled by its row
 
 matplotlib is an extra (`pip install gatedlens[plot]`) and is imported when a figure is asked for.
 """
@@ -17,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError
+from gatedlens.grid import Grid
 
 BODY = "font-family:system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em"
 MAX_LABELS = 80  # token labels an axis can hold and stay legible
@@ -131,6 +135,121 @@ def image(pixels: Any, heat: Any = None, title: str = "", value: str = "relevanc
     ax.set_title(title)
     ax.set_xticks([])
     ax.set_yticks([])
+
+
+def over_image(
+    row: Any,
+    image: Any,
+    grid: Grid,
+    title: str = "Implicit attention over the image",
+    value: str = "attention (mean over channels)",
+    alpha: float = 0.55,
+    ax: Any = None,
+) -> Any:
+    """`gl.plot.over_image(A.mean()[0, model.grid.cls[0]], images[0], model.grid)`: a row as a map over its image.
+
+    row: one number a position ([pos]: class tokens are left out) or a patch ([row, column]). image: the tensor
+    [channels, height, width] that the model read (each stretched to what can be shown), or an image of that size.
+    Signed values are centred on white. Returns the matplotlib Figure (that of `ax` if given).
+    """
+    shown, data = _picture(image, grid), _map(row, grid)
+    if ax is None:
+        _, ax = _pyplot().subplots(figsize=(5.5, 4.5), layout="constrained")
+    bound = max(float(data.abs().max()), 1e-12)
+    signed = bool((data < 0).any())
+    # A patch that overlaps its neighbours stands for the pixels around its centre.
+    top, left = ((patch - stride) / 2 - 0.5 for patch, stride in zip(grid.patch, grid.stride, strict=True))
+    extent = (left, left + grid.columns * grid.stride[1], top + grid.rows * grid.stride[0], top)
+    ax.imshow(shown, cmap="gray")
+    colours = ax.imshow(
+        data,
+        cmap="RdBu_r" if signed else "inferno",
+        vmin=-bound if signed else 0,
+        vmax=bound,
+        alpha=alpha,
+        extent=extent,
+        interpolation="nearest",
+    )
+    ax.set_xlim(-0.5, shown.shape[1] - 0.5)
+    ax.set_ylim(shown.shape[0] - 0.5, -0.5)
+    ax.set_title(title)
+    ax.set_axis_off()
+    ax.figure.colorbar(colours, ax=ax, label=value, shrink=0.8)
+    return ax.figure
+
+
+def _map(row: Any, grid: Grid) -> Tensor:
+    """[row, column] of a row of attention."""
+    data = torch.as_tensor(row).detach().float().cpu()
+    patches = grid.rows * grid.columns
+    if tuple(data.shape) == (grid.rows, grid.columns):
+        return data
+    if data.ndim == 1 and len(data) == grid.length:
+        return grid.fold(data)
+    if data.ndim == 1 and len(data) == patches:
+        return data.unflatten(0, (grid.rows, grid.columns))
+    raise InputError(
+        f"over_image() shows one number a position [{grid.length}], or a patch [{grid.rows}, {grid.columns}]; this has "
+        f"shape {list(data.shape)}. Pick a row of the batch and a destination: A.mean()[0, i]."
+    )
+
+
+def _picture(image: Any, grid: Grid) -> Tensor:
+    """[height, width(, 3)] in 0..1 of an image that has the size that the grid was laid over."""
+    if isinstance(image, Tensor):
+        pixels = image.detach().float().cpu()
+        pixels = pixels.movedim(0, -1) if pixels.ndim == 3 else pixels
+    else:
+        import numpy
+
+        pixels = torch.from_numpy(numpy.asarray(image).copy()).float()
+    least = [(n - 1) * s + p for n, s, p in zip((grid.rows, grid.columns), grid.stride, grid.patch, strict=True)]
+    fits = pixels.ndim in (2, 3) and all(
+        a <= b < a + s for a, b, s in zip(least, pixels.shape, grid.stride, strict=False)
+    )
+    if not fits or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3)):
+        raise InputError(
+            f"over_image() draws on the image that the model read, [1 or 3, {least[0]}, {least[1]}]; this has shape "
+            f"{list(image.shape if isinstance(image, Tensor) else pixels.shape)}. `model.preprocess(pil_image)` makes one."
+        )
+    pixels = pixels.squeeze(-1) if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
+    low = pixels.min()
+    return (pixels - low) / (pixels.max() - low).clamp(min=1e-12)
+
+
+def activation(
+    cache: ActivationCache, key: Any, tokens: Sequence[str] | None = None, row: int = 0, ax: Any = None
+) -> Any:
+    """`gl.plot.activation(cache, ("dt", 3), tokens)`: a cached activation of one row of the batch, as a heat map.
+
+    Titles come from the point's own row: its name, its equation, its axes. Of an activation with more than two axes
+    behind batch the mean over the last ones is shown, which the colour bar says. Returns the matplotlib Figure.
+    """
+    name = cache.find(key).name
+    point, values = cache.model.names[name], cache[key]
+    if not cache.has_batch_dim:
+        values = values.unsqueeze(0)
+    axes = point.dims[1:]
+    if len(axes) < 2:
+        raise InputError(f"{name} has the axes {point.axes}: a heat map needs two besides batch.")
+    data = values[row].detach().float().cpu()
+    data = data.flatten(2).mean(-1) if len(axes) > 2 else data
+    if axes[0] == "pos" and tokens is not None and len(tokens) != len(data):
+        raise InputError(f"{len(tokens)} token labels for {len(data)} positions of {name}.")
+    if ax is None:
+        _, ax = _pyplot().subplots(figsize=(8, min(3 + 0.12 * len(data), 12)), layout="constrained")
+    bound = max(float(data.abs().max()), 1e-12)
+    signed = bool((data < 0).any())
+    shown = ax.imshow(
+        data, aspect="auto", cmap="RdBu_r" if signed else "Blues", vmin=-bound if signed else 0, vmax=bound
+    )
+    ax.set_title(f"{name} = {point.equation}", fontsize=9)
+    ax.set_ylabel(axes[0])
+    ax.set_xlabel(axes[1])
+    if axes[0] == "pos" and tokens is not None and len(tokens) <= MAX_LABELS:
+        ax.set_yticks(range(len(tokens)), [label(token) for token in tokens], fontsize=7, family="monospace")
+    what = f"mean over {' and '.join(axes[2:])}" if len(axes) > 2 else point.leaf.removeprefix("hook_")
+    ax.figure.colorbar(shown, ax=ax, label=what, shrink=0.8)
     return ax.figure
 
 

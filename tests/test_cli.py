@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
+import matplotlib
 import pytest
+import torch
+from safetensors.torch import load_file
 
+import gatedlens as gl
 from gatedlens import cli
+
+matplotlib.use("agg")
 
 
 def test_demo_prints_and_writes(tmp_path, capsys):
@@ -55,6 +62,41 @@ def test_models_and_table(capsys):
     assert "hook_gate_pre" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("reduce", ["mean", "abs_mean", "row"])
+def test_attention_of_a_text(reduce, tmp_path, capsys):
+    text = "D 3 dog A 7 hay ? D"
+    arguments = ["attention", "--model", "gatedlens/mamba-recall", "--text", text, "--reduce", reduce]
+    assert cli.main([*arguments, "--out", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    A = gl.implicit_attention(gl.from_pretrained("gatedlens/mamba-recall", device="cpu"), text, layer=-1)
+    want = {"mean": A.mean()[0], "abs_mean": A.abs_mean()[0], "row": A.row(-1).mean(1)[0]}[reduce]
+    picture, numbers = map(Path, found["files"])
+    assert torch.allclose(load_file(numbers)["attention"], want, atol=1e-6)
+    assert (
+        found["layer"] == 1 and found["position"] == 8 and found["shape"] == list(want.shape) and found["error"] < 1e-5
+    )
+    own = want if reduce == "row" else want[-1]
+    assert found["tops"][0][1] == own.abs().argmax() and abs(found["tops"][0][2]) == pytest.approx(
+        own.abs().max().item(), abs=1e-5
+    )
+    assert picture.suffix == (".html" if reduce == "row" else ".png") and picture.stat().st_size > 500
+    assert cli.main([*arguments, "--out", str(tmp_path), "--position", "2", "--layer", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "position 2 attends most" in out and "layer0" in out and "relative error" in out
+
+
+def test_attention_of_an_image(tmp_path, capsys):
+    from PIL import Image
+
+    Image.linear_gradient("L").resize((8, 8)).save(tmp_path / "image.png")
+    arguments = ["attention", "--model", "gatedlens/vim-digits", "--image", str(tmp_path / "image.png"), "--json"]
+    for reduce, shape in (("row", [17]), ("abs_mean", [17, 17])):
+        assert cli.main([*arguments, "--reduce", reduce, "--out", str(tmp_path)]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["shape"] == shape and found["position"] == 8 and found["error"] < 1e-5
+        assert Path(found["files"][0]).read_bytes()[:4] == b"\x89PNG"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -62,6 +104,14 @@ def test_models_and_table(capsys):
         (["demo", "--model", "/no/where"], "There is no folder"),
         (["demo", "--layer", "9"], "has layers 0 to"),
         (["demo", "--model", "gatedlens/mamba-recall", "--text", "D 3 unknownword"], "It knows only: 1 2 3"),
+        (["attention", "--model", "gatedlens/mamba-moby", "--layer", "9"], "has layers 0 to"),
+        (["attention", "--model", "gatedlens/mamba-moby", "--reduce", "men"], "Did you mean 'mean'"),
+        (["attention", "--model", "gatedlens/mamba-moby", "--position", "900"], "Position 900 is out of range"),
+        (["attention", "--model", "gatedlens/mamba-moby", "--image", "x.png"], "reads text"),
+        (["attention", "--model", "gatedlens/vim-digits", "--text", "x"], "reads images: pass --image"),
+        (["attention", "--model", "gatedlens/vim-digits"], "reads images: pass --image"),
+        (["attention", "--model", "gatedlens/vim-digits", "--image", "no.png"], "there is no such file"),
+        (["attention", "--model", "gatedlens/vim-digits", "--image", __file__], "no image that Pillow can read"),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(arguments, message, tmp_path, capsys):
@@ -70,7 +120,7 @@ def test_mistakes_are_one_line_and_code_2(arguments, message, tmp_path, capsys):
     assert message in error and "Traceback" not in error
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["compare"], ["models"], ["table"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["attention"], ["compare"], ["models"], ["table"]])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])

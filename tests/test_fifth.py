@@ -27,10 +27,13 @@ from tests import (
     test_ablation,
     test_attention,
     test_cache,
+    test_contributions,
     test_hookpoint,
     test_language,
     test_model,
     test_points,
+    test_profiles,
+    test_stack,
     test_transformer_lens,
 )
 from tests.conftest import EVERY, ROOT
@@ -70,7 +73,10 @@ GENERAL = [
     test_language,
     test_attention,
     test_cache,
+    test_contributions,
     test_points,
+    test_profiles,
+    test_stack,
     test_transformer_lens,
 ]
 if importlib.util.find_spec("nnsight") is not None:

@@ -43,6 +43,20 @@ def test_catalogue_pages_hold_every_point_and_their_code_runs(name):
         exec(compile(code, f"hooks/{name}.md", "exec"), {})
 
 
+@pytest.mark.parametrize("name", architectures())
+def test_the_words_of_the_attention_name_every_point_that_it_is_derived_from(name):
+    hooked = architectures()[name]
+    words = hooked.attention_words
+    said = set(re.findall(r"[A-Za-z_]+(?=\W|$)", " ".join(words.values())))
+    for block in hooked.tiny().blocks:
+        for point in block.mixer.attention_points:
+            leaf = point.rpartition(".")[2].removeprefix("hook_")
+            assert leaf in said, f"{point} is not in the words of {name}"
+    assert {"gate", "scan", "skip", "act", "conv", "r"} <= set(words)
+    page = (ROOT / "hooks" / f"{name}.md").read_text()
+    assert all(f"| {factor} | `{here}` |" in page for factor, here in words.items())
+
+
 def test_diagram_arrows_are_the_equations():
     rows = architectures()["mamba"].block_points
     arrows = set(catalogue.arrows(rows))

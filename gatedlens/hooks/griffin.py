@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from gatedlens.block import Mixer, MlpBlock, Norm, Run, TokenMixing, mlp_residual_rows, norm_rows
 from gatedlens.config import HookedConfig
-from gatedlens.errors import CheckpointError, InputError
+from gatedlens.errors import CheckpointError
 from gatedlens.factors import Factors
 from gatedlens.hooking import Batch
 from gatedlens.hookpoint import Part, rows_of
@@ -228,19 +228,24 @@ class GriffinMixer(Mixer):
         x, i, log_a, reset, m, gate, o = (
             padding.pack(at_least_float32(cached(name))) for name in self.attention_points
         )
-        if bool((reset[:, 1:] == 1).any()):
-            raise InputError("Implicit attention takes one document a row, and a row of this cache holds several.")
+        document = (reset.squeeze(-1) == 1).long().cumsum(1)  # 0: the one that a carried state began
         weight, bias = self.weights.conv_1d.weight.to(x.dtype), self.weights.conv_1d.bias.to(x.dtype)
         drift, start, width = bias * padding.packed_mask(x), None, weight.shape[-1]
         if state is not None:
-            tail = state["conv", self.layer].to(x) * (reset[:, :1] != 1)
+            tail = state["conv", self.layer].to(x)
             reach = F.conv1d(F.pad(tail.mT, (0, width - 1)), weight, groups=weight.shape[0]).mT
-            drift = drift + F.pad(reach, (0, 0, 0, x.shape[1]))[:, : x.shape[1]]
+            reach = F.pad(reach, (0, 0, 0, x.shape[1]))[:, : x.shape[1]]
+            drift = drift + reach * (document == 0).unsqueeze(-1)
             start = state["scan", self.layer].to(x).unsqueeze(-1)
         kept = torch.log1p(-reset.double()).clamp(min=FORGOTTEN)
         one = x.new_ones(*x.shape[:2], 1)
-        scan = DecayScan((log_a.double() + kept).cumsum(1), x.new_ones(x.shape[2], 1), one, m * i, one)
-        return Factors(x=x, o=o, scan=scan, gate=gate, taps=weight.squeeze(1), drift=drift, start=start)
+        packed = document if bool((reset[:, 1:] == 1).any()) else None
+        scan = DecayScan((log_a.double() + kept).cumsum(1), x.new_ones(x.shape[2], 1), one, m * i, one, packed)
+        taps = weight.squeeze(1)
+        return Factors(x=x, o=o, scan=scan, gate=gate, taps=taps, drift=drift, document=packed, start=start)
+
+    def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
+        return self.weights.linear_out.weight, self.weights.linear_out.bias
 
     def forward(self, n: Float[Tensor, "batch pos d_model"], run: DocumentRun) -> Float[Tensor, "batch pos d_model"]:
         w, lru, pad = self.weights, self.weights.rg_lru, run.padding
@@ -322,6 +327,9 @@ class LocalAttention(TokenMixing):
         start = None if state is None else channels(state["values", self.layer].to(v))
         x, o = padding.pack(channels(v)), padding.pack(z.flatten(2))
         return (Factors(x=x, o=o, scan=PatternScan(own, before, head), start=start),)
+
+    def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
+        return self.weights.o_proj.weight, self.weights.o_proj.bias
 
     def project(
         self, n: Float[Tensor, "batch pos d_model"], projection: nn.Linear
@@ -493,6 +501,19 @@ class HookedGriffin(HookedLanguageModel):
         "conv": "causal depthwise conv over x, with bias, within a document",
         "activation before the scan": "none",
         "gate": "gelu_tanh(gate_pre)",
+    }
+    attention_words: ClassVar = {
+        "x": "x",
+        "o": "gated",
+        "gate": "gate",
+        "scan": "S[i, j] = exp(log_decay[j + 1] + ... + log_decay[i]) * multiplier[j] * input_gate[j], j <= i; "
+        "0 where a reset lies between, j < reset <= i",
+        "skip": "none",
+        "act": "none",
+        "conv": "M[i, j] = conv_1d.weight[K - 1 - (i - j)], 0 <= i - j < K taps, within a document",
+        "r": "gate * S * conv_1d.bias; with a carried state also what its conv tail and its scan state bring",
+        "attention layers": "x = v of each head, A[i, j] = pattern[i, j] of the channel's head, o = z; "
+        "r = the pattern times the values that a state carried",
     }
     wraps = ("RecurrentGemmaForCausalLM",)
     hub_types = ("recurrent_gemma",)

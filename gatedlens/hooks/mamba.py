@@ -186,6 +186,9 @@ class SelectiveScan(Mixer):
 class MambaMixer(SelectiveScan):
     """out = out_proj(gated), x and z = in_proj(n)."""
 
+    def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
+        return self.weights.out_proj.weight, self.weights.out_proj.bias
+
     def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
         w = self.weights
         x, z = F.linear(n, w.in_proj.weight, w.in_proj.bias).chunk(2, dim=-1)
@@ -382,6 +385,16 @@ class HookedMamba(HookedLanguageModel):
         "conv": "causal depthwise conv over x, with bias",
         "activation before the scan": "SiLU: u = sigmoid(c) * c",
         "gate": "SiLU(gate_pre)",
+    }
+    attention_words: ClassVar = {
+        "x": "x",
+        "o": "gated",
+        "gate": "gate",
+        "scan": "S[i, j] = sum over state of C[i] * exp(A * (dt[j + 1] + ... + dt[i])) * dt[j] * B[j], j <= i",
+        "skip": "D",
+        "act": "sigmoid(conv): u = act * conv",
+        "conv": "M[i, j] = conv1d.weight[K - 1 - (i - j)], 0 <= i - j < K taps",
+        "r": "gate * (S + D) * act * conv1d.bias; with a carried state also what its conv tail and its scan state bring",
     }
     wraps = ("MambaForCausalLM", "FalconMambaForCausalLM", "MambaLMHeadModel", "Weights")
     hub_types = ("mamba", "falcon_mamba")

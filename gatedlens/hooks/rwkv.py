@@ -191,6 +191,9 @@ class RwkvMixer(RwkvMix):
         num, den, top = (state[name, self.layer].to(k) for name in Carry._fields)
         return Factors(x=v, o=o, scan=WkvScan(k, w, u, den, top), gate=gate, start=num.unsqueeze(-1))
 
+    def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
+        return self.rescale.whole(self.weights.output.weight), None
+
     def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
         w = self.weights
         n = n.to(w.key.weight.dtype)
@@ -345,6 +348,17 @@ class HookedRWKV(HookedLanguageModel):
         "conv": "none; token shift on the inputs of k, v and r",
         "activation before the scan": "none",
         "gate": "sigmoid(gate_pre), the receptance",
+    }
+    attention_words: ClassVar = {
+        "x": "x (v in the paper)",
+        "o": "gated",
+        "gate": "gate",
+        "scan": "S[i, j] = exp(w (i - j - 1) + k[j]) / Z[i], j < i; exp(time_first + k[i]) / Z[i], j = i; w = -exp(time_decay); "
+        "Z[i] their sum, with a carried state also its denominator: rows sum to 1 without one",
+        "skip": "none",
+        "act": "none",
+        "conv": "none",
+        "r": "0; with a carried state what its numerator brings, over the same Z",
     }
     wraps = ("RwkvForCausalLM",)
     hub_types = ("rwkv",)

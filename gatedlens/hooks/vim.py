@@ -187,6 +187,13 @@ class ViMMixer(TokenMixing):
 
         return tuple(branch(name, scan) for name, scan in self.directions.items())
 
+    def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
+        w = self.weights
+        weight, bias = w.out_proj.weight, w.out_proj.bias
+        if w.init_layer_scale is None:
+            return weight, bias
+        return weight * w.gamma.unsqueeze(1), None if bias is None else bias * w.gamma
+
     def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
         w = self.weights
         x, z = F.linear(n, w.in_proj.weight, w.in_proj.bias).chunk(2, dim=-1)
@@ -291,6 +298,17 @@ class HookedViM(HookedModel):
         "conv": "depthwise conv over x, with bias: causal in fwd, anti-causal in bwd (v1: causal in both)",
         "activation before the scan": "SiLU: u = sigmoid(c) * c",
         "gate": "SiLU(gate_pre), the same in both directions; their sum is halved (v2 with if_divide_out)",
+    }
+    attention_words: ClassVar = {
+        "A": "scale * (A_fwd + P A_bwd P): P turns positions round, scale = 1/2 for v2 with if_divide_out, else 1",
+        "x": "fwd.x, bwd.x",
+        "o": "scale * (fwd.gated + bwd.gated)",
+        "gate": "fwd.gate, bwd.gate",
+        "scan": "S[i, j] as in Mamba, from dt, B and C of each direction, positions in the order of its scan",
+        "skip": "D, D_b",
+        "act": "sigmoid(conv) of each direction",
+        "conv": "M[i, j] = conv1d.weight[K - 1 - (i - j)], conv1d_b.weight in bwd, positions in the order of the scan",
+        "r": "scale * (gate * (S + D) * act * conv1d.bias), summed over directions",
     }
     wraps = ("VisionMamba",)
     block_points = BLOCK_ROWS

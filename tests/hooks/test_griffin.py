@@ -17,6 +17,7 @@ from gatedlens.hookpoint import rows_of
 from gatedlens.hooks.griffin import DocumentRun, GriffinMixer, HookedGriffin, bounded_sqrt, renamed
 from gatedlens.padding import Padding
 from gatedlens.state import RecurrentState
+from tests.test_attention import check_views
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -584,13 +585,24 @@ def test_lazy_points_are_built_only_for_listeners(model):
 # -- implicit attention -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["plain", "left padded", "from a state", "a new document behind a state"])
+PACKED = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0], [6, 7, 0, 1, 0, 0, 1, 2, 3]])  # three documents and four
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["plain", "left padded", "from a state", "a new document behind a state", "packed", "packed, padded, from a state"],
+)
 def test_implicit_attention_is_the_frozen_jacobian_and_reconstructs(model, case):
     """o = A x + r, and A = d gated / d x with the gates and decays held."""
     tokens, options = some_tokens(2, 9), {}
     if case == "left padded":
         tokens, options["attention_mask"] = padded([some_tokens(1, 9)[0], some_tokens(1, 4)[0]], "left")
-    elif case != "plain":
+    if "packed" in case:
+        options["position_ids"] = PACKED
+        if "padded" in case:
+            options["attention_mask"] = torch.ones(2, 9, dtype=torch.bool)
+            options["attention_mask"][0, [1, 7]] = options["attention_mask"][1, [0, 3]] = False
+    if "state" in case:
         with torch.no_grad():
             options["state"] = model(some_tokens(2, 6, seed=3), return_state=True)[1]
         if "new" in case:
@@ -618,9 +630,29 @@ def test_implicit_attention_is_the_frozen_jacobian_and_reconstructs(model, case)
         torch.testing.assert_close(A.mean(), A.dense().mean(1), atol=1e-10, rtol=0)
 
 
-def test_implicit_attention_of_packed_documents_is_refused(model):
-    with pytest.raises(InputError, match="one document a row"):
-        gl.implicit_attention(model, some_tokens(1, 4), layer=0, position_ids=torch.tensor([0, 1, 0, 1]))
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["packed", "padded", "state"])
+def test_implicit_attention_of_packed_documents(model, case):
+    """Every view of it is the dense matrix, which is block-diagonal; a document's is that of the document alone."""
+    tokens, options = some_tokens(2, 9), {"position_ids": PACKED}
+    if case != "packed":
+        options["state"] = model(some_tokens(2, 6, seed=3), return_state=True)[1]
+    if case == "padded":
+        options["attention_mask"] = torch.ones(2, 9, dtype=torch.bool)
+        options["attention_mask"][0, [1, 7]] = options["attention_mask"][1, [0, 3]] = False
+    document = (PACKED == 0).cumsum(1)
+    apart = (document[:, :, None] != document[:, None]).unsqueeze(1)
+    for A in gl.implicit_attention(model, tokens, **options):
+        check_views(A)
+        check_views(A.without("gate", "scan"))
+        assert A.check().relative < 1e-10 and (A.dense() * apart).abs().max() == 0
+        F = A.contributions()
+        direction = torch.randn(len(F.weight), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        total = F.along(direction).sum(-1) + F.remainder() @ direction
+        torch.testing.assert_close(total, F.output() @ direction, atol=1e-10, rtol=0)
+        alone = gl.implicit_attention(model, tokens[1:, 5:], layer=A.layer)
+        torch.testing.assert_close(A.dense()[1:, :, 5:, 5:], alone.dense(), atol=1e-10, rtol=0)
+        torch.testing.assert_close(A.bias[1:, 5:], alone.bias, atol=1e-10, rtol=0)
 
 
 @torch.no_grad()

@@ -126,6 +126,9 @@ class HgrnMixer(Mixer):
         gate = self.hook_gate(F.silu(z))
         return w.out_proj(self.hook_gated(y * gate))
 
+    def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
+        return self.weights.out_proj.weight, None
+
     def factors(self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None) -> Factors:
         """u = sigmoid(x) x, S[i, j] = decay_i ... decay_{j+1} (1 - decay_j), and the gate: A = diag(gate) S diag(act)."""
         x, log_decay, gate, o = (padding.pack(at_least_float32(cached(name))) for name in self.attention_points)
@@ -181,6 +184,16 @@ class HookedHGRN(HookedLanguageModel):
         "conv": "none",
         "activation before the scan": "SiLU: u = sigmoid(x) * x",
         "gate": "SiLU(gate_pre)",
+    }
+    attention_words: ClassVar = {
+        "x": "x",
+        "o": "gated",
+        "gate": "gate",
+        "scan": "S[i, j] = exp(log_decay[j + 1] + ... + log_decay[i]) * (1 - exp(log_decay[j])), j <= i",
+        "skip": "none",
+        "act": "sigmoid(x): u = act * x",
+        "conv": "none",
+        "r": "0; with a carried state what it brings",
     }
     wraps = ("HGRN",)
     block_points = BLOCK_ROWS

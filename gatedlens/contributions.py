@@ -1,0 +1,171 @@
+"""Token-to-token contributions: what position j writes into the residual stream at position i, through one layer.
+
+    F = gl.implicit_attention(model, text, layer=3).contributions()
+    F.row(-1)                   # batch src d_model: what each position writes at the last; F.column(0): batch dst d_model
+    F.norms()                   # batch dst src: the length of every vector
+    F.along(direction)          # batch dst src: every vector's part along a direction [d_model]
+    F.along(W_U[:, a] - W_U[:, b])                       # what each token gives to the logit difference of a and b
+    F.remainder(), F.output()   # batch pos d_model: what no token brings; the whole output
+    F.tap(2)                    # of these, what the conv's tap two tokens back brings; the taps sum to F
+
+    F[i, j] = W (A[:, i, j] * x[j, :])          sum over j of F[i, j] + W r_i + b = the layer's output at i
+
+A, x and r are the implicit attention's, W and b those of the layer's output projection. A factor that was left out of
+A (`without`, `only`) is left out of F. Nothing of size [channel, pos, pos] is built; `norms` goes block by block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from gatedlens.attention import ImplicitAttention
+from gatedlens.branch import Branch
+from gatedlens.errors import InputError
+from gatedlens.factors import NAMES, Factors
+
+BLOCK_ELEMENTS = 1 << 24  # numbers in one block of vectors [batch, rows, src, d_model]
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """`Contributions(attention)`, or `attention.contributions()`; see the head of this file."""
+
+    attention: ImplicitAttention
+    back: int | None = None  # the one tap that these pass; None: all
+
+    def __post_init__(self) -> None:
+        if self.attention.transposed:
+            raise InputError("Contributions go from sources to destinations: take those of A, not of A.T.")
+
+    def __repr__(self) -> str:
+        batch, length, _ = self.attention.shape
+        return f"Contributions({self.attention!r} -> batch {batch}, dst {length}, src {length}, d_model {len(self.weight)})"
+
+    @property
+    def weight(self) -> Float[Tensor, "d_model channel"]:
+        """W of the output projection."""
+        return self._projection[0].to(self.attention.dtype)
+
+    @property
+    def _projection(self) -> tuple[Tensor, Tensor | None]:
+        found: tuple[Tensor, Tensor | None] = self.attention.model.blocks[self.attention.layer].mixer.output_weights()
+        return found
+
+    def _branches(self) -> Iterator[tuple[ImplicitAttention, Float[Tensor, "batch pos channel"]]]:
+        """Each summand of A with its own x in the tokens' order (an edit may give Vision Mamba's directions two)."""
+        for factors in self.attention.branches:
+            x = factors.x.flip(1) if factors.reverse else factors.x
+            yield replace(self.attention, branches=(factors,)), self.attention.padding.spread(x)
+
+    def _write(self, values: Iterable[Float[Tensor, "batch pos channel"]]) -> Float[Tensor, "batch pos d_model"]:
+        """W times the sum of what each branch gives."""
+        return torch.stack(list(values)).sum(0) @ self.weight.T
+
+    # -- vectors -------------------------------------------------------------------------------------------------
+
+    def row(self, i: int) -> Float[Tensor, "batch src d_model"]:
+        """F[i, :]: what every position writes at position i."""
+        return self._write(rearrange(A.row(i), "b c j -> b j c") * x for A, x in self._branches())
+
+    def column(self, j: int) -> Float[Tensor, "batch dst d_model"]:
+        """F[:, j]: what position j writes at every position."""
+        return self._write(rearrange(A.column(j), "b c i -> b i c") * x[:, j].unsqueeze(1) for A, x in self._branches())
+
+    def remainder(self) -> Float[Tensor, "batch pos d_model"]:
+        """W r + b: what no token of this call brings: biases, and the state that the call went on from."""
+        rest = self.attention.bias @ self.weight.T
+        bias = self._projection[1] if self.back is None else None
+        return rest if bias is None else rest + bias.to(rest.dtype)
+
+    def output(self) -> Float[Tensor, "batch pos d_model"]:
+        """The sum of it all, linear in pos: with all factors, the layer's `hook_mixer_out`."""
+        return self._write(A @ x for A, x in self._branches()) + self.remainder()
+
+    # -- all pairs -----------------------------------------------------------------------------------------------
+
+    def norms(self, verbose: bool = False) -> Float[Tensor, "batch dst src"]:
+        """|F[i, j]| for all pairs, a block of destinations at a time."""
+        return torch.cat([block.norm(dim=-1) for block in self.blocks(verbose)], dim=1)
+
+    def blocks(self, verbose: bool = False) -> Iterator[Float[Tensor, "batch rows src d_model"]]:
+        """F itself, some destinations at a time, from the first on."""
+        batch, length, channels = self.attention.shape
+        rows = max(1, BLOCK_ELEMENTS // (batch * length * len(self.weight)))
+        width = max(1, BLOCK_ELEMENTS // (batch * length * length))
+        for start in tqdm(range(0, length, rows), disable=not verbose, desc="contributions", unit="block"):
+            total = self.weight.new_zeros(batch, min(rows, length - start), length, len(self.weight))
+            for A, x in self._branches():
+                for first in range(0, channels, width):
+                    some = slice(first, first + width)
+                    part = A.dense(some, max_bytes=None)[:, :, start : start + rows]
+                    part = rearrange(part, "b c i j -> b i j c") * x[:, None, :, some]
+                    total = total + part @ self.weight[:, some].T
+            yield total
+
+    def along(self, direction: Float[Tensor, " d_model"]) -> Float[Tensor, "batch dst src"]:
+        """F[i, j] . direction for all pairs; no channel apart.
+
+        With p = W^T direction it is sum over c of p[c] A[c][i, j] x[j, c]: a weighted mean of channels with x folded
+        into the activation behind each tap, so it costs as much as one `mean()` a tap.
+        """
+        d_model = len(self.weight)
+        if tuple(direction.shape) != (d_model,):
+            raise InputError(f"along() takes a direction of [d_model] = [{d_model}]; this is {list(direction.shape)}.")
+        weights = self.weight.T @ direction.to(self.weight)
+        parts = tuple(name for name in NAMES if name in (*self.attention.parts, "act", "conv"))
+
+        def through(back: int) -> Tensor:
+            own = self.tap(back).attention
+            folded = tuple(_folded(factors, own.parts) for factors in own.branches)
+            return replace(own, branches=folded, parts=parts).weighted(weights)
+
+        return sum(through(back) for back in (range(self.n_taps) if self.back is None else [self.back]))  # type: ignore[return-value]
+
+    # -- tap by tap ----------------------------------------------------------------------------------------------
+
+    @property
+    def n_taps(self) -> int:
+        """How many tokens the conv of this operator reads: 1 where there is none, or it was left out."""
+        return max(Branch(factors, self.attention.parts).taps.shape[1] for factors in self.attention.branches)
+
+    def tap(self, back: int) -> Contributions:
+        """The contributions that pass the conv's tap `back` tokens before (0: the token itself).
+
+        F.tap(k)[i, j] goes by way of position j + k (j - k in a scan from the end): the tap brings token j there, and
+        the scan sends it on to i. Summed over k it is F; the remainder is no tap's, so here it is zero.
+        """
+        if back == self.back:
+            return self
+        if self.back is not None:
+            raise InputError(f"tap({back}): these are the contributions of tap {self.back} alone.")
+        if not 0 <= back < self.n_taps:
+            raise InputError(f"tap({back}): this layer's taps reach 0 to {self.n_taps - 1} tokens back.")
+        branches = tuple(_only_tap(factors, self.attention.parts, back) for factors in self.attention.branches)
+        return Contributions(replace(self.attention, branches=branches), back)
+
+
+def _only_tap(factors: Factors, parts: tuple[str, ...], back: int) -> Factors:
+    """These factors with one tap: zeros in place of those that are nearer, and nothing besides A x."""
+    taps = Branch(factors, parts).taps
+    own = taps[:, taps.shape[1] - 1 - back].unsqueeze(1)
+    return replace(factors, taps=torch.cat([own, own.new_zeros(len(own), back)], dim=1), drift=None, start=None)
+
+
+def _folded(factors: Factors, parts: tuple[str, ...]) -> Factors:
+    """x folded into factors of one tap k: act[m] * tap * x[m - k] for act[m], and a conv that only moves m to m - k.
+
+    A[i, j] x[j] = sum over m of S[i, m] act[m] tap [j = m - k] x[j].
+    """
+    branch = Branch(factors, parts)
+    back = branch.taps.shape[1] - 1
+    x = torch.nn.functional.pad(factors.x, (0, 0, back, 0))[:, : factors.x.shape[1]]
+    shift = torch.zeros_like(branch.taps)
+    shift[:, 0] = 1
+    return replace(factors, act=branch.act * branch.taps[:, 0] * x, taps=shift)

@@ -1,0 +1,138 @@
+"""One layer's implicit attention of one input, drawn and saved: what `gatedlens attention` does.
+
+    show("gatedlens/mamba-moby", text="It was the whiteness", layer=1, reduce="abs_mean", out="figures")
+
+Writes the numbers (safetensors), and a picture: a matrix as a heat map, a row as the coloured text (a page) or as a map
+over the image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gatedlens import plot
+from gatedlens.attention import ImplicitAttention, implicit_attention
+from gatedlens.demo import default_text
+from gatedlens.errors import InputError, did_you_mean
+from gatedlens.language import HookedLanguageModel
+from gatedlens.loading import from_pretrained
+
+REDUCTIONS = {
+    "mean": "attention (mean over channels)",
+    "abs_mean": "|attention| (mean over channels)",
+    "row": "attention (mean over channels)",
+}
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """What was shown; `tops` are (label, position, value) that `position` attends to most, strongest first; `error` is
+    the relative error of attention and remainder against the layer's output."""
+
+    model: str
+    input: str
+    layer: int
+    reduce: str
+    position: int
+    shape: tuple[int, ...]
+    error: float
+    tops: list[tuple[str, int, float]]
+    files: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def show(
+    model_name: str,
+    text: str | None = None,
+    image: str | Path | None = None,
+    layer: int = -1,
+    reduce: str = "mean",
+    position: int | None = None,
+    out: str | Path = "out",
+) -> Exhibit:
+    """Everything that `gatedlens attention` shows, as an Exhibit.
+
+    reduce: "mean" or "abs_mean" over channels, the [dst, src] matrix; "row": the mean's row of `position` alone (None:
+    the last token, or the image's first class token).
+    """
+    if reduce not in REDUCTIONS:
+        raise InputError(f"--reduce {reduce}: it is {' or '.join(REDUCTIONS)}.{did_you_mean(reduce, REDUCTIONS)}")
+    model = from_pretrained(model_name)
+    input, labels, said = _read(model, text, image)
+    attention = implicit_attention(model, input, layer=layer)
+    if position is None:
+        position = -1 if isinstance(model, HookedLanguageModel) or not model.grid.cls else model.grid.cls[0]
+    row = attention.row(position).mean(1)[0]  # an InputError if there is no such position
+    values = row if reduce == "row" else (attention.mean() if reduce == "mean" else attention.abs_mean())[0]
+    own = row if reduce == "row" else values[position]
+    best = own.abs().topk(min(5, len(own))).indices.tolist()
+
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"{Path(model_name).name}-layer{attention.layer}-{reduce}"
+    numbers = Path(f"{stem}.safetensors")
+    save_file({"attention": values.contiguous().cpu()}, numbers)
+    picture = _draw(stem, values, labels, model, input, attention, reduce)
+    return Exhibit(
+        model_name,
+        said,
+        attention.layer,
+        reduce,
+        position % len(own),
+        tuple(values.shape),
+        attention.check().relative,
+        [(labels[j], j, own[j].item()) for j in best],
+        [str(picture), str(numbers)],
+    )
+
+
+def _read(model: Any, text: str | None, image: str | Path | None) -> tuple[Any, list[str], str]:
+    """(what the model reads, a label for each position, the input as a person would name it)."""
+    name = model.cfg.model_name
+    if isinstance(model, HookedLanguageModel):
+        if image is not None:
+            raise InputError(f"--image {image}: {name} reads text. Pass --text.")
+        text = default_text(name) if text is None else text
+        return text, model.to_str_tokens(text), text
+    if text is not None or image is None:
+        raise InputError(
+            f"{name} reads images: pass --image with the path of one{'' if text is None else ', no --text'}."
+        )
+    places = [model.grid.place(pos) for pos in range(model.grid.length)]
+    labels = ["cls" if place is None else f"{place[0]},{place[1]}" for place in places]
+    return model.preprocess(_open(image)).unsqueeze(0), labels, str(image)
+
+
+def _open(path: str | Path) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(path)
+    except FileNotFoundError as error:
+        raise InputError(f"--image {path}: there is no such file.") from error
+    except (UnidentifiedImageError, IsADirectoryError) as error:
+        raise InputError(f"--image {path}: this is no image that Pillow can read.") from error
+
+
+def _draw(
+    stem: Path, values: Tensor, labels: list[str], model: Any, input: Any, attention: ImplicitAttention, reduce: str
+) -> Path:
+    """The picture's path."""
+    title, value = f"{model.cfg.model_name}, layer {attention.layer}", REDUCTIONS[reduce]
+    if reduce != "row":
+        figure = plot.heatmap(values, labels, title=title, value=value)
+    elif isinstance(model, HookedLanguageModel):
+        return plot.text(values, labels, title=title).save(f"{stem}.html")
+    else:
+        figure = plot.over_image(values, input[0], model.grid, title=title, value=value)
+    figure.savefig(f"{stem}.png", dpi=110)
+    return Path(f"{stem}.png")

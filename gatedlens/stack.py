@@ -1,0 +1,152 @@
+"""The implicit attention of several layers of one run.
+
+    stack = gl.implicit_attention(model, "The cat sat on the mat")     # every layer, one forward
+    stack[3]                                # the ImplicitAttention of layer 3
+    stack.mean(), stack.abs_mean()          # layer batch dst src
+    stack.layer_mean()                      # batch dst src
+    stack.rollout(start_layer=2)            # batch dst src: the layers chained through the residual stream
+    stack.profiles(), stack.induction()     # how far, how sharply, whether by induction: layer batch
+    stack.without("skip")[3], stack[2:5]    # other factors, fewer layers
+    gl.plot.layers(dict(zip(stack.layers, stack.mean()[:, 0])), tokens)
+
+A layer's operator is derived from the cache when it is asked for, and not kept.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, SupportsIndex, overload
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from gatedlens.attention import ImplicitAttention, implicit_attention
+from gatedlens.cache import ActivationCache
+from gatedlens.errors import InputError
+from gatedlens.factors import NAMES
+from gatedlens.profiles import Profile, induction, of_layer
+
+
+@dataclass(frozen=True)
+class AttentionStack:
+    """The operators of `layers` (ascending); `parts` are the factors that are in each (all of them)."""
+
+    cache: ActivationCache
+    layers: tuple[int, ...]
+    parts: tuple[str, ...] = NAMES
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[ImplicitAttention]:
+        return (self._operator(layer) for layer in self.layers)
+
+    @overload
+    def __getitem__(self, layer: int) -> ImplicitAttention: ...
+
+    @overload
+    def __getitem__(self, layer: slice | Sequence[int]) -> AttentionStack: ...
+
+    def __getitem__(self, layer: Any) -> ImplicitAttention | AttentionStack:
+        """`stack[3]`: layer 3 of the model (-1: its last); a slice or a sequence of layers: the stack of these."""
+        n = self.cache.model.cfg.n_layers
+        if isinstance(layer, SupportsIndex):  # a Python or numpy integer, or a tensor of one
+            return self._operator(self._known(operator.index(layer)))
+        asked = [i for i in range(n)[layer] if i in self.layers] if isinstance(layer, slice) else layer
+        chosen = [self._known(i) for i in asked]
+        if not chosen:
+            raise InputError(f"stack[{layer!r}] holds no layer; this stack holds {self._held}.")
+        return replace(self, layers=tuple(sorted(set(chosen))))
+
+    @property
+    def _held(self) -> str:
+        return f"the layers {', '.join(map(str, self.layers))}"
+
+    def _known(self, layer: int) -> int:
+        n = self.cache.model.cfg.n_layers
+        if not -n <= layer < n or layer % n not in self.layers:
+            raise InputError(f"stack[{layer}]: this stack of {self.cache.model.cfg.model_name} holds {self._held}.")
+        return layer % n
+
+    def _operator(self, layer: int) -> ImplicitAttention:
+        return implicit_attention(self.cache, layer=layer).only(*self.parts)
+
+    def __repr__(self) -> str:
+        return f"AttentionStack({self.cache.model.cfg.model_name}, layers {list(self.layers)}: {' '.join(self.parts)})"
+
+    # -- which factors -------------------------------------------------------------------------------------------
+
+    def only(self, *parts: str) -> AttentionStack:
+        """Every layer's operator with these factors alone; see `ImplicitAttention.only`."""
+        return replace(self, parts=self._operator(self.layers[0]).only(*parts).parts)
+
+    def without(self, *parts: str) -> AttentionStack:
+        """Every layer's operator without these factors; see `ImplicitAttention.without`."""
+        return replace(self, parts=self._operator(self.layers[0]).without(*parts).parts)
+
+    def paper(self, which: str) -> AttentionStack:
+        """The matrices of the papers, "unified" or "hidden"; see `ImplicitAttention.paper`."""
+        return replace(self, parts=self._operator(self.layers[0]).paper(which).parts)
+
+    # -- layer by layer ------------------------------------------------------------------------------------------
+
+    def each(
+        self, matrix: Callable[[ImplicitAttention], Tensor], what: str = "attention", verbose: bool = True
+    ) -> Iterator[Tensor]:
+        """`matrix(attention)` of each layer in turn, behind a progress bar unless `verbose` is off."""
+        for attention in tqdm(self, total=len(self), disable=not verbose, desc=what, unit="layer"):
+            yield matrix(attention)
+
+    def mean(self, verbose: bool = True) -> Float[Tensor, "layer batch dst src"]:
+        """Each layer's signed mean over channels."""
+        return torch.stack(list(self.each(ImplicitAttention.mean, "mean", verbose)))
+
+    def abs_mean(self, verbose: bool = True) -> Float[Tensor, "layer batch dst src"]:
+        """Each layer's mean over channels of absolute values."""
+        return torch.stack(list(self.each(ImplicitAttention.abs_mean, "abs_mean", verbose)))
+
+    def layer_mean(self, absolute: bool = False, verbose: bool = True) -> Float[Tensor, "batch dst src"]:
+        """The mean over layers of `mean()`, or of `abs_mean()`: HA's "raw attention" before its row is picked."""
+        matrix = ImplicitAttention.abs_mean if absolute else ImplicitAttention.mean
+        total = sum(self.each(matrix, "layer mean", verbose))
+        return total / len(self)  # type: ignore[return-value]
+
+    def rollout(self, start_layer: int | None = None, verbose: bool = True) -> Float[Tensor, "batch dst src"]:
+        """(I + E_d A_last) ... (I + E_d A_start): signed, not normalised; I is the residual stream, E_d the channel mean.
+
+        From `start_layer` (of the model; None: the stack's first) to the stack's last. Masked positions take no part:
+        their rows and columns are zero. HA (arXiv 2403.01590), sec. 3.4, after Abnar and Zuidema 2020.
+        """
+        layers = self if start_layer is None else self[self._start(start_layer) :]
+        total: Tensor | None = None
+        for matrix in layers.each(ImplicitAttention.mean, "rollout", verbose):
+            step = matrix + self._identity(matrix)
+            total = step if total is None else step @ total
+        assert total is not None
+        return total
+
+    def _start(self, layer: int) -> int:
+        n = self.cache.model.cfg.n_layers
+        if not -n <= layer < n:
+            raise InputError(f"start_layer={layer}: {self.cache.model.cfg.model_name} has layers 0 to {n - 1}.")
+        return layer % n
+
+    def _identity(self, like: Float[Tensor, "batch dst src"]) -> Float[Tensor, "batch dst src"]:
+        """1 on the diagonal of real positions."""
+        ones = like.new_ones(like.shape[:2])
+        return torch.diag_embed(ones if self.cache.mask is None else self.cache.mask.to(like))
+
+    # -- profiles ------------------------------------------------------------------------------------------------
+
+    def profiles(self, verbose: bool = True) -> Profile:
+        """How far and how sharply each layer looks: `profiles.of_layer` with a layer axis in front."""
+        found = [of_layer(a) for a in tqdm(self, total=len(self), disable=not verbose, desc="profiles", unit="layer")]
+        return Profile(*(torch.stack(values) for values in zip(*found, strict=True)))
+
+    def induction(self, tokens: Tensor | None = None, verbose: bool = True) -> Float[Tensor, "layer batch"]:
+        """How much of each layer's attention goes to what followed earlier: `profiles.induction`."""
+        return torch.stack(list(self.each(lambda a: induction(a, tokens).score, "induction", verbose)))
