@@ -77,11 +77,15 @@ class Branch:
     def dense(self, chosen: list[int]) -> Float[Tensor, "batch some dst src"]:
         """The matrices of the chosen channels."""
         batch, length, _ = self.factors.x.shape
-        whole = torch.diag_embed(self.skip[chosen, None].expand(-1, length)).expand(batch, -1, -1, -1)
+        left, right, taps = self.gate[:, :, chosen], self.act[:, :, chosen], self.taps[chosen]
         if "scan" in self.parts:
-            whole = whole + self.factors.scan.select(chosen).dense()
-        whole = _conv_columns(whole * rearrange(self.act[:, :, chosen], "b j c -> b c 1 j"), self.taps[chosen])
-        return whole * rearrange(self.gate[:, :, chosen], "b i c -> b c i 1")
+            whole = self.factors.scan.select(chosen).folded(left, right, taps)
+        else:
+            whole = left.new_zeros(batch, len(chosen), length, length)
+        direct = rearrange(left * self.skip[chosen] * right, "b i c -> b c i")
+        for k in range(min(taps.shape[1], length)):
+            whole.diagonal(-k, -2, -1).add_(direct[:, :, k:] * taps[:, -1 - k, None])
+        return whole
 
     def weighted(self, weights: Float[Tensor, " channel"]) -> Float[Tensor, "batch dst src"]:
         """sum_c weights[c] A[c], no channel apart."""
