@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gatedlens.factors import NAMES, Factors
@@ -87,6 +87,15 @@ class Branch:
             whole.diagonal(-k, -2, -1).add_(direct[:, :, k:] * taps[:, -1 - k, None])
         return whole
 
+    def row(self, i: Int[Tensor, " batch"]) -> Float[Tensor, "batch src channel"]:
+        """A[i_b, :] for a row of its own in each batch element."""
+        batch = torch.arange(len(i), device=i.device)
+        here = F.one_hot(i, self.factors.x.shape[1]).to(self.factors.x.dtype).unsqueeze(-1)
+        row = here * self.skip
+        if "scan" in self.parts:
+            row = row + self.factors.scan.seen(i)
+        return _conv_transposed(self.gate[batch, i].unsqueeze(1) * row * self.act, self.taps)
+
     def weighted(self, weights: Float[Tensor, " channel"]) -> Float[Tensor, "batch dst src"]:
         """sum_c weights[c] A[c], no channel apart."""
         taps, length = self.taps, self.factors.x.shape[1]
@@ -111,12 +120,3 @@ def _conv_transposed(g: Tensor, taps: Tensor) -> Tensor:
     """M^T g."""
     width = taps.shape[1]
     return F.conv1d(F.pad(g.mT, (0, width - 1)), taps.flip(1).unsqueeze(1), groups=taps.shape[0]).mT
-
-
-def _conv_columns(matrix: Tensor, taps: Tensor) -> Tensor:
-    """matrix @ M for each channel: [b, c, i, j]."""
-    length, width = matrix.shape[-1], taps.shape[1]
-    out = torch.zeros_like(matrix)
-    for k in range(min(width, length)):
-        out[..., : length - k] += matrix[..., k:] * taps[:, width - 1 - k, None, None]
-    return out

@@ -64,7 +64,8 @@ class Desk:
         """target <- a * b"""
         return target.copy_(a * b)
 
-    def exp(self, x: Tensor) -> Tensor:
+    def exp(self, x: Tensor, floor: float) -> Tensor:
+        """exp(x); what is below `floor` is zero, at full speed."""
         return x.exp()
 
     def shrink(self, x: Tensor) -> Tensor:
@@ -91,8 +92,9 @@ class Slate(Desk):
     def put(self, target: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return torch.mul(a, b, out=target)
 
-    def exp(self, x: Tensor) -> Tensor:
-        return x.exp_()
+    def exp(self, x: Tensor, floor: float) -> Tensor:
+        x.clamp_(min=math.log(floor) - 1).exp_()
+        return torch.ops.aten.hardshrink.out(x, floor, out=x)
 
     def shrink(self, x: Tensor) -> Tensor:
         return torch.ops.aten.hardshrink.out(x, self.floor, out=x)
@@ -157,13 +159,13 @@ class Halving:
         products = [like.new_zeros(b, span.pairs, span.height, span.size + lap) for span in spans]
         return like.new_zeros(b, self.padded // TILE, TILE, TILE + lap), products
 
-    def place(self, near: Tensor, meetings: list[Tensor]) -> Float[Tensor, "batch *rest dst src"]:
-        """The matrix from `near` [b, ..., t, row, column] and the products [b, ..., p, h, column], in the order of `levels`."""
+    def place(self, near: Tensor, products: list[Tensor], up: float) -> Float[Tensor, "batch *rest dst src"]:
+        """The matrix from `near` [b, ..., t, row, column] and the products of meetings [b, ..., p, h, column], all over `up`."""
         total = near.new_zeros(*near.shape[:-3], self.padded, self.padded + self.taps - 1)
         spans = [span for _, spans in self.levels() for span in spans]
-        self._along(total, Span(0, self.padded // TILE, 0, TILE)).add_(near)
-        for span, product in zip(spans, meetings, strict=True):
-            self._along(total, span).add_(product)
+        self._along(total, Span(0, self.padded // TILE, 0, TILE)).add_(near, alpha=1 / up)
+        for span, product in zip(spans, products, strict=True):
+            self._along(total, span).add_(product, alpha=1 / up)
         return total[..., : self.length, self.taps - 1 : self.taps - 1 + self.length]
 
     def _along(self, total: Tensor, span: Span) -> Tensor:
@@ -203,7 +205,7 @@ class Pieces:
     def _exp(self, time: Tensor, out: Tensor) -> Tensor:
         """exp(time rate), from float64 [..., c] to [..., c, n]."""
         self.desk.put(out, time.to(self.rate.dtype).unsqueeze(-1), self.rate)
-        return self.desk.exp(out)
+        return self.desk.exp(out, self.desk.floor)
 
     def _further(self, begin: Tensor, end: Tensor) -> Tensor:
         """The decay of whole blocks. Below FLOOR it is as good as none, and slow to compute with."""
@@ -223,25 +225,19 @@ class Pieces:
         for i in range(TILE):
             for m in range(i + 1):
                 pair = self.read[:, :, i] * self.key[:, :, m]
-                if m == i:
-                    seen = pair.sum(-1, keepdim=True)
-                else:
-                    seen = torch.matmul(passed[i, m], pair.unsqueeze(-1)).squeeze(-1)
+                seen = pair.sum(-1, keepdim=True) if m == i else (passed[i, m] @ pair.unsqueeze(-1)).squeeze(-1)
                 yield Near(i, m, seen * self.left[:, :, i] * self.right[:, :, m])
 
     def _rows(self, passed: dict[tuple[int, int], Tensor]) -> Float[Tensor, "batch pos channel state"]:
         """Rows of each tile, seen from the last place before it."""
         b, t, _, c = self.left.shape
         first, n = passed[0, -1], self.rate.shape[1]
-        rows, weight = self.desk.empty("rows", b, t, TILE, c, n), self.desk.empty("row", b, t, c, n)
+        rows = self.desk.empty("rows", b, t, TILE, c, n)
         for i in range(TILE):
+            reach = first if i == 0 else self.desk.put(self.desk.empty("reach", b, t, c, n), first, passed[i, 0])
+            weight = self.desk.empty("weight", b, t, c, n)
             self.desk.put(weight, self.left[:, :, i].unsqueeze(-1), self.read[:, :, i].unsqueeze(-2))
-            if i == 0:
-                self.desk.put(rows[:, :, i], weight, first)
-            else:
-                weight = self.desk.put(self.desk.own(weight), weight, first)
-                self.desk.put(rows[:, :, i], weight, passed[i, 0])
-            weight = self.desk.own(weight)
+            self.desk.put(rows[:, :, i], weight, reach)
         return self.desk.shrink(rows.flatten(1, 2))
 
     def _columns(self, passed: dict[tuple[int, int], Tensor]) -> Tensor:

@@ -24,6 +24,7 @@ from gatedlens.halving import Desk, Halving, Near, Pieces, Slate, followed, scal
 from gatedlens.recurrence import scan
 
 NARROW = 4  # blocks of this many positions go by diagonals
+ROW_ELEMENTS = 1 << 18  # likewise for a single row
 CHUNK_ELEMENTS = 1 << 20  # numbers in a temporary [rows, channels, state]: 4 MiB of float32
 
 
@@ -88,12 +89,27 @@ class DecayScan:
 
     def row(self, i: int) -> Float[Tensor, "batch channel src"]:
         """S[i, :]; zeros behind i."""
-        decay = self.decay(self.time[:, i : i + 1], self.time[:, : i + 1])
-        weight = einsum(decay, self.read[:, i], self.key[:, : i + 1], "b j c n, b n, b j n -> b c j")
-        weight = weight * rearrange(self.amount[:, : i + 1], "b j c -> b c j")
+        place = torch.full((self.time.shape[0],), i, device=self.time.device)
+        return rearrange(self.seen(place), "b j c -> b c j")
+
+    def seen(self, i: Int[Tensor, " batch"]) -> Float[Tensor, "batch src channel"]:
+        """S[i_b, :] for a row of its own in each batch element; zeros behind it."""
+        batch, desk = torch.arange(len(i), device=i.device), self._desk()
+        reach = int(i.max()) + 1
+        now, read = self.time[batch, i].unsqueeze(1), self.read[batch, i].unsqueeze(1)
+        visible = torch.arange(reach, device=i.device) <= i.unsqueeze(1)
         if self.document is not None:
-            weight = weight * (self.document[:, : i + 1] == self.document[:, i : i + 1]).unsqueeze(1)
-        return torch.nn.functional.pad(weight, (0, self.length - 1 - i))
+            visible = visible & (self.document[:, :reach] == self.document[batch, i].unsqueeze(1))
+        size = max(1, ROW_ELEMENTS // (len(i) * self.rate.numel()))
+        pieces = []
+        for start in range(0, reach, size):
+            part = slice(start, min(start + size, reach))
+            ago = ((now - self.time[:, part]) * visible[:, part].unsqueeze(-1)).to(self.rate.dtype)
+            decay = desk.empty("decay", *ago.shape, self.rate.shape[1])
+            decay = desk.exp(desk.put(decay, ago.unsqueeze(-1), self.rate), desk.floor**1.6)
+            pieces.append(torch.matmul(decay, (read * self.key[:, part]).unsqueeze(-1)).squeeze(-1))
+        weight = torch.cat(pieces, dim=1) * self.amount[:, :reach] * visible.unsqueeze(-1)
+        return torch.nn.functional.pad(weight, (0, 0, 0, self.length - reach))
 
     def column(self, j: int) -> Float[Tensor, "batch channel dst"]:
         """S[:, j]; zeros before j."""
@@ -122,7 +138,7 @@ class DecayScan:
             some = slice(start, start + size)
             pieces = self.select(some)._pieces(halving, left[..., some], right[..., some], taps[some], desk)
             _add_contracted(pieces, near, products)
-        return self._within_documents(halving.place(near, products) / up)
+        return self._within_documents(halving.place(near, products, up))
 
     def folded(
         self,
@@ -134,7 +150,7 @@ class DecayScan:
         halving = Halving(self.length, taps.shape[1])
         up, left, right = self._lifted(left, right)
         parts = _apart(self._pieces(halving, left, right, taps, self._desk(left, right, taps)))
-        return self._within_documents(halving.place(parts[0], parts[1:]) / up)
+        return self._within_documents(halving.place(parts[0], parts[1:], up))
 
     def dense(self) -> Float[Tensor, "batch channel dst src"]:
         """S channel by channel: [b, c, l, l]."""
