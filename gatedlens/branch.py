@@ -7,7 +7,7 @@ look back; `ImplicitAttention` does the rest. A part that is left out becomes th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -25,24 +25,28 @@ class Branch:
     factors: Factors
     parts: tuple[str, ...] = NAMES
 
-    def _factor(self, part: str, value: Tensor | None, absent: Any) -> Tensor:
-        return absent if value is None or part not in self.parts else value  # type: ignore[no-any-return]
+    def _has(self, part: str, value: Tensor | None) -> TypeGuard[Tensor]:
+        return value is not None and part in self.parts
 
     @property
     def gate(self) -> Float[Tensor, "batch pos channel"]:
-        return self._factor("gate", self.factors.gate, torch.ones_like(self.factors.x))
+        gate = self.factors.gate
+        return gate if self._has("gate", gate) else torch.ones_like(self.factors.x)
 
     @property
     def act(self) -> Float[Tensor, "batch pos channel"]:
-        return self._factor("act", self.factors.act, torch.ones_like(self.factors.x))
+        act = self.factors.act
+        return act if self._has("act", act) else torch.ones_like(self.factors.x)
 
     @property
     def taps(self) -> Float[Tensor, "channel tap"]:
-        return self._factor("conv", self.factors.taps, self.factors.x.new_ones(self.factors.x.shape[2], 1))
+        taps = self.factors.taps
+        return taps if self._has("conv", taps) else self.factors.x.new_ones(self.factors.x.shape[2], 1)
 
     @property
     def skip(self) -> Float[Tensor, " channel"]:
-        return self._factor("skip", self.factors.skip, self.factors.x.new_zeros(self.factors.x.shape[2]))
+        skip = self.factors.skip
+        return skip if self._has("skip", skip) else self.factors.x.new_zeros(self.factors.x.shape[2])
 
     # -- as an operator ------------------------------------------------------------------------------------------
 
