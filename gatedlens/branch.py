@@ -7,7 +7,6 @@ look back; `ImplicitAttention` does the rest. A part that is left out becomes th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -25,28 +24,28 @@ class Branch:
     factors: Factors
     parts: tuple[str, ...] = NAMES
 
-    def _has(self, part: str, value: Tensor | None) -> TypeGuard[Tensor]:
-        return value is not None and part in self.parts
+    def _given(self, part: str, value: Tensor | None) -> Tensor | None:
+        return value if part in self.parts else None
 
     @property
     def gate(self) -> Float[Tensor, "batch pos channel"]:
-        gate = self.factors.gate
-        return gate if self._has("gate", gate) else torch.ones_like(self.factors.x)
+        gate = self._given("gate", self.factors.gate)
+        return torch.ones_like(self.factors.x) if gate is None else gate
 
     @property
     def act(self) -> Float[Tensor, "batch pos channel"]:
-        act = self.factors.act
-        return act if self._has("act", act) else torch.ones_like(self.factors.x)
+        act = self._given("act", self.factors.act)
+        return torch.ones_like(self.factors.x) if act is None else act
 
     @property
     def taps(self) -> Float[Tensor, "channel tap"]:
-        taps = self.factors.taps
-        return taps if self._has("conv", taps) else self.factors.x.new_ones(self.factors.x.shape[2], 1)
+        taps = self._given("conv", self.factors.taps)
+        return self.factors.x.new_ones(self.factors.x.shape[2], 1) if taps is None else taps
 
     @property
     def skip(self) -> Float[Tensor, " channel"]:
-        skip = self.factors.skip
-        return skip if self._has("skip", skip) else self.factors.x.new_zeros(self.factors.x.shape[2])
+        skip = self._given("skip", self.factors.skip)
+        return self.factors.x.new_zeros(self.factors.x.shape[2]) if skip is None else skip
 
     # -- as an operator ------------------------------------------------------------------------------------------
 

@@ -37,21 +37,16 @@ def followed(*tensors: Tensor) -> bool:
     return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
-def scale(*factors: Tensor) -> float:
-    """A power of two that lifts the product of some factors to tiny ** -0.4, so that what decays stays normal for long."""
-    with torch.no_grad():
-        largest = math.prod(x.abs().amax().item() for x in factors)
-    if not 0 < largest < math.inf:
-        return 1.0
-    return 2.0 ** round(-0.4 * math.log2(torch.finfo(factors[0].dtype).tiny) - math.log2(largest))
-
-
 class Desk:
     """Where intermediate tensors are written: with gradients, on new paper each time."""
 
     def __init__(self, like: Tensor):
         self.like = like
-        self.floor = torch.finfo(like.dtype).tiny ** 0.5
+        self.floor = torch.finfo(like.dtype).tiny ** 0.75
+
+    def lift(self, *factors: Tensor) -> float:
+        """What to multiply the product of some factors with; nothing here, as gradients would shrink by as much."""
+        return 1.0
 
     def empty(self, name: str, *shape: int) -> Tensor:
         return self.like.new_empty(shape)
@@ -66,11 +61,15 @@ class Desk:
 
     def exp(self, x: Tensor, floor: float) -> Tensor:
         """exp(x); what is below `floor` is zero, at full speed."""
-        return x.exp()
+        return F.hardshrink(x.clamp(min=math.log(floor) - 1).exp(), floor)
 
     def shrink(self, x: Tensor) -> Tensor:
         """Zero what is below `floor`: on CPUs, products of denormal numbers cost tenfold."""
-        return x
+        return F.hardshrink(x, self.floor)
+
+    def lower(self, target: Tensor, a: Tensor, b: Tensor) -> None:
+        """target <- a * b, shrunk"""
+        target.copy_(self.shrink(a * b))
 
 
 class Slate(Desk):
@@ -79,6 +78,14 @@ class Slate(Desk):
     def __init__(self, like: Tensor):
         super().__init__(like)
         self.buffers: dict[str, Tensor] = {}
+        self.floor = torch.finfo(like.dtype).tiny ** 0.5  # two numbers above it have a normal product
+
+    def lift(self, *factors: Tensor) -> float:
+        """A power of two that brings their product to tiny ** -0.4: what decays stays above `floor` for long."""
+        largest = math.prod(x.abs().amax().item() for x in factors)
+        if not 0 < largest < math.inf:
+            return 1.0
+        return 2.0 ** round(-0.4 * math.log2(torch.finfo(self.like.dtype).tiny) - math.log2(largest))
 
     def empty(self, name: str, *shape: int) -> Tensor:
         size = math.prod(shape)
@@ -98,6 +105,9 @@ class Slate(Desk):
 
     def shrink(self, x: Tensor) -> Tensor:
         return torch.ops.aten.hardshrink.out(x, self.floor, out=x)
+
+    def lower(self, target: Tensor, a: Tensor, b: Tensor) -> None:
+        self.shrink(self.put(target, a, b))
 
 
 class Meeting(NamedTuple):
@@ -276,7 +286,7 @@ class Pieces:
             old, new = (
                 x[:, start : start + pairs * period].unflatten(1, (pairs, period))[:, :, size:] for x in (rows, grown)
             )
-            self.desk.shrink(self.desk.put(new, old, further.unsqueeze(2)))
+            self.desk.lower(new, old, further.unsqueeze(2))
         return grown
 
     def _merged(self, columns: Tensor, size: int) -> Tensor:
@@ -287,7 +297,7 @@ class Pieces:
         left, right = columns[:, 0 : 2 * pairs : 2], columns[:, 1 : 2 * pairs : 2]
         shape = columns.shape[0], pairs, 2 * size + lap, *columns.shape[3:]
         merged = self.desk.empty(f"columns {size.bit_length() % 2}", *shape)
-        self.desk.shrink(self.desk.put(merged[:, :, : size + lap], left, further.unsqueeze(2)))
+        self.desk.lower(merged[:, :, : size + lap], left, further.unsqueeze(2))
         merged[:, :, size : size + lap] += right[:, :, :lap]
         merged[:, :, size + lap :] = right[:, :, lap:]
         return merged

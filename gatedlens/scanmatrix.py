@@ -20,7 +20,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gatedlens.halving import Desk, Halving, Near, Pieces, Slate, followed, scale
+from gatedlens.halving import Desk, Halving, Near, Pieces, Slate, followed
 from gatedlens.recurrence import scan
 
 NARROW = 4  # blocks of this many positions go by diagonals
@@ -106,7 +106,7 @@ class DecayScan:
             part = slice(start, min(start + size, reach))
             ago = ((now - self.time[:, part]) * visible[:, part].unsqueeze(-1)).to(self.rate.dtype)
             decay = desk.empty("decay", *ago.shape, self.rate.shape[1])
-            decay = desk.exp(desk.put(decay, ago.unsqueeze(-1), self.rate), desk.floor**1.6)
+            decay = desk.exp(desk.put(decay, ago.unsqueeze(-1), self.rate), torch.finfo(self.rate.dtype).tiny ** 0.8)
             pieces.append(torch.matmul(decay, (read * self.key[:, part]).unsqueeze(-1)).squeeze(-1))
         weight = torch.cat(pieces, dim=1) * self.amount[:, :reach] * visible.unsqueeze(-1)
         return torch.nn.functional.pad(weight, (0, 0, 0, self.length - reach))
@@ -132,7 +132,7 @@ class DecayScan:
         halving = Halving(self.length, taps.shape[1])
         size = max(1, CHUNK_ELEMENTS // (left.shape[0] * halving.padded * self.rate.shape[1]))
         desk = self._desk(left, right, taps)
-        up, left, right = self._lifted(left, right)
+        up, left, right = self._lifted(desk, left, right)
         near, products = halving.zeros(left)
         for start in range(0, self.channels, size):
             some = slice(start, start + size)
@@ -148,8 +148,9 @@ class DecayScan:
     ) -> Float[Tensor, "batch channel dst src"]:
         """What `summed` sums, channel by channel."""
         halving = Halving(self.length, taps.shape[1])
-        up, left, right = self._lifted(left, right)
-        parts = _apart(self._pieces(halving, left, right, taps, self._desk(left, right, taps)))
+        desk = self._desk(left, right, taps)
+        up, left, right = self._lifted(desk, left, right)
+        parts = _apart(self._pieces(halving, left, right, taps, desk))
         return self._within_documents(halving.place(parts[0], parts[1:], up))
 
     def dense(self) -> Float[Tensor, "batch channel dst src"]:
@@ -157,9 +158,9 @@ class DecayScan:
         ones = torch.ones_like(self.amount)
         return self.folded(ones, ones, ones.new_ones(self.channels, 1))
 
-    def _lifted(self, left: Tensor, right: Tensor) -> tuple[float, Tensor, Tensor]:
+    def _lifted(self, desk: Desk, left: Tensor, right: Tensor) -> tuple[float, Tensor, Tensor]:
         """left and right times powers of two, and the product of these."""
-        ahead, behind = scale(left, self.read), scale(right, self.amount, self.key)
+        ahead, behind = desk.lift(left, self.read), desk.lift(right, self.amount, self.key)
         return ahead * behind, left * ahead, right * behind
 
     def _desk(self, *others: Tensor) -> Desk:
