@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import statistics
 from collections.abc import Iterator
@@ -50,6 +51,38 @@ def language() -> Iterator[Line]:
         yield Line(f"{title}: forward + backward, pos 1024", seconds["ours"], seconds["theirs"], "s", 0.25)
 
 
+def attention() -> Iterator[Line]:
+    name = "benchmarks.attention"
+    limits = {"mean(), pos 256": 1 / 30, "mean(), pos 64": 1.0, "A @ x, pos 1024": 2.0}
+    for what, seconds in fresh(name, "ratios").items():
+        limit = next(limit for start, limit in limits.items() if what.startswith(start))
+        yield Line(f"Implicit attention: {what}", seconds["ours"], seconds["theirs"], "s", limit)
+    peaks = {who: fresh(name, "memory", f"{who}, pos 64") for who in ("ours", "TransformerLens")}
+    what = "Implicit attention: peak memory of mean(), pos 64, against TransformerLens"
+    yield Line(what, peaks["ours"], peaks["TransformerLens"], "MiB", 1 / 20)
+    budgets = {  # the issue's: CPU seconds, MiB
+        "mean, pos 256": (None, 600),
+        "mean, pos 1024": (5, 1000),
+        "mean, pos 2048": (20, 1500),
+        "row(-1), pos 4096": (1, None),
+        "abs_mean, pos 512": (30, 1000),
+        "means of 24 layers, pos 256": (60, 3000),
+    }
+    for what, (seconds, mebibytes) in budgets.items():
+        if seconds:
+            yield Line(f"{what}, of a limit of {seconds} s CPU", fresh(name, "cpu", what), seconds, "s", 1.0)
+        if mebibytes:
+            yield Line(f"{what}, of a limit of {mebibytes} MiB", fresh(name, "memory", what), mebibytes, "MiB", 1.0)
+    yield from growth_exponents()
+
+
+def growth_exponents() -> Iterator[Line]:
+    """log2 of what twice the positions cost: at most 2 in time (pos^2), 1 in memory (pos channel state) beside the result."""
+    for measure, limit in (("cpu", 2.1), ("memory", 2.1)):
+        short, long = (fresh("benchmarks.attention", measure, f"mean, pos {n}") for n in (1024, 2048))
+        yield Line(f"mean, growth exponent of {measure}, pos 1024 to 2048", math.log2(long / short), 1.0, "", limit)
+
+
 def imports() -> Iterator[Line]:
     seconds = statistics.median(fresh("benchmarks.imports") for _ in range(5))
     yield Line("import gatedlens, over import transformer_lens (limit 0.3 s)", seconds, 1.0, "s", 0.3)
@@ -62,7 +95,7 @@ def table(lines: list[Line]) -> str:
 
 
 def main() -> None:
-    lines = [line for part in (mamba, language, imports) for line in part()]
+    lines = [line for part in (mamba, language, attention, imports) for line in part()]
     print(table(lines))
     machine = {"machine": platform.machine(), "python": platform.python_version(), "threads": 1}
     results = {"machine": machine, "lines": [{**asdict(x), "ratio": x.ratio} for x in lines]}

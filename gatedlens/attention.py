@@ -19,6 +19,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from gatedlens.stack import AttentionStack
 
 DENSE_LIMIT = 4 * 2**30  # bytes that dense() takes without being told more
+ABS_ELEMENTS = 1 << 23  # numbers of a dense piece behind abs_mean(): 32 MiB of float32
 PAPERS = {"unified": ("gate", "scan", "act", "conv"), "hidden": ("scan",)}
 
 
@@ -201,10 +203,8 @@ class ImplicitAttention:
 
     def _sum(self, term: Callable[[Branch, Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
         """The sum over branches of scale * term(branch, turn); `turn` puts positions (dim 1) into the scan's order or back."""
-        return sum(
-            factors.scale * term(Branch(factors, self.parts), _flip if factors.reverse else _keep)
-            for factors in self.branches
-        )  # type: ignore[return-value]
+        terms = [(f.scale, term(Branch(f, self.parts), _flip if f.reverse else _keep)) for f in self.branches]
+        return reduce(torch.add, (value if scale == 1 else scale * value for scale, value in terms))
 
     def __matmul__(self, x: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
         """A @ x, or A.T @ g for the transpose: linear in pos."""
@@ -246,12 +246,29 @@ class ImplicitAttention:
 
     def row(self, i: int) -> Float[Tensor, "batch channel src"]:
         """A[i, :] for every channel: what position i reads from each position. `row(-1)`: the last."""
-        batch, length, channels = self.shape
+        length = self.shape[1]
         if not -length <= i < length:
             raise InputError(f"Position {i} is out of range: there are {length} positions.")
-        basis = torch.zeros(batch, length, channels, dtype=self.dtype, device=self.branches[0].x.device)
-        basis[:, i % length] = 1
-        return rearrange(self._apply(basis, not self.transposed), "b p c -> b c p")
+        found = self._column(i % length) if self.transposed else self._row(i % length)
+        return rearrange(found, "b p c -> b c p")
+
+    def _row(self, i: int) -> Tensor:
+        """A[i, :], read off the factors: [b, src, c]."""
+        batch, length, _ = self.shape
+        rank, mask = self.padding.rank, self.padding.mask
+        place = torch.full((batch,), i, device=self.branches[0].x.device) if rank is None else rank[:, i]
+
+        def term(branch: Branch, turn: Callable[[Tensor], Tensor]) -> Tensor:
+            return turn(branch.row(place if turn is _keep else length - 1 - place))
+
+        found = self.padding.spread(self._sum(term))
+        return found if mask is None else found * mask[:, i, None, None].to(found.dtype)
+
+    def _column(self, j: int) -> Tensor:
+        """A[:, j], by applying A: [b, dst, c]."""
+        basis = torch.zeros(*self.shape, dtype=self.dtype, device=self.branches[0].x.device)
+        basis[:, j] = 1
+        return self._apply(basis, transposed=False)
 
     def column(self, j: int) -> Float[Tensor, "batch channel dst"]:
         """A[:, j] for every channel: where position j's input goes."""
@@ -289,10 +306,11 @@ class ImplicitAttention:
     def abs_mean(self) -> Float[Tensor, "batch dst src"]:
         """The mean over channels of absolute values, channel chunk by channel chunk."""
         batch, length, channels = self.shape
-        size = max(1, (1 << 23) // (batch * length * length))
+        size = max(1, ABS_ELEMENTS // (batch * length * length))
         total = self.branches[0].x.new_zeros(batch, length, length)
         for start in range(0, channels, size):
-            total = total + self.dense(range(channels)[start : start + size], max_bytes=None).abs().sum(1)
+            dense = self.dense(range(channels)[start : start + size], max_bytes=None)
+            total = total + torch.linalg.vector_norm(dense, ord=1, dim=1)
         return total / channels
 
     def select(self, channels: Any) -> ImplicitAttention:

@@ -7,12 +7,11 @@ look back; `ImplicitAttention` does the rest. A part that is left out becomes th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gatedlens import documents
@@ -26,24 +25,28 @@ class Branch:
     factors: Factors
     parts: tuple[str, ...] = NAMES
 
-    def _factor(self, part: str, value: Tensor | None, absent: Any) -> Tensor:
-        return absent if value is None or part not in self.parts else value
+    def _given(self, part: str, value: Tensor | None) -> Tensor | None:
+        return value if part in self.parts else None
 
     @property
     def gate(self) -> Float[Tensor, "batch pos channel"]:
-        return self._factor("gate", self.factors.gate, torch.ones_like(self.factors.x))
+        gate = self._given("gate", self.factors.gate)
+        return torch.ones_like(self.factors.x) if gate is None else gate
 
     @property
     def act(self) -> Float[Tensor, "batch pos channel"]:
-        return self._factor("act", self.factors.act, torch.ones_like(self.factors.x))
+        act = self._given("act", self.factors.act)
+        return torch.ones_like(self.factors.x) if act is None else act
 
     @property
     def taps(self) -> Float[Tensor, "channel tap"]:
-        return self._factor("conv", self.factors.taps, self.factors.x.new_ones(self.factors.x.shape[2], 1))
+        taps = self._given("conv", self.factors.taps)
+        return self.factors.x.new_ones(self.factors.x.shape[2], 1) if taps is None else taps
 
     @property
     def skip(self) -> Float[Tensor, " channel"]:
-        return self._factor("skip", self.factors.skip, self.factors.x.new_zeros(self.factors.x.shape[2]))
+        skip = self._given("skip", self.factors.skip)
+        return self.factors.x.new_zeros(self.factors.x.shape[2]) if skip is None else skip
 
     # -- as an operator ------------------------------------------------------------------------------------------
 
@@ -82,12 +85,29 @@ class Branch:
     def dense(self, chosen: list[int]) -> Float[Tensor, "batch some dst src"]:
         """The matrices of the chosen channels."""
         batch, length, _ = self.factors.x.shape
-        whole = torch.diag_embed(self.skip[chosen, None].expand(-1, length)).expand(batch, -1, -1, -1)
+        left, right, taps = self.gate[:, :, chosen], self.act[:, :, chosen], self.taps[chosen]
         if "scan" in self.parts:
-            whole = whole + self.factors.scan.select(chosen).dense()
-        whole = _conv_columns(whole * rearrange(self.act[:, :, chosen], "b j c -> b c 1 j"), self.taps[chosen])
-        whole = whole * rearrange(self.gate[:, :, chosen], "b i c -> b c i 1")
+            whole = self.factors.scan.select(chosen).folded(left, right, taps)
+        else:
+            whole = left.new_zeros(batch, len(chosen), length, length)
+        direct = rearrange(left * self.skip[chosen] * right, "b i c -> b c i")
+        for k in range(min(taps.shape[1], length)):
+            whole.diagonal(-k, -2, -1).add_(direct[:, :, k:] * taps[:, -1 - k, None])
         return whole if self.factors.document is None else documents.within(whole, self.factors.document)
+
+    def row(self, i: Int[Tensor, " batch"]) -> Float[Tensor, "batch src channel"]:
+        """A[i_b, :] for a row of its own in each batch element."""
+        batch = torch.arange(len(i), device=i.device)
+        here = F.one_hot(i, self.factors.x.shape[1]).to(self.factors.x.dtype).unsqueeze(-1)
+        row = here * self.skip
+        if "scan" in self.parts:
+            row = row + self.factors.scan.seen(i)
+        row, document = self.gate[batch, i].unsqueeze(1) * row * self.act, self.factors.document
+        return (
+            _conv_transposed(row, self.taps)
+            if document is None
+            else documents.conv_transposed(row, self.taps, document)
+        )
 
     def weighted(self, weights: Float[Tensor, " channel"]) -> Float[Tensor, "batch dst src"]:
         """sum_c weights[c] A[c], no channel apart."""
@@ -113,12 +133,3 @@ def _conv_transposed(g: Tensor, taps: Tensor) -> Tensor:
     """M^T g."""
     width = taps.shape[1]
     return F.conv1d(F.pad(g.mT, (0, width - 1)), taps.flip(1).unsqueeze(1), groups=taps.shape[0]).mT
-
-
-def _conv_columns(matrix: Tensor, taps: Tensor) -> Tensor:
-    """matrix @ M for each channel: [b, c, i, j]."""
-    length, width = matrix.shape[-1], taps.shape[1]
-    out = torch.zeros_like(matrix)
-    for k in range(min(width, length)):
-        out[..., : length - k] += matrix[..., k:] * taps[:, width - 1 - k, None, None]
-    return out

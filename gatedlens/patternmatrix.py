@@ -64,3 +64,12 @@ class PatternScan:
     def dense(self) -> Float[Tensor, "batch channel dst src"]:
         """S channel by channel."""
         return self.pattern[:, self.head]
+
+    def folded(self, left: Tensor, right: Tensor, taps: Tensor) -> Float[Tensor, "batch channel dst src"]:
+        """What `summed` sums, channel by channel."""
+        return self.dense() * left.mT.unsqueeze(-1) * (right * taps[:, 0]).mT.unsqueeze(-2)
+
+    def seen(self, i: Int[Tensor, " batch"]) -> Float[Tensor, "batch src channel"]:
+        """S[i_b, :] for a row of its own in each batch element."""
+        row = self.pattern[torch.arange(len(i), device=i.device), :, i]  # b head src
+        return row[:, self.head].mT

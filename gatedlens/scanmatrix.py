@@ -20,10 +20,12 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gatedlens.halving import Desk, Halving, Near, Pieces, Slate, followed
 from gatedlens.recurrence import scan
 
 NARROW = 4  # blocks of this many positions go by diagonals
-CHUNK_ELEMENTS = 1 << 22  # numbers in a temporary [rows, channels, state]: 16 MiB of float32
+ROW_ELEMENTS = 1 << 18  # likewise for a single row
+CHUNK_ELEMENTS = 1 << 19  # numbers in a temporary [rows, channels, state]: 2 MiB of float32, near the L2 cache
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,27 @@ class DecayScan:
 
     def row(self, i: int) -> Float[Tensor, "batch channel src"]:
         """S[i, :]; zeros behind i."""
-        decay = self.decay(self.time[:, i : i + 1], self.time[:, : i + 1])
-        weight = einsum(decay, self.read[:, i], self.key[:, : i + 1], "b j c n, b n, b j n -> b c j")
-        weight = weight * rearrange(self.amount[:, : i + 1], "b j c -> b c j")
+        place = torch.full((self.time.shape[0],), i, device=self.time.device)
+        return rearrange(self.seen(place), "b j c -> b c j")
+
+    def seen(self, i: Int[Tensor, " batch"]) -> Float[Tensor, "batch src channel"]:
+        """S[i_b, :] for a row of its own in each batch element; zeros behind it."""
+        batch, desk = torch.arange(len(i), device=i.device), self._desk()
+        reach = int(i.max()) + 1
+        now, read = self.time[batch, i].unsqueeze(1), self.read[batch, i].unsqueeze(1)
+        visible = torch.arange(reach, device=i.device) <= i.unsqueeze(1)
         if self.document is not None:
-            weight = weight * (self.document[:, : i + 1] == self.document[:, i : i + 1]).unsqueeze(1)
-        return torch.nn.functional.pad(weight, (0, self.length - 1 - i))
+            visible = visible & (self.document[:, :reach] == self.document[batch, i].unsqueeze(1))
+        size = max(1, ROW_ELEMENTS // (len(i) * self.rate.numel()))
+        pieces = []
+        for start in range(0, reach, size):
+            part = slice(start, min(start + size, reach))
+            ago = ((now - self.time[:, part]) * visible[:, part].unsqueeze(-1)).to(self.rate.dtype)
+            decay = desk.empty("decay", *ago.shape, self.rate.shape[1])
+            decay = desk.exp(desk.put(decay, ago.unsqueeze(-1), self.rate), torch.finfo(self.rate.dtype).tiny ** 0.8)
+            pieces.append(torch.matmul(decay, (read * self.key[:, part]).unsqueeze(-1)).squeeze(-1))
+        weight = torch.cat(pieces, dim=1) * self.amount[:, :reach] * visible.unsqueeze(-1)
+        return torch.nn.functional.pad(weight, (0, 0, 0, self.length - reach))
 
     def column(self, j: int) -> Float[Tensor, "batch channel dst"]:
         """S[:, j]; zeros before j."""
@@ -112,72 +129,80 @@ class DecayScan:
         taps: Float[Tensor, "channel tap"],
     ) -> Float[Tensor, "batch dst src"]:
         """sum_c left_i[c] * sum_k S[i, j + k] * right_{j + k}[c] * taps[c, K - 1 - k]: channels summed, conv included."""
-        width = taps.shape[1]
-        total = left.new_zeros(left.shape[0], self.length, self.length + width - 1)
-        for channels in self._channel_chunks():
-            part = self.select(channels)
-            part._add_summed(total, left[..., channels], right[..., channels], taps[channels])
-        return self._within_documents(total[..., width - 1 :], width)
+        halving = Halving(self.length, taps.shape[1])
+        size = max(1, CHUNK_ELEMENTS // (left.shape[0] * halving.padded * self.rate.shape[1]))
+        desk = self._desk(left, right, taps)
+        up, left, right = self._lifted(desk, left, right)
+        near, products = halving.zeros(left)
+        for start in range(0, self.channels, size):
+            some = slice(start, start + size)
+            pieces = self.select(some)._pieces(halving, left[..., some], right[..., some], taps[some], desk)
+            _add_contracted(pieces, near, products)
+        return self._within_documents(halving.place(near, products, up))
 
-    def _add_summed(self, total: Tensor, left: Tensor, right: Tensor, taps: Tensor) -> None:
-        """Add to `total`, whose columns begin K - 1 places before position 0."""
-        width = taps.shape[1]
-        source = (right * self.amount).unsqueeze(-1) * self.key.unsqueeze(-2)
-        for lo, mid, hi in blocks(self.length):
-            boundary = self.time[:, mid - 1 : mid]
-            rows = left[:, mid:hi].unsqueeze(-1) * self.read[:, mid:hi].unsqueeze(-2)
-            rows = rearrange(rows * self.decay(self.time[:, mid:hi], boundary), "b i c n -> b i (c n)")
-            sources = source[:, lo:mid] * self.decay(boundary, self.time[:, lo:mid])
-            spread = sources.new_zeros(sources.shape[0], mid - lo + width - 1, *sources.shape[2:])
-            for k in range(width):  # tap K - 1 - k brings token j = m - k to source m
-                spread[:, width - 1 - k : spread.shape[1] - k] += sources * taps[:, width - 1 - k, None]
-            product = rows @ rearrange(spread, "b j c n -> b (c n) j")
-            total[:, mid:hi, lo : mid + width - 1] += product
-        for offset in range(min(NARROW, self.length)):
-            values = self._diagonal(offset) * left[:, offset:] * right[:, : self.length - offset]
-            rows = torch.arange(offset, self.length, device=left.device)
-            near = rows % NARROW >= offset
-            weighted = values[:, near] @ taps  # b i tap
-            for k in range(width):
-                columns = rows[near] - offset - k + width - 1
-                total[:, rows[near], columns] += weighted[..., width - 1 - k]
-
-    def _diagonal(self, offset: int) -> Float[Tensor, "batch some channel"]:
-        """S[i, i - offset] for i >= offset."""
-        stop = self.length - offset
-        pair = self.read[:, offset:] * self.key[:, :stop]
-        if offset == 0:
-            return pair.sum(-1, keepdim=True) * self.amount
-        decay = self.decay(self.time[:, offset:], self.time[:, :stop])
-        return torch.matmul(decay, pair.unsqueeze(-1)).squeeze(-1) * self.amount[:, :stop]
+    def folded(
+        self,
+        left: Float[Tensor, "batch pos channel"],
+        right: Float[Tensor, "batch pos channel"],
+        taps: Float[Tensor, "channel tap"],
+    ) -> Float[Tensor, "batch channel dst src"]:
+        """What `summed` sums, channel by channel."""
+        halving = Halving(self.length, taps.shape[1])
+        desk = self._desk(left, right, taps)
+        up, left, right = self._lifted(desk, left, right)
+        parts = _apart(self._pieces(halving, left, right, taps, desk))
+        return self._within_documents(halving.place(parts[0], parts[1:], up))
 
     def dense(self) -> Float[Tensor, "batch channel dst src"]:
         """S channel by channel: [b, c, l, l]."""
-        total = self.read.new_zeros(self.time.shape[0], self.channels, self.length, self.length)
-        source = self.amount.unsqueeze(-1) * self.key.unsqueeze(-2)
-        for lo, mid, hi in blocks(self.length):
-            boundary = self.time[:, mid - 1 : mid]
-            rows = self.read[:, mid:hi].unsqueeze(-2) * self.decay(self.time[:, mid:hi], boundary)
-            sources = source[:, lo:mid] * self.decay(boundary, self.time[:, lo:mid])
-            total[:, :, mid:hi, lo:mid] = rearrange(rows, "b i c n -> b c i n") @ rearrange(
-                sources, "b j c n -> b c n j"
-            )
-        for offset in range(min(NARROW, self.length)):
-            rows = torch.arange(offset, self.length, device=total.device)
-            near = rows % NARROW >= offset
-            total[:, :, rows[near], rows[near] - offset] = rearrange(self._diagonal(offset)[:, near], "b i c -> b c i")
-        return self._within_documents(total, 1)
+        ones = torch.ones_like(self.amount)
+        return self.folded(ones, ones, ones.new_ones(self.channels, 1))
 
-    def _within_documents(self, total: Tensor, width: int) -> Tensor:
+    def _lifted(self, desk: Desk, left: Tensor, right: Tensor) -> tuple[float, Tensor, Tensor]:
+        """left and right times powers of two, and the product of these."""
+        ahead, behind = desk.lift(left, self.read), desk.lift(right, self.amount, self.key)
+        return ahead * behind, left * ahead, right * behind
+
+    def _desk(self, *others: Tensor) -> Desk:
+        tensors = (self.time, self.rate, self.read, self.amount, self.key, *others)
+        return (Desk if followed(*tensors) else Slate)(self.rate)
+
+    def _pieces(self, halving: Halving, left: Tensor, right: Tensor, taps: Tensor, desk: Desk) -> Pieces:
+        cut, over = halving.tiles, halving.padded - halving.length
+        time = torch.cat([self.time, self.time[:, -1:].expand(-1, over, -1)], dim=1) if over else self.time
+        weights = cut(left), cut(right * self.amount), taps
+        return Pieces(halving, time, self.rate, cut(self.read), cut(self.key), *weights, desk)
+
+    def _within_documents(self, total: Tensor) -> Tensor:
         if self.document is None:
             return total
         same = self.document.unsqueeze(2) == self.document.unsqueeze(1)
         return total * (same if total.ndim == 3 else same.unsqueeze(1))
 
-    def _channel_chunks(self) -> Iterator[slice]:
-        size = max(1, CHUNK_ELEMENTS // (self.time.shape[0] * self.length * self.rate.shape[1]))
-        for start in range(0, self.channels, size):
-            yield slice(start, start + size)
+
+def _add_contracted(pieces: Pieces, near: Tensor, products: list[Tensor]) -> None:
+    """Add tiles [b, t, row, column] and meetings [b, p, h, column] of some pieces, summed over channel and state."""
+    rest = iter(products)
+    for piece in pieces:
+        if isinstance(piece, Near):
+            near[:, :, piece.row, piece.source : piece.source + pieces.halving.taps] += piece.values @ pieces.taps
+        else:
+            rows, columns = (x.flatten(0, 1).flatten(2) for x in piece)
+            next(rest).flatten(0, 1).baddbmm_(rows, columns.mT)
+
+
+def _apart(pieces: Pieces) -> list[Tensor]:
+    """The same for each channel: [b, c, t, row, column] and [b, c, p, h, column]."""
+    b, t, place, c = pieces.left.shape
+    near = pieces.left.new_zeros(b, c, t, place, place + pieces.halving.taps - 1)
+    parts = [near]
+    for piece in pieces:
+        if isinstance(piece, Near):
+            spread = piece.values.mT.unsqueeze(-1) * pieces.taps.unsqueeze(1)  # b c t tap
+            near[:, :, :, piece.row, piece.source : piece.source + pieces.halving.taps] += spread
+        else:
+            parts.append(torch.einsum("bphcn,bpjcn->bcphj", piece.rows, piece.columns))
+    return parts
 
 
 def _terms(

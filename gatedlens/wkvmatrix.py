@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gatedlens.scanmatrix import CHUNK_ELEMENTS, NARROW, blocks
@@ -75,6 +75,13 @@ class WkvScan:
         past = past + self.w.double() * (torch.arange(self.length, device=self.k.device).unsqueeze(-1) - 1)
         return torch.logaddexp(past, (self.u + self.k).double())
 
+    def seen(self, i: Int[Tensor, " batch"]) -> Float[Tensor, "batch src channel"]:
+        """S[i_b, :] for a row of its own in each batch element; zeros behind it."""
+        ago = i[:, None, None] - torch.arange(self.length, device=i.device)[:, None]
+        score = self.k.double() + torch.where(ago == 0, self.u.double(), self.w.double() * (ago - 1))
+        score = score - self._log_total[torch.arange(len(i), device=i.device), i].unsqueeze(1)
+        return torch.exp(score.masked_fill(ago < 0, -torch.inf)).to(self.k.dtype)
+
     def _diagonal(self, offset: int, log_total: Tensor) -> Float[Tensor, "batch some channel"]:
         """S[i, i - offset] for i >= offset."""
         source = self.k[:, : self.length - offset].double()
@@ -127,6 +134,10 @@ class WkvScan:
             values = self._diagonal(offset, log_total)[:, rows - offset]
             total[:, :, rows, rows - offset] = rearrange(values, "b i c -> b c i")
         return total
+
+    def folded(self, left: Tensor, right: Tensor, taps: Tensor) -> Float[Tensor, "batch channel dst src"]:
+        """What `summed` sums, channel by channel."""
+        return self.dense() * left.mT.unsqueeze(-1) * (right * taps[:, 0]).mT.unsqueeze(-2)
 
     def _near(self, offset: int) -> Tensor:
         """The rows whose source `offset` places before is in their own narrow block."""

@@ -1,0 +1,303 @@
+"""The triangle of a decaying scan as blocks, each one matrix product: what `scanmatrix.DecayScan` sums and lays out.
+
+    A[i, j] = left_i sum_k S[i, j + k] right_{j + k} taps[K - 1 - k]
+    S[i, m] = sum_n read_i[n] exp(rate[n] (time_i - time_m)) amount_m key_m[n] ,  m <= i
+
+b batch, l pos (i row, m source, j column), c channel, n state, t tile of TILE positions, p pair of blocks, h rows, K taps.
+
+Rows in a block [lo, hi) carry exp(rate (time_i - time_{lo-1})), sources exp(rate (time_{hi-1} - time_m)), both at most 1: two
+neighbours meet as `rows of the right @ sources of the left`, then become one block of twice the size, the right's rows and the
+left's sources multiplied by one more decay. Inside a tile each pair of positions is taken by itself. The conv is folded into the
+sources, so a block of s sources has s + K - 1 columns, which begin K - 1 places before it; those of neighbours overlap.
+
+Exponentials are of the steps alone (b l c n of them); all else is multiplication. No number on the way exceeds what it stands
+for. Everything here is out of place where a gradient may need the old value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd import forward_ad
+
+TILE = 4
+
+
+def followed(*tensors: Tensor) -> bool:
+    """Whether automatic differentiation, backward or forward, follows any of them."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return True
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+class Desk:
+    """Where intermediate tensors are written: with gradients, on new paper each time."""
+
+    def __init__(self, like: Tensor):
+        self.like = like
+        self.floor = torch.finfo(like.dtype).tiny ** 0.75
+
+    def lift(self, *factors: Tensor) -> float:
+        """What to multiply the product of some factors with; nothing here, as gradients would shrink by as much."""
+        return 1.0
+
+    def empty(self, name: str, *shape: int) -> Tensor:
+        return self.like.new_empty(shape)
+
+    def own(self, x: Tensor) -> Tensor:
+        """A copy of `x` to write on."""
+        return x.clone()
+
+    def put(self, target: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """target <- a * b"""
+        return target.copy_(a * b)
+
+    def exp(self, x: Tensor, floor: float) -> Tensor:
+        """exp(x); what is below `floor` is zero, at full speed."""
+        return F.hardshrink(x.clamp(min=math.log(floor) - 1).exp(), floor)
+
+    def shrink(self, x: Tensor) -> Tensor:
+        """Zero what is below `floor`: on CPUs, products of denormal numbers cost tenfold."""
+        return F.hardshrink(x, self.floor)
+
+    def lower(self, target: Tensor, a: Tensor, b: Tensor) -> None:
+        """target <- a * b, shrunk"""
+        target.copy_(self.shrink(a * b))
+
+
+class Slate(Desk):
+    """Without gradients: buffers that are wiped and used again. Fresh pages cost more than the arithmetic on them."""
+
+    def __init__(self, like: Tensor):
+        super().__init__(like)
+        self.buffers: dict[str, Tensor] = {}
+        self.floor = torch.finfo(like.dtype).tiny ** 0.5  # two numbers above it have a normal product
+
+    def lift(self, *factors: Tensor) -> float:
+        """A power of two that brings their product to tiny ** -0.4: what decays stays above `floor` for long."""
+        largest = math.prod(x.abs().amax().item() for x in factors)
+        if not 0 < largest < math.inf:
+            return 1.0
+        return 2.0 ** round(-0.4 * math.log2(torch.finfo(self.like.dtype).tiny) - math.log2(largest))
+
+    def empty(self, name: str, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        if name not in self.buffers or self.buffers[name].numel() < size:
+            self.buffers[name] = self.like.new_empty(size)
+        return self.buffers[name][:size].view(shape)
+
+    def own(self, x: Tensor) -> Tensor:
+        return x
+
+    def put(self, target: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return torch.mul(a, b, out=target)
+
+    def exp(self, x: Tensor, floor: float) -> Tensor:
+        x.clamp_(min=math.log(floor) - 1).exp_()
+        return torch.ops.aten.hardshrink.out(x, floor, out=x)
+
+    def shrink(self, x: Tensor) -> Tensor:
+        return torch.ops.aten.hardshrink.out(x, self.floor, out=x)
+
+    def lower(self, target: Tensor, a: Tensor, b: Tensor) -> None:
+        self.shrink(self.put(target, a, b))
+
+
+class Meeting(NamedTuple):
+    """Rows of `pairs` right blocks and columns of the left blocks beside them, not yet summed over the state."""
+
+    rows: Float[Tensor, "batch pair row channel state"]
+    columns: Float[Tensor, "batch pair column channel state"]
+
+
+class Near(NamedTuple):
+    """S[row, source] * left * right inside every tile, before the conv."""
+
+    row: int
+    source: int
+    values: Float[Tensor, "batch tile channel"]
+
+
+class Span(NamedTuple):
+    """`pairs` pairs of blocks side by side from position `start`: `size` sources each, `height` rows behind them."""
+
+    start: int
+    pairs: int
+    size: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Halving:
+    """How `length` positions and `taps` taps are cut into tiles and pairs of blocks."""
+
+    length: int
+    taps: int
+
+    @property
+    def padded(self) -> int:
+        """Whole tiles; what is behind `length` has decay 1 and no weight."""
+        return -(-self.length // TILE) * TILE
+
+    def levels(self) -> Iterator[tuple[int, list[Span]]]:
+        """(block size, its spans): full pairs, and perhaps one whose right block is the shorter end of the sequence."""
+        size = TILE
+        while size < self.padded:
+            full = self.padded // (2 * size)
+            spans = [Span(0, full, size, size)] if full else []
+            rest = self.padded - full * 2 * size
+            if rest > size:
+                spans.append(Span(full * 2 * size, 1, size, rest - size))
+            yield size, spans
+            size *= 2
+
+    def tiles(self, x: Float[Tensor, "batch pos some"]) -> Float[Tensor, "batch tile place some"]:
+        """Cut along pos, zeros behind the end."""
+        return F.pad(x, (0, 0, 0, self.padded - self.length)).unflatten(1, (-1, TILE))
+
+    def zeros(self, like: Float[Tensor, "batch pos channel"]) -> tuple[Tensor, list[Tensor]]:
+        """Empty sums as `place` takes them, channels summed."""
+        b, lap = like.shape[0], self.taps - 1
+        spans = [span for _, spans in self.levels() for span in spans]
+        products = [like.new_zeros(b, span.pairs, span.height, span.size + lap) for span in spans]
+        return like.new_zeros(b, self.padded // TILE, TILE, TILE + lap), products
+
+    def place(self, near: Tensor, products: list[Tensor], up: float) -> Float[Tensor, "batch *rest dst src"]:
+        """The matrix from `near` [b, ..., t, row, column] and the products of meetings [b, ..., p, h, column], all over `up`."""
+        total = near.new_zeros(*near.shape[:-3], self.padded, self.padded + self.taps - 1)
+        spans = [span for _, spans in self.levels() for span in spans]
+        self._along(total, Span(0, self.padded // TILE, 0, TILE)).add_(near, alpha=1 / up)
+        for span, product in zip(spans, products, strict=True):
+            self._along(total, span).add_(product, alpha=1 / up)
+        return total[..., : self.length, self.taps - 1 : self.taps - 1 + self.length]
+
+    def _along(self, total: Tensor, span: Span) -> Tensor:
+        """The blocks of a span as a view of `total`: [..., p, h, column]."""
+        start, pairs, size, height = span
+        period, stop = size + height, start + pairs * (size + height)
+        sub = total[..., start:stop, start : stop + self.taps - 1]
+        sub = sub.unfold(-1, period + self.taps - 1, period).unflatten(-3, (pairs, period))
+        sub = sub.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+        return sub[..., size:, : (size or height) + self.taps - 1]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A scan, its factors and taps, cut into tiles: `Pieces(...).near()` and `.meetings()` hold every weight once."""
+
+    halving: Halving
+    time: Float[Tensor, "batch pos channel"]  # float64, padded
+    rate: Float[Tensor, "channel state"]
+    read: Float[Tensor, "batch tile place state"]
+    key: Float[Tensor, "batch tile place state"]
+    left: Float[Tensor, "batch tile place channel"]
+    right: Float[Tensor, "batch tile place channel"]  # times amount
+    taps: Float[Tensor, "channel tap"]
+    desk: Desk
+
+    def __iter__(self) -> Iterator[Near | Meeting]:
+        """First what is inside the tiles, then block sizes as `Halving.levels` has them. A buffer lives until the next."""
+        b, t, _, c = self.left.shape
+        step = torch.diff(self.time, dim=1, prepend=self.time[:, :1]).unflatten(1, (-1, TILE))
+        decays = self._exp(step, self.desk.empty("decays", b, t, TILE, c, self.rate.shape[1])).unbind(2)  # each b t c n
+        passed = self._passed(decays)
+        yield from self._near(passed)
+        columns = self._columns(passed)
+        yield from self._meetings(self._rows(passed), columns)
+
+    def _exp(self, time: Tensor, out: Tensor) -> Tensor:
+        """exp(time rate), from float64 [..., c] to [..., c, n]."""
+        self.desk.put(out, time.to(self.rate.dtype).unsqueeze(-1), self.rate)
+        return self.desk.exp(out, self.desk.floor)
+
+    def _further(self, begin: Tensor, end: Tensor) -> Tensor:
+        """The decay of whole blocks. Below FLOOR it is as good as none, and slow to compute with."""
+        time = (end - begin).to(self.rate.dtype).unsqueeze(-1) * self.rate
+        return torch.exp(time.clamp(min=math.log(self.desk.floor)))
+
+    def _passed(self, decays: tuple[Tensor, ...]) -> dict[tuple[int, int], Tensor]:
+        """[i, m]: the decay from place m to place i of a tile."""
+        passed = {(i, i - 1): decays[i] for i in range(TILE)}
+        for i in range(1, TILE):
+            for m in range(i - 2, -1, -1):
+                passed[i, m] = self.desk.empty(f"passed {i} {m}", *decays[i].shape)
+                self.desk.put(passed[i, m], passed[i - 1, m], decays[i])
+        return passed
+
+    def _near(self, passed: dict[tuple[int, int], Tensor]) -> Iterator[Near]:
+        for i in range(TILE):
+            for m in range(i + 1):
+                pair = self.read[:, :, i] * self.key[:, :, m]
+                seen = pair.sum(-1, keepdim=True) if m == i else (passed[i, m] @ pair.unsqueeze(-1)).squeeze(-1)
+                yield Near(i, m, seen * self.left[:, :, i] * self.right[:, :, m])
+
+    def _rows(self, passed: dict[tuple[int, int], Tensor]) -> Float[Tensor, "batch pos channel state"]:
+        """Rows of each tile, seen from the last place before it."""
+        b, t, _, c = self.left.shape
+        first, n = passed[0, -1], self.rate.shape[1]
+        rows = self.desk.empty("rows", b, t, TILE, c, n)
+        for i in range(TILE):
+            reach = first if i == 0 else self.desk.put(self.desk.empty("reach", b, t, c, n), first, passed[i, 0])
+            weight = self.desk.empty("weight", b, t, c, n)
+            self.desk.put(weight, self.left[:, :, i].unsqueeze(-1), self.read[:, :, i].unsqueeze(-2))
+            self.desk.put(rows[:, :, i], weight, reach)
+        return self.desk.shrink(rows.flatten(1, 2))
+
+    def _columns(self, passed: dict[tuple[int, int], Tensor]) -> Tensor:
+        """Sources of each tile, seen from its last place, spread over the columns that the conv brings them from."""
+        b, t, _, c = self.left.shape
+        n, K = self.rate.shape[1], self.halving.taps
+        columns = self.desk.empty("columns", b, t, TILE + K - 1, c, n).zero_()
+        for m in range(TILE):
+            source = self.key[:, :, m].unsqueeze(-2).expand(b, t, c, n)
+            if m < TILE - 1:
+                source = self.desk.put(self.desk.empty("source", b, t, c, n), source, passed[TILE - 1, m])
+            weight = self.right[:, :, m].unsqueeze(2) * self.taps.mT  # b t tap c
+            columns[:, :, m : m + K].addcmul_(source.unsqueeze(2), weight.unsqueeze(-1))
+        return self.desk.shrink(columns)
+
+    def _meetings(self, rows: Tensor, columns: Tensor) -> Iterator[Meeting]:
+        """rows [b, l, c, n] of blocks of one tile, columns [b, t, TILE + K - 1, c, n] likewise."""
+        for size, spans in self.halving.levels():
+            for start, pairs, _, height in spans:
+                period, first = size + height, start // size
+                own = rows[:, start : start + pairs * period].unflatten(1, (pairs, period))[:, :, size:]
+                yield Meeting(own, columns[:, first : first + 2 * pairs : 2][:, :pairs])
+            if 2 * size < self.halving.padded:
+                rows, columns = self._grown(rows, size, spans), self._merged(columns, size)
+
+    def _grown(self, rows: Tensor, size: int, spans: list[Span]) -> Tensor:
+        """Rows of blocks twice the size: those of each right block have come one block further."""
+        # time just before each block; before the first there is nothing to see, so any time will do
+        begin = torch.cat([self.time[:, :1], self.time[:, size - 1 : -1 : size]], dim=1)
+        grown = self.desk.own(rows)
+        for start, pairs, _, height in spans:
+            first, period = start // size, size + height
+            further = self._further(
+                begin[:, first : first + 2 * pairs : 2][:, :pairs], begin[:, first + 1 : first + 2 * pairs : 2]
+            )
+            old, new = (
+                x[:, start : start + pairs * period].unflatten(1, (pairs, period))[:, :, size:] for x in (rows, grown)
+            )
+            self.desk.lower(new, old, further.unsqueeze(2))
+        return grown
+
+    def _merged(self, columns: Tensor, size: int) -> Tensor:
+        """Columns of full blocks twice the size: those of each left block are seen from the end of the right one."""
+        pairs, lap = columns.shape[1] // 2, self.halving.taps - 1
+        end = self.time[:, size - 1 :: size]
+        further = self._further(end[:, 0 : 2 * pairs : 2], end[:, 1 : 2 * pairs : 2])
+        left, right = columns[:, 0 : 2 * pairs : 2], columns[:, 1 : 2 * pairs : 2]
+        shape = columns.shape[0], pairs, 2 * size + lap, *columns.shape[3:]
+        merged = self.desk.empty(f"columns {size.bit_length() % 2}", *shape)
+        self.desk.lower(merged[:, :, : size + lap], left, further.unsqueeze(2))
+        merged[:, :, size : size + lap] += right[:, :, :lap]
+        merged[:, :, size + lap :] = right[:, :, lap:]
+        return merged
