@@ -142,22 +142,15 @@ def compare(out: str | Path = "out", seed: int = 3, digit: int = 4) -> Compariso
     guess = int(probabilities.argmax())
     attended = A.abs_mean()[0]
     grid = vim.grid
-    read = (
-        attended[list(grid.cls)].mean(0) if grid.cls else attended.mean(0)
-    )  # what the class token, or their mean, reads
-    heat = read[list(grid.patches)].reshape(grid.rows, grid.columns)
+    read = attended[list(grid.cls)].mean(0) if grid.cls else attended.mean(0)  # what the logits read
     plot.image(
         image[0], title=f"a handwritten {label}, read as {guess} ({float(probabilities[guess]):.0%})", ax=axes[1][0]
     )
     places = ["cls" if (at := grid.place(p)) is None else f"{at[0]},{at[1]}" for p in range(grid.length)]
     title = f"{vim.title}: layer {vim.cfg.n_layers - 1} of {DIGITS.partition('/')[2]}"
     plot.heatmap(attended, places, title=title, value="|attention| (mean over channels)", ax=axes[1][1])
-    plot.image(
-        image[0],
-        heat=heat,
-        title="where the class token looks" if grid.cls else "where the positions look",
-        ax=axes[1][2],
-    )
+    where = "where the class token looks" if grid.cls else "where the positions look"
+    plot.over_image(read, image[0], grid, title=where, value="|attention| (mean over channels)", ax=axes[1][2])
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "four-architectures.png"

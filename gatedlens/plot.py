@@ -114,10 +114,10 @@ def panels(rows: int, columns: int, size: float = 5.0) -> tuple[Any, Any]:
     )
 
 
-def image(pixels: Any, heat: Any = None, title: str = "", value: str = "relevance", ax: Any = None) -> Any:
-    """`gl.plot.image(image[0], heat=rows_by_columns)`: an image [channel height width], under a map of its patches.
+def image(pixels: Any, title: str = "", ax: Any = None) -> Any:
+    """`gl.plot.image(images[0])`: an image [channel height width] as a model reads it, stretched to its own range.
 
-    Values are stretched to the image's own range. Returns the matplotlib Figure.
+    Returns the matplotlib Figure (that of `ax` if given).
     """
     data = torch.as_tensor(pixels).detach().float().cpu()
     if data.ndim != 3:
@@ -125,16 +125,10 @@ def image(pixels: Any, heat: Any = None, title: str = "", value: str = "relevanc
     if ax is None:
         _, ax = _pyplot().subplots(layout="constrained")
     data = (data - data.min()) / (data.max() - data.min()).clamp(min=1e-12)
-    height, width = data.shape[1:]
-    box = (-0.5, width - 0.5, height - 0.5, -0.5)
-    ax.imshow(data[0] if len(data) == 1 else data.permute(1, 2, 0), cmap="gray", extent=box)
-    if heat is not None:
-        heat = torch.as_tensor(heat).detach().float().cpu()
-        shown = ax.imshow(heat, cmap="inferno", alpha=0.55, extent=box, interpolation="nearest")
-        ax.figure.colorbar(shown, ax=ax, label=value, shrink=0.8)
+    ax.imshow(data[0] if len(data) == 1 else data.permute(1, 2, 0), cmap="gray")
     ax.set_title(title)
-    ax.set_xticks([])
-    ax.set_yticks([])
+    ax.set_axis_off()
+    return ax.figure
 
 
 def over_image(
