@@ -22,7 +22,9 @@ from torch.autograd.function import Function
 
 Terms = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 
-SEGMENT_ELEMENTS = 1 << 17  # numbers in one segment's decay: 512 KiB of float32, so three of them stay in the L2 cache
+SEGMENT_ELEMENTS = (
+    3 << 16
+)  # numbers in one segment's decay: 768 KiB of float32, so that decay and write stay in the L2 cache
 SEGMENT_ELEMENTS_GRAD = 1 << 19  # with gradients each segment costs some autograd bookkeeping: take longer ones
 
 
@@ -50,7 +52,7 @@ class LinearScan(Function):
 
     @staticmethod
     def forward(decay: Tensor, write: Tensor, initial: Tensor) -> Tensor:
-        return _march(decay, write.clone(memory_format=torch.contiguous_format), initial)
+        return _march(decay, write.clone(), initial)  # in the layout of write
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -95,7 +97,9 @@ def readout(states: Tensor, read: Tensor | None) -> Tensor:
     """scan_t[c] = sum_n read_t[n] * state_t[c, n]; the state itself when `read` is None."""
     if read is None:
         return states
-    return torch.matmul(states, read.to(states.dtype).unsqueeze(-1)).squeeze(-1)
+    if states.stride(-1) == 1:
+        return torch.matmul(states, read.to(states.dtype).unsqueeze(-1)).squeeze(-1)
+    return torch.matmul(read.to(states.dtype).unsqueeze(-2), states.mT).squeeze(-2)  # channels lie innermost
 
 
 def _explicit(

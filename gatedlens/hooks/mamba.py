@@ -76,9 +76,12 @@ BLOCK_ROWS = residual_rows(norm_rows("ln1", "mixer_in", RMSNORM), block_rows("mi
 
 
 def mamba_terms(dt: Tensor, B: Tensor, C: Tensor, u: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """decay = exp(dt A), write = dt B u, read = C for any slice of positions: Mamba, eq. 2 and 4."""
-    decay = torch.exp(dt.unsqueeze(-1) * A)
-    write = (dt * u).unsqueeze(-1) * B.unsqueeze(-2)
+    """decay = exp(dt A), write = dt B u, read = C for any slice of positions: Mamba, eq. 2 and 4.
+
+    The tensors are [b, l, c, n] and lie in memory with channels innermost: states are few, and a processor likes long rows.
+    """
+    decay = torch.exp(dt.unsqueeze(-2) * A.mT).mT
+    write = ((dt * u).unsqueeze(-2) * B.unsqueeze(-1)).mT
     return decay, write, C
 
 
@@ -174,7 +177,7 @@ class SelectiveScan(Mixer):
 
         wide = tuple(at_least_float32(t) for t in (dt, B, C, u))
         start = run.start("scan", self.layer, (u.shape[0], u.shape[2], n_state), wide[0])
-        scan, last = self.recur(mamba_terms, wide, (self.A,), start, pad)
+        scan, last = self.recur(mamba_terms, wide, (self.A.mT.contiguous().mT,), start, pad)
         run.leave("scan", self.layer, last)
 
         scan = self.hook_scan(scan.to(u.dtype))
