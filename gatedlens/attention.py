@@ -27,7 +27,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from gatedlens.branch import Branch
+from gatedlens.branch import Branch, branch_of
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError, TooLargeError, did_you_mean, in_bytes
 from gatedlens.factors import NAMES, Factors
@@ -203,7 +203,7 @@ class ImplicitAttention:
 
     def _sum(self, term: Callable[[Branch, Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
         """The sum over branches of scale * term(branch, turn); `turn` puts positions (dim 1) into the scan's order or back."""
-        terms = [(f.scale, term(Branch(f, self.parts), _flip if f.reverse else _keep)) for f in self.branches]
+        terms = [(f.scale, term(branch_of(f, self.parts), _flip if f.reverse else _keep)) for f in self.branches]
         return reduce(torch.add, (value if scale == 1 else scale * value for scale, value in terms))
 
     def __matmul__(self, x: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:

@@ -6,7 +6,7 @@ look back; `ImplicitAttention` does the rest. A part that is left out becomes th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -121,6 +121,42 @@ class Branch:
         for k in range(min(taps.shape[1], length)):
             total = total + torch.diag_embed(direct[:, k:, taps.shape[1] - 1 - k], offset=-k)
         return total
+
+
+class AheadBranch(Branch):
+    """A branch whose conv looks ahead in the order of the scan: A = A_0 M', A_0 the branch without a conv, M' = P M P with P
+    the reversal."""
+
+    @property
+    def _bare(self) -> Branch:
+        return Branch(replace(self.factors, taps=None), self.parts)
+
+    def forward(self, x: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
+        return self._bare.forward(_conv(x.flip(1), self.taps).flip(1))
+
+    def backward(self, g: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
+        return _conv_transposed(self._bare.backward(g).flip(1), self.taps).flip(1)
+
+    def row(self, i: Int[Tensor, " batch"]) -> Float[Tensor, "batch src channel"]:
+        return _conv_transposed(self._bare.row(i).flip(1), self.taps).flip(1)
+
+    def dense(self, chosen: list[int]) -> Float[Tensor, "batch some dst src"]:
+        bare, taps = self._bare.dense(chosen), self.taps[chosen]
+        return sum(_later(bare, k) * taps[:, -1 - k, None, None] for k in range(taps.shape[1]))  # type: ignore[return-value]
+
+    def weighted(self, weights: Float[Tensor, " channel"]) -> Float[Tensor, "batch dst src"]:
+        bare, taps = self._bare, self.taps
+        return sum(_later(bare.weighted(weights * taps[:, -1 - k]), k) for k in range(taps.shape[1]))  # type: ignore[return-value]
+
+
+def branch_of(factors: Factors, parts: tuple[str, ...] = NAMES) -> Branch:
+    """The branch of some factors."""
+    return AheadBranch(factors, parts) if factors.ahead else Branch(factors, parts)
+
+
+def _later(matrix: Tensor, k: int) -> Tensor:
+    """The columns moved k places on: what stood at source m stands at m + k."""
+    return F.pad(matrix, (k, 0))[..., : matrix.shape[-1]]
 
 
 def _conv(x: Tensor, taps: Tensor) -> Tensor:

@@ -165,7 +165,10 @@ def _folded(factors: Factors, parts: tuple[str, ...]) -> Factors:
     """
     branch = Branch(factors, parts)
     back = branch.taps.shape[1] - 1
-    x = torch.nn.functional.pad(factors.x, (0, 0, back, 0))[:, : factors.x.shape[1]]
+    # A conv that looks ahead brings position m the token at m + k instead.
+    sides = (0, 0, 0, back) if factors.ahead else (0, 0, back, 0)
+    padded = torch.nn.functional.pad(factors.x, sides)
+    x = padded[:, back:] if factors.ahead else padded[:, : factors.x.shape[1]]
     shift = torch.zeros_like(branch.taps)
     shift[:, 0] = 1
     return replace(factors, act=branch.act * branch.taps[:, 0] * x, taps=shift)

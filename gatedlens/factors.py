@@ -37,6 +37,7 @@ class Factors:
     act: Float[Tensor, "batch pos channel"] | None = None
     taps: Float[Tensor, "channel tap"] | None = None
     drift: Float[Tensor, "batch pos channel"] | None = None
+    ahead: bool = False  # the conv looks ahead in the scan's order (Vision Mamba v1 shares one conv between directions)
     document: Int[Tensor, "batch pos"] | None = None  # numbers a row's documents; None: each row is one
     start: Float[Tensor, "batch _ _"] | None = None  # as the scan's `apply` takes it
     reverse: bool = False  # the scan runs from the last position to the first, and all tensors here are in its order

@@ -148,11 +148,9 @@ class SharedBackward(Backward):
     def along_conv(self, x: Tensor) -> Tensor:
         return x
 
-    def factors(self, *args: Any) -> Factors:
-        raise InputError(
-            "Implicit attention of bimamba_type 'v1': its backward direction convolves forward in the image and scans "
-            "backward, which is not one of the products that gatedlens builds. Models of 'v2' and 'none' have one."
-        )
+    def factors(self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None) -> Factors:
+        """As of any direction; in the order of its scan the conv looks ahead."""
+        return replace(super().factors(cached, padding, state), ahead=True)
 
 
 class ViMMixer(TokenMixing):

@@ -469,8 +469,28 @@ def test_implicit_attention_of_a_direction(way):
     operator = gl.ImplicitAttention((factors,), Padding(), model, 1)
     assert operator.check().relative < 1e-12
     assert relative(direction.along(operator.output()), cache[name + "hook_gated"]) < 1e-12
-    with pytest.raises(InputError, match="bimamba_type 'v1'"):
-        tiny("v1").blocks[0].mixer.bwd.factors(None, None, None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["v1", "v2", "none"])
+def test_implicit_attention_of_every_kind_and_place_of_the_class_token(kind):
+    """o = A x + r, and every view of A is the dense matrix, which is a full one but for kind "none"."""
+    from tests.test_attention import check_views
+
+    for cls in CLS.values():
+        model = tiny(kind, **cls)
+        A = gl.implicit_attention(model, images(model), layer=1)
+        assert A.check().relative < 1e-12
+    for view in (A, A.without("conv"), A.without("scan"), A.only("scan"), A.paper("unified")):
+        check_views(view)
+    contributions, direction = A.contributions(), torch.randn(model.cfg.d_model, dtype=torch.float64)
+    whole = torch.cat(list(contributions.blocks()), dim=1)
+    assert torch.allclose(contributions.along(direction), whole @ direction, rtol=0, atol=1e-12)
+    total = whole.sum(2) + contributions.remainder()
+    _, cache = model.run_with_cache(images(model), names_filter="blocks.1.hook_mixer_out")
+    assert relative(total, cache["mixer_out", 1]) < 1e-10
+    above = A.dense().triu(1).abs().max()
+    assert above == 0 if kind == "none" else above > 0
 
 
 # -- options --------------------------------------------------------------------------------------------------------
