@@ -25,7 +25,7 @@ Terms = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 SEGMENT_ELEMENTS = (
     3 << 16
 )  # numbers in one segment's decay: 768 KiB of float32, so that decay and write stay in the L2 cache
-SEGMENT_ELEMENTS_GRAD = 1 << 19  # with gradients each segment costs some autograd bookkeeping: take longer ones
+SEGMENT_ELEMENTS_GRAD = 1 << 20  # with gradients each segment costs some autograd bookkeeping: take longer ones
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class LinearScan(Function):
 def linear_scan(
     decay: Float[Tensor, "batch pos *rest"],
     write: Float[Tensor, "batch pos *rest"],
-    initial: Float[Tensor, batch * rest] | None = None,
+    initial: Float[Tensor, batch * rest] | None = None,  # noqa: F821  (axes)
 ) -> Float[Tensor, "batch pos *rest"]:
     """state_t = decay_t * state_{t-1} + write_t, all states, from `initial` (zero when None)."""
     if initial is None:
@@ -131,11 +131,11 @@ class SegmentedScan(Function):
             starts.append(state)
             decay, write, read = terms(*(s[:, part] for s in sequences), *constants)
             states = _march(decay, write, state)
-            scans.append(readout(states, read).clone())
+            scans.append(states if read is None else readout(states, read))
             state = states[:, -1].clone()
         ctx.terms, ctx.n, ctx.slices = terms, n, slices
         ctx.save_for_backward(*tensors, *starts)
-        return torch.cat(scans, dim=1), state
+        return scans[0] if len(scans) == 1 else torch.cat(scans, dim=1), state
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -148,7 +148,7 @@ class SegmentedScan(Function):
             outs = _explicit(ctx.terms, sequences, constants, initial)
             flow = iter(torch.autograd.grad(outs, needed, grads, create_graph=True, allow_unused=True))
             return None, None, *(next(flow) if t.requires_grad else None for t in (initial, *tensors))
-        into: list[Any] = [torch.empty_like(s) for s in sequences]
+        into: list[Any] = [] if len(ctx.slices) == 1 else [torch.empty_like(s) for s in sequences]
         total: list[Any] = [torch.zeros_like(c) for c in constants]
         for part, start in zip(reversed(ctx.slices), reversed(starts), strict=True):
             with torch.enable_grad():
@@ -156,6 +156,8 @@ class SegmentedScan(Function):
                 outs = _explicit(ctx.terms, live[1 : ctx.n + 1], live[ctx.n + 1 :], live[0])
                 found = torch.autograd.grad(outs, live, (grad_scan[:, part], grad_state), materialize_grads=True)
             grad_state = found[0]
+            if len(ctx.slices) == 1:
+                return None, None, *found
             for whole, piece in zip(into, found[1 : ctx.n + 1], strict=True):
                 whole[:, part] = piece
             for whole, piece in zip(total, found[ctx.n + 1 :], strict=True):
@@ -167,7 +169,7 @@ def scan(
     terms: Terms,
     sequences: Sequence[Tensor],
     constants: Sequence[Tensor],
-    initial: Float[Tensor, batch * rest],
+    initial: Float[Tensor, batch * rest],  # noqa: F821  (axes)
 ) -> tuple[Tensor, Tensor]:
     """`y, last = scan(terms, (dt, B, C, u), (A,), state)`: the readout at every position and the last state.
 

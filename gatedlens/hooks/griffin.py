@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import Function
 
 from gatedlens.block import Mixer, MlpBlock, Norm, Run, mlp_residual_rows, norm_rows
 from gatedlens.config import HookedConfig
@@ -109,12 +110,33 @@ MAX_SQRT_SLOPE = 1000.0
 FORGOTTEN = -1000.0  # a log decay that leaves nothing, and is finite
 
 
+class BoundedSqrt(Function):
+    """sqrt(max(x, 0)); its slope is 1 / (2 sqrt(x)), at most MAX_SQRT_SLOPE, and 0 below 0."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clamp(min=0).sqrt()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        slope = 0.5 * x.clamp(min=1 / (4 * MAX_SQRT_SLOPE**2)).rsqrt()
+        return (grads[0] * slope).masked_fill(x < 0, 0)
+
+    jvp = backward  # one number in, one out: the derivative is the same both ways
+
+
 def bounded_sqrt(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    """sqrt(max(x, 0)) with its slope bounded by 1000, as Griffin is trained: where it would be steeper, it is 1000."""
-    x = x.clamp(min=0)  # below 0 only if an edit makes a decay exceed 1
-    steep = 1 / (4 * MAX_SQRT_SLOPE**2)
-    tangent = x.detach().sqrt() + MAX_SQRT_SLOPE * (x - x.detach())
-    return torch.where(x > steep, x.clamp(min=steep).sqrt(), tangent)
+    """sqrt(max(x, 0)) with its slope bounded by 1000, as Griffin is trained: where it would be steeper, it is 1000.
+
+    Below 0, which only an edit that makes a decay exceed 1 can bring about, it is 0 and flat.
+    """
+    return BoundedSqrt.apply(x)
 
 
 def block_diagonal(
@@ -199,7 +221,7 @@ class GriffinMixer(Mixer):
         r = self.hook_recurrence_gate(
             torch.sigmoid(block_diagonal(u, lru.recurrent_gate_weight, lru.recurrent_gate_bias))
         )
-        log_a = -8.0 * r * F.softplus(at_least_float32(lru.recurrent_param))
+        log_a = r * (-8.0 * F.softplus(at_least_float32(lru.recurrent_param)))
         log_a = pad.zero(
             self.hook_log_decay(pad.zero(log_a))
         )  # a = 1, m = 0 at a masked position: the state passes unchanged
