@@ -85,7 +85,7 @@ class LinearScan(Function):
 def linear_scan(
     decay: Float[Tensor, "batch pos *rest"],
     write: Float[Tensor, "batch pos *rest"],
-    initial: Float[Tensor, batch * rest] | None = None,  # noqa: F821  (axes)
+    initial: Float[Tensor, "batch ..."] | None = None,
 ) -> Float[Tensor, "batch pos *rest"]:
     """state_t = decay_t * state_{t-1} + write_t, all states, from `initial` (zero when None)."""
     if initial is None:
@@ -169,7 +169,7 @@ def scan(
     terms: Terms,
     sequences: Sequence[Tensor],
     constants: Sequence[Tensor],
-    initial: Float[Tensor, batch * rest],  # noqa: F821  (axes)
+    initial: Float[Tensor, "batch ..."],
 ) -> tuple[Tensor, Tensor]:
     """`y, last = scan(terms, (dt, B, C, u), (A,), state)`: the readout at every position and the last state.
 
