@@ -402,9 +402,7 @@ class HookedGriffin(HookedLanguageModel):
             original_architecture=type(wrapped).__name__,
             lru_width=config.lru_width,
             d_conv=config.conv1d_width,
-            layer_types=tuple(
-                "recurrent" if t == "linear_attention" else "attention" for t in config.layers_block_type
-            ),
+            layer_types=tuple(_kind(layer.temporal_block) for layer in layers),
             window_size=config.attention_window_size,
             n_key_value_heads=config.num_key_value_heads,
             logits_soft_cap=config.logits_soft_cap
@@ -527,6 +525,11 @@ class HookedGriffin(HookedLanguageModel):
                 else:
                     p.add_(torch.randn(p.shape, generator=generator) * (0.3 if p.ndim == 1 else 0.1))
         return cls(wrapped.to(dtype).eval(), model_name="tiny-griffin")
+
+
+def _kind(temporal_block: nn.Module) -> str:
+    """What a layer is, by the parameters it has: configs name it differently from one transformers to the next."""
+    return "attention" if "q_proj" in dict(temporal_block.named_children()) else "recurrent"
 
 
 def _wrapped(scaled: bool = True, **config: Any) -> Any:
