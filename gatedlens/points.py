@@ -78,6 +78,11 @@ class Alias:
     tool: str
 
 
+def block_aliases(tool: str, *pairs: tuple[str, str]) -> tuple[Alias, ...]:
+    """`block_aliases("MambaLens", ("hook_skip", "mixer.hook_gate_pre"))`: a tool's names in every block, (theirs, ours)."""
+    return tuple(Alias(f"blocks.{{l}}.{theirs}", f"blocks.{{l}}.{ours}", tool) for theirs, ours in pairs)
+
+
 @dataclass(frozen=True)
 class View:
     """Another tool's name for something computed from our points.

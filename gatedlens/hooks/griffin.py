@@ -36,7 +36,7 @@ from gatedlens.hookpoint import Part, rows_of
 from gatedlens.language import HookedLanguageModel
 from gatedlens.localattention import LocalAttention
 from gatedlens.padding import Padding, windows
-from gatedlens.points import Alias, Point, block_rows
+from gatedlens.points import Point, block_aliases, block_rows
 from gatedlens.recurrence import at_least_float32
 from gatedlens.scanmatrix import DecayScan
 from gatedlens.state import RecurrentState
@@ -283,11 +283,8 @@ class AttentionBlock(MlpBlock):
 # -- other tools' names ---------------------------------------------------------------------------------------------
 
 
-def _transformer_lens(*pairs: tuple[str, str]) -> tuple[Alias, ...]:
-    return tuple(Alias(f"blocks.{{l}}.{theirs}", f"blocks.{{l}}.{ours}", "TransformerLens") for theirs, ours in pairs)
-
-
-ALIASES = _transformer_lens(
+ALIASES = block_aliases(
+    "TransformerLens",
     ("hook_in", "hook_resid_pre"),
     ("hook_out", "hook_resid_post"),
     ("hook_attn_out", "hook_mixer_out"),

@@ -30,7 +30,7 @@ from gatedlens.factors import Factors
 from gatedlens.hookpoint import rows_of
 from gatedlens.language import HookedLanguageModel
 from gatedlens.padding import Padding, windows
-from gatedlens.points import Alias, Point, View, block_rows
+from gatedlens.points import Alias, Point, View, block_aliases, block_rows
 from gatedlens.recurrence import at_least_float32, linear_scan
 from gatedlens.scanmatrix import DecayScan
 from gatedlens.state import RecurrentState
@@ -201,16 +201,9 @@ class MambaMixer(SelectiveScan):
 # -- other tools' names ---------------------------------------------------------------------------------------------
 
 
-def _mamba_lens(*pairs: tuple[str, str]) -> tuple[Alias, ...]:
-    return tuple(Alias(f"blocks.{{l}}.{theirs}", f"blocks.{{l}}.{ours}", "MambaLens") for theirs, ours in pairs)
-
-
-def _transformer_lens(*pairs: tuple[str, str]) -> tuple[Alias, ...]:
-    return tuple(Alias(f"blocks.{{l}}.{theirs}", f"blocks.{{l}}.{ours}", "TransformerLens") for theirs, ours in pairs)
-
-
 ALIASES = (
-    *_mamba_lens(
+    *block_aliases(
+        "MambaLens",
         ("hook_layer_input", "hook_mixer_in"),
         ("hook_normalized_input", "ln1.hook_out"),
         ("hook_skip", "mixer.hook_gate_pre"),
@@ -230,7 +223,8 @@ ALIASES = (
         ("hook_out_proj", "hook_mixer_out"),
     ),
     Alias("hook_norm", "ln_final.hook_out", "MambaLens"),
-    *_transformer_lens(
+    *block_aliases(
+        "TransformerLens",
         ("hook_in", "hook_resid_pre"),
         ("hook_out", "hook_resid_post"),
         ("hook_attn_out", "hook_mixer_out"),

@@ -39,7 +39,7 @@ from gatedlens.factors import Factors
 from gatedlens.hookpoint import Part, rows_of
 from gatedlens.language import HookedLanguageModel
 from gatedlens.padding import Padding
-from gatedlens.points import Alias, Point, block_rows
+from gatedlens.points import Alias, Point, block_aliases, block_rows
 from gatedlens.recurrence import at_least_float32
 from gatedlens.state import RecurrentState
 from gatedlens.wkv import NOTHING, Carry, OpenWkv, wkv
@@ -262,13 +262,9 @@ class RwkvMlp(RwkvMix):
 # -- other tools' names ---------------------------------------------------------------------------------------------
 
 
-def _aliases(tool: str, *pairs: tuple[str, str]) -> tuple[Alias, ...]:
-    return tuple(Alias(f"blocks.{{l}}.{theirs}", f"blocks.{{l}}.{ours}", tool) for theirs, ours in pairs)
-
-
 ALIASES = (
     Alias("blocks.0.pre_ln.hook_in", "hook_embed", "TransformerLens"),
-    *_aliases(
+    *block_aliases(
         "RWKV-LM",
         ("mixer.hook_v", "mixer.hook_x"),
         ("mixer.hook_r", "mixer.hook_gate_pre"),
@@ -279,7 +275,7 @@ ALIASES = (
         ("mlp.hook_r", "mlp.hook_gate_pre"),
         ("mlp.hook_v", "mlp.hook_kv"),
     ),
-    *_aliases(
+    *block_aliases(
         "TransformerLens",
         ("hook_in", "hook_resid_pre"),
         ("hook_out", "hook_resid_post"),
