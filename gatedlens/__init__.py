@@ -11,7 +11,7 @@ Every gate, convolution and scan intermediate is a named hook point (`model.hook
 Zimerman, Ali and Wolf, "Explaining Modern Gated-Linear RNNs via a Unified Implicit Attention Formulation" (ICLR 2025).
 """
 
-from gatedlens import ablation, data, plot, profiles, tasks
+from gatedlens import ablation, data, metrics, plot, profiles, tasks
 from gatedlens.attention import ImplicitAttention, implicit_attention
 from gatedlens.cache import ActivationCache
 from gatedlens.config import HookedConfig
@@ -33,6 +33,7 @@ from gatedlens.language import HookedLanguageModel
 from gatedlens.loading import bundled_models, from_pretrained, wrap
 from gatedlens.model import HookedModel
 from gatedlens.points import Alias, Point, View
+from gatedlens.result import Result
 from gatedlens.stack import AttentionStack
 from gatedlens.state import RecurrentState
 from gatedlens.table import HookTable
@@ -44,7 +45,7 @@ __all__ = [
     "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError",
     "HookError", "HookPoint", "HookTable", "HookedConfig", "HookedGriffin", "HookedLanguageModel",
     "HookedMamba", "HookedModel", "HookedRWKV", "HookedViM", "ImplicitAttention", "InputError", "Point",
-    "PointError", "RecurrentState", "TooLargeError", "View", "__version__", "ablation", "bundled_models",
-    "data", "from_pretrained", "implicit_attention", "plot", "profiles", "tasks", "wrap",
+    "PointError", "RecurrentState", "Result", "TooLargeError", "View", "__version__", "ablation",
+    "bundled_models", "data", "from_pretrained", "implicit_attention", "metrics", "plot", "profiles", "tasks", "wrap",
 ]
 # fmt: on

@@ -1,0 +1,94 @@
+"""The figure of a Result: bars for one axis, a heat map for two, one heat map an entry of the first axis for three."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gatedlens.errors import InputError
+from gatedlens.plot import MAX_LABELS, label, panels
+from gatedlens.result import Result
+
+MAX_PANELS = 24
+
+
+def result(found: Result, ax: Any = None) -> Any:
+    """`result.plot()`: titled by what was done, with axis names, labels and what a number is. Returns the Figure."""
+    if not 1 <= len(found.axes) <= 3:
+        raise InputError(f"A plot shows one to three axes; this has {found.axes}. Take entries with .at(axis=...).")
+    if len(found.axes) == 3:
+        return _panels(found, ax)
+    if ax is None:
+        along = found.size(found.axes[-1])
+        width = min(4.5 + 0.22 * along, 16)
+        height = 4.0 if len(found.axes) == 1 else min(2.2 + 0.3 * found.size(found.axes[0]), 14)
+        _, axes = panels(1, 1)
+        ax = axes[0][0]
+        ax.figure.set_size_inches(width, max(height, 3.0))
+    return _bars(found, ax) if len(found.axes) == 1 else _map(found, ax, float(_bound(found.values)))
+
+
+def _bound(values: Tensor) -> float:
+    finite = values[values.isfinite()]
+    return max(float(finite.abs().max()), 1e-12) if finite.numel() else 1.0
+
+
+def _bars(found: Result, ax: Any) -> Any:
+    (axis,) = found.axes
+    values = found.values.detach().float().cpu()
+    ax.bar(range(len(values)), values, color=["#b2182b" if v > 0 else "#2166ac" for v in values.tolist()])
+    ax.axhline(0, color="black", linewidth=0.6)
+    ax.set_title(found.title)
+    ax.set_xlabel(axis)
+    ax.set_ylabel(found.value)
+    _ticks(ax.set_xticks, found[axis], vertical=True)
+    return ax.figure
+
+
+def _map(found: Result, ax: Any, bound: float) -> Any:
+    values = found.values.detach().float().cpu()
+    signed = bool((values < 0).any())
+    shown = ax.imshow(
+        values, aspect="auto", cmap="RdBu_r" if signed else "Reds", vmin=-bound if signed else 0, vmax=bound
+    )
+    ax.set_title(found.title)
+    rows, columns = found.axes
+    ax.set_ylabel(rows)
+    ax.set_xlabel(columns)
+    _ticks(ax.set_yticks, found[rows], vertical=False)
+    _ticks(ax.set_xticks, found[columns], vertical=True)
+    ax.figure.colorbar(shown, ax=ax, label=found.value, shrink=0.9)
+    return ax.figure
+
+
+def _ticks(ticks: Any, labels: Sequence[Any], vertical: bool) -> None:
+    """Every label while they fit; every n-th of more."""
+    names = [label(str(given)) for given in labels]
+    step = -(-len(names) // MAX_LABELS)
+    small = 9 if len(names) <= 32 else 7 if len(names) <= 56 else 5
+    turned = vertical and max(map(len, names)) > 2
+    places = range(0, len(names), step)
+    ticks(places, [names[i] for i in places], rotation=90 if turned else 0, fontsize=small)
+
+
+def _panels(found: Result, ax: Any) -> Any:
+    first, size = found.axes[0], found.size(found.axes[0])
+    if ax is not None or size > MAX_PANELS:
+        why = "into one ax" if ax is not None else f"for {size} entries of {first!r} (at most {MAX_PANELS})"
+        raise InputError(
+            f"Three axes take a panel for each {first}: they cannot be drawn {why}. Take .at({first}=...)."
+        )
+    columns = min(size, 4)
+    figure, axes = panels(-(-size // columns), columns)
+    bound = _bound(found.values)
+    for i, one in enumerate(axes.flat):
+        if i >= size:
+            one.remove()
+            continue
+        part = found._without(first, found.values[i])
+        _map(part, one, bound)
+        one.set_title(f"{first} {label(str(found[first][i]))}")
+    figure.suptitle(found.title)
+    return figure

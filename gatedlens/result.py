@@ -1,0 +1,199 @@
+"""Result: numbers on named axes, with labels for what stands along them.
+
+    result.values                      # a tensor [layer, pos]
+    result.axes, result.labels         # ("layer", "pos"), {"layer": [0, 1], "pos": ["<bos>", "D", ...]}
+    result.at(layer=1)["pos"]          # a Result with the axis gone; labels by axis name
+    result.top(5)                      # the strongest cells, as {"layer": 1, "pos": 7, "pos_label": "3", "value": 0.98}
+    result.plot(); result.to_dataframe(); result.save("result.json"); Result.load("result.json")
+
+What sweeps, knockouts, traces and attributions give back. It also stands wherever a tensor does: `result[0, 3]`,
+`result.max()`, `torch.allclose(result, other)` see `values`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gatedlens.errors import InputError, did_you_mean
+
+FORMAT = 1  # of the JSON
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """`Result(values, ("layer", "pos"), title="...", value="normalised logit difference")`.
+
+    labels: for an axis, what stands along it (numbers where none are given). title: what was done. value: what a number
+    is, with its unit. facts: whatever else makes the numbers readable later (model, baselines, options), JSON-able.
+    """
+
+    values: Tensor
+    axes: tuple[str, ...]
+    labels: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    title: str = ""
+    value: str = "value"
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != len(self.axes):
+            raise InputError(
+                f"values have shape {list(self.values.shape)} and the axes are {self.axes}: one name a dim."
+            )
+        for axis, labels in self.labels.items():
+            if len(labels) != self.size(axis):
+                raise InputError(f"{len(labels)} labels for the {self.size(axis)} entries of axis {axis!r}.")
+
+    # -- a tensor ------------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    def __getitem__(self, index: Any) -> Any:
+        """`result["pos"]`: the labels of an axis; any other index is one into `values`."""
+        if isinstance(index, str):
+            size = self.size(index)
+            return list(self.labels.get(index, range(size)))
+        return self.values[index]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __array__(self, *args: Any, **options: Any) -> Any:
+        return self.values.detach().cpu().numpy().__array__(*args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "values":
+            raise AttributeError(name)
+        return getattr(self.values, name)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def bare(value: Any) -> Any:
+            if isinstance(value, Result):
+                return value.values
+            return type(value)(map(bare, value)) if type(value) in (list, tuple) else value
+
+        return function(*bare(args), **{key: bare(value) for key, value in (kwargs or {}).items()})
+
+    # -- by name -------------------------------------------------------------------------------------------------
+
+    def dim(self, axis: str) -> int:
+        """Which dim of `values` an axis is."""
+        if axis not in self.axes:
+            raise InputError(f"This result has no axis {axis!r}; its axes are {', '.join(self.axes)}.")
+        return self.axes.index(axis)
+
+    def size(self, axis: str) -> int:
+        return self.values.shape[self.dim(axis)]
+
+    def place(self, axis: str, label: Any) -> int:
+        """The index of a label, or of a number if no label is that number; negative numbers count from the end."""
+        labels = self[axis]
+        if labels.count(label) == 1:
+            return labels.index(label)
+        if isinstance(label, int) and -len(labels) <= label < len(labels):
+            return label % len(labels)
+        why = "stands there more than once: give its index" if label in labels else "is not there"
+        hint = did_you_mean(str(label), map(str, labels)) if label not in labels else ""
+        raise InputError(f"{axis}={label!r} {why}; the axis holds {labels[:12]}{' ...' * (len(labels) > 12)}.{hint}")
+
+    def at(self, **where: Any) -> Result:
+        """`result.at(layer=3, pos="D")`: one entry of some axes, which are gone afterwards."""
+        out = self
+        for axis, label in where.items():
+            values = out.values.select(out.dim(axis), out.place(axis, label))
+            out = out._without(axis, values)
+        return out
+
+    def mean_over(self, *axes: str) -> Result:
+        """The mean along some axes, which are gone afterwards."""
+        out = self
+        for axis in axes:
+            out = out._without(axis, out.values.mean(out.dim(axis)))
+        return out
+
+    def _without(self, axis: str, values: Tensor) -> Result:
+        labels = {name: given for name, given in self.labels.items() if name != axis}
+        return replace(self, values=values, axes=tuple(a for a in self.axes if a != axis), labels=labels)
+
+    def top(self, n: int = 10, signed: bool = False) -> list[dict[str, Any]]:
+        """The `n` cells that are largest in size (or, `signed`, largest), best first; NaN (not measured) is left out."""
+        flat = self.values.detach().double().flatten()
+        order = (flat if signed else flat.abs()).nan_to_num(-torch.inf).argsort(descending=True)
+        order = order[~flat[order].isnan()][:n]
+        return [self._cell(int(i)) for i in order]
+
+    def _cell(self, flat: int) -> dict[str, Any]:
+        cell: dict[str, Any] = {}
+        for axis, i in zip(self.axes, torch.unravel_index(torch.tensor(flat), self.values.shape), strict=True):
+            label = self[axis][int(i)]
+            cell[axis] = int(i)
+            if label != int(i):
+                cell[f"{axis}_label"] = label
+        return {**cell, "value": float(self.values.flatten()[flat])}
+
+    # -- as something else ---------------------------------------------------------------------------------------
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame: one row a cell, a column an axis (and one for its labels), and `value`."""
+        import pandas
+
+        return pandas.DataFrame([self._cell(i) for i in range(self.values.numel())])
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON holds it; NaN (not measured) becomes None."""
+        return {
+            "format": FORMAT,
+            "title": self.title,
+            "value": self.value,
+            "axes": list(self.axes),
+            "labels": {axis: list(labels) for axis, labels in self.labels.items()},
+            "shape": list(self.values.shape),
+            "values": [None if v != v else v for v in self.values.detach().double().flatten().tolist()],
+            "facts": dict(self.facts),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Result:
+        """The Result of a `to_dict()`; its values are float64."""
+        if data.get("format") != FORMAT:
+            raise InputError(f"This is no saved result: format is {data.get('format')!r}, expected {FORMAT}.")
+        values = torch.tensor([torch.nan if v is None else v for v in data["values"]], dtype=torch.float64)
+        values = values.reshape(data["shape"])
+        return cls(values, tuple(data["axes"]), data["labels"], data["title"], data["value"], data["facts"])
+
+    def save(self, path: str | Path) -> Path:
+        """Write JSON, and return the path."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1, allow_nan=True), encoding="utf-8")
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Result:
+        """What `save` wrote."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} is no saved result: it is not JSON ({error}).") from error
+        return cls.from_dict(data)
+
+    def plot(self, ax: Any = None) -> Any:
+        """A matplotlib Figure: bars for one axis, a heat map for two, one heat map an entry of the first for three."""
+        from gatedlens import figures
+
+        return figures.result(self, ax)
+
+    def __repr__(self) -> str:
+        axes = ", ".join(f"{axis} {size}" for axis, size in zip(self.axes, self.values.shape, strict=True))
+        best = "; ".join(
+            ", ".join(f"{key}={cell[key]!r}" for key in cell if key != "value") + f": {cell['value']:.4g}"
+            for cell in self.top(3)
+        )
+        return f"Result({self.title!r}, {self.value}, [{axes}]; strongest {best})"
