@@ -112,6 +112,10 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
             or _torch_hooks_everywhere()
         )
 
+    def at_rest(self) -> bool:
+        """Whether nobody can be listening: no hook of any kind, and no nnsight around the model, tracing or not."""
+        return NNSIGHT not in self.__dict__ and not self.hooked()
+
     def _nnsight(self) -> tuple[Any, Any]:
         """The interleaver of the nnsight trace that is running, with this module's locations; None outside one."""
         state = self.__dict__.get(NNSIGHT)
@@ -142,7 +146,7 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         return wanted
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not self.hooked() and NNSIGHT not in self.__dict__:
+        if self.at_rest():
             return x
         self.visits += 1
         given = x if self._only_saved() else x.clone()
