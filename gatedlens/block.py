@@ -12,12 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gatedlens import fused
 from gatedlens.errors import InputError
 from gatedlens.factors import Factors
-from gatedlens.hookpoint import HookPoint, Part
+from gatedlens.hookpoint import Part
 from gatedlens.padding import Padding
 from gatedlens.points import Point
 from gatedlens.recurrence import Terms, at_least_float32, linear_scan, readout, scan
@@ -68,6 +70,8 @@ class Norm(Part):
         self.centred = centred
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        if not self.centred and fused.fits(x) and x.dtype == self.weights.weight.dtype and self.at_rest():
+            return F.rms_norm(x, x.shape[-1:], self.weights.weight, self.eps)
         wide = at_least_float32(x)
         if self.centred:
             wide = wide - wide.mean(-1, keepdim=True)
@@ -117,10 +121,6 @@ class TokenMixing(Part):
 
 class Mixer(TokenMixing):
     """A token mixer by the one recurrence, `recur`."""
-
-    def at_rest(self) -> bool:
-        """Whether nobody can be listening at any point inside."""
-        return all(point.at_rest() for point in self.children() if isinstance(point, HookPoint))
 
     def along(self, x: Tensor) -> Tensor:
         """`x` from token order to the order of the scan, or back: the identity, unless the mixer runs from the end."""

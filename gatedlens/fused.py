@@ -3,6 +3,7 @@
 b batch, l pos, c channel, n state, r dt_rank. The kernels read [b, c, l], with positions innermost.
 
     mamba_inner      a whole Mamba mixer but its input projection: nothing inside is heard, no padding, no carried state
+    rms_norm         torch's own, which is one kernel on a GPU: nothing inside is heard
     selective_scan   the recurrence alone, from a zero state: the lazy points inside it are not heard
 
 They are imported when the first CUDA tensor arrives and never on a CPU. Where they cannot be had one line is logged and
@@ -69,12 +70,16 @@ def off() -> Iterator[None]:
         _wanted.reset(token)
 
 
+def fits(x: Tensor) -> bool:
+    """Whether fused kernels can run on a tensor: its device, its dtype, and no torch.func transform around it."""
+    if x.device.type not in DEVICES or x.dtype not in DTYPES or not _wanted.get():
+        return False
+    return not torch._C._are_functorch_transforms_active() and torch.autograd.forward_ad._current_level < 0
+
+
 def kernels_for(x: Tensor) -> Kernels | None:
-    """The kernels, if they can run on a tensor: its device, its dtype, and no torch.func transform around it."""
-    fits = x.device.type in DEVICES and x.dtype in DTYPES and _wanted.get()
-    if not fits or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        return None
-    return kernels()
+    """mamba-ssm's kernels, if they can run on a tensor."""
+    return kernels() if fits(x) else None
 
 
 def selective_scan(

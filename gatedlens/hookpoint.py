@@ -201,6 +201,10 @@ class Part(torch.nn.Module):
             if not row.part:
                 self.add_module(row.leaf, HookPoint(row))
 
+    def at_rest(self) -> bool:
+        """Whether nobody can be listening at any point of this piece."""
+        return all(point.at_rest() for point in self.children() if isinstance(point, HookPoint))
+
 
 def rows_of(part: str, rows: tuple[Point, ...]) -> tuple[Point, ...]:
     """The rows under `part`, named relative to it: `rows_of("mixer", rows)` holds `hook_x` for `mixer.hook_x`."""

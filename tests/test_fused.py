@@ -80,6 +80,16 @@ def test_a_forward_that_nobody_watches_is_one_kernel_a_layer(stand, mamba):
     assert stand.calls["inner"] == 2 and relative(out, own) < 1e-5
 
 
+def test_a_norm_that_nobody_watches_is_one_kernel(stand, mamba, monkeypatch):
+    seen, norm = [], F.rms_norm
+    monkeypatch.setattr(F, "rms_norm", lambda *a: seen.append(a) or norm(*a))
+    tokens = example(mamba)
+    out = mamba.run_with_hooks(tokens, fwd_hooks=[("blocks.0.ln1.hook_scale", lambda x, hook: None)])
+    assert len(seen) == 2, "layer 1's and the final one's"
+    with fused.off():
+        assert relative(out, mamba(tokens)) < 1e-5 and len(seen) == 2
+
+
 def test_gradients_agree(stand, mamba):
     tokens, found = example(mamba), {}
     for road in ("fused", "own"):
