@@ -113,8 +113,11 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         )
 
     def at_rest(self) -> bool:
-        """Whether nobody can be listening: no hook of any kind, and no nnsight around the model, tracing or not."""
-        return NNSIGHT not in self.__dict__ and not self.hooked()
+        """Whether nobody can be listening: no hook of any kind, and no nnsight around the model, tracing or not.
+
+        TransformerLens's handles are asked first, by themselves: torch.compile guards lists, but no torch hooks.
+        """
+        return not self.fwd_hooks and not self.bwd_hooks and NNSIGHT not in self.__dict__ and not self.hooked()
 
     def _nnsight(self) -> tuple[Any, Any]:
         """The interleaver of the nnsight trace that is running, with this module's locations; None outside one."""
