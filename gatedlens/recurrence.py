@@ -64,7 +64,8 @@ class LinearScan(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _scan_backward(LinearScan.apply, *ctx.saved_tensors, grads[0])
+        decay, initial, states = ctx.saved_tensors
+        return _scan_backward(LinearScan.apply, decay, initial, states, grads[0])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -109,7 +110,8 @@ def _save(ctx: Any, inputs: Any, output: Tensor) -> None:
 
 
 def _flow(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _scan_backward(_linear_scan, *ctx.saved_tensors, grad)
+    decay, initial, states = ctx.saved_tensors
+    return _scan_backward(_linear_scan, decay, initial, states, grad)
 
 
 _linear_scan.register_autograd(_flow, setup_context=_save)
