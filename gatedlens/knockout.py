@@ -15,6 +15,8 @@ of the same run, with whatever was edited upstream. Three things can be cut:
     cut_renormalised    S[i, j] = 0 and the rest of row i scaled to sum to 1 again: scores := -inf in attention, numerator
                         and denominator of RWKV. For softmax scans only
 
+A is held as it is: gates, dt, B, C, keys stay those of the run, also where a conv or shift has mixed x_j into them.
+
 `cut` and `cut_scan` do not renormalise: a zeroed entry of a softmax leaves a row that sums to less than 1. Attention knockout in
 transformers (Geva et al. 2023, arXiv 2304.14767) is `cut_renormalised`; in Mamba (Endy et al. 2025, Mamba Knockout, arXiv
 2505.24244) it is `cut_scan`.

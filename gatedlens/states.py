@@ -39,12 +39,13 @@ def patch(
     """`patch(cache_of_a, pos=7, layers=2, channel=[0, 3])`: the state after position 7 becomes that of the other run.
 
     source: an ActivationCache that holds hook_state, read at `source_pos` (default `pos`); a RecurrentState; or a tensor
-    [batch, channel] (state) as hook_state has it at one position. One row goes for all. pos, source_pos: one position for all rows,
-    or a tensor [batch]. layers: None for every layer with a recurrence. index: some `channel`, or `state`; the others keep
-    their own. scan: "fwd" or "bwd" where a layer has both; "after" is meant in the direction of the scan.
+    [batch, channel] (state) as hook_state has it at one position; one row goes for all. pos, source_pos: one position for
+    every row, or a tensor [batch]. layers: None for every layer with a recurrence. index: some `channel`, or `state`; the
+    others keep their own. scan: "fwd" or "bwd" where a layer has both; "after" is meant in the direction of the scan.
 
-    RWKV's state is the pair (numerator, denominator), absolute, in float64, whatever the source: a RecurrentState's relative pair
-    is turned into it. The conv and shift windows stay B's, as does an attention layer's: `splice` moves those.
+    The readout at the position itself is of the new state too (RWKV's reads the one before). The conv and shift windows stay
+    as they are, and so does an attention layer's: `splice` moves those, between calls. RWKV's state is the pair (numerator,
+    denominator), absolute, in float64; a RecurrentState's pair, relative to a maximum, is turned into it.
     """
     return Intervention((StatePatch(source, pos, layers, source_pos, scan, index),))
 
@@ -154,10 +155,10 @@ def read_through(
 ) -> Float[Tensor, "batch pos d_vocab"]:
     """`read_through(model, "Ishmael went to sea.", "He was a sailor named", at=1, layers=[2])`: logits of reader[at:].
 
-    The reader prompt is run to position `at`; there its state gets, in these layers, parts and channels, what the
-    source holds at its end, and the rest of the prompt is read from that. All layers and parts: the suffix as if it went on from the
-    source. source: text, tokens or a RecurrentState. A single row, of either, goes for all rows of the other. It is Patchscopes
-    (Ghandeharioun et al. 2024, arXiv 2401.06102) for states: the reader says what of the source a state holds.
+    The reader prompt is run to position `at`; there its state gets, in these layers, parts and channels, what the source
+    holds at its end, and the rest of the prompt is read from that. All layers and parts: the suffix as if it went on from
+    the source. source: text, tokens or a RecurrentState. A single row, of either, goes for all rows of the other. It is
+    Patchscopes (Ghandeharioun et al. 2024, arXiv 2401.06102) for states: the reader says what of the source a state holds.
     """
     batch, _ = model.prepare(reader)
     if batch.mask is not None:
