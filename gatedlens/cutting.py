@@ -58,13 +58,14 @@ def share(branch: Branch, src: Tensor, dst: Tensor) -> Float[Tensor, "batch pos 
 
 @dataclass(frozen=True)
 class Cut:
-    """One step of an intervention: `edges` cut in a `way`."""
+    """One step of an intervention: `edges` cut in a `way`. `verify` costs one more scan: see `_verify`."""
 
     way: Way
     edges: Edges
     layers: Any
     scan: str | None
     index: Mapping[str, Index]
+    verify: bool = True
 
     def hooks(self, model: Any) -> list[tuple[str, Callable[..., Any]]]:
         """In each layer a hook that takes notes at the points behind its A, and one that cuts at its output point."""
@@ -100,12 +101,13 @@ class Cutting:
             return tensor
         attention = self._attention(values)
         o = at_least_float32(tensor.flatten(2))
-        _verify(attention, o, tensor.dtype)
+        if any(one.cut.verify for one in kin):
+            _verify(attention, o, tensor.dtype)
         return (o - _lost(attention, kin, tensor, hook)).to(tensor.dtype).reshape(tensor.shape)
 
     def _attention(self, values: Mapping[str, Tensor]) -> ImplicitAttention:
         """The layer's operator in the call that is in progress."""
-        run, mixer = self.model.running, self.model.blocks[self.layer].mixer
+        run, mixer = self.model.current(), self.model.blocks[self.layer].mixer
         stem = f"blocks.{self.layer}.{mixer.place}."
         branches = mixer.branches(lambda name: values[stem + name], run.padding, run.before)
         return ImplicitAttention(branches, run.padding, self.model, self.layer)

@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float
@@ -54,8 +54,9 @@ def cut(src: Any, dst: Any, layers: Any = None, scan: str | None = None, **index
     list for each row, or a mask [batch, pos]; see `positions.py`. layers: a number, several, or None for all. index: some
     `channel` (in attention layers `head`, `d_head`). scan: "fwd" or "bwd" where a layer has both; None for all.
 
-    Raises InputError for positions that do not exist or that a target cannot see, and where an edit inside the recurrence
-    (decay, write, scan, ...) of the layer makes A not the layer's operator. Several cuts of a layer act together.
+    Positions are those of the call (while generating, each step is one). Raises InputError for positions that do not exist
+    or that a target cannot see, and where an edit inside the recurrence (decay, write, scan, ...) of the layer makes A not
+    the layer's operator. Several cuts of a layer act together.
     """
     return _cut(token, src, dst, layers, scan, index)
 
@@ -78,12 +79,12 @@ def pairs(
     **index: Index,
 ) -> Intervention:
     """`pairs([(2, 5), (3, 6)])`: these edges (src, dst) alone, not all sources to all targets."""
-    return _with(Edges(tuple(edges)), how(0, 0, layers=layers, scan=scan, **index))
+    return _with(how(0, 0, layers=layers, scan=scan, **index), edges=Edges(tuple(edges)))
 
 
-def _with(edges: Edges, cuts: Intervention) -> Intervention:
+def _with(cuts: Intervention, **changes: Any) -> Intervention:
     """The same kind of cut, of other edges."""
-    return Intervention(tuple(replace(step, edges=edges) for step in cuts.steps if isinstance(step, Cut)))
+    return Intervention(tuple(replace(step, **changes) for step in cuts.steps if isinstance(step, Cut)))
 
 
 def _cut(way: Way, src: Any, dst: Any, layers: Any, scan: str | None, index: Mapping[str, Index]) -> Intervention:
@@ -118,7 +119,7 @@ def sweep(
     happened, also where a target cannot see the source. src: None for every position by itself, a dict of names to
     positions, or a list of positions. how: `cut`, `cut_scan` or `cut_renormalised`. Many cells run in one
     batch of at most `max_rows` rows (or one cell), from the first layer of their window on. Geva et al. 2023 (arXiv
-    2304.14767), sec. 5.
+    2304.14767).
     """
     chosen = layers_of(model, layers)
     if not 1 <= window <= len(chosen):
@@ -135,10 +136,10 @@ def sweep(
         for row, some in zip(values, windows, strict=True):
             for first in range(0, len(groups), size):
                 part = slice(first, first + size)
-                row[part] = cells.cut(streams[some[0]], some, list(groups.values())[part])
+                row[part] = cells.cut(streams[some[0]], some, list(groups.values())[part], verify=first == 0)
                 bar.update(len(row[part]))
     facts = {"model": model.cfg.model_name, "clean": clean, "window": window, "dst": str(dst), "how": how.__name__}
-    labels = {"layer": list(chosen), "src": list(groups)}
+    labels: dict[str, list[Any]] = {"layer": list(chosen), "src": _labels(model, batch, src) or list(groups)}
     title = f"{how.__name__}: source to {dst}, window {window}"
     return Result((values - clean) / abs(clean), ("layer", "src"), labels, title, "(metric - clean) / |clean|", facts)
 
@@ -149,10 +150,17 @@ def _sources(model: Any, batch: Batch, src: Any) -> dict[Any, Bool[Tensor, "batc
     if src is None:
         src = range(length)
     if not isinstance(src, Mapping):
-        src = {place: place for place in src}
+        src = {int(one) if isinstance(one, SupportsIndex) else str(one): one for one in src}
     if not src:
         raise InputError("src names no source: give positions, a dict of names to positions, or None for all.")
     return {name: mask_of(given, f"src {name!r}", rows, length, batch.value.device) for name, given in src.items()}
+
+
+def _labels(model: Any, batch: Batch, src: Any) -> list[str]:
+    """The tokens, where each position of a single prompt is a source and somebody can read them."""
+    if src is not None or model.tokenizer is None or len(batch.value) != 1:
+        return []
+    return model.to_str_tokens(batch.value)
 
 
 @dataclass(frozen=True)
@@ -174,14 +182,16 @@ class _Cells:
             raise InputError(f"The metric is {value:.3g} without a cut: a change cannot be put in relation to it.")
         return {layer: cache[name] for layer, name in names.items()}, value
 
-    def cut(self, stream: Tensor, layers: Sequence[int], sources: Sequence[Tensor]) -> Float[Tensor, " cell"]:
+    def cut(
+        self, stream: Tensor, layers: Sequence[int], sources: Sequence[Tensor], verify: bool
+    ) -> Float[Tensor, " cell"]:
         """The metric of each cell, all in one batch."""
         rows, n = len(stream), len(sources)
         dst = mask_of(self.dst, "dst", rows, stream.shape[1], stream.device).repeat(n, 1)
         edges = Edges(((torch.cat(list(sources)), dst),), strict=False)
         mask = self.batch.mask
         many = Batch(stream.repeat(n, 1, 1), None if mask is None else mask.repeat(n, 1), is_resid=True)
-        with _with(edges, self.how(0, 0, layers=layers)).on(self.model):
+        with _with(self.how(0, 0, layers=layers), edges=edges, verify=verify).on(self.model):
             logits = self.model(many, start_at_layer=layers[0])
         found = [measure(self.metric, logits[i * rows : (i + 1) * rows]).double().mean() for i in range(n)]
         return torch.stack(found).cpu()

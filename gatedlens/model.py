@@ -191,6 +191,12 @@ class HookedModel(Hooking):
             self.running = outer
         return resid
 
+    def current(self) -> Run:
+        """The luggage of the forward call that is in progress: what a hook knows of its padding and its state."""
+        if self.running is None:
+            raise InputError("This hook needs the call that it runs in: call the model, not a block by itself.")
+        return self.running
+
     def _layer(self, layer: int | None, option: str) -> int | None:
         n = self.cfg.n_layers
         if layer is not None and not -n <= layer <= n:

@@ -31,10 +31,10 @@ def mask_of(
         return given.to(device).expand(batch, length)
     mask = torch.zeros(batch, length, dtype=torch.bool)
     for row, places in enumerate(_by_row(given, what, batch, length)):
-        for place in places:
-            if not -length <= place < length:
-                raise InputError(f"{what}={place} is out of range: row {row} has {length} positions.")
-            mask[row, place] = True
+        if places and not (-length <= min(places) and max(places) < length):
+            wrong = next(place for place in places if not -length <= place < length)
+            raise InputError(f"{what}={wrong} is out of range: row {row} has {length} positions.")
+        mask[row, places] = True
     if not bool(mask.any()):
         raise InputError(f"{what}={given!r} names no position.")
     return mask.to(device)

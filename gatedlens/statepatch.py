@@ -102,7 +102,7 @@ class Setting:
         """True at the position of each row, in the channels that are meant."""
         rows, length = tensor.shape[:2]
         pos = one_a_row(self.patch.pos, "pos", rows, length, tensor.device)
-        mask = self.model.running.padding.mask
+        mask = self.model.current().padding.mask
         if mask is not None and not bool(mask.gather(1, pos.unsqueeze(1)).all()):
             row = int((~mask.gather(1, pos.unsqueeze(1))).nonzero()[0, 0])
             raise InputError(

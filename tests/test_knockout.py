@@ -345,6 +345,13 @@ def test_a_cut_in_half_precision_to_rounding(lm):
 # -- mistakes -------------------------------------------------------------------------------------------------------
 
 
+def test_a_block_called_by_itself_is_refused(lm):
+    resid = lm(example(lm), stop_at_layer=0).detach()
+    with knockout.cut(1, 4, layers=0).on(lm), pytest.raises(gl.InputError, match="call the model, not a block"):
+        run_of = lm.begin(gl.hooking.Batch(resid, is_resid=True), None, False)
+        lm.blocks[0](resid, run_of)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -428,6 +435,18 @@ def test_a_sweep_over_positions_under_padding(lm):
             with knockout.cut_scan(2, int(last[row]), layers=0).on(lm):
                 alone.append(lm(tokens[row : row + 1, : int(last[row]) + 1])[0, -1].log_softmax(-1)[3])
     assert abs(result[0, 2] - (torch.stack(alone).mean() - clean) / clean.abs()) < 1e-9
+
+
+@torch.no_grad()
+def test_a_sweep_over_one_prompt_is_labelled_by_its_tokens(recall_model):
+    batch = gl.tasks.recall(1, seed=2)
+    metric = gl.metrics.probability(batch.answers)
+    result = knockout.sweep(recall_model, batch.tokens, metric, dst=-1, progress=False)
+    assert result["src"] == recall_model.to_str_tokens(batch.tokens)
+    best = result.top(1)[0]
+    assert best["layer"] == 1 and best["src"] == int(batch.answer_pos) and best["value"] < -0.5
+    lists = knockout.sweep(recall_model, batch.tokens, metric, dst=-1, src=[3, [4, 5]], progress=False)
+    assert lists["src"] == [3, "[4, 5]"] and torch.equal(lists[:, 0], result[:, 3])
 
 
 def test_mistakes_in_sweeps(lm):
