@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -42,10 +42,11 @@ class Where:
         if not found:
             raise PointError(f"{', '.join(self.names)} names views only; ablate the points behind them.")
         for name in found:
-            self._check(name, model.names.points[name], model.cfg.sizes)
+            self.check(name, model.names.points[name], model.cfg.sizes)
         return list(found)
 
-    def _check(self, name: str, point: Point, sizes: Mapping[str, int]) -> None:
+    def check(self, name: str, point: Point, sizes: Mapping[str, int]) -> None:
+        """Refuse an axis that `point` lacks, and an index that its size (if known) does not reach."""
         for axis, index in self.index.items():
             if axis not in point.dims:
                 raise PointError(f"{name} has no axis {axis!r}; its axes are: {point.axes}.")
@@ -71,18 +72,37 @@ class Where:
         return mask
 
 
+@runtime_checkable
+class Step(Protocol):
+    """What an intervention is made of: it says with which hooks it is done on a model, having checked that it can be."""
+
+    def hooks(self, model: Any) -> list[tuple[str, Callable[..., Any]]]: ...
+
+
+@dataclass(frozen=True)
+class EditStep:
+    """An edit at a place."""
+
+    where: Where
+    edit: Edit
+
+    def hooks(self, model: Any) -> list[tuple[str, Callable[..., Any]]]:
+        """One hook a point."""
+        return [(name, _hook(self.where, self.edit)) for name in self.where.points(model)]
+
+
 @dataclass(frozen=True)
 class Intervention:
-    """Edits at places, in order; `a + b` does both. `on(model)` is a context manager, `hooks(model)` a list of hooks."""
+    """Steps, in order; `a + b` does both. `on(model)` is a context manager, `hooks(model)` a list of hooks."""
 
-    steps: tuple[tuple[Where, Edit], ...]
+    steps: tuple[Step, ...]
 
     def __add__(self, other: Intervention) -> Intervention:
         return Intervention(self.steps + other.steps)
 
-    def hooks(self, model: Any) -> list[tuple[str, Callable[..., Tensor]]]:
+    def hooks(self, model: Any) -> list[tuple[str, Callable[..., Any]]]:
         """[(name, hook)] for `run_with_hooks`, everything checked against `model` first."""
-        return [(name, _hook(where, edit)) for where, edit in self.steps for name in where.points(model)]
+        return [pair for step in self.steps for pair in step.hooks(model)]
 
     @contextmanager
     def on(self, model: Any) -> Iterator[Any]:
@@ -101,7 +121,7 @@ def _hook(where: Where, edit: Edit) -> Callable[..., Tensor]:
 
 def edit(names: str | Sequence[str], function: Edit, **index: Index) -> Intervention:
     """`edit(names, lambda tensor, point: ..., pos=3)`: any function, at some entries."""
-    return Intervention(((Where((names,) if isinstance(names, str) else tuple(names), index), function),))
+    return Intervention((EditStep(Where((names,) if isinstance(names, str) else tuple(names), index), function),))
 
 
 # -- what stands there instead --------------------------------------------------------------------------------------

@@ -227,8 +227,7 @@ class ImplicitAttention:
 
     def output(self) -> Float[Tensor, "batch pos channel"]:
         """A x + r: with all factors, the layer's output before its output projection."""
-        own = self._sum(lambda branch, turn: turn(branch.forward(branch.factors.x)))
-        return self.padding.spread(own) + self.bias
+        return self.padding.spread(self._sum(lambda branch, turn: turn(branch.output())))
 
     def check(self) -> Check:
         """How exactly the operator of all factors reconstructs what the layer computed (masked positions left out)."""

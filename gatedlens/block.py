@@ -94,11 +94,15 @@ class TokenMixing(Part):
     """What mixes tokens in a block. Subclasses write `forward(n, run)` like the paper.
 
     `place` is its name in the block, `attention_points` what its implicit attention is derived from (relative to it), and
-    `factors(cached, padding, state)` that derivation, where `cached(name)` reads a point.
+    `factors(cached, padding, state)` that derivation, where `cached(name)` reads a point. `output_point` holds what the
+    implicit attention yields, the input of the output projection. `scans` names what runs side by side, in the order of
+    `branches`: "fwd", "bwd"; one scan that has no name stands for itself.
     """
 
     place = "mixer"
     attention_points: tuple[str, ...] = ()
+    output_point = "hook_gated"
+    scans: tuple[str, ...] = ("",)
 
     def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int):
         super().__init__(weights, rows)
@@ -117,6 +121,10 @@ class TokenMixing(Part):
     ) -> tuple[Factors, ...]:
         """The summands of the implicit attention: one, unless the mixer runs several scans side by side."""
         return (self.factors(cached, padding, state),)
+
+    def state_of(self, state: RecurrentState) -> Tensor:
+        """What `state` carries of the scan, in the form of hook_state at one position: [batch, channel] (state)."""
+        return state["scan", self.layer]
 
 
 class Mixer(TokenMixing):

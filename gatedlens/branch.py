@@ -50,10 +50,28 @@ class Branch:
 
     # -- as an operator ------------------------------------------------------------------------------------------
 
+    def convolved(self, x: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
+        """M x"""
+        document = self.factors.document
+        return _conv(x, self.taps) if document is None else documents.conv(x, self.taps, document)
+
     def forward(self, x: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
         """A x"""
-        document = self.factors.document
-        return self._after_conv(_conv(x, self.taps) if document is None else documents.conv(x, self.taps, document))
+        return self._after_conv(self.convolved(x))
+
+    def output(self) -> Float[Tensor, "batch pos channel"]:
+        """A x + r, for this branch's own x."""
+        return self._after_conv(self._own_conv(), self.factors.start if "scan" in self.parts else None)
+
+    def entering(self) -> Float[Tensor, "batch pos channel"]:
+        """act (M x + drift): what enters the scan."""
+        return self.act * self._own_conv()
+
+    def _own_conv(self) -> Tensor:
+        """M x + drift"""
+        drift = self.factors.drift
+        c = self.convolved(self.factors.x)
+        return c if drift is None else c + drift
 
     def _after_conv(self, c: Tensor, start: Tensor | None = None) -> Tensor:
         """gate (S + skip) act c, and what the start state adds."""
@@ -131,8 +149,8 @@ class AheadBranch(Branch):
     def _bare(self) -> Branch:
         return Branch(replace(self.factors, taps=None), self.parts)
 
-    def forward(self, x: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
-        return self._bare.forward(_conv(x.flip(1), self.taps).flip(1))
+    def convolved(self, x: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
+        return _conv(x.flip(1), self.taps).flip(1)
 
     def backward(self, g: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
         return _conv_transposed(self._bare.backward(g).flip(1), self.taps).flip(1)

@@ -48,6 +48,7 @@ class LocalAttention(TokenMixing):
 
     place = "attn"
     attention_points = ("hook_v", "hook_pattern", "hook_z")
+    output_point = "hook_z"
 
     def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, d_head: int, window: int):
         super().__init__(weights, rows, layer)

@@ -23,7 +23,7 @@ from gatedlens.hooking import Batch, Hooking
 from gatedlens.hookpoint import HookPoint, rows_of
 from gatedlens.padding import Padding
 from gatedlens.points import Alias, Names, Point, View
-from gatedlens.state import RecurrentState
+from gatedlens.state import CARRIED, Carried, RecurrentState
 from gatedlens.table import HookTable
 
 
@@ -44,6 +44,10 @@ class HookedModel(Hooking):
     aliases: ClassVar[tuple[Alias, ...]] = ()
     views: ClassVar[tuple[View, ...]] = ()
     has_positions: ClassVar[bool] = False  # whether position_ids mean anything to it
+    carried: ClassVar[Mapping[str, Carried]] = CARRIED  # what a RecurrentState holds of a layer, by name
+    running: Run | None = (
+        None  # the luggage of the forward call that is in progress: what hooks know of padding and state
+    )
     cfg: HookedConfig
     wrapped: Any
     training: bool
@@ -179,9 +183,19 @@ class HookedModel(Hooking):
     def through_blocks(self, resid: Tensor, run: Run, start: int | None, stop: int | None) -> Tensor:
         """The residual stream after blocks `start` to `stop` (exclusive; negative ones count from the end)."""
         chosen = range(self.cfg.n_layers)[self._layer(start, "start_at_layer") : self._layer(stop, "stop_at_layer")]
-        for layer in chosen:
-            resid = self.blocks[layer](resid, run)
+        outer, self.running = self.running, run
+        try:
+            for layer in chosen:
+                resid = self.blocks[layer](resid, run)
+        finally:
+            self.running = outer
         return resid
+
+    def current(self) -> Run:
+        """The luggage of the forward call that is in progress: what a hook knows of its padding and its state."""
+        if self.running is None:
+            raise InputError("This hook needs the call that it runs in: call the model, not a block by itself.")
+        return self.running
 
     def _layer(self, layer: int | None, option: str) -> int | None:
         n = self.cfg.n_layers

@@ -44,6 +44,10 @@ class PatternScan:
         own = self._apply(self.pattern, u)
         return own if start is None else own + self._apply(self.before, start)
 
+    def mass(self, kept: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
+        """How much of each row's sum is left when only the sources `kept` (1, else 0) and the carried ones are."""
+        return self._apply(self.pattern, kept) + self.before.sum(-1)[:, self.head].mT
+
     def apply_transposed(self, g: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
         """S^T g"""
         return self._apply(self.pattern.mT, g)

@@ -20,6 +20,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gatedlens.errors import InputError
 from gatedlens.halving import Desk, Halving, Near, Pieces, Slate, followed
 from gatedlens.recurrence import scan
 
@@ -67,6 +68,10 @@ class DecayScan:
             start = u.new_zeros(u.shape[0], u.shape[2], self.rate.shape[1])
         sequences = (step.to(u.dtype), self.fresh().to(u.dtype), self.amount * u, self.key, self.read)
         return scan(_terms, sequences, (self.rate,), start)[0]
+
+    def mass(self, kept: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
+        """How much of each row's sum is left when only some sources are: asked of a softmax only."""
+        raise InputError("The rows of this layer's scan are no softmax, so there is nothing to renormalise.")
 
     def apply_transposed(self, g: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
         """S^T g: the same recurrence from the end, with read and key in each other's place."""

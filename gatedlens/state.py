@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -21,6 +22,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gatedlens.errors import CheckpointError, InputError, did_you_mean
+
+
+class Carried(NamedTuple):
+    """What a tensor of the state is: the `part` of its layer's memory (empty: it belongs to no layer alone), and its axes."""
+
+    part: str
+    axes: str
+
+
+CARRIED = {"scan": Carried("scan", "batch channel state"), "conv": Carried("conv", "batch tail channel")}
 
 
 class RecurrentState:

@@ -53,6 +53,10 @@ class WkvScan:
         num = torch.zeros_like(self.den) if start is None else start.squeeze(-1)
         return wkv(self.k, u, self.w, self.u, None, Carry(num, self.den, self.max))[0]
 
+    def mass(self, kept: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
+        """How much of each row's sum is left when only the sources `kept` (1, else 0) and the carried state are."""
+        return self.apply(kept, self.den.unsqueeze(-1))
+
     def apply_transposed(self, g: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
         """S^T g: S u is linear in u, so this is its gradient."""
         again = torch.is_grad_enabled()

@@ -29,18 +29,21 @@ from tests import (
     test_cache,
     test_contributions,
     test_hookpoint,
+    test_knockout,
     test_language,
     test_metrics,
     test_model,
     test_points,
     test_profiles,
     test_stack,
+    test_states,
     test_transformer_lens,
 )
 from tests.conftest import EVERY, ROOT
 from tests.helpers import example, relative
 from tests.test_ablation import clean  # noqa: F401  a fixture
 from tests.test_attention import case  # noqa: F401  a fixture
+from tests.test_knockout import kind  # noqa: F401  a fixture
 
 FOLDER = ROOT / "tutorials" / "fifth"
 
@@ -71,6 +74,7 @@ GENERAL = [
     test_model,
     test_ablation,
     test_hookpoint,
+    test_knockout,
     test_language,
     test_metrics,
     test_attention,
@@ -79,6 +83,7 @@ GENERAL = [
     test_points,
     test_profiles,
     test_stack,
+    test_states,
     test_transformer_lens,
 ]
 if importlib.util.find_spec("nnsight") is not None:

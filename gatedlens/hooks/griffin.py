@@ -39,7 +39,7 @@ from gatedlens.padding import Padding, windows
 from gatedlens.points import Point, block_aliases, block_rows
 from gatedlens.recurrence import at_least_float32
 from gatedlens.scanmatrix import DecayScan
-from gatedlens.state import RecurrentState
+from gatedlens.state import CARRIED, Carried, RecurrentState
 
 PAPER = "Griffin, arXiv 2402.19427"
 UIA = "UIA, arXiv 2405.16504"
@@ -376,6 +376,13 @@ class HookedGriffin(HookedLanguageModel):
     )
     aliases = ALIASES
     has_positions = True
+    carried: ClassVar = {
+        **CARRIED,
+        "keys": Carried("window", "batch key_pos kv_head d_head"),
+        "values": Carried("window", "batch key_pos kv_head d_head"),
+        "key_positions": Carried("window", "batch key_pos"),
+        "next_position": Carried("", "batch"),  # of the document, whatever the layer
+    }
     cfg: GriffinConfig
 
     @classmethod

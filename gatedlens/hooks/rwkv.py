@@ -41,7 +41,7 @@ from gatedlens.language import HookedLanguageModel
 from gatedlens.padding import Padding
 from gatedlens.points import Alias, Point, block_aliases, block_rows
 from gatedlens.recurrence import at_least_float32
-from gatedlens.state import RecurrentState
+from gatedlens.state import Carried, RecurrentState
 from gatedlens.wkv import NOTHING, Carry, OpenWkv, wkv
 from gatedlens.wkvmatrix import WkvScan
 
@@ -190,6 +190,11 @@ class RwkvMixer(RwkvMix):
             return Factors(x=v, o=o, scan=WkvScan(k, w, u, nothing, nothing + NOTHING), gate=gate)
         num, den, top = (state[name, self.layer].to(k) for name in Carry._fields)
         return Factors(x=v, o=o, scan=WkvScan(k, w, u, den, top), gate=gate, start=num.unsqueeze(-1))
+
+    def state_of(self, state: RecurrentState) -> Tensor:
+        """(N, D) = (num, den) e^max, in float64."""
+        num, den, top = (state[name, self.layer].double() for name in Carry._fields)
+        return torch.stack([num, den], dim=-1) * top.exp().unsqueeze(-1)
 
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
         return self.rescale.whole(self.weights.output.weight), None
@@ -361,6 +366,11 @@ class HookedRWKV(HookedLanguageModel):
     block_points = BLOCK_ROWS
     final_points = _layer_norm_rows("ln_final", "blocks.-1.hook_resid_post")
     aliases = ALIASES
+    carried: ClassVar = {
+        **{name: Carried("scan", "batch channel") for name in Carry._fields},
+        "shift": Carried("shift", "batch tail d_model"),
+        "mlp_shift": Carried("mlp_shift", "batch tail d_model"),
+    }
     cfg: RWKVConfig
 
     @classmethod

@@ -171,6 +171,10 @@ class ViMMixer(TokenMixing):
         return {"fwd": self.fwd} if self.bwd is None else {"fwd": self.fwd, "bwd": self.bwd}
 
     @property
+    def scans(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(self.directions)
+
+    @property
     def attention_points(self) -> tuple[str, ...]:  # type: ignore[override]
         return tuple(f"{name}.{point}" for name, scan in self.directions.items() for point in scan.attention_points)
 

@@ -1,0 +1,187 @@
+"""Cutting: how a layer's output comes to lose what some positions brought it. `knockout.py` is its face.
+
+    Cut(token, Edges(((src, dst),)), layers=None, scan=None, index={}).hooks(model)
+
+A is linear in what it reads, so a target i without its sources is o_i - (A (x src))_i: one more pass of the scan, and no matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gatedlens.ablation import Index, Where
+from gatedlens.attention import ImplicitAttention
+from gatedlens.branch import Branch, branch_of
+from gatedlens.edges import Edges, alike, visible
+from gatedlens.errors import InputError
+from gatedlens.hookpoint import Capture, HookPoint
+from gatedlens.layers import layers_of, scans_of
+from gatedlens.recurrence import at_least_float32
+
+Way = Callable[[Branch, Tensor, Tensor], Tensor]
+
+
+# -- what an output loses -------------------------------------------------------------------------------------------
+# Each way gets the sources and the targets [batch, pos, one] as numbers 1 and 0, in the order of the branch, and returns
+# what every output [batch, pos, channel] would lose with these sources; only the targets' is used.
+
+
+def token(branch: Branch, src: Tensor, dst: Tensor) -> Float[Tensor, "batch pos channel"]:
+    """A (x src)"""
+    return branch.forward(branch.factors.x * src)
+
+
+def write(branch: Branch, src: Tensor, dst: Tensor) -> Float[Tensor, "batch pos channel"]:
+    """gate S (u src)"""
+    return branch.gate * branch.factors.scan.apply(branch.entering() * src)
+
+
+def share(branch: Branch, src: Tensor, dst: Tensor) -> Float[Tensor, "batch pos channel"]:
+    """gate (S u - S (u kept) / S kept), kept = 1 - src, each S with what a state carried."""
+    scan, u, start = branch.factors.scan, branch.entering(), branch.factors.start
+    kept = torch.where(dst.bool(), scan.mass((1 - src).expand_as(u).contiguous()), 1.0)
+    if bool((kept <= 0).any()):
+        raise InputError(
+            "cut_renormalised: a target loses every position that it sees; nothing is left to renormalise."
+        )
+    return branch.gate * (scan.apply(u, start) - scan.apply(u * (1 - src), start) / kept)
+
+
+# -- the step of an intervention --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One step of an intervention: `edges` cut in a `way`. `verify` costs one more scan: see `_verify`."""
+
+    way: Way
+    edges: Edges
+    layers: Any
+    scan: str | None
+    index: Mapping[str, Index]
+    verify: bool = True
+
+    def hooks(self, model: Any) -> list[tuple[str, Callable[..., Any]]]:
+        """In each layer a hook that takes notes at the points behind its A, and one that cuts at its output point."""
+        found: list[tuple[str, Callable[..., Any]]] = []
+        for layer in layers_of(model, self.layers):
+            mixer = model.blocks[layer].mixer
+            scans_of(mixer, self.scan)
+            stem = f"blocks.{layer}.{mixer.place}."
+            where = Where((f"{stem}{mixer.output_point}",), self.index)
+            (out,) = where.points(model)
+            cutting = Cutting(self, model, layer, where)
+            found += [(stem + name, cutting.notes) for name in mixer.attention_points if stem + name != out]
+            found.append((out, cutting))
+        return found
+
+
+class Cutting:
+    """The hook at a layer's output point. The first of its kin there does what all of them ask."""
+
+    def __init__(self, cut: Cut, model: Any, layer: int, where: Where):
+        self.cut = cut
+        self.model = model
+        self.layer = layer
+        self.where = where
+        self.values: dict[str, Tensor] = {}
+        self.notes = Capture(self.values)
+
+    def __call__(self, tensor: Tensor, hook: HookPoint) -> Tensor:
+        kin = [handle.user_hook for handle in hook.fwd_hooks if isinstance(handle.user_hook, Cutting)]
+        values = {**self.values, str(hook.name): tensor}
+        self.values.clear()
+        if kin[0] is not self:
+            return tensor
+        attention = self._attention(values)
+        o = at_least_float32(tensor.flatten(2))
+        if any(one.cut.verify for one in kin):
+            _verify(attention, o, tensor.dtype)
+        return (o - _lost(attention, kin, tensor, hook)).to(tensor.dtype).reshape(tensor.shape)
+
+    def _attention(self, values: Mapping[str, Tensor]) -> ImplicitAttention:
+        """The layer's operator in the call that is in progress."""
+        run, mixer = self.model.current(), self.model.blocks[self.layer].mixer
+        stem = f"blocks.{self.layer}.{mixer.place}."
+        branches = mixer.branches(lambda name: values[stem + name], run.padding, run.before)
+        return ImplicitAttention(branches, run.padding, self.model, self.layer)
+
+    def channels(self, tensor: Tensor, hook: HookPoint) -> Tensor:
+        """Which channels are cut: a mask [channel]."""
+        mask = self.where.entries(tensor.shape, hook.point, tensor.device)
+        return mask.expand(1, 1, *tensor.shape[2:]).flatten()
+
+
+@torch.no_grad()
+def _verify(attention: ImplicitAttention, o: Tensor, dtype: torch.dtype) -> None:
+    """A cut is exact only if A x + r is what the layer computed."""
+    o = attention.padding.zero(o)
+    error, size = (attention.output() - o).abs().max().item(), o.abs().max().item()
+    if not error <= max(size, 1e-30) * torch.finfo(dtype).eps ** 0.5:
+        raise InputError(
+            f"Layer {attention.layer}: another hook edits inside its recurrence (or its output point), so its output is not "
+            f"A x + r (it is off by {error:.3g} of {size:.3g}) and a cut would not be exact. Edit what A is derived from "
+            f"({', '.join(attention.model.blocks[attention.layer].mixer.attention_points)}), or make the edit after the cut."
+        )
+
+
+def _lost(attention: ImplicitAttention, kin: list[Cutting], tensor: Tensor, hook: HookPoint) -> Tensor:
+    """What the layer's output loses through all cuts together: [batch, pos, channel]."""
+    mixer, real = attention.model.blocks[attention.layer].mixer, attention.padding.mask
+    if real is None:
+        real = torch.ones(tensor.shape[:2], dtype=torch.bool, device=tensor.device)
+    wanted: dict[int, dict[Way, list[tuple[Tensor, Tensor]]]] = {}
+    for cutting in kin:
+        numbers = [mixer.scans.index(name) for name in scans_of(mixer, cutting.cut.scan)]
+        edges = cutting.cut.edges.matrix(real, visible([attention.branches[n] for n in numbers]))
+        for number in numbers:
+            ways = wanted.setdefault(number, {})
+            ways.setdefault(cutting.cut.way, []).append((edges, cutting.channels(tensor, hook)))
+    total = torch.zeros_like(attention.branches[0].x)
+    for number, ways in wanted.items():
+        _refuse_meeting(ways)
+        for way, cuts in ways.items():
+            total = total + _lost_in_branch(attention, number, way, cuts)
+    return total
+
+
+def _refuse_meeting(ways: Mapping[Way, list[tuple[Tensor, Tensor]]]) -> None:
+    """Two ways of cutting cannot share an output: what each leaves depends on the other."""
+    outputs = [
+        torch.stack([edges.any(2).unsqueeze(2) & chosen for edges, chosen in cuts]).any(0) for cuts in ways.values()
+    ]
+    if bool((torch.stack(outputs).sum(0) > 1).any()):
+        names = " and ".join(way.__name__ for way in ways)
+        raise InputError(
+            f"Cuts of different kinds ({names}) meet at one target, layer and channel: use one kind there."
+        )
+
+
+def _lost_in_branch(
+    attention: ImplicitAttention, number: int, way: Way, cuts: list[tuple[Tensor, Tensor]]
+) -> Float[Tensor, "batch pos channel"]:
+    """One kind of cut in one branch. Channels of which the same edges are cut go together, and so do alike targets."""
+    factors, padding = attention.branches[number], attention.padding
+
+    def turn(x: Tensor) -> Tensor:
+        return x.flip(1) if factors.reverse else x
+
+    lost = torch.zeros_like(factors.x)
+    patterns, which = torch.stack([chosen for _, chosen in cuts]).unique(dim=1, return_inverse=True)
+    for column, pattern in enumerate(patterns.T.tolist()):
+        if not any(pattern):
+            continue
+        channels = (which == column).nonzero().flatten()
+        branch = branch_of(factors if len(channels) == len(which) else factors.select(channels.tolist()))
+        edges = torch.stack([edges for (edges, _), member in zip(cuts, pattern, strict=True) if member]).any(0)
+        for src, dst in alike(edges):
+            inside = [turn(padding.pack(mask.unsqueeze(2))).to(factors.x) for mask in (src, dst)]
+            piece = padding.spread(turn(way(branch, *inside))) * dst.unsqueeze(2)
+            lost = lost.index_add(2, channels, factors.scale * piece)
+    return lost

@@ -1,0 +1,95 @@
+"""Edges: which source positions are cut off from which target positions, checked to be there to cut.
+
+    Edges(((src, dst), ...)).matrix(real, visible)       # batch dst src, True at the edges
+    for src, dst in alike(matrix): ...                   # targets that lose the same sources, together: batch pos each
+
+src and dst are positions as `positions.py` reads them. Every one of them must take part in an edge that exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from gatedlens.errors import InputError
+from gatedlens.factors import Factors
+from gatedlens.positions import mask_of
+
+
+@dataclass(frozen=True)
+class Edges:
+    """All sources to all targets of each pair (src, dst). Not `strict`: what cannot be cut is left as it is."""
+
+    pairs: tuple[tuple[Any, Any], ...]
+    strict: bool = True
+
+    def matrix(
+        self, real: Bool[Tensor, "batch pos"], visible: Bool[Tensor, "dst src"]
+    ) -> Bool[Tensor, "batch dst src"]:
+        """real: where a token is no padding. visible: which sources the layer lets a target see at all."""
+        rows, length = real.shape
+        total = torch.zeros(rows, *visible.shape, dtype=torch.bool, device=real.device)
+        for src, dst in self.pairs:
+            sources = mask_of(src, "src", rows, length, real.device)
+            targets = mask_of(dst, "dst", rows, length, real.device)
+            edges = (targets & real).unsqueeze(2) & (sources & real).unsqueeze(1) & visible
+            if self.strict:
+                _check(sources, targets, edges, real)
+            total |= edges
+        return total
+
+
+def _check(sources: Tensor, targets: Tensor, edges: Tensor, real: Tensor) -> None:
+    """Refuse a position without an edge, in a row for which both sources and targets were given."""
+    asked = sources.any(1, keepdim=True) & targets.any(1, keepdim=True)
+    for what, given, has in (("src", sources, edges.any(1)), ("dst", targets, edges.any(2))):
+        lone = given & asked & real & ~has
+        if bool(lone.any()):
+            row, place = lone.nonzero()[0].tolist()
+            others = _say((targets if what == "src" else sources)[row])
+            why = f"after the target{others}" if what == "src" else f"before the source{others}"
+            raise InputError(
+                f"{what}={place} has no edge in row {row}: it stands {why} (padding aside), and this layer lets a target see "
+                "only what the scan has read before it. There is nothing to cut."
+            )
+        padding = asked.squeeze(1) & ~(given & real).any(1)
+        if bool(padding.any()):
+            row = int(padding.nonzero()[0])
+            raise InputError(f"{what}{_say(given[row])} of row {row} is padding: there is nothing to cut.")
+
+
+def _say(mask: Tensor) -> str:
+    """` 3`, or `s 3, 4`"""
+    places = mask.nonzero().flatten().tolist()
+    return f"{'s' * (len(places) > 1)} {', '.join(map(str, places[:6]))}{', ...' * (len(places) > 6)}"
+
+
+def visible(branches: Sequence[Factors]) -> Bool[Tensor, "dst src"]:
+    """Which sources a target can see through any of these branches, windows and documents aside."""
+    x = branches[0].x
+    everything = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
+    seen = torch.zeros_like(everything)
+    for factors in branches:
+        ways = (everything.tril(), everything.triu())
+        seen |= everything if factors.ahead else ways[int(factors.reverse)]
+    return seen
+
+
+def alike(
+    edges: Bool[Tensor, "batch dst src"],
+) -> Iterator[tuple[Bool[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]]:
+    """(src, dst) masks: the targets that lose the same sources, one group at a time."""
+    rows = edges.any(0).any(1).nonzero().flatten()
+    if len(rows) == 0:
+        return
+    patterns, which = edges[:, rows].transpose(0, 1).flatten(1).unique(dim=0, return_inverse=True)
+    for number, pattern in enumerate(patterns):
+        src = pattern.reshape(edges.shape[0], edges.shape[2])
+        dst = torch.zeros_like(src)
+        dst[:, rows[which == number]] = True
+        yield src, dst & src.any(1, keepdim=True)

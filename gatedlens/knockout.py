@@ -1,0 +1,197 @@
+"""Knockout: cut what some positions read from others, in chosen layers and channels, and nothing else.
+
+    cut = gl.knockout.cut(src=batch.answer_pos, dst=-1, layers=1)           # per row: a tensor; for all: a number, a list
+    with cut.on(model):
+        logits = model(batch.tokens)
+    (gl.knockout.cut(3, -1) + gl.ablation.open_gate()).on(model)            # composes with any intervention
+    gl.knockout.sweep(model, tokens, metric, dst=-1, window=3)              # Result [layer, src], a heat map
+
+o = A x + r is what a layer's token mixing hands to its output projection (`attention.py`), i a target, j a source. A is that
+of the same run, with whatever was edited upstream. Three things can be cut:
+
+    cut                 A[i, j] = 0: o_i loses all that comes from x_j, through conv, scan and skip
+    cut_scan            o_i loses gate_i S[i, j] u_j: what the state carries of j's write into i's readout. The conv stays, and
+                        u_j holds what the conv mixed into it (neighbours, bias)
+    cut_renormalised    S[i, j] = 0 and the rest of row i scaled to sum to 1 again: scores := -inf in attention, numerator
+                        and denominator of RWKV. For softmax scans only
+
+A is held as it is: gates, dt, B, C, keys stay those of the run, also where a conv or shift has mixed x_j into them.
+
+`cut` and `cut_scan` do not renormalise: a zeroed entry of a softmax leaves a row that sums to less than 1. Attention knockout in
+transformers (Geva et al. 2023, arXiv 2304.14767) is `cut_renormalised`; in Mamba (Endy et al. 2025, Mamba Knockout, arXiv
+2505.24244) it is `cut_scan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, SupportsIndex
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from gatedlens.ablation import Index, Intervention
+from gatedlens.cutting import Cut, Way, share, token, write
+from gatedlens.edges import Edges
+from gatedlens.errors import InputError
+from gatedlens.hooking import Batch
+from gatedlens.layers import layers_of
+from gatedlens.metrics import Metric, measure
+from gatedlens.positions import mask_of
+from gatedlens.result import Result
+
+How = Callable[..., Intervention]
+
+
+def cut(src: Any, dst: Any, layers: Any = None, scan: str | None = None, **index: Index) -> Intervention:
+    """`cut(src=[2, 3], dst=-1, layers=range(4, 8), channel=slow)`: A[i, j] = 0 for every source j and target i.
+
+    src, dst: a position, a list or slice of them (the same in every row), a tensor [batch] (one a row) or [batch, some], a
+    list for each row, or a mask [batch, pos]; see `positions.py`. layers: a number, several, or None for all. index: some
+    `channel` (in attention layers `head`, `d_head`). scan: "fwd" or "bwd" where a layer has both; None for all.
+
+    Positions are those of the call (while generating, each step is one). Raises InputError for positions that do not exist
+    or that a target cannot see, and where an edit inside the recurrence (decay, write, scan, ...) of the layer makes A not
+    the layer's operator. Several cuts of a layer act together.
+    """
+    return _cut(token, src, dst, layers, scan, index)
+
+
+def cut_scan(src: Any, dst: Any, layers: Any = None, scan: str | None = None, **index: Index) -> Intervention:
+    """`cut_scan(3, -1)`: the readout of i loses what the state carries of position j's write, C_i prod(decay) write_j."""
+    return _cut(write, src, dst, layers, scan, index)
+
+
+def cut_renormalised(src: Any, dst: Any, layers: Any = None, scan: str | None = None, **index: Index) -> Intervention:
+    """`cut_renormalised(3, -1, layers=2)`: S[i, j] = 0, the row renormalised; attention layers and RWKV."""
+    return _cut(share, src, dst, layers, scan, index)
+
+
+def pairs(
+    edges: Sequence[tuple[Any, Any]],
+    how: How = cut,
+    layers: Any = None,
+    scan: str | None = None,
+    **index: Index,
+) -> Intervention:
+    """`pairs([(2, 5), (3, 6)])`: these edges (src, dst) alone, not all sources to all targets."""
+    return _with(how(0, 0, layers=layers, scan=scan, **index), edges=Edges(tuple(edges)))
+
+
+def _with(cuts: Intervention, **changes: Any) -> Intervention:
+    """The same kind of cut, of other edges."""
+    return Intervention(tuple(replace(step, **changes) for step in cuts.steps if isinstance(step, Cut)))
+
+
+def _cut(way: Way, src: Any, dst: Any, layers: Any, scan: str | None, index: Mapping[str, Index]) -> Intervention:
+    for axis in ("batch", "pos"):
+        if axis in index:
+            raise InputError(f"{axis}={index[axis]!r}: rows and positions of a cut are said by src and dst.")
+    return Intervention((Cut(way, Edges(((src, dst),)), layers, scan, index),))
+
+
+# -- sweeping -------------------------------------------------------------------------------------------------------
+
+
+def sweep(
+    model: Any,
+    input: Any,
+    metric: Metric,
+    dst: Any,
+    src: Any = None,
+    window: int = 1,
+    how: How = cut,
+    layers: Any = None,
+    scan: str | None = None,
+    attention_mask: Tensor | None = None,
+    max_rows: int = 64,
+    progress: bool = True,
+    **index: Index,
+) -> Result:
+    """`sweep(model, tokens, metric, dst=-1, src={"subject": subject_pos, "rest": [5, 6]}, window=3).plot()`
+
+    values[layer, src] = (metric - clean) / |clean|, means over rows, when all edges from the source to `dst` are cut in a window
+    of `window` of the `layers` around the layer (shorter at the ends). -1: all of the metric is gone; 0: nothing
+    happened, also where a target cannot see the source. src: None for every position by itself, a dict of names to
+    positions, or a list of positions. how: `cut`, `cut_scan` or `cut_renormalised`. Many cells run in one
+    batch of at most `max_rows` rows (or one cell), from the first layer of their window on. Geva et al. 2023 (arXiv
+    2304.14767).
+    """
+    chosen = layers_of(model, layers)
+    if not 1 <= window <= len(chosen):
+        raise InputError(f"window={window}: give 1 to {len(chosen)}, the number of layers.")
+    windows = [chosen[max(0, c - window // 2) : c + (window + 1) // 2] for c in range(len(chosen))]
+    masked = {} if attention_mask is None else {"attention_mask": attention_mask}
+    batch, _ = model.prepare(input, **masked)
+    groups = _sources(model, batch, src)
+    cells = _Cells(model, batch, metric, dst, partial(how, scan=scan, **index))
+    size = max(1, max_rows // len(batch.value))
+    values = torch.zeros(len(windows), len(groups), dtype=torch.float64)
+    with torch.no_grad(), tqdm(total=values.numel(), desc="knockout", disable=not progress) as bar:
+        streams, clean = cells.clean({some[0] for some in windows})
+        for row, some in zip(values, windows, strict=True):
+            for first in range(0, len(groups), size):
+                part = slice(first, first + size)
+                row[part] = cells.cut(streams[some[0]], some, list(groups.values())[part], verify=first == 0)
+                bar.update(len(row[part]))
+    facts = {"model": model.cfg.model_name, "clean": clean, "window": window, "dst": str(dst), "how": how.__name__}
+    labels: dict[str, list[Any]] = {"layer": list(chosen), "src": _labels(model, batch, src) or list(groups)}
+    title = f"{how.__name__}: source to {dst}, window {window}"
+    return Result((values - clean) / abs(clean), ("layer", "src"), labels, title, "(metric - clean) / |clean|", facts)
+
+
+def _sources(model: Any, batch: Batch, src: Any) -> dict[Any, Bool[Tensor, "batch pos"]]:
+    """Each source's name and its positions."""
+    rows, length = len(batch.value), model.positions(batch)
+    if src is None:
+        src = range(length)
+    if not isinstance(src, Mapping):
+        src = {int(one) if isinstance(one, SupportsIndex) else str(one): one for one in src}
+    if not src:
+        raise InputError("src names no source: give positions, a dict of names to positions, or None for all.")
+    return {name: mask_of(given, f"src {name!r}", rows, length, batch.value.device) for name, given in src.items()}
+
+
+def _labels(model: Any, batch: Batch, src: Any) -> list[str]:
+    """The tokens, where each position of a single prompt is a source and somebody can read them."""
+    if src is not None or model.tokenizer is None or len(batch.value) != 1:
+        return []
+    return model.to_str_tokens(batch.value)
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Runs cells of a sweep: `how(src, dst, layers)` makes the cut of each."""
+
+    model: Any
+    batch: Batch
+    metric: Metric
+    dst: Any
+    how: How
+
+    def clean(self, layers: set[int]) -> tuple[dict[int, Tensor], float]:
+        """(the residual stream before each of `layers`, the metric) without a cut."""
+        names = {layer: f"blocks.{layer}.hook_resid_pre" for layer in layers}
+        logits, cache = self.model.run_with_cache(self.batch, names_filter=list(names.values()))
+        value = float(measure(self.metric, logits).double().mean())
+        if abs(value) < 1e-12:
+            raise InputError(f"The metric is {value:.3g} without a cut: a change cannot be put in relation to it.")
+        return {layer: cache[name] for layer, name in names.items()}, value
+
+    def cut(
+        self, stream: Tensor, layers: Sequence[int], sources: Sequence[Tensor], verify: bool
+    ) -> Float[Tensor, " cell"]:
+        """The metric of each cell, all in one batch."""
+        rows, n = len(stream), len(sources)
+        dst = mask_of(self.dst, "dst", rows, stream.shape[1], stream.device).repeat(n, 1)
+        edges = Edges(((torch.cat(list(sources)), dst),), strict=False)
+        mask = self.batch.mask
+        many = Batch(stream.repeat(n, 1, 1), None if mask is None else mask.repeat(n, 1), is_resid=True)
+        with _with(self.how(0, 0, layers=layers), edges=edges, verify=verify).on(self.model):
+            logits = self.model(many, start_at_layer=layers[0])
+        found = [measure(self.metric, logits[i * rows : (i + 1) * rows]).double().mean() for i in range(n)]
+        return torch.stack(found).cpu()

@@ -1,0 +1,177 @@
+"""State surgery: give a run another run's memory, from some position on, in chosen layers, channels or parts.
+
+    patch = gl.states.patch(other_cache, pos=5, layers=2, channel=slow)      # as any intervention: patch.on(model), a + b
+    state = gl.states.splice(model, state_b, state_a, layers=[0, 1], parts="scan")     # b's, with this of a's
+    a, b = gl.states.swap(model, a, b, layers=3)
+    logits = gl.states.read_through(model, "Ishmael went to sea.", reader, at=4, layers=2)
+    model.generate(prompt, state=state)                                      # run B from A's state
+
+A recurrence forgets all that its state does not hold: whoever sets the state at t sets what positions after t know of the past,
+
+    decay[t] := 0,  write[t] := the new state        (so state_t is the new state, and later positions follow)
+
+What a model remembers between two calls is a RecurrentState; its `parts` are those of `model.carried`: "scan" (the recurrence),
+"conv" or "shift" (the tail of the short window), "window" (of an attention layer), ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gatedlens.ablation import Index, Intervention, Where
+from gatedlens.errors import InputError, did_you_mean
+from gatedlens.layers import layers_of
+from gatedlens.points import Point
+from gatedlens.state import Carried, RecurrentState
+from gatedlens.statepatch import StatePatch
+
+# -- in the middle of a run -----------------------------------------------------------------------------------------
+
+
+def patch(
+    source: Any, pos: Any, layers: Any = None, source_pos: Any = None, scan: str | None = None, **index: Index
+) -> Intervention:
+    """`patch(cache_of_a, pos=7, layers=2, channel=[0, 3])`: the state after position 7 becomes that of the other run.
+
+    source: an ActivationCache that holds hook_state, read at `source_pos` (default `pos`); a RecurrentState; or a tensor
+    [batch, channel] (state) as hook_state has it at one position; one row goes for all. pos, source_pos: one position for
+    every row, or a tensor [batch]. layers: None for every layer with a recurrence. index: some `channel`, or `state`; the
+    others keep their own. scan: "fwd" or "bwd" where a layer has both; "after" is meant in the direction of the scan.
+
+    The readout at the position itself is of the new state too (RWKV's reads the one before). The conv and shift windows stay
+    as they are, and so does an attention layer's: `splice` moves those, between calls. RWKV's state is the pair (numerator,
+    denominator), absolute, in float64; a RecurrentState's pair, relative to a maximum, is turned into it.
+    """
+    return Intervention((StatePatch(source, pos, layers, source_pos, scan, index),))
+
+
+# -- between two calls ----------------------------------------------------------------------------------------------
+
+
+def splice(
+    model: Any,
+    into: Any,
+    source: Any,
+    layers: Any = None,
+    parts: str | Sequence[str] | None = None,
+    **index: Index,
+) -> RecurrentState:
+    """`splice(model, b, a, layers=[2], parts="scan", channel=slow)`: a new state, b's with these tensors (entries) of a.
+
+    layers, parts: None for all. index: some `channel` (`d_model` of a shift, `kv_head` of a window). One row of the source goes
+    for all; rows of one state among themselves: `splice(model, s, s.rows([1, 0]), layers=2)`. With everything taken it is a's.
+
+    A window's keys were rotated for the positions at which they stood, so it moves only between runs that have come as far.
+    """
+    _check_kind(into, source, model)
+    source = source.rows([0] * into.batch_size) if source.batch_size == 1 else source
+    if source.batch_size != into.batch_size:
+        raise InputError(
+            f"The source state holds {source.batch_size} rows and the other {into.batch_size}: use .rows([...])."
+        )
+    chosen = _keys(into, model, layers, parts)
+    layered = {key for key in into if _carried(model, key).part}
+    if set(chosen) == layered and not index:
+        return source.clone()
+    out = into.clone()
+    for key, carried in chosen.items():
+        new = source[key]
+        if carried.part == "window":
+            _check_window(into, source, key)
+        if index:
+            where, point = Where((), index), Point(key, " ".join(carried.axes.split()[: new.ndim]), "", "")
+            where.check(key, point, model.cfg.sizes)
+            new = torch.where(where.entries(new.shape, point, new.device), new, into[key])
+        out.tensors[key] = new.clone()
+    return out
+
+
+def swap(
+    model: Any, a: Any, b: Any, layers: Any = None, parts: str | Sequence[str] | None = None, **index: Index
+) -> tuple[RecurrentState, RecurrentState]:
+    """`a, b = swap(model, a, b, layers=2, parts="scan")`: the two states with these tensors (entries) exchanged."""
+    return splice(model, a, b, layers, parts, **index), splice(model, b, a, layers, parts, **index)
+
+
+def _carried(model: Any, key: str) -> Carried:
+    return model.carried[key.rpartition(".")[2]]
+
+
+def _check_kind(into: Any, source: Any, model: Any) -> None:
+    for what, state in (("first", into), ("second", source)):
+        if not isinstance(state, RecurrentState):
+            raise InputError(
+                f"The {what} state is {type(state).__name__}; it must be a RecurrentState (return_state=True)."
+            )
+    if set(into) != set(source) or any(key.rpartition(".")[2] not in model.carried for key in into):
+        raise InputError(
+            f"These are states of different models ({into.model_name or 'unnamed'}: {len(into)} tensors, "
+            f"{source.model_name or 'unnamed'}: {len(source)}), or not of {model.cfg.model_name}."
+        )
+
+
+def _keys(state: RecurrentState, model: Any, layers: Any, parts: str | Sequence[str] | None) -> dict[str, Carried]:
+    """The tensors that are meant; a layer that was named must have one."""
+    known = sorted({_carried(model, key).part for key in state} - {""})
+    wanted = known if parts is None else [parts] if isinstance(parts, str) else list(parts)
+    for part in wanted:
+        if part not in known:
+            raise InputError(
+                f"{part!r} is no part of this model's state; they are {', '.join(known)}.{did_you_mean(part, known)}"
+            )
+    found: dict[str, Carried] = {}
+    for layer in layers_of(model, layers):
+        names = {key: _carried(model, key) for key in state if key.split(".")[1] == str(layer)}
+        mine = {key: carried for key, carried in names.items() if carried.part in wanted}
+        if not mine and layers is not None:
+            has = ", ".join(sorted({carried.part for carried in names.values()} - {""}))
+            raise InputError(f"Layer {layer} carries no {' or '.join(wanted)}; it carries {has}.")
+        found |= mine
+    return found
+
+
+def _check_window(into: RecurrentState, source: RecurrentState, key: str) -> None:
+    if into[key].shape != source[key].shape or not torch.equal(into.seen, source.seen.to(into.seen.device)):
+        raise InputError(
+            f"{key} belongs to an attention window, whose keys were rotated for their positions: it moves only between runs "
+            f"that have seen as many tokens ({into.seen.tolist()} and {source.seen.tolist()} here). Choose other parts or layers."
+        )
+
+
+@torch.no_grad()
+def read_through(
+    model: Any,
+    source: Any,
+    reader: Any,
+    at: int,
+    layers: Any = None,
+    parts: str | Sequence[str] | None = None,
+    **index: Index,
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """`read_through(model, "Ishmael went to sea.", "He was a sailor named", at=1, layers=[2])`: logits of reader[at:].
+
+    The reader prompt is run to position `at`; there its state gets, in these layers, parts and channels, what the source
+    holds at its end, and the rest of the prompt is read from that. All layers and parts: the suffix as if it went on from
+    the source. source: text, tokens or a RecurrentState. A single row, of either, goes for all rows of the other. It is
+    Patchscopes (Ghandeharioun et al. 2024, arXiv 2401.06102) for states: the reader says what of the source a state holds.
+    """
+    batch, _ = model.prepare(reader)
+    if batch.mask is not None:
+        raise InputError(
+            "The reader's rows differ in length, so `at` is no one place in them: give rows of one length."
+        )
+    tokens, length = batch.value, batch.value.shape[1]
+    if not 1 <= at < length:
+        raise InputError(
+            f"at={at}: give 1 to {length - 1}; the reader has {length} tokens, some read before `at` and some after."
+        )
+    given = source if isinstance(source, RecurrentState) else model(source, return_type=None, return_state=True)[1]
+    if len(tokens) == 1:
+        tokens = tokens.expand(given.batch_size, -1)
+    _, own = model(tokens[:, :at], return_type=None, return_state=True)
+    return model(tokens[:, at:], state=splice(model, own, given, layers, parts, **index))
