@@ -11,6 +11,7 @@ edit is a function (tensor, point) -> tensor, so a new kind of ablation is one m
 end, also after an exception.
 """
 
+from gatedlens.ablation.average import Means, means
 from gatedlens.ablation.components import (
     fastest,
     identity_conv,
@@ -23,7 +24,6 @@ from gatedlens.ablation.components import (
     slowest,
 )
 from gatedlens.ablation.intervention import Edit, Intervention, Step, edit
-from gatedlens.ablation.average import Means, means
 from gatedlens.ablation.values import constant, freeze, mean, noise, resample, scale, zero
 from gatedlens.ablation.where import Component, Index, Layers, Where
 

@@ -57,7 +57,7 @@ class Sums(Saver):
     totals: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
 
-    def __call__(self, tensor: Tensor, hook: HookPoint) -> None:  # type: ignore[override]
+    def __call__(self, tensor: Tensor, hook: HookPoint) -> None:
         assert self.real is not None
         name, x = hook.name or "", tensor.detach().double()
         count = x.new_full([1] * x.ndim, len(x))
@@ -106,4 +106,6 @@ def means(
     empty = [name for name, count in sums.counts.items() if not bool((count > 0).all())]
     if empty:
         raise InputError(f"Some positions are padding in every row, so {empty[0]} has no mean there.")
-    return Means({name: total / sums.counts[name] for name, total in sums.totals.items()}, rows, positions, per_position)
+    return Means(
+        {name: total / sums.counts[name] for name, total in sums.totals.items()}, rows, positions, per_position
+    )

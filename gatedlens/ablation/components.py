@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatedlens.ablation.intervention import Edit, Intervention, Step
 from gatedlens.ablation.average import means
+from gatedlens.ablation.intervention import Edit, Intervention, Step
 from gatedlens.ablation.where import Component, Layers, Where
 from gatedlens.errors import InputError
 from gatedlens.hookpoint import HookPoint

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatedlens.ablation.intervention import Intervention, edit
 from gatedlens.ablation.average import Means
+from gatedlens.ablation.intervention import Intervention, edit
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError
 from gatedlens.hookpoint import HookPoint
