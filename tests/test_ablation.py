@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 import gatedlens as gl
 from gatedlens import ablation
-from tests.helpers import example
+from tests.helpers import example, padded
 
 NAME = "blocks.0.hook_mixer_out"
 
@@ -105,6 +107,14 @@ def test_components(model, clean):
         (lambda: ablation.freeze(NAME, {}), gl.PointError, "The source holds no blocks.0.hook_mixer_out"),
         (lambda: ablation.freeze(NAME, {NAME: torch.zeros(3, 3)}), gl.InputError, r"has shape \[3, 3\]"),
         (lambda: ablation.resample(NAME), gl.InputError, "at least two"),
+        (lambda: ablation.zero(NAME, d_model=slice(900, 950)), gl.InputError, "names no entry"),
+        (lambda: ablation.zero(NAME, pos=[]), gl.InputError, "names no entry"),
+        (lambda: ablation.zero(NAME, d_model=[True, False]), gl.InputError, "a mask of shape"),
+        (lambda: ablation.zero(NAME, d_model=0.5), gl.InputError, "is no index"),
+        (lambda: ablation.zero(NAME, d_model={"blocks.1": [0]}), gl.InputError, "says nothing of blocks.0"),
+        (lambda: ablation.remove_layer(7), gl.InputError, "layers=7"),
+        (lambda: ablation.remove_layer("9*"), gl.InputError, "names no layer"),
+        (lambda: ablation.only_tap(9), (gl.InputError, gl.PointError), "tap=9 is out of range|has no conv"),
     ],
 )
 def test_mistakes_are_explained_and_leave_nothing_behind(model, make, error, message):
@@ -118,3 +128,233 @@ def test_gradients_flow_around_what_is_ablated(lm):
     with ablation.zero("blocks.*.hook_m*_out").on(lm):  # nothing mixes tokens, RWKV's channel mix neither
         (grad,) = torch.autograd.grad(lm(resid, start_at_layer=0)[:, -1].sum(), resid)
     assert grad[:, :-1].abs().max() == 0 and grad[:, -1].abs().max() > 0
+
+
+# -- where the values come from -------------------------------------------------------------------------------------
+
+
+def test_noise_is_each_rows_and_each_points_own(model, clean):
+    """Layer numbers swapped, say, must not give one noise twice."""
+    names = [f"blocks.{layer}.hook_mixer_in" for layer in range(model.cfg.n_layers)]
+    with torch.no_grad(), ablation.noise(names, 1.0).on(model):
+        _, noisy = model.run_with_cache(example(model))
+    drawn = [noisy[name] - noisy[name.replace("mixer_in", "resid_pre")] for name in names]
+    drawn = torch.cat(drawn).flatten(1)
+    assert (torch.corrcoef(drawn) - torch.eye(len(drawn))).abs().max() < 0.5
+
+
+def test_a_row_is_never_resampled_with_itself(model, clean):
+    for seed in range(4):
+        got = fired(model, ablation.resample(NAME, clean, seed=seed))
+        assert same(got, clean[NAME].flip(0)), "the source are the same inputs: each of two rows gets the other"
+
+
+def test_sources_of_one_row_and_slices(model, clean):
+    x = example(model)
+    with torch.no_grad():
+        _, one = model.run_with_cache(x[:1], names_filter=NAME, remove_batch_dim=True)
+        _, part = model.run_with_cache(x, names_filter=NAME, pos_slice=[1])
+    assert same(fired(model, ablation.freeze(NAME, one)), clean[NAME][:1].expand_as(clean[NAME]))
+    for make in (ablation.freeze, ablation.mean, ablation.resample):
+        with pytest.raises(gl.InputError, match="keeps only some positions"):
+            fired(model, make(NAME, part))
+    with pytest.raises(gl.InputError, match=r"the axes there are batch pos d_model"):
+        fired(model, ablation.freeze(NAME, {NAME: clean[NAME][0]}))
+
+
+def test_padding_of_a_source_takes_no_part(lm):
+    rows = [example(lm, 1, n, seed=n)[0] for n in (7, 4)]
+    tokens, mask = padded(rows, "right")
+    with torch.no_grad():
+        _, cache = lm.run_with_cache(tokens, attention_mask=mask, names_filter=NAME)
+        alone = [lm.run_with_cache(row.unsqueeze(0), names_filter=NAME)[1][NAME][0] for row in rows]
+    got = fired(lm, ablation.mean(NAME, cache, over=("batch", "pos")))
+    assert same(got, torch.cat(alone).mean(0).expand_as(got))
+    got = fired(lm, ablation.mean(NAME, cache))
+    assert same(got[0, :4], (alone[0][:4] + alone[1]) / 2) and same(got[0, 4:], alone[0][4:])
+    with pytest.raises(gl.InputError, match="was padded"):
+        fired(lm, ablation.resample(NAME, cache))
+    averages = ablation.means(lm, [(tokens, mask), rows[0].unsqueeze(0)], NAME, progress=False)
+    assert (averages.rows, averages.positions) == (3, 18)
+    assert same(averages[NAME], torch.cat([*alone, alone[0]]).mean(0).reshape(1, 1, -1))
+
+
+def test_means_of_a_data_set(model, clean):
+    every = [name for name in model.names if "hook_state_start" not in name]
+    batches = [example(model, 2, seed=0), example(model, 3, seed=1)]
+    with torch.no_grad():
+        caches = [model.run_with_cache(x, names_filter=lambda name: True)[1] for x in batches]
+    averages, by_position = (ablation.means(model, batches, every, one, progress=False) for one in (False, True))
+    assert (averages.rows, averages.positions) == (5, 5 * clean["resid_pre", 0].shape[1])
+    for name in every:
+        rows, point = torch.cat([cache[name] for cache in caches]), model.names.points[name]
+        dims = [0, point.dims.index("pos")] if "pos" in point.dims else [0]
+        assert torch.allclose(averages[name], rows.mean(dims, keepdim=True), rtol=1e-10, atol=1e-12), name
+        assert torch.allclose(by_position[name], rows.mean(0, keepdim=True), rtol=1e-10, atol=1e-12), name
+    for source in (averages, by_position):
+        assert same(fired(model, ablation.mean(NAME, source)), source[NAME].expand_as(clean[NAME]))
+        assert same(fired(model, ablation.freeze(NAME, source, batch=0))[0], source[NAME].expand_as(clean[NAME])[0])
+    with pytest.raises(gl.PointError, match="not the means of 'blocks.1.hook_mixer_out'. Did you mean"):
+        ablation.means(model, batches, NAME, progress=False)["blocks.1.hook_mixer_out"]
+    with pytest.raises(gl.InputError, match="no batch"):
+        ablation.means(model, [], NAME)
+
+
+def test_means_by_position_want_one_length(lm):
+    with pytest.raises(gl.InputError, match="batches of one length"):
+        ablation.means(lm, [example(lm, 2, 5), example(lm, 2, 6)], NAME, per_position=True, progress=False)
+    assert not lm.list_hooks()
+
+
+# -- whole components -----------------------------------------------------------------------------------------------
+
+
+def logits(model, intervention, x):
+    with torch.no_grad(), intervention.on(model):
+        return model(x)
+
+
+def operated(model, part, change):
+    """A copy whose parameters with `part` in their name (the last words) are changed."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, p in other.wrapped.named_parameters():
+            if any(word in part for word in (".".join(name.split(".")[-2:]), name.split(".")[-1])):
+                change(p)
+    return other
+
+
+CONV = [f"{conv}.weight" for conv in ("conv1d", "conv_1d", "conv1d_b")]
+BIAS = [name.replace("weight", "bias") for name in CONV]
+
+
+def tap(k):
+    def keep(p):
+        kept = p[..., k].clone()
+        p.zero_()
+        p[..., k] = kept
+
+    return keep
+
+
+def identity(p):
+    p.zero_()
+    p[..., -1] = 1
+
+
+@pytest.mark.parametrize(
+    ("make", "word", "surgery"),
+    [
+        (ablation.identity_conv, "conv", [(CONV, identity), (BIAS, torch.Tensor.zero_)]),
+        (ablation.no_conv_bias, "conv", [(BIAS, torch.Tensor.zero_)]),
+        (lambda layers="*": ablation.only_tap(1, layers), "conv", [(CONV, tap(1))]),
+        (ablation.no_skip, "skip", [(["D", "D_b"], torch.Tensor.zero_)]),
+    ],
+    ids=["identity conv", "no conv bias", "one tap", "no skip"],
+)
+def test_a_component_without_is_a_model_whose_parameters_are_without(model, make, word, surgery):
+    x = example(model)
+    said = model.recurrence[word]
+    if said.startswith("none"):
+        with pytest.raises(gl.PointError, match=f"{model.title} has no {word}: its recurrence says {word}: 'none"):
+            logits(model, make(), x)
+        return
+    other = model
+    for part, change in surgery:
+        other = operated(other, part, change)
+    with torch.no_grad():
+        want = other(x)
+        assert not torch.allclose(want, model(x), atol=1e-4)
+    assert torch.allclose(logits(model, make(), x), want, rtol=1e-10, atol=1e-11)
+    with torch.no_grad():  # one layer alone, named from the end
+        first = next(layer for layer in range(model.cfg.n_layers) if model.blocks[layer].mixer.place == "mixer")
+        half = other(model(x, stop_at_layer=first), start_at_layer=first, stop_at_layer=first + 1)
+        want = model(half, start_at_layer=first + 1)
+    assert torch.allclose(logits(model, make(first - model.cfg.n_layers), x), want, rtol=1e-10, atol=1e-11)
+
+
+def first_layer(model, cache):
+    """(gate, scan, y) of each direction of block 0's mixer, and o -> what the block's mixer puts out."""
+    stems = [name.removesuffix("hook_gate") for name in cache if name.startswith("blocks.0.mixer.")]
+    stems = [stem for stem in stems if f"{stem}hook_gate" in cache.cache_dict]
+    weight, bias = model.blocks[0].mixer.output_weights()
+
+    def out(o):
+        return o / len(stems) @ weight.T + (0 if bias is None else bias)
+
+    return [tuple(cache[f"{stem}hook_{leaf}"] for leaf in ("gate", "scan", "y")) for stem in stems], out
+
+
+@torch.no_grad()
+def test_the_gate_and_the_scan_by_their_equations(model, clean):
+    parts, out = first_layer(model, clean)
+    assert same(fired(model, ablation.open_gate(0)), out(sum(y for _, _, y in parts)))
+    assert same(fired(model, ablation.no_scan(0)), out(sum(gate * (y - scan) for gate, scan, y in parts)))
+    channels = [1, 4]
+    expected = []
+    for gate, scan, y in parts:
+        scan = scan.clone()
+        scan[..., [c for c in range(scan.shape[-1]) if c not in channels]] = 0  # what is taken away
+        expected.append(gate * (y - scan))
+    assert same(fired(model, ablation.no_scan(0, channel=channels)), out(sum(expected)))
+
+
+@torch.no_grad()
+def test_layers_are_removed_by_number_and_by_pattern(model):
+    x, n = example(model), model.cfg.n_layers
+    resid = [model(x, stop_at_layer=layer) for layer in range(n)]
+    assert same(logits(model, ablation.remove_layer("*"), x), model(resid[0], start_at_layer=n))
+    assert same(logits(model, ablation.remove_layer(-1), x), model(resid[-1], start_at_layer=n))
+    assert same(logits(model, ablation.remove_layer(0), x), model(resid[0], start_at_layer=1))
+    assert same(logits(model, ablation.remove_layer("[01]"), x), model(resid[0], start_at_layer=2))
+    assert same(logits(model, ablation.remove_layer([0, -1]), x), model(model(resid[0], start_at_layer=1, stop_at_layer=n - 1), start_at_layer=n))  # fmt: skip
+
+
+@torch.no_grad()
+def test_channels_by_how_fast_they_forget(model, clean):
+    x = example(model)
+    slow, fast = (find(model, 1 / 3, x, progress=False) for find in (ablation.slowest, ablation.fastest))
+    stems = {name.rpartition(".")[0] for name in clean if name.endswith("hook_decay")}
+    assert set(slow) == set(fast) == stems
+    for stem in stems:
+        decay = clean[f"{stem}.hook_decay"]
+        mean = decay.mean((0, 1)) if decay.ndim == 3 else decay.mean((0, 1, 3))
+        k = round(len(mean) / 3)
+        assert slow[stem] == sorted(mean.topk(k).indices.tolist()) and len(slow[stem]) == k
+        assert fast[stem] == sorted(mean.topk(k, largest=False).indices.tolist())
+    both = ablation.zero("blocks.*.mixer.*hook_write", channel=slow) + ablation.no_scan(channel=fast)
+    with both.on(model):
+        _, cache = model.run_with_cache(x, names_filter=lambda name: True)
+    for stem in stems:
+        states, scan = cache[f"{stem}.hook_state"], cache[f"{stem}.hook_scan"]
+        kept = [c for c in range(scan.shape[-1]) if c not in slow[stem] + fast[stem]]
+        assert (states[:, :, slow[stem]] == 0).all() and (scan[..., fast[stem]] == 0).all()
+        assert (scan[..., kept] != 0).any()
+        if stem.startswith("blocks.0"):
+            assert same(scan[..., kept], clean[f"{stem}.hook_scan"][..., kept])
+    with pytest.raises(gl.InputError, match="share=0"):
+        ablation.slowest(model, 0, x)
+
+
+def test_a_layer_that_mixes_by_attention_has_no_gate():
+    model = gl.HookedGriffin.tiny()
+    attention = model.cfg.layer_types.index("attention")
+    with pytest.raises(gl.PointError, match=f"Layer {attention} of tiny-griffin has no gate: it mixes tokens by 'attn'"):
+        ablation.open_gate(attention).hooks(model)
+    with pytest.raises(gl.PointError, match="No layer of layers='2'"):
+        ablation.open_gate(str(attention)).hooks(model)
+    assert len(ablation.open_gate().hooks(model)) == model.cfg.n_layers - 1
+
+
+def test_components_compose_and_work_while_generating(lm):
+    if lm.recurrence["conv"].startswith("none"):
+        both = ablation.open_gate() + ablation.no_scan()
+    else:
+        both = ablation.only_tap(-1) + ablation.no_conv_bias() + ablation.open_gate()
+    tokens = example(lm)
+    with torch.no_grad(), both.on(lm):
+        ids = lm.generate(tokens, max_new_tokens=4, do_sample=False, verbose=False)
+        whole = tokens
+        for _ in range(4):
+            whole = torch.cat([whole, lm(whole)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(ids, whole)

@@ -84,7 +84,7 @@ class Where:
     """
 
     names: tuple[str | Component, ...]
-    index: Mapping[str, Index | Mapping[str, Index]] = field(default_factory=dict)
+    index: Mapping[str, Any] = field(default_factory=dict)
     layers: Layers = "*"
     others: bool = False
 
@@ -113,7 +113,7 @@ class Where:
             if size is not None:
                 along(axis, index, size, name)
 
-    def at(self, name: str) -> dict[str, Index]:
+    def at(self, name: str) -> dict[str, Any]:
         """The indices that a point has."""
         return {axis: _of_part(index, axis, name) for axis, index in self.index.items()}
 
@@ -127,7 +127,7 @@ class Where:
         return ~mask if self.others else mask
 
 
-def _of_part(index: Any, axis: str, name: str) -> Index:
+def _of_part(index: Any, axis: str, name: str) -> Any:
     """The index that the part of the model with the point `name` has."""
     if not isinstance(index, Mapping):
         return index
@@ -137,7 +137,7 @@ def _of_part(index: Any, axis: str, name: str) -> Index:
     raise InputError(f"{axis}=... says nothing of {name}; it speaks of {', '.join(index)}.")
 
 
-def along(axis: str, index: Index, size: int, name: str) -> Tensor:
+def along(axis: str, index: Any, size: int, name: str) -> Tensor:
     """Which of the `size` entries of an axis an index means [size]; InputError for one that means none or too many."""
     chosen = torch.zeros(size, dtype=torch.bool)
     if isinstance(index, slice):
