@@ -43,7 +43,7 @@ class Corruption:
     ) -> Corruption:
         """Gaussian noise on the subject's embeddings: `factor` times the standard deviation of all the input's."""
         mask = batch.mask
-        std = factor * float((embedded if mask is None else embedded[mask.bool()]).float().std())
+        std = factor * float((embedded if mask is None else embedded[mask.bool()]).double().std())
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(samples, *embedded.shape, generator=generator, dtype=torch.float64).to(embedded)
         facts = {"corrupt": "noise", "noise_std": std, "samples": samples, "seed": seed, "subject": _listed(marked)}

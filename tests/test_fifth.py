@@ -30,11 +30,15 @@ from tests import (
     test_contributions,
     test_hookpoint,
     test_language,
+    test_lens,
+    test_logitattribution,
     test_metrics,
     test_model,
     test_points,
     test_profiles,
     test_stack,
+    test_steering,
+    test_tracing,
     test_transformer_lens,
 )
 from tests.conftest import EVERY, ROOT
@@ -72,6 +76,8 @@ GENERAL = [
     test_ablation,
     test_hookpoint,
     test_language,
+    test_lens,
+    test_logitattribution,
     test_metrics,
     test_attention,
     test_cache,
@@ -79,6 +85,8 @@ GENERAL = [
     test_points,
     test_profiles,
     test_stack,
+    test_steering,
+    test_tracing,
     test_transformer_lens,
 ]
 if importlib.util.find_spec("nnsight") is not None:

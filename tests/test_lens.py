@@ -71,7 +71,7 @@ def test_the_answer_appears_in_the_last_layer(recall_model):
     assert len(texts) == found.top().values.numel() and texts[-1] == found.words()[-1][-1]
 
 
-def test_mistakes_are_explained(model):
+def test_mistakes_about_the_lens_are_explained(model):
     x = example(model)
     found = lens.logit_lens(model, x)
     n = model.cfg.n_layers

@@ -140,7 +140,7 @@ def test_the_answers_token_pays_on_a_trained_model(recall_model):
     assert words.facts["right"] == "3" and "wrong" in words.facts
 
 
-def test_mistakes_are_explained(model):
+def test_mistakes_about_the_logit_are_explained(model):
     x = example(model)
     for by in (lens.logit_attribution, lens.token_attribution):
         for ask, message in (

@@ -43,7 +43,9 @@ def states(model):
 @torch.no_grad()
 def test_the_vector_is_the_mean_difference(model):
     for name in (NAME, *states(model)):
-        kept = [model.run_with_cache(example(model, n, seed=s), names_filter=name)[1][name] for n, s in ((3, 1), (2, 2))]
+        kept = [
+            model.run_with_cache(example(model, n, seed=s), names_filter=name)[1][name] for n, s in ((3, 1), (2, 2))
+        ]
         for pos in (-1, 2):
             want = kept[0][:, pos].mean(0) - kept[1][:, pos].mean(0)
             assert torch.allclose(made(model, name, pos).vector, want, **CLOSE)
@@ -192,7 +194,7 @@ def test_texts_steer_a_trained_model(moby_model):
     assert steered.startswith("Call me") and steered != plain
 
 
-def test_mistakes_are_explained_and_leave_nothing_behind(model, tmp_path):
+def test_mistakes_about_steering_leave_nothing_behind(model, tmp_path):
     x = example(model)
     with pytest.raises(gl.PointError, match="Did you mean"):
         made(model, "blocks.0.hook_resid_pots")
