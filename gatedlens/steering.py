@@ -9,7 +9,8 @@
 
 A vector of states (`mixer.hook_state`) is added to what is written, `mixer.hook_write`: state_t = decay_t state_{t-1} +
 write_t + v. So it is in the state after position t, decays and propagates as the state does, and a RecurrentState carries
-it into all that is generated later. (An edit at hook_state itself would reach one readout only.)
+it into all that is generated later. (An edit at hook_state itself would reach one readout only.) Most often you want it
+once, `pos=-1`: without pos it is added again at every step.
 
 Contrastive activation addition: Turner et al. 2023; Rimsky et al. 2024. Positions are counted among real tokens.
 """

@@ -57,11 +57,11 @@ def causal_trace(
     clean: text(s), ids, a pair (ids, mask), images. metric: logits -> one number a row. corrupt: "noise", or the counterfactual
     input, of the same shape. subject: the positions that are noised: the same in all rows, or a boolean mask [batch, pos];
     a counterfactual's are those where it differs. point: what is restored: a point of a block ("mixer.hook_scan") or its
-    short name; layers that lack it are left out. window: so many layers at once. positions: which to restore (all), or
-    a mapping of labels to a position, or to one a row: {"key": key_pos, "last": -1}; counted in the input as it is given,
-    padding included. noise: standard deviation, as a multiple of the embeddings'; samples: draws of it; the same for all
-    cells. max_rows: rows in one forward at most (memory). Facts of the result: `clean` and `corrupted` (the metric),
-    `total_effect`, what was corrupted and how.
+    short name; layers that lack it are left out. window: so many layers at once. positions: which to restore (all), or a
+    mapping of labels to a position, or to one a row, counted among its real ones: {"key": key_pos, "last": -1}. noise: its
+    standard deviation, as a multiple of the embeddings'; samples: draws of it, the same for all cells. max_rows: rows in
+    one forward at most (memory). Facts of the result: `clean` and `corrupted` (the metric), `total_effect`, what was
+    corrupted and how.
     """
     _check_numbers(window, samples, max_rows, noise)
     batch = inputs.ready(model, clean)
@@ -192,22 +192,14 @@ def _places(
     """The position of each row for each column of the result, and the column's label: a * for the subject."""
     rows, length = real.shape
     if isinstance(positions, Mapping):
-        asked = [(str(label), given) for label, given in positions.items()]
+        asked = [(str(label), inputs.places(given, real)) for label, given in positions.items()]
     else:
         chosen = range(length) if positions is None else positions
         if any(not -length <= p < length for p in chosen):
             raise InputError(f"positions={list(chosen)} are out of range: there are {length} positions.")
-        asked = [(str(labels[p]), p) for p in chosen]
+        everywhere = torch.arange(length, device=real.device).unsqueeze(1).expand(-1, rows)
+        asked = [(str(labels[p]), everywhere[p]) for p in chosen]
     if not asked:
         raise InputError("positions is empty: name at least one position to restore.")
-    places, names = [], []
-    for label, given in asked:
-        at = torch.as_tensor(given, device=real.device).reshape(-1)
-        if len(at) not in (1, rows) or at.is_floating_point() or bool(((at < -length) | (at >= length)).any()):
-            raise InputError(
-                f"positions[{label!r}]={given}: a position below {length}, or one for each of {rows} rows."
-            )
-        at = (at % length).expand(rows)
-        places.append(at)
-        names.append(label + "*" * bool(marked.gather(1, at.unsqueeze(1)).all()))
-    return places, names
+    names = [label + "*" * bool(marked.gather(1, at.unsqueeze(1)).all()) for label, at in asked]
+    return [at for _, at in asked], names

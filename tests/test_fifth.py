@@ -27,6 +27,7 @@ from tests import (
     test_ablation,
     test_attention,
     test_cache,
+    test_components,
     test_contributions,
     test_hookpoint,
     test_language,
@@ -43,7 +44,6 @@ from tests import (
 )
 from tests.conftest import EVERY, ROOT
 from tests.helpers import example, relative
-from tests.test_ablation import clean  # noqa: F401  a fixture
 from tests.test_attention import case  # noqa: F401  a fixture
 
 FOLDER = ROOT / "tutorials" / "fifth"
@@ -81,6 +81,7 @@ GENERAL = [
     test_metrics,
     test_attention,
     test_cache,
+    test_components,
     test_contributions,
     test_points,
     test_profiles,
