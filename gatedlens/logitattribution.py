@@ -145,9 +145,11 @@ def _through_norm(
     model: Any, last: Tensor, scale: Tensor, u: Tensor
 ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, " batch"]]:
     """(direction, bias): u . ln_final(x) = direction . x + bias, with the norm's scale held. Every norm is then linear."""
-    with model.hooks([(SCALE, lambda own, hook: scale.to(own))]), torch.enable_grad():
-        x = torch.zeros_like(last, requires_grad=True)
-        read = (model.ln_final(x).double() * u).sum((1, 2))
+    with torch.inference_mode(False), torch.enable_grad():
+        u, held = u.clone(), scale.clone()  # tensors of an inference mode outside take no part in gradients
+        with model.hooks([(SCALE, lambda own, hook: held.to(own))]):
+            x = torch.zeros(last.shape, dtype=last.dtype, device=last.device, requires_grad=True)
+            read = (model.ln_final(x).double() * u).sum((1, 2))
         (direction,) = torch.autograd.grad(read.sum(), x)
     return direction, read.detach()
 

@@ -31,6 +31,8 @@ def test_the_parts_sum_to_the_logit(model, by):
     assert torch.allclose(difference.values.flatten(1).sum(1), predicted(model, logits), **CLOSE)
     both = by(model, cache, WRONG).values.flatten(1).sum(1)
     assert torch.allclose(single.values.flatten(1).sum(1) - both, predicted(model, logits), **CLOSE)
+    with torch.inference_mode():
+        assert torch.allclose(by(model, x, RIGHT, WRONG).values, difference.values, **CLOSE)
     assert difference.facts["error"] < 1e-10 and ("soft cap" in difference.value) == bool(model.cfg.logits_soft_cap)
     if model.pooling() is None:
         early = by(model, cache, RIGHT, WRONG, pos=[2, 3]).values.flatten(1).sum(1)
