@@ -37,16 +37,16 @@ def logit_lens(model: Any, input: Any) -> LogitLens:
     """`gl.lens.logit_lens(model, input)`: text, ids, a pair (ids, mask), images, or a cache with the residual streams."""
     names = ["blocks.0.hook_resid_pre", *(f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers))]
     cache, batch = inputs.cached(model, input, names)
-    return LogitLens(model, batch, torch.stack([cache[name] for name in names]))
+    return LogitLens(model, batch, tuple(cache[name] for name in names))
 
 
 @dataclass(frozen=True, eq=False)
 class LogitLens:
-    """The residual streams of one run, `resid` [layer + 1, batch, pos, d_model] from the embedding on, read as logits."""
+    """The residual streams of one run, `resid` from the embedding on, layer by layer, read as logits."""
 
     model: Any
     batch: Batch
-    resid: Float[Tensor, "depth batch pos d_model"]
+    resid: tuple[Float[Tensor, "batch pos d_model"], ...]
 
     @property
     def layers(self) -> list[Any]:
@@ -96,11 +96,11 @@ class LogitLens:
         return figures.words(self.top(row), self.words(row), ax)
 
     def _real(self, row: int) -> Bool[Tensor, " pos"]:
-        rows = self.resid.shape[1]
+        rows, length = self.resid[0].shape[:2]
         if not -rows <= row < rows:
             raise InputError(f"row={row}: this run has {rows} rows.")
         mask = self.batch.mask
-        return torch.ones(self.resid.shape[2], dtype=torch.bool) if mask is None else mask[row].bool().cpu()
+        return torch.ones(length, dtype=torch.bool) if mask is None else mask[row].bool().cpu()
 
     def _token(self, token: int | str) -> int:
         chosen = self.model.to_single_token(token) if isinstance(token, str) else token

@@ -49,6 +49,17 @@ def test_values_from_other_runs_and_rows(model, clean):
     assert all(any(same(row, given) for given in other[NAME]) for row in drawn)
 
 
+def test_any_point_takes_any_value(model, clean):
+    """Lazy ones and those of a single direction or of attention too; entries of the last axis alone as well."""
+    once = {name.split(".", 2)[-1]: name for name in clean}.values()  # each row in one of its layers
+    for name in once:
+        x, last = clean[name], model.names.points[name].dims[-1]
+        assert (fired(model, ablation.constant(name, 0.25), name) == 0.25).all(), name
+        got = fired(model, ablation.freeze(name, {name: x.flip(0)}, **{last: 0}), name)
+        want = torch.cat([x.flip(0)[..., :1], x[..., 1:]], dim=-1)
+        assert torch.allclose(got, want, rtol=1e-10, atol=1e-12), name
+
+
 def test_noise_has_its_size_and_its_seed(model, clean):
     a, b, c = (fired(model, ablation.noise(NAME, 0.1, seed=seed)) for seed in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
@@ -188,6 +199,8 @@ def test_means_of_a_data_set(model, clean):
         assert same(fired(model, ablation.freeze(NAME, source, batch=0))[0], source[NAME].expand_as(clean[NAME])[0])
     with pytest.raises(gl.PointError, match="not the means of 'blocks.1.hook_mixer_out'. Did you mean"):
         ablation.means(model, batches, NAME, progress=False)["blocks.1.hook_mixer_out"]
+    with pytest.raises(gl.InputError, match="means are taken already"):
+        fired(model, ablation.mean(NAME, averages, over=("batch", "pos")))
     with pytest.raises(gl.InputError, match="no batch"):
         ablation.means(model, [], NAME)
 

@@ -22,6 +22,8 @@ from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError
 from gatedlens.hookpoint import HookPoint
 
+ROWS = ("batch",)
+
 
 def constant(names: str | Sequence[str], value: int | float, **index: Any) -> Intervention:
     """A number: `constant("blocks.*.mixer.hook_gate", 1)` opens every gate."""
@@ -54,13 +56,17 @@ def freeze(names: str | Sequence[str], source: Any, **index: Any) -> Interventio
     return edit(names, lambda x, point: _fitting(_stored(source, point), x, point, source), **index)
 
 
-def mean(names: str | Sequence[str], source: Any, over: Sequence[str] = ("batch",), **index: Any) -> Intervention:
+def mean(names: str | Sequence[str], source: Any, over: Sequence[str] = ROWS, **index: Any) -> Intervention:
     """The mean of a cache over some axes (`over`): its rows, or `("batch", "pos")` for one vector per point; padding is
     left out. Of `means` of a data set the means as they are."""
 
     def average(x: Tensor, point: HookPoint) -> Tensor:
         value = _stored(source, point)
         if isinstance(source, Means):
+            if tuple(over) != ROWS:
+                raise InputError(
+                    f"over={over!r}: means are taken already; `means(..., per_position=...)` says over what."
+                )
             return _fitting(value, x, point, source)
         dims = [point.point.axis(axis) for axis in over]
         real = _real(source, point, value)

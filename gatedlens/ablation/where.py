@@ -79,8 +79,9 @@ class Component:
 class Where:
     """Some entries of some points: `Where(("blocks.*.mixer.hook_write",), {"pos": 3})`.
 
-    An index is a number, slice, list or boolean mask; or, where parts differ, a mapping of the parts of the model to
-    these: `{"blocks.0.mixer": [3, 5], ...}`. `layers` replaces {l} in names. `others`: all entries but these.
+    An index is a number, slice, list or boolean mask (positions are those of the call, padding included); or, where parts
+    differ, a mapping of the parts of the model to these: `{"blocks.0.mixer": [3, 5], ...}`. `layers` replaces {l} in names.
+    `others`: all entries but these.
     """
 
     names: tuple[str | Component, ...]
