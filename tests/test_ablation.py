@@ -80,7 +80,7 @@ def test_they_compose_in_order_and_are_undone(model, clean):
     assert not torch.allclose(out, clean["hook_logits"])
 
 
-def test_components(model, clean):
+def test_components_as_seen_in_a_cache(model, clean):
     kinds = {model.blocks[layer].mixer.place: layer for layer in range(model.cfg.n_layers)}
     assert "mixer" in kinds
     gates = [name for name in clean if name.endswith(".hook_gate") and ".mixer." in name]
