@@ -65,7 +65,7 @@ def literal(model, clean, runs, metric, names, window, position):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("window", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_cell_is_the_literal_one(model, window):
     x, metric = example(model), METRIC
     length = model.run_with_cache(x, names_filter="hook_embed")[1]["hook_embed"].shape[1]
