@@ -11,7 +11,20 @@ Every gate, convolution and scan intermediate is a named hook point (`model.hook
 Zimerman, Ali and Wolf, "Explaining Modern Gated-Linear RNNs via a Unified Implicit Attention Formulation" (ICLR 2025).
 """
 
-from gatedlens import ablation, data, metrics, plot, profiles, tasks
+from gatedlens import (
+    ablation,
+    data,
+    fused,
+    knockout,
+    lens,
+    metrics,
+    plot,
+    profiles,
+    states,
+    steering,
+    tasks,
+    tracing,
+)
 from gatedlens.attention import ImplicitAttention, implicit_attention
 from gatedlens.cache import ActivationCache
 from gatedlens.config import HookedConfig
@@ -46,6 +59,7 @@ __all__ = [
     "HookError", "HookPoint", "HookTable", "HookedConfig", "HookedGriffin", "HookedLanguageModel",
     "HookedMamba", "HookedModel", "HookedRWKV", "HookedViM", "ImplicitAttention", "InputError", "Point",
     "PointError", "RecurrentState", "Result", "TooLargeError", "View", "__version__", "ablation",
-    "bundled_models", "data", "from_pretrained", "implicit_attention", "metrics", "plot", "profiles", "tasks", "wrap",
+    "bundled_models", "data", "from_pretrained", "fused", "implicit_attention", "knockout", "lens", "metrics", "plot",
+    "profiles", "states", "steering", "tasks", "tracing", "wrap",
 ]
 # fmt: on

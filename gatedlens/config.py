@@ -27,6 +27,7 @@ class HookedConfig:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     tokenizer_name: str | None = None
+    logits_soft_cap: float | None = None  # logits are cap * tanh(logits / cap); None: as they are
     default_prepend_bos: bool = True
     default_padding_side: str = "right"
     d_vocab_out: int = -1

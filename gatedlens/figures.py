@@ -92,3 +92,19 @@ def _panels(found: Result, ax: Any) -> Any:
         one.set_title(f"{first} {label(str(found[first][i]))}")
     figure.suptitle(found.title)
     return figure
+
+
+def words(found: Result, cells: Sequence[Sequence[str]], ax: Any = None) -> Any:
+    """A heat map with a word in each cell: `found` [rows, columns] and as many words. Returns the Figure."""
+    figure = result(found, ax)
+    axes = figure.axes[0] if ax is None else ax
+    longest = max((len(word) for row in cells for word in row), default=1)
+    if ax is None:
+        width = max(0.22, 0.1 * min(longest, 12)) * len(cells[0])
+        figure.set_size_inches(min(4.5 + width, 30), figure.get_size_inches()[1])
+    bound = _bound(found.values)
+    for y, row in enumerate(cells):
+        for x, word in enumerate(row):
+            dark = abs(float(found.values[y, x].nan_to_num())) > 0.6 * bound
+            axes.text(x, y, label(word)[:12], ha="center", va="center", fontsize=7, color="white" if dark else "black")
+    return figure

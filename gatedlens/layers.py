@@ -1,7 +1,8 @@
-"""Layers: which layers a user means: `None` (all), `3`, `-1`, `slice(2, 5)`, `range(4)`, `[0, 3]`."""
+"""Layers: which layers a user means: `None` or "*" (all), `3`, `-1`, `"[01]"`, `slice(2, 5)`, `range(4)`, `[0, 3]`."""
 
 from __future__ import annotations
 
+import fnmatch
 import operator
 from collections.abc import Iterable
 from typing import Any, SupportsIndex
@@ -14,12 +15,14 @@ def layers_of(model: Any, layers: Any) -> tuple[int, ...]:
     n = model.cfg.n_layers
     if layers is None or isinstance(layers, slice):
         chosen = set(range(n)[layers or slice(None)])
+    elif isinstance(layers, str):
+        chosen = {layer for layer in range(n) if fnmatch.fnmatchcase(str(layer), layers)}
     elif isinstance(layers, SupportsIndex):
         chosen = {_index(model, layers)}
-    elif isinstance(layers, Iterable) and not isinstance(layers, str):
+    elif isinstance(layers, Iterable):
         chosen = {_index(model, layer) for layer in layers}
     else:
-        raise InputError(f"layers={layers!r}: give a layer number, a slice, a sequence of numbers, or None for all.")
+        raise InputError(f"layers={layers!r}: give a number, a slice, a sequence of numbers, a glob, or None for all.")
     if not chosen:
         raise InputError(f"layers={layers!r} names no layer: {model.cfg.model_name} has layers 0 to {n - 1}.")
     return tuple(sorted(chosen))
@@ -32,7 +35,7 @@ def _index(model: Any, layer: Any) -> int:
     except TypeError:
         raise InputError(f"layers: {layer!r} is no layer number.") from None
     if not -n <= index < n:
-        raise InputError(f"layers: layer {layer} does not exist; {model.cfg.model_name} has layers 0 to {n - 1}.")
+        raise InputError(f"layers={layer} does not exist; {model.cfg.model_name} has layers 0 to {n - 1}.")
     return index % n
 
 

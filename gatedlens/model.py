@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatedlens.block import Norm, Run, norm_rows
@@ -93,6 +94,14 @@ class HookedModel(Hooking):
     def rows_for(self, layer: int) -> tuple[Point, ...]:
         """The rows of one block, relative to it, in firing order."""
         return self.block_points
+
+    def unembed(self, normed: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+        """The logits that one position's normalised residual stream stands for."""
+        raise NotImplementedError
+
+    def pooling(self) -> Float[Tensor, " pos"] | None:
+        """With which weights positions enter the one output of a row; None where each position has an output of its own."""
+        return None
 
     @classmethod
     def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:

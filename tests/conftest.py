@@ -16,6 +16,7 @@ from hypothesis import settings  # noqa: E402
 
 import gatedlens as gl  # noqa: E402
 from gatedlens.hooks import architectures  # noqa: E402
+from tests.helpers import example  # noqa: E402
 
 torch.set_num_threads(1)
 settings.register_profile("gatedlens", deadline=None, max_examples=20, derandomize=True)
@@ -46,6 +47,13 @@ def model(_model):
     for name, p in _model.wrapped.named_parameters():
         assert torch.equal(before[name], p), f"{name} was changed"
         assert p.grad is None, f"{name} has a gradient"
+
+
+@pytest.fixture
+def clean(model):
+    """The cache of every point, lazy ones too, on `example(model)`."""
+    with torch.no_grad():
+        return model.run_with_cache(example(model), names_filter=lambda name: True)[1]
 
 
 @pytest.fixture(params=list(LANGUAGE), scope="session")

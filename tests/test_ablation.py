@@ -7,7 +7,7 @@ import torch
 
 import gatedlens as gl
 from gatedlens import ablation
-from tests.helpers import example
+from tests.helpers import example, padded
 
 NAME = "blocks.0.hook_mixer_out"
 
@@ -21,12 +21,6 @@ def fired(model, intervention, name=NAME, **options):
 def same(a, b):
     """Equal to rounding: what is listened to decides how the scan is computed."""
     return torch.allclose(a, b, rtol=1e-12, atol=1e-13)
-
-
-@pytest.fixture
-def clean(model):
-    with torch.no_grad():
-        return model.run_with_cache(example(model), names_filter=lambda name: True)[1]
 
 
 def test_values_at_entries_by_axis(model, clean):
@@ -55,6 +49,17 @@ def test_values_from_other_runs_and_rows(model, clean):
     assert all(any(same(row, given) for given in other[NAME]) for row in drawn)
 
 
+def test_any_point_takes_any_value(model, clean):
+    """Lazy ones and those of a single direction or of attention too; entries of the last axis alone as well."""
+    once = {name.split(".", 2)[-1]: name for name in clean}.values()  # each row in one of its layers
+    for name in once:
+        x, last = clean[name], model.names.points[name].dims[-1]
+        assert (fired(model, ablation.constant(name, 0.25), name) == 0.25).all(), name
+        got = fired(model, ablation.freeze(name, {name: x.flip(0)}, **{last: 0}), name)
+        want = torch.cat([x.flip(0)[..., :1], x[..., 1:]], dim=-1)
+        assert torch.allclose(got, want, rtol=1e-10, atol=1e-12), name
+
+
 def test_noise_has_its_size_and_its_seed(model, clean):
     a, b, c = (fired(model, ablation.noise(NAME, 0.1, seed=seed)) for seed in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
@@ -75,7 +80,7 @@ def test_they_compose_in_order_and_are_undone(model, clean):
     assert not torch.allclose(out, clean["hook_logits"])
 
 
-def test_components(model, clean):
+def test_components_as_seen_in_a_cache(model, clean):
     kinds = {model.blocks[layer].mixer.place: layer for layer in range(model.cfg.n_layers)}
     assert "mixer" in kinds
     gates = [name for name in clean if name.endswith(".hook_gate") and ".mixer." in name]
@@ -105,6 +110,14 @@ def test_components(model, clean):
         (lambda: ablation.freeze(NAME, {}), gl.PointError, "The source holds no blocks.0.hook_mixer_out"),
         (lambda: ablation.freeze(NAME, {NAME: torch.zeros(3, 3)}), gl.InputError, r"has shape \[3, 3\]"),
         (lambda: ablation.resample(NAME), gl.InputError, "at least two"),
+        (lambda: ablation.zero(NAME, d_model=slice(900, 950)), gl.InputError, "names no entry"),
+        (lambda: ablation.zero(NAME, pos=[]), gl.InputError, "names no entry"),
+        (lambda: ablation.zero(NAME, d_model=[True, False]), gl.InputError, "a mask of shape"),
+        (lambda: ablation.zero(NAME, d_model=0.5), gl.InputError, "is no index"),
+        (lambda: ablation.zero(NAME, d_model={"blocks.1": [0]}), gl.InputError, "says nothing of blocks.0"),
+        (lambda: ablation.remove_layer(7), gl.InputError, "layers=7"),
+        (lambda: ablation.remove_layer("9*"), gl.InputError, "names no layer"),
+        (lambda: ablation.only_tap(9), (gl.InputError, gl.PointError), "tap=9 is out of range|has no conv"),
     ],
 )
 def test_mistakes_are_explained_and_leave_nothing_behind(model, make, error, message):
@@ -118,3 +131,81 @@ def test_gradients_flow_around_what_is_ablated(lm):
     with ablation.zero("blocks.*.hook_m*_out").on(lm):  # nothing mixes tokens, RWKV's channel mix neither
         (grad,) = torch.autograd.grad(lm(resid, start_at_layer=0)[:, -1].sum(), resid)
     assert grad[:, :-1].abs().max() == 0 and grad[:, -1].abs().max() > 0
+
+
+# -- where the values come from -------------------------------------------------------------------------------------
+
+
+def test_noise_is_each_rows_and_each_points_own(model, clean):
+    """Layer numbers swapped, say, must not give one noise twice."""
+    names = [f"blocks.{layer}.hook_mixer_in" for layer in range(model.cfg.n_layers)]
+    with torch.no_grad(), ablation.noise(names, 1.0).on(model):
+        _, noisy = model.run_with_cache(example(model))
+    drawn = [noisy[name] - noisy[name.replace("mixer_in", "resid_pre")] for name in names]
+    drawn = torch.cat(drawn).flatten(1)
+    assert (torch.corrcoef(drawn) - torch.eye(len(drawn))).abs().max() < 0.5
+
+
+def test_a_row_is_never_resampled_with_itself(model, clean):
+    for seed in range(4):
+        got = fired(model, ablation.resample(NAME, clean, seed=seed))
+        assert same(got, clean[NAME].flip(0)), "the source are the same inputs: each of two rows gets the other"
+
+
+def test_sources_of_one_row_and_slices(model, clean):
+    x = example(model)
+    with torch.no_grad():
+        _, one = model.run_with_cache(x[:1], names_filter=NAME, remove_batch_dim=True)
+        _, part = model.run_with_cache(x, names_filter=NAME, pos_slice=[1])
+    assert same(fired(model, ablation.freeze(NAME, one)), clean[NAME][:1].expand_as(clean[NAME]))
+    for make in (ablation.freeze, ablation.mean, ablation.resample):
+        with pytest.raises(gl.InputError, match="keeps only some positions"):
+            fired(model, make(NAME, part))
+    with pytest.raises(gl.InputError, match=r"the axes there are batch pos d_model"):
+        fired(model, ablation.freeze(NAME, {NAME: clean[NAME][0]}))
+
+
+def test_padding_of_a_source_takes_no_part(lm):
+    rows = [example(lm, 1, n, seed=n)[0] for n in (7, 4)]
+    tokens, mask = padded(rows, "right")
+    with torch.no_grad():
+        _, cache = lm.run_with_cache(tokens, attention_mask=mask, names_filter=NAME)
+        alone = [lm.run_with_cache(row.unsqueeze(0), names_filter=NAME)[1][NAME][0] for row in rows]
+    got = fired(lm, ablation.mean(NAME, cache, over=("batch", "pos")))
+    assert same(got, torch.cat(alone).mean(0).expand_as(got))
+    got = fired(lm, ablation.mean(NAME, cache))
+    assert same(got[0, :4], (alone[0][:4] + alone[1]) / 2) and same(got[0, 4:], alone[0][4:])
+    with pytest.raises(gl.InputError, match="was padded"):
+        fired(lm, ablation.resample(NAME, cache))
+    averages = ablation.means(lm, [(tokens, mask), rows[0].unsqueeze(0)], NAME, progress=False)
+    assert (averages.rows, averages.positions) == (3, 18)
+    assert same(averages[NAME], torch.cat([*alone, alone[0]]).mean(0).reshape(1, 1, -1))
+
+
+def test_means_of_a_data_set(model, clean):
+    every = [name for name in model.names if "hook_state_start" not in name]
+    batches = [example(model, 2, seed=0), example(model, 3, seed=1)]
+    with torch.no_grad():
+        caches = [model.run_with_cache(x, names_filter=lambda name: True)[1] for x in batches]
+    averages, by_position = (ablation.means(model, batches, every, one, progress=False) for one in (False, True))
+    assert (averages.rows, averages.positions) == (5, 5 * clean["resid_pre", 0].shape[1])
+    for name in every:
+        rows, point = torch.cat([cache[name] for cache in caches]), model.names.points[name]
+        dims = [0, point.dims.index("pos")] if "pos" in point.dims else [0]
+        assert torch.allclose(averages[name], rows.mean(dims, keepdim=True), rtol=1e-10, atol=1e-12), name
+        assert torch.allclose(by_position[name], rows.mean(0, keepdim=True), rtol=1e-10, atol=1e-12), name
+    for source in (averages, by_position):
+        assert same(fired(model, ablation.mean(NAME, source)), source[NAME].expand_as(clean[NAME]))
+        assert same(fired(model, ablation.freeze(NAME, source, batch=0))[0], source[NAME].expand_as(clean[NAME])[0])
+    with pytest.raises(gl.PointError, match="not the means of 'blocks.1.hook_mixer_out'. Did you mean"):
+        ablation.means(model, batches, NAME, progress=False)["blocks.1.hook_mixer_out"]
+    with pytest.raises(gl.InputError, match="means are taken already"):
+        fired(model, ablation.mean(NAME, averages, over=("batch", "pos")))
+    with pytest.raises(gl.InputError, match="no batch"):
+        ablation.means(model, [], NAME)
+
+
+def test_means_by_position_want_one_length(lm):
+    with pytest.raises(gl.InputError, match="batches of one length"):
+        ablation.means(lm, [example(lm, 2, 5), example(lm, 2, 6)], NAME, per_position=True, progress=False)
+    assert not lm.list_hooks()

@@ -27,21 +27,25 @@ from tests import (
     test_ablation,
     test_attention,
     test_cache,
+    test_components,
     test_contributions,
     test_hookpoint,
     test_knockout,
     test_language,
+    test_lens,
+    test_logitattribution,
     test_metrics,
     test_model,
     test_points,
     test_profiles,
     test_stack,
     test_states,
+    test_steering,
+    test_tracing,
     test_transformer_lens,
 )
 from tests.conftest import EVERY, ROOT
 from tests.helpers import example, relative
-from tests.test_ablation import clean  # noqa: F401  a fixture
 from tests.test_attention import case  # noqa: F401  a fixture
 from tests.test_knockout import kind  # noqa: F401  a fixture
 
@@ -76,14 +80,19 @@ GENERAL = [
     test_hookpoint,
     test_knockout,
     test_language,
+    test_lens,
+    test_logitattribution,
     test_metrics,
     test_attention,
     test_cache,
+    test_components,
     test_contributions,
     test_points,
     test_profiles,
     test_stack,
     test_states,
+    test_steering,
+    test_tracing,
     test_transformer_lens,
 ]
 if importlib.util.find_spec("nnsight") is not None:

@@ -313,14 +313,13 @@ ALIASES = block_aliases(
 @dataclass(kw_only=True)
 class GriffinConfig(HookedConfig):
     """cfg of Griffin and Hawk. `layer_types`: "recurrent" or "attention" for each layer. `window_size`: how many tokens
-    a query sees, its own included. `logits_soft_cap`: None where there is none."""
+    a query sees, its own included."""
 
     lru_width: int
     d_conv: int
     layer_types: tuple[str, ...]
     window_size: int
     n_key_value_heads: int
-    logits_soft_cap: float | None = None
     tie_word_embeddings: bool = True
 
     @property

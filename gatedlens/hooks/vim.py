@@ -527,9 +527,19 @@ class HookedViM(HookedModel):
             features = normed[:, list(self.grid.cls)].mean(1)
         else:
             features = normed.mean(1) if self.cfg.pool == "mean" else normed[:, -1]
+        return self.hook_logits(self.unembed(self.hook_features(features)))
+
+    def unembed(self, normed: Float[Tensor, "... d_model"]) -> Float[Tensor, "... class"]:
+        """Logits, at least float32: what the head reads off the features, or off any position."""
         head = self.wrapped.head
-        logits = F.linear(self.hook_features(features).to(head.weight.dtype), head.weight, head.bias)
-        return self.hook_logits(at_least_float32(logits))
+        return at_least_float32(F.linear(normed.to(head.weight.dtype), head.weight, head.bias))
+
+    def pooling(self) -> Float[Tensor, " pos"]:
+        """As `classify` reads: the class token (the mean of two), without one the mean of all or the last."""
+        weights = torch.zeros(self.grid.length, dtype=torch.float64, device=self.cfg.device)
+        read = list(self.grid.cls) or (slice(None) if self.cfg.pool == "mean" else [-1])
+        weights[read] = 1
+        return weights / weights.sum()
 
     def _check_labels(self, labels: Any, rows: int) -> Tensor:
         if labels is None:

@@ -1,0 +1,36 @@
+"""Ablation: interventions as values. Each says where (points by name, entries by axis) and what stands there instead.
+
+    without_gate = gl.ablation.constant("blocks.*.mixer.hook_gate", 1.0)
+    cut = gl.ablation.zero("blocks.2.mixer.hook_write", pos=3, channel=slice(0, 64))
+    with (without_gate + cut).on(model):
+        logits = model(tokens)
+    model.run_with_hooks(tokens, fwd_hooks=cut.hooks(model))
+
+Where: a point's name, alias or glob, or a list of them, and `axis=index` for any of its axes (int, slice, list or mask). An
+edit is a function (tensor, point) -> tensor, so a new kind of ablation is one more function. Everything is undone at the
+end, also after an exception.
+"""
+
+from gatedlens.ablation.average import Means, means
+from gatedlens.ablation.components import (
+    fastest,
+    identity_conv,
+    no_conv_bias,
+    no_scan,
+    no_skip,
+    only_tap,
+    open_gate,
+    remove_layer,
+    slowest,
+)
+from gatedlens.ablation.intervention import Edit, EditStep, Intervention, Step, edit
+from gatedlens.ablation.values import constant, freeze, mean, noise, resample, scale, zero
+from gatedlens.ablation.where import Component, Index, Layers, Where
+
+# fmt: off
+__all__ = [
+    "Component", "Edit", "EditStep", "Index", "Intervention", "Layers", "Means", "Step", "Where", "constant", "edit", "fastest",
+    "freeze", "identity_conv", "mean", "means", "no_conv_bias", "no_scan", "no_skip", "noise", "only_tap", "open_gate",
+    "remove_layer", "resample", "scale", "slowest", "zero",
+]
+# fmt: on

@@ -1,0 +1,111 @@
+"""Means: the mean activation of points over a data set, in one pass, nothing kept but sums.
+
+    averages = gl.ablation.means(model, batches, ["blocks.*.mixer.hook_gate"])
+    averages["blocks.3.mixer.hook_gate"]                            # 1 1 channel
+    with gl.ablation.mean("blocks.*.mixer.hook_gate", averages).on(model): ...
+
+Padding takes no part. `per_position` keeps the positions apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from gatedlens import inputs
+from gatedlens.errors import InputError, PointError, did_you_mean
+from gatedlens.hookpoint import HookPoint, Saver
+
+
+@dataclass(frozen=True)
+class Means(Mapping[str, Tensor]):
+    """`means["blocks.0.hook_mixer_out"]`: float64, batch (and pos, unless per_position) of size 1. `rows` and `positions`
+    say of how many they are the means."""
+
+    by_name: Mapping[str, Tensor]
+    rows: int
+    positions: int
+    per_position: bool = False
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.by_name:
+            raise PointError(f"These are not the means of {name!r}.{did_you_mean(name, self.by_name)}")
+        return self.by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.by_name)
+
+    def __len__(self) -> int:
+        return len(self.by_name)
+
+    def __repr__(self) -> str:
+        return f"Means({len(self)} points, {self.rows} rows, {self.positions} positions: {', '.join(list(self)[:3])})"
+
+
+@dataclass
+class Sums(Saver):
+    """A hook that adds up what it hears, over rows and (unless `per_position`) positions that are `real`."""
+
+    per_position: bool
+    real: Bool[Tensor, "batch pos"] | None = None
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, Tensor] = field(default_factory=dict)
+
+    def __call__(self, tensor: Tensor, hook: HookPoint) -> None:
+        assert self.real is not None
+        name, x = hook.name or "", tensor.detach().double()
+        count = x.new_full([1] * x.ndim, len(x))
+        dims = [0]
+        if hook.pos_dim is not None:
+            shape = [len(x), *[x.shape[1 + d] if 1 + d == hook.pos_dim else 1 for d in range(x.ndim - 1)]]
+            real = self.real.reshape(shape).to(x.device)
+            dims = [0] if self.per_position else [0, hook.pos_dim]
+            x, count = x.masked_fill(~real, 0), real.double().sum(dims, keepdim=True)
+        total = x.sum(dims, keepdim=True)
+        if name in self.totals:
+            if self.totals[name].shape != total.shape:
+                raise InputError(
+                    f"{name} has other sizes in this batch than before: {list(total.shape)}, {list(self.totals[name].shape)}"
+                    f" ({hook.point.axes}). Give batches of one length."
+                )
+            total, count = total + self.totals[name], count + self.counts[name]
+        self.totals[name], self.counts[name] = total, count
+
+
+@torch.no_grad()
+def means(
+    model: Any,
+    batches: Iterable[Any],
+    names: str | Sequence[str],
+    per_position: bool = False,
+    progress: bool = True,
+) -> Means:
+    """`means(model, [batch, batch, ...], "blocks.*.mixer.hook_gate")`: a `source` for `mean`.
+
+    batches: inputs of the model, one after another: texts, lists of texts, ids [batch, pos], pairs (ids, mask), images; one
+    tensor, or one text, is one batch. names: points, by name, alias or glob, lazy ones too. per_position: the means of each
+    position, for batches of one length.
+    """
+    chosen = [one.name for name in ([names] if isinstance(names, str) else names) for one in model.names.hooked(name)]
+    sums, rows, positions = Sums(per_position), 0, 0
+    given = [batches] if isinstance(batches, str | Tensor) else batches
+    with model.hooks([(name, sums) for name in dict.fromkeys(chosen)]):
+        for batch in tqdm(given, disable=not progress, desc="means", unit="batch"):
+            ready = inputs.ready(model, batch)
+            sums.real = inputs.real(model, ready)
+            model(ready)
+            rows, positions = rows + len(sums.real), positions + int(sums.real.sum())
+    if not rows:
+        raise InputError("means() was given no batch.")
+    empty = [name for name, count in sums.counts.items() if not bool((count > 0).all())]
+    if empty:
+        raise InputError(f"Some positions are padding in every row, so {empty[0]} has no mean there.")
+    return Means(
+        {name: total / sums.counts[name] for name, total in sums.totals.items()}, rows, positions, per_position
+    )

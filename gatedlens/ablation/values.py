@@ -1,0 +1,157 @@
+"""What stands there instead: zero, a number, a multiple, noise, a mean, another row, another run.
+
+    gl.ablation.zero("blocks.2.mixer.hook_write", pos=3, channel=slice(0, 64))
+    gl.ablation.mean("blocks.*.hook_mixer_out", gl.ablation.means(model, batches, "blocks.*.hook_mixer_out"))
+
+Each is an edit for `Intervention`. Where another run's values come from (`source`) is its ActivationCache, `means` of a
+data set, or any mapping of full names to tensors.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gatedlens.ablation.average import Means
+from gatedlens.ablation.intervention import Intervention, edit
+from gatedlens.cache import ActivationCache
+from gatedlens.errors import InputError, PointError
+from gatedlens.hookpoint import HookPoint
+
+ROWS = ("batch",)
+
+
+def constant(names: str | Sequence[str], value: int | float, **index: Any) -> Intervention:
+    """A number: `constant("blocks.*.mixer.hook_gate", 1)` opens every gate."""
+    return edit(names, lambda x, point: torch.full_like(x, value), **index)
+
+
+def zero(names: str | Sequence[str], **index: Any) -> Intervention:
+    """Zero."""
+    return constant(names, 0.0, **index)
+
+
+def scale(names: str | Sequence[str], factor: int | float, **index: Any) -> Intervention:
+    """The activation times a factor."""
+    return edit(names, lambda x, point: x * factor, **index)
+
+
+def noise(names: str | Sequence[str], std: int | float, seed: int = 0, **index: Any) -> Intervention:
+    """The activation plus Gaussian noise, of its own at every point, row and entry; the same at every call for one seed
+    (so also at every step of `generate`)."""
+
+    def add(x: Tensor, point: HookPoint) -> Tensor:
+        generator = torch.Generator().manual_seed(seed + zlib.crc32((point.name or "").encode()))
+        return x + std * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+
+    return edit(names, add, **index)
+
+
+def freeze(names: str | Sequence[str], source: Any, **index: Any) -> Intervention:
+    """What another run had there. A source with one row gives it to every row."""
+    return edit(names, lambda x, point: _fitting(_stored(source, point), x, point, source), **index)
+
+
+def mean(names: str | Sequence[str], source: Any, over: Sequence[str] = ROWS, **index: Any) -> Intervention:
+    """The mean of a cache over some axes (`over`): its rows, or `("batch", "pos")` for one vector per point; padding is
+    left out. Of `means` of a data set the means as they are."""
+
+    def average(x: Tensor, point: HookPoint) -> Tensor:
+        value = _stored(source, point)
+        if isinstance(source, Means):
+            if tuple(over) != ROWS:
+                raise InputError(
+                    f"over={over!r}: means are taken already; `means(..., per_position=...)` says over what."
+                )
+            return _fitting(value, x, point, source)
+        dims = [point.point.axis(axis) for axis in over]
+        real = _real(source, point, value)
+        if real is None:
+            return _fitting(value.mean(dims, keepdim=True), x, point, None)
+        count = real.sum(dims, keepdim=True)
+        if bool((count == 0).any()):
+            raise InputError(
+                f"Some positions of the source are padding in every row: {point.name} has no mean there. Take the mean "
+                'over positions too, over=("batch", "pos").'
+            )
+        return _fitting(value.masked_fill(~real, 0).sum(dims, keepdim=True) / count, x, point, None)
+
+    return edit(names, average, **index)
+
+
+def resample(names: str | Sequence[str], source: Any = None, seed: int = 0, **index: Any) -> Intervention:
+    """Another row's activation: of the same batch, or of a cache's rows, drawn at random; the same at every point.
+
+    Row b never gets row b: neither of its own batch, nor of a source with as many rows, which is most often a run of the
+    same inputs.
+    """
+
+    def other(x: Tensor, point: HookPoint) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        if source is None:
+            if len(x) < 2:
+                raise InputError("resample without a source takes other rows of the batch: give at least two.")
+            return x.roll(int(torch.randint(1, len(x), (), generator=generator)), 0)
+        stored = _stored(source, point)
+        if _real(source, point, stored) is not None:
+            raise InputError(
+                f"The source was padded: another row's {point.name} would bring padding to real positions. Resample from "
+                "rows of one length."
+            )
+        n = len(stored)
+        if n == len(x) and n > 1:
+            drawn = (torch.arange(n) + torch.randint(1, n, (n,), generator=generator)) % n
+        else:
+            drawn = torch.randint(n, (len(x),), generator=generator)
+        return _fitting(stored[drawn], x, point, source)
+
+    return edit(names, other, **index)
+
+
+# -- from another run -----------------------------------------------------------------------------------------------
+
+
+def _stored(source: Any, point: HookPoint) -> Tensor:
+    """What the source holds of a point, with its batch axis and all its positions."""
+    try:
+        value: Tensor = source[point.name]
+    except KeyError as error:
+        raise PointError(f"The source holds no {point.name}: cache it first (names_filter={point.name!r}).") from error
+    if isinstance(source, ActivationCache):
+        if source.sliced and point.pos_dim is not None:
+            raise InputError(
+                f"The source keeps only some positions (pos_slice), so its {point.name} stands nowhere in particular: "
+                "cache all positions, and say pos=... here."
+            )
+        value = value if source.has_batch_dim else value.unsqueeze(0)
+    if value.ndim != len(point.point.dims):
+        raise InputError(
+            f"The source's {point.name} has shape {list(value.shape)}; the axes there are {point.point.axes}, so "
+            "keep each of them (size 1 stands for all)."
+        )
+    return value
+
+
+def _real(source: Any, point: HookPoint, value: Tensor) -> Tensor | None:
+    """Where the source's positions are no padding, along the axes of a point; None where all are."""
+    mask = source.mask if isinstance(source, ActivationCache) else None
+    if mask is None or point.pos_dim is None or bool(mask.all()):
+        return None
+    mask = mask.to(value.device).bool()
+    shape = [len(mask), *[mask.shape[1] if d == point.pos_dim else 1 for d in range(1, value.ndim)]]
+    return mask.reshape(shape)
+
+
+def _fitting(value: Tensor, x: Tensor, point: HookPoint, source: Any) -> Tensor:
+    """The value, with the activation's shape. A cache's axes must be the activation's, but for a batch of one."""
+    first = 1 if isinstance(source, ActivationCache) else x.ndim
+    pairs = list(zip(value.shape, x.shape, strict=True))
+    if any(have not in ((want, 1) if d < first else (want,)) for d, (have, want) in enumerate(pairs)):
+        raise InputError(
+            f"The source's {point.name} has shape {list(value.shape)}; the activation {list(x.shape)} ({point.point.axes})."
+        )
+    return value.to(x.device).expand_as(x)

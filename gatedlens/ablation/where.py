@@ -1,0 +1,141 @@
+"""Where: some entries of some points of some layers, resolved and checked against a model.
+
+    Where(("blocks.*.mixer.hook_write",), {"pos": 3, "channel": slice(0, 64)})
+    Where(("blocks.{l}.hook_m*_out",), layers=-1)
+    Where((Component("gate", "hook_gate", "gate"),), layers=[0, 2])
+
+Components are parts that an architecture may lack; then the error quotes what it says of itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gatedlens.errors import InputError, PointError
+from gatedlens.layers import layers_of
+from gatedlens.points import Point
+
+Index = int | slice | Sequence[int] | Tensor
+Layers = str | int | slice | Sequence[int] | None
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part that mixers of some architectures have: `what` it is called, the `leaf` of its point, and `word`, the key
+    under which an architecture's `recurrence` says what it has there ("none ..." if it has none)."""
+
+    what: str
+    leaf: str
+    word: str
+
+    def lacks(self, model: Any) -> str | None:
+        """What the architecture says if it has no such part."""
+        said = str(model.recurrence.get(self.word, ""))
+        return said if said.startswith("none") else None
+
+    def points(self, model: Any, layers: Layers) -> list[str]:
+        """The full names of its points in some layers: those that have it if `layers` is a pattern, else all of them."""
+        said = self.lacks(model)
+        if said is not None:
+            raise PointError(f"{model.title} has no {self.what}: its recurrence says {self.word}: {said!r}.")
+        found = []
+        for layer in layers_of(model, layers):
+            prefix = f"blocks.{layer}.mixer."
+            own = [name for name in model.names if name.startswith(prefix) and name.endswith(f".{self.leaf}")]
+            if not own and not isinstance(layers, str | slice | None):
+                raise PointError(
+                    f"Layer {layer} of {model.cfg.model_name} has no {self.what}: it mixes tokens by "
+                    f"{model.blocks[layer].mixer.place!r}. A pattern of layers ('*') passes over such layers."
+                )
+            found += own
+        if not found:
+            raise PointError(f"No layer of layers={layers!r} of {model.cfg.model_name} has a {self.what}.")
+        return found
+
+
+@dataclass(frozen=True)
+class Where:
+    """Some entries of some points: `Where(("blocks.*.mixer.hook_write",), {"pos": 3})`.
+
+    An index is a number, slice, list or boolean mask (positions are those of the call, padding included); or, where parts
+    differ, a mapping of the parts of the model to these: `{"blocks.0.mixer": [3, 5], ...}`. `layers` replaces {l} in names.
+    `others`: all entries but these.
+    """
+
+    names: tuple[str | Component, ...]
+    index: Mapping[str, Any] = field(default_factory=dict)
+    layers: Layers = "*"
+    others: bool = False
+
+    def points(self, model: Any) -> list[str]:
+        """The full names that are meant, each checked to have the axes and the indices."""
+        found = dict.fromkeys(one for name in self.names for one in self._named(model, name))
+        if not found:
+            raise PointError(f"{', '.join(map(str, self.names))} names views only; ablate the points behind them.")
+        for name in found:
+            self.check(name, model.names.points[name], model.cfg.sizes)
+        return list(found)
+
+    def _named(self, model: Any, name: str | Component) -> list[str]:
+        if isinstance(name, Component):
+            return name.points(model, self.layers)
+        asked = [name]
+        if "{l}" in name:
+            asked = [name.replace("{l}", str(layer)) for layer in layers_of(model, self.layers)]
+        return [one.name for each in asked for one in model.names.hooked(each) if one.view is None]
+
+    def check(self, name: str, point: Point, sizes: Mapping[str, int]) -> None:
+        """Refuse an axis that `point` lacks, and an index that its size (if known) does not reach."""
+        for axis, index in self.at(name).items():
+            if axis not in point.dims:
+                raise PointError(f"{name} has no axis {axis!r}; its axes are: {point.axes}.")
+            size = sizes.get(axis)
+            if size is not None:
+                along(axis, index, size, name)
+
+    def at(self, name: str) -> dict[str, Any]:
+        """The indices that a point has."""
+        return {axis: _of_part(index, axis, name) for axis, index in self.index.items()}
+
+    def entries(self, shape: Sequence[int], point: Point, device: torch.device, name: str = "") -> Tensor:
+        """A boolean mask that broadcasts to an activation of `shape`: True at the entries that are meant."""
+        mask = torch.ones([1] * len(shape), dtype=torch.bool, device=device)
+        for axis, index in self.at(name).items():
+            dim = point.axis(axis)
+            chosen = along(axis, index, shape[dim], "this activation").to(device)
+            mask = mask & chosen.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+        return ~mask if self.others else mask
+
+
+def _of_part(index: Any, axis: str, name: str) -> Any:
+    """The index that the part of the model with the point `name` has."""
+    if not isinstance(index, Mapping):
+        return index
+    for part, own in index.items():
+        if name.startswith(f"{part}."):
+            return own
+    raise InputError(f"{axis}=... says nothing of {name}; it speaks of {', '.join(index)}.")
+
+
+def along(axis: str, index: Any, size: int, name: str) -> Tensor:
+    """Which of the `size` entries of an axis an index means [size]; InputError for one that means none or too many."""
+    chosen = torch.zeros(size, dtype=torch.bool)
+    if isinstance(index, slice):
+        chosen[index] = True
+    else:
+        asked = torch.as_tensor(index).cpu()
+        if asked.dtype == torch.bool and tuple(asked.shape) != (size,):
+            raise InputError(f"{axis}: a mask of shape {list(asked.shape)}; {name} has {size} of that axis.")
+        if asked.is_floating_point() and asked.numel():
+            raise InputError(f"{axis}={index} is no index: give whole numbers, a slice or a boolean mask.")
+        if asked.dtype != torch.bool and asked.numel() and (asked.min() < -size or asked.max() >= size):
+            raise InputError(f"{axis}={index} is out of range: {name} has {size} of that axis.")
+        chosen[asked if asked.dtype == torch.bool else asked.long()] = True
+    if not bool(chosen.any()):
+        raise InputError(f"{axis}={index} names no entry: {name} has {size} of that axis.")
+    return chosen

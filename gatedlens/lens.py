@@ -1,0 +1,119 @@
+"""Logit lens: what the model would predict if it stopped after each layer (nostalgebraist 2020).
+
+    lens = gl.lens.logit_lens(model, "The cat sat on the mat")     # or logit_lens(model, cache)
+    lens.plot()                                # layer by position, the likeliest token in each cell
+    lens.words(), lens.top()                   # these tokens; their probabilities, a Result layer x pos
+    lens.probability(token), lens.rank(token)  # of one token, Results layer x pos
+    lens.logits(3)                             # batch pos d_vocab after layer 3; "embed": before the first
+
+    logits_l = unembed(ln_final(resid_post_l))
+
+with the final norm computed anew from each residual stream, and with a soft cap where the model has one: the last layer's
+logits are the model's. A Vision Mamba reads classes off the class token only; here they are read off every patch.
+`logit_attribution` and `token_attribution` (see `logitattribution.py`) decompose a logit instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from gatedlens import inputs
+from gatedlens.errors import InputError
+from gatedlens.hooking import Batch
+from gatedlens.logitattribution import logit_attribution, token_attribution
+from gatedlens.result import Result
+
+__all__ = ["LogitLens", "logit_attribution", "logit_lens", "token_attribution"]
+EMBED = "embed"
+
+
+@torch.no_grad()
+def logit_lens(model: Any, input: Any) -> LogitLens:
+    """`gl.lens.logit_lens(model, input)`: text, ids, a pair (ids, mask), images, or a cache with the residual streams."""
+    names = ["blocks.0.hook_resid_pre", *(f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers))]
+    cache, batch = inputs.cached(model, input, names)
+    return LogitLens(model, batch, tuple(cache[name] for name in names))
+
+
+@dataclass(frozen=True, eq=False)
+class LogitLens:
+    """The residual streams of one run, `resid` from the embedding on, layer by layer, read as logits."""
+
+    model: Any
+    batch: Batch
+    resid: tuple[Float[Tensor, "batch pos d_model"], ...]
+
+    @property
+    def layers(self) -> list[Any]:
+        """What the depths are called: "embed", then each layer's number."""
+        return [EMBED, *range(self.model.cfg.n_layers)]
+
+    @torch.no_grad()
+    def logits(self, layer: int | str = -1) -> Float[Tensor, "batch pos d_vocab"]:
+        """The logits after a layer (negative: from the last), or before the first: "embed"."""
+        n = self.model.cfg.n_layers
+        if layer != EMBED and (not isinstance(layer, int) or not -n <= layer < n):
+            raise InputError(f"layer={layer!r}: {self.model.cfg.model_name} has layers 0 to {n - 1}, and 'embed'.")
+        depth = 0 if isinstance(layer, str) else layer % n + 1
+        found: Tensor = self.model.unembed(self.model.ln_final(self.resid[depth]))
+        return found
+
+    # -- one row, layer by position ------------------------------------------------------------------------------
+
+    def top(self, row: int = 0) -> Result:
+        """The probability of the likeliest token: layer x pos."""
+        return self._result(row, "probability of the likeliest token", lambda p: p.amax(-1))
+
+    def probability(self, token: int | str, row: int = 0) -> Result:
+        """softmax(logits)[token]: layer x pos."""
+        chosen = self._token(token)
+        return self._result(row, f"probability of {inputs.word(self.model, chosen)!r}", lambda p: p[:, chosen])
+
+    def rank(self, token: int | str, row: int = 0) -> Result:
+        """How many tokens are likelier (0: it is the likeliest): layer x pos."""
+        chosen = self._token(token)
+        title = f"rank of {inputs.word(self.model, chosen)!r}"
+        return self._result(row, title, lambda p: (p > p[:, chosen, None]).sum(-1).to(p.dtype))
+
+    def words(self, row: int = 0) -> list[list[str]]:
+        """The likeliest token of each cell, layer by layer; empty at padding."""
+        real = self._real(row).tolist()
+        words = []
+        for layer in self.layers:
+            best = self.logits(layer)[row].argmax(-1).tolist()
+            words.append([inputs.word(self.model, t) if here else "" for t, here in zip(best, real, strict=True)])
+        return words
+
+    def plot(self, row: int = 0, ax: Any = None) -> Any:
+        """A matplotlib Figure: the likeliest token in each cell, coloured by its probability."""
+        from gatedlens import figures
+
+        return figures.words(self.top(row), self.words(row), ax)
+
+    def _real(self, row: int) -> Bool[Tensor, " pos"]:
+        rows, length = self.resid[0].shape[:2]
+        if not -rows <= row < rows:
+            raise InputError(f"row={row}: this run has {rows} rows.")
+        mask = self.batch.mask
+        return torch.ones(length, dtype=torch.bool) if mask is None else mask[row].bool().cpu()
+
+    def _token(self, token: int | str) -> int:
+        chosen = self.model.to_single_token(token) if isinstance(token, str) else token
+        size = self.model.cfg.d_vocab_out
+        if not 0 <= chosen < size:
+            raise InputError(f"token={token} is out of range: the logits have {size} entries (0 to {size - 1}).")
+        return int(chosen)
+
+    def _result(self, row: int, title: str, read: Any) -> Result:
+        """`read` of every layer's probabilities [pos, d_vocab]; NaN at padding."""
+        real = self._real(row)
+        values = torch.stack([read(self.logits(layer)[row].softmax(-1)).cpu() for layer in self.layers])
+        labels = {"layer": self.layers, "pos": inputs.labels(self.model, self.batch, row)}
+        facts = {"model": self.model.cfg.model_name, "row": row}
+        values = values.masked_fill(~real, torch.nan)
+        return Result(values, ("layer", "pos"), labels, f"Logit lens: {title}", title.split(" of ")[0], facts)

@@ -1,0 +1,192 @@
+"""Direct logit attribution: a logit as a sum over what wrote it, by component or by source token. Both add up exactly.
+
+    by = gl.lens.logit_attribution(model, prompt, " Mary", " John")     # batch x component
+    by.at(batch=0).plot()
+    by = gl.lens.token_attribution(model, prompt, " Mary", " John")     # batch x component x src, and a remainder
+    by.values.sum((1, 2))                                               # the logit difference
+
+    logit = u . ln_final(resid) + b_U ,   resid = embed + sum over l of mixer_out_l + mlp_out_l
+    mixer_out_l[i] = sum over j of F_l[i, j] + remainder_l[i]
+
+u the column of W_U of `right` (minus that of `wrong`). The final norm's scale is held at what it was, which makes the norm
+linear: centring where it centres, weight, bias. F are the contributions of the implicit attention (`contributions.py`).
+A soft cap is not linear: with one, what is decomposed is the logit before it. Elhage et al. 2021; nostalgebraist 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gatedlens import inputs
+from gatedlens.attention import implicit_attention
+from gatedlens.cache import ActivationCache
+from gatedlens.errors import InputError
+from gatedlens.hooking import Batch
+from gatedlens.result import Result
+
+Tokens = int | str | Sequence[int] | Sequence[str] | Tensor
+SCALE = "ln_final.hook_scale"
+REMAINDER = "remainder"
+
+
+@torch.no_grad()
+def logit_attribution(model: Any, input: Any, right: Tokens, wrong: Tokens | None = None, pos: Any = None) -> Result:
+    """What each component gives to logit[right] (minus logit[wrong]): `embed`, `0_mixer_out`, ..., batch x component.
+
+    input: text, ids, a pair (ids, mask), images, or a cache with the residual stream's points. right, wrong: ids, tokens or
+    classes, one for all rows or one a row. pos: where it is predicted, among the row's real positions (the last). Biases
+    of the final norm and the unembedding stand as components of their own where there are any.
+    """
+    reading = Reading.of(model, input, right, wrong, pos, ())
+    parts = {label: reading.of_stream(value) for label, value in reading.streams()} | reading.biases
+    values = torch.stack(list(parts.values()), dim=1)
+    return reading.result(values, ("batch", "component"), {"component": list(parts)})
+
+
+@torch.no_grad()
+def token_attribution(model: Any, input: Any, right: Tokens, wrong: Tokens | None = None, pos: Any = None) -> Result:
+    """The same by source: batch x component x src, where src are the positions and `remainder`, what no token brings.
+
+    A mixer's output is split by its implicit attention; the embedding and the channel mixers write where they stand; the
+    biases, and what a mixer adds by biases and a carried state, are the remainder. Options as in `logit_attribution`.
+    """
+    mixers = [(layer, block.mixer) for layer, block in enumerate(model.blocks)]
+    inside = tuple(f"blocks.{layer}.{mixer.place}.{name}" for layer, mixer in mixers for name in mixer.attention_points)
+    reading = Reading.of(model, input, right, wrong, pos, inside)
+    rows = {}
+    for label, value in reading.streams():
+        layer, _, kind = label.partition("_")
+        rows[label] = reading.of_mixer(int(layer)) if kind == "mixer_out" else reading.in_place(value)
+    for label, bias in reading.biases.items():
+        rows[label] = torch.cat([bias.new_zeros(len(bias), reading.length), bias.unsqueeze(1)], dim=1)
+    labels = {"component": list(rows), "src": [*inputs.labels(model, reading.batch), REMAINDER]}
+    return reading.result(torch.stack(list(rows.values()), dim=1), ("batch", "component", "src"), labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """One logit (or difference) a row, read linearly off the last residual stream of `cache`: direction . resid + biases."""
+
+    model: Any
+    cache: ActivationCache
+    batch: Batch
+    direction: Float[Tensor, "batch pos d_model"]  # zero where the logit does not look
+    biases: dict[str, Tensor]
+    logit: Float[Tensor, " batch"]
+    facts: dict[str, Any]
+
+    @staticmethod
+    def of(model: Any, input: Any, right: Tokens, wrong: Tokens | None, pos: Any, inside: tuple[str, ...]) -> Reading:
+        """The reading of an input (run once) or of a cache; `inside` are more points that are needed."""
+        last_block = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+        streams = ("blocks.0.hook_resid_pre", "blocks.*.hook_m*_out", last_block, SCALE)
+        cache, batch = inputs.cached(model, input, (*streams, *inside))
+        last = cache["resid_post", -1].double()
+        u = _columns(model, right, len(last), "right")
+        b_u = _biases(model, right, len(last))
+        if wrong is not None:
+            u = u - _columns(model, wrong, len(last), "wrong")
+            b_u = b_u - _biases(model, wrong, len(last))
+        looks, where = _looks(model, batch, pos)
+        u = looks.unsqueeze(-1) * u.unsqueeze(1)
+        direction, norm_bias = _through_norm(model, last, cache[SCALE], u)
+        biases = {"ln_final_bias": norm_bias, "unembedding_bias": b_u}
+        logit = (direction * last).sum((1, 2)) + norm_bias + b_u
+        facts = {"model": model.cfg.model_name, "right": _said(right), "pos": where, "logit": logit.tolist()}
+        facts |= {} if wrong is None else {"wrong": _said(wrong)}
+        facts |= {} if model.cfg.logits_soft_cap is None else {"before_soft_cap": model.cfg.logits_soft_cap}
+        biases = {label: value for label, value in biases.items() if bool((value != 0).any())}
+        return Reading(model, cache, batch, direction, biases, logit, facts)
+
+    @property
+    def length(self) -> int:
+        return self.direction.shape[1]
+
+    def streams(self) -> Iterator[tuple[str, Float[Tensor, "batch pos d_model"]]]:
+        """What was written into the residual stream, by the names of `cache.decompose_resid`."""
+        yield "embed", self.cache["resid_pre", 0]
+        for layer in range(self.model.cfg.n_layers):
+            for kind in ("mixer_out", "mlp_out"):
+                if f"blocks.{layer}.hook_{kind}" in self.model.names:
+                    yield f"{layer}_{kind}", self.cache[f"blocks.{layer}.hook_{kind}"]
+
+    def of_stream(self, value: Tensor) -> Float[Tensor, " batch"]:
+        return (value.double() * self.direction).sum((1, 2))
+
+    def in_place(self, value: Tensor) -> Float[Tensor, "batch src"]:
+        """By the position at which it stands; no remainder."""
+        own = (value.double() * self.direction).sum(2)
+        return torch.cat([own, own.new_zeros(len(own), 1)], dim=1)
+
+    def of_mixer(self, layer: int) -> Float[Tensor, "batch src"]:
+        """By the position from which the mixer brought it, and the remainder."""
+        given = implicit_attention(self.cache, layer=layer).contributions()
+        total = self.direction.new_zeros(self.direction.shape[:2])
+        for i in self.direction.abs().sum((0, 2)).nonzero().flatten().tolist():
+            total = total + torch.einsum("bjd,bd->bj", given.row(i).double(), self.direction[:, i])
+        return torch.cat([total, self.of_stream(given.remainder()).unsqueeze(1)], dim=1)
+
+    def result(self, values: Tensor, axes: tuple[str, ...], labels: dict[str, Any]) -> Result:
+        """The Result, with how far its sum is from the logit (rounding, unless hooks edited the streams)."""
+        error = (values.flatten(1).sum(1) - self.logit).abs().max().item()
+        title = "Direct logit attribution" + (", by source token" if "src" in axes else "")
+        what = "logit" if "wrong" not in self.facts else "logit difference"
+        what += ", before the soft cap" if "before_soft_cap" in self.facts else ""
+        return Result(values, axes, labels, title, what, {**self.facts, "error": error})
+
+
+def _through_norm(
+    model: Any, last: Tensor, scale: Tensor, u: Tensor
+) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, " batch"]]:
+    """(direction, bias): u . ln_final(x) = direction . x + bias, with the norm's scale held. Every norm is then linear."""
+    with torch.inference_mode(False), torch.enable_grad():
+        u, held = u.clone(), scale.clone()  # tensors of an inference mode outside take no part in gradients
+        with model.hooks([(SCALE, lambda own, hook: held.to(own))]):
+            x = torch.zeros(last.shape, dtype=last.dtype, device=last.device, requires_grad=True)
+            read = (model.ln_final(x).double() * u).sum((1, 2))
+        (direction,) = torch.autograd.grad(read.sum(), x)
+    return direction, read.detach()
+
+
+def _looks(model: Any, batch: Batch, pos: Any) -> tuple[Float[Tensor, "batch pos"], Any]:
+    """With which weight each position enters each row's logit, and how a reader is told."""
+    real = inputs.real(model, batch)
+    pooling = model.pooling()
+    if pooling is not None:
+        if pos is not None:
+            raise InputError(f"pos={pos!r}: {model.title} has one output a row, read where its head reads it.")
+        return pooling.double().expand(real.shape), "pooled"
+    places = inputs.places(-1 if pos is None else pos, real)
+    looks = torch.nn.functional.one_hot(places, real.shape[1]).double()
+    return looks, places.tolist()
+
+
+def _ids(model: Any, tokens: Tokens, rows: int, what: str) -> Tensor:
+    if isinstance(tokens, str):
+        tokens = model.to_single_token(tokens)
+    elif not isinstance(tokens, int | Tensor):
+        tokens = [model.to_single_token(token) if isinstance(token, str) else token for token in tokens]
+    ids, size = torch.as_tensor(tokens, device=model.W_U.device), model.W_U.shape[1]
+    if ids.is_floating_point() or ids.ndim > 1 or (ids.ndim == 1 and len(ids) not in (1, rows)):
+        raise InputError(f"{what}={_said(tokens)}: give one id for all {rows} rows, or one a row.")
+    if bool(((ids < 0) | (ids >= size)).any()):
+        raise InputError(f"{what}={_said(tokens)} is out of range: the logits have {size} entries (0 to {size - 1}).")
+    return ids.reshape(-1).expand(rows)
+
+
+def _columns(model: Any, tokens: Tokens, rows: int, what: str) -> Float[Tensor, "batch d_model"]:
+    return model.W_U.T[_ids(model, tokens, rows, what)].double()
+
+
+def _biases(model: Any, tokens: Tokens, rows: int) -> Float[Tensor, " batch"]:
+    return model.b_U[_ids(model, tokens, rows, "token")].double()
+
+
+def _said(tokens: Tokens) -> Any:
+    return tokens.tolist() if isinstance(tokens, Tensor) else tokens if isinstance(tokens, int | str) else list(tokens)

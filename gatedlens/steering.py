@@ -1,0 +1,231 @@
+"""Steering vectors: the mean difference of two sets of inputs at a point, added back while the model runs.
+
+    anger = gl.steering.vector(model, ["I hate you", ...], ["I love you", ...], "blocks.6.hook_resid_post")
+    with anger.on(model, scale=4):                       # every position of the prompt and every new token
+        model.generate("I think that you", max_new_tokens=20)
+    anger.on(model, scale=4, pos=slice(-1, None))        # from the prompt's last position on
+    anger.on(model, scale=4, pos=-1)                     # at the prompt's last position, once
+    anger.save("anger.safetensors"); SteeringVector.load("anger.safetensors"); anger.cosine(other)
+
+A vector of states (`mixer.hook_state`) is added to what is written, `mixer.hook_write`: state_t = decay_t state_{t-1} +
+write_t + v. So it is in the state after position t, decays and propagates as the state does, and a RecurrentState carries
+it into all that is generated later. (An edit at hook_state itself would reach one readout only.) Most often you want it
+once, `pos=-1`: without pos it is added again at every step.
+
+Contrastive activation addition: Turner et al. 2023; Rimsky et al. 2024. Positions are counted among real tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gatedlens import inputs
+from gatedlens.ablation import Intervention, edit
+from gatedlens.errors import CheckpointError, InputError, PointError
+from gatedlens.hookpoint import HookPoint
+
+Position = int | slice | Sequence[int] | None
+STATE = ".hook_state"
+WRITE = ".hook_write"
+
+
+@torch.no_grad()
+def vector(model: Any, positive: Any, negative: Any, name: str, pos: int | None = -1) -> SteeringVector:
+    """mean over `positive` - mean over `negative` of what stands at the point `name`: a SteeringVector.
+
+    positive, negative: a text or a list of texts, ids, pairs (ids, mask), images. pos: which position of each row, counted
+    among its real ones (-1: the last); None: the mean of all of them.
+    """
+    found = model.names.find(name)
+    point = None if found.view is not None else model.names.points[found.name]
+    if point is None or "pos" not in point.dims:
+        axes = "it is a view" if point is None else f"its axes are {point.axes}"
+        raise PointError(f"{name} cannot be steered: a vector is added at positions, and {axes}.")
+    with_means = [_mean(model, given, found.name, pos) for given in (positive, negative)]
+    facts = {"model": model.cfg.model_name, "pos": pos, "positive": with_means[0][1], "negative": with_means[1][1]}
+    return SteeringVector(found.name, with_means[0][0] - with_means[1][0], facts)
+
+
+def _mean(model: Any, given: Any, name: str, pos: int | None) -> tuple[Tensor, int]:
+    """The mean activation of some inputs, and of how many rows."""
+    batch = inputs.ready(model, given)
+    _, cache = model.run_with_cache(batch, names_filter=name)
+    real, at = inputs.real(model, batch), model.hook_dict[name].pos_dim
+    x = cache[name].movedim(at, 1)
+    if pos is None:
+        kept = x.masked_fill(~real.reshape(*real.shape, *[1] * (x.ndim - 2)), 0)
+        rows = kept.sum(1) / real.sum(1).reshape(-1, *[1] * (x.ndim - 2))
+    else:
+        rows = x[torch.arange(len(x), device=x.device), inputs.places(pos, real)]
+    return rows.mean(0), len(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringVector:
+    """`vector` has the axes of the point `name` but for batch and pos; `facts` say where it came from."""
+
+    name: str
+    vector: Tensor
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"SteeringVector({self.name}, {list(self.vector.shape)}, norm {self.norm:.4g})"
+
+    # -- as a vector ---------------------------------------------------------------------------------------------
+
+    @property
+    def norm(self) -> float:
+        """Its Euclidean length."""
+        return float(self.vector.norm())
+
+    def normalised(self, norm: int | float = 1.0) -> SteeringVector:
+        """The same direction with this length."""
+        if self.norm == 0:
+            raise InputError("The vector is zero: both sets of inputs have the same mean, so it has no direction.")
+        return replace(self, vector=self.vector * (norm / self.norm))
+
+    def cosine(self, other: SteeringVector | Tensor) -> float:
+        """The cosine of the angle to another vector of the same shape."""
+        theirs = other.vector if isinstance(other, SteeringVector) else other
+        if theirs.shape != self.vector.shape:
+            raise InputError(
+                f"cosine: this vector has shape {list(self.vector.shape)}, the other {list(theirs.shape)}."
+            )
+        a, b = self.vector.double().flatten(), theirs.double().flatten().to(self.vector.device)
+        return float(a @ b / (a.norm() * b.norm()).clamp(min=torch.finfo(a.dtype).tiny))
+
+    # -- on a model ----------------------------------------------------------------------------------------------
+
+    @property
+    def target(self) -> str:
+        """The point that it is added to: its own, or hook_write for a state."""
+        return self.name.removesuffix(STATE) + WRITE if self.name.endswith(STATE) else self.name
+
+    def intervention(self, scale: int | float = 1.0, **index: Any) -> Intervention:
+        """The value: `scale` times the vector added at every position of every call (or at `pos=...` of each call)."""
+        return edit(self.target, lambda x, point: x + self._shaped(x, point, scale), **index)
+
+    @contextmanager
+    def on(self, model: Any, scale: int | float = 1.0, pos: Position = None) -> Iterator[Any]:
+        """`with steering.on(model, scale=4, pos=-1): ...`: added while the block lasts.
+
+        pos counts the real positions of a prompt: None is all of them and all new tokens; a slice without an end goes on
+        through all new tokens too; a number, a list or a slice with an end is in the prompt alone. A call that goes on from
+        a state is new tokens, unless it is the first of the block.
+        """
+        self._check(model)
+        calls = Calls(model)
+        with calls.watched(), model.hooks([(self.target, self._hook(calls, scale, pos))]):
+            yield model
+
+    def _hook(self, calls: Calls, scale: int | float, pos: Position) -> Callable[..., Tensor]:
+        def add(x: Tensor, hook: HookPoint) -> Tensor:
+            assert hook.pos_dim is not None
+            where = calls.chosen(pos).to(x.device)
+            shape = [len(where), *[where.shape[1] if d == hook.pos_dim else 1 for d in range(1, x.ndim)]]
+            return torch.where(where.reshape(shape), x + self._shaped(x, hook, scale), x)
+
+        return add
+
+    def _shaped(self, x: Tensor, hook: HookPoint, scale: int | float) -> Tensor:
+        """scale * vector, with a batch and a pos axis of size 1."""
+        at = hook.pos_dim or 1
+        shaped = self.vector.unsqueeze(0).unsqueeze(at)
+        if any(have not in (want, 1) for have, want in zip(shaped.shape, x.shape, strict=True)):
+            raise InputError(f"The vector has shape {list(self.vector.shape)}; {hook.name} is {list(x.shape)}.")
+        return (scale * shaped).to(x)
+
+    def _check(self, model: Any) -> None:
+        point = model.names[self.name]
+        wanted = [
+            size
+            for dim, size in zip(point.dims, point.shape(model.cfg.sizes), strict=True)
+            if dim not in ("batch", "pos")
+        ]
+        have = list(self.vector.shape)
+        if len(have) != len(wanted) or any(isinstance(w, int) and w != h for w, h in zip(wanted, have, strict=True)):
+            raise InputError(
+                f"The vector of {self.name} has shape {have}; {model.cfg.model_name} wants {wanted} there: it is from "
+                f"another model ({self.facts.get('model', 'unnamed')})."
+            )
+
+    # -- on disk -------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file, and return the path."""
+        meta = {"gatedlens": "steering", "name": self.name, "facts": json.dumps(self.facts)}
+        save_file({"vector": self.vector.detach().cpu().contiguous()}, str(path), meta)
+        return Path(path)
+
+    @staticmethod
+    def load(path: str | Path) -> SteeringVector:
+        """What `save` wrote."""
+        try:
+            with safe_open(str(path), "pt") as file:
+                meta = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is not a readable safetensors file: {error}.") from error
+        if meta.get("gatedlens") != "steering" or "vector" not in tensors:
+            raise CheckpointError(f"{path} is no saved SteeringVector: it holds {', '.join(list(tensors)[:5])}.")
+        return SteeringVector(meta["name"], tensors["vector"], json.loads(meta["facts"]))
+
+
+class Calls:
+    """The calls of a model while it is watched: which positions are real, and whether a call goes on from a state."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.count = 0
+        self.goes_on = False
+        self.real: Bool[Tensor, "batch pos"] = torch.ones(0, 0, dtype=torch.bool)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Look at the input of every call of the model."""
+        handle = self.model.register_forward_pre_hook(self._look, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _look(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Note the call, and hand on its input made ready, so that text is read once."""
+        batch, rest = model.prepare(*args, **kwargs)
+        self.real = inputs.real(model, batch)
+        self.goes_on = self.count > 0 and rest.get("state") is not None
+        self.count += 1
+        return (batch,), rest
+
+    def chosen(self, pos: Position) -> Bool[Tensor, "batch pos"]:
+        """Which positions of this call `pos` means."""
+        if pos is None:
+            return self.real
+        if self.goes_on:
+            on = isinstance(pos, slice) and pos.stop is None
+            return self.real if on else torch.zeros_like(self.real)
+        if isinstance(pos, slice):
+            return self._sliced(pos)
+        chosen = torch.zeros_like(self.real)
+        for one in [pos] if isinstance(pos, int) else list(pos):
+            chosen[torch.arange(len(chosen)), inputs.places(one, self.real)] = True
+        return chosen
+
+    def _sliced(self, pos: slice) -> Bool[Tensor, "batch pos"]:
+        chosen = torch.zeros_like(self.real)
+        for row, real in zip(chosen, self.real, strict=True):
+            row[real.nonzero().flatten()[pos]] = True
+        return chosen

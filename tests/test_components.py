@@ -1,0 +1,167 @@
+"""Component ablations: against models whose parameters lack the component, and against the rows' equations."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import gatedlens as gl
+from gatedlens import ablation
+from tests.helpers import example
+from tests.test_ablation import fired, same
+
+
+def logits(model, intervention, x):
+    with torch.no_grad(), intervention.on(model):
+        return model(x)
+
+
+def operated(model, part, change):
+    """A copy whose parameters with `part` in their name (the last words) are changed."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, p in other.wrapped.named_parameters():
+            if any(word in part for word in (".".join(name.split(".")[-2:]), name.split(".")[-1])):
+                change(p)
+    return other
+
+
+CONV = [f"{conv}.weight" for conv in ("conv1d", "conv_1d", "conv1d_b")]
+BIAS = [name.replace("weight", "bias") for name in CONV]
+
+
+def tap(k):
+    def keep(p):
+        kept = p[..., k].clone()
+        p.zero_()
+        p[..., k] = kept
+
+    return keep
+
+
+def identity(p):
+    p.zero_()
+    p[..., -1] = 1
+
+
+@pytest.mark.parametrize(
+    ("make", "word", "surgery"),
+    [
+        (ablation.identity_conv, "conv", [(CONV, identity), (BIAS, torch.Tensor.zero_)]),
+        (ablation.no_conv_bias, "conv", [(BIAS, torch.Tensor.zero_)]),
+        (lambda layers="*": ablation.only_tap(1, layers), "conv", [(CONV, tap(1))]),
+        (ablation.no_skip, "skip", [(["D", "D_b"], torch.Tensor.zero_)]),
+    ],
+    ids=["identity conv", "no conv bias", "one tap", "no skip"],
+)
+def test_a_component_without_is_a_model_whose_parameters_are_without(model, make, word, surgery):
+    x = example(model)
+    said = model.recurrence[word]
+    if said.startswith("none"):
+        with pytest.raises(gl.PointError, match=f"{model.title} has no {word}: its recurrence says {word}: 'none"):
+            logits(model, make(), x)
+        return
+    other = model
+    for part, change in surgery:
+        other = operated(other, part, change)
+    with torch.no_grad():
+        want = other(x)
+        assert not torch.allclose(want, model(x), atol=1e-4)
+    assert torch.allclose(logits(model, make(), x), want, rtol=1e-10, atol=1e-11)
+    with torch.no_grad():  # one layer alone, named from the end
+        first = next(layer for layer in range(model.cfg.n_layers) if model.blocks[layer].mixer.place == "mixer")
+        half = other(model(x, stop_at_layer=first), start_at_layer=first, stop_at_layer=first + 1)
+        want = model(half, start_at_layer=first + 1)
+    assert torch.allclose(logits(model, make(first - model.cfg.n_layers), x), want, rtol=1e-10, atol=1e-11)
+
+
+def first_layer(model, cache):
+    """(gate, scan, y) of each direction of block 0's mixer, and o -> what the block's mixer puts out."""
+    stems = [name.removesuffix("hook_gate") for name in cache if name.startswith("blocks.0.mixer.")]
+    stems = [stem for stem in stems if f"{stem}hook_gate" in cache.cache_dict]
+    weight, bias = model.blocks[0].mixer.output_weights()
+
+    def out(o):
+        return o / len(stems) @ weight.T + (0 if bias is None else bias)
+
+    return [tuple(cache[f"{stem}hook_{leaf}"] for leaf in ("gate", "scan", "y")) for stem in stems], out
+
+
+@torch.no_grad()
+def test_the_gate_and_the_scan_by_their_equations(model, clean):
+    parts, out = first_layer(model, clean)
+    assert same(fired(model, ablation.open_gate(0)), out(sum(y for _, _, y in parts)))
+    assert same(fired(model, ablation.no_scan(0)), out(sum(gate * (y - scan) for gate, scan, y in parts)))
+    channels = [1, 4]
+    expected = []
+    for gate, scan, y in parts:
+        scan = scan.clone()
+        scan[..., [c for c in range(scan.shape[-1]) if c not in channels]] = 0  # what is taken away
+        expected.append(gate * (y - scan))
+    assert same(fired(model, ablation.no_scan(0, channel=channels)), out(sum(expected)))
+
+
+@torch.no_grad()
+def test_layers_are_removed_by_number_and_by_pattern(model):
+    x, n = example(model), model.cfg.n_layers
+    resid = [model(x, stop_at_layer=layer) for layer in range(n)]
+    assert same(logits(model, ablation.remove_layer("*"), x), model(resid[0], start_at_layer=n))
+    assert same(logits(model, ablation.remove_layer(-1), x), model(resid[-1], start_at_layer=n))
+    assert same(logits(model, ablation.remove_layer(0), x), model(resid[0], start_at_layer=1))
+    assert same(logits(model, ablation.remove_layer("[01]"), x), model(resid[0], start_at_layer=2))
+    middle = model(resid[0], start_at_layer=1, stop_at_layer=n - 1)
+    assert same(logits(model, ablation.remove_layer([0, -1]), x), model(middle, start_at_layer=n))
+
+
+@torch.no_grad()
+def test_channels_by_how_fast_they_forget(model, clean):
+    x = example(model)
+    slow, fast = (find(model, 1 / 3, x, progress=False) for find in (ablation.slowest, ablation.fastest))
+    stems = {name.rpartition(".")[0] for name in clean if name.endswith("hook_decay")}
+    assert set(slow) == set(fast) == stems
+    for stem in stems:
+        decay = clean[f"{stem}.hook_decay"]
+        mean = decay.mean((0, 1)) if decay.ndim == 3 else decay.mean((0, 1, 3))
+        k = round(len(mean) / 3)
+        assert slow[stem] == sorted(mean.topk(k).indices.tolist()) and len(slow[stem]) == k
+        assert fast[stem] == sorted(mean.topk(k, largest=False).indices.tolist())
+    both = ablation.zero("blocks.*.mixer.*hook_write", channel=slow) + ablation.no_scan(channel=fast)
+    with both.on(model):
+        _, cache = model.run_with_cache(x, names_filter=lambda name: True)
+    for stem in stems:
+        states, scan = cache[f"{stem}.hook_state"], cache[f"{stem}.hook_scan"]
+        kept = [c for c in range(scan.shape[-1]) if c not in slow[stem] + fast[stem]]
+        assert (states[:, :, slow[stem]] == 0).all() and (scan[..., fast[stem]] == 0).all()
+        assert (scan[..., kept] != 0).any()
+        if stem.startswith("blocks.0"):
+            assert same(scan[..., kept], clean[f"{stem}.hook_scan"][..., kept])
+    with pytest.raises(gl.InputError, match="share=0"):
+        ablation.slowest(model, 0, x)
+
+
+def test_a_layer_that_mixes_by_attention_has_no_gate():
+    model = gl.HookedGriffin.tiny()
+    attention = model.cfg.layer_types.index("attention")
+    with pytest.raises(
+        gl.PointError, match=f"Layer {attention} of tiny-griffin has no gate: it mixes tokens by 'attn'"
+    ):
+        ablation.open_gate(attention).hooks(model)
+    with pytest.raises(gl.PointError, match="No layer of layers='2'"):
+        ablation.open_gate(str(attention)).hooks(model)
+    assert len(ablation.open_gate().hooks(model)) == model.cfg.n_layers - 1
+
+
+def test_components_compose_and_work_while_generating(lm):
+    if lm.recurrence["conv"].startswith("none"):
+        both = ablation.open_gate() + ablation.no_scan()
+    else:
+        both = ablation.only_tap(-1) + ablation.no_conv_bias() + ablation.open_gate()
+    tokens = example(lm)
+    with torch.no_grad(), both.on(lm):
+        ids = lm.generate(tokens, max_new_tokens=4, do_sample=False, verbose=False)
+        whole = tokens
+        for _ in range(4):
+            whole = torch.cat([whole, lm(whole)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(ids, whole)

@@ -1,0 +1,51 @@
+"""Inputs of every kind made ready; positions counted among real tokens; labels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gatedlens as gl
+from gatedlens import inputs
+from tests.helpers import example, padded
+
+
+def test_what_is_given_becomes_a_batch(model):
+    x = example(model)
+    batch = inputs.ready(model, x)
+    assert torch.equal(batch.value, x) and inputs.real(model, batch).shape == (2, model.positions(batch))
+    assert inputs.real(model, batch).all()
+    _, cache = model.run_with_cache(x)
+    held, again = inputs.cached(model, cache, ["hook_embed"])
+    assert held is cache and again.value.shape[0] == 2
+    fresh, _ = inputs.cached(model, x, ["hook_embed"])
+    assert list(fresh) == ["hook_embed"] and torch.equal(fresh["hook_embed"], cache["hook_embed"])
+    with pytest.raises(gl.InputError, match="cache of all positions"):
+        inputs.cached(model, model.run_with_cache(x[:1], remove_batch_dim=True)[1], [])
+    with pytest.raises(gl.InputError, match="This cache is one of"):
+        inputs.cached(type(model).tiny(), cache, [])
+
+
+def test_ids_with_a_mask(lm):
+    tokens, mask = padded([example(lm, 1, n)[0] for n in (5, 3)], "left")
+    assert torch.equal(inputs.real(lm, inputs.ready(lm, (tokens, mask))), mask)
+
+
+def test_places_count_real_positions():
+    real = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 0, 0, 0]], dtype=torch.bool)
+    assert inputs.places(-1, real).tolist() == [4, 1]
+    assert inputs.places(0, real).tolist() == [1, 0]
+    assert inputs.places([2, -2], real).tolist() == [4, 0]
+    for pos, message in ((2, r"rows have \[3, 2\]"), (0.5, "whole number"), ([1, 1, 1], "3 entries and the batch 2")):
+        with pytest.raises(gl.InputError, match=message):
+            inputs.places(pos, real)
+
+
+def test_labels_are_tokens_where_rows_agree(recall_model, hooked):
+    batch = inputs.ready(recall_model, ["A 3 and ? A", "A 4 and ? A"])
+    assert inputs.labels(recall_model, batch) == ["<bos>", "A", 2, "and", "?", "A"]
+    assert inputs.labels(recall_model, batch, row=1) == ["<bos>", "A", "4", "and", "?", "A"]
+    model = hooked.tiny()
+    ready = inputs.ready(model, example(model).to(torch.float32) if model.pooling() is not None else example(model))
+    own = inputs.labels(model, ready, row=0)
+    assert own == (list(range(10)) if model.pooling() is not None else [str(t) for t in ready.value[0].tolist()])
