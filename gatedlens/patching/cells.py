@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,28 +20,11 @@ from torch import Tensor
 Index = slice | list[int]
 
 
-class Edit(Protocol):
-    """What a cell does at the point `name`."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def first(self) -> int: ...
-
-    def apply(self, rows: Tensor, start: int) -> None:
-        """Change the rows of one patch, in place."""
-
-    def changes(self, rows: Tensor) -> bool:
-        """Whether it would change these rows of a whole corrupted run."""
-
-
 def key(dims: Sequence[str], index: Mapping[str, Index], start: int = 0) -> tuple[Any, ...]:
     """The index of the entries at `index` of a tensor with these dims, whose positions begin at `start`."""
-    chosen = [index.get(dim, slice(None)) for dim in dims]
+    chosen: list[Any] = [index.get(dim, slice(None)) for dim in dims]
     if start and "pos" in index:
-        at = dims.index("pos")
-        chosen[at] = _shift(chosen[at], -start)
+        chosen[dims.index("pos")] = _shift(index["pos"], -start)
     lists = [i for i, one in enumerate(chosen) if isinstance(one, list)]
     for place, i in enumerate(lists):  # lists of several axes mean their product
         chosen[i] = torch.tensor(chosen[i]).reshape([-1 if k == place else 1 for k in range(len(lists))])
@@ -76,7 +59,9 @@ class Put:
 
     def _value(self, rows: Tensor) -> Tensor:
         here = key(self.dims, self.index)
-        return torch.zeros((), dtype=rows.dtype, device=rows.device) if self.source is None else self.source[here].to(rows)
+        return (
+            torch.zeros((), dtype=rows.dtype, device=rows.device) if self.source is None else self.source[here].to(rows)
+        )
 
     def apply(self, rows: Tensor, start: int) -> None:
         value = self._value(rows)
@@ -108,6 +93,9 @@ class Call:
         edited = rows.clone()
         self.apply(edited, 0)
         return not torch.equal(edited, rows)
+
+
+Edit = Put | Call  # each has `name`, `first`, `apply(rows, start)` in place, and `changes(rows)` of a whole corrupted run
 
 
 @dataclass(frozen=True)

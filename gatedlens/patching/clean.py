@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gatedlens.cache import ActivationCache
@@ -35,13 +36,13 @@ class Clean:
                 "activations from position to position, so both must be equally long."
             )
         if rows != corrupted.rows:
-            raise InputError(f"The clean cache has {rows} rows and the corrupted input {corrupted.rows}: give a clean row for each.")
-        mask, clean = corrupted.batch.mask, cache.mask
-        if mask is not None or clean is not None:
-            real = [None if m is None else m.bool().to(cache.tokens.device) for m in (clean, mask)]
-            same = all(m is None or bool(m.all()) for m in real) if None in real else bool((real[0] == real[1]).all())
-            if not same:
-                raise InputError("Clean and corrupted prompts are padded in different places: each pair must be equally long.")
+            raise InputError(
+                f"The clean cache has {rows} rows and the corrupted input {corrupted.rows}: give a clean row for each."
+            )
+        if not _same_padding(cache.mask, corrupted.batch.mask):
+            raise InputError(
+                "Clean and corrupted prompts are padded in different places: the two of a pair must be equally long."
+            )
 
     def __getitem__(self, name: str) -> Tensor:
         try:
@@ -74,3 +75,10 @@ class Clean:
         if not isinstance(self.cache, ActivationCache) or self.cache.tokens is None or self.cache.state is not None:
             return None
         return self.cache.model(Batch(self.cache.tokens, self.cache.mask))
+
+
+def _same_padding(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two masks mask the same; None masks nothing."""
+    if a is None or b is None:
+        return all(mask is None or bool(mask.bool().all()) for mask in (a, b))
+    return torch.equal(a.bool().cpu(), b.bool().cpu())

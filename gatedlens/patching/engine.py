@@ -27,7 +27,7 @@ from gatedlens.patching.runs import Corrupted
 from gatedlens.patching.store import Store
 from gatedlens.result import Result
 
-ON_CPU, ON_ACCELERATOR = 16 << 20, 1 << 30  # bytes of a batch's activations; a CPU is fastest while they fit its caches
+ON_CPU, ON_ACCELERATOR = 8 << 20, 1 << 30  # bytes of a batch's activations; a CPU is fastest while they fit its caches
 
 
 class Interrupted(KeyboardInterrupt):
@@ -46,7 +46,7 @@ class Options:
     "scalar" (the metric gives one number). normalised: (value - corrupted) / (clean - corrupted), 1 where a patch
     restores the clean run and 0 where it does nothing. results: an earlier, interrupted Result to complete, or a path
     to which results are written, also when something goes wrong, and from which they are taken up. attention_mask:
-    that of the corrupted run. max_bytes: about how much a batch's activations may take (None: 16 MiB on a CPU, where
+    that of the corrupted run. max_bytes: about how much a batch's activations may take (None: 8 MiB on a CPU, where
     more is slower, and 1 GiB on an accelerator); one patch at least goes at a time.
     """
 
@@ -61,7 +61,9 @@ class Options:
     def __post_init__(self) -> None:
         known = ("mean", "none", "scalar")
         if self.reduce not in known:
-            raise InputError(f"reduce={self.reduce!r}: it is 'mean', 'none' or 'scalar'.{did_you_mean(self.reduce, known)}")
+            raise InputError(
+                f"reduce={self.reduce!r}: it is 'mean', 'none' or 'scalar'.{did_you_mean(self.reduce, known)}"
+            )
         if self.max_bytes is not None and self.max_bytes < 1:
             raise InputError(f"max_bytes={self.max_bytes}: give a number of bytes, 1 or more.")
 
@@ -81,7 +83,9 @@ class Meter:
         self.metrics: dict[str, Any] = dict(metric) if isinstance(metric, Mapping) else {"metric": metric}
         self.reduce = reduce
         if not self.metrics or not all(map(callable, self.metrics.values())):
-            raise InputError(f"The metric is {metric!r}; it is a function of logits, or a dict of such functions by name.")
+            raise InputError(
+                f"The metric is {metric!r}; it is a function of logits, or a dict of such functions by name."
+            )
 
     def __call__(self, logits: Tensor, where: str) -> Tensor:
         try:
@@ -92,7 +96,9 @@ class Meter:
     def _value(self, metric: Any, logits: Tensor) -> Tensor:
         value = measure(metric, logits).detach()
         if self.reduce == "scalar" and value.ndim:
-            raise InputError(f"The metric returned {list(value.shape)}; with reduce='scalar' it must return one scalar.")
+            raise InputError(
+                f"The metric returned {list(value.shape)}; with reduce='scalar' it must return one scalar."
+            )
         if self.reduce != "none":
             return value.mean().reshape(1)
         if value.ndim == 0 and len(logits) > 1:
@@ -138,7 +144,9 @@ def _how_to_go_on(store: Store, path: Path | None) -> str:
     done, total = store.measured(), len(store.plan.cells)
     if path is not None:
         return f"{done} of {total} cells were measured and saved; the same call with results={str(path)!r} goes on."
-    return f"{done} of {total} cells were measured: `except gl.patching.Interrupted as stop`, then results=stop.results."
+    return (
+        f"{done} of {total} cells were measured: `except gl.patching.Interrupted as stop`, then results=stop.results."
+    )
 
 
 # -- which cells go together ----------------------------------------------------------------------------------------
@@ -157,7 +165,8 @@ def batches(corrupted: Corrupted, cells: Sequence[Cell], max_bytes: int | None) 
 
 def bands(corrupted: Corrupted, ordered: Sequence[Cell], size: Sizes) -> Iterator[tuple[int, list[Cell]]]:
     """(start, cells) of neighbouring positions: as wide as a batch of those that enter at one block allows."""
-    start, band, most = 0, [], 0
+    start, most = 0, 0
+    band: list[Cell] = []
     for first, group in groupby(ordered, key=lambda cell: cell.first):
         here = list(group)
         here_most = max(sum(1 for _ in same) for _, same in groupby(here, key=corrupted.entry))

@@ -27,9 +27,10 @@ class Kind:
     points: str
     axes: tuple[str, ...] = ("layer", "pos")
     edits: Edits = copied
-    doc: str = ""
 
-    def __call__(self, model: Any, corrupted_tokens: Any, clean_cache: Any, patching_metric: Any, **options: Any) -> Result:
+    def __call__(
+        self, model: Any, corrupted_tokens: Any, clean_cache: Any, patching_metric: Any, **options: Any
+    ) -> Result:
         options = {"axes": self.axes, "edits": self.edits, **options}
         return sweep(model, corrupted_tokens, clean_cache, patching_metric, self.points, **options)
 
@@ -47,7 +48,12 @@ get_act_patch_state = Kind("blocks.*.mixer.*hook_state", edits=carried)  # what 
 
 
 def get_act_patch_by_tap(
-    model: Any, corrupted_tokens: Any, clean_cache: Any, patching_metric: Any, axes: Sequence[str] = ("layer", "tap"), **options: Any
+    model: Any,
+    corrupted_tokens: Any,
+    clean_cache: Any,
+    patching_metric: Any,
+    axes: Sequence[str] = ("layer", "tap"),
+    **options: Any,
 ) -> Result:
     """What each tap of the convolution contributes (tap -1, the last, reads the token itself); its clean cache needs
     the lazy hook_conv_taps. axes may hold "pos" and "channel" too."""

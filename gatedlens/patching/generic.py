@@ -96,5 +96,7 @@ def _size(run: Corrupted, name: str, axis: str) -> int:
         return int(cfg.n_heads)
     if axis not in point.dims or axis not in cfg.sizes:
         known = ["layer", *POSITIONS, *HEADS, *(dim for dim in point.dims if dim in cfg.sizes)]
-        raise PointError(f"{point.name} has no axis {axis!r}; an index may have {', '.join(known)}.{did_you_mean(axis, known)}")
+        raise PointError(
+            f"{point.name} has no axis {axis!r}; an index may have {', '.join(known)}.{did_you_mean(axis, known)}"
+        )
     return int(cfg.sizes[axis])

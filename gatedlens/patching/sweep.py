@@ -14,7 +14,7 @@ Mamba) they get an axis "point" in front.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 from torch import Tensor
@@ -107,7 +107,8 @@ class Spread:
             known = ["layer"] * (_layer(name) is not None) + [d for d in points[name].dims if d != "batch"]
             for axis in self.axes:
                 if axis not in known:
-                    hint = " The rows of a batch are patched together; reduce='none' keeps their numbers apart." * (axis == "batch")
+                    hint = " The rows of a batch are patched together: reduce='none' keeps their numbers apart."
+                    hint = hint if axis == "batch" else ""
                     raise PointError(f"{name} has no axis {axis!r} to sweep; it has: {', '.join(known)}.{hint}")
         for axis in groups:
             if axis not in self.axes or axis == "layer":
@@ -197,7 +198,7 @@ def _entries(axis: str, size: int, groups: Any) -> list[tuple[Any, Index]]:
         if not 1 <= groups <= size:
             raise InputError(f"groups={{{axis!r}: {groups}}}: the axis has {size} entries, give 1 to {size} groups.")
         cuts = [round(i * size / groups) for i in range(groups + 1)]
-        return [(f"{a}-{b - 1}" if b - a > 1 else a, slice(a, b)) for a, b in zip(cuts, cuts[1:], strict=False)]
+        return [(f"{a}-{b - 1}" if b - a > 1 else a, slice(a, b)) for a, b in pairwise(cuts)]
     if not isinstance(groups, Mapping) or not groups:
         raise InputError(f"groups={{{axis!r}: {groups!r}}}: give a number of groups, or a dict of label -> indices.")
     return [(label, _indices(axis, label, given, size)) for label, given in groups.items()]
