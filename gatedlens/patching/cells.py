@@ -95,7 +95,9 @@ class Call:
         return not torch.equal(edited, rows)
 
 
-Edit = Put | Call  # each has `name`, `first`, `apply(rows, start)` in place, and `changes(rows)` of a whole corrupted run
+Edit = (
+    Put | Call
+)  # each has `name`, `first`, `apply(rows, start)` in place, and `changes(rows)` of a whole corrupted run
 
 
 @dataclass(frozen=True)
