@@ -45,14 +45,14 @@ def prompts(differ: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    began = time.perf_counter()
+    began = time.process_time()
     found = function()
-    return time.perf_counter() - began, found
+    return time.process_time() - began, found
 
 
 @torch.no_grad()
 def sweep(point: str, differ: str) -> dict[str, float]:
-    """Seconds of a whole sweep: ours twice around theirs once, the mean of ours, so that noise hits both."""
+    """CPU seconds of a whole sweep: ours twice around theirs once, the mean of ours, so that noise hits both."""
     from transformer_lens import patching as peer
 
     from gatedlens import patching

@@ -88,7 +88,7 @@ def patching() -> Iterator[Line]:
     for point, differ in (("resid_pre", "changed"), ("resid_pre", "one"), ("mixer_out", "changed")):
         seconds = fresh("benchmarks.patching", point, differ)
         what = f"Patching {point}, layer x pos, 12 layers, pos 64, {sweeps[differ]}"
-        yield Line(what, seconds["ours"], seconds["theirs"], "s", 0.2)
+        yield Line(what, seconds["ours"], seconds["theirs"], "s CPU", 0.2)
 
 
 def imports() -> Iterator[Line]:
