@@ -39,6 +39,7 @@ from tests import (
 )
 from tests.conftest import EVERY, ROOT
 from tests.helpers import example, relative
+from tests.patching import test_sweep
 from tests.test_ablation import clean  # noqa: F401  a fixture
 from tests.test_attention import case  # noqa: F401  a fixture
 
@@ -79,6 +80,7 @@ GENERAL = [
     test_points,
     test_profiles,
     test_stack,
+    test_sweep,
     test_transformer_lens,
 ]
 if importlib.util.find_spec("nnsight") is not None:
