@@ -83,6 +83,14 @@ def growth_exponents() -> Iterator[Line]:
         yield Line(f"mean, growth exponent of {measure}, pos 1024 to 2048", math.log2(long / short), 1.0, "", limit)
 
 
+def patching() -> Iterator[Line]:
+    sweeps = {"changed": "prompts that differ everywhere", "one": "prompts that differ in one token"}
+    for point, differ in (("resid_pre", "changed"), ("resid_pre", "one"), ("mixer_out", "changed")):
+        seconds = fresh("benchmarks.patching", point, differ)
+        what = f"Patching {point}, layer x pos, 12 layers, pos 64, {sweeps[differ]}"
+        yield Line(what, seconds["ours"], seconds["theirs"], "s CPU", 0.2)
+
+
 def imports() -> Iterator[Line]:
     seconds = statistics.median(fresh("benchmarks.imports") for _ in range(5))
     yield Line("import gatedlens, over import transformer_lens (limit 0.3 s)", seconds, 1.0, "s", 0.3)
@@ -95,7 +103,7 @@ def table(lines: list[Line]) -> str:
 
 
 def main() -> None:
-    lines = [line for part in (mamba, language, attention, imports) for line in part()]
+    lines = [line for part in (mamba, language, attention, patching, imports) for line in part()]
     print(table(lines))
     machine = {"machine": platform.machine(), "python": platform.python_version(), "threads": 1}
     results = {"machine": machine, "lines": [{**asdict(x), "ratio": x.ratio} for x in lines]}

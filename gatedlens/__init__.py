@@ -18,6 +18,7 @@ from gatedlens import (
     knockout,
     lens,
     metrics,
+    patching,
     plot,
     profiles,
     states,
@@ -59,7 +60,7 @@ __all__ = [
     "HookError", "HookPoint", "HookTable", "HookedConfig", "HookedGriffin", "HookedLanguageModel",
     "HookedMamba", "HookedModel", "HookedRWKV", "HookedViM", "ImplicitAttention", "InputError", "Point",
     "PointError", "RecurrentState", "Result", "TooLargeError", "View", "__version__", "ablation",
-    "bundled_models", "data", "from_pretrained", "fused", "implicit_attention", "knockout", "lens", "metrics", "plot",
+    "bundled_models", "data", "from_pretrained", "fused", "implicit_attention", "knockout", "lens", "metrics", "patching", "plot",
     "profiles", "states", "steering", "tasks", "tracing", "wrap",
 ]
 # fmt: on

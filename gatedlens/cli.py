@@ -1,4 +1,4 @@
-"""The command line: `gatedlens demo`, `attention`, `compare`, `models`, `table`; each has --help with examples and --json."""
+"""The command line: `gatedlens demo`, `attention`, `patch`, `compare`, `models`, `table`; each has --help and --json."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ ATTENTION = """examples:
   gatedlens attention --model gatedlens/mamba-moby --text "It was the whiteness of the whale" --layer 1
   gatedlens attention --model gatedlens/mamba-recall --text "D 3 dog A 7 hay ? D" --reduce row --json
   gatedlens attention --model vim_t_midclstok_76p1acc.pth --image cat.jpg --reduce row --out figures"""
+
+PATCH = """examples:
+  gatedlens patch --model gatedlens/mamba-recall
+  gatedlens patch --model gatedlens/griffin-recall --point gate --out figures --json
+  gatedlens patch --model gatedlens/mamba-recall --clean "D 3 dog A 7 hay ? D" --corrupted "D 5 dog A 7 hay ? D" \\
+      --answer 3 --wrong 5 --point state --axes layer,pos"""
 
 TABLE = """examples:
   gatedlens table gatedlens/mamba-moby
@@ -81,6 +87,26 @@ def attention(args: argparse.Namespace) -> dict[str, Any]:
     for name, position, value in shown.tops:
         print(f"  {name!r:>12} at {position}: {value:+.4f}")
     print("\n".join(shown.files))
+    return {}
+
+
+def patch(args: argparse.Namespace) -> dict[str, Any]:
+    """Patch a clean prompt's activations into a corrupted one, one place at a time, and show what restores the answer."""
+    from gatedlens.patching.command import patch as run
+
+    found = run(
+        args.model, args.clean, args.corrupted, args.answer, args.wrong, args.point, args.axes, args.out,
+        progress=not args.json,
+    )  # fmt: skip
+    if args.json:
+        return found.to_dict()
+    print(f"clean:     {found.clean!r}, logit of {found.answer!r} - {found.wrong!r} = {found.clean_metric:+.3f}")
+    print(f"corrupted: {found.corrupted!r}, {found.corrupted_metric:+.3f}")
+    print(f"patching {found.points}; strongest (1: as in the clean run, 0: as in the corrupted one):")
+    for cell in found.tops:
+        where = ", ".join(f"{axis} {cell[axis]}" for axis in found.axes)
+        print(f"  {where:>20} {cell.get('pos_label', '')!r:>8}: {cell['value']:+.3f}")
+    print("\n".join(found.files))
     return {}
 
 
@@ -162,6 +188,19 @@ def parser() -> argparse.ArgumentParser:
         help="mean or abs_mean over channels (a matrix), or row: one row of the mean (%(default)s)",
     )
     sub.add_argument("--position", type=int, help="whose row (the last token's; of an image the class token's)")
+    sub.add_argument("--out", default="out", help="the folder for the picture and the numbers (%(default)s)")
+    sub = command("patch", patch, PATCH)
+    sub.add_argument("--model", required=True, help="a bundled model, a folder or a hub name")
+    sub.add_argument("--clean", help="the prompt whose activations are put in (a bundled recall model has its own)")
+    sub.add_argument("--corrupted", help="the prompt that they are put into, as long as the other")
+    sub.add_argument("--answer", help="the token that the clean prompt makes likely")
+    sub.add_argument("--wrong", help="the token that the corrupted prompt makes likely")
+    sub.add_argument(
+        "--point", default="resid_pre", help="resid_pre, mixer_out, gate, state, ... or a glob (%(default)s)"
+    )
+    sub.add_argument(
+        "--axes", default="layer,pos", help="what is swept: layer, and any axes of the point (%(default)s)"
+    )
     sub.add_argument("--out", default="out", help="the folder for the picture and the numbers (%(default)s)")
     sub = command("compare", compare, "examples:\n  gatedlens compare\n  gatedlens compare --out figures --json")
     sub.add_argument("--out", default="out", help="the folder for the picture (%(default)s)")

@@ -27,6 +27,9 @@ Terms = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 SEGMENT_ELEMENTS = (
     3 << 16
 )  # numbers in one segment's decay: 768 KiB of float32, so that decay and write stay in the L2 cache
+SEGMENT_STEPS = (
+    6  # the fewest steps that a segment should have: rows of a large batch are taken in groups that allow it
+)
 SEGMENT_ELEMENTS_GRAD = 1 << 20  # with gradients each segment costs some autograd bookkeeping: take longer ones
 
 
@@ -221,7 +224,21 @@ def scan(
 def _lean(
     terms: Terms, sequences: Sequence[Tensor], constants: Sequence[Tensor], initial: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Without gradients: one segment's states at a time."""
+    """Without gradients: one segment's states at a time, of so many rows that they stay in the cache."""
+    rows = max(1, SEGMENT_ELEMENTS // (SEGMENT_STEPS * max(initial[0].numel(), 1)))
+    if rows >= len(initial):
+        return _in_segments(terms, sequences, constants, initial)
+    groups = range(0, len(initial), rows)
+    parts = [
+        _in_segments(terms, [s[i : i + rows] for s in sequences], constants, initial[i : i + rows]) for i in groups
+    ]
+    return torch.cat([out for out, _ in parts]), torch.cat([last for _, last in parts])
+
+
+def _in_segments(
+    terms: Terms, sequences: Sequence[Tensor], constants: Sequence[Tensor], initial: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`scan` of some rows, segment by segment, without gradients."""
     out, state = None, initial
     length = sequences[0].shape[1]
     for part in _segments(length, initial.numel(), SEGMENT_ELEMENTS):

@@ -46,6 +46,7 @@ from tests import (
 )
 from tests.conftest import EVERY, ROOT
 from tests.helpers import example, relative
+from tests.patching import test_sweep
 from tests.test_attention import case  # noqa: F401  a fixture
 from tests.test_knockout import kind  # noqa: F401  a fixture
 
@@ -93,6 +94,7 @@ GENERAL = [
     test_states,
     test_steering,
     test_tracing,
+    test_sweep,
     test_transformer_lens,
 ]
 if importlib.util.find_spec("nnsight") is not None:

@@ -1,0 +1,131 @@
+"""Cells: what a sweep patches, as data. A cell is one patched run, an edit is what it does at one point.
+
+    Put("blocks.3.mixer.hook_gate", dims, {"pos": slice(5, 6)}, clean)     the clean values at position 5
+    Call("blocks.3.hook_resid_pre", setter, [3, 5], clean)                 whatever TransformerLens's patch_setter does
+    Cell((3, 5), (edit, ...))                                              where its number stands in the result
+
+Each edit changes the rows of its own patch in a batch of many. `first` is the earliest position that it touches: in a
+causal model nothing before it changes. A run that starts at position `start` has positions from there on only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Index = slice | list[int]
+
+
+def key(dims: Sequence[str], index: Mapping[str, Index], start: int = 0) -> tuple[Any, ...]:
+    """The index of the entries at `index` of a tensor with these dims, whose positions begin at `start`."""
+    chosen: list[Any] = [index.get(dim, slice(None)) for dim in dims]
+    if start and "pos" in index:
+        chosen[dims.index("pos")] = _shift(index["pos"], -start)
+    lists = [i for i, one in enumerate(chosen) if isinstance(one, list)]
+    for place, i in enumerate(lists):  # lists of several axes mean their product
+        chosen[i] = torch.tensor(chosen[i]).reshape([-1 if k == place else 1 for k in range(len(lists))])
+    return tuple(chosen)
+
+
+def _shift(index: Index, by: int) -> Index:
+    if isinstance(index, slice):
+        return slice(index.start + by, index.stop + by)
+    return [i + by for i in index]
+
+
+def beginning(index: Mapping[str, Index]) -> int:
+    """The first position that an index names; 0 if it names none."""
+    at = index.get("pos", slice(0, 1))
+    return at.start if isinstance(at, slice) else min(at)
+
+
+@dataclass(frozen=True)
+class Put:
+    """The entries `index` (by axis) of a point get `source`'s, or zeros where there is none (None)."""
+
+    name: str
+    dims: tuple[str, ...]
+    index: Mapping[str, Index]
+    source: Tensor | None
+    local: bool = True  # whether a run may start at its first position
+
+    @property
+    def first(self) -> int:
+        return beginning(self.index) if self.local else 0
+
+    def _value(self, rows: Tensor) -> Tensor:
+        here = key(self.dims, self.index)
+        return (
+            torch.zeros((), dtype=rows.dtype, device=rows.device) if self.source is None else self.source[here].to(rows)
+        )
+
+    def apply(self, rows: Tensor, start: int) -> None:
+        value = self._value(rows)
+        if start and self.source is not None and "pos" not in self.index and "pos" in self.dims:
+            value = value.narrow(self.dims.index("pos"), start, rows.shape[self.dims.index("pos")])
+        rows[key(self.dims, self.index, start)] = value
+
+    def changes(self, rows: Tensor) -> bool:
+        here = rows[key(self.dims, self.index)]
+        return not torch.equal(here, self._value(rows).expand_as(here))
+
+
+@dataclass(frozen=True)
+class Call:
+    """TransformerLens's `patch_setter(activation, index, clean_activation)`: it may touch anything."""
+
+    name: str
+    setter: Callable[..., Tensor]
+    index: Sequence[Any]
+    clean: Tensor
+    first: int = 0
+
+    def apply(self, rows: Tensor, start: int) -> None:
+        out = self.setter(rows, self.index, self.clean)
+        if out is not None and out is not rows:
+            rows.copy_(out)
+
+    def changes(self, rows: Tensor) -> bool:
+        edited = rows.clone()
+        self.apply(edited, 0)
+        return not torch.equal(edited, rows)
+
+
+Edit = (
+    Put | Call
+)  # each has `name`, `first`, `apply(rows, start)` in place, and `changes(rows)` of a whole corrupted run
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One patched run: its `edits`, and the `place` of its number among the result's axes."""
+
+    place: tuple[int, ...]
+    edits: tuple[Edit, ...]
+
+    @property
+    def first(self) -> int:
+        return min(edit.first for edit in self.edits)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All cells of a sweep, with the axes that they are laid out on."""
+
+    axes: tuple[str, ...]
+    labels: Mapping[str, Sequence[Any]]
+    sizes: tuple[int, ...]
+    cells: tuple[Cell, ...]
+    title: str
+
+    def say(self, cell: Cell) -> str:
+        """`layer 3, pos 5`: a cell as a person would name it."""
+        names = (
+            f"{axis} {self.labels[axis][i] if axis in ('layer', 'point') and axis in self.labels else i}"
+            for axis, i in zip(self.axes, cell.place, strict=True)
+        )
+        return ", ".join(names)

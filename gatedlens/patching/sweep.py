@@ -1,0 +1,214 @@
+"""sweep: patch every entry of some axes of some points, one at a time, clean into corrupted.
+
+    sweep(model, corrupted, clean_cache, metric, "blocks.*.mixer.hook_gate", ("layer", "pos"))
+    sweep(model, corrupted, clean_cache, metric, "blocks.*.mixer.hook_dt", ("layer", "channel"), groups={"channel": 8})
+    sweep(model, corrupted, clean_cache, metric, "blocks.3.mixer.hook_conv_taps", ("pos", "tap"))
+    sweep(model, corrupted, clean_cache, metric, "blocks.*.mixer.hook_state", ("layer", "pos"), edits=carried)
+
+An axis is "layer" or any of the point's own but batch. What is not named is patched whole: without "layer" all layers at
+once, without "pos" all positions. Layers that lack the point (Griffin's attention layers have no gate) are not on the
+axis: its labels say which layers there are. Where the pattern names several points of a layer (fwd and bwd of Vision
+Mamba) they get an axis "point" in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise, product
+from typing import Any
+
+from torch import Tensor
+
+from gatedlens.errors import InputError, PointError
+from gatedlens.patching.cells import Cell, Edit, Index, Plan, Put
+from gatedlens.patching.clean import Clean
+from gatedlens.patching.engine import Options, measure_cells
+from gatedlens.patching.labels import of_positions
+from gatedlens.patching.runs import Corrupted
+from gatedlens.result import Result
+
+Edits = Callable[[str, Clean], list[tuple[str, Tensor | None]]]
+
+
+def copied(name: str, clean: Clean) -> list[tuple[str, Tensor | None]]:
+    """The point itself gets what it held in the clean run."""
+    return [(name, clean[name])]
+
+
+def carried(name: str, clean: Clean) -> list[tuple[str, Tensor | None]]:
+    """The clean state, which later positions go on from: decay[pos] = 0, write[pos] = clean state[pos].
+
+    (`copied` at hook_state changes what is read at that position and nothing later.)
+    """
+    stem, word, rest = name.rpartition("hook_state")
+    if word == "" or rest:
+        raise PointError(f"edits=carried patches the state after a step, at a hook_state; {name} is none.")
+    return [(f"{stem}hook_decay", None), (f"{stem}hook_write", clean[name])]
+
+
+def sweep(
+    model: Any,
+    corrupted: Any,
+    clean_cache: Any,
+    metric: Any,
+    points: str | Sequence[str],
+    axes: Sequence[str] = ("layer", "pos"),
+    *,
+    groups: Mapping[str, Any] | None = None,
+    edits: Edits = copied,
+    title: str = "",
+    **options: Any,
+) -> Result:
+    """The metric with each entry of `axes` of `points` patched from the clean run into the corrupted one.
+
+    corrupted: what the model reads (tokens, text, images). clean_cache: the clean run's, with the points to patch in it.
+    metric: logits -> one number a row, or a scalar; or a dict of several by name. points: a name, alias or glob, or a
+    list of them. groups: how an axis is divided, for channels that are patched together: a number of equal groups, or a
+    dict of label -> indices. edits: what is put where: `copied`, or `carried` for states. options: see `Options`.
+    Returns a Result on the axes; `facts` hold the metric of the clean and of the corrupted run.
+    """
+    chosen = Options(**options)
+    run = Corrupted(model, corrupted, chosen.attention_mask)
+    clean = Clean(clean_cache, run)
+    spread = Spread(run, clean, points, tuple(axes), dict(groups or {}), edits)
+    facts = {"model": model.cfg.model_name, "points": spread.names, "batch": run.rows}
+    return measure_cells(run, clean, spread.plan(title), metric, chosen.told(facts))
+
+
+class Spread:
+    """The cells of a sweep: which points, which layers, which entries."""
+
+    def __init__(
+        self,
+        run: Corrupted,
+        clean: Clean,
+        points: str | Sequence[str],
+        axes: tuple[str, ...],
+        groups: dict[str, Any],
+        edits: Edits,
+    ):
+        self.run, self.clean, self.axes, self.edits = run, clean, axes, edits
+        self._found: dict[str, list[tuple[str, Tensor | None]]] = {}
+        self.names = _find(run.model, points)
+        self.kinds = list(dict.fromkeys(_rest(name) for name in self.names))
+        self.layers = sorted({layer for name in self.names if (layer := _layer(name)) is not None})
+        self._check(groups)
+        first = self.run.model.names.points[self.names[0]]
+        shape = clean[self.names[0]].shape
+        self.entries = {
+            axis: _entries(axis, shape[first.axis(axis)], groups.get(axis)) for axis in axes if axis != "layer"
+        }
+
+    def _check(self, groups: Mapping[str, Any]) -> None:
+        points = self.run.model.names.points
+        if not self.axes or len(set(self.axes)) != len(self.axes):
+            raise InputError(f"axes={self.axes}: name each axis once, for example ('layer', 'pos').")
+        for name in self.names:
+            known = ["layer"] * (_layer(name) is not None) + [d for d in points[name].dims if d != "batch"]
+            for axis in self.axes:
+                if axis not in known:
+                    hint = " The rows of a batch are patched together: reduce='none' keeps their numbers apart."
+                    hint = hint if axis == "batch" else ""
+                    raise PointError(f"{name} has no axis {axis!r} to sweep; it has: {', '.join(known)}.{hint}")
+        for axis in groups:
+            if axis not in self.axes or axis == "layer":
+                raise InputError(f"groups={{{axis!r}: ...}} divides an axis that is not swept: axes are {self.axes}.")
+
+    def plan(self, title: str) -> Plan:
+        """Every cell at its place."""
+        several = len(self.kinds) > 1
+        along = [range(len(self.layers)) if axis == "layer" else range(len(self.entries[axis])) for axis in self.axes]
+        cells = []
+        for kind, *places in product(range(len(self.kinds)), *along):
+            at = dict(zip(self.axes, places, strict=True))
+            names = self._names(self.kinds[kind], at)
+            index = {axis: self.entries[axis][at[axis]][1] for axis in self.axes if axis != "layer"}
+            if names:
+                edits = tuple(edit for name in names for edit in self._edits(name, index))
+                cells.append(Cell((*((kind,) if several else ()), *places), edits))
+        sizes = (*((len(self.kinds),) if several else ()), *map(len, along))
+        axes = (*(("point",) if several else ()), *self.axes)
+        said = title or f"patching {', '.join(kind.replace('hook_', '') for kind in self.kinds)}, clean into corrupted"
+        return Plan(axes, self._labels(several), sizes, tuple(cells), said)
+
+    def _names(self, kind: str, at: Mapping[str, int]) -> list[str]:
+        """The points of one cell: one layer's, or every layer's."""
+        layer = self.layers[at["layer"]] if "layer" in at else None
+        return [n for n in self.names if _rest(n) == kind and (layer is None or _layer(n) == layer)]
+
+    def _edits(self, name: str, index: Mapping[str, Index]) -> list[Edit]:
+        rows, sizes = self.run.model.names.points, self.run.model.cfg.sizes
+        out: list[Edit] = []
+        for target, source in self._sources(name):
+            dims = rows[target].dims
+            # Where an axis depends on where the run starts (key_pos), runs are whole.
+            local = self.run.causal and all(dim in ("batch", "pos") or dim in sizes for dim in dims)
+            out.append(Put(target, dims, dict(index), source, local))
+        return out
+
+    def _sources(self, name: str) -> list[tuple[str, Tensor | None]]:
+        if name not in self._found:
+            self._found[name] = self.edits(name, self.clean)
+        return self._found[name]
+
+    def _labels(self, several: bool) -> dict[str, list[Any]]:
+        labels: dict[str, list[Any]] = {"point": list(self.kinds)} if several else {}
+        for axis in self.axes:
+            if axis == "layer":
+                labels[axis] = list(self.layers)
+            elif axis == "pos" and len(self.entries["pos"]) == self.run.length:
+                labels[axis] = of_positions(self.run.model, self.run.batch)
+            else:
+                labels[axis] = [label for label, _ in self.entries[axis]]
+        return labels
+
+
+def _find(model: Any, points: str | Sequence[str]) -> list[str]:
+    """The full names that are meant, in the order in which they fire."""
+    found: dict[str, None] = {}
+    for name in (points,) if isinstance(points, str) else tuple(points):
+        try:
+            hits = model.names.hooked(name)
+        except PointError as error:
+            others = model.names.elsewhere(name.rpartition(".")[2].lstrip("*"))
+            has = f" {' and '.join(others)} {'has' if len(others) == 1 else 'have'} it." if others else ""
+            raise PointError(f"{error}{has if has.strip() not in str(error) else ''}") from error
+        if any(one.view is not None for one in hits):
+            raise PointError(f"{name!r} is computed from {', '.join(hits[0].needs())}: patch these.")
+        found |= dict.fromkeys(one.name for one in hits)
+    if not found:
+        raise PointError("No point was named: points is an empty list.")
+    return [name for name in model.names if name in found]
+
+
+def _layer(name: str) -> int | None:
+    return int(name.split(".")[1]) if name.startswith("blocks.") else None
+
+
+def _rest(name: str) -> str:
+    """`mixer.hook_gate` of `blocks.3.mixer.hook_gate`."""
+    return name.split(".", 2)[2] if name.startswith("blocks.") else name
+
+
+def _entries(axis: str, size: int, groups: Any) -> list[tuple[Any, Index]]:
+    """(label, index) of each entry of an axis: each by itself, or in groups."""
+    if groups is None:
+        return [(i, slice(i, i + 1)) for i in range(size)]
+    if isinstance(groups, int):
+        if not 1 <= groups <= size:
+            raise InputError(f"groups={{{axis!r}: {groups}}}: the axis has {size} entries, give 1 to {size} groups.")
+        cuts = [round(i * size / groups) for i in range(groups + 1)]
+        return [(f"{a}-{b - 1}" if b - a > 1 else a, slice(a, b)) for a, b in pairwise(cuts)]
+    if not isinstance(groups, Mapping) or not groups:
+        raise InputError(f"groups={{{axis!r}: {groups!r}}}: give a number of groups, or a dict of label -> indices.")
+    return [(label, _indices(axis, label, given, size)) for label, given in groups.items()]
+
+
+def _indices(axis: str, label: Any, given: Any, size: int) -> Index:
+    chosen = list(range(size))[given] if isinstance(given, slice) else given
+    found = [int(i) for i in ([chosen] if isinstance(chosen, int) else chosen)]
+    wrong = [i for i in found if not -size <= i < size]
+    if wrong or not found:
+        why = f"{axis}={wrong[0]} is out of range: there are {size}" if wrong else "it is empty"
+        raise InputError(f"groups={{{axis!r}: {{{label!r}: ...}}}}: {why}.")
+    return [i % size for i in found]

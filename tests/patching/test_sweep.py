@@ -1,0 +1,317 @@
+"""Sweeps on every architecture against a literal loop, one forward a cell: points, axes, batches, padding, states."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gatedlens as gl
+from gatedlens import patching
+from gatedlens.patching.engine import Sizes
+from gatedlens.patching.runs import Corrupted
+from gatedlens.result import Result
+from tests.helpers import example, padded
+
+QUIET = {"progress": False}
+
+
+def metric(logits):
+    """One number a row, of any model's logits."""
+    last = logits[:, -1] if logits.ndim == 3 else logits
+    return last[:, 3] - last[:, 1]
+
+
+def pair(model, batch=2, pos=7):
+    return example(model, batch, pos, seed=0), example(model, batch, pos, seed=1)
+
+
+def caches(model, clean, **options):
+    with torch.no_grad():
+        return model.run_with_cache(clean, names_filter=lambda name: True, **options)[1]
+
+
+def by_hand(model, corrupted, cache, name, measure=metric, **index):
+    """One cell: a whole forward with the entries `index` of a point taken from the cache."""
+
+    def patch(x, hook):
+        key = [slice(None)] * x.ndim
+        for axis, i in index.items():
+            key[model.names[name].dims.index(axis)] = i
+        x[tuple(key)] = cache[name][tuple(key)]
+
+    with torch.no_grad():
+        return measure(model.run_with_hooks(corrupted, fwd_hooks=[(name, patch)])).mean()
+
+
+def close(found, want):
+    found, want = (x.values if isinstance(x, Result) else torch.as_tensor(x) for x in (found, want))
+    return torch.allclose(found, want, rtol=1e-10, atol=1e-10)
+
+
+def everywhere(model):
+    """Points that have positions: all of block 1, those around the blocks, and the first of block 0."""
+    names = [n for n in model.names if n.startswith("blocks.1.") or not n.startswith("blocks.")]
+    early = [n for n in model.names if n.startswith("blocks.0.")][:4]
+    return [n for n in early + names if "pos" in model.names[n].dims]
+
+
+def test_every_point_by_position_is_one_forward_a_cell(model):
+    """Wherever runs start and whatever shares a batch; every point's cells share batches with the others'."""
+    clean, corrupted = pair(model, 1, pos=6)
+    cache, names, places = caches(model, clean), everywhere(model), (0, 4)
+    want = [[by_hand(model, corrupted, cache, name, pos=pos) for pos in places] for name in names]
+    for max_bytes in (None, 20_000):
+        found = patching.sweep(model, corrupted, cache, metric, names, ["pos"], max_bytes=max_bytes, **QUIET)
+        kinds = [name.split(".", 2)[2] if name.startswith("blocks.") else name for name in names]
+        for name, kind, wanted in zip(names, kinds, want, strict=True):
+            if kinds.count(kind) == 1:  # without "layer", one kind in two layers is patched in both at once
+                assert close(found.at(point=kind)[list(places)], wanted), name
+
+
+@pytest.mark.parametrize("word", ["resid_pre", "mixer_out"])
+def test_one_patch_at_a_time_is_the_same(model, word):
+    clean, corrupted = pair(model, pos=6)
+    function, cache = getattr(patching, f"get_act_patch_{word}"), caches(model, clean)
+    want = function(model, corrupted, cache, metric, **QUIET)
+    assert close(function(model, corrupted, cache, metric, max_bytes=1, **QUIET), want)
+    assert close(want[1, 4], by_hand(model, corrupted, cache, f"blocks.1.hook_{word}", pos=4))
+
+
+def test_layers_and_positions_together(model):
+    clean, corrupted = pair(model)
+    cache = caches(model, clean)
+    found = patching.get_act_patch_mixer_out(model, corrupted, cache, metric, **QUIET)
+    assert (
+        isinstance(found, Result) and found.axes == ("layer", "pos") and found["layer"] == [*range(model.cfg.n_layers)]
+    )
+    for layer in range(model.cfg.n_layers):
+        for pos in range(found.size("pos")):
+            want = by_hand(model, corrupted, cache, f"blocks.{layer}.hook_mixer_out", pos=pos)
+            assert close(found[layer, pos], want)
+    assert found.facts["corrupted"] == pytest.approx(float(metric(model(corrupted)).detach().mean()), abs=1e-10)
+    assert found.facts["clean"] == pytest.approx(float(metric(model(clean)).detach().mean()), abs=1e-10)
+
+
+def test_other_axes_groups_and_whole_layers(model):
+    clean, corrupted = pair(model)
+    cache = caches(model, clean)
+    name = "blocks.1.hook_mixer_out"
+    found = patching.sweep(model, corrupted, cache, metric, name, ("d_model", "pos"), groups={"d_model": 3}, **QUIET)
+    assert found["d_model"] == ["0-4", "5-10", "11-15"]
+    for i, channels in enumerate((slice(0, 5), slice(5, 11), slice(11, 16))):
+        assert close(found[i, 2], by_hand(model, corrupted, cache, name, d_model=channels, pos=2))
+    named = {"odd": [1, -1], "one": 4}
+    found = patching.sweep(model, corrupted, cache, metric, name, ["d_model"], groups={"d_model": named}, **QUIET)
+    assert close(found.at(d_model="odd"), by_hand(model, corrupted, cache, name, d_model=[1, 15]))
+    # Two lists: their product, and a list of positions that starts later.
+    both = {"d_model": {"a": [2, 9]}, "pos": {"late": [3, 5]}}
+    found = patching.sweep(model, corrupted, cache, metric, name, ("d_model", "pos"), groups=both, **QUIET)
+
+    def patch(x, hook):
+        for pos in (3, 5):
+            x[:, pos, [2, 9]] = cache[name][:, pos, [2, 9]]
+
+    with torch.no_grad():
+        assert close(found[0, 0], metric(model.run_with_hooks(corrupted, fwd_hooks=[(name, patch)])).mean())
+
+    # Without "layer" all layers are patched at once.
+    def everywhere(x, hook):
+        x[:, 4] = cache[hook.name][:, 4]
+
+    found = patching.sweep(model, corrupted, cache, metric, "blocks.*.hook_mixer_out", ["pos"], **QUIET)
+    with torch.no_grad():
+        want = metric(model.run_with_hooks(corrupted, fwd_hooks=[("blocks.*.hook_mixer_out", everywhere)])).mean()
+    assert close(found[4], want)
+
+
+def test_points_without_positions_and_the_keys_of_attention(model):
+    """What depends on where a run starts is run whole."""
+    clean, corrupted = pair(model)
+    cache = caches(model, clean)
+    odd = [
+        n for n in model.names if n.endswith(("hook_state_start", "hook_pattern", "hook_patch_embed", "hook_features"))
+    ]
+    assert odd
+    for name in odd:
+        axis = model.names[name].dims[-1]
+        found = patching.sweep(model, corrupted, cache, metric, name, [axis], **QUIET)
+        assert close(found[1], by_hand(model, corrupted, cache, name, **{axis: 1})), name
+
+
+def test_a_padded_batch(lm):
+    rows = [example(lm, 1, n, seed=n)[0] for n in (7, 4, 6)]
+    others = [example(lm, 1, n, seed=10 + n)[0] for n in (7, 4, 6)]
+    for side in ("left", "right"):
+        (clean, mask), (corrupted, _) = padded(rows, side), padded(others, side)
+        cache = caches(lm, clean, attention_mask=mask)
+        for point in ("resid_pre", "mixer_out"):
+            measure = lambda logits, side=side: logits[:, 2 if side == "right" else -1, 3]  # noqa: E731
+            function = getattr(patching, f"get_act_patch_{point}")
+            found = function(
+                lm, corrupted, cache, measure, attention_mask=mask, max_bytes=60_000, reduce="none", **QUIET
+            )
+            for layer in range(lm.cfg.n_layers):
+                for pos in range(7):
+                    name = f"blocks.{layer}.hook_{point}"
+
+                    def patch(x, hook, pos=pos, clean=cache[name]):
+                        x[:, pos] = clean[:, pos]
+
+                    with torch.no_grad():
+                        logits = lm.run_with_hooks(corrupted, fwd_hooks=[(name, patch)], attention_mask=mask)
+                    assert close(found[layer, pos], measure(logits)), (side, point, layer, pos)
+
+
+# -- the state ------------------------------------------------------------------------------------------------------
+
+
+def test_a_patched_state_goes_on(model):
+    """decay[pos] = 0 and write[pos] = the clean state, of each scan that a layer has."""
+    clean, corrupted = pair(model)
+    cache = caches(model, clean)
+    found = patching.get_act_patch_state(model, corrupted, cache, metric, **QUIET)
+    states = [n for n in model.names if n.endswith("hook_state")]
+    for name in states:
+        where = {"layer": int(name.split(".")[1])}
+        if "point" in found.axes:
+            where["point"] = name.split(".", 2)[2]
+        for pos in (0, 3, 6):
+
+            def forget(x, hook, pos=pos):
+                x[:, pos] = 0
+
+            def put(x, hook, pos=pos, name=name):
+                x[:, pos] = cache[name][:, pos]
+
+            stem = name.removesuffix("state")
+            with torch.no_grad():
+                logits = model.run_with_hooks(corrupted, fwd_hooks=[(f"{stem}decay", forget), (f"{stem}write", put)])
+            assert close(found.at(**where)[pos], metric(logits).mean())
+    # An edit of hook_state itself is read at its own position and nowhere later.
+    only_read = patching.get_act_patch_state(model, corrupted, cache, metric, edits=patching.copied, **QUIET)
+    assert only_read.shape == found.shape and not torch.allclose(only_read.values, found.values)
+
+
+def test_a_patched_state_is_the_clean_prefix_handed_over():
+    """RWKV reads a state one position later, so a patched state is exactly the clean run's state put into a split run."""
+    from gatedlens.hooks.rwkv import HookedRWKV
+
+    model = HookedRWKV.tiny(seed=0, dtype=torch.float64)
+    clean, corrupted = pair(model)
+    found = patching.get_act_patch_state(model, corrupted, caches(model, clean), metric, **QUIET)
+    with torch.no_grad():
+        for pos in range(6):
+            _, theirs = model(clean[:, : pos + 1], return_state=True)
+            for layer in range(model.cfg.n_layers):
+                _, state = model(corrupted[:, : pos + 1], return_state=True)
+                for name in ("num", "den", "max"):
+                    state[name, layer] = theirs[name, layer]
+                assert close(found[layer, pos], metric(model(corrupted[:, pos + 1 :], state=state)).mean())
+
+
+# -- the family -----------------------------------------------------------------------------------------------------
+
+FAMILY = {
+    "resid_pre": "hook_resid_pre", "resid_mid": "hook_resid_mid", "resid_post": "hook_resid_post",
+    "mixer_out": "hook_mixer_out", "attn_out": "hook_mixer_out", "mlp_out": "hook_mlp_out",
+    "conv": "mixer.hook_conv", "gate": "mixer.hook_gate", "scan": "mixer.hook_scan",
+}  # fmt: skip
+
+
+def test_the_family_patches_what_it_says(model):
+    """Each function where the architecture has the point, on the layers that have it; a PointError where it does not."""
+    clean, corrupted = pair(model)
+    cache = caches(model, clean)
+    for word, leaf in FAMILY.items():
+        function = getattr(patching, f"get_act_patch_{word}")
+        place, _, last = leaf.rpartition(".")
+        names = [n for n in model.names if n.endswith(f".{last}") and n.split(".", 2)[2].startswith(place)]
+        if not names:
+            with pytest.raises(gl.PointError, match="matches no hook point"):
+                function(model, corrupted, cache, metric, **QUIET)
+            continue
+        found = function(model, corrupted, cache, metric, **QUIET)
+        assert found["layer"] == sorted({int(n.split(".")[1]) for n in names})
+        for name in names:
+            entry = found.at(layer=int(name.split(".")[1]))
+            entry = entry.at(point=name.split(".", 2)[2]) if "point" in entry.axes else entry
+            assert close(entry[3], by_hand(model, corrupted, cache, name, pos=3)), name
+
+
+def test_taps_channel_groups_and_every_part_of_a_block(model):
+    clean, corrupted = pair(model)
+    cache = caches(model, clean)
+    gated = next(n for n in model.names if n.endswith("mixer.hook_gated"))
+    found = patching.get_act_patch_by_channel_group(model, corrupted, cache, metric, n_groups=4, **QUIET)
+    width = model.cfg.sizes["channel"]
+    first = by_hand(model, corrupted, cache, gated, channel=slice(0, width // 4))
+    assert found.axes == ("layer", "channel") and found.size("channel") == 4 and close(found[0, 0], first)
+    every = patching.get_act_patch_block_every(model, corrupted, cache, metric, **QUIET)
+    parts = ["hook_resid_pre", "hook_mixer_out"] + ["hook_mlp_out"] * ("blocks.0.hook_mlp_out" in model.names)
+    assert every.axes == ("point", "layer", "pos") and every["point"] == parts
+    assert close(
+        every.at(point="hook_mixer_out"), patching.get_act_patch_mixer_out(model, corrupted, cache, metric, **QUIET)
+    )
+    taps = [n for n in model.names if n.endswith("hook_conv_taps")]
+    if not taps:
+        with pytest.raises(gl.PointError, match="matches no hook point"):
+            patching.get_act_patch_by_tap(model, corrupted, cache, metric, **QUIET)
+        return
+    found = patching.get_act_patch_by_tap(model, corrupted, cache, metric, axes=("layer", "pos", "tap"), **QUIET)
+    part = found.at(layer=0)
+    part = part.at(point=taps[0].split(".", 2)[2]) if "point" in part.axes else part
+    assert close(part[4, 1], by_hand(model, corrupted, cache, taps[0], pos=4, tap=1))
+
+
+# -- what is not run ------------------------------------------------------------------------------------------------
+
+
+def test_a_patch_that_changes_nothing_is_not_run(lm):
+    """Before the first token that differs the clean run is the corrupted one."""
+    corrupted = example(lm, 2, 7, seed=0)
+    clean = corrupted.clone()
+    clean[:, 4] = (clean[:, 4] + 1) % lm.cfg.d_vocab
+    calls = []
+    with torch.no_grad():
+        cache = lm.run_with_cache(clean)[1]
+
+    def counting(logits):
+        calls.append(1)
+        return metric(logits)
+
+    found = patching.get_act_patch_resid_pre(lm, corrupted, cache, counting, **QUIET)
+    with torch.no_grad():
+        assert close(found[:, :4], metric(lm(corrupted)).mean().expand(lm.cfg.n_layers, 4))
+    assert len(calls) <= 2 + 3 * lm.cfg.n_layers  # the two baselines, and positions 4 to 6
+    for pos in (4, 5):
+        assert close(found[1, pos], by_hand(lm, corrupted, cache, "blocks.1.hook_resid_pre", pos=pos))
+
+
+def test_runs_start_at_the_patched_layer_and_position(lm):
+    clean, corrupted = pair(lm, 1)
+    cache, shapes, seen = caches(lm, clean), [], []
+
+    def spy(x, hook):
+        shapes.append((hook.name, tuple(x.shape)))
+
+    with lm.hooks([("blocks.*.hook_mixer_out", spy), ("hook_embed", lambda x, hook: seen.append(tuple(x.shape)))]):
+        patching.get_act_patch_resid_pre(lm, corrupted, cache, metric, max_bytes=1, **QUIET)
+    starts = [shape[1] for name, shape in shapes if name.startswith("blocks.0.") and shape[0] == 1]
+    assert sorted(starts)[-1] == 7 and {1, 2, 3} <= set(starts), "runs of block 0 get shorter"
+    per_layer = [sum(name.startswith(f"blocks.{layer}.") for name, _ in shapes) for layer in range(lm.cfg.n_layers)]
+    assert per_layer == sorted(per_layer) and per_layer[0] < per_layer[-1], "later blocks run more often"
+    assert len(seen) <= 10, "the embedding is read by the baselines and by the prefixes alone"
+
+
+def test_batches_keep_to_their_bytes(model):
+    clean, corrupted = pair(model)
+    run = Corrupted(model, corrupted)
+    rows = []
+    for limit in (1, 60_000, 10**9):
+        with model.hooks([("ln_final.hook_out", lambda x, hook: rows.append(len(x)))]):
+            patching.get_act_patch_mixer_out(model, corrupted, caches(model, clean), metric, max_bytes=limit, **QUIET)
+        size = Sizes(run, [], limit)
+        assert max(rows) <= max(2, 2 * (limit // (size.per_position * 1)))
+        if limit == 1:
+            assert max(rows) == 2, "one patch at a time"
+        rows.clear()
