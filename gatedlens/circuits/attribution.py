@@ -55,7 +55,7 @@ def attribution_patch(
     base, store = pair.cached(pair.clean, points.names, max_bytes)
     scores = _Scores(points, store, 1)
     value = listen(pair, metric, scores.listeners(), subtracting(store))
-    return points.results(scores, "Attribution patching", _facts(model, metric, base, value))
+    return points.results(scores, "Attribution patching", pair, _baselines(metric, base, value))
 
 
 def attribution_patch_ig(
@@ -81,7 +81,7 @@ def attribution_patch_ig(
     store = pair.differences(points.names, max_bytes)
     scores = _Scores(points, store, steps)
     along_input(pair, metric, scores.listeners(), steps, progress)
-    return points.results(scores, "Attribution patching, integrated over the input", {**_facts(model), "steps": steps})
+    return points.results(scores, "Attribution patching, integrated over the input", pair, {"steps": steps})
 
 
 def attribution_patch_ig_activations(
@@ -109,16 +109,12 @@ def attribution_patch_ig_activations(
         for share in shares:
             shift = [(name, lambda x, hook, way=store[name], share=share: x.detach() + share * way)]
             listen(pair, metric, {name: listener}, shift)
-    title = "Attribution patching, integrated over the activation"
-    return points.results(scores, title, {**_facts(model), "steps": steps})
+    return points.results(scores, "Attribution patching, integrated over the activation", pair, {"steps": steps})
 
 
-def _facts(model: Any, metric: Metric | None = None, clean: Tensor | None = None, base: Tensor | None = None) -> dict:
-    facts: dict[str, Any] = {"model": model.cfg.model_name}
-    if metric is not None and clean is not None and base is not None:
-        with torch.no_grad():
-            facts |= {"metric_clean": float(rows(metric, clean).mean()), "metric_corrupted": float(base.mean())}
-    return facts
+@torch.no_grad()
+def _baselines(metric: Metric, clean: Tensor, corrupted: Tensor) -> dict[str, Any]:
+    return {"metric_clean": float(rows(metric, clean).mean()), "metric_corrupted": float(corrupted.mean())}
 
 
 # -- which points, and what remains of them -------------------------------------------------------------------------
@@ -157,23 +153,21 @@ class _Points:
         total = product.sum(gone) if gone else product
         return total if "batch" in self.keep else total / product.shape[0]
 
-    def results(self, scores: _Scores, title: str, facts: dict[str, Any]) -> Any:
-        every = {row: self._result(row, scores, title, facts) for row in self.found}
+    def results(self, scores: _Scores, title: str, pair: Pair, facts: dict[str, Any]) -> Any:
+        told = {"model": self.model.cfg.model_name, **facts}
+        every = {row: self._result(row, scores, title, pair.pos_labels(), told) for row in self.found}
         return next(iter(every.values())) if self.single else every
 
-    def _result(self, row: str, scores: _Scores, title: str, facts: dict[str, Any]) -> Result:
+    def _result(
+        self, row: str, scores: _Scores, title: str, labels: dict[str, list[str]], facts: dict[str, Any]
+    ) -> Result:
         names = self.found[row]
-        values = [scores.total(name) for name in names]
-        axes, layers = tuple(self.kept(names[0])), [_layer(name) for name in names]
-        inside = layers[0] is not None
-        return Result(
-            torch.stack(values) if inside else values[0],
-            ("layer", *axes) if inside else axes,
-            {"layer": layers} if inside else {},
-            f"{title}: {row}",
-            "approximate rise of the metric",
-            {**facts, "point": row},
-        )
+        values, axes = torch.stack([scores.total(name) for name in names]), ("layer", *self.kept(names[0]))
+        given: dict[str, Sequence[Any]] = {"layer": [_layer(name) for name in names], **labels}
+        if _layer(names[0]) is None:  # a point outside the blocks
+            values, axes = values[0], axes[1:]
+        shown = {axis: given[axis] for axis in axes if axis in given}
+        return Result(values, axes, shown, f"{title}: {row}", "approximate rise of the metric", {**facts, "point": row})
 
 
 def _full_names(model: Any, names: NamesFilter) -> list[str]:

@@ -69,8 +69,9 @@ class Circuit:
         return float(self.scores.values[self._place(Edge(sender, receiver, pos))])
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{edge} ({self.score(*edge):+.3g})" for edge in self.edges[:3])
-        return f"Circuit({self.scores.title}: {len(self)} edges, {len(self.nodes)} of {len(self.graph)} nodes; {shown}, ...)"
+        shown = "".join(f", {edge} ({self.score(*edge):+.3g})" for edge in self.edges[:3])
+        count = f"{len(self)} of {int((~self.scores.values.isnan()).sum())} edges"
+        return f"Circuit({self.scores.title}: {count}, {len(self.nodes)} of {len(self.graph)} nodes{shown})"
 
     # -- circuits with fewer edges -------------------------------------------------------------------------------
 

@@ -68,6 +68,12 @@ class Pair:
         wanted: dict[str, Any] = {"names_filter": list(names), "max_bytes": max_bytes, "return_cache_object": False}
         return self.model.run_with_cache(batch, **wanted, **self.options)
 
+    def pos_labels(self) -> dict[str, list[str]]:
+        """{"pos": the clean tokens} of a text that is one row; else nothing."""
+        if self.model.tokenizer is None or len(self.clean.value) != 1:
+            return {}
+        return {"pos": self.model.to_str_tokens(self.clean.value)}
+
     @torch.no_grad()
     def differences(self, names: Iterable[str], max_bytes: int | None = CACHE_LIMIT) -> dict[str, Tensor]:
         """Clean minus corrupted at some points."""

@@ -29,7 +29,7 @@ from gatedlens.hooking import Batch
 from gatedlens.metrics import Metric
 from gatedlens.result import Result
 
-Positions = int | slice | Sequence[int] | None
+Positions = int | slice | Sequence[int] | Tensor | None
 
 
 def path_patch(
