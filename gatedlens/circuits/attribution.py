@@ -48,8 +48,12 @@ def attribution_patch(
     averaged. metric: logits -> one number a row. max_bytes: refuse to hold more than this of the clean run; two runs'
     activations are never held, only their difference. options: the forward's, attention_mask say.
 
-    Nanda 2023 (Attribution patching); Kramar et al. 2024 (AtP*, arXiv 2403.00745), eq. 3: the first-order term of
-    metric(patched) - metric(corrupted). Where the model is far from linear between the two runs it may be far off.
+    Nanda 2023 (Attribution patching); Kramár et al. 2024 (AtP*, arXiv 2403.00745), sec. 2: the first-order term of
+    metric(patched) - metric(corrupted). Where a patch does much it can be far off: on the three bundled recall models
+    (hook_resid_pre and hook_mixer_out, 16 prompts with another value at the queried key, float64) the rank correlation
+    with exact patching is 0.58 to 0.87 over the cells that move the logit difference by more than 0.1, and the linear
+    correlation over all cells 0.70 to 0.85; in up to one prompt of ten the answer's own position is not the largest.
+    Small effects it ranks well: over all cells 0.85 to 0.99.
     """
     pair, points = Pair.of(model, clean, corrupted, options), _Points(model, names, keep)
     base, store = pair.cached(pair.clean, points.names, max_bytes)
@@ -74,7 +78,8 @@ def attribution_patch_ig(
 
     `steps` forwards and backwards for all points together. At `hook_embed` the scores sum to metric(clean) -
     metric(corrupted) as steps grow (completeness; Sundararajan et al. 2017). Hanna et al. 2024 (arXiv 2403.17806),
-    sec. 3: EAP-IG, at activations instead of edges.
+    sec. 3: EAP-IG, at activations instead of edges. Measured as above: 0.86 to 0.98 and 0.97 to 0.99; but small effects
+    are those of the corrupted run, and over all cells ranks agree to 0.56 to 0.74 only.
     """
     pair, points = Pair.of(model, clean, corrupted, options), _Points(model, names, keep)
     steps_of(steps)
@@ -100,7 +105,7 @@ def attribution_patch_ig_activations(
 
     `steps` forwards and backwards for each point of each layer, one after the other; the rest of the model is the
     corrupted run's. A point's scores sum to the effect of patching it whole as steps grow. Marks et al. 2024 (Sparse
-    feature circuits, arXiv 2403.19647), eq. 3.
+    feature circuits, arXiv 2403.19647), eq. 3. Measured as above: 0.97 to 1.00 and 0.99 to 1.00; 0.55 to 0.79 over all.
     """
     pair, points, shares = Pair.of(model, clean, corrupted, options), _Points(model, names, keep), steps_of(steps)
     store = pair.differences(points.names, max_bytes)

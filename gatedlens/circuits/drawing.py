@@ -32,7 +32,8 @@ def draw(circuit: Circuit, ax: Any = None) -> Any:
         box = {"boxstyle": "round", "facecolor": "white", "edgecolor": colour}
         ax.text(x, y, name, ha="center", va="center", fontsize=9, color=colour, bbox=box, zorder=3)
     ax.set_xlim(-0.7, len(places) - 0.3)
-    ax.set_ylim(-2.2, 2.2)
+    lowest = min(y for _, y in places.values())
+    ax.set_ylim(lowest - (0.4 if lowest == 0 else 1.2), 2.2)
     ax.set_axis_off()
     ax.set_title(f"{circuit.scores.title}: {len(circuit)} edges (red raises the metric, blue lowers it)", fontsize=10)
     return ax.figure

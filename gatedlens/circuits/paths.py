@@ -46,7 +46,8 @@ def path_patch(
 
     sender, receivers: nodes (`Graph.of(model).names`), their points, or globs of receivers; every receiver comes after
     the sender. The path into `logits` is the direct effect. pos: the positions at which the sender is patched (all if
-    None). Several receivers are patched at once, each with what it reads while the others are frozen.
+    None). Several receivers are patched at once, each with what it reads while the others are
+    frozen: what one of them then says to another is not counted (so with `logits` among them, only the direct effect).
     """
     graph = Graph.of(model)
     source, chosen = graph.sender(sender), graph.some(receivers)

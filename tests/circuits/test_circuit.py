@@ -73,7 +73,7 @@ def test_any_circuit_is_what_its_nodes_make_one_after_the_other(model, positions
         assert torch.allclose(patch.logits(kept), want, rtol=0, atol=1e-10)
 
 
-def test_a_padded_batch_too(lm):
+def test_a_circuit_of_a_padded_batch(lm):
     rows = [torch.randint(lm.cfg.d_vocab, (n,), generator=torch.Generator().manual_seed(n)) for n in (4, 7)]
     clean, mask = padded(rows, "left")
     corrupted, _ = padded([(row + 3) % lm.cfg.d_vocab for row in rows], "left")
@@ -83,7 +83,7 @@ def test_a_padded_batch_too(lm):
     assert torch.allclose(got[:, -1], want[:, -1], rtol=0, atol=1e-10)
 
 
-def test_faithfulness_and_its_curve(model, circuit):
+def test_faithfulness_and_its_curve_of_circuits(model, circuit):
     clean, corrupted = two(model)
     sizes = [0, 2, len(circuit) - 1, len(circuit)]
     curve = circuit.curve(model, clean, corrupted, METRIC, sizes, progress=False)
@@ -111,7 +111,7 @@ def test_top_takes_the_strongest_edges_that_lie_on_paths():
     assert by_pos.top(6).edges == [Edge("embed", "logits", 0), Edge("embed", "logits", 1)]
 
 
-def test_edges_by_name():
+def test_edges_are_told_by_their_names():
     whole = made(CHAIN, [5.0, 1.0, 0.1, -4.0, 2.0, 3.0])
     some = whole.keep([("embed", "0.mixer"), Edge("0.mixer", "logits")])
     assert some.edges == [("embed", "0.mixer", None), ("0.mixer", "logits", None)] and len(some) == 2
@@ -129,7 +129,7 @@ def test_edges_by_name():
             whole.top(wrong)
 
 
-def test_saved_and_loaded_it_is_the_same(tmp_path, model, circuit):
+def test_a_circuit_saved_and_loaded_is_the_same(tmp_path, model, circuit):
     clean, corrupted = two(model)
     some = circuit.top(5)
     again = Circuit.load(some.save(tmp_path / "circuit.json"))

@@ -13,7 +13,9 @@ from tests.circuits.helpers import METRIC, fired, gradient, measured, put, two
 
 def stored(model, tokens):
     graph = Graph.of(model)
-    return graph, fired(model, tokens, ["hook_embed", *(n for node in graph.nodes for n in (node.reads, node.writes) if n)])
+    return graph, fired(
+        model, tokens, ["hook_embed", *(n for node in graph.nodes for n in (node.reads, node.writes) if n)]
+    )
 
 
 def test_eap_is_sender_difference_times_receiver_gradient(model):

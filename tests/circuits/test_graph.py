@@ -19,7 +19,7 @@ def test_a_receiver_reads_the_sum_of_its_senders(model):
         assert torch.allclose(total, cache[receiver.reads], rtol=0, atol=1e-10), receiver.name
 
 
-def test_so_it_does_where_there_is_padding(lm):
+def test_a_receiver_reads_that_sum_in_a_padded_batch_too(lm):
     rows = [torch.arange(n) for n in (4, 7)]
     tokens, mask = padded(rows, "left")
     graph = Graph.of(lm)
