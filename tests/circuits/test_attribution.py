@@ -115,8 +115,8 @@ def test_integrated_over_the_input_is_complete_at_the_embedding(model):
         )
         return (got.values - want).abs().max()
 
-    few, many = error(4), error(32)
-    assert many < 0.01 * want.abs().max() and many < few / 8, "the error falls with steps^2"
+    few, many = error(4), error(16)
+    assert many < 0.05 * want.abs().max() and many < few / 6, "the error falls with steps^2"
 
 
 @pytest.mark.parametrize("leaf", ["hook_resid_pre", "hook_mixer_out", "mixer.*hook_write"])
@@ -132,8 +132,8 @@ def test_integrated_over_the_activation_sums_to_the_effect_of_patching_the_point
         )
         return (got.values[0] - want).abs().max()
 
-    few, many = error(8), error(32)
-    assert many < 0.01 * want.abs().max() and many < few / 6, "the error falls with steps^2"
+    few, many = error(4), error(16)
+    assert many < 0.05 * want.abs().max() and many < few / 5, "the error falls with steps^2"
 
 
 def test_what_is_asked_wrongly_is_explained(model):
@@ -204,6 +204,11 @@ def test_frozen_parameters_and_other_interventions_are_respected(model):
 def test_different_padding_is_refused(recall_model):
     with pytest.raises(gl.InputError, match="padded at different places"):
         circuits.attribution_patch(recall_model, ["A 1 B 2", "A"], ["A", "A 1 B 2"], METRIC, "hook_embed")
+
+
+def test_names_of_what_is_computed_from_points_are_refused(recall_model):
+    with pytest.raises(gl.PointError, match=r"hook_B_bar is computed from .*hook_dt, .*hook_B: ask for these"):
+        circuits.attribution_patch(recall_model, "A 1", "A 2", METRIC, "blocks.0.hook_B_bar")
 
 
 def test_a_text_is_labelled_by_its_tokens_and_no_grad_may_be_on(recall_model):

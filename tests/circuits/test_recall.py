@@ -58,7 +58,10 @@ class Recalling:
         return function(*self.given, f"blocks.*.{leaf}", keep=("batch", "pos"), **options).values
 
 
-@pytest.fixture(scope="module", params=["mamba", "griffin", "rwkv"])
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("griffin", "rwkv")]
+
+
+@pytest.fixture(scope="module", params=["mamba", *SLOWER])
 def recalling(request):
     return Recalling(request.param)
 
