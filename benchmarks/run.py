@@ -91,6 +91,14 @@ def patching() -> Iterator[Line]:
         yield Line(what, seconds["ours"], seconds["theirs"], "s CPU", 0.2)
 
 
+def circuits() -> Iterator[Line]:
+    for name, seconds in fresh("benchmarks.circuits", "speed").items():
+        what = f"Attribution patching of every point that is not lazy / forward + backward, {name}, pos 64"
+        yield Line(what, seconds["ours"], seconds["theirs"], "s", 4.0)
+    peaks = {who: fresh("benchmarks.circuits", "memory", who) for who in ("ours", "theirs")}
+    yield Line("Attribution patching: peak memory, mamba, pos 64", peaks["ours"], peaks["theirs"], "MiB", 4.0)
+
+
 def imports() -> Iterator[Line]:
     seconds = statistics.median(fresh("benchmarks.imports") for _ in range(5))
     yield Line("import gatedlens, over import transformer_lens (limit 0.3 s)", seconds, 1.0, "s", 0.3)
@@ -103,7 +111,8 @@ def table(lines: list[Line]) -> str:
 
 
 def main() -> None:
-    lines = [line for part in (mamba, language, attention, patching, imports) for line in part()]
+    parts = (mamba, language, attention, patching, circuits, imports)
+    lines = [line for part in parts for line in part()]
     print(table(lines))
     machine = {"machine": platform.machine(), "python": platform.python_version(), "threads": 1}
     results = {"machine": machine, "lines": [{**asdict(x), "ratio": x.ratio} for x in lines]}

@@ -13,6 +13,7 @@ Zimerman, Ali and Wolf, "Explaining Modern Gated-Linear RNNs via a Unified Impli
 
 from gatedlens import (
     ablation,
+    circuits,
     data,
     fused,
     knockout,
@@ -60,7 +61,7 @@ __all__ = [
     "HookError", "HookPoint", "HookTable", "HookedConfig", "HookedGriffin", "HookedLanguageModel",
     "HookedMamba", "HookedModel", "HookedRWKV", "HookedViM", "ImplicitAttention", "InputError", "Point",
     "PointError", "RecurrentState", "Result", "TooLargeError", "View", "__version__", "ablation",
-    "bundled_models", "data", "from_pretrained", "fused", "implicit_attention", "knockout", "lens", "metrics", "patching", "plot",
+    "bundled_models", "circuits", "data", "from_pretrained", "fused", "implicit_attention", "knockout", "lens", "metrics", "patching", "plot",
     "profiles", "states", "steering", "tasks", "tracing", "wrap",
 ]
 # fmt: on

@@ -44,6 +44,8 @@ from tests import (
     test_tracing,
     test_transformer_lens,
 )
+from tests.circuits import test_attribution, test_circuit, test_edges, test_graph, test_paths
+from tests.circuits.test_circuit import circuit  # noqa: F401  a fixture
 from tests.conftest import EVERY, ROOT
 from tests.helpers import example, relative
 from tests.patching import test_sweep
@@ -76,6 +78,11 @@ def _language_model(_model):
 # -- every promise --------------------------------------------------------------------------------------------------
 
 GENERAL = [
+    test_attribution,
+    test_circuit,
+    test_edges,
+    test_graph,
+    test_paths,
     test_model,
     test_ablation,
     test_hookpoint,

@@ -1,0 +1,206 @@
+"""Circuit: some edges of a model's residual graph, with a score each; a value that can be run, judged, saved and drawn.
+
+    circuit = gl.circuits.eap_ig(model, clean, corrupted, metric).top(8)
+    circuit.nodes, circuit.edges                       # ("embed", "0.mixer", ...), [Edge("embed", "0.mixer"), ...]
+    circuit.faithfulness(model, clean, corrupted, metric)          # 1: as the whole model; 0: as with everything corrupted
+    circuit.curve(model, clean, corrupted, metric).plot()          # faithfulness by the number of edges
+    circuit.save("circuit.json"); Circuit.load("circuit.json"); circuit.plot()
+
+`scores` is a Result [sender, receiver] (and pos, where edges are told apart by it), NaN where there is no edge; `kept`
+says which edges are in the circuit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from gatedlens.circuits.edgepatch import EdgePatch
+from gatedlens.circuits.graph import Edge
+from gatedlens.errors import InputError
+from gatedlens.metrics import Metric
+from gatedlens.result import Result
+
+FORMAT = 1  # of the JSON
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """`Circuit.of(scores)` holds every edge; `top` and `keep` give circuits with fewer."""
+
+    scores: Result
+    kept: Bool[Tensor, "sender receiver ..."]
+
+    @classmethod
+    def of(cls, scores: Result) -> Circuit:
+        return cls(scores, ~scores.values.isnan())
+
+    # -- what is in it -------------------------------------------------------------------------------------------
+
+    @property
+    def graph(self) -> tuple[str, ...]:
+        """Every node of the model, in the circuit or not."""
+        return (*self.scores["sender"], "logits")
+
+    @property
+    def edges(self) -> list[Edge]:
+        """The edges, the strongest first."""
+        return [self._edge(place) for place in self._strongest(self.kept)]
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The nodes that its edges join, in running order."""
+        joined = {name for edge in self.edges for name in (edge.sender, edge.receiver)}
+        return tuple(name for name in self.graph if name in joined)
+
+    def __len__(self) -> int:
+        return int(self.kept.sum())
+
+    def score(self, sender: str, receiver: str, pos: int | None = None) -> float:
+        """`circuit.score("embed", "1.mixer")`"""
+        return float(self.scores.values[self._place(Edge(sender, receiver, pos))])
+
+    def __repr__(self) -> str:
+        shown = "".join(f", {edge} ({self.score(*edge):+.3g})" for edge in self.edges[:3])
+        count = f"{len(self)} of {int((~self.scores.values.isnan()).sum())} edges"
+        return f"Circuit({self.scores.title}: {count}, {len(self.nodes)} of {len(self.graph)} nodes{shown})"
+
+    # -- circuits with fewer edges -------------------------------------------------------------------------------
+
+    def top(self, n: int) -> Circuit:
+        """Its `n` edges of the largest |score|, less those that lie on no path from embed to logits."""
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+            raise InputError(f"top({n!r}): give how many edges to keep, a whole number.")
+        kept = torch.zeros_like(self.kept)
+        for place in self._strongest(self.kept)[:n]:
+            kept[place] = True
+        return Circuit(self.scores, kept).pruned()
+
+    def keep(self, edges: Iterable[Sequence[Any]]) -> Circuit:
+        """`circuit.keep([("embed", "0.mixer"), ("0.mixer", "logits")])`: these edges, whatever their scores."""
+        kept = torch.zeros_like(self.kept)
+        for edge in edges:
+            kept[self._place(Edge(*edge))] = True
+        return Circuit(self.scores, kept)
+
+    def pruned(self) -> Circuit:
+        """Without the edges that lie on no path from embed to logits.
+
+        Positions are left out of it: a mixer may carry what it read at one position to any other.
+        """
+        joined = self.kept if self.kept.ndim == 2 else self.kept.any(-1)
+        size = len(joined)
+        fed, heard = torch.zeros(size + 1, dtype=torch.bool), torch.zeros(size + 1, dtype=torch.bool)
+        fed[0] = heard[size] = True  # by number of the node: receiver r is node r + 1
+        for node in range(1, size + 1):
+            fed[node] = (joined[:, node - 1] & fed[:-1]).any()
+        for node in reversed(range(size)):
+            heard[node] = (joined[node] & heard[1:]).any()
+        on_path = fed[:-1].unsqueeze(1) & heard[1:]
+        return Circuit(self.scores, self.kept & on_path.reshape(size, size, *(1 for _ in self.kept.shape[2:])))
+
+    def _strongest(self, among: Tensor) -> list[tuple[int, ...]]:
+        size = self.scores.values.detach().double().abs().masked_fill(~among, -1).flatten()
+        order = size.argsort(descending=True, stable=True)[: int(among.sum())]
+        return [tuple(int(i) for i in torch.unravel_index(place, among.shape)) for place in order]
+
+    def _edge(self, place: tuple[int, ...]) -> Edge:
+        sender, receiver, *pos = place
+        return Edge(self.scores["sender"][sender], self.scores["receiver"][receiver], *pos)
+
+    def _place(self, edge: Edge) -> tuple[int, ...]:
+        place = [self.scores.place("sender", edge.sender), self.scores.place("receiver", edge.receiver)]
+        if (edge.pos is None) == (self.kept.ndim == 3):
+            told = "are told apart by position: name it too" if edge.pos is None else "have no positions here"
+            raise InputError(f"{edge}: edges {told}.")
+        if edge.pos is not None:
+            place.append(self.scores.place("pos", edge.pos))
+        if bool(self.scores.values[tuple(place)].isnan()):
+            raise InputError(f"{edge} is no edge: {edge.receiver!r} does not come after {edge.sender!r}.")
+        return tuple(place)
+
+    # -- run it --------------------------------------------------------------------------------------------------
+
+    def run(self, model: Any, clean: Any, corrupted: Any, **options: Any) -> Float[Tensor, "batch ..."]:
+        """Logits of the clean input with every edge outside the circuit corrupted (edge patching, exact)."""
+        return EdgePatch.of(model, clean, corrupted, options, self.graph).logits(self.kept)
+
+    def faithfulness(self, model: Any, clean: Any, corrupted: Any, metric: Metric, **options: Any) -> float:
+        """(m(circuit) - m(corrupted)) / (m(clean) - m(corrupted)), m the metric's mean over rows.
+
+        1 where the circuit does what the model does, 0 where it does nothing; Hanna et al. 2024, sec. 2.
+        """
+        return EdgePatch.of(model, clean, corrupted, options, self.graph).faithfulness(metric, [self.kept])[0]
+
+    def curve(
+        self,
+        model: Any,
+        clean: Any,
+        corrupted: Any,
+        metric: Metric,
+        sizes: Sequence[int] | None = None,
+        progress: bool = True,
+        **options: Any,
+    ) -> Result:
+        """The faithfulness of `top(n)` for each n of `sizes` (None: none, one, two, four, ..., all edges): axis edges."""
+        chosen = _doubling(len(self)) if sizes is None else list(sizes)
+        if not chosen:
+            raise InputError("sizes is empty: give numbers of edges, or None.")
+        circuits = [self.top(n) for n in chosen]
+        patch = EdgePatch.of(model, clean, corrupted, options, self.graph)
+        kept = tqdm([c.kept for c in circuits], disable=not progress, desc="faithfulness", unit="circuit")
+        values = torch.tensor(patch.faithfulness(metric, kept), dtype=torch.float64)
+        facts = {**self.scores.facts, "edges_on_paths": [len(circuit) for circuit in circuits]}
+        return Result(values, ("edges",), {"edges": chosen}, f"Circuits by {self.scores.title}", "faithfulness", facts)
+
+    # -- as something else ---------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON holds it."""
+        places = self.kept.nonzero().tolist()
+        return {"format": FORMAT, "kept": places, "nodes": list(self.nodes), "scores": self.scores.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Circuit:
+        """The Circuit of a `to_dict()`."""
+        if data.get("format") != FORMAT or "kept" not in data:
+            raise InputError(f"This is no saved circuit: format is {data.get('format')!r}, expected {FORMAT}.")
+        scores = Result.from_dict(data["scores"])
+        kept = torch.zeros(scores.shape, dtype=torch.bool)
+        for place in data["kept"]:
+            kept[tuple(place)] = True
+        return cls(scores, kept)
+
+    def save(self, path: str | Path) -> Path:
+        """Write JSON, and return the path."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Circuit:
+        """What `save` wrote."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} is no saved circuit: it is not JSON ({error}).") from error
+        return cls.from_dict(data)
+
+    def plot(self, ax: Any = None) -> Any:
+        """A matplotlib Figure: nodes from embed to logits, edges as wide as their scores are large, red for positive."""
+        from gatedlens.circuits import drawing
+
+        return drawing.draw(self, ax)
+
+
+def _doubling(n: int) -> list[int]:
+    """0, 1, 2, 4, ... up to `n`, and `n`."""
+    powers = [2**i for i in range(n.bit_length()) if 2**i < n]
+    return [0, *powers, n] if n else [0]

@@ -1,0 +1,95 @@
+"""EdgePatch: the clean run with some edges of the residual graph corrupted, exactly.
+
+    patch = EdgePatch.of(model, clean, corrupted)
+    patch.logits(kept)                                 # kept [sender, receiver]: the edges that stay
+    patch.faithfulness(metric, [kept])
+
+    input of r = stream - sum over cut senders s of (s - s corrupted)
+
+s is what the sender writes in this very run (a node behind a cut edge writes something else than in the clean run), so
+a node's input is the sum of its kept senders as they are and of its cut senders as in the corrupted run. With every edge
+it is the clean run, with none the corrupted one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from gatedlens.circuits.graph import Graph, Node
+from gatedlens.circuits.pair import Pair, rows
+from gatedlens.errors import InputError
+from gatedlens.hookpoint import Capture
+from gatedlens.metrics import Metric
+
+
+class EdgePatch:
+    """One pair of inputs and the corrupted run's senders, for any number of circuits."""
+
+    def __init__(self, pair: Pair, graph: Graph):
+        self.pair = pair
+        self.graph = graph
+        self.corrupted_logits, self.corrupted = pair.cached(pair.corrupted, (node.writes for node in graph.senders))
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        clean: Any,
+        corrupted: Any,
+        options: Mapping[str, Any] | None = None,
+        nodes: Sequence[str] | None = None,
+    ) -> EdgePatch:
+        """nodes: those that `model` must have, in order."""
+        graph = Graph.of(model)
+        if nodes is not None and tuple(nodes) != graph.names:
+            raise InputError(
+                f"The circuit is one of a model with the nodes {_ends(nodes)}; {model.cfg.model_name} has "
+                f"{_ends(graph.names)}."
+            )
+        return cls(Pair.of(model, clean, corrupted, options or {}), graph)
+
+    @torch.no_grad()
+    def logits(self, kept: Bool[Tensor, "sender receiver ..."]) -> Float[Tensor, "batch ..."]:
+        """The clean input's logits; edges [sender, receiver] or [sender, receiver, pos] that are not kept are cut."""
+        some = next(iter(self.corrupted.values()))
+        if kept.ndim == 3 and kept.shape[2] != some.shape[1]:
+            raise InputError(f"The circuit tells {kept.shape[2]} positions apart; this input has {some.shape[1]}.")
+        live: dict[str, Tensor] = {}
+        cut = ~kept.reshape(*kept.shape[:2], -1).to(some.device)  # sender receiver pos, or 1 for all of them
+        writing = [(node.writes, Capture(live)) for node in self.graph.senders]
+        reading = [(node.reads, self._reading(node, cut[:, i], live)) for i, node in enumerate(self.graph.receivers)]
+        return self.pair.run(self.pair.clean, [*writing, *reading])
+
+    def _reading(self, receiver: Node, cut: Tensor, live: dict[str, Tensor]) -> Callable[..., Tensor]:
+        """The hook that takes the cut senders out of a receiver's input, and puts their corrupted values in."""
+        senders = [
+            (node, gone) for node, gone in zip(self.graph.before(receiver), cut, strict=False) if bool(gone.any())
+        ]
+
+        def hook(x: Tensor, hook: Any) -> Tensor:
+            for node, gone in senders:
+                x = x - gone.unsqueeze(-1) * (live[node.writes] - self.corrupted[node.writes])
+            return x
+
+        return hook
+
+    def faithfulness(self, metric: Metric, circuits: Iterable[Tensor]) -> list[float]:
+        """(m(circuit) - m(corrupted)) / (m(clean) - m(corrupted)) of each set of kept edges, m the mean over rows."""
+        with torch.no_grad():
+            whole = float(rows(metric, self.pair.run(self.pair.clean)).mean())
+            nothing = float(rows(metric, self.corrupted_logits).mean())
+        if abs(whole - nothing) < 1e-12 * max(abs(whole), abs(nothing), 1e-12):
+            raise InputError(
+                f"The metric is {whole:.6g} in the clean and in the corrupted run: nothing to be faithful to."
+            )
+        found = [float(rows(metric, self.logits(kept)).mean()) for kept in circuits]
+        return [(value - nothing) / (whole - nothing) for value in found]
+
+
+def _ends(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:3])}, ..., {names[-1]} ({len(names)})"

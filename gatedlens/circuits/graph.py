@@ -1,0 +1,130 @@
+"""The residual graph: who writes into the residual stream, and who reads it.
+
+    graph = Graph.of(model)
+    graph.names                       # ("embed", "0.mixer", "0.mlp", "1.mixer", ..., "logits")
+    graph.find("1.mixer").reads       # "blocks.1.hook_mixer_in"; writes "blocks.1.hook_mixer_out"
+
+A receiver reads the sum of what all senders before it have written, so there is an edge from each sender to each later
+receiver (Elhage et al. 2021). `embed` is the stream as block 0 gets it (behind RWKV's first norm, scaled in Griffin),
+`logits` the final norm and the unembedding. Nodes are in the order in which they run.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from gatedlens.errors import InputError, PointError, did_you_mean
+from gatedlens.points import is_glob
+
+BRANCHES = ("mixer", "mlp")  # what a block may have beside its residual stream, in running order
+
+
+@dataclass(frozen=True)
+class Node:
+    """`Node("1.mixer", 1, reads="blocks.1.hook_mixer_in", writes="blocks.1.hook_mixer_out")`.
+
+    An edit of what it `reads` reaches it alone. `layer` is the block that holds these points.
+    """
+
+    name: str
+    layer: int
+    reads: str = ""  # embed reads nothing of the stream
+    writes: str = ""  # and logits write nothing into it
+
+
+class Edge(NamedTuple):
+    """`Edge("embed", "1.mixer")`; with a position where edges are told apart by it."""
+
+    sender: str
+    receiver: str
+    pos: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.sender} -> {self.receiver}" + ("" if self.pos is None else f" @ {self.pos}")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """All nodes of one model, from `embed` to `logits`."""
+
+    nodes: tuple[Node, ...]
+
+    @classmethod
+    def of(cls, model: Any) -> Graph:
+        last = model.cfg.n_layers - 1
+        branches = [
+            Node(f"{layer}.{kind}", layer, f"blocks.{layer}.hook_{kind}_in", f"blocks.{layer}.hook_{kind}_out")
+            for layer in range(last + 1)
+            for kind in BRANCHES
+            if f"blocks.{layer}.hook_{kind}_in" in model.names
+        ]
+        embed = Node("embed", 0, writes="blocks.0.hook_resid_pre")
+        # Behind the last block the stream goes to the final norm and nowhere else.
+        return cls((embed, *branches, Node("logits", last, reads=f"blocks.{last}.hook_resid_post")))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(node.name for node in self.nodes)
+
+    @property
+    def senders(self) -> tuple[Node, ...]:
+        return self.nodes[:-1]
+
+    @property
+    def receivers(self) -> tuple[Node, ...]:
+        return self.nodes[1:]
+
+    def place(self, node: Node) -> int:
+        return self.nodes.index(node)
+
+    def before(self, receiver: Node) -> tuple[Node, ...]:
+        """The senders whose sum a receiver reads."""
+        return self.nodes[: self.place(receiver)]
+
+    def edges(self) -> list[Edge]:
+        """Every edge, by receiver in running order."""
+        return [Edge(sender.name, node.name) for node in self.receivers for sender in self.before(node)]
+
+    # -- by name -------------------------------------------------------------------------------------------------
+
+    def find(self, name: Any) -> Node:
+        """The node of this name, or whose point it is (`blocks.1.hook_mixer_out`)."""
+        for node in self.nodes:
+            if name and name in (node.name, node.reads, node.writes):
+                return node
+        raise PointError(
+            f"{name!r} is no node of the residual graph.{did_you_mean(str(name), self.names)} The nodes are "
+            f"{', '.join(self.names[:4])}, ..., {self.names[-1]}."
+        )
+
+    def some(self, names: str | Sequence[str]) -> list[Node]:
+        """The nodes of a name, a glob ("*.mixer") or a list of these, in running order."""
+        asked = [names] if isinstance(names, str) else list(names)
+        if not asked:
+            raise InputError("No node is named: the list is empty.")
+        wanted = [node for name in asked for node in (self._matching(name) if is_glob(name) else [self.find(name)])]
+        return [node for node in self.nodes if node in wanted]
+
+    def _matching(self, pattern: str) -> list[Node]:
+        found = [node for node in self.nodes if fnmatch.fnmatchcase(node.name, pattern)]
+        if not found:
+            raise PointError(f"The pattern {pattern!r} matches no node; the nodes are {', '.join(self.names)}.")
+        return found
+
+    def sender(self, name: str) -> Node:
+        node = self.find(name)
+        if not node.writes:
+            raise InputError(f"{node.name!r} sends nothing: it is where the stream ends.")
+        return node
+
+    def check_order(self, sender: Node, receivers: Sequence[Node]) -> None:
+        """InputError unless every receiver comes after the sender."""
+        for receiver in receivers:
+            if self.place(receiver) <= self.place(sender):
+                raise InputError(
+                    f"{sender.name!r} does not reach {receiver.name!r}: a receiver reads what was written before it. After "
+                    f"{sender.name!r} come {', '.join(self.names[self.place(sender) + 1 :][:4])}."
+                )
