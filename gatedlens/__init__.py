@@ -61,7 +61,7 @@ __all__ = [
     "HookError", "HookPoint", "HookTable", "HookedConfig", "HookedGriffin", "HookedLanguageModel",
     "HookedMamba", "HookedModel", "HookedRWKV", "HookedViM", "ImplicitAttention", "InputError", "Point",
     "PointError", "RecurrentState", "Result", "TooLargeError", "View", "__version__", "ablation",
-    "bundled_models", "circuits", "data", "from_pretrained", "fused", "implicit_attention", "knockout", "lens", "metrics", "patching", "plot",
-    "profiles", "states", "steering", "tasks", "tracing", "wrap",
+    "bundled_models", "circuits", "data", "from_pretrained", "fused", "implicit_attention", "knockout", "lens",
+    "metrics", "patching", "plot", "profiles", "states", "steering", "tasks", "tracing", "wrap",
 ]
 # fmt: on
