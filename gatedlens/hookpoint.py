@@ -98,6 +98,11 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         self.bwd_hooks.insert(0 if prepend else len(self.bwd_hooks), handle)
         return handle
 
+    def remove_hooks(self, dir: Any = "fwd", including_permanent: bool = False, level: int | None = None) -> None:
+        """As TransformerLens's; at once where there is none, which is at most points whenever a model is left as it was."""
+        if self.fwd_hooks or self.bwd_hooks:
+            super().remove_hooks(dir, including_permanent, level)
+
     def forward(self, x: Any) -> Any:
         """The identity; behind a backward hook a copy, since torch hands in a view that must not be edited in place."""
         return x.clone() if x is not None and (self._backward_hooks or self._backward_pre_hooks) else x

@@ -82,7 +82,9 @@ def mamba_terms(dt: Tensor, B: Tensor, C: Tensor, u: Tensor, A: Tensor) -> tuple
 
     The tensors are [b, l, c, n] and lie in memory with channels innermost: states are few, and a processor likes long rows.
     """
-    decay = torch.exp(dt.unsqueeze(-2) * A.mT).mT
+    decay = (
+        (dt.unsqueeze(-2) * A.mT).exp_().mT
+    )  # in place: a second tensor of this size costs more than the exponential
     write = ((dt * u).unsqueeze(-2) * B.unsqueeze(-1)).mT
     return decay, write, C
 
