@@ -80,7 +80,7 @@ class Rows:
 class Row:
     """One row before it is padded: `ids` (or an image), `marked`, and the document of each position."""
 
-    ids: Shaped[Tensor, "..."]
+    ids: Shaped[Tensor, ...]
     marked: Bool[Tensor, " pos"] | None
     documents: Int[Tensor, " pos"]
 

@@ -34,7 +34,7 @@ class Columns:
         self.layouts = layouts
         self.is_text = is_text
         counted = datasets.Sequence(datasets.Value("int32"), length=-1 if length is None else length)
-        features = {name: counted for name in (("token_ids",) if is_text else ()) + ("positions", "documents")}
+        features = dict.fromkeys((*(("token_ids",) if is_text else ()), "positions", "documents"), counted)
         for layout in layouts:
             rows = length if layout.per == "token" else 1 if len(layout.shape) == 1 else layout.shape[0]
             shape, dtype = (rows, layout.shape[-1]), ARROW_DTYPES[layout.dtype]
@@ -83,7 +83,7 @@ class Columns:
     def info(self, files: list[str], fingerprint: str) -> dict[str, bytes]:
         """The two files that make a folder with these shards one that `datasets.load_from_disk` reads."""
         empty = {"citation": "", "description": "", "homepage": "", "license": ""}
-        state = {
+        state: dict[str, Any] = {
             "_data_files": [{"filename": name} for name in files],
             "_fingerprint": fingerprint,
             "_format_columns": None,

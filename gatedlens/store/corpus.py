@@ -42,7 +42,7 @@ class Document:
     """`value`: ids [pos], or pixels [channels, height, width]. `marked`: the positions that positions="mask" keeps."""
 
     index: int
-    value: Shaped[Tensor, "..."]
+    value: Shaped[Tensor, ...]
     marked: Bool[Tensor, " pos"] | None = None
 
 

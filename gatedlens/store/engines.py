@@ -79,7 +79,7 @@ def _own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-ENGINES = {"local": lambda workers: local, "ray": ray}
+ENGINES: dict[str, Callable[[int], Engine]] = {"local": lambda workers: local, "ray": ray}
 
 
 def engine(name: Any, workers: int) -> Engine:

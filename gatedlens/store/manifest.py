@@ -55,13 +55,9 @@ def fingerprint(model: Any) -> str:
 
 def packages() -> dict[str, str]:
     """Versions of what computed and wrote the store."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "none"
-    return found
+    installed = {name: list(importlib.metadata.distributions(name=name)) for name in PACKAGES}
+    found = {name: several[0].version if several else "none" for name, several in installed.items()}
+    return {"python": platform.python_version(), **found}
 
 
 def compose(
@@ -118,5 +114,6 @@ def _difference(what: str, old: Any, new: Any) -> tuple[str, Any, Any]:
             if old.get(key) != new.get(key):
                 return _difference(f"{what} {key}" if key != "name" else f"{what}'s name", old.get(key), new.get(key))
     if isinstance(old, list) and isinstance(new, list) and what == "points":
-        return "list of points", *([p["name"] for p in side] for side in (old, new))
+        was, now = ([f"{p['name']} {p['dtype']}{p['shape']}" for p in side] for side in (old, new))
+        return "list of points", was, now
     return what, old, new

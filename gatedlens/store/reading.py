@@ -15,8 +15,7 @@ positions="last" or "mask" only some are there. A store under way can be read up
 from __future__ import annotations
 
 import bisect
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,8 @@ from gatedlens.store.columns import batch_reader
 from gatedlens.store.feeding import Activations, Labelled
 from gatedlens.store.journal import Entry, entries
 from gatedlens.store.layout import Layout
-from gatedlens.store.sinks import read_statistics
 from gatedlens.store.shards import checksum
+from gatedlens.store.sinks import read_statistics
 from gatedlens.store.statistics import Statistics
 
 
@@ -251,7 +250,7 @@ class Column:
     def __repr__(self) -> str:
         return f"Column({self.name}, {len(self)} samples, {self.layout.axes}, {self.layout.dtype})"
 
-    def __getitem__(self, index: Any) -> Shaped[Tensor, "..."]:
+    def __getitem__(self, index: Any) -> Shaped[Tensor, ...]:
         sample, position = index if isinstance(index, tuple) else (index, None)
         if isinstance(sample, slice | list | range | Tensor):
             return self._several(sample, position)

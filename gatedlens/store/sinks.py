@@ -28,7 +28,7 @@ from gatedlens.store.disk import explained, sync_folder, write_whole
 from gatedlens.store.journal import Entry, Extent, Journal
 from gatedlens.store.layout import Layout
 from gatedlens.store.reductions import Part, Reduction
-from gatedlens.store.shards import ArrowFormat, SafetensorsFormat, Stream, checksum
+from gatedlens.store.shards import ArrowFormat, Format, SafetensorsFormat, Stream, checksum
 
 SYNC_SECONDS = 5.0  # how often data are brought to the disk: what a power cut may cost
 
@@ -69,6 +69,21 @@ class Sink:
     def entry(self, rows: Rows, at: Sequence[Extent] = ()) -> Entry:
         return Entry(rows.index, len(rows.value), rows.kept, rows.read, rows.checksum(), list(at))
 
+    def verify(self) -> None:
+        """Fill `damaged`: read all that is committed and compare its checksums."""
+        raise NotImplementedError
+
+    def commit(self, rows: Rows, tensors: dict[str, Tensor]) -> None:
+        raise NotImplementedError
+
+    def seal(self) -> None:
+        """Leave whole files behind, on the disk."""
+        raise NotImplementedError
+
+    def files(self) -> list[Path]:
+        """The files that hold what is committed."""
+        raise NotImplementedError
+
     def close(self) -> None:
         self.journal.close()
 
@@ -80,16 +95,14 @@ class TensorSink(Sink):
         super().__init__(folder)
         self.columns = columns
         self.tensors = [layout for layout in layouts if layout.stored == "tensor"]
-        formats = [ArrowFormat(columns.schema), *map(SafetensorsFormat, self.tensors)]
+        formats: list[Format] = [ArrowFormat(columns.schema), *map(SafetensorsFormat, self.tensors)]
         committed = [[entry.at[i] for entry in self.journal.entries] for i in range(len(formats))]
         with explained(folder, self.safe):
-            self.streams = [
-                Stream(folder, format, shard_bytes, extents) for format, extents in zip(formats, committed, strict=True)
-            ]
+            pairs = zip(formats, committed, strict=True)
+            self.streams = [Stream(folder, format, shard_bytes, extents) for format, extents in pairs]
         self.synced = time.monotonic()
 
     def verify(self) -> None:
-        """Find the damaged batches: read all that is committed and compare its checksums."""
         for entry in self.journal.entries:
             for stream, extent in zip(self.streams, entry.at, strict=True):
                 if not stream.is_whole(extent):
@@ -103,7 +116,7 @@ class TensorSink(Sink):
         with explained(self.folder, self.safe):
             try:
                 for stream, piece in zip(self.streams, pieces, strict=True):
-                    at.append(stream.append(piece))  # noqa: PERF401  what was appended is undone on an error
+                    at.append(stream.append(piece))  # undone on an error
                 self.journal.add(self.entry(rows, at))
             except OSError:
                 for stream, extent in zip(self.streams, at, strict=False):
@@ -143,7 +156,6 @@ class TensorSink(Sink):
             self.sync()
 
     def files(self) -> list[Path]:
-        """The shards that hold batches."""
         return [
             stream.path(shard)
             for i, stream in enumerate(self.streams)

@@ -40,7 +40,7 @@ class Reduce:
     @torch.no_grad()
     def __call__(self, rows: Rows) -> dict[str, Tensor]:
         tensors = self.work(rows)
-        found = {}
+        found: dict[str, Tensor] = {}
         for layout in self.work.layouts:
             first = rows.first_token if layout.per == "token" else rows.first_row
             for reduction in self.reductions:
