@@ -11,14 +11,16 @@
 `datasets` (the extra `store`) writes and reads the Arrow folder; `ray` (the extra `ray`) is for `engine="ray"`.
 """
 
-from gatedlens.store.estimate import Estimate
-from gatedlens.store.harvest import estimate, harvest
+from gatedlens.errors import StoreError
+from gatedlens.store.sizes import Estimate
+from gatedlens.store.harvesting import estimate, harvest
 from gatedlens.store.reading import Column, Store, open
 from gatedlens.store.reductions import REDUCTIONS, Reduction, sample
 from gatedlens.store.statistics import Statistics
 
 # fmt: off
 __all__ = [
-    "REDUCTIONS", "Column", "Estimate", "Reduction", "Statistics", "Store", "estimate", "harvest", "open", "sample",
+    "REDUCTIONS", "Column", "Estimate", "Reduction", "Statistics", "Store", "StoreError",
+    "estimate", "harvest", "open", "sample",
 ]
 # fmt: on

@@ -17,7 +17,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from gatedlens.store.journal import Extent
 from gatedlens.store.layout import Layout
@@ -26,18 +26,21 @@ HEAD = 1024  # bytes of a safetensors header, length included
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64", "int64": "I64", "bool": "BOOL"}
 
 
-class Format(Protocol):
+class Format:
     """How a kind of file begins and ends, given the bytes of its body; `stem`, `suffix` name the files."""
 
     stem: str
     suffix: str
 
-    def head(self, body: int) -> bytes: ...
+    def head(self, body: int) -> bytes:
+        raise NotImplementedError
 
-    def foot(self) -> bytes: ...
+    def foot(self) -> bytes:
+        """What ends a whole file: nothing, in most formats."""
+        return b""
 
 
-class ArrowFormat:
+class ArrowFormat(Format):
     """An Arrow IPC stream, what `datasets` keeps in its folders."""
 
     stem, suffix = "activations/data", ".arrow"
@@ -52,7 +55,7 @@ class ArrowFormat:
         return b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
-class SafetensorsFormat:
+class SafetensorsFormat(Format):
     """A safetensors file of one tensor, [entry, ...], under the point's name."""
 
     suffix = ".safetensors"
@@ -72,9 +75,6 @@ class SafetensorsFormat:
             layout.name: {"dtype": dtype, "shape": shape, "data_offsets": [0, body]},
         }
         return (HEAD - 8).to_bytes(8, "little") + json.dumps(told).encode().ljust(HEAD - 8)
-
-    def foot(self) -> bytes:
-        return b""
 
 
 class Stream:

@@ -29,7 +29,7 @@ from gatedlens.store.columns import Columns
 from gatedlens.store.corpus import read
 from gatedlens.store.disk import explained, locked
 from gatedlens.store.engines import engine as engine_of
-from gatedlens.store.estimate import Estimate, estimate_of
+from gatedlens.store.sizes import Estimate, estimate_of
 from gatedlens.store.layout import Layout, aliases, resolve
 from gatedlens.store.reading import Store
 from gatedlens.store.reading import open as open_store
