@@ -110,7 +110,7 @@ def harvest(
             sink.verify()
             for path, count in _damage(sink).items():
                 log.warning("%s is damaged: %d batches of it are done again.", path, count)
-            if old is None or old["finished"] is None or sink.damaged:
+            if not _is_whole(sink, old):
                 _run(sink, batches, layouts, reductions, engine_of(engine, workers), size, progress)
                 _finish(folder, told, sink, batches)
         finally:
@@ -187,6 +187,16 @@ def columns_of(told: dict[str, Any], layouts: list[Layout]) -> Columns:
     return Columns(in_arrow, settings["length"], settings["text"])
 
 
+def _is_whole(sink: Sink, old: dict[str, Any] | None) -> bool:
+    """Whether nothing is left to do."""
+    if old is None or old["finished"] is None or sink.damaged:
+        return False
+    if old["finished"]["batches"] == sink.done and sink.is_sealed():
+        return True
+    log.warning("%s is damaged: %d of its %d batches are left.", sink.folder, sink.done, old["finished"]["batches"])
+    return False
+
+
 def _damage(sink: Sink) -> dict[str, int]:
     """How many batches are damaged in each file."""
     found: dict[str, int] = {}
@@ -206,6 +216,7 @@ def _run(
 ) -> None:
     """Do every batch that is not done; whatever stops it, the files are left whole."""
     batches.corpus.begin()
+    sink.begin()
     work = Work(batches.model, tuple(layouts))
     job = Reduce(work, reductions) if reductions else work
     bar = tqdm(

@@ -86,6 +86,10 @@ class Stream:
         self.shard_bytes = shard_bytes
         self.shard = committed[-1].shard if committed else 0
         self.length = committed[-1].offset + committed[-1].length if committed else len(format.head(0))
+        self.file: Any = None
+
+    def begin(self) -> None:
+        """Make ready to append: until then a stream only reads."""
         self.path(0).parent.mkdir(parents=True, exist_ok=True)
         self.file = self._open()
 
@@ -156,11 +160,21 @@ class Stream:
             _write_at(file, end, foot)
             os.fsync(file.fileno())
 
+    def is_sealed(self, shard: int, end: int) -> bool:
+        """Whether a shard has the head and the foot that `seal` gives it."""
+        path = self.path(shard)
+        head, foot = self.format.head(end - len(self.format.head(0))), self.format.foot()
+        if not path.exists() or path.stat().st_size != end + len(foot):
+            return False
+        with path.open("rb") as file:
+            return file.read(len(head)) == head and file.seek(end) == end and file.read() == foot
+
     def sync(self) -> None:
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
 
 def _write_at(file: Any, offset: int, data: bytes) -> None:

@@ -73,6 +73,13 @@ class Sink:
         """Fill `damaged`: read all that is committed and compare its checksums."""
         raise NotImplementedError
 
+    def is_sealed(self) -> bool:
+        """Whether the files are whole files of their formats."""
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """Make ready to commit; before that, nothing is written."""
+
     def commit(self, rows: Rows, tensors: dict[str, Tensor]) -> None:
         raise NotImplementedError
 
@@ -97,10 +104,14 @@ class TensorSink(Sink):
         self.tensors = [layout for layout in layouts if layout.stored == "tensor"]
         formats: list[Format] = [ArrowFormat(columns.schema), *map(SafetensorsFormat, self.tensors)]
         committed = [[entry.at[i] for entry in self.journal.entries] for i in range(len(formats))]
-        with explained(folder, self.safe):
-            pairs = zip(formats, committed, strict=True)
-            self.streams = [Stream(folder, format, shard_bytes, extents) for format, extents in pairs]
+        pairs = zip(formats, committed, strict=True)
+        self.streams = [Stream(folder, format, shard_bytes, extents) for format, extents in pairs]
         self.synced = time.monotonic()
+
+    def begin(self) -> None:
+        with explained(self.folder, self.safe):
+            for stream in self.streams:
+                stream.begin()
 
     def verify(self) -> None:
         for entry in self.journal.entries:
@@ -145,9 +156,8 @@ class TensorSink(Sink):
     def seal(self) -> None:
         """Leave whole files behind: heads, feet, and what makes the folder one of `datasets`."""
         with explained(self.folder, self.safe):
-            for i, stream in enumerate(self.streams):
-                ends = {entry.at[i].shard: entry.at[i].offset + entry.at[i].length for entry in self.journal.entries}
-                for shard, end in ends.items():
+            for stream, shard, end in self._shards():
+                if not stream.is_sealed(shard, end):
                     stream.seal(shard, end)
             files = [path.name for path in self.files() if path.suffix == ".arrow"]
             total = sum(entry.input for entry in self.journal.entries)
@@ -155,11 +165,18 @@ class TensorSink(Sink):
                 write_whole(self.folder / "activations" / name, data)
             self.sync()
 
+    def is_sealed(self) -> bool:
+        return all(stream.is_sealed(shard, end) for stream, shard, end in self._shards())
+
     def files(self) -> list[Path]:
+        return [stream.path(shard) for stream, shard, _ in self._shards()]
+
+    def _shards(self) -> list[tuple[Stream, int, int]]:
+        """(stream, shard, end of its last batch) of every file that holds batches."""
         return [
-            stream.path(shard)
+            (stream, shard, end)
             for i, stream in enumerate(self.streams)
-            for shard in dict.fromkeys(entry.at[i].shard for entry in self.journal.entries)
+            for shard, end in {e.at[i].shard: e.at[i].offset + e.at[i].length for e in self.journal.entries}.items()
         ]
 
     def close(self) -> None:
@@ -193,6 +210,9 @@ class StatisticsSink(Sink):
             self.journal.add(self.entry(rows))
             write_statistics(self.path, self.done, self.parts)
 
+    def is_sealed(self) -> bool:
+        return True
+
     def seal(self) -> None:
         sync_folder(self.folder)
 
@@ -221,7 +241,8 @@ def unflattened(tensors: dict[str, Tensor]) -> dict[str, Part]:
 
 def write_statistics(path: Path, batches: int, parts: dict[str, Part]) -> None:
     tensors = {key: value.contiguous() for key, value in flattened(parts).items()}
-    write_whole(path, save(tensors, {"batches": str(batches), "crc32": str(_sum(tensors))}))
+    # One key: safetensors writes several in an order of its own, and the file would not be the same twice.
+    write_whole(path, save(tensors, {"gatedlens": f"{batches} {_sum(tensors):08x}"}))
 
 
 def read_statistics(path: Path) -> tuple[int, dict[str, Part]]:
@@ -232,9 +253,8 @@ def read_statistics(path: Path) -> tuple[int, dict[str, Part]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError):
         return 0, {}
-    if meta.get("crc32") != str(_sum(tensors)):
-        return 0, {}
-    return int(meta["batches"]), unflattened(tensors)
+    batches, _, stamp = meta.get("gatedlens", "0 ").partition(" ")
+    return (int(batches), unflattened(tensors)) if stamp == f"{_sum(tensors):08x}" else (0, {})
 
 
 def _sum(tensors: dict[str, Tensor]) -> int:
