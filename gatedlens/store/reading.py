@@ -139,10 +139,14 @@ class Store:
     @property
     def statistics(self) -> Statistics:
         """The statistics of a harvest with `reduce`."""
-        if not self.manifest["settings"]["reduce"]:
+        reductions = self.manifest["settings"]["reduce"]
+        if not reductions:
             raise InputError(f"{self.folder} holds activations and no statistics: harvest with reduce=[...] for these.")
         _, parts = read_statistics(self.folder / "statistics.safetensors")
-        return Statistics(parts, self.find)
+        if not parts:
+            raise StoreError(f"{self.folder} holds no statistics yet, or its file is damaged: run the harvest again.")
+        keys = [f"{name}/{reduction}" for name in self.names for reduction in reductions]
+        return Statistics({key: parts[key] for key in keys}, self.find)
 
     # -- samples -------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,14 +101,15 @@ def _merge_maximum(a: Part, b: Part) -> Part:
 
 def _scrambled(index: Tensor, seed: int) -> Tensor:
     """A random 63-bit number for each entry (splitmix64 of its place in the corpus): the same in every run."""
-
-    def shifted(x: Tensor, by: int) -> Tensor:  # torch shifts the sign in
-        return x ^ ((x >> by) & ((1 << (64 - by)) - 1))
-
     x = (index + 1) * -0x61C8864680B583EB + seed * 0x2545F4914F6CDD1D % (1 << 63)
-    x = shifted(x, 30) * -0x40A7B892E31B1A47
-    x = shifted(x, 27) * -0x6B2FB644ECCEEE15
-    return shifted(x, 31) & ((1 << 63) - 1)
+    x = _folded(x, 30) * -0x40A7B892E31B1A47
+    x = _folded(x, 27) * -0x6B2FB644ECCEEE15
+    return _folded(x, 31) & ((1 << 63) - 1)
+
+
+def _folded(x: Tensor, by: int) -> Tensor:
+    """x ^ (x >> by) of unsigned numbers: torch shifts the sign in."""
+    return x ^ ((x >> by) & ((1 << (64 - by)) - 1))
 
 
 def sample(size: int, seed: int = 0) -> Reduction:
@@ -119,24 +121,24 @@ def sample(size: int, seed: int = 0) -> Reduction:
     if not isinstance(size, int) or size < 1:
         raise InputError(f"sample({size!r}): a sample has at least 1 entry.")
 
-    def smallest(part: Part) -> Part:
-        order = part["key"].argsort(stable=True)[:size]
-        return {name: value[order] for name, value in part.items()}
+    of, merge = partial(_sampled, size, seed), partial(_merge_samples, size)
+    return Reduction(f"sample({size}, seed={seed})", of, merge, lambda part: part["values"], lambda d: size * (8 * d + 16))
 
-    def of(values: Tensor, first: int) -> Part:
-        at = torch.arange(first, first + len(values))
-        return smallest({"key": _scrambled(at, seed), "at": at, "values": values})
 
-    def merge(a: Part, b: Part) -> Part:
-        if bool(torch.isin(a["key"], b["key"]).any()):
-            raise InputError(
-                "Two samples of one seed cannot be merged: their draws are the same. Give each its own seed."
-            )
-        return smallest({name: torch.cat([a[name], b[name]]) for name in a})
+def _sampled(size: int, seed: int, values: Tensor, first: int) -> Part:
+    at = torch.arange(first, first + len(values))
+    return _smallest(size, {"key": _scrambled(at, seed), "at": at, "values": values})
 
-    return Reduction(
-        f"sample({size}, seed={seed})", of, merge, lambda part: part["values"], lambda d: size * (8 * d + 16)
-    )
+
+def _merge_samples(size: int, a: Part, b: Part) -> Part:
+    if bool(torch.isin(a["key"], b["key"]).any()):
+        raise InputError("Two samples of one seed cannot be merged: their draws are the same. Give each its own seed.")
+    return _smallest(size, {name: torch.cat([a[name], b[name]]) for name in a})
+
+
+def _smallest(size: int, part: Part) -> Part:
+    order = part["key"].argsort(stable=True)[:size]
+    return {name: value[order] for name, value in part.items()}
 
 
 # -- by name --------------------------------------------------------------------------------------------------------
