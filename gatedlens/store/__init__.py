@@ -12,10 +12,10 @@
 """
 
 from gatedlens.errors import StoreError
-from gatedlens.store.sizes import Estimate
 from gatedlens.store.harvesting import estimate, harvest
 from gatedlens.store.reading import Column, Store, open
 from gatedlens.store.reductions import REDUCTIONS, Reduction, sample
+from gatedlens.store.sizes import Estimate
 from gatedlens.store.statistics import Statistics
 
 # fmt: off

@@ -29,12 +29,12 @@ from gatedlens.store.columns import Columns
 from gatedlens.store.corpus import read
 from gatedlens.store.disk import explained, locked
 from gatedlens.store.engines import engine as engine_of
-from gatedlens.store.sizes import Estimate, estimate_of
 from gatedlens.store.layout import Layout, aliases, resolve
 from gatedlens.store.reading import Store
 from gatedlens.store.reading import open as open_store
 from gatedlens.store.reductions import Reduction, chosen
 from gatedlens.store.sinks import Sink, StatisticsSink, TensorSink, card
+from gatedlens.store.sizes import Estimate, estimate_of
 from gatedlens.store.work import Reduce, Work, activations
 
 log = logging.getLogger(__name__)

@@ -34,6 +34,10 @@ class Reduction:
     result: Callable[[Part], Tensor]
     bytes: Callable[[int], int]  # of a part, from the numbers in an entry
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by name: functions do not travel to other machines."""
+        return by_name, (self.name,)
+
 
 # -- moments --------------------------------------------------------------------------------------------------------
 
@@ -122,7 +126,9 @@ def sample(size: int, seed: int = 0) -> Reduction:
         raise InputError(f"sample({size!r}): a sample has at least 1 entry.")
 
     of, merge = partial(_sampled, size, seed), partial(_merge_samples, size)
-    return Reduction(f"sample({size}, seed={seed})", of, merge, lambda part: part["values"], lambda d: size * (8 * d + 16))
+    return Reduction(
+        f"sample({size}, seed={seed})", of, merge, lambda part: part["values"], lambda d: size * (8 * d + 16)
+    )
 
 
 def _sampled(size: int, seed: int, values: Tensor, first: int) -> Part:

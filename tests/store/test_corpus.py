@@ -43,7 +43,9 @@ def test_texts_of_every_form_are_the_same_documents(moby_model, tmp_path):
         "ids": [*wanted[:1], [], *wanted[1:]],
         "padded": {
             "input_ids": torch.tensor([row + [0] * (40 - len(row)) for row in [*wanted[:1], [], *wanted[1:]]]),
-            "attention_mask": torch.tensor([[1] * len(r) + [0] * (40 - len(r)) for r in [*wanted[:1], [], *wanted[1:]]]),
+            "attention_mask": torch.tensor(
+                [[1] * len(r) + [0] * (40 - len(r)) for r in [*wanted[:1], [], *wanted[1:]]]
+            ),
         },
     }
     for name, form in forms.items():
@@ -77,7 +79,9 @@ def test_images(tmp_path):
         pixels = ((images[i, 0] + 1) * 127.5).round().byte()
         (tmp_path / "in" / f"class-{i % 2}").mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.numpy()).save(tmp_path / "in" / f"class-{i % 2}" / f"{i}.png")
-    name = "blocks.1.mixer.fwd.hook_gated" if "blocks.1.mixer.fwd.hook_gated" in model.names else "blocks.1.hook_mixer_out"
+    name = (
+        "blocks.1.mixer.fwd.hook_gated" if "blocks.1.mixer.fwd.hook_gated" in model.names else "blocks.1.hook_mixer_out"
+    )
     store = gl_store.harvest(model, tmp_path / "in", name, tmp_path / "out", batch_size=2, progress=False)
     files = sorted((tmp_path / "in").rglob("*.png"))
     read_in = torch.stack([model.preprocess(Image.open(file)) for file in files])

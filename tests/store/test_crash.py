@@ -140,7 +140,9 @@ def test_killed_many_times_at_random(model, corpus, tmp_path):
     assert kills >= 3 and contents(out) == whole
 
 
-@pytest.mark.parametrize("name", ["activations/data-00000.arrow", "tensors/blocks.1.mixer.hook_state-00001.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["activations/data-00000.arrow", "tensors/blocks.1.mixer.hook_state-00001.safetensors"]
+)
 @pytest.mark.parametrize("harm", ["flip", "cut", "head", "remove"])
 def test_damage_is_named_and_mended(model, corpus, tmp_path, name, harm, caplog):
     whole = contents(harvest(model, corpus, tmp_path).folder)
@@ -155,7 +157,9 @@ def test_damage_is_named_and_mended(model, corpus, tmp_path, name, harm, caplog)
         path.unlink()
     assert gl_store.open(tmp_path).verify() == [name]
     harvest(model, corpus, tmp_path)
-    assert contents(tmp_path) == whole and (f"{name} is damaged" in caplog.text or (harm == "head" and "is damaged" in caplog.text))
+    assert contents(tmp_path) == whole and (
+        f"{name} is damaged" in caplog.text or (harm == "head" and "is damaged" in caplog.text)
+    )
 
 
 def test_damaged_statistics_and_journal_begin_anew_where_they_must(model, corpus, tmp_path, caplog):

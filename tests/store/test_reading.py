@@ -29,7 +29,9 @@ def test_samples_and_positions(store):
     gated = store["gated", 0]
     assert len(gated) == 11 and [len(x) for x in gated] == [2 + n % 4 for n in range(11)]
     assert torch.equal(gated[5, 2], gated[5][2]) and torch.equal(gated[-1, [0, -1]], gated[10][[0, -1]])
-    assert torch.equal(gated[3:4], gated[3].unsqueeze(0)) and torch.equal(gated[[1, 5], 1:], torch.stack([gated[1], gated[5]])[:, 1:])
+    assert torch.equal(gated[3:4], gated[3].unsqueeze(0)) and torch.equal(
+        gated[[1, 5], 1:], torch.stack([gated[1], gated[5]])[:, 1:]
+    )
     assert torch.equal(gated[:, 0], torch.stack([x[0] for x in gated]))
     assert store["state_start", 0][4].shape == store["state", 1][4, 0].shape
     with pytest.raises(gl.InputError, match="the samples differ in length"):
