@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from gatedlens import placement
 from gatedlens.block import Norm, Run, norm_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import InputError
@@ -56,6 +57,8 @@ class HookedModel(Hooking):
         super().__init__()
         self.wrapped = wrapped
         self.cfg = self.describe(wrapped, model_name or type(wrapped).__name__)
+        if placement.is_placed(wrapped):
+            self.cfg.device = str(placement.device_of(wrapped))
         self.tokenizer = tokenizer
         for row in self.first_points:
             self.add_module(row.name, HookPoint(row))
@@ -180,8 +183,14 @@ class HookedModel(Hooking):
         """The residual stream after blocks `start` to `stop` (exclusive; negative ones count from the end)."""
         chosen = range(self.cfg.n_layers)[self._layer(start, "start_at_layer") : self._layer(stop, "stop_at_layer")]
         for layer in chosen:
-            resid = self.blocks[layer](resid, run)
+            resid = self.there(self.blocks[layer].weights, self.blocks[layer], resid, run)
         return resid
+
+    def there(self, module: nn.Module, function: Any, *inputs: Any) -> Any:
+        """`function(*inputs)`, where accelerate put the weights of `module`; just that, where it put none."""
+        if placement.is_placed(self.wrapped):
+            return placement.call(module, function, *inputs)
+        return function(*inputs)
 
     def _layer(self, layer: int | None, option: str) -> int | None:
         n = self.cfg.n_layers
