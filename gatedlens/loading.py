@@ -105,7 +105,8 @@ def from_pretrained(
     that holds one and no config.json. variant: which model such a file holds, where it does not say so itself
     ("vim_small"). dtype: that of the checkpoint if None. device: CUDA where there is one if None. tokenizer: found beside
     the model if None. revision and `hub` (token, cache_dir, local_files_only, ...) go to the hub; so does
-    device_map="auto", which spreads a large model over devices, main memory and disk (see placement.py). Raises CheckpointError when weights are missing, left over, damaged or of another architecture.
+    device_map="auto", which spreads a large model over devices, main memory and disk (see placement.py). Raises
+    CheckpointError when weights are missing, left over, damaged or of another architecture.
     """
     if isinstance(name_or_path, nn.Module):
         raise CheckpointError("from_pretrained takes a name or a path; gl.wrap(model) takes a model that you have.")

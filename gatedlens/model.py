@@ -183,7 +183,8 @@ class HookedModel(Hooking):
         """The residual stream after blocks `start` to `stop` (exclusive; negative ones count from the end)."""
         chosen = range(self.cfg.n_layers)[self._layer(start, "start_at_layer") : self._layer(stop, "stop_at_layer")]
         for layer in chosen:
-            resid = self.there(self.blocks[layer].weights, self.blocks[layer], resid, run)
+            block: Any = self.blocks[layer]
+            resid = self.there(block.weights, block, resid, run)
         return resid
 
     def there(self, module: nn.Module, function: Any, *inputs: Any) -> Any:

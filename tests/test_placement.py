@@ -16,8 +16,14 @@ accelerate = pytest.importorskip("accelerate")
 
 
 def models():
-    from transformers import MambaConfig, MambaForCausalLM, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
-    from transformers import RwkvConfig, RwkvForCausalLM
+    from transformers import (
+        MambaConfig,
+        MambaForCausalLM,
+        RecurrentGemmaConfig,
+        RecurrentGemmaForCausalLM,
+        RwkvConfig,
+        RwkvForCausalLM,
+    )
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 3, "vocab_size": 40}
@@ -52,7 +58,7 @@ def test_a_model_that_is_half_on_the_disk_gives_the_same(pair, tmp_path):
     got, ours = placed.run_with_cache(tokens, names_filter=lambda name: True)
     assert torch.equal(got, wanted) and all(torch.equal(ours[name], cache[name]) for name in cache)
     assert any(p.is_meta for p in placed.wrapped.parameters()), "what came from the disk left again"
-    half, state = placed(tokens[:, :4], return_state=True)
+    _, state = placed(tokens[:, :4], return_state=True)
     assert torch.allclose(placed(tokens[:, 4:], state=state), whole(tokens)[:, 4:], atol=1e-5)
     options = {"max_new_tokens": 3, "temperature": 0.8, "seed": 0, "verbose": False}
     assert torch.equal(placed.generate(tokens, **options), whole.generate(tokens, **options))

@@ -42,7 +42,7 @@ class Columns:
         self.features = datasets.Features(features)
         self.schema = self.features.arrow_schema
 
-    def encode(self, rows: Rows, tensors: dict[str, Tensor]) -> bytes:
+    def encode(self, rows: Rows, tensors: dict[str, Tensor]) -> memoryview:
         ends = torch.cat([torch.zeros(1, dtype=torch.long), rows.counts.cumsum(0)])
         count = {"positions": rows.positions, "documents": rows.documents[rows.keep]}
         if self.is_text:
@@ -52,7 +52,7 @@ class Columns:
             for name in self.schema.names
         ]
         batch = self.arrow.RecordBatch.from_arrays(arrays, schema=self.schema)
-        return batch.serialize().to_pybytes()
+        return memoryview(batch.serialize())
 
     def _counted(self, name: str, values: Tensor, ends: Tensor) -> Any:
         """One number a kept position."""

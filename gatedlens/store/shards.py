@@ -106,7 +106,7 @@ class Stream:
             _write_at(file, 0, self.format.head(0))
         return file
 
-    def append(self, data: bytes) -> Extent:
+    def append(self, data: memoryview) -> Extent:
         """Write a batch behind the others; a full shard is sealed first. After an error nothing has changed."""
         if self.length > len(self.format.head(0)) and self.length + len(data) > self.shard_bytes:
             self.seal()
@@ -141,7 +141,7 @@ class Stream:
                 left -= len(piece)
         return not left and total == extent.crc32
 
-    def rewrite(self, extent: Extent, data: bytes) -> Extent:
+    def rewrite(self, extent: Extent, data: memoryview) -> Extent:
         """Write a batch anew where it was; what is written must be what was."""
         path = self.path(extent.shard)
         with path.open("r+b" if path.exists() else "w+b", buffering=0) as file:
@@ -177,7 +177,7 @@ class Stream:
             self.file.close()
 
 
-def _write_at(file: Any, offset: int, data: bytes) -> None:
+def _write_at(file: Any, offset: int, data: bytes | memoryview) -> None:
     file.seek(offset)
     view = memoryview(data)
     while view:

@@ -137,7 +137,7 @@ class TensorSink(Sink):
                 self.sync()
         return None
 
-    def _redo(self, batch: int, pieces: list[bytes]) -> None:
+    def _redo(self, batch: int, pieces: list[memoryview]) -> None:
         with explained(self.folder, self.safe):
             for stream, extent, piece in zip(self.streams, self.journal.entries[batch].at, pieces, strict=True):
                 if stream.rewrite(extent, piece) != extent:
@@ -220,8 +220,9 @@ class StatisticsSink(Sink):
         return [self.path]
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+def _bytes(tensor: Tensor) -> memoryview:
+    flat: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 # -- parts as a file ------------------------------------------------------------------------------------------------
