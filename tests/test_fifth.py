@@ -38,6 +38,7 @@ from tests import (
 )
 from tests.conftest import EVERY, ROOT
 from tests.helpers import example, relative
+from tests.store import test_harvest, test_reductions
 from tests.test_ablation import clean  # noqa: F401  a fixture
 from tests.test_attention import case  # noqa: F401  a fixture
 
@@ -78,6 +79,8 @@ GENERAL = [
     test_profiles,
     test_stack,
     test_transformer_lens,
+    test_harvest,
+    test_reductions,
 ]
 if importlib.util.find_spec("nnsight") is not None:
     from tests import test_nnsight
