@@ -249,3 +249,25 @@ def test_a_disk_that_is_really_full(model, corpus, tmp_path, monkeypatch):
         assert len(gl_store.open(tmp_path / "disk" / "out")) == 22, "reading a store needs no writing"
     finally:
         subprocess.run(["umount", str(tmp_path / "disk")], check=True)
+
+
+@pytest.mark.slow
+def test_the_command_is_killed_and_run_again(tmp_path):
+    """The same with whole processes: `gatedlens harvest`, killed with -9 once it has committed something."""
+    import subprocess
+    import sys
+
+    lines = [json.dumps({"text": f"Some years ago, never mind how long precisely, number {i}."}) for i in range(600)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
+    command = [sys.executable, "-m", "gatedlens.cli", "harvest", "--model", "gatedlens/mamba-moby", "--quiet"]
+    command += ["--data", str(tmp_path / "corpus.jsonl"), "--names", "blocks.*.mixer.hook_gated", "--context", "128"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, env=env, capture_output=True)
+    for wanted in (1, 9, 17):
+        run = subprocess.Popen([*command, "--out", str(tmp_path / "out")], env=env, stdout=subprocess.DEVNULL)
+        while run.poll() is None and len(list(journal.entries(tmp_path / "out" / "journal.jsonl"))) < wanted:
+            time.sleep(0.005)
+        run.kill()
+        assert run.wait() == -signal.SIGKILL and not gl_store.open(tmp_path / "out").is_finished
+    subprocess.run([*command, "--out", str(tmp_path / "out")], check=True, env=env, capture_output=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
