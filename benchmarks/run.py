@@ -104,6 +104,15 @@ def imports() -> Iterator[Line]:
     yield Line("import gatedlens, over import transformer_lens (limit 0.3 s)", seconds, 1.0, "s", 0.3)
 
 
+def store() -> Iterator[Line]:
+    for name, seconds in fresh("benchmarks.store", "speed").items():
+        what = f"Store: a harvest, over run_with_cache on the same batches, {name}"
+        yield Line(what, seconds["ours"], seconds["theirs"], "s", 1.25)
+    short, long = (fresh("benchmarks.store", "memory", times) for times in ("1", "10"))
+    what = "Store: peak memory of a corpus ten times longer, over the short one's (plus 16 MiB for noise)"
+    yield Line(what, long, short + 16, "MiB", 1.0)
+
+
 def table(lines: list[Line]) -> str:
     out = ["| what | gatedlens | peer | unit | ratio | limit |", "|---|---|---|---|---|---|"]
     out += [f"| {x.what} | {x.ours:.3g} | {x.theirs:.3g} | {x.unit} | {x.ratio:.3f} | {x.limit} |" for x in lines]
@@ -111,7 +120,7 @@ def table(lines: list[Line]) -> str:
 
 
 def main() -> None:
-    parts = (mamba, language, attention, patching, circuits, imports)
+    parts = (mamba, language, attention, patching, circuits, store, imports)
     lines = [line for part in parts for line in part()]
     print(table(lines))
     machine = {"machine": platform.machine(), "python": platform.python_version(), "threads": 1}

@@ -24,6 +24,7 @@ from gatedlens import (
     profiles,
     states,
     steering,
+    store,
     tasks,
     tracing,
 )
@@ -37,6 +38,7 @@ from gatedlens.errors import (
     HookError,
     InputError,
     PointError,
+    StoreError,
     TooLargeError,
 )
 from gatedlens.hookpoint import HookPoint
@@ -60,8 +62,8 @@ __all__ = [
     "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError",
     "HookError", "HookPoint", "HookTable", "HookedConfig", "HookedGriffin", "HookedLanguageModel",
     "HookedMamba", "HookedModel", "HookedRWKV", "HookedViM", "ImplicitAttention", "InputError", "Point",
-    "PointError", "RecurrentState", "Result", "TooLargeError", "View", "__version__", "ablation",
+    "PointError", "RecurrentState", "Result", "StoreError", "TooLargeError", "View", "__version__", "ablation",
     "bundled_models", "circuits", "data", "from_pretrained", "fused", "implicit_attention", "knockout", "lens",
-    "metrics", "patching", "plot", "profiles", "states", "steering", "tasks", "tracing", "wrap",
+    "metrics", "patching", "plot", "profiles", "states", "steering", "store", "tasks", "tracing", "wrap",
 ]
 # fmt: on

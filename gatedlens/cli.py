@@ -1,4 +1,4 @@
-"""The command line: `gatedlens demo`, `attention`, `patch`, `compare`, `models`, `table`; each has --help and --json."""
+"""The command line: `gatedlens demo`, `attention`, `patch`, `harvest`, ...; each has --help with examples, and --json."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ PATCH = """examples:
   gatedlens patch --model gatedlens/griffin-recall --point gate --out figures --json
   gatedlens patch --model gatedlens/mamba-recall --clean "D 3 dog A 7 hay ? D" --corrupted "D 5 dog A 7 hay ? D" \\
       --answer 3 --wrong 5 --point state --axes layer,pos"""
+
+HARVEST = """examples:
+  gatedlens harvest --model gatedlens/mamba-moby --data corpus.jsonl --names "blocks.*.mixer.hook_gated" --context 128 --out store
+  gatedlens harvest --model state-spaces/mamba-130m-hf --data texts/ --names blocks.3.hook_resid_post --reduce mean covariance
+  gatedlens harvest --model gatedlens/vim-digits --data images/ --names "blocks.*.hook_mixer_out" --engine ray --workers 4"""
 
 TABLE = """examples:
   gatedlens table gatedlens/mamba-moby
@@ -133,6 +138,26 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     return {}
 
 
+def harvest(args: argparse.Namespace) -> dict[str, Any]:
+    """Harvest activations of a whole corpus into a folder; run again after an interruption, it goes on."""
+    from gatedlens import store
+    from gatedlens.loading import from_pretrained
+
+    model = from_pretrained(args.model, revision=args.revision)
+    what = {"max_tokens": args.max_tokens, "positions": args.positions, "dtype": args.dtype, "reduce": args.reduce}
+    options = {"batch_size": args.batch_size, "context": args.context, "field": args.field, **what}
+    size = store.estimate(model, args.data, args.names, args.out, **options)
+    if not args.json:
+        print(f"{args.out}: {size}")
+    how = {"engine": args.engine, "workers": args.workers, "progress": not (args.json or args.quiet)}
+    made = store.harvest(model, args.data, args.names, args.out, **options, **how)
+    done = made.manifest["finished"]
+    if not args.json:
+        print(f"{args.out}: {done['rows']} samples, {done['tokens']} tokens of {len(made.names)} points")
+        print("\n".join(done["notes"]))
+    return {"store": str(args.out), "points": made.names, **done}
+
+
 def models(args: argparse.Namespace) -> dict[str, Any]:
     """List the bundled models."""
     from gatedlens.loading import BUNDLED, bundled_models
@@ -204,6 +229,24 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", default="out", help="the folder for the picture and the numbers (%(default)s)")
     sub = command("compare", compare, "examples:\n  gatedlens compare\n  gatedlens compare --out figures --json")
     sub.add_argument("--out", default="out", help="the folder for the picture (%(default)s)")
+    sub = command("harvest", harvest, HARVEST)
+    sub.add_argument("--model", required=True, help="a bundled model, a folder, a file or a hub name")
+    sub.add_argument("--revision", help="of a hub model: a branch, tag or commit")
+    sub.add_argument(
+        "--data", required=True, help="a JSONL or text file, a folder of texts or images, a datasets folder"
+    )
+    sub.add_argument("--names", required=True, nargs="+", help="hook points: names, aliases or globs")
+    sub.add_argument("--out", default="store", help="the folder of the store (%(default)s)")
+    sub.add_argument("--batch-size", type=int, default=8, help="rows that the model reads at once (%(default)s)")
+    sub.add_argument("--context", type=int, help="tokens in a row, documents packed (without it a row is a document)")
+    sub.add_argument("--max-tokens", type=int, help="stop after so many tokens of the corpus")
+    sub.add_argument("--positions", default="all", help="all, last, or mask: those that the corpus marks (%(default)s)")
+    sub.add_argument("--dtype", help="float16, bfloat16, float32 or float64 (as computed)")
+    sub.add_argument("--reduce", nargs="+", help="statistics instead: mean variance covariance kurtosis max sample ...")
+    sub.add_argument("--field", help="the field of a record that holds the text or the ids")
+    sub.add_argument("--engine", default="local", help="local, or ray (%(default)s)")
+    sub.add_argument("--workers", type=int, default=2, help="of the ray engine (%(default)s)")
+    sub.add_argument("--quiet", action="store_true", help="no progress bar")
     command("models", models, "examples:\n  gatedlens models\n  gatedlens models --json")
     sub = command("table", table, TABLE)
     sub.add_argument("model", help="a bundled model, a folder or a hub name")

@@ -33,6 +33,13 @@ class CheckpointError(GatedlensError, ValueError):
     """A checkpoint that is damaged, foreign, incomplete or unsupported."""
 
 
+class StoreError(GatedlensError, OSError):
+    """An activation store that cannot be written, is in use, is damaged, or holds another harvest."""
+
+    def __str__(self) -> str:  # OSError would print an errno
+        return Exception.__str__(self)
+
+
 class TooLargeError(GatedlensError, MemoryError):
     """A request that would allocate more than its limit; nothing was allocated."""
 

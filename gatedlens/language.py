@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from gatedlens import placement
 from gatedlens import tokens as tokens_
 from gatedlens.errors import InputError
 from gatedlens.generation import generate
@@ -204,7 +205,7 @@ class HookedLanguageModel(HookedModel):
             resid = self.through_blocks(batch.value, run, start_at_layer, stop_at_layer)
         else:
             tokens = batch.value
-            resid = self.stream(self.hook_embed(self.embed(tokens)))
+            resid = self.stream(self.hook_embed(self.there(self.embedding, self.embed, tokens)))
             resid = self.through_blocks(resid, run, None, stop_at_layer)
         out = (
             resid
@@ -221,12 +222,15 @@ class HookedLanguageModel(HookedModel):
     ) -> Any:
         if return_type is None:
             return None
-        logits = self.hook_logits(self.unembed(self.ln_final(resid)))
+        normed = self.there(self.ln_final.weights, self.ln_final, resid)
+        logits = self.hook_logits(self.there(self.unembedding, self.unembed, normed))
         if return_type == "logits":
             return logits
         if tokens is None:
             raise InputError(f"return_type={return_type!r} with start_at_layer needs tokens=..., the ids to predict.")
-        loss = next_token_loss(logits, tokens, mask, per_token)
+        loss = next_token_loss(
+            logits, tokens.to(logits.device), None if mask is None else mask.to(logits.device), per_token
+        )
         return loss if return_type == "loss" else Output(logits, loss)
 
     def unembed(self, normed: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
@@ -288,7 +292,7 @@ class HookedLanguageModel(HookedModel):
 
     def _tokenize(self, input: Any, prepend_bos: bool | None, side: str | None) -> tuple[Tensor, Tensor | None]:
         """(tokens on the model's device, mask or None)."""
-        device = self.embedding.weight.device
+        device = placement.device_of(self.embedding)
         if isinstance(input, str) or (isinstance(input, Sequence) and any(isinstance(i, str) for i in input)):
             tokenizer = self._need_tokenizer("Text")
             texts = [input] if isinstance(input, str) else list(input)

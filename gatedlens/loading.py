@@ -104,8 +104,9 @@ def from_pretrained(
     pytorch_model.bin or safetensors); or an original checkpoint that is one file (RWKV-LM's and ViM's .pth), or a folder
     that holds one and no config.json. variant: which model such a file holds, where it does not say so itself
     ("vim_small"). dtype: that of the checkpoint if None. device: CUDA where there is one if None. tokenizer: found beside
-    the model if None. revision and `hub` (token, cache_dir, local_files_only, ...) go to the
-    hub. Raises CheckpointError when weights are missing, left over, damaged or of another architecture.
+    the model if None. revision and `hub` (token, cache_dir, local_files_only, ...) go to the hub; so does
+    device_map="auto", which spreads a large model over devices, main memory and disk (see placement.py). Raises
+    CheckpointError when weights are missing, left over, damaged or of another architecture.
     """
     if isinstance(name_or_path, nn.Module):
         raise CheckpointError("from_pretrained takes a name or a path; gl.wrap(model) takes a model that you have.")
@@ -122,7 +123,8 @@ def from_pretrained(
         tokenizer = _tokenizer(source, hub) if tokenizer is None else tokenizer
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    wrapped.to(device)
+    if "device_map" not in hub:  # accelerate has put every part where it belongs
+        wrapped.to(device)
     return hooked(wrapped.eval(), model_name=str(name_or_path), tokenizer=tokenizer)
 
 

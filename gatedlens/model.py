@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gatedlens import placement
 from gatedlens.block import Norm, Run, norm_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import InputError
@@ -61,6 +62,8 @@ class HookedModel(Hooking):
         super().__init__()
         self.wrapped = wrapped
         self.cfg = self.describe(wrapped, model_name or type(wrapped).__name__)
+        if placement.is_placed(wrapped):
+            self.cfg.device = str(placement.device_of(wrapped))
         self.tokenizer = tokenizer
         for row in self.first_points:
             self.add_module(row.name, HookPoint(row))
@@ -195,7 +198,8 @@ class HookedModel(Hooking):
         outer, self.running = self.running, run
         try:
             for layer in chosen:
-                resid = self.blocks[layer](resid, run)
+                block: Any = self.blocks[layer]
+                resid = self.there(block.weights, block, resid, run)
         finally:
             self.running = outer
         return resid
@@ -205,6 +209,12 @@ class HookedModel(Hooking):
         if self.running is None:
             raise InputError("This hook needs the call that it runs in: call the model, not a block by itself.")
         return self.running
+
+    def there(self, module: nn.Module, function: Any, *inputs: Any) -> Any:
+        """`function(*inputs)`, where accelerate put the weights of `module`; just that, where it put none."""
+        if placement.is_placed(self.wrapped):
+            return placement.call(module, function, *inputs)
+        return function(*inputs)
 
     def _layer(self, layer: int | None, option: str) -> int | None:
         n = self.cfg.n_layers

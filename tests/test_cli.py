@@ -97,6 +97,25 @@ def test_attention_of_an_image(tmp_path, capsys):
         assert Path(found["files"][0]).read_bytes()[:4] == b"\x89PNG"
 
 
+def test_harvest_makes_a_store_and_goes_on_with_it(tmp_path, capsys):
+    lines = [json.dumps({"text": f"Some years ago, never mind how long, number {i}."}) for i in range(9)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
+    arguments = ["harvest", "--model", "gatedlens/mamba-moby", "--data", str(tmp_path / "corpus.jsonl")]
+    arguments += ["--names", "blocks.*.mixer.hook_gated", "blocks.0.hook_delta", "--context", "32", "--quiet"]
+    assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"about \d+ tokens, .* MiB; .* are free", out) and "13 samples, 416 tokens of 4 points" in out
+    assert "were left out" in out
+    assert cli.main([*arguments, "--out", str(tmp_path / "out"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    store = gl.store.open(tmp_path / "out")
+    assert found["tokens"] == store.n_tokens == 416 and found["points"] == store.names
+    assert cli.main([*arguments, "--out", str(tmp_path / "mean"), "--reduce", "mean", "max", "--json"]) == 0
+    assert set(gl.store.open(tmp_path / "mean").statistics["gated", 1]) == {"mean", "max"}
+    assert cli.main([*arguments, "--out", str(tmp_path / "out"), "--batch-size", "3"]) == 2
+    assert "its settings batch_size is 8, this one's 3" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -120,7 +139,7 @@ def test_mistakes_are_one_line_and_code_2(arguments, message, tmp_path, capsys):
     assert message in error and "Traceback" not in error
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["attention"], ["compare"], ["models"], ["table"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["attention"], ["compare"], ["harvest"], ["models"], ["table"]])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])

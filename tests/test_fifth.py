@@ -49,6 +49,7 @@ from tests.circuits.test_circuit import circuit  # noqa: F401  a fixture
 from tests.conftest import EVERY, ROOT
 from tests.helpers import example, relative
 from tests.patching import test_sweep
+from tests.store import test_harvest, test_reductions
 from tests.test_attention import case  # noqa: F401  a fixture
 from tests.test_knockout import kind  # noqa: F401  a fixture
 
@@ -103,6 +104,8 @@ GENERAL = [
     test_tracing,
     test_sweep,
     test_transformer_lens,
+    test_harvest,
+    test_reductions,
 ]
 if importlib.util.find_spec("nnsight") is not None:
     from tests import test_nnsight

@@ -1,0 +1,74 @@
+"""Placement: models whose weights accelerate spread over devices, or left in main memory or on the disk.
+
+    model = gl.from_pretrained("state-spaces/mamba-2.8b-hf", device_map="auto")
+    model = gl.wrap(accelerate.dispatch_model(hf_model, device_map))
+
+accelerate moves weights and activations in hooks around the vendor's forward, which ours replaces. So ours asks for the
+same: before a block runs, the hooks of its modules bring the weights that are not on a device (`pre_forward`), the residual
+stream goes to where they are, and afterwards the weights leave again (`post_forward`). What reads weights beside a forward
+(an implicit attention, W_U) does so under `with at_hand(module):`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatedlens.errors import CheckpointError
+
+
+def is_placed(wrapped: nn.Module) -> bool:
+    """Whether accelerate has placed this model's weights."""
+    return "hf_device_map" in wrapped.__dict__
+
+
+def _hook(module: nn.Module) -> Any:
+    return module.__dict__.get("_hf_hook")
+
+
+@contextmanager
+def at_hand(module: nn.Module) -> Iterator[None]:
+    """For the time of the block every weight under `module` is on the device where it is used."""
+    with ExitStack() as leaving:
+        for part in module.modules():
+            hook = _hook(part)
+            if hook is not None and any(p.is_meta for p in part.parameters()):  # what is at hand already stays
+                hook.pre_forward(part)
+                leaving.callback(hook.post_forward, part, None)
+        yield
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the weights of `module` are used; CheckpointError if they are nowhere."""
+    first = next(module.parameters())
+    if not first.is_meta:
+        return first.device
+    for part in module.modules():
+        given = getattr(_hook(part), "execution_device", None)
+        if given is not None:
+            return torch.device(given)
+    raise CheckpointError(
+        "The model's weights are on the meta device: they have shapes and no numbers. Load them (from_pretrained), or let "
+        "accelerate place them (device_map=...)."
+    )
+
+
+def call(module: nn.Module, function: Callable[..., Any], *inputs: Any) -> Any:
+    """`function(*inputs)` with the weights under `module` at hand and the inputs where they are."""
+    with at_hand(module):
+        device = device_of(module)
+        return function(*(_moved(value, device) for value in inputs))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A tensor, or a dataclass of tensors (what a call carries), on `device`; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value) if f.init})
+    return value

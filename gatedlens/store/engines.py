@@ -1,0 +1,91 @@
+"""Engines: who does the work on the batches. Results come back in the order of the batches, whoever did them.
+
+    for rows, tensors in local(work, batches): ...
+    for rows, tensors in gl.store.engines.ray(workers=2)(work, batches): ...
+
+Ray: one actor a worker holds the model; a few batches are under way at a time, so memory stays constant; an actor that
+dies is started again and its batches done again (Ray's own restarts and retries). The results are collected in order and
+committed by one process, so the files are those of the local engine, to the bit. (Ray Data's `map_batches` would want
+the corpus as a data set of its own first, and commits nothing before its end.)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gatedlens.errors import InputError, did_you_mean
+from gatedlens.optional import optional
+from gatedlens.store.batches import Rows
+
+Job = Callable[[Rows], dict[str, Tensor]]
+Engine = Callable[[Job, Iterable[Rows]], Iterator[tuple[Rows, dict[str, Tensor]]]]
+AHEAD = 2  # batches that each worker has waiting
+
+
+def local(job: Job, batches: Iterable[Rows]) -> Iterator[tuple[Rows, dict[str, Tensor]]]:
+    """In this process, one after the other."""
+    for rows in batches:
+        yield rows, job(rows)
+
+
+class Worker:
+    """What runs in a Ray actor: the job, with as many threads as the process that asked for it, so that sums agree."""
+
+    def __init__(self, job: Job, threads: int):
+        torch.set_num_threads(threads)
+        self.job = job
+
+    def do(self, rows: Rows) -> dict[str, Tensor]:
+        return self.job(rows)
+
+
+def ray(workers: int = 2) -> Engine:
+    """On a Ray cluster: the one that `ray.init` was told of, or else this machine."""
+    if workers < 1:
+        raise InputError(f"workers={workers}: at least one has to work.")
+
+    def run(job: Job, batches: Iterable[Rows]) -> Iterator[tuple[Rows, dict[str, Tensor]]]:
+        cluster = optional("ray", "scale")
+        if not cluster.is_initialized():
+            cluster.init(log_to_driver=False)
+        gpus = 1 if torch.cuda.is_available() else 0
+        actor = cluster.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(Worker)
+        shared = cluster.put(job)  # once for all actors
+        actors = [actor.remote(shared, torch.get_num_threads()) for _ in range(workers)]
+        waiting: deque[tuple[Rows, Any]] = deque()
+        try:
+            for i, rows in enumerate(batches):
+                waiting.append((rows, actors[i % workers].do.remote(rows)))
+                if len(waiting) == AHEAD * workers:
+                    first, answer = waiting.popleft()
+                    yield first, _own(cluster.get(answer))
+            while waiting:
+                first, answer = waiting.popleft()
+                yield first, _own(cluster.get(answer))
+        finally:
+            for one in actors:
+                cluster.kill(one)
+
+    return run
+
+
+def _own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Ray hands out read-only views into its object store."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+ENGINES: dict[str, Callable[[int], Engine]] = {"local": lambda workers: local, "ray": ray}
+
+
+def engine(name: Any, workers: int) -> Engine:
+    """The engine of this name, or the function that was given."""
+    if callable(name):
+        return name
+    if name not in ENGINES:
+        raise InputError(f"engine={name!r}: it is {' or '.join(map(repr, ENGINES))}.{did_you_mean(str(name), ENGINES)}")
+    return ENGINES[name](workers)

@@ -1,0 +1,263 @@
+"""Harvest: activations of a whole corpus into a folder that can be read lazily, gone on with, and trusted.
+
+    store = gl.store.harvest(model, "corpus.jsonl", ["blocks.*.mixer.hook_gated"], "store", batch_size=16, context=128)
+    store["gated", 1][0]                       # pos channel, of the first row
+
+    store/  manifest.json   activations/ (a `datasets` folder)   tensors/ (safetensors)   journal.jsonl   lock
+
+Run the same call again after any interruption and it goes on where it stopped; batches that are damaged on the disk are
+named and done again. The stored values are those of `run_with_cache` on the same batches, to the bit.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from gatedlens.errors import InputError, StoreError
+from gatedlens.points import NamesFilter
+from gatedlens.store import manifest
+from gatedlens.store.batches import Batches, Rows
+from gatedlens.store.columns import Columns
+from gatedlens.store.corpus import read
+from gatedlens.store.disk import explained, locked
+from gatedlens.store.engines import engine as engine_of
+from gatedlens.store.layout import Layout, aliases, resolve
+from gatedlens.store.reading import Store
+from gatedlens.store.reading import open as open_store
+from gatedlens.store.reductions import Reduction, chosen
+from gatedlens.store.sinks import Sink, StatisticsSink, TensorSink, card
+from gatedlens.store.sizes import Estimate, estimate_of
+from gatedlens.store.work import Reduce, Work, activations
+
+log = logging.getLogger(__name__)
+SHARD_BYTES = 2**30
+
+
+def harvest(
+    model: Any,
+    dataset: Any,
+    names: NamesFilter,
+    out: str | Path,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    positions: str = "all",
+    dtype: torch.dtype | str | None = None,
+    reduce: Any = None,
+    *,
+    context: int | None = None,
+    field: str | None = None,
+    engine: Any = "local",
+    workers: int = 2,
+    shard_bytes: int = SHARD_BYTES,
+    progress: bool = True,
+) -> Store:
+    """`gl.store.harvest(model, "corpus.jsonl", "blocks.*.mixer.hook_gated", "out", context=128)`: the store in `out`.
+
+    dataset: a JSONL file, a file or a folder of texts or images, a `datasets` folder or Dataset, token ids [row, pos], or
+    any iterable of texts, ids, records or images; see `corpus.py`. names: as in `run_with_cache`. context: rows of that
+    many tokens, documents one behind the other; None: a row is a document. max_tokens: of the corpus. positions: "all",
+    the "last" of each row, or those that the corpus marks ("mask"). dtype: to store (None: as computed; a column in
+    bfloat16 is stored as float32, which holds it exactly). reduce: statistics instead of tensors: "mean", "variance",
+    "covariance", "second_moment", "kurtosis", "max", "sample", or a list of them. field: which field of a record holds
+    the text or ids. engine: "local", or "ray" with so many `workers`. shard_bytes: the size of one file.
+
+    Raises TooLargeError if the disk lacks room, StoreError if the folder is in use, or holds another harvest.
+    """
+    reductions = () if reduce is None else chosen(reduce)
+    batches = Batches(read(dataset, model, field), model, batch_size, context, max_tokens, positions)
+    layouts = plan(batches, names, dtype)
+    folder = Path(out).expanduser()
+    settings = {
+        "batch_size": batch_size,
+        "context": context,
+        "max_tokens": max_tokens,
+        "positions": positions,
+        "dtype": None if dtype is None else str(_dtype(dtype)).removeprefix("torch."),
+        "reduce": [reduction.name for reduction in reductions] or None,
+        "field": field,
+        "shard_bytes": shard_bytes,
+        "length": _kept_length(batches),
+        "text": batches.corpus.is_text,
+    }
+    known = aliases(model, [layout.name for layout in layouts])
+    told = manifest.compose(model, batches.corpus.described, settings, layouts, known)
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        old = manifest.load(folder)
+        if old is None:
+            _refuse_strangers(folder)
+        else:
+            manifest.check_same(folder, old, told)
+            if old["packages"] != told["packages"]:
+                log.warning("%s was begun with %s; this is %s.", folder, old["packages"], told["packages"])
+        size = estimate_of(batches, layouts, reductions, folder)
+        size.check(folder, _written(folder))
+        log.info("%s: %s", folder, size)
+        if old is None:
+            with explained(folder):
+                manifest.save(folder, told)
+        sink = _sink(folder, told, layouts, reductions)
+        try:
+            sink.verify()
+            for path, count in _damage(sink).items():
+                log.warning("%s is damaged: %d batches of it are done again.", path, count)
+            if not _is_whole(sink, old):
+                _run(sink, batches, layouts, reductions, engine_of(engine, workers), size, progress)
+                _finish(folder, told, sink, batches)
+        finally:
+            sink.close()
+    return open_store(folder)
+
+
+def estimate(
+    model: Any,
+    dataset: Any,
+    names: NamesFilter,
+    out: str | Path = ".",
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    positions: str = "all",
+    dtype: torch.dtype | str | None = None,
+    reduce: Any = None,
+    *,
+    context: int | None = None,
+    field: str | None = None,
+) -> Estimate:
+    """How many tokens and bytes the same call of `harvest` would take, and what the disk of `out` has; runs one token."""
+    batches = Batches(read(dataset, model, field), model, batch_size, context, max_tokens, positions)
+    layouts = plan(batches, names, dtype)
+    return estimate_of(batches, layouts, () if reduce is None else chosen(reduce), Path(out).expanduser())
+
+
+def plan(batches: Batches, names: NamesFilter, dtype: torch.dtype | str | None) -> list[Layout]:
+    """How each point will be stored, learnt from a run on a few positions; PointError if one does not fire."""
+    wanted, model = resolve(batches.model, names), batches.model
+    first = next(iter(batches), None)
+    if first is None:
+        raise InputError("The corpus holds no document that is not empty (or marks none): there is nothing to harvest.")
+    length = 2 if first.is_text else None
+    some = Rows(first.value[:1, :length], None, first.keep[:1, :length], first.documents[:1, :length])
+    with torch.no_grad():
+        fired = activations(model, some, wanted)
+    points = model.names.points
+    return [Layout.of(points[name], name, fired[name], _dtype(dtype), batches.length) for name in wanted]
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise InputError(f"dtype={dtype!r}: it is float16, bfloat16, float32, float64, or None for what is computed.")
+    return found
+
+
+def _kept_length(batches: Batches) -> int | None:
+    """How many positions of every row are kept, where that is one number."""
+    return {"all": batches.length, "last": 1, "mask": None}[batches.positions]
+
+
+def _refuse_strangers(folder: Path) -> None:
+    """A folder without a manifest must be empty: nothing of somebody else's is overwritten."""
+    found = sorted(path.name for path in folder.iterdir() if path.name not in ("lock", "manifest.json.tmp"))
+    if found:
+        raise StoreError(f"{folder} is no store and not empty (it holds {', '.join(found[:4])}): use another folder.")
+
+
+def _written(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _sink(folder: Path, told: dict[str, Any], layouts: list[Layout], reductions: tuple[Reduction, ...]) -> Sink:
+    if reductions:
+        return StatisticsSink(folder, reductions)
+    return TensorSink(folder, columns_of(told, layouts), layouts, told["settings"]["shard_bytes"])
+
+
+def columns_of(told: dict[str, Any], layouts: list[Layout]) -> Columns:
+    settings = told["settings"]
+    in_arrow = [layout for layout in layouts if layout.stored == "column"]
+    return Columns(in_arrow, settings["length"], settings["text"])
+
+
+def _is_whole(sink: Sink, old: dict[str, Any] | None) -> bool:
+    """Whether nothing is left to do."""
+    if old is None or old["finished"] is None or sink.damaged:
+        return False
+    if old["finished"]["batches"] == sink.done and sink.is_sealed():
+        return True
+    log.warning("%s is damaged: %d of its %d batches are left.", sink.folder, sink.done, old["finished"]["batches"])
+    return False
+
+
+def _damage(sink: Sink) -> dict[str, int]:
+    """How many batches are damaged in each file."""
+    found: dict[str, int] = {}
+    for path in sink.damaged.values():
+        found[path] = found.get(path, 0) + 1
+    return found
+
+
+def _run(
+    sink: Sink,
+    batches: Batches,
+    layouts: list[Layout],
+    reductions: tuple[Reduction, ...],
+    engine: Any,
+    size: Estimate,
+    progress: bool,
+) -> None:
+    """Do every batch that is not done; whatever stops it, the files are left whole."""
+    batches.corpus.begin()
+    sink.begin()
+    work = Work(batches.model, tuple(layouts))
+    job = Reduce(work, reductions) if reductions else work
+    bar = tqdm(
+        total=size.tokens,
+        initial=sink.tokens,
+        unit=" tokens",
+        unit_scale=True,
+        desc=str(sink.folder),
+        disable=not progress,
+    )
+    with bar:
+        try:
+            for rows, tensors in engine(job, _wanted(sink, batches)):
+                fresh = rows.index >= sink.done
+                sink.commit(rows, tensors)
+                bar.update(rows.read if fresh else 0)
+        except BaseException:
+            with suppress(StoreError):  # the disk may be full: what is committed is safe without
+                sink.seal()
+            raise
+        sink.seal()
+        if sink.damaged:
+            raise StoreError(f"{sink.folder}: the corpus ends before the damaged batch {min(sink.damaged)}.")
+
+
+def _wanted(sink: Sink, batches: Batches) -> Iterator[Rows]:
+    return (rows for rows in batches if sink.wants(rows))
+
+
+def _finish(folder: Path, told: dict[str, Any], sink: Sink, batches: Batches) -> None:
+    entries = sink.journal.entries
+    for note in batches.notes:
+        log.warning("%s: %s.", folder, note)
+    told["finished"] = {
+        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "batches": len(entries),
+        "rows": sum(entry.rows for entry in entries),
+        "tokens": sum(entry.tokens for entry in entries),
+        "read": sum(entry.read for entry in entries),
+        "notes": batches.notes,
+        "files": [card(path, folder) for path in sink.files()],
+    }
+    with explained(folder, sink.safe):
+        manifest.save(folder, told)

@@ -1,0 +1,122 @@
+"""Layout: how the activations of a point lie in a store, from its row.
+
+    layout = Layout.of(model, "blocks.0.mixer.hook_state", example)
+    layout.flat(activation, rows.keep)              # [token, channel, state], padding and unwanted positions gone
+
+A point with a position is stored once a kept token, another once a row. What has one axis a token (or two a row) is a
+column of the Arrow folder, Array2D(context, d); what has more is a tensor in safetensors shards, [token, ...].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Shaped
+from torch import Tensor
+
+from gatedlens.errors import InputError, PointError
+from gatedlens.points import NamesFilter, Point
+
+ARROW_DTYPES = {torch.float16: "float16", torch.float32: "float32", torch.float64: "float64", torch.int64: "int64"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One point: `shape` of one entry (a token's, or a row's), `dtype` as stored, `per` "token" or "row"."""
+
+    name: str
+    axes: str
+    equation: str
+    per: str
+    stored: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numbers(self) -> int:
+        """In one entry."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def bytes(self) -> int:
+        """Of one entry."""
+        return self.numbers * self.dtype.itemsize
+
+    @property
+    def pos_dim(self) -> int | None:
+        dims = self.axes.split()
+        return dims.index("pos") if "pos" in dims else None
+
+    def flat(
+        self, activation: Shaped[Tensor, "batch ..."], keep: Bool[Tensor, "batch pos"]
+    ) -> Shaped[Tensor, "entry ..."]:
+        """The entries of an activation, in order, in the stored dtype: [token, ...] or [row, ...]."""
+        if self.pos_dim is None:
+            return activation.to(self.dtype)
+        along = activation.movedim(self.pos_dim, 1)
+        return (along.flatten(0, 1) if bool(keep.all()) else along[keep]).to(self.dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "dtype": str(self.dtype).removeprefix("torch."), "shape": list(self.shape)}
+
+    @staticmethod
+    def from_dict(told: Mapping[str, Any]) -> Layout:
+        return Layout(**{**told, "dtype": getattr(torch, told["dtype"]), "shape": tuple(told["shape"])})
+
+    @staticmethod
+    def of(point: Point, name: str, example: Tensor, dtype: torch.dtype | None, context: int | None) -> Layout:
+        """From a point's row and one activation of it, [1, ...]; `context`: the length of every row, if they have one."""
+        dims = point.dims[1:]
+        if "key_pos" in dims and context is None:
+            raise InputError(
+                f"{name} ({point.axes}) is as wide as its row is long, and the rows differ: pass context=..., for rows of "
+                "one length."
+            )
+        sizes = [example.shape[1 + i] for i, dim in enumerate(dims) if dim != "pos"]
+        sizes = [
+            context if dim == "key_pos" and context else size
+            for dim, size in zip(_without_pos(dims), sizes, strict=True)
+        ]
+        per = "token" if "pos" in dims else "row"
+        is_column = len(sizes) == 1 or (per == "row" and len(sizes) == 2)
+        kept = example.dtype if dtype is None else dtype
+        if is_column and kept not in ARROW_DTYPES:
+            kept = torch.float32  # Arrow has no bfloat16; float32 holds it exactly
+        stored = "column" if is_column else "tensor"
+        return Layout(name, point.axes, point.equation, per, stored, tuple(sizes), kept)
+
+
+def _without_pos(dims: tuple[str, ...]) -> list[str]:
+    return [dim for dim in dims if dim != "pos"]
+
+
+def resolve(model: Any, names: NamesFilter) -> list[str]:
+    """The full names of the points that `names` asks for, in firing order; a name for something computed is refused."""
+    for name in [names] if isinstance(names, str) else names if isinstance(names, list | tuple) else []:
+        if isinstance(name, str) and not any(c in name for c in "*?["):
+            found = model.names.find(name)
+            if found.view is not None:
+                raise PointError(
+                    f"{name!r} is computed from {', '.join(found.needs()) or 'parameters'} and not stored: harvest these."
+                )
+    wanted = {name for group in model.names.select(names) for name in group}
+    return [name for name in model.names if name in wanted]
+
+
+def aliases(model: Any, names: list[str]) -> dict[str, str]:
+    """Other tools' names for the points of a store."""
+    return {alias: target for alias, target in model.names.aliases.items() if target in names}
+
+
+def last_layer(names: list[str]) -> int | None:
+    """How many blocks have to run for these points; None when something behind the blocks is among them."""
+    needed = 0
+    for name in names:
+        if name.startswith("blocks."):
+            needed = max(needed, int(name.split(".")[1]) + 1)
+        elif not name.endswith("embed"):
+            return None
+    return needed

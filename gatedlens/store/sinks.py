@@ -1,0 +1,270 @@
+"""Sinks: where batches are committed, one at a time and for good. The same three questions for tensors and statistics:
+
+    sink.done                         # how many batches are committed
+    sink.damaged                      # which of these are not what was written, and must be done again
+    sink.commit(rows, tensors)        # all of the batch or nothing
+
+A process that is killed loses the batch under way: the journal holds what is committed, and what else lies in the files
+is cut off by the next run. When the machine itself stops, the last seconds may be lost as well: their checksums tell.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from gatedlens.errors import StoreError
+from gatedlens.store.batches import Rows
+from gatedlens.store.columns import Columns
+from gatedlens.store.disk import explained, sync_folder, write_whole
+from gatedlens.store.journal import Entry, Extent, Journal
+from gatedlens.store.layout import Layout
+from gatedlens.store.reductions import Part, Reduction
+from gatedlens.store.shards import ArrowFormat, Format, SafetensorsFormat, Stream, checksum
+
+SYNC_SECONDS = 5.0  # how often data are brought to the disk: what a power cut may cost
+
+
+class Sink:
+    """What both share: the journal, and that a batch which is there already is the same batch."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        with explained(folder / "journal.jsonl"):
+            self.journal = Journal(folder / "journal.jsonl")
+        self.damaged: dict[int, str] = {}
+
+    @property
+    def done(self) -> int:
+        return len(self.journal.entries)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the committed batches read."""
+        return sum(entry.read for entry in self.journal.entries)
+
+    @property
+    def safe(self) -> str:
+        return f"{self.done} batches ({self.tokens} tokens) are safe: run the same call again to go on from there."
+
+    def wants(self, rows: Rows) -> bool:
+        """Whether the batch is still to be done; StoreError if another one stands in its place."""
+        if rows.index >= self.done:
+            return True
+        if self.journal.entries[rows.index].input != rows.checksum():
+            raise StoreError(
+                f"{self.folder}: batch {rows.index} of this corpus is not the one that was harvested: the corpus has "
+                "changed, or is another one. Use another folder."
+            )
+        return rows.index in self.damaged
+
+    def entry(self, rows: Rows, at: Sequence[Extent] = ()) -> Entry:
+        return Entry(rows.index, len(rows.value), rows.kept, rows.read, rows.checksum(), list(at))
+
+    def verify(self) -> None:
+        """Fill `damaged`: read all that is committed and compare its checksums."""
+        raise NotImplementedError
+
+    def is_sealed(self) -> bool:
+        """Whether the files are whole files of their formats."""
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """Make ready to commit; before that, nothing is written."""
+
+    def commit(self, rows: Rows, tensors: dict[str, Tensor]) -> None:
+        raise NotImplementedError
+
+    def seal(self) -> None:
+        """Leave whole files behind, on the disk."""
+        raise NotImplementedError
+
+    def files(self) -> list[Path]:
+        """The files that hold what is committed."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self.journal.close()
+
+
+class TensorSink(Sink):
+    """Activations: an Arrow folder for columns, safetensors shards for each point with more axes."""
+
+    def __init__(self, folder: Path, columns: Columns, layouts: Sequence[Layout], shard_bytes: int):
+        super().__init__(folder)
+        self.columns = columns
+        self.tensors = [layout for layout in layouts if layout.stored == "tensor"]
+        formats: list[Format] = [ArrowFormat(columns.schema), *map(SafetensorsFormat, self.tensors)]
+        committed = [[entry.at[i] for entry in self.journal.entries] for i in range(len(formats))]
+        pairs = zip(formats, committed, strict=True)
+        self.streams = [Stream(folder, format, shard_bytes, extents) for format, extents in pairs]
+        self.synced = time.monotonic()
+
+    def begin(self) -> None:
+        with explained(self.folder, self.safe):
+            for stream in self.streams:
+                stream.begin()
+
+    def verify(self) -> None:
+        for entry in self.journal.entries:
+            for stream, extent in zip(self.streams, entry.at, strict=True):
+                if not stream.is_whole(extent):
+                    self.damaged[entry.batch] = str(stream.path(extent.shard))
+
+    def commit(self, rows: Rows, tensors: dict[str, Tensor]) -> None:
+        pieces = [self.columns.encode(rows, tensors), *(_bytes(tensors[layout.name]) for layout in self.tensors)]
+        if rows.index < self.done:
+            return self._redo(rows.index, pieces)
+        at: list[Extent] = []
+        with explained(self.folder, self.safe):
+            try:
+                for stream, piece in zip(self.streams, pieces, strict=True):
+                    at.append(stream.append(piece))  # undone on an error
+                self.journal.add(self.entry(rows, at))
+            except OSError:
+                for stream, extent in zip(self.streams, at, strict=False):
+                    stream.undo(extent)
+                raise
+            if time.monotonic() - self.synced > SYNC_SECONDS:
+                self.sync()
+        return None
+
+    def _redo(self, batch: int, pieces: list[memoryview]) -> None:
+        with explained(self.folder, self.safe):
+            for stream, extent, piece in zip(self.streams, self.journal.entries[batch].at, pieces, strict=True):
+                if stream.rewrite(extent, piece) != extent:
+                    raise StoreError(
+                        f"Batch {batch} in {stream.path(extent.shard)} is damaged, and what the model gives now is not what "
+                        "was written: another machine, thread count or version of torch? Begin anew in another folder."
+                    )
+        del self.damaged[batch]
+
+    def sync(self) -> None:
+        for stream in self.streams:
+            stream.sync()
+        self.journal.sync()
+        self.synced = time.monotonic()
+
+    def seal(self) -> None:
+        """Leave whole files behind: heads, feet, and what makes the folder one of `datasets`."""
+        with explained(self.folder, self.safe):
+            for stream, shard, end in self._shards():
+                if not stream.is_sealed(shard, end):
+                    stream.seal(shard, end)
+            files = [path.name for path in self.files() if path.suffix == ".arrow"]
+            total = sum(entry.input for entry in self.journal.entries)
+            for name, data in self.columns.info(files, f"{total & (2**64 - 1):016x}").items():
+                write_whole(self.folder / "activations" / name, data)
+            self.sync()
+
+    def is_sealed(self) -> bool:
+        return all(stream.is_sealed(shard, end) for stream, shard, end in self._shards())
+
+    def files(self) -> list[Path]:
+        return [stream.path(shard) for stream, shard, _ in self._shards()]
+
+    def _shards(self) -> list[tuple[Stream, int, int]]:
+        """(stream, shard, end of its last batch) of every file that holds batches."""
+        return [
+            (stream, shard, end)
+            for i, stream in enumerate(self.streams)
+            for shard, end in {e.at[i].shard: e.at[i].offset + e.at[i].length for e in self.journal.entries}.items()
+        ]
+
+    def close(self) -> None:
+        super().close()
+        for stream in self.streams:
+            stream.close()
+
+
+class StatisticsSink(Sink):
+    """Reductions: one small file, replaced whole at each batch."""
+
+    def __init__(self, folder: Path, reductions: Sequence[Reduction]):
+        super().__init__(folder)
+        self.reductions = {reduction.name: reduction for reduction in reductions}
+        self.path = folder / "statistics.safetensors"
+        self.parts: dict[str, Part] = {}
+        done, self.parts = read_statistics(self.path) if self.done else (0, {})
+        if self.done and not self.parts:
+            self.damaged = dict.fromkeys(range(self.done), str(self.path))
+        self.journal.keep(min(done, self.done))
+
+    def verify(self) -> None:
+        """A statistics file that cannot be read was found when it was opened: the harvest begins anew."""
+
+    def commit(self, rows: Rows, tensors: dict[str, Tensor]) -> None:
+        self.damaged.pop(rows.index, None)
+        for key, part in unflattened(tensors).items():
+            merge = self.reductions[key.partition("/")[2]].merge
+            self.parts[key] = merge(self.parts[key], part) if key in self.parts else part
+        with explained(self.folder, self.safe):
+            self.journal.add(self.entry(rows))
+            write_statistics(self.path, self.done, self.parts)
+
+    def is_sealed(self) -> bool:
+        return True
+
+    def seal(self) -> None:
+        sync_folder(self.folder)
+
+    def files(self) -> list[Path]:
+        return [self.path]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+# -- parts as a file ------------------------------------------------------------------------------------------------
+
+
+def flattened(parts: dict[str, Part]) -> dict[str, Tensor]:
+    """{"point/reduction": {"mean": ...}} as {"point/reduction/mean": ...}."""
+    return {f"{key}/{name}": value for key, part in parts.items() for name, value in part.items()}
+
+
+def unflattened(tensors: dict[str, Tensor]) -> dict[str, Part]:
+    parts: dict[str, Part] = {}
+    for key, value in tensors.items():
+        parts.setdefault(key.rpartition("/")[0], {})[key.rpartition("/")[2]] = value
+    return parts
+
+
+def write_statistics(path: Path, batches: int, parts: dict[str, Part]) -> None:
+    tensors = {key: value.contiguous() for key, value in flattened(parts).items()}
+    # One key: safetensors writes several in an order of its own, and the file would not be the same twice.
+    write_whole(path, save(tensors, {"gatedlens": f"{batches} {_sum(tensors):08x}"}))
+
+
+def read_statistics(path: Path) -> tuple[int, dict[str, Part]]:
+    """(batches, parts) of a file; (0, {}) if it is missing or damaged."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            meta = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError):
+        return 0, {}
+    batches, _, stamp = meta.get("gatedlens", "0 ").partition(" ")
+    return (int(batches), unflattened(tensors)) if stamp == f"{_sum(tensors):08x}" else (0, {})
+
+
+def _sum(tensors: dict[str, Tensor]) -> int:
+    total = 0
+    for key in sorted(tensors):
+        total = zlib.crc32(_bytes(tensors[key]), zlib.crc32(key.encode(), total))
+    return total
+
+
+def card(path: Path, folder: Path) -> dict[str, Any]:
+    """A file in the manifest."""
+    return {"bytes": path.stat().st_size, "crc32": checksum(path), "name": str(path.relative_to(folder))}

@@ -1,0 +1,116 @@
+"""What is harvested comes back lazily, by sample and position, as a Dataset, a DataLoader, and with labels."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+import gatedlens as gl
+from gatedlens import store as gl_store
+from tests.helpers import example
+
+NAMES = ["blocks.0.mixer.hook_gated", "blocks.1.mixer.hook_state", "blocks.0.mixer.hook_state_start"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return gl.HookedMamba.tiny()
+
+
+@pytest.fixture(scope="module")
+def store(model, tmp_path_factory):
+    rows = [example(model, 1, 2 + n % 4, seed=n)[0] for n in range(11)]
+    return gl_store.harvest(model, rows, NAMES, tmp_path_factory.mktemp("store"), batch_size=3, progress=False)
+
+
+def test_samples_and_positions(store):
+    gated = store["gated", 0]
+    assert len(gated) == 11 and [len(x) for x in gated] == [2 + n % 4 for n in range(11)]
+    assert torch.equal(gated[5, 2], gated[5][2]) and torch.equal(gated[-1, [0, -1]], gated[10][[0, -1]])
+    assert torch.equal(gated[3:4], gated[3].unsqueeze(0)) and torch.equal(
+        gated[[1, 5], 1:], torch.stack([gated[1], gated[5]])[:, 1:]
+    )
+    assert torch.equal(gated[:, 0], torch.stack([x[0] for x in gated]))
+    assert store["state_start", 0][4].shape == store["state", 1][4, 0].shape
+    with pytest.raises(gl.InputError, match="the samples differ in length"):
+        gated[:]
+    with pytest.raises(gl.InputError, match="picks no sample"):
+        gated[20:]
+    with pytest.raises(gl.InputError, match="has no positions"):
+        store["state_start", 0][0, 1]
+    with pytest.raises(gl.InputError, match="Sample -12 is out of range"):
+        gated[-12]
+
+
+def test_what_is_read_is_the_readers_own(store):
+    x = store["gated", 0][4]
+    x += 1
+    store["state", 1][4].zero_()
+    assert not torch.equal(x, store["gated", 0][4]) and store["state", 1][4].abs().max() > 0 and store.verify() == []
+
+
+@pytest.mark.parametrize("key", [("gated", 0), ("state", 1), ("state_start", 0)])
+def test_datasets_and_loaders_give_every_entry(store, key):
+    column = store[key]
+    per_row = column.layout.per == "row"
+    whole = torch.stack(list(column)) if per_row else torch.cat(list(column))
+    data = store.dataset(key)
+    assert len(data) == len(whole) and all(torch.equal(data[i], whole[i]) for i in (0, 5, len(whole) - 1, -1))
+    assert torch.equal(torch.cat(list(store.loader(key, batch_size=4))), whole)
+    shuffled = torch.cat(list(store.loader(key, batch_size=4, shuffle=True, seed=1)))
+    again = torch.cat(list(store.loader(key, batch_size=4, shuffle=True, seed=1)))
+    assert torch.equal(shuffled, again)
+    if not per_row:  # the initial states are all zero
+        assert not torch.equal(shuffled, whole)
+        rows = {tuple(row.flatten().tolist()) for row in whole}
+        assert {tuple(row.flatten().tolist()) for row in shuffled} == rows
+    with pytest.raises(IndexError):
+        data[len(whole)]
+
+
+def test_several_points_side_by_side(store):
+    both = next(iter(store.loader([("gated", 0), ("state", 1)], batch_size=5)))
+    assert list(both) == NAMES[:2] and both[NAMES[1]].shape[0] == 5
+    assert torch.equal(both[NAMES[0]], torch.cat(list(store["gated", 0]))[:5])
+    with pytest.raises(gl.InputError, match="cannot be read side by side"):
+        store.loader([NAMES[0], NAMES[2]], batch_size=5)
+    with pytest.raises(gl.InputError, match="list of points is empty"):
+        store.loader([], batch_size=5)
+
+
+def test_labels(store):
+    tokens = torch.cat([store.tokens(i) for i in range(11)])
+    x = torch.cat(list(store["gated", 0]))
+    for labels, per, wanted in (
+        (torch.arange(len(tokens)), "token", torch.arange(len(tokens))),
+        (list(range(11)), "sample", torch.cat([torch.full((2 + n % 4,), n) for n in range(11)])),
+        (torch.arange(11) * 2, "document", torch.cat([torch.full((2 + n % 4,), 2 * n) for n in range(11)])),
+        (lambda ids: ids % 2, "token", tokens % 2),
+        (lambda ids: len(ids), "sample", torch.cat([torch.full((2 + n % 4,), 2 + n % 4) for n in range(11)])),
+    ):
+        batches = list(store.with_labels(labels, per).loader(("gated", 0), batch_size=7))
+        assert torch.equal(torch.cat([b[0] for b in batches]), x)
+        assert torch.equal(torch.cat([b[1] for b in batches]), wanted)
+    entry, label = store.with_labels(torch.arange(11), "sample").dataset(("state_start", 0))[9]
+    assert label == 9 and entry.shape == store["state_start", 0][0].shape
+    with pytest.raises(gl.InputError, match="There are 5 labels, one per token"):
+        store.with_labels([0] * 5).loader(("gated", 0), batch_size=7)
+    with pytest.raises(gl.InputError, match="per='word'"):
+        store.with_labels([0] * 5, per="word")
+
+
+def test_a_store_travels_to_workers(store):
+    again = pickle.loads(pickle.dumps(store))
+    assert torch.equal(again["gated", 0][3], store["gated", 0][3])
+    got = torch.cat(list(store.loader(("gated", 0), batch_size=6, num_workers=1)))
+    assert torch.equal(got, torch.cat(list(store["gated", 0])))
+
+
+def test_a_missing_extra_is_named(store, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"needs pyarrow, which is not installed: pip install 'gatedlens\[store\]'"):
+        gl_store.open(store.folder)["gated", 0][0]

@@ -1,0 +1,104 @@
+"""Models that accelerate spread over memory and disk: the same numbers from our own forward, hooks and harvests as well."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import gatedlens as gl
+from gatedlens import placement
+from gatedlens import store as gl_store
+from tests.helpers import example
+
+accelerate = pytest.importorskip("accelerate")
+
+
+def models():
+    from transformers import (
+        MambaConfig,
+        MambaForCausalLM,
+        RecurrentGemmaConfig,
+        RecurrentGemmaForCausalLM,
+        RwkvConfig,
+        RwkvForCausalLM,
+    )
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "vocab_size": 40}
+    griffin = {"lru_width": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return {
+        "mamba": MambaForCausalLM(MambaConfig(**sizes, state_size=4)),
+        "griffin": RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**sizes, **griffin, attention_window_size=4)),
+        "rwkv": RwkvForCausalLM(RwkvConfig(**sizes)),
+    }
+
+
+@pytest.fixture(params=["mamba", "griffin", "rwkv"])
+def pair(request, tmp_path):
+    """(the model in memory, the same with its later half on the disk)."""
+    whole = models()[request.param].eval()
+    half = copy.deepcopy(whole)
+    device_map = {}
+    for name, module in half.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            later = any(f".{layer}." in name for layer in (1, 2)) or "norm" in name.rpartition(".")[2]
+            device_map[name] = "disk" if later else "cpu"
+    placed = accelerate.dispatch_model(half, device_map, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    assert any(p.is_meta for p in placed.parameters()) and any(not p.is_meta for p in placed.parameters())
+    return gl.wrap(whole), gl.wrap(placed)
+
+
+@torch.no_grad()
+def test_a_model_that_is_half_on_the_disk_gives_the_same(pair, tmp_path):
+    whole, placed = pair
+    tokens = example(whole, 2, 7)
+    wanted, cache = whole.run_with_cache(tokens, names_filter=lambda name: True)
+    got, ours = placed.run_with_cache(tokens, names_filter=lambda name: True)
+    assert torch.equal(got, wanted) and all(torch.equal(ours[name], cache[name]) for name in cache)
+    assert any(p.is_meta for p in placed.wrapped.parameters()), "what came from the disk left again"
+    _, state = placed(tokens[:, :4], return_state=True)
+    assert torch.allclose(placed(tokens[:, 4:], state=state), whole(tokens)[:, 4:], atol=1e-5)
+    options = {"max_new_tokens": 3, "temperature": 0.8, "seed": 0, "verbose": False}
+    assert torch.equal(placed.generate(tokens, **options), whole.generate(tokens, **options))
+    mask = torch.ones_like(tokens)
+    mask[0, 5:] = 0
+    assert torch.equal(
+        placed(tokens, attention_mask=mask, return_type="loss"), whole(tokens, attention_mask=mask, return_type="loss")
+    )
+    zero = [("blocks.2.hook_mixer_out", lambda x, hook: x * 0)]
+    assert torch.equal(placed.run_with_hooks(tokens, fwd_hooks=zero), whole.run_with_hooks(tokens, fwd_hooks=zero))
+    name = "blocks.2.hook_resid_post"
+    _, cache = whole.run_with_cache(tokens, names_filter=name)
+    store = gl_store.harvest(placed, tokens, name, tmp_path / "out", progress=False)
+    assert torch.equal(store[name][:], cache[name])
+
+
+@torch.no_grad()
+def test_weights_are_at_hand_for_who_reads_them_beside_a_forward(pair):
+    whole, placed = pair
+    tokens = example(whole, 2, 7)
+    with placement.at_hand(placed.wrapped):
+        got = gl.implicit_attention(placed, tokens, layer=1).abs_mean()
+    assert torch.equal(got, gl.implicit_attention(whole, tokens, layer=1).abs_mean())
+    with pytest.raises(RuntimeError), placement.at_hand(placed.wrapped):
+        raise RuntimeError
+    assert any(p.is_meta for p in placed.wrapped.parameters())
+
+
+def test_a_model_without_weights_is_explained():
+    with torch.device("meta"):
+        model = models()["mamba"]
+    with pytest.raises(gl.CheckpointError, match="on the meta device: they have shapes and no numbers"):
+        gl.wrap(model)(torch.tensor([[1, 2]]))
+
+
+def test_from_pretrained_takes_a_device_map(tmp_path):
+    models()["mamba"].save_pretrained(tmp_path)
+    tokens = torch.tensor([[1, 2, 3]])
+    plain = gl.from_pretrained(tmp_path, device="cpu")
+    placed = gl.from_pretrained(tmp_path, device_map={"": "cpu"})
+    assert torch.equal(placed(tokens), plain(tokens))
+    auto = gl.from_pretrained(tmp_path, device_map="auto")
+    assert torch.equal(auto(tokens).cpu(), plain(tokens)) or torch.cuda.is_available()
