@@ -64,7 +64,12 @@ def raw_attention(
     else:
         scores = torch.stack([channels_.row(A, question.read, channels, sign) for A in stack]).mean(0)
         scores = scores if own else _without_own(question, scores)
-    facts = {"factors": factors, "channels": channels, "sign": sign, "mode": mode}
+    facts = {
+        "factors": factors if isinstance(factors, str) else list(factors),
+        "channels": channels,
+        "sign": sign,
+        "mode": mode,
+    }
     return question.answer(scores, "raw_attention", "attention", stack.layers, **facts)
 
 
@@ -99,7 +104,12 @@ def rollout(
             signed_mean = channels == "mean" and sign == "signed"
             q = q + (channels_.row(A, q) if signed_mean else _through(q, channels_.matrix(A, channels, sign)))
         scores = q if own else _without_own(question, q)
-    facts = {"factors": factors, "channels": channels, "sign": sign, "mode": mode}
+    facts = {
+        "factors": factors if isinstance(factors, str) else list(factors),
+        "channels": channels,
+        "sign": sign,
+        "mode": mode,
+    }
     return question.answer(scores, "rollout", "attention rollout", stack.layers, **facts)
 
 
@@ -142,7 +152,13 @@ def gradient_attention(
             g = gradients[name].to(A.dtype).mean(-1).unsqueeze(2 if weighted == "dst" else 1)
             q = q + _through(q, (g * channels_.matrix(A, channels, sign)).clamp(min=0))
         scores = q if own else _without_own(question, q)
-    facts = {"factors": factors, "channels": channels, "sign": sign, "mode": mode, "weighted": weighted}
+    facts = {
+        "factors": factors if isinstance(factors, str) else list(factors),
+        "channels": channels,
+        "sign": sign,
+        "mode": mode,
+        "weighted": weighted,
+    }
     return question.answer(scores, "gradient_attention", "gradient-weighted attention", stack.layers, **facts)
 
 

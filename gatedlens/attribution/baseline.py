@@ -44,8 +44,9 @@ def _of_text(question: Question, asked: Any) -> tuple[Tensor, str]:
     if asked is None:
         asked = next((i for i in (getattr(model.tokenizer, name, None) for name in NOTHING) if i is not None), None)
         if asked is None:
-            every = torch.arange(model.cfg.d_vocab, device=question.batch.value.device)
-            return model.embed(every).detach().mean(0), "the mean embedding"
+            every = torch.arange(model.cfg.d_vocab, device=question.batch.value.device).unsqueeze(0)
+            with torch.no_grad():
+                return model.stream(model.embed(every))[0].mean(0), "the mean embedding"
     token = model.to_single_token(asked) if isinstance(asked, str) else asked
     if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < model.cfg.d_vocab:
         raise InputError(f"baseline={asked!r} is no token: give its text, or an id from 0 to {model.cfg.d_vocab - 1}.")
@@ -62,7 +63,7 @@ def _pixels(question: Question, asked: Any) -> tuple[Float[Tensor, "channels hei
     if isinstance(asked, str):
         if asked not in COLOURS:
             raise InputError(f"baseline={asked!r}: it is 'black' or 'mean'.{did_you_mean(asked, COLOURS)}")
-        mean, std = (torch.tensor(given).to(image).reshape(-1, 1, 1) for given in (cfg.image_mean, cfg.image_std))
+        mean, std = (image.new_tensor(given).reshape(-1, 1, 1) for given in (cfg.image_mean, cfg.image_std))
         return (-mean / std).expand_as(image) if asked == "black" else torch.zeros_like(image), f"{asked} pixels"
     if isinstance(asked, bool) or not isinstance(asked, int | float | Tensor):
         raise InputError(f"baseline={asked!r}: give 'black', 'mean', a number for every pixel, or an image.")

@@ -22,7 +22,7 @@ def random(
     question = Question.of(model, input, target, attention_mask)
     scores = []
     for row in question.rows():
-        content = zlib.crc32(row.batch.value.cpu().numpy().tobytes())
-        generator = torch.Generator().manual_seed(seed * 2**32 + content)
+        content = zlib.crc32(row.batch.value.cpu().double().numpy().tobytes(), seed)
+        generator = torch.Generator().manual_seed(content)
         scores.append(torch.rand(row.features.shape[:2], generator=generator, dtype=torch.float64).to(row.features))
     return question.answer(question.spread(scores), "random", "chance", seed=seed)

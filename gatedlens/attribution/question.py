@@ -7,8 +7,9 @@
     question.gradients("blocks.0.hook_mixer_out")    # d number / d activation, by name
     question.answer(scores, "my method", value="...")    # the Attribution
 
-The entrance is the first point that fires: `hook_embed` (tokens) or `hook_patch_embed` (images). A patch's embedding is
-linear in its pixels, so whatever is attributed to it is what its pixels get, summed, overlapping patches included.
+The entrance is where an input enters: of tokens the residual stream before block 0 (their embeddings; RWKV has normed
+them), of images the patches' embeddings, before positions and class tokens join them. These are linear in the pixels, so
+what is attributed to a patch is what its pixels get, summed, overlapping patches included.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Question:
             )
         batch, _ = model.prepare(input, attention_mask=attention_mask)
         batch = Batch(batch.value.detach().clone(), batch.mask)
-        entrance = next(iter(model.names))
+        entrance = _entrance(model)
         with torch.no_grad():
             logits, stored = model.run_with_cache(batch, names_filter=entrance, return_cache_object=False)
         read = model.reads_from(batch)
@@ -62,7 +63,8 @@ class Question:
 
     @property
     def entrance(self) -> str:
-        return next(iter(self.model.names))
+        """The point at which features enter."""
+        return _entrance(self.model)
 
     @property
     def real(self) -> Bool[Tensor, "batch pos"] | None:
@@ -90,7 +92,7 @@ class Question:
         """The features of other tokens or images."""
         with torch.no_grad():
             run = self.model.run_with_cache
-            _, stored = run(Batch(value), names_filter=self.entrance, stop_at_layer=0, return_cache_object=False)
+            _, stored = run(Batch(value), names_filter=self.entrance, stop_at_layer=1, return_cache_object=False)
         found: Tensor = stored[self.entrance]
         return found
 
@@ -131,7 +133,7 @@ class Question:
             target = self.target.row(r, self.logits, real)
             yield Question(self.model, batch, target, features, logits, self.model.reads_from(batch))
 
-    def spread(self, rows: list[Float[Tensor, "1 place"]]) -> Float[Tensor, "batch place"]:
+    def spread(self, rows: list[Tensor]) -> Float[Tensor, "batch place"]:
         """What was found for each of `rows()`, back in its place in the batch; 0 at padding."""
         out = rows[0].new_zeros(self.features.shape[:2])
         for r, row in enumerate(rows):
@@ -186,3 +188,7 @@ class Question:
         if self.model.tokenizer is None:
             return [[str(i) for i in row] for row in ids.tolist()]
         return [self.model.to_str_tokens(row) for row in ids]
+
+
+def _entrance(model: Any) -> str:
+    return "blocks.0.hook_resid_pre" if model.grid is None else next(iter(model.names))
