@@ -131,7 +131,8 @@ def gradient_attention(
     """The row that is read of the product over layers of I + relu(E grad y_l * E A_l): Mamba-Attribution.
 
     weighted: which end of A_l[dst, src] the gradient stands at. The formula leaves it open: "dst" is what y_l[dst] does
-    to the target times what src does to y_l[dst]; "src" is what the papers' code does. mode="official": that code.
+    to the target times what src does to y_l[dst]; "src" is what the papers' code does. mode="official": that code. Where
+    the mean gradient at the position that is read is negative, relu leaves its row in that layer only negative attention.
     """
     if weighted not in WEIGHTED:
         raise InputError(f"weighted={weighted!r}: the gradient stands at 'dst' or 'src'.")
