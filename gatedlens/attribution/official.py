@@ -87,14 +87,14 @@ def gradient_weight(
 
 def weighted_row(
     row: Float[Tensor, "batch src channel"],
-    s: Float[Tensor, "batch src"],
+    gradient: Float[Tensor, "batch src d_model"],
     steps: Steps,
     real: Bool[Tensor, "batch pos"] | None,
 ) -> Float[Tensor, "batch src"]:
     """v of one layer."""
     row = row.clamp(min=0)
     row = minmax(row, real) if steps.attention else row
-    product = row.mean(-1) * s
+    product = row.mean(-1) * gradient_weight(gradient, real)
     return minmax(product, real) if steps.product else product
 
 

@@ -19,13 +19,13 @@ def shares_by_gradient(model, question):
 
 def test_a_prediction_is_read_from_where_its_gradient_is(model):
     question = Question.of(model, example(model))
-    assert torch.allclose(shares_by_gradient(model, question).float(), question.read, atol=1e-6)
+    assert torch.allclose(shares_by_gradient(model, question), question.read, atol=1e-14)
     if model.grid is None:
         for side, last in (("left", [5, 5]), ("right", [5, 2])):
             tokens, mask = padded([example(model, 1, n, seed=n)[0] for n in (6, 3)], side)
             question = Question.of(model, tokens, attention_mask=mask)
             assert question.read.argmax(1).tolist() == last
-            assert torch.allclose(shares_by_gradient(model, question).float(), question.read, atol=1e-6)
+            assert torch.allclose(shares_by_gradient(model, question), question.read, atol=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_a_prediction_is_read_from_where_its_gradient_is(model):
 def test_class_tokens_and_pools(options, own):
     model = gl.HookedViM.tiny(dtype=torch.float64, **options)
     question = Question.of(model, example(model))
-    assert torch.allclose(shares_by_gradient(model, question).float(), question.read, atol=1e-6)
+    assert torch.allclose(shares_by_gradient(model, question), question.read, atol=1e-14)
     assert question.own[0].nonzero()[:, 0].tolist() == own
     for mode in ("paper", "official"):
         found = gl.attribution.gradient_attention(model, example(model), mode=mode, start_layer=0)
