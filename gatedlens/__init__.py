@@ -11,23 +11,14 @@ Every gate, convolution and scan intermediate is a named hook point (`model.hook
 Zimerman, Ali and Wolf, "Explaining Modern Gated-Linear RNNs via a Unified Implicit Attention Formulation" (ICLR 2025).
 """
 
+# fmt: off
+# isort: off
 from gatedlens import (
-    ablation,
-    circuits,
-    data,
-    fused,
-    knockout,
-    lens,
-    metrics,
-    patching,
-    plot,
-    profiles,
-    states,
-    steering,
-    store,
-    tasks,
-    tracing,
+    ablation, attribution, circuits, data, fused, knockout, lens, metrics, patching, plot, profiles, states,
+    steering, store, tasks, tracing,
 )
+# isort: on
+# fmt: on
 from gatedlens.attention import ImplicitAttention, implicit_attention
 from gatedlens.cache import ActivationCache
 from gatedlens.config import HookedConfig
@@ -59,11 +50,11 @@ __version__ = "0.1.0"
 
 # fmt: off
 __all__ = [
-    "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError",
-    "HookError", "HookPoint", "HookTable", "HookedConfig", "HookedGriffin", "HookedLanguageModel",
-    "HookedMamba", "HookedModel", "HookedRWKV", "HookedViM", "ImplicitAttention", "InputError", "Point",
-    "PointError", "RecurrentState", "Result", "StoreError", "TooLargeError", "View", "__version__", "ablation",
-    "bundled_models", "circuits", "data", "from_pretrained", "fused", "implicit_attention", "knockout", "lens",
-    "metrics", "patching", "plot", "profiles", "states", "steering", "store", "tasks", "tracing", "wrap",
+    "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError",
+    "HookPoint", "HookTable", "HookedConfig", "HookedGriffin", "HookedLanguageModel", "HookedMamba", "HookedModel",
+    "HookedRWKV", "HookedViM", "ImplicitAttention", "InputError", "Point", "PointError", "RecurrentState", "Result",
+    "StoreError", "TooLargeError", "View", "__version__", "ablation", "attribution", "bundled_models", "circuits",
+    "data", "from_pretrained", "fused", "implicit_attention", "knockout", "lens", "metrics", "patching", "plot",
+    "profiles", "states", "steering", "store", "tasks", "tracing", "wrap",
 ]
 # fmt: on

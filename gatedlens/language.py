@@ -90,6 +90,13 @@ class HookedLanguageModel(HookedModel):
         """The residual stream that an embedding starts (in another dtype, where the architecture has one)."""
         return embedded
 
+    def reads_from(self, batch: Batch) -> Float[Tensor, "batch pos"]:
+        """The last real position of each row: the next token is read from there."""
+        rows, length = batch.value.shape[:2]
+        place = torch.arange(1, length + 1, device=batch.value.device).expand(rows, length)
+        last = (place if batch.mask is None else place * batch.mask).argmax(1)
+        return F.one_hot(last, length).double()
+
     @classmethod
     def snippet(cls) -> str:
         return (

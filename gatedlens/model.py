@@ -21,6 +21,7 @@ from gatedlens import placement
 from gatedlens.block import Norm, Run, norm_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import InputError
+from gatedlens.grid import Grid
 from gatedlens.hooking import Batch, Hooking
 from gatedlens.hookpoint import HookPoint, rows_of
 from gatedlens.padding import Padding
@@ -93,6 +94,15 @@ class HookedModel(Hooking):
 
     def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:
         raise NotImplementedError
+
+    def reads_from(self, batch: Batch) -> Float[Tensor, "batch pos"]:
+        """Which positions a prediction is read from, as shares that sum to 1 in each row."""
+        raise NotImplementedError
+
+    @property
+    def grid(self) -> Grid | None:
+        """Where in the image each position is; None for a model whose positions are tokens."""
+        return None
 
     def rows_for(self, layer: int) -> tuple[Point, ...]:
         """The rows of one block, relative to it, in firing order."""

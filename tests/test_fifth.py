@@ -44,6 +44,9 @@ from tests import (
     test_tracing,
     test_transformer_lens,
 )
+from tests.attribution import test_attention as test_attribution_by_attention
+from tests.attribution import test_attribution as test_attributions
+from tests.attribution import test_gradients, test_perturbation, test_question, test_relevance
 from tests.circuits import test_attribution, test_circuit, test_edges, test_graph, test_paths
 from tests.circuits.test_circuit import circuit  # noqa: F401  a fixture
 from tests.conftest import EVERY, ROOT
@@ -106,6 +109,12 @@ GENERAL = [
     test_transformer_lens,
     test_harvest,
     test_reductions,
+    test_attributions,
+    test_attribution_by_attention,
+    test_gradients,
+    test_perturbation,
+    test_question,
+    test_relevance,
 ]
 if importlib.util.find_spec("nnsight") is not None:
     from tests import test_nnsight

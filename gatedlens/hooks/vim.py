@@ -473,6 +473,13 @@ class HookedViM(HookedModel):
     def positions(self, batch: Batch) -> int:
         return self.grid.length
 
+    def reads_from(self, batch: Batch) -> Float[Tensor, "batch pos"]:
+        """The class tokens, in equal parts; without one what the pool reads, as in `classify`."""
+        shares = torch.zeros(len(batch.value), self.grid.length, device=batch.value.device, dtype=torch.float64)
+        places = list(self.grid.cls) or ([-1] if self.cfg.pool != "mean" else list(range(self.grid.length)))
+        shares[:, places] = 1 / len(places)
+        return shares
+
     def forward(
         self,
         input: Any,

@@ -1,0 +1,68 @@
+"""Attribution: which tokens or patches a prediction comes from, by nine methods with one signature.
+
+    found = gl.attribution.gradient_attention(model, "The cat sat on the mat")     # explains the predicted token
+    found = gl.attribution.lrp(model, images, target=3)                            # explains class 3
+    found.scores, found.plot()
+
+    for name, method in gl.attribution.METHODS.items():
+        method(model, input, target)
+
+method(model, input, target=None, *, attention_mask=None, ...) -> Attribution. What may be a target: `target.py`; what a
+method is and which options it has: its docstring. A method of your own is a function with this signature.
+"""
+
+from collections.abc import Callable
+
+from gatedlens.attribution.attention import gradient_attention, raw_attention, rollout
+from gatedlens.attribution.attribution import Attribution
+from gatedlens.attribution.chance import random
+from gatedlens.attribution.gradients import grad_x_input, integrated_gradients, smoothgrad
+from gatedlens.attribution.perturbation import occlusion
+from gatedlens.attribution.question import Question
+from gatedlens.attribution.relevance import lrp
+from gatedlens.attribution.rules import Rules
+from gatedlens.errors import InputError, did_you_mean
+
+Method = Callable[..., Attribution]
+METHODS: dict[str, Method] = {
+    method.__name__: method
+    for method in (
+        raw_attention,
+        rollout,
+        gradient_attention,
+        lrp,
+        grad_x_input,
+        integrated_gradients,
+        smoothgrad,
+        occlusion,
+        random,
+    )
+}
+
+
+def method(name: str) -> Method:
+    """`method("rollout")`: a method by its name."""
+    if name not in METHODS:
+        raise InputError(
+            f"{name!r} is no attribution method; they are {', '.join(METHODS)}.{did_you_mean(name, METHODS)}"
+        )
+    return METHODS[name]
+
+
+__all__ = [
+    "METHODS",
+    "Attribution",
+    "Method",
+    "Question",
+    "Rules",
+    "grad_x_input",
+    "gradient_attention",
+    "integrated_gradients",
+    "lrp",
+    "method",
+    "occlusion",
+    "random",
+    "raw_attention",
+    "rollout",
+    "smoothgrad",
+]

@@ -1,0 +1,132 @@
+"""Attribution by implicit attention: raw, rolled out through the layers, and weighted by gradients.
+
+    gl.attribution.raw_attention(model, text)                     # the row that is read, mean over channels and layers
+    gl.attribution.rollout(model, text, start_layer=1)            # the row of (I + E A_last) ... (I + E A_first)
+    gl.attribution.gradient_attention(model, text, target=7)      # with relu(E grad y_l * E A_l) in place of E A_l
+    gl.attribution.gradient_attention(model, text, mode="official")      # as the papers' code does
+
+A_l the implicit attention of layer l, E the mean over channels, y_l the mixer's output after its projection, its gradient
+that of the explained number. The row is that of the position that the prediction is read from: the last real token, the
+class token. HA (arXiv 2403.01590), sec. 3.4; UIA (arXiv 2405.16504), sec. 3.4. The options that all three have: `reading.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gatedlens.attribution import official
+from gatedlens.attribution.attribution import Attribution
+from gatedlens.attribution.question import Question
+from gatedlens.attribution.reading import Reading, through
+from gatedlens.errors import InputError
+
+WEIGHTED = ("dst", "src")
+
+
+def raw_attention(
+    model: Any,
+    input: Any,
+    target: Any = None,
+    *,
+    layers: Any = None,
+    start_layer: int | None = None,
+    factors: str | Sequence[str] = "unified",
+    channels: str = "mean",
+    sign: str = "signed",
+    own: bool | None = None,
+    mode: str = "paper",
+    attention_mask: Tensor | None = None,
+) -> Attribution:
+    """Mean over layers of the row that is read, E A_l[i, :], own column included. The target plays no part in it.
+
+    mode="official": each layer's row min-maxed over channels and positions, negative means cut off, without the own
+    column, layers from 15/24 of the depth on.
+    """
+    question = Question.of(model, input, target, attention_mask)
+    keep = True if own is None else own
+    reading = Reading.of(question, layers, start_layer, factors, channels, sign, keep, mode, {"own": own})
+    if reading.steps is None:
+        rows = [reading.row(A) for A in reading.stack]
+    else:
+        rows = [official.minmax(reading.official_row(A), question.real).mean(-1) for A in reading.stack]
+    return reading.answer(torch.stack(rows).mean(0), "raw_attention", "attention")
+
+
+def rollout(
+    model: Any,
+    input: Any,
+    target: Any = None,
+    *,
+    layers: Any = None,
+    start_layer: int | None = None,
+    factors: str | Sequence[str] = "unified",
+    channels: str = "mean",
+    sign: str = "signed",
+    own: bool | None = None,
+    mode: str = "paper",
+    attention_mask: Tensor | None = None,
+) -> Attribution:
+    """The row that is read of (I + E A_last) ... (I + E A_first), signed and not normalised, without its own column. The
+    target plays no part in it.
+
+    The signed mean costs no matrix: the row goes back through the layers, q <- q + E A_l^T q. mode="official": the
+    rollout of one broadcast row a layer (see `official.py`), negative scores cut off. Abnar and Zuidema 2020.
+    """
+    question = Question.of(model, input, target, attention_mask)
+    reading = Reading.of(question, layers, start_layer, factors, channels, sign, bool(own), mode, {"own": own})
+    if reading.steps is None:
+        q = reading.read
+        for A in reversed(list(reading.stack)):
+            q = q + reading.back(q, A)
+    else:
+        q = official.broadcast_rollout([reading.official_row(A).mean(-1) for A in reading.stack])
+    return reading.answer(q, "rollout", "attention rollout")
+
+
+def gradient_attention(
+    model: Any,
+    input: Any,
+    target: Any = None,
+    *,
+    layers: Any = None,
+    start_layer: int | None = None,
+    factors: str | Sequence[str] = "unified",
+    channels: str = "mean",
+    sign: str = "signed",
+    weighted: str | None = None,
+    own: bool | None = None,
+    mode: str = "paper",
+    attention_mask: Tensor | None = None,
+) -> Attribution:
+    """The row that is read of the product over layers of I + relu(E grad y_l * E A_l), without its own column.
+
+    weighted: which end of A_l[dst, src] the gradient stands at. The formula leaves it open. "dst" (the default): what
+    y_l[dst] does to the target times what src does to y_l[dst]; where the mean gradient at the position that is read is
+    negative, relu leaves its row only negative attention. "src": as the papers' code has it. mode="official": that code.
+    """
+    if weighted not in (None, *WEIGHTED):
+        raise InputError(f"weighted={weighted!r}: the gradient stands at 'dst' or 'src'.")
+    question = Question.of(model, input, target, attention_mask)
+    given = {"own": own, "weighted": weighted}
+    reading = Reading.of(question, layers, start_layer, factors, channels, sign, bool(own), mode, given)
+    end = "src" if mode == "official" else weighted or "dst"
+    names = [f"blocks.{layer}.hook_mixer_out" for layer in reading.stack.layers]
+    found = question.gradients(*names)
+    gradients = [found[name].to(reading.read.dtype) for name in names]
+    if reading.steps is None:
+        q = reading.read
+        for g, A in reversed(list(zip(gradients, reading.stack, strict=True))):
+            weight = g.mean(-1).unsqueeze(2 if end == "dst" else 1)
+            q = q + through(q, (weight * reading.matrix(A)).clamp(min=0))
+    else:
+        q = official.broadcast_rollout(
+            [
+                official.weighted_row(reading.official_row(A), g, reading.steps, question.real)
+                for g, A in zip(gradients, reading.stack, strict=True)
+            ]
+        )
+    return reading.answer(q, "gradient_attention", "gradient-weighted attention", weighted=end)

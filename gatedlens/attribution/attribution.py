@@ -1,0 +1,103 @@
+"""Attribution: a score for each token or patch, what it explains and how it came about.
+
+    found = gl.attribution.gradient_attention(model, "The cat sat on the mat")
+    found.scores                     # batch pos, or batch row column for images; 0 at padding
+    found.method, found.target, found.layers, found.facts
+    found.explained                  # batch: the logit (or logit difference, or metric) that is explained
+    found.order(0), found.ranks      # positions of a row, most relevant first; the place of each in that order
+    found.plot()                     # the text, coloured; for an image a map over it
+    found.save("found.json"); Attribution.load("found.json"); found.top(5); found.to_dataframe()
+
+It is a Result (see `result.py`), so it stands wherever a tensor does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gatedlens.errors import InputError
+from gatedlens.grid import Grid
+from gatedlens.result import Result
+
+TEXT, IMAGE = ("batch", "pos"), ("batch", "row", "column")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Attribution(Result):
+    """Scores on the axes "batch pos" or "batch row column"; `images` and `grid` are those of the model's input, for `plot`.
+
+    facts hold method, target, layers, explained, tokens (of each row, as text) and real (which positions are no
+    padding), and whatever the method adds. `images` and `grid` are not saved.
+    """
+
+    images: Tensor | None = None
+    grid: Grid | None = None
+
+    @property
+    def scores(self) -> Tensor:
+        return self.values
+
+    @property
+    def method(self) -> str:
+        return str(self.facts["method"])
+
+    @property
+    def target(self) -> Any:
+        """What is explained: an id a row, {"right": ..., "wrong": ...}, or the name of a metric."""
+        return self.facts["target"]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that took part."""
+        return tuple(self.facts["layers"])
+
+    @property
+    def explained(self) -> Float[Tensor, " batch"]:
+        """The number that is explained, one a row."""
+        return torch.tensor(self.facts["explained"], dtype=torch.float64)
+
+    def order(self, row: int = 0) -> Int[Tensor, " some"]:
+        """Positions (of an image: patches, row by row) of a row of the batch, most relevant first, without padding."""
+        flat = self.scores[row].flatten()
+        found = flat.argsort(descending=True, stable=True)
+        real = self.facts["real"]
+        return found if real is None else found[torch.tensor(real[row], device=found.device)[found]]
+
+    @property
+    def ranks(self) -> Int[Tensor, "batch some"]:
+        """The place of each position in its row's `order`: 0 for the most relevant; -1 for padding."""
+        ranks = torch.full((len(self.scores), self.scores[0].numel()), -1)
+        for row, places in enumerate(ranks):
+            order = self.order(row).cpu()
+            places[order] = torch.arange(len(order))
+        return ranks
+
+    def plot(self, ax: Any = None, row: int = 0) -> Any:
+        """Row `row`: the text with each token coloured by its score (`plot.Html`), or a map over the image (a Figure)."""
+        from gatedlens import plot
+
+        if self.axes not in (TEXT, IMAGE):
+            return super().plot(ax)
+        if not -len(self.scores) <= row < len(self.scores):
+            raise InputError(f"row={row}: this attribution has {len(self.scores)} rows.")
+        title = f"{self.title} (row {row})" if len(self.scores) > 1 else self.title
+        if self.axes == TEXT:
+            tokens, real, scores = self.facts["tokens"][row], self.facts["real"], self.scores[row]
+            if real is not None:
+                scores = scores[torch.tensor(real[row], device=scores.device)]
+                tokens = [token for token, kept in zip(tokens, real[row], strict=True) if kept]
+            return plot.text(scores, tokens, title)
+        if self.images is None or self.grid is None:
+            raise InputError(
+                "This attribution was loaded without its image: plot.over_image(scores[row], image, grid)."
+            )
+        return plot.over_image(self.scores[row], self.images[row], self.grid, title, self.value, ax=ax)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{axis} {size}" for axis, size in zip(self.axes, self.values.shape, strict=True))
+        return f"Attribution({self.method}, target {self.target}, layers {list(self.layers)}; {sizes})"

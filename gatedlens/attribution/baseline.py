@@ -1,0 +1,70 @@
+"""Baseline: the features of "nothing there", which integrated gradients start from and occlusion puts in.
+
+    baseline=None            the tokenizer's mask, unknown or padding token, or else the mean embedding; black for images
+    baseline="<unk>", 3      a token, by its text or id            baseline="black", "mean", 0.5    pixels of an image
+    baseline=tensor          an embedding [d_model]; for images an image [channels, height, width], as the model reads it
+
+"mean" is the mean colour that the model's input is normalised by, so 0; a number is what every pixel holds.
+
+Beware of a zero embedding: an RMS norm gives the same for x and for x / 1000, so all that happens on the way from zero
+happens in its first thousandth, and integrated gradients miss it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gatedlens.attribution.question import Question
+from gatedlens.errors import InputError, did_you_mean
+
+COLOURS = ("black", "mean")
+NOTHING = ("mask_token_id", "unk_token_id", "pad_token_id")
+
+
+def baseline_of(question: Question, asked: Any) -> tuple[Float[Tensor, "batch place d_model"], str]:
+    """(features, what they are in words)."""
+    if question.model.grid is None:
+        one, said = _of_text(question, asked)
+    else:
+        pixels, said = _pixels(question, asked)
+        one = question.features_of(pixels.unsqueeze(0))
+    return one.to(question.features).expand_as(question.features), said
+
+
+def _of_text(question: Question, asked: Any) -> tuple[Tensor, str]:
+    model, width = question.model, question.features.shape[-1]
+    if isinstance(asked, Tensor) and asked.is_floating_point():
+        if tuple(asked.shape) != (width,):
+            raise InputError(f"baseline has shape {list(asked.shape)}; an embedding of this model is [{width}].")
+        return asked, "an embedding"
+    if asked is None:
+        asked = next((i for i in (getattr(model.tokenizer, name, None) for name in NOTHING) if i is not None), None)
+        if asked is None:
+            every = torch.arange(model.cfg.d_vocab, device=question.batch.value.device).unsqueeze(0)
+            with torch.no_grad():
+                return model.stream(model.embed(every))[0].mean(0), "the mean embedding"
+    token = model.to_single_token(asked) if isinstance(asked, str) else asked
+    if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < model.cfg.d_vocab:
+        raise InputError(f"baseline={asked!r} is no token: give its text, or an id from 0 to {model.cfg.d_vocab - 1}.")
+    return question.features_of(torch.full_like(question.batch.value[:1, :1], token)), f"token {token}"
+
+
+def _pixels(question: Question, asked: Any) -> tuple[Float[Tensor, "channels height width"], str]:
+    image, cfg = question.batch.value[0], question.model.cfg
+    asked = "black" if asked is None else asked
+    if isinstance(asked, Tensor) and asked.ndim > 0:
+        if asked.shape != image.shape:
+            raise InputError(f"baseline has shape {list(asked.shape)}; this model's images are {list(image.shape)}.")
+        return asked.to(image), "an image"
+    if isinstance(asked, str):
+        if asked not in COLOURS:
+            raise InputError(f"baseline={asked!r}: it is 'black' or 'mean'.{did_you_mean(asked, COLOURS)}")
+        mean, std = (image.new_tensor(given).reshape(-1, 1, 1) for given in (cfg.image_mean, cfg.image_std))
+        return (-mean / std).expand_as(image) if asked == "black" else torch.zeros_like(image), f"{asked} pixels"
+    if isinstance(asked, bool) or not isinstance(asked, int | float | Tensor):
+        raise InputError(f"baseline={asked!r}: give 'black', 'mean', a number for every pixel, or an image.")
+    return torch.full_like(image, float(asked)), f"pixels of {float(asked):g}"

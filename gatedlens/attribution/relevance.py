@@ -1,0 +1,38 @@
+"""Relevance: layer-wise relevance propagation for gated-linear models (MambaLRP), by gradients under rules.
+
+    gl.attribution.lrp(model, "The cat sat on the mat")
+    gl.attribution.lrp(model, tokens, target=(7, 3)).facts["remainder"]     # what biases got, one number a row
+
+scores[j] = sum over d of x_j[d] * (d number / d x_j[d]) with the gradient of `rules.py`, x the embedded tokens (or an image's
+pixels, through their patches). Relevance is conserved: scores and remainder sum to the number that is explained, where the
+remainder is what additive constants get (biases; for images also positions, the class token). For a logit or a difference
+of logits; another metric's relevance sums to gradient x logits.
+
+Seen from a layer's implicit attention A: what x passes on through the scan is x . A^T g / 2, g the gradient at the layer's
+o, since half of it goes to the gate (x . A^T g where the gate is a sigmoid, as in RWKV, and in attention layers).
+
+Jafari et al. 2024 (MambaLRP, arXiv 2406.07592), extended to every architecture.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from gatedlens.attribution.attribution import Attribution
+from gatedlens.attribution.question import Question
+from gatedlens.attribution.rules import Rules
+
+
+def lrp(model: Any, input: Any, target: Any = None, *, attention_mask: Tensor | None = None) -> Attribution:
+    """The relevance of each token or patch: see the head of this file. One forward, one backward."""
+    question = Question.of(model, input, target, attention_mask)
+    with Rules.of(model).on(model):
+        gradient = question.gradient()
+    scores = ((question.features - question.zero) * gradient).sum(-1).double()
+    if question.real is not None:
+        scores = scores.masked_fill(~question.real, 0)
+    remainder = question.explained.double() - scores.sum(1)
+    scores = scores.to(gradient.dtype)
+    return question.answer(scores, "lrp", "relevance", remainder=remainder.tolist())
