@@ -167,6 +167,12 @@ class HookedModel(Hooking):
         itemsize = torch.empty((), dtype=self.cfg.dtype).element_size()
         return HookTable(f"{self.cfg.model_name}: hook points ({self.title})", rows, self.cfg.sizes, itemsize)
 
+    def nnsight(self) -> Any:
+        """`traced = model.nnsight()`: this model in nnsight's hands, a TracedModel; see `traced.py`."""
+        from gatedlens.traced import TracedModel
+
+        return TracedModel(self)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """`.to()`, `.half()`, `.cuda()`: keep cfg.dtype and cfg.device true."""
         out = super()._apply(fn, recurse)
