@@ -67,6 +67,11 @@ class Norm(Part):
         self.eps = eps
         self.centred = centred
 
+    @property
+    def gain(self) -> Float[Tensor, " d_model"]:
+        """What `normalized` is multiplied by."""
+        return self.weights.weight
+
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         wide = at_least_float32(x)
         if self.centred:

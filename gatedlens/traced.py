@@ -66,7 +66,7 @@ def join(batches: list[Batch]) -> Batch:
     return Batch(torch.cat(values), torch.cat(masks))
 
 
-class TracedModel(nnsight.NNsight):  # type: ignore[misc]
+class TracedModel(nnsight.NNsight):
     """`model.nnsight()`: nnsight's envoy of `model`, its module tree with `.output`, `.input`, `.skip` on every point."""
 
     def __init__(self, model: Any):
@@ -122,7 +122,7 @@ class TracedModel(nnsight.NNsight):  # type: ignore[misc]
         return (self.batch,), {}
 
 
-class Tracer(InterleavingTracer):  # type: ignore[misc]
+class Tracer(InterleavingTracer):
     """What `with traced.trace(...) as tracer` gives: nnsight's tracer, and caches keyed by our names."""
 
     def activations(self, names_filter: NamesFilter = None, device: Any = None, detach: bool = True) -> Visits:

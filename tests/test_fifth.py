@@ -41,6 +41,7 @@ from tests.conftest import EVERY, ROOT
 from tests.helpers import example, relative
 from tests.test_ablation import clean  # noqa: F401  a fixture
 from tests.test_attention import case  # noqa: F401  a fixture
+from tests.test_transformer_lens import tuned, tuned_model  # noqa: F401  fixtures
 
 FOLDER = ROOT / "tutorials" / "fifth"
 
@@ -82,15 +83,16 @@ GENERAL = [
     test_transformer_lens,
 ]
 if importlib.util.find_spec("nnsight") is not None:
-    from tests import test_nnsight
+    from tests import test_nnsight, test_traced
     from tests.test_nnsight import wrapped  # noqa: F401  a fixture
+    from tests.test_traced import traced  # noqa: F401  a fixture
 
-    GENERAL.append(test_nnsight)
+    GENERAL += [test_nnsight, test_traced]
 
 
 def general(module) -> dict:
     """The tests of a file that run on whatever architecture they are given."""
-    given = {"model", "lm", "hooked", "wrapped"}
+    given = {"model", "lm", "hooked", "wrapped", "traced", "tuned", "tuned_model"}
     tests = {name: value for name, value in vars(module).items() if name.startswith("test_") and callable(value)}
     return {name: test for name, test in tests.items() if given & set(inspect.signature(test).parameters)}
 
