@@ -153,7 +153,8 @@ class HookedModel(Hooking):
         """The titles of other architectures that have a point with this leaf name."""
         if leaf in {name.rpartition(".")[2] for name in self.names}:
             return []
-        return [other.title for other in _architectures() if leaf in {row.leaf for row in other.block_points}]
+        titles = [other.title for other in _architectures() if leaf in {row.leaf for row in other.block_points}]
+        return list(dict.fromkeys(titles))
 
     def hook_table(self, layer: int | None = 0) -> HookTable:
         """Every hook point as a table: name, axes, shape in this model, equation, source, lazy, bytes per token.
