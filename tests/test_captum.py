@@ -82,7 +82,9 @@ def test_neuron_gradients(model):
     """How one channel at one place hangs on the residual stream."""
     with torch.no_grad():
         stream = model(example(model), stop_at_layer=0)
-    ends = [name for name in model.names if name.startswith("blocks.1.") and name.endswith(("hook_gated", "hook_state"))]
+    ends = [
+        name for name in model.names if name.startswith("blocks.1.") and name.endswith(("hook_gated", "hook_state"))
+    ]
     assert len(ends) >= 2
     for name in ends:
         where = (3,) + (1,) * (len(model.names[name].dims) - 2)

@@ -27,6 +27,7 @@ from tests import (
     test_ablation,
     test_attention,
     test_cache,
+    test_circuitsvis,
     test_contributions,
     test_hookpoint,
     test_language,
@@ -76,6 +77,7 @@ GENERAL = [
     test_metrics,
     test_attention,
     test_cache,
+    test_circuitsvis,
     test_contributions,
     test_points,
     test_profiles,
@@ -88,6 +90,10 @@ if importlib.util.find_spec("nnsight") is not None:
     from tests.test_traced import traced  # noqa: F401  a fixture
 
     GENERAL += [test_nnsight, test_traced]
+if importlib.util.find_spec("captum") is not None:
+    from tests import test_captum
+
+    GENERAL.append(test_captum)
 
 
 def general(module) -> dict:
