@@ -24,6 +24,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES, ArchitectureAdapterFactory
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
@@ -109,7 +110,9 @@ class Embedding(EmbeddingBridge):
         drop_points(self)
         self.hook_out = hook_embed
 
-    def forward(self, input_ids: Tensor, position_ids: Any = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self, input_ids: Int[Tensor, "batch pos"], position_ids: Any = None, **kwargs: Any
+    ) -> Float[Tensor, "batch pos d_model"]:
         return self.original_component(input_ids)
 
 
@@ -120,7 +123,7 @@ class Unembedding(UnembeddingBridge):
         super().__init__(name)
         drop_points(self)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Float[Tensor, "... d_model"], **kwargs: Any) -> Float[Tensor, "... d_vocab"]:
         return self.original_component(hidden_states)
 
 
@@ -172,15 +175,15 @@ class GatedAdapter(ArchitectureAdapter):
         bridge.__dict__["gated"] = self.gated
         self.blocks = bridge.blocks
 
-    def apply_output_logits_transform(self, logits: Tensor) -> Tensor:
+    def apply_output_logits_transform(self, logits: Float[Tensor, "... d_vocab"]) -> Float[Tensor, "... d_vocab"]:
         return self.gated.apply_output_logits_transform(logits)
 
     def run(
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
+        input_ids: Int[Tensor, "batch pos"] | None = None,
+        attention_mask: Shaped[Tensor, "batch pos"] | None = None,
+        inputs_embeds: Float[Tensor, "batch pos d_model"] | None = None,
+        labels: Int[Tensor, "batch pos"] | None = None,
     ) -> SimpleNamespace:
         """The forward of the wrapped model as the bridge calls it, from and to the layers that the bridge marked.
 

@@ -57,9 +57,9 @@ assert torch.allclose(shares.attribution.sum(), ceiling, atol=1e-3) and shares.a
 # %% [markdown]
 # ## nnsight
 #
-# `model.nnsight()` is an nnsight model. `hook` finds a point by any name, `tracer.activations` caches by our names. Both prompts go
-# through in one forward, and the clean run's stream is written into the corrupted one's, at one layer and place: the same
-# number as TransformerLens's.
+# `model.nnsight()` is an nnsight model. `hook` finds a point by any name, `tracer.activations` caches by our names. Both
+# prompts go through in one forward, and the clean run's stream is written into the corrupted one's, at one layer and place:
+# the same number as TransformerLens's.
 
 # %%
 traced = model.nnsight()

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatedlens.block import Run
@@ -122,7 +123,9 @@ class HookedMamba(mamba.HookedMamba):
         finally:
             self.layer_order = before
 
-    def through_blocks(self, resid: Tensor, run: Run, start: int | None, stop: int | None) -> Tensor:
+    def through_blocks(
+        self, resid: Float[Tensor, "batch pos d_model"], run: Run, start: int | None, stop: int | None
+    ) -> Float[Tensor, "batch pos d_model"]:
         if self.layer_order is None:
             return super().through_blocks(resid, run, start, stop)
         for layer in self.layer_order:
