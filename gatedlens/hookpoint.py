@@ -120,6 +120,13 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         interleaver, _, locations = state.active()
         return interleaver, locations
 
+    def _traced(self) -> bool:
+        """Whether an nnsight trace is running over this module; it is taken to be, if nnsight's internals are unknown."""
+        try:
+            return self._nnsight()[0] is not None
+        except (AttributeError, TypeError, ValueError):
+            return True
+
     def heard(self) -> bool:
         """Whether somebody wants this visit: a torch hook of any kind, or a running nnsight trace.
 
@@ -142,7 +149,7 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         return wanted
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not self.hooked() and NNSIGHT not in self.__dict__:
+        if not self.hooked() and not self._traced():
             return x
         self.visits += 1
         given = x if self._only_saved() else x.clone()
@@ -160,7 +167,7 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         return (
             len(self._forward_hooks) == len(self.fwd_hooks)
             and all(isinstance(handle.user_hook, Saver) for handle in self.fwd_hooks)
-            and NNSIGHT not in self.__dict__
+            and not self._traced()
             and not self._forward_pre_hooks
             and not _torch_hooks_everywhere()
         )

@@ -11,8 +11,8 @@
 
 `nnsight.NNsight(model)` works as well. This adds: several invokes in one forward (texts or ids; shorter ones are padded on the
 left, as nnsight's own models do, and the mask keeps every row exact), `generate`, points by name, caches by name. A lazy
-point is built when a trace asks for it. nnsight instruments a model for good; outside a trace it costs a few microseconds
-a point. Needs the extra `gatedlens[nnsight]`; nothing else in gatedlens imports nnsight.
+point is built when a trace asks for it. nnsight instruments a model for good; outside a trace that costs a point
+a microsecond or two. Needs the extra `gatedlens[nnsight]`; nothing else in gatedlens imports nnsight.
 
 After `import nnsight`, write `with loss.backward():` blocks on lines of their own: a one-line `with ...: loss.backward()` does
 nothing.
@@ -20,6 +20,7 @@ nothing.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Iterator
 from typing import Any, overload
@@ -172,12 +173,12 @@ class Visits:
     def __getitem__(self, key: Any) -> Tensor: ...
 
     def __getitem__(self, key: Any) -> Any:
-        if not isinstance(key, int):
+        if isinstance(key, str | tuple):
             return self.once()[key]
-        runs = len(self)
-        if not -runs <= key < runs:
-            raise InputError(f"visits[{key}]: the model ran {runs} times in this trace.")
-        run = key % runs
+        runs, run = len(self), operator.index(key)
+        if not -runs <= run < runs:
+            raise InputError(f"visits[{run}]: the model ran {runs} times in this trace.")
+        run = run % runs
         values = {name: values[run] for name in self.paths if len(values := self._values(name)) > run}
         whole = run == 0 and self.given["tokens"] is not None
         return ActivationCache(values, self.model, **(self.given if whole else {}), sliced=not whole)

@@ -162,6 +162,37 @@ def test_invokes_share_one_forward_and_see_their_own_rows(traced):
         assert torch.equal(first[0].tokens, inputs[0])
 
 
+def test_gradients_of_one_invoke_among_several(traced):
+    model = traced._module
+    inputs = [example(model, 1, 6, seed=seed) for seed in (0, 1)]
+    name = "blocks.1.hook_resid_pre"
+    resid = model(inputs[1], stop_at_layer=1).detach().requires_grad_()
+    (want,) = torch.autograd.grad(model(resid, start_at_layer=1).pow(2).sum(), resid)
+    with traced.trace() as tracer:
+        with tracer.invoke(inputs[0]):
+            traced.output.save()
+        with tracer.invoke(inputs[1]):
+            value = traced.hook(name).output
+            loss = traced.output.pow(2).sum()
+            with loss.backward():
+                grad = value.grad.save()
+    assert relative(grad, want) < 1e-10
+    model.zero_grad()
+
+
+@torch.no_grad()
+def test_a_trace_may_start_at_a_layer(traced):
+    model = traced._module
+    resid = model(example(model), stop_at_layer=1)
+    with traced.trace(resid, start_at_layer=1) as tracer:
+        cache = tracer.activations("blocks.1.hook_resid_pre")
+        out = traced.output.save()
+    assert relative(out, model(resid, start_at_layer=1)) < 1e-12 and torch.equal(cache["resid_pre", 1], resid)
+    assert cache[0].tokens is None
+    with pytest.raises(gl.InputError, match=r"visits\[-2\]: the model ran 1 times"):
+        cache[-2]
+
+
 @torch.no_grad()
 def test_shorter_invokes_are_padded_on_the_left_and_exact(lm):
     model = type(lm).tiny(seed=0, dtype=torch.float64)
@@ -217,6 +248,26 @@ def test_an_edit_while_generating_is_the_hooks_edit(lm):
             traced.hook(name).output[:] *= -3
         ids = tracer.result.save()
     assert torch.equal(ids, want)
+
+
+@torch.no_grad()
+def test_outside_a_trace_an_instrumented_model_is_as_before(traced):
+    """No copies, no counts; hooks and caches work, and a point whose nnsight is unknown to us serves whoever may listen."""
+    model = traced._module
+    input, point = example(model), model.hook_dict["blocks.1.hook_mixer_out"]
+    before, x = visits(model), torch.ones(2, 3)
+    model(input)
+    assert visits(model) == before and point(x) is x
+    want, truth = type(model).tiny(seed=0, dtype=torch.float64).run_with_cache(input)
+    out, cache = model.run_with_cache(input)
+    assert torch.equal(out, want) and all(torch.equal(cache[name], truth[name]) for name in truth)
+    lazy = next(model.hook_dict[name] for name, point in model.names.points.items() if point.lazy)
+    state = lazy.__dict__["__nnsight__"]
+    lazy.__dict__["__nnsight__"] = object()
+    try:
+        assert lazy.heard() and lazy._traced()
+    finally:
+        lazy.__dict__["__nnsight__"] = state
 
 
 @torch.no_grad()
