@@ -22,7 +22,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatedlens.block import Run
+from gatedlens.block import Norm, Run
 from gatedlens.compat.mamba_lens_format import (
     MambaCfg,
     MambaInitCfg,
@@ -170,6 +170,15 @@ class HookedMamba(mamba.HookedMamba):
         """MambaLens makes `hook_h.{t}` for an input here; ours are always there."""
         with self.hooks(fwd_hooks, bwd_hooks) as model:
             yield model
+
+    @property
+    def norm(self) -> Norm:
+        """The final norm: `model.lm_head(model.norm(resid))` is MambaLens's logit lens."""
+        return self.ln_final
+
+    @property
+    def lm_head(self) -> Any:
+        return self.unembedding
 
     # -- parameters --------------------------------------------------------------------------------------------------
 

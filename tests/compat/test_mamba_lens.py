@@ -105,6 +105,7 @@ def test_patching_the_layer_inputs(moby):
 def test_hello_world_keeps_everything(moby):
     logits, activations = moby.run_with_cache("Hello World")
     length = logits.shape[1]
+    assert relative(moby.lm_head(moby.norm(activations["blocks.2.hook_resid_post"])), logits) < 1e-5
     for name in moby.mamba_lens_names(length):
         assert name in activations and activations[name] is not None, name
     assert torch.equal(activations["blocks.1.hook_h.3"], activations["blocks.1.mixer.hook_state"][:, 3])
