@@ -69,6 +69,11 @@ class Norm(Part):
         self.eps = eps
         self.centred = centred
 
+    @property
+    def gain(self) -> Float[Tensor, " d_model"]:
+        """What `normalized` is multiplied by."""
+        return self.weights.weight
+
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         if not self.centred and fused.fits(x) and x.dtype == self.weights.weight.dtype and self.at_rest():
             return F.rms_norm(x, x.shape[-1:], self.weights.weight, self.eps)

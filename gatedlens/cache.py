@@ -12,17 +12,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformer_lens
-from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.utilities import Slice
 
-from gatedlens.errors import InputError, PointError, did_you_mean
+from gatedlens.errors import PointError, did_you_mean
 from gatedlens.hookpoint import HookPoint, Saver
 from gatedlens.points import Found
+from gatedlens.residual import ResidualCache
 
 
-class ActivationCache(transformer_lens.ActivationCache):
+class ActivationCache(ResidualCache):
     """What one run fired. `tokens`, `mask` and `state` are what the run was given (None where it was not); `sliced` says
     whether only some positions were kept.
 
@@ -118,44 +117,6 @@ class ActivationCache(transformer_lens.ActivationCache):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__
-
-    # -- residual stream: what TransformerLens decomposes into attention and MLP, decomposed into our components ----
-
-    def decompose_resid(
-        self,
-        layer: int | None = None,
-        mlp_input: bool = False,
-        mode: str = "all",
-        apply_ln: bool = False,
-        pos_slice: Any = None,
-        incl_embeds: bool = True,
-        return_labels: bool = False,
-    ) -> Float[Tensor, "component ..."] | tuple[Float[Tensor, "component ..."], list[str]]:
-        """The residual stream before `layer` (None, -1: the last one) as a sum of what was written into it.
-
-        Components: `embed`, then each block's `{l}_mixer_out` (and `{l}_mlp_out` where it has one). `mode` "attn"
-        keeps the mixers, "mlp" the channel mixers. They sum to `resid_pre` of the layer.
-        """
-        n_layers = self.model.cfg.n_layers
-        layer = n_layers if layer is None or layer == -1 else layer
-        slice_ = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
-        wanted = [("embed", "blocks.0.hook_resid_pre")] if incl_embeds else []  # the embedding as the stream holds it
-        modes = {"all": ("mixer", "mlp"), "attn": ("mixer",), "mlp": ("mlp",)}
-        if mode not in modes:
-            raise InputError(f"mode={mode!r}: it is 'all', 'attn' (the mixers) or 'mlp'.")
-        kinds = modes[mode]
-        for block in range(layer + 1 if mlp_input else layer):
-            for kind in kinds if block < layer else ("mixer",):
-                name = f"blocks.{block}.hook_{kind}_out"
-                if name in self.model.names:
-                    wanted.append((f"{block}_{kind}_out", name))
-        stream = slice_.apply(self["resid_pre", 0], dim=-2)
-        parts = stream.new_zeros(len(wanted), *stream.shape)
-        for part, (_, name) in zip(parts, wanted, strict=True):
-            part += slice_.apply(self[name], dim=-2)
-        if apply_ln:
-            parts = self.apply_ln_to_stack(parts, layer, pos_slice=slice_, mlp_input=mlp_input)
-        return (parts, [label for label, _ in wanted]) if return_labels else parts
 
 
 class Keep(Saver):

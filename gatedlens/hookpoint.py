@@ -118,11 +118,13 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         )
 
     def at_rest(self) -> bool:
-        """Whether nobody can be listening: no hook of any kind, and no nnsight around the model, tracing or not.
+        """Whether nobody can be listening: no hook of any kind, and no nnsight trace running.
 
         TransformerLens's handles are asked first, by themselves: torch.compile guards lists, but no torch hooks.
         """
-        return not self.fwd_hooks and not self.bwd_hooks and NNSIGHT not in self.__dict__ and not self.hooked()
+        if self.fwd_hooks or self.bwd_hooks or self.hooked():
+            return False
+        return NNSIGHT not in self.__dict__ or not self._traced()
 
     def _nnsight(self) -> tuple[Any, Any]:
         """The interleaver of the nnsight trace that is running, with this module's locations; None outside one."""
@@ -131,6 +133,13 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
             return None, ()
         interleaver, _, locations = state.active()
         return interleaver, locations
+
+    def _traced(self) -> bool:
+        """Whether an nnsight trace is running over this module; it is taken to be, if nnsight's internals are unknown."""
+        try:
+            return self._nnsight()[0] is not None
+        except (AttributeError, TypeError, ValueError):
+            return True
 
     def heard(self) -> bool:
         """Whether somebody wants this visit: a torch hook of any kind, or a running nnsight trace.
@@ -172,7 +181,7 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         return (
             len(self._forward_hooks) == len(self.fwd_hooks)
             and all(isinstance(handle.user_hook, Saver) for handle in self.fwd_hooks)
-            and NNSIGHT not in self.__dict__
+            and not self._traced()
             and not self._forward_pre_hooks
             and not _torch_hooks_everywhere()
         )

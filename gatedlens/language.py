@@ -244,7 +244,16 @@ class HookedLanguageModel(HookedModel):
         """Logits of the normalised residual stream, at least float32."""
         head = self.unembedding
         logits = F.linear(normed.to(head.weight.dtype), head.weight, head.bias)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return self.apply_output_logits_transform(logits if logits.dtype == torch.float64 else logits.float())
+
+    def apply_output_logits_transform(self, logits: Float[Tensor, "... d_vocab"]) -> Float[Tensor, "... d_vocab"]:
+        """What follows the unembedding's matrix: nothing, unless an architecture says so (TransformerLens's name for it)."""
+        return logits
+
+    @property
+    def adapter(self) -> HookedLanguageModel:
+        """Where TransformerLens's logit lens looks for `apply_output_logits_transform`."""
+        return self
 
     # -- weights by TransformerLens's names ----------------------------------------------------------------------
 

@@ -179,7 +179,8 @@ class HookedModel(Hooking):
         """The titles of other architectures that have a point with this leaf name."""
         if leaf in {name.rpartition(".")[2] for name in self.names}:
             return []
-        return [other.title for other in _architectures() if leaf in {row.leaf for row in other.block_points}]
+        titles = [other.title for other in _architectures() if leaf in {row.leaf for row in other.block_points}]
+        return list(dict.fromkeys(titles))
 
     def hook_table(self, layer: int | None = 0) -> HookTable:
         """Every hook point as a table: name, axes, shape in this model, equation, source, lazy, bytes per token.
@@ -192,6 +193,12 @@ class HookedModel(Hooking):
         rows = {n: p for n, p in self.names.points.items() if not n.startswith("blocks.") or n.startswith(blocks)}
         itemsize = torch.empty((), dtype=self.cfg.dtype).element_size()
         return HookTable(f"{self.cfg.model_name}: hook points ({self.title})", rows, self.cfg.sizes, itemsize)
+
+    def nnsight(self) -> Any:
+        """`traced = model.nnsight()`: this model in nnsight's hands, a TracedModel; see `traced.py`."""
+        from gatedlens.traced import TracedModel
+
+        return TracedModel(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """`.to()`, `.half()`, `.cuda()`: keep cfg.dtype and cfg.device true."""

@@ -27,6 +27,7 @@ from tests import (
     test_ablation,
     test_attention,
     test_cache,
+    test_circuitsvis,
     test_components,
     test_contributions,
     test_hookpoint,
@@ -55,6 +56,7 @@ from tests.patching import test_sweep
 from tests.store import test_harvest, test_reductions
 from tests.test_attention import case  # noqa: F401  a fixture
 from tests.test_knockout import kind  # noqa: F401  a fixture
+from tests.test_transformer_lens import tuned, tuned_model  # noqa: F401  fixtures
 
 FOLDER = ROOT / "tutorials" / "fifth"
 
@@ -98,6 +100,7 @@ GENERAL = [
     test_attention,
     test_cache,
     test_components,
+    test_circuitsvis,
     test_contributions,
     test_points,
     test_profiles,
@@ -117,22 +120,27 @@ GENERAL = [
     test_relevance,
 ]
 if importlib.util.find_spec("nnsight") is not None:
-    from tests import test_nnsight
+    from tests import test_nnsight, test_traced
     from tests.test_nnsight import wrapped  # noqa: F401  a fixture
+    from tests.test_traced import traced  # noqa: F401  a fixture
 
-    GENERAL.append(test_nnsight)
+    GENERAL += [test_nnsight, test_traced]
+if importlib.util.find_spec("captum") is not None:
+    from tests import test_captum
+
+    GENERAL.append(test_captum)
 
 
 def general(module) -> dict:
     """The tests of a file that run on whatever architecture they are given."""
-    given = {"model", "lm", "hooked", "wrapped"}
+    given = {"model", "lm", "hooked", "wrapped", "traced", "tuned", "tuned_model"}
     tests = {name: value for name, value in vars(module).items() if name.startswith("test_") and callable(value)}
     return {name: test for name, test in tests.items() if given & set(inspect.signature(test).parameters)}
 
 
-for _module in GENERAL:
-    assert not set(general(_module)) & set(globals()), "two general tests have one name"
-    globals().update(general(_module))
+for _module in GENERAL:  # by name and file: two files may each have a test_padding
+    _file = _module.__name__.replace("tests.", "").replace(".", "_")
+    globals().update({f"{name}__{_file}": test for name, test in general(_module).items()})
 
 
 def test_the_general_tests_are_here():
@@ -149,7 +157,7 @@ def test_the_general_tests_are_here():
         "test_keys",
         "test_rows_hold_together",
     ):
-        assert name in globals()
+        assert any(found.startswith(f"{name}__") for found in globals())
 
 
 # -- its own equations ----------------------------------------------------------------------------------------------

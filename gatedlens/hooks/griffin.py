@@ -252,11 +252,15 @@ class GriffinMixer(Mixer):
 class GemmaNorm(Norm):
     """out = (1 + weight) * x / scale, scale = sqrt(mean(x^2) + eps); rounded to x's dtype only at the end."""
 
+    @property
+    def gain(self) -> Float[Tensor, " d_model"]:
+        return 1 + at_least_float32(self.weights.weight)
+
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         wide = at_least_float32(x)
         scale = self.hook_scale((wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
         normalized = self.hook_normalized(wide / scale)
-        return self.hook_out((normalized * (1 + at_least_float32(self.weights.weight))).to(x.dtype))
+        return self.hook_out((normalized * self.gain).to(x.dtype))
 
 
 class GatedMlp(Part):
@@ -474,9 +478,9 @@ class HookedGriffin(HookedLanguageModel):
     def embed(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         return super().embed(tokens) * self.embed_scale
 
-    def unembed(self, normed: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+    def apply_output_logits_transform(self, logits: Float[Tensor, "... d_vocab"]) -> Float[Tensor, "... d_vocab"]:
         """Logits, softly capped: cap * tanh(logits / cap)."""
-        logits, cap = super().unembed(normed), self.cfg.logits_soft_cap
+        cap = self.cfg.logits_soft_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def accumulated_bias(

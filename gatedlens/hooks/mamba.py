@@ -558,7 +558,7 @@ def layer_parameters(
     norm: Any,
     d_state: int = 16,
     d_conv: int = 4,
-    expand: float = 2,
+    expand: int | float = 2,
     dt_rank: int | str = "auto",
     bias: bool = False,
     conv_bias: bool = True,

@@ -1,0 +1,81 @@
+"""Implicit attention as circuitsvis draws it: one head a layer, a group of channels, or a channel.
+
+    import circuitsvis
+    shown = for_circuitsvis(gl.implicit_attention(model, "Call me Ishmael"))             # one head a layer
+    circuitsvis.attention.attention_heads(**shown)
+    for_circuitsvis(gl.implicit_attention(cache, layer=3), groups=[[0, 1], slice(8, 16)])  # one head a group of channels
+    circuitsvis.attention.attention_patterns(shown["tokens"], shown["attention"])
+
+circuitsvis itself is not needed here and not imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gatedlens.attention import ImplicitAttention
+from gatedlens.errors import InputError
+from gatedlens.stack import AttentionStack
+
+
+def for_circuitsvis(
+    attention: ImplicitAttention | AttentionStack,
+    tokens: Sequence[str] | None = None,
+    row: int = 0,
+    groups: Sequence[Any] | None = None,
+    absolute: bool = False,
+) -> dict[str, Any]:
+    """`circuitsvis.attention.attention_heads(**for_circuitsvis(attention))`: the arguments, of one row of the batch.
+
+    attention: a stack, whose layers become heads (their means over channels); or one layer's operator, whose mean is one
+    head, or the mean of each of `groups` of channels (as in `grouped`) one. absolute: means of absolute values. tokens: those
+    of the input if None. Holds `attention` [head, dst, src] as a numpy array, `tokens`, `attention_head_names`,
+    `max_value` and `min_value` (the largest magnitude: these are no probabilities) and `mask_upper_tri` (causal or not).
+    """
+    matrices, names = _heads(attention, groups, absolute)
+    if not -len(matrices) <= row < len(matrices):
+        raise InputError(f"row={row}: the batch has rows 0 to {len(matrices) - 1}.")
+    heads = matrices[row].detach().float().cpu()
+    labels = list(tokens) if tokens is not None else _labels(attention, row, heads.shape[-1])
+    if len(labels) != heads.shape[-1]:
+        raise InputError(f"There are {len(labels)} tokens for an attention of {heads.shape[-1]} positions.")
+    largest = heads.abs().max().item()
+    return {
+        "attention": heads.numpy(),
+        "tokens": labels,
+        "attention_head_names": names,
+        "max_value": largest,
+        "min_value": -largest,
+        "mask_upper_tri": not bool(heads.triu(1).any()),
+    }
+
+
+def _heads(attention: Any, groups: Sequence[Any] | None, absolute: bool) -> tuple[Tensor, list[str]]:
+    """([batch, head, dst, src], the heads' names)."""
+    if isinstance(attention, AttentionStack):
+        if groups is not None:
+            raise InputError("groups are channels of one layer: pick it, as in stack[3].")
+        means = attention.abs_mean(verbose=False) if absolute else attention.mean(verbose=False)
+        return means.transpose(0, 1), [f"layer {layer}" for layer in attention.layers]
+    if groups is None:
+        mean = attention.abs_mean() if absolute else attention.mean()
+        return mean.unsqueeze(1), [f"layer {attention.layer}"]
+    names = [f"layer {attention.layer}, {group}" for group in groups]
+    if absolute:
+        return torch.stack([attention.select(group).abs_mean() for group in groups], dim=1), names
+    return attention.grouped(groups), names
+
+
+def _labels(attention: Any, row: int, length: int) -> list[str]:
+    """The input's tokens as strings, where there are any; else the positions' numbers."""
+    source = attention.cache if isinstance(attention, AttentionStack) else attention
+    tokens, model = source.tokens, source.model
+    if tokens is None or tokens.ndim != 2:
+        return [str(position) for position in range(length)]
+    if model.tokenizer is None:
+        return [str(token) for token in tokens[row].tolist()]
+    return list(model.to_str_tokens(tokens[row]))

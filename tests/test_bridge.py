@@ -1,0 +1,139 @@
+"""TransformerLens's bridge over our forward: names, numbers, edits, layers, gradients, generation; opt-in and undone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES, ArchitectureAdapterFactory
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoTokenizer, FalconMambaConfig, FalconMambaForCausalLM
+
+import gatedlens as gl
+from gatedlens import bridge as bridging
+from gatedlens.loading import BUNDLED
+from tests.helpers import relative
+
+NAMES = ["mamba-moby", "griffin-moby", "rwkv-moby"]
+TOKENS = torch.tensor([[67, 97, 108, 108, 32, 109], [101, 46, 32, 73, 115, 104]])
+
+
+@pytest.fixture(scope="module")
+def registered():
+    assert ArchitectureAdapterFactory._adapters == SUPPORTED_ARCHITECTURES, "importing gatedlens.bridge registered it"
+    bridging.register()
+    yield
+    bridging.unregister()
+
+
+@pytest.fixture(params=NAMES, scope="module")
+def pair(request, registered):
+    """(a bridge of a bundled folder, the same model as ours), float64."""
+    bridge = TransformerBridge.boot_transformers(str(BUNDLED / request.param), device="cpu", dtype=torch.float64)
+    return bridge, gl.from_pretrained(f"gatedlens/{request.param}", device="cpu", dtype=torch.float64)
+
+
+def test_registering_is_undone(registered):
+    names = bridging.bridged()
+    assert {"MambaForCausalLM", "FalconMambaForCausalLM", "RecurrentGemmaForCausalLM", "RwkvForCausalLM"} == set(names)
+    adapters = ArchitectureAdapterFactory._adapters
+    assert {name for name in adapters if adapters[name] is not SUPPORTED_ARCHITECTURES[name]} == set(names)
+    bridging.unregister()
+    assert adapters == SUPPORTED_ARCHITECTURES
+    bridging.register()
+
+
+@torch.no_grad()
+def test_its_points_are_ours_and_all_fire(pair):
+    bridge, ours = pair
+    logits, cache = bridge.run_with_cache(TOKENS)
+    want, truth = ours.run_with_cache(TOKENS, names_filter=lambda name: True)
+    assert relative(logits, want) < 1e-12
+    assert set(cache.keys()) == set(bridge.hook_dict), "a point that is listed fires"
+    blocks = {f"blocks.{layer}.hook_{end}" for layer in range(ours.cfg.n_layers) for end in ("in", "out")}
+    assert set(bridge.hook_dict) == set(ours.names) | blocks | {"embed.hook_out"}
+    assert all(relative(cache[name], truth[name]) < 1e-12 for name in ours.names)
+    assert [point.name for point in bridge.gated.hook_dict.values()] == list(bridge.gated.names)
+    assert list(bridge.gated.run_with_cache(TOKENS)[1]) == list(ours.run_with_cache(TOKENS)[1])
+
+
+@torch.no_grad()
+def test_parameters_are_shared(pair):
+    bridge, _ = pair
+    assert {id(p) for p in bridge.parameters()} == {id(p) for p in bridge.gated.parameters()}
+    assert bridge.W_E is bridge.gated.embedding.weight and torch.equal(bridge.W_U, bridge.gated.W_U)
+
+
+@torch.no_grad()
+def test_edits_act_as_ours(pair):
+    bridge, ours = pair
+    lazy = [name for name, point in ours.names.points.items() if point.lazy and "blocks.1." in name]
+    for name in ("hook_embed", "blocks.0.hook_mixer_in", "blocks.1.hook_mixer_out", "ln_final.hook_scale", *lazy):
+        hooks = [(name, lambda x, hook: x * 0.9)]
+        got, want = bridge.run_with_hooks(TOKENS, fwd_hooks=hooks), ours.run_with_hooks(TOKENS, fwd_hooks=hooks)
+        assert relative(got, want) < 1e-12, name
+    assert relative(bridge(TOKENS), ours(TOKENS)) < 1e-12, "the hooks are gone"
+    with pytest.raises(KeyError, match="hook_nothing"):
+        bridge.run_with_hooks(TOKENS, fwd_hooks=[("blocks.0.hook_nothing", lambda x, hook: x)])
+
+
+@torch.no_grad()
+def test_starting_and_stopping_at_a_layer(pair):
+    bridge, ours = pair
+    resid = bridge(TOKENS, stop_at_layer=1)
+    assert relative(resid, ours(TOKENS, stop_at_layer=1)) < 1e-12
+    assert relative(bridge(resid, start_at_layer=1), ours(TOKENS)) < 1e-12
+    stopped, cache = bridge.run_with_cache(TOKENS, stop_at_layer=1)
+    assert relative(stopped, resid) < 1e-12 and not any(name.startswith("blocks.1") for name in cache)
+
+
+def test_losses_and_gradients(pair):
+    bridge, ours = pair
+    name = "blocks.1.hook_resid_pre"
+    loss, cache = bridge.run_with_cache(TOKENS, return_type="loss", incl_bwd=True, names_filter=[name])
+    want, truth = ours.run_with_cache(TOKENS, return_type="loss", incl_bwd=True, names_filter=[name])
+    assert relative(loss, want) < 1e-12 and relative(cache[f"{name}_grad"], truth[f"{name}_grad"]) < 1e-10
+    bridge.zero_grad()
+
+
+@torch.no_grad()
+def test_text_padding_and_generation(pair):
+    bridge, ours = pair
+    texts = ["Call me Ishmael", "Whale"]
+    got, want = (model(texts, padding_side="left")[:, -1] for model in (bridge, ours))
+    assert relative(got, want) < 1e-12
+    options = {"max_new_tokens": 6, "do_sample": False, "verbose": False}
+    assert bridge.generate("Call me", **options) == ours.generate("Call me", **options)
+
+
+@torch.no_grad()
+def test_its_cache_has_transformer_lens_methods(pair):
+    bridge, ours = pair
+    logits, cache = bridge.run_with_cache(TOKENS)
+    _, truth = ours.run_with_cache(TOKENS)
+    assert relative(cache.accumulated_resid(apply_ln=True), truth.accumulated_resid(apply_ln=True)) < 1e-6
+    lens = cache.logit_lens(positions=None, return_type="logits")
+    assert relative(lens.values[-1], logits) < 1e-6
+
+
+def test_what_its_design_rules_out_raises(pair):
+    bridge, _ = pair
+    with pytest.raises(RuntimeError, match="does not support compatibility mode"):
+        bridge.enable_compatibility_mode()
+    with pytest.raises(TypeError, match="state"):
+        bridge(TOKENS, state=None)
+    with pytest.raises(gl.InputError, match="start_at_layer"):
+        bridge(torch.zeros(1, 3, bridge.cfg.d_model, dtype=torch.float64))
+
+
+@torch.no_grad()
+def test_a_model_that_exists(registered):
+    """FalconMamba, random, from an object."""
+    torch.manual_seed(0)
+    config = FalconMambaConfig(vocab_size=257, hidden_size=16, state_size=4, num_hidden_layers=2, time_step_rank=3)
+    config.architectures = ["FalconMambaForCausalLM"]
+    model = FalconMambaForCausalLM(config).eval()
+    want = model(TOKENS).logits
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "mamba-moby")
+    bridge = TransformerBridge.boot_transformers("falcon", hf_model=model, tokenizer=tokenizer, device="cpu")
+    logits, cache = bridge.run_with_cache(TOKENS, names_filter="blocks.1.mixer.hook_state")
+    assert relative(logits, want) < 1e-5 and cache["blocks.1.mixer.hook_state"].shape == (2, 6, 32, 4)
