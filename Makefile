@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-matrix bench check catalogue tutorials bundled format clean
+.PHONY: demo test test-matrix bench results check catalogue tutorials bundled format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,6 +39,9 @@ tutorials: $(STAMP)  ## run every tutorial
 
 bench: $(STAMP)  ## ratios against transformers and TransformerLens, in one run
 	$(BIN)/python -m benchmarks.run
+
+results: $(STAMP)  ## the table of attribution methods in docs/results.md (minutes)
+	$(BIN)/python -m benchmarks.results
 
 bundled: $(STAMP)  ## train the bundled models anew (minutes)
 	$(BIN)/python -m gatedlens.bundled.make all
