@@ -74,6 +74,10 @@ class Hooking(transformer_lens.HookedRootModule):
     def _enable_hook(self, name: str | Callable[[str], bool], hook: Callable[..., Any], dir: Any) -> None:
         self.add_hook(name, hook, dir, level=self.context_level)
 
+    def is_hooked(self) -> bool:
+        """Whether a hook of any kind is on any point now: what a run does may then depend on rows and positions."""
+        return any(point.hooked() for point in self.hook_dict.values())
+
     @contextmanager
     def hooks(
         self,

@@ -11,7 +11,7 @@ A metric of your own is any function logits -> [batch] (or -> a scalar, where no
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +137,7 @@ def normalised(metric: Metric, clean: Tensor, corrupted: Tensor) -> Metric:
 def per_row(metric: Metric, logits: Tensor) -> Float[Tensor, " batch"]:
     """The metric's numbers, one a row, checked: no other shape, nothing that is not a number."""
     value = measure(metric, logits)
-    if value.ndim == 0 and len(logits) > 1:
+    if value.numel() == 1 and len(logits) > 1:
         raise InputError(
             f"The metric returned one number for {len(logits)} rows; here each row needs its own: leave out the mean."
         )
@@ -145,10 +145,13 @@ def per_row(metric: Metric, logits: Tensor) -> Float[Tensor, " batch"]:
 
 
 def measure(metric: Metric, logits: Tensor) -> Float[Tensor, ...]:
-    """The metric's value: one number, or one a row [batch]; an InputError for anything else, and for NaN."""
+    """The metric's value: one number, or one a row [batch]; an InputError for anything else, and for NaN.
+
+    Whole numbers and truths (a rank, whether a prediction is right) become floats.
+    """
     value = metric(logits)
     if not isinstance(value, Tensor):
-        if not isinstance(value, int | float):
+        if not isinstance(value, SupportsFloat) or isinstance(value, str):
             raise InputError(f"The metric returned {type(value).__name__}; it must return a tensor, one number a row.")
         value = torch.tensor(float(value))
     if value.ndim > 1 or (value.ndim == 1 and len(value) not in (1, len(logits))):
@@ -156,6 +159,10 @@ def measure(metric: Metric, logits: Tensor) -> Float[Tensor, ...]:
             f"The metric returned shape {list(value.shape)} for {len(logits)} rows; it must return one number a row "
             f"[{len(logits)}], or one scalar."
         )
+    if value.is_complex():
+        raise InputError(f"The metric returned {value.dtype}; it must return real numbers.")
+    if not value.is_floating_point():
+        value = value.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     if bool(value.isnan().any()):
         raise InputError("The metric returned NaN: are the logits finite, and is what it divides by not zero?")
     return value

@@ -7,7 +7,7 @@
     result.plot(); result.to_dataframe(); result.save("result.json"); Result.load("result.json")
 
 What sweeps, knockouts, traces and attributions give back. It also stands wherever a tensor does: `result[0, 3]`,
-`result.max()`, `torch.allclose(result, other)` see `values`.
+`result - 1`, `result.max()`, `torch.allclose(result, other)`, `torch.as_tensor(result)` see `values` (`tensorlike.py`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from gatedlens.errors import InputError, did_you_mean
+from gatedlens.tensorlike import Tensorlike
 
 FORMAT = 1  # of the JSON
 
 
 @dataclass(frozen=True, eq=False)
-class Result:
+class Result(Tensorlike):
     """`Result(values, ("layer", "pos"), title="...", value="normalised logit difference")`.
 
     labels: for an axis, what stands along it (numbers where none are given). title: what was done. value: what a number
@@ -52,36 +53,12 @@ class Result:
 
     # -- a tensor ------------------------------------------------------------------------------------------------
 
-    @property
-    def shape(self) -> torch.Size:
-        return self.values.shape
-
     def __getitem__(self, index: Any) -> Any:
         """`result["pos"]`: the labels of an axis; any other index is one into `values`."""
         if isinstance(index, str):
             size = self.size(index)
             return list(self.labels.get(index, range(size)))
         return self.values[index]
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def __array__(self, *args: Any, **options: Any) -> Any:
-        return self.values.detach().cpu().numpy().__array__(*args, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "values":
-            raise AttributeError(name)
-        return getattr(self.values, name)
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def bare(value: Any) -> Any:
-            if isinstance(value, Result):
-                return value.values
-            return type(value)(map(bare, value)) if type(value) in (list, tuple) else value
-
-        return function(*bare(args), **{key: bare(value) for key, value in (kwargs or {}).items()})
 
     # -- by name -------------------------------------------------------------------------------------------------
 
@@ -95,11 +72,17 @@ class Result:
         return self.values.shape[self.dim(axis)]
 
     def place(self, axis: str, label: Any) -> int:
-        """The index of a label, or of a number if no label is that number; negative numbers count from the end."""
+        """The index of a label; a number that is no label is an index, negative ones from the end.
+
+        Where every label is a number, as on the axis of layers, it must be one of them: layer 2 is never the third of
+        the layers 0, 1 and 3.
+        """
         labels = self[axis]
         if labels.count(label) == 1:
             return labels.index(label)
-        if isinstance(label, int) and -len(labels) <= label < len(labels):
+        least = -len(labels)
+        most = 0 if all(isinstance(one, int) for one in labels) else len(labels)
+        if isinstance(label, int) and least <= label < most:
             return label % len(labels)
         why = "stands there more than once: give its index" if label in labels else "is not there"
         hint = did_you_mean(str(label), map(str, labels)) if label not in labels else ""

@@ -111,7 +111,7 @@ def test_components_as_seen_in_a_cache(model, clean):
         (lambda: ablation.freeze(NAME, {NAME: torch.zeros(3, 3)}), gl.InputError, r"has shape \[3, 3\]"),
         (lambda: ablation.resample(NAME), gl.InputError, "at least two"),
         (lambda: ablation.zero(NAME, d_model=slice(900, 950)), gl.InputError, "names no entry"),
-        (lambda: ablation.zero(NAME, pos=[]), gl.InputError, "names no entry"),
+        (lambda: ablation.zero(NAME, pos=[]), gl.InputError, "names no position"),
         (lambda: ablation.zero(NAME, d_model=[True, False]), gl.InputError, "a mask of shape"),
         (lambda: ablation.zero(NAME, d_model=0.5), gl.InputError, "is no index"),
         (lambda: ablation.zero(NAME, d_model={"blocks.1": [0]}), gl.InputError, "says nothing of blocks.0"),
@@ -203,6 +203,17 @@ def test_means_of_a_data_set(model, clean):
         fired(model, ablation.mean(NAME, averages, over=("batch", "pos")))
     with pytest.raises(gl.InputError, match="no batch"):
         ablation.means(model, [], NAME)
+
+
+def test_a_position_in_each_row(model, clean):
+    wanted = clean[NAME].clone()
+    wanted[torch.arange(2), [1, 4]] = 0
+    mask = torch.zeros(wanted.shape[:2], dtype=torch.bool)
+    mask[0, 1] = mask[1, 4] = True
+    for pos in (torch.tensor([1, 4]), [[1], [4]], mask):
+        assert same(fired(model, ablation.zero(NAME, pos=pos)), wanted)
+    with pytest.raises(gl.InputError, match="goes by row and has 3 rows; the batch has 2"):
+        fired(model, ablation.zero(NAME, pos=torch.tensor([1, 2, 3])))
 
 
 def test_means_by_position_want_one_length(lm):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import matplotlib
 import numpy
@@ -27,6 +28,28 @@ def test_it_stands_where_a_tensor_does(result):
     assert torch.equal(torch.nan_to_num(result), torch.nan_to_num(VALUES))
     assert result.nansum() == VALUES.nansum() and numpy.asarray(result).shape == (2, 3)
     assert torch.stack([result, result]).shape == (2, 2, 3)
+
+
+def test_it_is_computed_with_as_a_tensor_is(result):
+    want = VALUES.nan_to_num(7)
+    result = replace(result, values=want)
+    for found, value in (
+        (torch.as_tensor(result), want), (torch.tensor([1.0]) - result, 1 - want), (result - 1, want - 1),
+        (1 - result, 1 - want), (2 * result / result, 2 * want / want), (result**2, want**2), (-result, -want),
+        (abs(result), want.abs()), (result @ result.T, want @ want.T), (result > 0.5, want > 0.5),
+        (result == result, want == want), (result != want, want != want), (result + result, 2 * want),
+    ):  # fmt: skip
+        assert type(found) is torch.Tensor and torch.allclose(found, value.to(found), equal_nan=True)
+    one = result.at(layer=0, pos=1)
+    assert float(one) == 1 and int(one) == 1 and bool(one) and f"{one:.2f}" == "1.00"
+    assert len({result, result}) == 1, "it is told apart by identity, as a tensor is"
+
+
+def test_a_layer_that_is_not_there_is_no_index():
+    some = Result(torch.arange(3.0), ("layer",), {"layer": [0, 1, 3]})
+    assert some.at(layer=3).values == 2 and some.at(layer=-1).values == 2
+    with pytest.raises(InputError, match="layer=2 is not there; the axis holds"):
+        some.at(layer=2)
 
 
 def test_entries_and_labels_by_name(result):

@@ -19,6 +19,7 @@ from torch import Tensor
 from gatedlens.errors import InputError, PointError
 from gatedlens.layers import layers_of
 from gatedlens.points import Point
+from gatedlens.positions import mask_of
 
 Index = int | slice | Sequence[int] | Tensor
 Layers = str | int | slice | Sequence[int] | None
@@ -62,8 +63,9 @@ class Component:
 class Where:
     """Some entries of some points: `Where(("blocks.*.mixer.hook_write",), {"pos": 3})`.
 
-    An index is a number, slice, list or boolean mask (positions are those of the call, padding included); or, where parts
-    differ, a mapping of the parts of the model to these: `{"blocks.0.mixer": [3, 5], ...}`. `layers` replaces {l} in names.
+    An index is a number, slice, list or boolean mask; or, where parts differ, a mapping of the parts of the model to these:
+    `{"blocks.0.mixer": [3, 5], ...}`. `pos` may go by row as well, a tensor [batch]: see `positions.py`; positions are
+    those of the call, padding included. `layers` replaces {l} in names.
     `others`: all entries but these.
     """
 
@@ -95,7 +97,7 @@ class Where:
             if axis not in point.dims:
                 raise PointError(f"{name} has no axis {axis!r}; its axes are: {point.axes}.")
             size = sizes.get(axis)
-            if size is not None:
+            if size is not None and axis != "pos":
                 along(axis, index, size, name)
 
     def at(self, name: str) -> dict[str, Any]:
@@ -107,8 +109,11 @@ class Where:
         mask = torch.ones([1] * len(shape), dtype=torch.bool, device=device)
         for axis, index in self.at(name).items():
             dim = point.axis(axis)
-            chosen = along(axis, index, shape[dim], "this activation").to(device)
-            mask = mask & chosen.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+            if axis == "pos":
+                chosen, dims = mask_of(index, axis, shape[0], shape[dim], device), [0, dim]
+            else:
+                chosen, dims = along(axis, index, shape[dim], "this activation").to(device), [dim]
+            mask = mask & chosen.reshape([shape[d] if d in dims else 1 for d in range(len(shape))])
         return ~mask if self.others else mask
 
 

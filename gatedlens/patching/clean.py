@@ -10,13 +10,13 @@ from torch import Tensor
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError
 from gatedlens.hooking import Batch
-from gatedlens.patching.runs import Corrupted
+from gatedlens.patching.baseline import Baseline
 
 
 class Clean:
     """`Clean(cache, corrupted)[name]`: a cached activation; `cache` is an ActivationCache, or a dict of full names."""
 
-    def __init__(self, cache: Any, corrupted: Corrupted):
+    def __init__(self, cache: Any, corrupted: Baseline):
         self.cache = cache
         self.corrupted = corrupted
         self.model = corrupted.model
