@@ -150,7 +150,7 @@ def sweep(
         "src": inputs.labels(model, cells.run.batch) if src is None else list(groups),
     }
     where = f" to {dst}" if isinstance(dst, int) else ""
-    title = f"{how.__name__}: source{where}, window {window}"
+    title = f"Knockout ({how.__name__}): source{where}, window {window}"
     return Result((values - clean) / abs(clean), ("layer", "src"), labels, title, "(metric - clean) / |clean|", facts)
 
 

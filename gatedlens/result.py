@@ -32,7 +32,8 @@ class Result(Tensorlike):
     """`Result(values, ("layer", "pos"), title="...", value="normalised logit difference")`.
 
     labels: for an axis, what stands along it (numbers where none are given). title: what was done. value: what a number
-    is, with its unit. facts: whatever else makes the numbers readable later (model, baselines, options), JSON-able.
+    is, with its unit. facts: whatever else makes the numbers readable later (model, baselines, options), JSON-able; a
+    "baseline" among them is what a number would be if nothing had been done, and what sizes and colours are measured from.
     """
 
     values: Tensor
@@ -107,9 +108,15 @@ class Result(Tensorlike):
         labels = {name: given for name, given in self.labels.items() if name != axis}
         return replace(self, values=values, axes=tuple(a for a in self.axes if a != axis), labels=labels)
 
+    @property
+    def baseline(self) -> float:
+        """What a number would be if nothing had been done."""
+        return float(self.facts.get("baseline", 0.0))
+
     def top(self, n: int = 10, signed: bool = False) -> list[dict[str, Any]]:
-        """The `n` cells that are largest in size (or, `signed`, largest), best first; NaN (not measured) is left out."""
-        flat = self.values.detach().double().flatten()
+        """The `n` cells that are farthest from the baseline (0 if there is none; or, `signed`, above it), best first; NaN (not
+        measured) is left out."""
+        flat = self.values.detach().double().flatten() - self.baseline
         order = (flat if signed else flat.abs()).nan_to_num(-torch.inf).argsort(descending=True)
         order = order[~flat[order].isnan()][:n]
         return [self._cell(int(i)) for i in order]

@@ -157,10 +157,10 @@ class Runs:
         return restore
 
 
-def _check_numbers(window: int, samples: int, max_rows: int, noise: int | float) -> None:
+def _check_numbers(window: Any, samples: Any, max_rows: Any, noise: int | float) -> None:
     for name, value in (("window", window), ("samples", samples), ("max_rows", max_rows)):
-        if value < 1:
-            raise InputError(f"{name}={value}: it is at least 1.")
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{name}={value}: it is at least 1, a whole number.")
     if noise <= 0:
         raise InputError(f"noise={noise}: it is more than 0, a multiple of the embeddings' standard deviation.")
 

@@ -109,6 +109,9 @@ def test_components_as_seen_in_a_cache(model, clean):
         (lambda: ablation.zero("blocks.0.hook_mixer_ot"), gl.PointError, "Did you mean 'blocks.0.hook_mixer_out'"),
         (lambda: ablation.freeze(NAME, {}), gl.PointError, "The source holds no blocks.0.hook_mixer_out"),
         (lambda: ablation.freeze(NAME, {NAME: torch.zeros(3, 3)}), gl.InputError, r"has shape \[3, 3\]"),
+        (lambda: ablation.freeze(NAME, None), gl.InputError, "The source is NoneType; it is an ActivationCache"),
+        (lambda: ablation.zero(NAME, d_model="a"), gl.InputError, "d_model='a' is no index"),
+        (lambda: ablation.zero(NAME) + 3, TypeError, "unsupported operand"),
         (lambda: ablation.resample(NAME), gl.InputError, "at least two"),
         (lambda: ablation.zero(NAME, d_model=slice(900, 950)), gl.InputError, "names no entry"),
         (lambda: ablation.zero(NAME, pos=[]), gl.InputError, "names no position"),
@@ -220,3 +223,10 @@ def test_means_by_position_want_one_length(lm):
     with pytest.raises(gl.InputError, match="batches of one length"):
         ablation.means(lm, [example(lm, 2, 5), example(lm, 2, 6)], NAME, per_position=True, progress=False)
     assert not lm.list_hooks()
+
+
+def test_rows_of_other_lengths_are_not_resampled(lm):
+    tokens, mask = padded([example(lm, 1, n)[0] for n in (5, 3)], "left")
+    with pytest.raises(gl.InputError, match="The batch is padded: another row's blocks.0.hook_mixer_out"):
+        lm.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=ablation.resample(NAME).hooks(lm))
+    assert not lm.is_hooked()

@@ -87,6 +87,8 @@ def test_what_is_true_or_a_whole_number_is_measured_too():
         (lambda: metrics.measure(lambda x: x[:, :, 0], LOGITS), r"returned shape \[3, 5\] for 3 rows"),
         (lambda: metrics.measure(lambda x: x[:, 0, 0] * torch.nan, LOGITS), "NaN"),
         (lambda: metrics.measure(lambda x: "a", LOGITS), "returned str"),
+        (lambda: metrics.measure(None, LOGITS), "The metric is None; it is a function of logits"),
+        (lambda: metrics.logit("A")(LOGITS), "token='A': whole numbers are meant; model.to_single_token"),
     ],
 )
 def test_mistakes_are_explained(call, message):

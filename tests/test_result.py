@@ -65,6 +65,14 @@ def test_the_strongest_cells(result):
     assert result.top(1, signed=True)[0]["value"] == 2 and "'D'" in repr(result)
 
 
+def test_sizes_and_colours_are_measured_from_the_baseline(result):
+    raw = replace(result, values=VALUES - 9, facts={"baseline": -9.0})
+    assert [cell["value"] for cell in raw.top(2)] == [-12, -7] and raw.top(1, signed=True)[0]["value"] == -7
+    assert raw.plot().axes[0].images[0].get_clim() == (-12, -6), "white where nothing happens"
+    bars = raw.at(layer=0).plot().axes[0].patches
+    assert [(bar.get_y(), bar.get_height()) for bar in bars] == [(-9, 0), (-9, 1), (-9, -3)]
+
+
 def test_there_and_back(result, tmp_path):
     back = Result.load(result.save(tmp_path / "r.json"))
     assert torch.allclose(back.values, VALUES, equal_nan=True)

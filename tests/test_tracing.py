@@ -218,6 +218,8 @@ def test_a_trained_model_keeps_the_value_until_the_query(recall_model):
         ({"subject": []}, gl.InputError, "names no position"),
         ({"subject": torch.zeros(2, 2, dtype=torch.bool)}, gl.InputError, r"subject is a mask \[2, 2\]"),
         ({"subject": [1], "window": 0}, gl.InputError, "window=0: it is at least 1"),
+        ({"subject": [1], "window": 1.5}, gl.InputError, "window=1.5: it is at least 1, a whole number"),
+        ({"subject": "D"}, gl.InputError, "subject='D' is no position"),
         ({"subject": [1], "samples": 0}, gl.InputError, "samples=0"),
         ({"subject": [1], "noise": 0.0}, gl.InputError, "noise=0.0: it is more than 0"),
         ({"subject": [1], "positions": [99]}, gl.InputError, r"positions=\[99\] are out of range"),

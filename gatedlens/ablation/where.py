@@ -127,13 +127,20 @@ def _of_part(index: Any, axis: str, name: str) -> Any:
     raise InputError(f"{axis}=... says nothing of {name}; it speaks of {', '.join(index)}.")
 
 
+def _as_tensor(axis: str, index: Any) -> Tensor:
+    try:
+        return torch.as_tensor(index)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{axis}={index!r} is no index: give whole numbers, a slice or a boolean mask.") from error
+
+
 def along(axis: str, index: Any, size: int, name: str) -> Tensor:
     """Which of the `size` entries of an axis an index means [size]; InputError for one that means none or too many."""
     chosen = torch.zeros(size, dtype=torch.bool)
     if isinstance(index, slice):
         chosen[index] = True
     else:
-        asked = torch.as_tensor(index).cpu()
+        asked = _as_tensor(axis, index).cpu()
         if asked.dtype == torch.bool and tuple(asked.shape) != (size,):
             raise InputError(f"{axis}: a mask of shape {list(asked.shape)}; {name} has {size} of that axis.")
         if asked.is_floating_point() and asked.numel():

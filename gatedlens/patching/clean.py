@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,6 +23,11 @@ class Clean:
         self.model = corrupted.model
         if isinstance(cache, ActivationCache):
             self._check(cache)
+        elif not isinstance(cache, Mapping):
+            raise InputError(
+                f"The clean cache is {type(cache).__name__}; it is what model.run_with_cache(clean) gives beside the logits, "
+                "or a dict of full names."
+            )
 
     def _check(self, cache: ActivationCache) -> None:
         corrupted = self.corrupted

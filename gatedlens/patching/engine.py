@@ -66,6 +66,8 @@ class Options:
             )
         if self.max_bytes is not None and self.max_bytes < 1:
             raise InputError(f"max_bytes={self.max_bytes}: give a number of bytes, 1 or more.")
+        if isinstance(self.results, str | Path) and not Path(self.results).parent.is_dir():
+            raise InputError(f"results={str(self.results)!r}: there is no folder {str(Path(self.results).parent)!r}.")
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Options:

@@ -67,7 +67,7 @@ def generic_activation_patch(
     else:
         axes = ("patch",)
         labels = {"patch": [", ".join(f"{a} {i}" for a, i in zip(names, index, strict=True)) for index in indices]}
-    plan = Plan(axes, labels, tuple(sizes), tuple(cells), f"patching {activation_name}, clean into corrupted")
+    plan = Plan(axes, labels, tuple(sizes), tuple(cells), f"Patching {activation_name}, clean into corrupted")
     facts = {"model": model.cfg.model_name, "points": activation_name, "batch": run.rows}
     found: Result = measure_cells(run, clean, plan, patching_metric, chosen.told(facts))
     return (found, _frame(names, indices) if index_df is None else index_df) if return_index_df else found

@@ -71,7 +71,8 @@ def sweep(
     chosen = Options.of(options)
     run = Baseline(model, corrupted, chosen.attention_mask)
     clean = Clean(clean_cache, run)
-    spread = Spread(run, clean, points, tuple(axes), dict(groups or {}), edits)
+    named = (axes,) if isinstance(axes, str) else tuple(axes)
+    spread = Spread(run, clean, points, named, dict(groups or {}), edits)
     facts = {"model": model.cfg.model_name, "points": spread.names, "batch": run.rows}
     return measure_cells(run, clean, spread.plan(title), metric, chosen.told(facts))
 
@@ -129,7 +130,7 @@ class Spread:
                 cells.append(Cell((*((kind,) if several else ()), *places), edits))
         sizes = (*((len(self.kinds),) if several else ()), *map(len, along))
         axes = (*(("point",) if several else ()), *self.axes)
-        said = title or f"patching {', '.join(kind.replace('hook_', '') for kind in self.kinds)}, clean into corrupted"
+        said = title or f"Patching {', '.join(kind.replace('hook_', '') for kind in self.kinds)}, clean into corrupted"
         return Plan(axes, self._labels(several), sizes, tuple(cells), said)
 
     def _names(self, kind: str, at: Mapping[str, int]) -> list[str]:
