@@ -208,7 +208,7 @@ def test_means_of_a_data_set(model, clean):
         ablation.means(model, [], NAME)
 
 
-def test_a_position_in_each_row(model, clean):
+def test_an_ablation_at_a_position_in_each_row(model, clean):
     wanted = clean[NAME].clone()
     wanted[torch.arange(2), [1, 4]] = 0
     mask = torch.zeros(wanted.shape[:2], dtype=torch.bool)

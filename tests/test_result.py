@@ -20,7 +20,7 @@ VALUES = torch.tensor([[0.0, 1.0, -3.0], [0.5, torch.nan, 2.0]], dtype=torch.flo
 @pytest.fixture
 def result():
     labels = {"pos": ["<bos>", "D", "D"]}
-    return Result(VALUES, ("layer", "pos"), labels, "Patching", "normalised", {"model": "m", "baseline": 0.25})
+    return Result(VALUES, ("layer", "pos"), labels, "Patching", "normalised", {"model": "m", "clean": 0.25})
 
 
 def test_it_stands_where_a_tensor_does(result):

@@ -55,7 +55,7 @@ def test_the_vector_is_the_mean_difference(model):
 
 
 @torch.no_grad()
-def test_a_position_in_each_row(model):
+def test_a_vector_at_a_position_in_each_row(model):
     vector, x = made(model), example(model)
     with vector.on(model, 2.0, pos=torch.tensor([1, 3])):
         found = model(x)

@@ -65,7 +65,9 @@ def literal(model, clean, runs, metric, names, window, position):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("window", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "window", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_every_cell_is_the_literal_one(model, window):
     x, metric = example(model), METRIC
     length = model.run_with_cache(x, names_filter="hook_embed")[1]["hook_embed"].shape[1]
@@ -218,7 +220,6 @@ def test_a_trained_model_keeps_the_value_until_the_query(recall_model):
         ({"subject": []}, gl.InputError, "names no position"),
         ({"subject": torch.zeros(2, 2, dtype=torch.bool)}, gl.InputError, r"subject is a mask \[2, 2\]"),
         ({"subject": [1], "window": 0}, gl.InputError, "window=0: it is at least 1"),
-        ({"subject": [1], "window": 1.5}, gl.InputError, "window=1.5: it is at least 1, a whole number"),
         ({"subject": "D"}, gl.InputError, "subject='D' is no position"),
         ({"subject": [1], "samples": 0}, gl.InputError, "samples=0"),
         ({"subject": [1], "noise": 0.0}, gl.InputError, "noise=0.0: it is more than 0"),

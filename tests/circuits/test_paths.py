@@ -71,7 +71,7 @@ def test_the_sweep_over_senders(model):
     assert some["sender"] == [node.name for node in graph.before(graph.find("1.mixer"))]
 
 
-def test_a_position_in_each_row(model):
+def test_a_path_at_a_position_in_each_row(model):
     clean, corrupted = two(model)
     found = circuits.path_patch(model, clean, corrupted, METRIC, "embed", "1.mixer", pos=torch.tensor([1, 3]))
     for row, pos in enumerate((1, 3)):
