@@ -75,8 +75,8 @@ class Hooking(transformer_lens.HookedRootModule):
         self.add_hook(name, hook, dir, level=self.context_level)
 
     def is_hooked(self) -> bool:
-        """Whether a hook of any kind is on any point now: what a run does may then depend on rows and positions."""
-        return any(point.hooked() for point in self.hook_dict.values())
+        """Whether a hook that may edit is on any point now: what a run does may then depend on its rows and positions."""
+        return any(point.hooked() and not point.only_saved() for point in self.hook_dict.values())
 
     @contextmanager
     def hooks(

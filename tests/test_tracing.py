@@ -172,7 +172,7 @@ def test_positions_of_each_row(lm):
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_takes_no_part(lm, side):
+def test_padding_takes_no_part_in_a_trace(lm, side):
     """A padded row is traced as if it were alone, and positions are averaged over the rows that have them."""
     rows = [example(lm, 1, n, seed=n)[0] for n in (6, 4)]
     others = [example(lm, 1, n, seed=n + 10)[0] for n in (6, 4)]

@@ -70,7 +70,7 @@ def test_where_the_metric_is_linear_it_is_the_effect(model):
     assert torch.allclose(got.values, measured(model, clean) - measured(model, corrupted), atol=1e-10)
 
 
-def test_padding_takes_no_part(lm):
+def test_padding_takes_no_part_in_an_attribution(lm):
     rows = [torch.randint(lm.cfg.d_vocab, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 8)]
     clean, mask = padded(rows, "left")
     corrupted, _ = padded([(row + 3) % lm.cfg.d_vocab for row in rows], "left")

@@ -7,6 +7,7 @@ import torch
 
 import gatedlens as gl
 from gatedlens import patching
+from gatedlens.hookpoint import Saver
 from gatedlens.patching.baseline import Baseline
 from gatedlens.patching.engine import Sizes
 from gatedlens.result import Result
@@ -306,10 +307,13 @@ def test_runs_start_at_the_patched_layer_and_position(lm):
     clean, corrupted = pair(lm, 1)
     cache, shapes, seen = caches(lm, clean), [], []
 
-    def spy(x, hook):
-        shapes.append((hook.name, tuple(x.shape)))
+    class Spy(Saver):
+        """A hook that edits nothing, so that runs may still be cut short."""
 
-    with lm.hooks([("blocks.*.hook_mixer_out", spy), ("hook_embed", lambda x, hook: seen.append(tuple(x.shape)))]):
+        def __call__(self, x, hook):
+            (seen if hook.name == "hook_embed" else shapes).append((hook.name, tuple(x.shape)))
+
+    with lm.hooks([("blocks.*.hook_mixer_out", Spy()), ("hook_embed", Spy())]):
         patching.get_act_patch_resid_pre(lm, corrupted, cache, metric, max_bytes=1, **QUIET)
     starts = [shape[1] for name, shape in shapes if name.startswith("blocks.0.") and shape[0] == 1]
     assert sorted(starts)[-1] == 7 and {1, 2, 3} <= set(starts), "runs of block 0 get shorter"
