@@ -178,7 +178,7 @@ def test_padding_of_a_source_takes_no_part(lm):
     assert same(got, torch.cat(alone).mean(0).expand_as(got))
     got = fired(lm, ablation.mean(NAME, cache))
     assert same(got[0, :4], (alone[0][:4] + alone[1]) / 2) and same(got[0, 4:], alone[0][4:])
-    with pytest.raises(gl.InputError, match="was padded"):
+    with pytest.raises(gl.InputError, match="The source is padded"):
         fired(lm, ablation.resample(NAME, cache))
     averages = ablation.means(lm, [(tokens, mask), rows[0].unsqueeze(0)], NAME, progress=False)
     assert (averages.rows, averages.positions) == (3, 18)
