@@ -1,14 +1,13 @@
 """Corruption: the input of a causal trace with its subject spoilt, by noise on its embeddings or by another input.
 
     Corruption.noise(batch, embedded, marked, factor=3.0, samples=10, seed=0)
-    Corruption.counterfactual(model, batch, embedded, other_input)
+    Corruption.counterfactual(model, batch, embedded, other)      # two Batches
 
 `embedded` is what stood at hook_embed in the clean run, `marked` [batch, pos] where the subject is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +18,9 @@ from torch import Tensor
 from gatedlens import inputs
 from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
+from gatedlens.positions import listed, mask_of
 
 EMBED = "hook_embed"
-Subject = int | Sequence[int] | range | Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +45,12 @@ class Corruption:
         std = factor * float((embedded if mask is None else embedded[mask.bool()]).double().std())
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(samples, *embedded.shape, generator=generator, dtype=torch.float64).to(embedded)
-        facts = {"corrupt": "noise", "noise_std": std, "samples": samples, "seed": seed, "subject": _listed(marked)}
+        facts = {"corrupt": "noise", "noise_std": std, "samples": samples, "seed": seed, "subject": listed(marked)}
         return Corruption(batch, std * drawn * marked.unsqueeze(-1), marked, facts)
 
     @staticmethod
-    def counterfactual(model: Any, batch: Batch, embedded: Tensor, given: Any) -> Corruption:
+    def counterfactual(model: Any, batch: Batch, embedded: Tensor, other: Batch) -> Corruption:
         """Another input; its subject is where it differs."""
-        other = inputs.ready(model, given)
         masks = inputs.real(model, other), inputs.real(model, batch)
         if other.value.shape != batch.value.shape or not torch.equal(*masks):
             raise InputError(
@@ -63,32 +61,14 @@ class Corruption:
         marked = (cache[EMBED] != embedded).any(-1) & inputs.real(model, batch)
         if not bool(marked.any()):
             raise InputError("The counterfactual is the clean input: nothing is corrupted.")
-        return Corruption(other, None, marked, {"corrupt": "counterfactual", "subject": _listed(marked)})
+        return Corruption(other, None, marked, {"corrupt": "counterfactual", "subject": listed(marked)})
 
 
-def marked_by(subject: Subject, real: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+def marked_by(subject: Any, real: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
     """Where the subject is."""
     if subject is None:
         raise InputError('corrupt="noise" needs subject=..., the positions to corrupt.')
-    given = torch.as_tensor(list(subject) if isinstance(subject, range) else subject, device=real.device)
-    length = real.shape[1]
-    if given.dtype == torch.bool:
-        if given.shape != real.shape:
-            raise InputError(f"subject is a mask of {list(given.shape)}; the input has {list(real.shape)}.")
-        marked = given
-    else:
-        if given.ndim > 1 or given.numel() == 0 or given.is_floating_point():
-            raise InputError(f"subject={subject}: give positions, or a boolean mask [batch, pos] for one a row.")
-        if bool(((given < -length) | (given >= length)).any()):
-            raise InputError(f"subject={given.tolist()} is out of range: there are {length} positions.")
-        marked = torch.zeros_like(real)
-        marked[:, given.reshape(-1)] = True
-    marked = marked & real
+    marked = mask_of(subject, "subject", len(real), real.shape[1], real.device) & real
     if not bool(marked.any(1).all()):
         raise InputError("Some row has no subject: every position that is marked there is padding, or none is.")
     return marked
-
-
-def _listed(marked: Tensor) -> list[list[int]]:
-    """The subject's positions, row by row."""
-    return [row.nonzero().flatten().tolist() for row in marked]

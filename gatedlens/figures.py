@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 from typing import Any
-
-from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.plot import MAX_LABELS, label, panels
@@ -27,10 +26,12 @@ def result(found: Result, ax: Any = None) -> Any:
         _, axes = panels(1, 1)
         ax = axes[0][0]
         ax.figure.set_size_inches(width, max(height, 3.0))
-    return _bars(found, ax) if len(found.axes) == 1 else _map(found, ax, float(_bound(found.values)))
+    return _bars(found, ax) if len(found.axes) == 1 else _map(found, ax, _bound(found))
 
 
-def _bound(values: Tensor) -> float:
+def _bound(found: Result) -> float:
+    """How far the farthest number is from the baseline."""
+    values = found.values - found.baseline
     finite = values[values.isfinite()]
     return max(float(finite.abs().max()), 1e-12) if finite.numel() else 1.0
 
@@ -38,28 +39,28 @@ def _bound(values: Tensor) -> float:
 def _bars(found: Result, ax: Any) -> Any:
     (axis,) = found.axes
     values = found.values.detach().float().cpu()
-    ax.bar(range(len(values)), values, color=["#b2182b" if v > 0 else "#2166ac" for v in values.tolist()])
-    ax.axhline(0, color="black", linewidth=0.6)
+    colours = ["#b2182b" if v > found.baseline else "#2166ac" for v in values.tolist()]
+    ax.bar(range(len(values)), values - found.baseline, bottom=found.baseline, color=colours)
+    ax.axhline(found.baseline, color="black", linewidth=0.6)
     ax.set_title(found.title)
     ax.set_xlabel(axis)
-    ax.set_ylabel(found.value)
+    ax.set_ylabel(fill(found.value, 32))
     _ticks(ax.set_xticks, found[axis], vertical=True)
     return ax.figure
 
 
 def _map(found: Result, ax: Any, bound: float) -> Any:
     values = found.values.detach().float().cpu()
-    signed = bool((values < 0).any())
-    shown = ax.imshow(
-        values, aspect="auto", cmap="RdBu_r" if signed else "Reds", vmin=-bound if signed else 0, vmax=bound
-    )
+    zero, signed = found.baseline, bool((values < found.baseline).any())
+    colours, least = ("RdBu_r", zero - bound) if signed else ("Reds", zero)
+    shown = ax.imshow(values, aspect="auto", cmap=colours, vmin=least, vmax=zero + bound)
     ax.set_title(found.title)
     rows, columns = found.axes
     ax.set_ylabel(rows)
     ax.set_xlabel(columns)
     _ticks(ax.set_yticks, found[rows], vertical=False)
     _ticks(ax.set_xticks, found[columns], vertical=True)
-    ax.figure.colorbar(shown, ax=ax, label=found.value, shrink=0.9)
+    ax.figure.colorbar(shown, ax=ax, label=fill(found.value, 24), shrink=0.9)
     return ax.figure
 
 
@@ -82,7 +83,7 @@ def _panels(found: Result, ax: Any) -> Any:
         )
     columns = min(size, 4)
     figure, axes = panels(-(-size // columns), columns)
-    bound = _bound(found.values)
+    bound = _bound(found)
     for i, one in enumerate(axes.flat):
         if i >= size:
             one.remove()
@@ -102,9 +103,9 @@ def words(found: Result, cells: Sequence[Sequence[str]], ax: Any = None) -> Any:
     if ax is None:
         width = max(0.22, 0.1 * min(longest, 12)) * len(cells[0])
         figure.set_size_inches(min(4.5 + width, 30), figure.get_size_inches()[1])
-    bound = _bound(found.values)
+    bound = _bound(found)
     for y, row in enumerate(cells):
         for x, word in enumerate(row):
-            dark = abs(float(found.values[y, x].nan_to_num())) > 0.6 * bound
+            dark = abs(float((found.values[y, x] - found.baseline).nan_to_num())) > 0.6 * bound
             axes.text(x, y, label(word)[:12], ha="center", va="center", fontsize=7, color="white" if dark else "black")
     return figure

@@ -74,6 +74,10 @@ class Hooking(transformer_lens.HookedRootModule):
     def _enable_hook(self, name: str | Callable[[str], bool], hook: Callable[..., Any], dir: Any) -> None:
         self.add_hook(name, hook, dir, level=self.context_level)
 
+    def is_hooked(self) -> bool:
+        """Whether a hook that may edit is on any point now: what a run does may then depend on its rows and positions."""
+        return any(point.hooked() and not point.only_saved() for point in self.hook_dict.values())
+
     @contextmanager
     def hooks(
         self,

@@ -166,7 +166,7 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         if self.at_rest():
             return x
         self.visits += 1
-        given = x if self._only_saved() else x.clone()
+        given = x if self.only_saved() else x.clone()
         out = super().__call__(given)
         if out is not given:
             self._check(out, x)
@@ -175,7 +175,7 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
                 handle.user_hook(out, hook=self)  # once more, with what the hooks behind it made of it
         return out
 
-    def _only_saved(self) -> bool:
+    def only_saved(self) -> bool:
         """Whether every listener is a Saver, which copies for itself. More torch hooks than TransformerLens has handles
         means that somebody registered one with torch directly."""
         return (

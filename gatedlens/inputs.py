@@ -20,12 +20,20 @@ from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
 
 
-def ready(model: Any, input: Any) -> Batch:
+def ready(model: Any, input: Any, **options: Any) -> Batch:
     """Text, a list of texts, token ids, images, or a pair (token ids, mask [batch, pos]) as a Batch."""
+    return prepared(model, input, **options)[0]
+
+
+def prepared(model: Any, input: Any, **options: Any) -> tuple[Batch, dict[str, Any]]:
+    """The Batch, and those of the forward's options that are not spent on it. A pair's mask is its `attention_mask`."""
     if isinstance(input, tuple) and len(input) == 2 and all(isinstance(part, Tensor) for part in input):
-        batch: Batch = model.prepare(input[0], attention_mask=input[1])[0]
-        return batch
-    found: Batch = model.prepare(input)[0]
+        if options.get("attention_mask") is not None:
+            raise InputError(
+                "The input is a pair (ids, mask) and attention_mask is given too: leave one of the masks out."
+            )
+        input, options = input[0], {**options, "attention_mask": input[1]}
+    found: tuple[Batch, dict[str, Any]] = model.prepare(input, **options)
     return found
 
 
@@ -53,7 +61,10 @@ def real(model: Any, batch: Batch) -> Bool[Tensor, "batch pos"]:
 
 def places(pos: Any, real: Bool[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:
     """One position a row: `pos`, one number for all or one a row, counted among the row's real positions (-1: the last)."""
-    asked = torch.as_tensor(pos, device=real.device)
+    try:
+        asked = torch.as_tensor(pos, device=real.device)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"pos={pos!r}: a whole number is meant, or one for each row.") from error
     if asked.is_floating_point() or asked.dtype == torch.bool or asked.ndim > 1:
         raise InputError(f"pos={pos!r}: a whole number is meant, or one for each row.")
     if asked.ndim == 1 and len(asked) not in (1, len(real)):
@@ -73,9 +84,13 @@ def word(model: Any, token: int) -> str:
 
 
 def labels(model: Any, batch: Batch, row: int | None = None) -> list[Any]:
-    """The tokens of a row (None: of all rows, a position's number where they differ); numbers if there are no tokens."""
+    """What stands at each position: the tokens of a row (None: of all rows, a position's number where they differ), or
+    "row,column" of an image's patches and "cls"; numbers where nobody can say."""
     length = model.positions(batch)
-    if batch.is_resid or batch.value.is_floating_point():
+    if not batch.is_resid and batch.value.is_floating_point():
+        places = [model.grid.place(pos) for pos in range(length)]
+        return ["cls" if place is None else f"{place[0]},{place[1]}" for place in places]
+    if batch.is_resid or model.tokenizer is None:
         return list(range(length))
     rows = batch.value if row is None else batch.value[row].unsqueeze(0)
     same = (rows == rows[0]).all(0).tolist()

@@ -25,7 +25,7 @@ transformers (Geva et al. 2023, arXiv 2304.14767) is `cut_renormalised`; in Mamb
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, SupportsIndex
 
@@ -34,6 +34,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from gatedlens import inputs
 from gatedlens.ablation import Index, Intervention
 from gatedlens.cutting import Cut, Way, share, token, write
 from gatedlens.edges import Edges
@@ -41,7 +42,8 @@ from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
 from gatedlens.layers import layers_of
 from gatedlens.metrics import Metric, measure
-from gatedlens.positions import mask_of
+from gatedlens.patching.baseline import Baseline
+from gatedlens.positions import listed, mask_of
 from gatedlens.result import Result
 
 How = Callable[..., Intervention]
@@ -125,11 +127,9 @@ def sweep(
     if not 1 <= window <= len(chosen):
         raise InputError(f"window={window}: give 1 to {len(chosen)}, the number of layers.")
     windows = [chosen[max(0, c - window // 2) : c + (window + 1) // 2] for c in range(len(chosen))]
-    masked = {} if attention_mask is None else {"attention_mask": attention_mask}
-    batch, _ = model.prepare(input, **masked)
-    groups = _sources(model, batch, src)
-    cells = _Cells(model, batch, metric, dst, partial(how, scan=scan, **index))
-    size = max(1, max_rows // len(batch.value))
+    cells = _Cells(Baseline(model, input, attention_mask), metric, dst, partial(how, scan=scan, **index))
+    groups = _sources(model, cells.run.batch, src)
+    size = 1 if cells.run.alone else max(1, max_rows // cells.run.rows)
     values = torch.zeros(len(windows), len(groups), dtype=torch.float64)
     with torch.no_grad(), tqdm(total=values.numel(), desc="knockout", disable=not progress) as bar:
         streams, clean = cells.clean({some[0] for some in windows})
@@ -138,9 +138,19 @@ def sweep(
                 part = slice(first, first + size)
                 row[part] = cells.cut(streams[some[0]], some, list(groups.values())[part], verify=first == 0)
                 bar.update(len(row[part]))
-    facts = {"model": model.cfg.model_name, "clean": clean, "window": window, "dst": str(dst), "how": how.__name__}
-    labels: dict[str, list[Any]] = {"layer": list(chosen), "src": _labels(model, batch, src) or list(groups)}
-    title = f"{how.__name__}: source to {dst}, window {window}"
+    facts = {
+        "model": model.cfg.model_name,
+        "clean": clean,
+        "window": window,
+        "dst": listed(cells.dst),
+        "how": how.__name__,
+    }
+    labels: dict[str, list[Any]] = {
+        "layer": list(chosen),
+        "src": inputs.labels(model, cells.run.batch) if src is None else list(groups),
+    }
+    where = f" to {dst}" if isinstance(dst, int) else ""
+    title = f"Knockout ({how.__name__}): source{where}, window {window}"
     return Result((values - clean) / abs(clean), ("layer", "src"), labels, title, "(metric - clean) / |clean|", facts)
 
 
@@ -156,42 +166,41 @@ def _sources(model: Any, batch: Batch, src: Any) -> dict[Any, Bool[Tensor, "batc
     return {name: mask_of(given, f"src {name!r}", rows, length, batch.value.device) for name, given in src.items()}
 
 
-def _labels(model: Any, batch: Batch, src: Any) -> list[str]:
-    """The tokens, where each position of a single prompt is a source and somebody can read them."""
-    if src is not None or model.tokenizer is None or len(batch.value) != 1:
-        return []
-    return model.to_str_tokens(batch.value)
-
-
-@dataclass(frozen=True)
 class _Cells:
-    """Runs cells of a sweep: `how(src, dst, layers)` makes the cut of each."""
+    """The cells of a sweep over one run: `how(src, dst, layers)` makes the cut of each."""
 
-    model: Any
-    batch: Batch
-    metric: Metric
-    dst: Any
-    how: How
+    def __init__(self, run: Baseline, metric: Metric, dst: Any, how: How):
+        self.run = run
+        self.metric = metric
+        self.how = how
+        self.dst = mask_of(dst, "dst", run.rows, run.length, run.batch.value.device)
 
     def clean(self, layers: set[int]) -> tuple[dict[int, Tensor], float]:
-        """(the residual stream before each of `layers`, the metric) without a cut."""
-        names = {layer: f"blocks.{layer}.hook_resid_pre" for layer in layers}
-        logits, cache = self.model.run_with_cache(self.batch, names_filter=list(names.values()))
-        value = float(measure(self.metric, logits).double().mean())
+        """(the residual stream before each of `layers`, the metric) without a cut; runs then go on from the first target."""
+        run, names = self.run, {layer: f"blocks.{layer}.hook_resid_pre" for layer in layers}
+        run.logits, cache = run.model.run_with_cache(run.batch, names_filter=list(names.values()))
+        value = float(measure(self.metric, run.logits).double().mean())
         if abs(value) < 1e-12:
             raise InputError(f"The metric is {value:.3g} without a cut: a change cannot be put in relation to it.")
+        run.advance(run.earliest(int(self.dst.any(0).nonzero()[0])))
         return {layer: cache[name] for layer, name in names.items()}, value
 
     def cut(
         self, stream: Tensor, layers: Sequence[int], sources: Sequence[Tensor], verify: bool
     ) -> Float[Tensor, " cell"]:
         """The metric of each cell, all in one batch."""
-        rows, n = len(stream), len(sources)
-        dst = mask_of(self.dst, "dst", rows, stream.shape[1], stream.device).repeat(n, 1)
-        edges = Edges(((torch.cat(list(sources)), dst),), strict=False)
-        mask = self.batch.mask
-        many = Batch(stream.repeat(n, 1, 1), None if mask is None else mask.repeat(n, 1), is_resid=True)
-        with _with(self.how(0, 0, layers=layers), edges=edges, verify=verify).on(self.model):
-            logits = self.model(many, start_at_layer=layers[0])
-        found = [measure(self.metric, logits[i * rows : (i + 1) * rows]).double().mean() for i in range(n)]
-        return torch.stack(found).cpu()
+        edges = Edges(((torch.cat(list(sources)), self.dst.repeat(len(sources), 1)),), strict=False)
+        cuts = _with(self.how(0, 0, layers=layers), edges=edges, verify=verify)
+        logits = self._logits(cuts, stream.repeat(len(sources), 1, 1), layers)
+        return torch.stack([measure(self.metric, self.run.whole(own)).double().mean() for own in logits]).cpu()
+
+    def _logits(self, cuts: Intervention, streams: Tensor, layers: Sequence[int]) -> Tensor:
+        """[cell batch ...], from the run's start on."""
+        run, behind = self.run, layers[-1] + 1
+        with cuts.on(run.model):
+            if run.alone:
+                return run.model(run.batch).unsqueeze(0)
+            mask = run.batch.mask
+            many = Batch(streams, None if mask is None else mask.repeat(len(streams) // run.rows, 1), is_resid=True)
+            streams = run.model(many, start_at_layer=layers[0], stop_at_layer=behind)
+        return run.onward(streams, behind)

@@ -40,13 +40,17 @@ def logit_lens(model: Any, input: Any) -> LogitLens:
     return LogitLens(model, batch, tuple(cache[name] for name in names))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LogitLens:
     """The residual streams of one run, `resid` from the embedding on, layer by layer, read as logits."""
 
     model: Any
     batch: Batch
     resid: tuple[Float[Tensor, "batch pos d_model"], ...]
+
+    def __repr__(self) -> str:
+        rows, length = self.resid[0].shape[:2]
+        return f"LogitLens({self.model.cfg.model_name}, {rows} rows, {len(self.resid)} depths x {length} positions)"
 
     @property
     def layers(self) -> list[Any]:

@@ -170,7 +170,7 @@ def _looks(model: Any, batch: Batch, pos: Any) -> tuple[Float[Tensor, "batch pos
 def _ids(model: Any, tokens: Tokens, rows: int, what: str) -> Tensor:
     if isinstance(tokens, str):
         tokens = model.to_single_token(tokens)
-    elif not isinstance(tokens, int | Tensor):
+    elif isinstance(tokens, Sequence):
         tokens = [model.to_single_token(token) if isinstance(token, str) else token for token in tokens]
     ids, size = torch.as_tensor(tokens, device=model.W_U.device), model.W_U.shape[1]
     if ids.is_floating_point() or ids.ndim > 1 or (ids.ndim == 1 and len(ids) not in (1, rows)):
@@ -189,4 +189,6 @@ def _biases(model: Any, tokens: Tokens, rows: int) -> Float[Tensor, " batch"]:
 
 
 def _said(tokens: Tokens) -> Any:
-    return tokens.tolist() if isinstance(tokens, Tensor) else tokens if isinstance(tokens, int | str) else list(tokens)
+    return (
+        tokens.tolist() if isinstance(tokens, Tensor) else list(tokens) if isinstance(tokens, list | tuple) else tokens
+    )

@@ -10,8 +10,8 @@ A metric of your own is any function logits -> [batch] (or -> a scalar, where no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, SupportsFloat
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from gatedlens.errors import InputError
 from gatedlens.language import next_token_loss
 
 Metric = Callable[[Tensor], Tensor]
-Tokens = int | Sequence[int] | Tensor
+Tokens = Any  # a whole number, or a sequence or tensor of one a row; what is neither is explained
 
 
 def at_position(logits: Float[Tensor, "batch *pos d_vocab"], pos: Tokens = -1) -> Float[Tensor, "batch d_vocab"]:
@@ -37,7 +37,12 @@ def at_position(logits: Float[Tensor, "batch *pos d_vocab"], pos: Tokens = -1) -
 
 
 def _one_a_row(given: Tokens, logits: Tensor, what: str) -> Tensor:
-    value = torch.as_tensor(given, device=logits.device)
+    try:
+        value = torch.as_tensor(given, device=logits.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{what}={given!r}: whole numbers are meant; model.to_single_token(text) is a token's."
+        ) from error
     if value.is_floating_point() or value.dtype == torch.bool:
         raise InputError(f"{what}={_say(given)}: whole numbers are meant, this is {value.dtype}.")
     if value.ndim > 1 or (value.ndim == 1 and len(value) not in (1, len(logits))):
@@ -134,21 +139,28 @@ def normalised(metric: Metric, clean: Tensor, corrupted: Tensor) -> Metric:
 # -- calling one ----------------------------------------------------------------------------------------------------
 
 
-def per_row(metric: Metric, logits: Tensor) -> Float[Tensor, " batch"]:
+def per_row(metric: Any, logits: Tensor) -> Float[Tensor, " batch"]:
     """The metric's numbers, one a row, checked: no other shape, nothing that is not a number."""
     value = measure(metric, logits)
-    if value.ndim == 0 and len(logits) > 1:
+    if value.numel() == 1 and len(logits) > 1:
         raise InputError(
             f"The metric returned one number for {len(logits)} rows; here each row needs its own: leave out the mean."
         )
     return value.reshape(-1)
 
 
-def measure(metric: Metric, logits: Tensor) -> Float[Tensor, ...]:
-    """The metric's value: one number, or one a row [batch]; an InputError for anything else, and for NaN."""
+def measure(metric: Any, logits: Tensor) -> Float[Tensor, ...]:
+    """The metric's value: one number, or one a row [batch]; an InputError for anything else, and for NaN.
+
+    Whole numbers and truths (a rank, whether a prediction is right) become floats.
+    """
+    if not callable(metric):
+        raise InputError(
+            f"The metric is {metric!r}; it is a function of logits: gl.metrics.logit_difference(...), say."
+        )
     value = metric(logits)
     if not isinstance(value, Tensor):
-        if not isinstance(value, int | float):
+        if not isinstance(value, SupportsFloat) or isinstance(value, str):
             raise InputError(f"The metric returned {type(value).__name__}; it must return a tensor, one number a row.")
         value = torch.tensor(float(value))
     if value.ndim > 1 or (value.ndim == 1 and len(value) not in (1, len(logits))):
@@ -156,6 +168,10 @@ def measure(metric: Metric, logits: Tensor) -> Float[Tensor, ...]:
             f"The metric returned shape {list(value.shape)} for {len(logits)} rows; it must return one number a row "
             f"[{len(logits)}], or one scalar."
         )
+    if value.is_complex():
+        raise InputError(f"The metric returned {value.dtype}; it must return real numbers.")
+    if not value.is_floating_point():
+        value = value.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     if bool(value.isnan().any()):
         raise InputError("The metric returned NaN: are the logits finite, and is what it divides by not zero?")
     return value

@@ -3,7 +3,7 @@
     3, -1, [2, 3], range(2, 6), slice(4, 8)      the same positions in every row; negative ones count from the end
     tensor([4, 7])                               one position a row [batch]
     tensor([[4, 5], [7, 8]]), [[4, 5], [7]]      several a row: [batch, some], or a list for each row
-    mask                                         booleans [batch, pos] (or [pos])
+    mask                                         booleans [batch, pos] (or [pos], then a list too)
 
 Prompts differ by row, and so does where their subject stands: an integer tensor goes by row, a plain list goes for all.
 """
@@ -29,6 +29,8 @@ def mask_of(
         if tuple(given.shape) not in ((batch, length), (1, length), (length,)):
             raise InputError(f"{what} is a mask {list(given.shape)}; the input is [{batch}, {length}].")
         return given.to(device).expand(batch, length)
+    if isinstance(given, list | tuple) and given and all(isinstance(one, bool) for one in given):
+        return mask_of(torch.tensor(given), what, batch, length, device)
     mask = torch.zeros(batch, length, dtype=torch.bool)
     for row, places in enumerate(_by_row(given, what, batch, length)):
         if places and not (-length <= min(places) and max(places) < length):
@@ -48,6 +50,11 @@ def one_a_row(
     if bool((mask.sum(1) != 1).any()):
         raise InputError(f"{what}={given!r}: one position is meant in each row (a number, or a tensor [{batch}]).")
     return mask.long().argmax(1)
+
+
+def listed(mask: Bool[Tensor, "batch pos"]) -> list[list[int]]:
+    """The positions of a mask, row by row."""
+    return [row.nonzero().flatten().tolist() for row in mask]
 
 
 def _by_row(given: Any, what: str, batch: int, length: int) -> list[list[int]]:

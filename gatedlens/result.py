@@ -7,7 +7,7 @@
     result.plot(); result.to_dataframe(); result.save("result.json"); Result.load("result.json")
 
 What sweeps, knockouts, traces and attributions give back. It also stands wherever a tensor does: `result[0, 3]`,
-`result.max()`, `torch.allclose(result, other)` see `values`.
+`result - 1`, `result.max()`, `torch.allclose(result, other)`, `torch.as_tensor(result)` see `values` (`tensorlike.py`).
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ import torch
 from torch import Tensor
 
 from gatedlens.errors import InputError, did_you_mean
+from gatedlens.tensorlike import Tensorlike
 
 FORMAT = 1  # of the JSON
 
 
 @dataclass(frozen=True, eq=False)
-class Result:
+class Result(Tensorlike):
     """`Result(values, ("layer", "pos"), title="...", value="normalised logit difference")`.
 
     labels: for an axis, what stands along it (numbers where none are given). title: what was done. value: what a number
-    is, with its unit. facts: whatever else makes the numbers readable later (model, baselines, options), JSON-able.
+    is, with its unit. facts: whatever else makes the numbers readable later (model, baselines, options), JSON-able; a
+    "baseline" among them is what a number would be if nothing had been done, and what sizes and colours are measured from.
     """
 
     values: Tensor
@@ -52,36 +54,12 @@ class Result:
 
     # -- a tensor ------------------------------------------------------------------------------------------------
 
-    @property
-    def shape(self) -> torch.Size:
-        return self.values.shape
-
     def __getitem__(self, index: Any) -> Any:
         """`result["pos"]`: the labels of an axis; any other index is one into `values`."""
         if isinstance(index, str):
             size = self.size(index)
             return list(self.labels.get(index, range(size)))
         return self.values[index]
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def __array__(self, *args: Any, **options: Any) -> Any:
-        return self.values.detach().cpu().numpy().__array__(*args, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "values":
-            raise AttributeError(name)
-        return getattr(self.values, name)
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def bare(value: Any) -> Any:
-            if isinstance(value, Result):
-                return value.values
-            return type(value)(map(bare, value)) if type(value) in (list, tuple) else value
-
-        return function(*bare(args), **{key: bare(value) for key, value in (kwargs or {}).items()})
 
     # -- by name -------------------------------------------------------------------------------------------------
 
@@ -95,11 +73,17 @@ class Result:
         return self.values.shape[self.dim(axis)]
 
     def place(self, axis: str, label: Any) -> int:
-        """The index of a label, or of a number if no label is that number; negative numbers count from the end."""
+        """The index of a label; a number that is no label is an index, negative ones from the end.
+
+        Where every label is a number, as on the axis of layers, it must be one of them: layer 2 is never the third of
+        the layers 0, 1 and 3.
+        """
         labels = self[axis]
         if labels.count(label) == 1:
             return labels.index(label)
-        if isinstance(label, int) and -len(labels) <= label < len(labels):
+        least = -len(labels)
+        most = 0 if all(isinstance(one, int) for one in labels) else len(labels)
+        if isinstance(label, int) and least <= label < most:
             return label % len(labels)
         why = "stands there more than once: give its index" if label in labels else "is not there"
         hint = did_you_mean(str(label), map(str, labels)) if label not in labels else ""
@@ -124,9 +108,15 @@ class Result:
         labels = {name: given for name, given in self.labels.items() if name != axis}
         return replace(self, values=values, axes=tuple(a for a in self.axes if a != axis), labels=labels)
 
+    @property
+    def baseline(self) -> float:
+        """What a number would be if nothing had been done."""
+        return float(self.facts.get("baseline", 0.0))
+
     def top(self, n: int = 10, signed: bool = False) -> list[dict[str, Any]]:
-        """The `n` cells that are largest in size (or, `signed`, largest), best first; NaN (not measured) is left out."""
-        flat = self.values.detach().double().flatten()
+        """The `n` cells that are farthest from the baseline (0 if there is none; or, `signed`, above it), best first; NaN (not
+        measured) is left out."""
+        flat = self.values.detach().double().flatten() - self.baseline
         order = (flat if signed else flat.abs()).nan_to_num(-torch.inf).argsort(descending=True)
         order = order[~flat[order].isnan()][:n]
         return [self._cell(int(i)) for i in order]

@@ -4,7 +4,7 @@
     with anger.on(model, scale=4):                       # every position of the prompt and every new token
         model.generate("I think that you", max_new_tokens=20)
     anger.on(model, scale=4, pos=slice(-1, None))        # from the prompt's last position on
-    anger.on(model, scale=4, pos=-1)                     # at the prompt's last position, once
+    anger.on(model, scale=4, pos=-1)                     # at the prompt's last position, once (a tensor: one a row)
     anger.save("anger.safetensors"); SteeringVector.load("anger.safetensors"); anger.cosine(other)
 
 A vector of states (`mixer.hook_state`) is added to what is written, `mixer.hook_write`: state_t = decay_t state_{t-1} +
@@ -35,7 +35,7 @@ from gatedlens.ablation import Intervention, edit
 from gatedlens.errors import CheckpointError, InputError, PointError
 from gatedlens.hookpoint import HookPoint
 
-Position = int | slice | Sequence[int] | None
+Position = int | slice | Sequence[int] | Tensor | None
 STATE = ".hook_state"
 WRITE = ".hook_write"
 
@@ -220,7 +220,7 @@ class Calls:
         if isinstance(pos, slice):
             return self._sliced(pos)
         chosen = torch.zeros_like(self.real)
-        for one in [pos] if isinstance(pos, int) else list(pos):
+        for one in list(pos) if isinstance(pos, Sequence) else [pos]:
             chosen[torch.arange(len(chosen)), inputs.places(one, self.real)] = True
         return chosen
 

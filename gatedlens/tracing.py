@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gatedlens import inputs
-from gatedlens.corruption import EMBED, Corruption, Subject, marked_by
+from gatedlens.corruption import EMBED, Corruption, marked_by
 from gatedlens.errors import InputError, PointError
 from gatedlens.hooking import Batch
 from gatedlens.hookpoint import HookPoint
@@ -41,7 +41,7 @@ def causal_trace(
     clean: Any,
     metric: Metric,
     *,
-    subject: Subject = None,
+    subject: Any = None,
     corrupt: Any = "noise",
     point: str = "resid_post",
     window: int = 1,
@@ -49,22 +49,24 @@ def causal_trace(
     noise: int | float = 3.0,
     samples: int = 10,
     seed: int = 0,
+    attention_mask: Tensor | None = None,
     max_rows: int = 64,
     progress: bool = True,
 ) -> Result:
     """The indirect effect of every (layer, position), a Result layer x pos; see the head of this file.
 
-    clean: text(s), ids, a pair (ids, mask), images. metric: logits -> one number a row. corrupt: "noise", or the counterfactual
-    input, of the same shape. subject: the positions that are noised: the same in all rows, or a boolean mask [batch, pos];
-    a counterfactual's are those where it differs. point: what is restored: a point of a block ("mixer.hook_scan") or its
-    short name; layers that lack it are left out. window: so many layers at once. positions: which to restore (all), or a
-    mapping of labels to a position, or to one a row, counted among its real ones: {"key": key_pos, "last": -1}. noise: its
-    standard deviation, as a multiple of the embeddings'; samples: draws of it, the same for all cells. max_rows: rows in
-    one forward at most (memory). Facts of the result: `clean` and `corrupted` (the metric), `total_effect`, what was
-    corrupted and how.
+    clean: text(s), ids, a pair (ids, mask), images. metric: logits -> one number a row. corrupt: "noise", or the
+    counterfactual input, of the same shape. subject: the positions that are noised (see `positions.py`): the same in
+    all rows, a tensor [batch] for one a row, a mask [batch, pos], ...; a counterfactual's are those where it differs.
+    point: what is restored: a point of a block ("mixer.hook_scan") or its short name; layers that lack it are left
+    out. window: so many layers at once. positions: which to restore (all), or a mapping of labels to a position, or
+    to one a row, counted among its real ones: {"key": key_pos, "last": -1}. noise: its standard deviation, as a
+    multiple of the embeddings'; samples: draws of it, the same for all cells. attention_mask: of inputs that are no
+    pairs. max_rows: rows in one forward at most (memory). Facts of the result: `clean` and `corrupted` (the metric),
+    `total_effect`, what was corrupted and how.
     """
     _check_numbers(window, samples, max_rows, noise)
-    batch = inputs.ready(model, clean)
+    batch = inputs.ready(model, clean, attention_mask=attention_mask)
     layers = _points(model, point)
     out, cache = model.run_with_cache(batch, names_filter=[EMBED, *layers.values()])
     real = inputs.real(model, batch)
@@ -76,7 +78,8 @@ def causal_trace(
             raise InputError(
                 "subject goes with noise: a counterfactual's subject is where it differs from the clean input."
             )
-        corruption = Corruption.counterfactual(model, batch, cache[EMBED], corrupt)
+        other = inputs.ready(model, corrupt, attention_mask=attention_mask)
+        corruption = Corruption.counterfactual(model, batch, cache[EMBED], other)
     runs = Runs(model, metric, corruption, {layer: cache[name] for layer, name in layers.items()}, layers)
     places, names = _places(positions, real, inputs.labels(model, batch), corruption.marked)
     windows = [_window(layer, window, list(layers)) for layer in layers]
@@ -117,7 +120,8 @@ class Runs:
         """The metric of every (layers, position of each row)."""
         samples = self.corruption.samples
         units = [(cell, sample) for cell in cells for sample in range(samples)]
-        size = max(1, max_rows // len(self.corruption.batch.value))
+        # Hooks of the user's own may depend on the rows of the batch: then each unit is a run by itself.
+        size = 1 if self.model.is_hooked() else max(1, max_rows // len(self.corruption.batch.value))
         starts = tqdm(range(0, len(units), size), disable=not progress, desc="causal trace", unit="batch")
         values = [value for start in starts for value in self._together(units[start : start + size])]
         return torch.stack(values).reshape(len(cells), samples, -1)
@@ -153,10 +157,10 @@ class Runs:
         return restore
 
 
-def _check_numbers(window: int, samples: int, max_rows: int, noise: int | float) -> None:
+def _check_numbers(window: Any, samples: Any, max_rows: Any, noise: int | float) -> None:
     for name, value in (("window", window), ("samples", samples), ("max_rows", max_rows)):
-        if value < 1:
-            raise InputError(f"{name}={value}: it is at least 1.")
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{name}={value}: it is at least 1, a whole number.")
     if noise <= 0:
         raise InputError(f"noise={noise}: it is more than 0, a multiple of the embeddings' standard deviation.")
 

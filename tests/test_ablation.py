@@ -109,9 +109,12 @@ def test_components_as_seen_in_a_cache(model, clean):
         (lambda: ablation.zero("blocks.0.hook_mixer_ot"), gl.PointError, "Did you mean 'blocks.0.hook_mixer_out'"),
         (lambda: ablation.freeze(NAME, {}), gl.PointError, "The source holds no blocks.0.hook_mixer_out"),
         (lambda: ablation.freeze(NAME, {NAME: torch.zeros(3, 3)}), gl.InputError, r"has shape \[3, 3\]"),
+        (lambda: ablation.freeze(NAME, None), gl.InputError, "The source is NoneType; it is an ActivationCache"),
+        (lambda: ablation.zero(NAME, d_model="a"), gl.InputError, "d_model='a' is no index"),
+        (lambda: ablation.zero(NAME) + 3, TypeError, "unsupported operand"),
         (lambda: ablation.resample(NAME), gl.InputError, "at least two"),
         (lambda: ablation.zero(NAME, d_model=slice(900, 950)), gl.InputError, "names no entry"),
-        (lambda: ablation.zero(NAME, pos=[]), gl.InputError, "names no entry"),
+        (lambda: ablation.zero(NAME, pos=[]), gl.InputError, "names no position"),
         (lambda: ablation.zero(NAME, d_model=[True, False]), gl.InputError, "a mask of shape"),
         (lambda: ablation.zero(NAME, d_model=0.5), gl.InputError, "is no index"),
         (lambda: ablation.zero(NAME, d_model={"blocks.1": [0]}), gl.InputError, "says nothing of blocks.0"),
@@ -175,7 +178,7 @@ def test_padding_of_a_source_takes_no_part(lm):
     assert same(got, torch.cat(alone).mean(0).expand_as(got))
     got = fired(lm, ablation.mean(NAME, cache))
     assert same(got[0, :4], (alone[0][:4] + alone[1]) / 2) and same(got[0, 4:], alone[0][4:])
-    with pytest.raises(gl.InputError, match="was padded"):
+    with pytest.raises(gl.InputError, match="The source is padded"):
         fired(lm, ablation.resample(NAME, cache))
     averages = ablation.means(lm, [(tokens, mask), rows[0].unsqueeze(0)], NAME, progress=False)
     assert (averages.rows, averages.positions) == (3, 18)
@@ -205,7 +208,25 @@ def test_means_of_a_data_set(model, clean):
         ablation.means(model, [], NAME)
 
 
+def test_an_ablation_at_a_position_in_each_row(model, clean):
+    wanted = clean[NAME].clone()
+    wanted[torch.arange(2), [1, 4]] = 0
+    mask = torch.zeros(wanted.shape[:2], dtype=torch.bool)
+    mask[0, 1] = mask[1, 4] = True
+    for pos in (torch.tensor([1, 4]), [[1], [4]], mask):
+        assert same(fired(model, ablation.zero(NAME, pos=pos)), wanted)
+    with pytest.raises(gl.InputError, match="goes by row and has 3 rows; the batch has 2"):
+        fired(model, ablation.zero(NAME, pos=torch.tensor([1, 2, 3])))
+
+
 def test_means_by_position_want_one_length(lm):
     with pytest.raises(gl.InputError, match="batches of one length"):
         ablation.means(lm, [example(lm, 2, 5), example(lm, 2, 6)], NAME, per_position=True, progress=False)
     assert not lm.list_hooks()
+
+
+def test_rows_of_other_lengths_are_not_resampled(lm):
+    tokens, mask = padded([example(lm, 1, n)[0] for n in (5, 3)], "left")
+    with pytest.raises(gl.InputError, match="The batch is padded: another row's blocks.0.hook_mixer_out"):
+        lm.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=ablation.resample(NAME).hooks(lm))
+    assert not lm.is_hooked()

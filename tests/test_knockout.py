@@ -422,6 +422,19 @@ def test_a_sweep_is_its_cells_one_by_one(model):
                 assert abs(result.at(layer=layer, src=name).values - want) < 1e-9
 
 
+@torch.no_grad()
+def test_a_sweep_under_hooks_of_the_users_own(model):
+    input, _ = given(model, "plain")
+    for own in (gl.ablation.resample("blocks.0.hook_mixer_in"), gl.ablation.zero("blocks.1.hook_mixer_in", pos=5)):
+        with own.on(model):
+            found = knockout.sweep(model, input, logit_sum, dst=5, src=[1, 3], progress=False)
+            clean = logit_sum(model(input)).mean()
+            for layer in range(model.cfg.n_layers):
+                with knockout.cut(3, 5, layers=layer).on(model):
+                    want = (logit_sum(model(input)).mean() - clean) / clean.abs()
+                assert abs(found[layer, 1] - want) < 1e-9
+
+
 def test_a_sweep_over_positions_under_padding(lm):
     tokens, options = given(lm, "right")
     last = options["attention_mask"].sum(1) - 1

@@ -90,3 +90,8 @@ def test_mistakes_about_the_lens_are_explained(model):
         lens.logit_lens(type(model).tiny(), model.run_with_cache(x)[1])
     with pytest.raises(gl.PointError, match="not in this cache"):
         lens.logit_lens(model, model.run_with_cache(x, names_filter="blocks.0.hook_resid_pre")[1])
+
+
+def test_it_says_what_it_is(recall_model):
+    said = repr(gl.lens.logit_lens(recall_model, gl.tasks.recall(2).tokens))
+    assert said == "LogitLens(gatedlens/mamba-recall, 2 rows, 3 depths x 21 positions)"

@@ -64,6 +64,14 @@ def test_normalised_is_1_for_clean_and_0_for_corrupted():
         metrics.normalised(metric, LOGITS, LOGITS)
 
 
+def test_what_is_true_or_a_whole_number_is_measured_too():
+    right = metrics.measure(lambda x: x[:, -1].argmax(-1) == LOGITS[:, -1].argmax(-1), LOGITS)
+    assert right.dtype == torch.float64 and right.tolist() == [1, 1, 1]
+    rank = metrics.per_row(lambda x: (x[:, -1] > x[:, -1, :1]).sum(-1), LOGITS)
+    assert rank.tolist() == [(row > row[0]).sum() for row in LOGITS[:, -1]]
+    assert metrics.measure(lambda x: x.mean().numpy(), LOGITS) == LOGITS.mean().float()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -74,9 +82,13 @@ def test_normalised_is_1_for_clean_and_0_for_corrupted():
         (lambda: metrics.kl(OTHER[:2])(LOGITS), "kl compares with logits"),
         (lambda: metrics.loss(torch.zeros(2, 2))(LOGITS), "loss needs logits"),
         (lambda: metrics.per_row(lambda x: x.mean(), LOGITS), "one number for 3 rows"),
+        (lambda: metrics.per_row(lambda x: x.mean().reshape(1), LOGITS), "one number for 3 rows"),
+        (lambda: metrics.measure(lambda x: x[:, 0, 0] * 1j, LOGITS), "real numbers"),
         (lambda: metrics.measure(lambda x: x[:, :, 0], LOGITS), r"returned shape \[3, 5\] for 3 rows"),
         (lambda: metrics.measure(lambda x: x[:, 0, 0] * torch.nan, LOGITS), "NaN"),
         (lambda: metrics.measure(lambda x: "a", LOGITS), "returned str"),
+        (lambda: metrics.measure(None, LOGITS), "The metric is None; it is a function of logits"),
+        (lambda: metrics.logit("A")(LOGITS), "token='A': whole numbers are meant; model.to_single_token"),
     ],
 )
 def test_mistakes_are_explained(call, message):

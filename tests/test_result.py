@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import matplotlib
 import numpy
@@ -19,7 +20,7 @@ VALUES = torch.tensor([[0.0, 1.0, -3.0], [0.5, torch.nan, 2.0]], dtype=torch.flo
 @pytest.fixture
 def result():
     labels = {"pos": ["<bos>", "D", "D"]}
-    return Result(VALUES, ("layer", "pos"), labels, "Patching", "normalised", {"model": "m", "baseline": 0.25})
+    return Result(VALUES, ("layer", "pos"), labels, "Patching", "normalised", {"model": "m", "clean": 0.25})
 
 
 def test_it_stands_where_a_tensor_does(result):
@@ -27,6 +28,28 @@ def test_it_stands_where_a_tensor_does(result):
     assert torch.equal(torch.nan_to_num(result), torch.nan_to_num(VALUES))
     assert result.nansum() == VALUES.nansum() and numpy.asarray(result).shape == (2, 3)
     assert torch.stack([result, result]).shape == (2, 2, 3)
+
+
+def test_it_is_computed_with_as_a_tensor_is(result):
+    want = VALUES.nan_to_num(7)
+    result = replace(result, values=want)
+    for found, value in (
+        (torch.as_tensor(result), want), (torch.tensor([1.0]) - result, 1 - want), (result - 1, want - 1),
+        (1 - result, 1 - want), (2 * result / result, 2 * want / want), (result**2, want**2), (-result, -want),
+        (abs(result), want.abs()), (result @ result.T, want @ want.T), (result > 0.5, want > 0.5),
+        (result == result, want == want), (result != want, want != want), (result + result, 2 * want),
+    ):  # fmt: skip
+        assert type(found) is torch.Tensor and torch.allclose(found, value.to(found), equal_nan=True)
+    one = result.at(layer=0, pos=1)
+    assert float(one) == 1 and int(one) == 1 and bool(one) and f"{one:.2f}" == "1.00"
+    assert len({result, result}) == 1, "it is told apart by identity, as a tensor is"
+
+
+def test_a_layer_that_is_not_there_is_no_index():
+    some = Result(torch.arange(3.0), ("layer",), {"layer": [0, 1, 3]})
+    assert some.at(layer=3).values == 2 and some.at(layer=-1).values == 2
+    with pytest.raises(InputError, match="layer=2 is not there; the axis holds"):
+        some.at(layer=2)
 
 
 def test_entries_and_labels_by_name(result):
@@ -40,6 +63,14 @@ def test_the_strongest_cells(result):
     assert [cell["value"] for cell in result.top(10)] == [-3, 2, 1, 0.5, 0]
     assert result.top(1) == [{"layer": 0, "pos": 2, "pos_label": "D", "value": -3.0}]
     assert result.top(1, signed=True)[0]["value"] == 2 and "'D'" in repr(result)
+
+
+def test_sizes_and_colours_are_measured_from_the_baseline(result):
+    raw = replace(result, values=VALUES - 9, facts={"baseline": -9.0})
+    assert [cell["value"] for cell in raw.top(2)] == [-12, -7] and raw.top(1, signed=True)[0]["value"] == -7
+    assert raw.plot().axes[0].images[0].get_clim() == (-12, -6), "white where nothing happens"
+    bars = raw.at(layer=0).plot().axes[0].patches
+    assert [(bar.get_y(), bar.get_height()) for bar in bars] == [(-9, 0), (-9, 1), (-9, -3)]
 
 
 def test_there_and_back(result, tmp_path):

@@ -55,6 +55,16 @@ def test_the_vector_is_the_mean_difference(model):
 
 
 @torch.no_grad()
+def test_a_vector_at_a_position_in_each_row(model):
+    vector, x = made(model), example(model)
+    with vector.on(model, 2.0, pos=torch.tensor([1, 3])):
+        found = model(x)
+    where = torch.zeros(2, model.positions(model.prepare(x)[0]))
+    where[0, 1] = where[1, 3] = 1
+    assert torch.allclose(found, by_hand(model, x, NAME, vector.vector, where, 2.0), **CLOSE)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_positions_are_counted_among_real_tokens(lm, side):
     rows = [example(lm, 1, n, seed=n)[0] for n in (7, 4)]

@@ -66,6 +66,8 @@ class Intervention:
     steps: tuple[Step, ...]
 
     def __add__(self, other: Intervention) -> Intervention:
+        if not isinstance(other, Intervention):
+            return NotImplemented
         return Intervention(self.steps + other.steps)
 
     def hooks(self, model: Any) -> list[tuple[str, Callable[..., Any]]]:

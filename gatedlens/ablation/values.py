@@ -10,14 +10,16 @@ data set, or any mapping of full names to tensors.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gatedlens.ablation.average import Means
-from gatedlens.ablation.intervention import Intervention, edit
+from gatedlens.ablation.intervention import EditStep, Intervention, edit
+from gatedlens.ablation.where import Where
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError
 from gatedlens.hookpoint import HookPoint
@@ -98,10 +100,7 @@ def resample(names: str | Sequence[str], source: Any = None, seed: int = 0, **in
             return x.roll(int(torch.randint(1, len(x), (), generator=generator)), 0)
         stored = _stored(source, point)
         if _real(source, point, stored) is not None:
-            raise InputError(
-                f"The source was padded: another row's {point.name} would bring padding to real positions. Resample from "
-                "rows of one length."
-            )
+            raise InputError(_padded("source", point))
         n = len(stored)
         if n == len(x) and n > 1:
             drawn = (torch.arange(n) + torch.randint(1, n, (n,), generator=generator)) % n
@@ -109,7 +108,32 @@ def resample(names: str | Sequence[str], source: Any = None, seed: int = 0, **in
             drawn = torch.randint(n, (len(x),), generator=generator)
         return _fitting(stored[drawn], x, point, source)
 
-    return edit(names, other, **index)
+    if source is not None:
+        return edit(names, other, **index)
+    return Intervention((Unpadded(Where((names,) if isinstance(names, str) else tuple(names), index), other),))
+
+
+@dataclass(frozen=True)
+class Unpadded(EditStep):
+    """An edit that hands activations from row to row of a batch, refused where the rows differ in length."""
+
+    def hooks(self, model: Any) -> list[tuple[str, Callable[..., Any]]]:
+        return [(name, self._checked(model, hook)) for name, hook in super().hooks(model)]
+
+    def _checked(self, model: Any, edit: Callable[..., Any]) -> Callable[..., Any]:
+        def hook(tensor: Tensor, hook: HookPoint) -> Any:
+            if model.current().padding.mask is not None:
+                raise InputError(_padded("batch", hook))
+            return edit(tensor, hook)
+
+        return hook
+
+
+def _padded(what: str, point: HookPoint) -> str:
+    return (
+        f"The {what} is padded: another row's {point.name} would bring padding to real positions. Resample from rows of "
+        "one length."
+    )
 
 
 # -- from another run -----------------------------------------------------------------------------------------------
@@ -121,6 +145,10 @@ def _stored(source: Any, point: HookPoint) -> Tensor:
         value: Tensor = source[point.name]
     except KeyError as error:
         raise PointError(f"The source holds no {point.name}: cache it first (names_filter={point.name!r}).") from error
+    except TypeError as error:
+        raise InputError(
+            f"The source is {type(source).__name__}; it is an ActivationCache, gl.ablation.means(...), or a dict of full names."
+        ) from error
     if isinstance(source, ActivationCache):
         if source.sliced and point.pos_dim is not None:
             raise InputError(

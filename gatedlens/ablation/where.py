@@ -19,6 +19,7 @@ from torch import Tensor
 from gatedlens.errors import InputError, PointError
 from gatedlens.layers import layers_of
 from gatedlens.points import Point
+from gatedlens.positions import mask_of
 
 Index = int | slice | Sequence[int] | Tensor
 Layers = str | int | slice | Sequence[int] | None
@@ -62,8 +63,9 @@ class Component:
 class Where:
     """Some entries of some points: `Where(("blocks.*.mixer.hook_write",), {"pos": 3})`.
 
-    An index is a number, slice, list or boolean mask (positions are those of the call, padding included); or, where parts
-    differ, a mapping of the parts of the model to these: `{"blocks.0.mixer": [3, 5], ...}`. `layers` replaces {l} in names.
+    An index is a number, slice, list or boolean mask; or, where parts differ, a mapping of the parts of the model to these:
+    `{"blocks.0.mixer": [3, 5], ...}`. `pos` may go by row as well, a tensor [batch]: see `positions.py`; positions are
+    those of the call, padding included. `layers` replaces {l} in names.
     `others`: all entries but these.
     """
 
@@ -95,7 +97,7 @@ class Where:
             if axis not in point.dims:
                 raise PointError(f"{name} has no axis {axis!r}; its axes are: {point.axes}.")
             size = sizes.get(axis)
-            if size is not None:
+            if size is not None and axis != "pos":
                 along(axis, index, size, name)
 
     def at(self, name: str) -> dict[str, Any]:
@@ -107,8 +109,11 @@ class Where:
         mask = torch.ones([1] * len(shape), dtype=torch.bool, device=device)
         for axis, index in self.at(name).items():
             dim = point.axis(axis)
-            chosen = along(axis, index, shape[dim], "this activation").to(device)
-            mask = mask & chosen.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+            if axis == "pos":
+                chosen, dims = mask_of(index, axis, shape[0], shape[dim], device), [0, dim]
+            else:
+                chosen, dims = along(axis, index, shape[dim], "this activation").to(device), [dim]
+            mask = mask & chosen.reshape([shape[d] if d in dims else 1 for d in range(len(shape))])
         return ~mask if self.others else mask
 
 
@@ -122,13 +127,20 @@ def _of_part(index: Any, axis: str, name: str) -> Any:
     raise InputError(f"{axis}=... says nothing of {name}; it speaks of {', '.join(index)}.")
 
 
+def _as_tensor(axis: str, index: Any) -> Tensor:
+    try:
+        return torch.as_tensor(index)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{axis}={index!r} is no index: give whole numbers, a slice or a boolean mask.") from error
+
+
 def along(axis: str, index: Any, size: int, name: str) -> Tensor:
     """Which of the `size` entries of an axis an index means [size]; InputError for one that means none or too many."""
     chosen = torch.zeros(size, dtype=torch.bool)
     if isinstance(index, slice):
         chosen[index] = True
     else:
-        asked = torch.as_tensor(index).cpu()
+        asked = _as_tensor(axis, index).cpu()
         if asked.dtype == torch.bool and tuple(asked.shape) != (size,):
             raise InputError(f"{axis}: a mask of shape {list(asked.shape)}; {name} has {size} of that axis.")
         if asked.is_floating_point() and asked.numel():

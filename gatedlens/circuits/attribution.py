@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gatedlens.circuits.pair import Pair, rows, steps_of, subtracting
+from gatedlens import inputs
+from gatedlens.circuits.pair import Pair, steps_of, subtracting
 from gatedlens.circuits.sensitivity import Listener, along_input, listen
 from gatedlens.errors import InputError, PointError
 from gatedlens.hooking import CACHE_LIMIT
-from gatedlens.metrics import Metric
+from gatedlens.metrics import Metric, per_row
 from gatedlens.points import NamesFilter, Point
 from gatedlens.recurrence import at_least_float32
 from gatedlens.result import Result
@@ -119,7 +120,7 @@ def attribution_patch_ig_activations(
 
 @torch.no_grad()
 def _baselines(metric: Metric, clean: Tensor, corrupted: Tensor) -> dict[str, Any]:
-    return {"metric_clean": float(rows(metric, clean).mean()), "metric_corrupted": float(corrupted.mean())}
+    return {"clean": float(per_row(metric, clean).mean()), "corrupted": float(corrupted.mean())}
 
 
 # -- which points, and what remains of them -------------------------------------------------------------------------
@@ -160,11 +161,14 @@ class _Points:
 
     def results(self, scores: _Scores, title: str, pair: Pair, facts: dict[str, Any]) -> Any:
         told = {"model": self.model.cfg.model_name, **facts}
-        every = {row: self._result(row, scores, title, pair.pos_labels(), told) for row in self.found}
+        every = {
+            row: self._result(row, scores, title, {"pos": inputs.labels(self.model, pair.clean)}, told)
+            for row in self.found
+        }
         return next(iter(every.values())) if self.single else every
 
     def _result(
-        self, row: str, scores: _Scores, title: str, labels: dict[str, list[str]], facts: dict[str, Any]
+        self, row: str, scores: _Scores, title: str, labels: dict[str, list[Any]], facts: dict[str, Any]
     ) -> Result:
         names = self.found[row]
         values, axes = torch.stack([scores.total(name) for name in names]), ("layer", *self.kept(names[0]))

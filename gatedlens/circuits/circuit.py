@@ -88,6 +88,8 @@ class Circuit:
         """`circuit.keep([("embed", "0.mixer"), ("0.mixer", "logits")])`: these edges, whatever their scores."""
         kept = torch.zeros_like(self.kept)
         for edge in edges:
+            if isinstance(edge, str) or len(edge) not in (2, 3):
+                raise InputError(f"{edge!r} is no edge: give (sender, receiver), with a position where they have one.")
             kept[self._place(Edge(*edge))] = True
         return Circuit(self.scores, kept)
 
@@ -172,7 +174,10 @@ class Circuit:
     def from_dict(cls, data: Mapping[str, Any]) -> Circuit:
         """The Circuit of a `to_dict()`."""
         if data.get("format") != FORMAT or "kept" not in data:
-            raise InputError(f"This is no saved circuit: format is {data.get('format')!r}, expected {FORMAT}.")
+            raise InputError(
+                f"This is no saved circuit: format is {data.get('format')!r} (expected {FORMAT}), and it holds "
+                f"{', '.join(map(str, data))}."
+            )
         scores = Result.from_dict(data["scores"])
         kept = torch.zeros(scores.shape, dtype=torch.bool)
         for place in data["kept"]:

@@ -21,10 +21,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gatedlens.circuits.graph import Graph, Node
-from gatedlens.circuits.pair import Pair, rows
+from gatedlens.circuits.pair import Pair
 from gatedlens.errors import InputError
 from gatedlens.hookpoint import Capture
-from gatedlens.metrics import Metric
+from gatedlens.metrics import Metric, per_row
 
 
 class EdgePatch:
@@ -81,13 +81,13 @@ class EdgePatch:
     def faithfulness(self, metric: Metric, circuits: Iterable[Tensor]) -> list[float]:
         """(m(circuit) - m(corrupted)) / (m(clean) - m(corrupted)) of each set of kept edges, m the mean over rows."""
         with torch.no_grad():
-            whole = float(rows(metric, self.pair.run(self.pair.clean)).mean())
-            nothing = float(rows(metric, self.corrupted_logits).mean())
+            whole = float(per_row(metric, self.pair.run(self.pair.clean)).mean())
+            nothing = float(per_row(metric, self.corrupted_logits).mean())
         if abs(whole - nothing) < 1e-12 * max(abs(whole), abs(nothing), 1e-12):
             raise InputError(
                 f"The metric is {whole:.6g} in the clean and in the corrupted run: nothing to be faithful to."
             )
-        found = [float(rows(metric, self.logits(kept)).mean()) for kept in circuits]
+        found = [float(per_row(metric, self.logits(kept)).mean()) for kept in circuits]
         return [(value - nothing) / (whole - nothing) for value in found]
 
 

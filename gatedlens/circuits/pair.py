@@ -3,7 +3,6 @@
     pair = Pair.of(model, clean, corrupted, {"attention_mask": mask})
     logits = pair.run(pair.corrupted, hooks=[(name, hook)])
     logits, store = pair.cached(pair.clean, names)
-    rows(metric, logits)                                                 # [batch]
 
 `differences` are what the methods multiply with gradients: clean minus corrupted, one tensor a point.
 """
@@ -15,13 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from gatedlens import inputs
 from gatedlens.errors import InputError
 from gatedlens.hooking import CACHE_LIMIT, Batch
 from gatedlens.hookpoint import Saver
-from gatedlens.metrics import Metric, per_row
 
 WHOLE = ("return_type", "start_at_layer", "stop_at_layer", "return_state")  # options that would cut a run short
 
@@ -43,7 +41,7 @@ class Pair:
                 raise InputError(
                     f"{option}={options[option]!r}: here the model runs whole, from its input to its logits."
                 )
-        (good, rest), (bad, _) = (model.prepare(one, **options) for one in (clean, corrupted))
+        (good, rest), (bad, _) = (inputs.prepared(model, one, **options) for one in (clean, corrupted))
         if good.value.shape != bad.value.shape:
             raise InputError(
                 f"The clean input is {list(good.value.shape)} and the corrupted one {list(bad.value.shape)}: each entry of "
@@ -67,12 +65,6 @@ class Pair:
         """Logits, and what some points held."""
         wanted: dict[str, Any] = {"names_filter": list(names), "max_bytes": max_bytes, "return_cache_object": False}
         return self.model.run_with_cache(batch, **wanted, **self.options)
-
-    def pos_labels(self) -> dict[str, list[str]]:
-        """{"pos": the clean tokens} of a text that is one row; else nothing."""
-        if self.model.tokenizer is None or len(self.clean.value) != 1:
-            return {}
-        return {"pos": self.model.to_str_tokens(self.clean.value)}
 
     @torch.no_grad()
     def differences(self, names: Iterable[str], max_bytes: int | None = CACHE_LIMIT) -> dict[str, Tensor]:
@@ -103,15 +95,7 @@ def _alike(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         given = other if one is None else one
         return given is None or bool(given.bool().all())
-    return torch.equal(one, other)
-
-
-def rows(metric: Metric, logits: Tensor) -> Float[Tensor, " batch"]:
-    """The metric's numbers, checked to be one a row."""
-    value = per_row(metric, logits)
-    if len(value) != len(logits):
-        raise InputError(f"The metric returned {len(value)} numbers for {len(logits)} rows; each row needs its own.")
-    return value
+    return torch.equal(one.bool(), other.bool())
 
 
 def steps_of(steps: int) -> list[float]:

@@ -23,13 +23,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gatedlens.circuits.graph import Graph, Node
-from gatedlens.circuits.pair import Pair, rows
+from gatedlens.circuits.pair import Pair
 from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
-from gatedlens.metrics import Metric
+from gatedlens.metrics import Metric, per_row
+from gatedlens.positions import mask_of
 from gatedlens.result import Result
-
-Positions = int | slice | Sequence[int] | Tensor | None
 
 
 def path_patch(
@@ -39,15 +38,16 @@ def path_patch(
     metric: Metric,
     sender: str,
     receivers: str | Sequence[str] = "logits",
-    pos: Positions = None,
+    pos: Any = None,
     **options: Any,
 ) -> Float[Tensor, " batch"]:
     """metric(patched) - metric(corrupted), one number a row, of the paths sender -> receivers.
 
-    sender, receivers: nodes (`Graph.of(model).names`), their points, or globs of receivers; every receiver comes after
-    the sender. The path into `logits` is the direct effect. pos: the positions at which the sender is patched (all if
-    None). Several receivers are patched at once, each with what it reads while the others are
-    frozen: what one of them then says to another is not counted (so with `logits` among them, only the direct effect).
+    sender, receivers: nodes (`Graph.of(model).names`), their points, or globs of receivers; every receiver comes
+    after the sender. The path into `logits` is the direct effect. pos: the positions at which the sender is patched
+    (all if None; a tensor [batch] for one a row, see `positions.py`). Several receivers are patched at once, each
+    with what it reads while the others are frozen: what one of them then says to another is not counted (so with
+    `logits` among them, only the direct effect).
     """
     graph = Graph.of(model)
     source, chosen = graph.sender(sender), graph.some(receivers)
@@ -61,7 +61,7 @@ def path_patch_senders(
     corrupted: Any,
     metric: Metric,
     receivers: str | Sequence[str] = "logits",
-    pos: Positions = None,
+    pos: Any = None,
     progress: bool = True,
     **options: Any,
 ) -> Result:
@@ -90,16 +90,16 @@ class Paths:
         self.written = pair.differences(node.writes for node in senders)
         needed = [name for node in receivers for name in (_start(node.layer), node.reads)]
         logits, self.frozen = pair.cached(pair.corrupted, dict.fromkeys(needed))
-        self.base = rows(metric, logits)
+        self.base = per_row(metric, logits)
 
     @torch.no_grad()
-    def effect(self, sender: Node, receivers: Sequence[Node], pos: Positions = None) -> Float[Tensor, " batch"]:
+    def effect(self, sender: Node, receivers: Sequence[Node], pos: Any = None) -> Float[Tensor, " batch"]:
         """metric(patched) - metric(corrupted), run from the first receiver's block on; the sender comes before them all."""
         said = at_positions(self.written[sender.writes], pos)
         hooks = [(node.reads, _reading(self.frozen[node.reads] + said)) for node in receivers]
         layer = min(node.layer for node in receivers)
         start = Batch(self.frozen[_start(layer)], self.pair.corrupted.mask, is_resid=True)
-        return rows(self.metric, self.pair.run(start, hooks, start_at_layer=layer)) - self.base
+        return per_row(self.metric, self.pair.run(start, hooks, start_at_layer=layer)) - self.base
 
 
 def _start(layer: int) -> str:
@@ -110,13 +110,8 @@ def _reading(value: Tensor) -> Any:
     return lambda x, hook: value.to(x.dtype)
 
 
-def at_positions(x: Float[Tensor, "batch pos d_model"], pos: Positions) -> Float[Tensor, "batch pos d_model"]:
+def at_positions(x: Float[Tensor, "batch pos d_model"], pos: Any) -> Float[Tensor, "batch pos d_model"]:
     """`x` at some positions, zero at the others."""
     if pos is None:
         return x
-    kept = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
-    try:
-        kept[pos if isinstance(pos, int | slice) else torch.as_tensor(pos, dtype=torch.long)] = True
-    except IndexError:
-        raise InputError(f"pos={pos} is out of range: the stream has {x.shape[1]} positions.") from None
-    return x * kept.unsqueeze(-1)
+    return x * mask_of(pos, "pos", x.shape[0], x.shape[1], x.device).unsqueeze(-1)

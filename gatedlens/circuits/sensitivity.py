@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.autograd.function import Function
 from tqdm.auto import tqdm
 
-from gatedlens.circuits.pair import Pair, rows, steps_of
+from gatedlens.circuits.pair import Pair, steps_of
 from gatedlens.errors import InputError
 from gatedlens.hookpoint import Saver
-from gatedlens.metrics import Metric
+from gatedlens.metrics import Metric, per_row
 
 EMBED = "hook_embed"  # where an input enters, in every architecture
 Listener = Callable[[Tensor], None]
@@ -67,7 +67,7 @@ def listen(pair: Pair, metric: Metric, listeners: Mapping[str, Listener], hooks:
     with torch.enable_grad():
         anchor = torch.zeros((), requires_grad=True, device=pair.corrupted.value.device)
         ears = [(name, _Listen(anchor, listener)) for name, listener in listeners.items()]
-        value = rows(metric, pair.run(pair.corrupted, [*hooks, *ears]))
+        value = per_row(metric, pair.run(pair.corrupted, [*hooks, *ears]))
         if not value.requires_grad:
             raise InputError(
                 "The metric has no gradient: it does not depend on the logits, or goes through argmax, a comparison, "

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gatedlens.errors import HookError
+
 Index = slice | list[int]
 
 
@@ -86,8 +88,12 @@ class Call:
 
     def apply(self, rows: Tensor, start: int) -> None:
         out = self.setter(rows, self.index, self.clean)
-        if out is not None and out is not rows:
-            rows.copy_(out)
+        if out is None or out is rows:
+            return
+        if not isinstance(out, Tensor) or out.shape != rows.shape:
+            said = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise HookError(f"The patch setter returned {said} at {self.name}; the activation is {list(rows.shape)}.")
+        rows.copy_(out)
 
     def changes(self, rows: Tensor) -> bool:
         edited = rows.clone()

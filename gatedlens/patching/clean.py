@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,18 +11,23 @@ from torch import Tensor
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError
 from gatedlens.hooking import Batch
-from gatedlens.patching.runs import Corrupted
+from gatedlens.patching.baseline import Baseline
 
 
 class Clean:
     """`Clean(cache, corrupted)[name]`: a cached activation; `cache` is an ActivationCache, or a dict of full names."""
 
-    def __init__(self, cache: Any, corrupted: Corrupted):
+    def __init__(self, cache: Any, corrupted: Baseline):
         self.cache = cache
         self.corrupted = corrupted
         self.model = corrupted.model
         if isinstance(cache, ActivationCache):
             self._check(cache)
+        elif not isinstance(cache, Mapping):
+            raise InputError(
+                f"The clean cache is {type(cache).__name__}; it is what model.run_with_cache(clean) gives beside the logits, "
+                "or a dict of full names."
+            )
 
     def _check(self, cache: ActivationCache) -> None:
         corrupted = self.corrupted

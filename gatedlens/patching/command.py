@@ -107,12 +107,12 @@ def _prompts(model: Any, name: str, *given: str | None) -> tuple[str, str, str, 
 
 
 def _points(model: Any, point: str) -> tuple[str, Any]:
-    """(glob, edits) of a word of the family, of a point's word in any layer, or of a name or glob."""
+    """(glob, edits) of a word of the family, of a point's word or name in any layer, or of a full name or glob."""
     if point in WORDS:
         return WORDS[point], carried if point == "state" else copied
-    if "." in point:
-        return point, copied
     rests = {name.split(".", 2)[2] for name in model.names if name.startswith("blocks.")}
+    if "." in point:
+        return f"blocks.*.{point}" if point in rests else point, copied
     leaf = point if point.startswith("hook_") else f"hook_{point}"
     hits = sorted((rest for rest in rests if rest.rpartition(".")[2] == leaf), key=lambda rest: rest.count("."))
     for preferred in (leaf, f"mixer.{leaf}", f"attn.{leaf}", *hits[:1]):  # as in TransformerLens's shorthand

@@ -10,7 +10,7 @@ compares with per-row answers works as it does outside.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.metrics import measure
+from gatedlens.patching.baseline import Baseline
 from gatedlens.patching.cells import Cell, Plan
 from gatedlens.patching.clean import Clean
-from gatedlens.patching.runs import Corrupted
 from gatedlens.patching.store import Store
 from gatedlens.result import Result
 
@@ -66,6 +66,19 @@ class Options:
             )
         if self.max_bytes is not None and self.max_bytes < 1:
             raise InputError(f"max_bytes={self.max_bytes}: give a number of bytes, 1 or more.")
+        if isinstance(self.results, str | Path) and not Path(self.results).parent.is_dir():
+            raise InputError(f"results={str(self.results)!r}: there is no folder {str(Path(self.results).parent)!r}.")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Options:
+        """`Options.of({"reduce": "none"})`; InputError for an option that does not exist."""
+        known = [one.name for one in fields(cls) if one.name != "facts"]
+        for name in given:
+            if name not in known:
+                raise InputError(
+                    f"A sweep has no option {name!r}; it has {', '.join(known)}.{did_you_mean(name, known)}"
+                )
+        return cls(**given)
 
     def told(self, facts: Mapping[str, Any]) -> Options:
         """The same options, with facts for the Result."""
@@ -109,7 +122,7 @@ class Meter:
 
 
 @torch.no_grad()
-def measure_cells(corrupted: Corrupted, clean: Clean, plan: Plan, metric: Any, options: Options) -> Result:
+def measure_cells(corrupted: Baseline, clean: Clean, plan: Plan, metric: Any, options: Options) -> Result:
     """Every cell's number, laid out on the plan's axes (a "metric" axis in front for a dict of metrics, "batch" at the
     end where rows are kept)."""
     meter = Meter(metric, options.reduce)
@@ -152,7 +165,7 @@ def _how_to_go_on(store: Store, path: Path | None) -> str:
 # -- which cells go together ----------------------------------------------------------------------------------------
 
 
-def batches(corrupted: Corrupted, cells: Sequence[Cell], max_bytes: int | None) -> Iterator[list[Cell]]:
+def batches(corrupted: Baseline, cells: Sequence[Cell], max_bytes: int | None) -> Iterator[list[Cell]]:
     """The cells, batch by batch; before each the runs are advanced to the position at which it starts."""
     size = Sizes(corrupted, cells, max_bytes)
     ordered = sorted(cells, key=lambda cell: (cell.first, corrupted.entry(cell)))
@@ -163,7 +176,7 @@ def batches(corrupted: Corrupted, cells: Sequence[Cell], max_bytes: int | None) 
             yield from (same[i : i + n] for i in range(0, len(same), n))
 
 
-def bands(corrupted: Corrupted, ordered: Sequence[Cell], size: Sizes) -> Iterator[tuple[int, list[Cell]]]:
+def bands(corrupted: Baseline, ordered: Sequence[Cell], size: Sizes) -> Iterator[tuple[int, list[Cell]]]:
     """(start, cells) of neighbouring positions: as wide as a batch of those that enter at one block allows."""
     start, most = 0, 0
     band: list[Cell] = []
@@ -182,7 +195,7 @@ def bands(corrupted: Corrupted, ordered: Sequence[Cell], size: Sizes) -> Iterato
 class Sizes:
     """How many cells go into one batch: from the bytes that one position of one row takes in the widest block."""
 
-    def __init__(self, corrupted: Corrupted, cells: Sequence[Cell], max_bytes: int | None):
+    def __init__(self, corrupted: Baseline, cells: Sequence[Cell], max_bytes: int | None):
         model = corrupted.model
         heard = {edit.name for cell in cells for edit in cell.edits}
         sizes = {**model.cfg.sizes, "batch": 1, "pos": 1, "key_pos": corrupted.length}
@@ -193,9 +206,9 @@ class Sizes:
                 elements[place] = elements.get(place, 0) + point.elements(sizes)
         width = torch.empty((), dtype=model.cfg.dtype).element_size()
         self.per_position = corrupted.rows * max(width, 4) * max(elements.values())
-        self.length = corrupted.length
+        self.length, self.alone = corrupted.length, corrupted.alone
         self.limit = max_bytes or (ON_CPU if corrupted.batch.value.device.type == "cpu" else ON_ACCELERATOR)
 
     def cells(self, start: int) -> int:
         """How many cells a batch holds whose runs start at this position."""
-        return max(1, self.limit // (self.per_position * (self.length - start)))
+        return 1 if self.alone else max(1, self.limit // (self.per_position * (self.length - start)))

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
+from gatedlens import inputs
 from gatedlens.errors import InputError, PointError, did_you_mean
+from gatedlens.patching.baseline import Baseline
 from gatedlens.patching.cells import Call, Cell, Plan
 from gatedlens.patching.clean import Clean
 from gatedlens.patching.engine import Options, measure_cells
-from gatedlens.patching.labels import of_positions
-from gatedlens.patching.runs import Corrupted
 from gatedlens.result import Result
 
 HEADS, POSITIONS = ("head", "head_index"), ("pos", "src_pos", "dest_pos")  # TransformerLens's words for axes
@@ -43,10 +43,10 @@ def generic_activation_patch(
     one axis "patch". options: those of every sweep, `Options`. Returns a Result, with return_index_df a pair with the
     data frame.
     """
-    chosen = Options(**options)
+    chosen = Options.of(options)
     if (index_axis_names is None) == (index_df is None):
         raise InputError("generic_activation_patch takes index_axis_names or index_df: give one of them, not both.")
-    run = Corrupted(model, corrupted_tokens, chosen.attention_mask)
+    run = Baseline(model, corrupted_tokens, chosen.attention_mask)
     clean = Clean(clean_cache, run)
     names = list(index_df.columns) if index_df is not None else list(index_axis_names or ())
     if not names or names[0] != "layer":
@@ -63,11 +63,11 @@ def generic_activation_patch(
         cells.append(Cell(where, (Call(point, patch_setter, index, clean[point]),)))
     if index_df is None:
         axes = tuple(names)
-        labels = {axis: of_positions(model, run.batch) for axis in names if axis in POSITIONS}
+        labels = {axis: inputs.labels(model, run.batch) for axis in names if axis in POSITIONS}
     else:
         axes = ("patch",)
         labels = {"patch": [", ".join(f"{a} {i}" for a, i in zip(names, index, strict=True)) for index in indices]}
-    plan = Plan(axes, labels, tuple(sizes), tuple(cells), f"patching {activation_name}, clean into corrupted")
+    plan = Plan(axes, labels, tuple(sizes), tuple(cells), f"Patching {activation_name}, clean into corrupted")
     facts = {"model": model.cfg.model_name, "points": activation_name, "batch": run.rows}
     found: Result = measure_cells(run, clean, plan, patching_metric, chosen.told(facts))
     return (found, _frame(names, indices) if index_df is None else index_df) if return_index_df else found
@@ -85,7 +85,7 @@ def _point(model: Any, name: str, layer: int) -> str:
     return str(model.names.short(name, layer).name)
 
 
-def _size(run: Corrupted, name: str, axis: str) -> int:
+def _size(run: Baseline, name: str, axis: str) -> int:
     """How many entries an index axis has."""
     cfg, point = run.model.cfg, run.model.names[_point(run.model, name, 0)]
     if axis == "layer":

@@ -100,7 +100,9 @@ class Store:
             "cells": cells,
             "measured": done,
         }
-        what = "metric, 1 as in the clean run and 0 as in the corrupted" if self.normalised else "metric"
+        if not self.normalised and self.metrics is None:
+            facts["baseline"] = facts["corrupted"]
+        what = "score (corrupted 0, clean 1)" if self.normalised else "metric"
         return Result(self._layout(values).clone(), self.axes, labels, self.plan.title, what, facts)
 
     def fill(self, earlier: Result) -> None:

@@ -19,12 +19,12 @@ from typing import Any
 
 from torch import Tensor
 
+from gatedlens import inputs
 from gatedlens.errors import InputError, PointError
+from gatedlens.patching.baseline import Baseline
 from gatedlens.patching.cells import Cell, Edit, Index, Plan, Put
 from gatedlens.patching.clean import Clean
 from gatedlens.patching.engine import Options, measure_cells
-from gatedlens.patching.labels import of_positions
-from gatedlens.patching.runs import Corrupted
 from gatedlens.result import Result
 
 Edits = Callable[[str, Clean], list[tuple[str, Tensor | None]]]
@@ -61,16 +61,18 @@ def sweep(
 ) -> Result:
     """The metric with each entry of `axes` of `points` patched from the clean run into the corrupted one.
 
-    corrupted: what the model reads (tokens, text, images). clean_cache: the clean run's, with the points to patch in it.
-    metric: logits -> one number a row, or a scalar; or a dict of several by name. points: a name, alias or glob, or a
-    list of them. groups: how an axis is divided, for channels that are patched together: a number of equal groups, or a
-    dict of label -> indices. edits: what is put where: `copied`, or `carried` for states. options: see `Options`.
-    Returns a Result on the axes; `facts` hold the metric of the clean and of the corrupted run.
+    corrupted: what the model reads: text(s), ids, a pair (ids, mask), images. clean_cache: the clean run's, with the
+    points to patch in it. metric: logits -> one number a row, or a scalar; or a dict of several by name. points: a
+    name, alias or glob, or a list of them. groups: how an axis is divided, for channels that are patched together: a
+    number of equal groups, or a dict of label -> indices. edits: what is put where: `copied`, or `carried` for
+    states. options: see `Options`. Returns a Result on the axes; `facts` hold the metric of the clean and of the
+    corrupted run.
     """
-    chosen = Options(**options)
-    run = Corrupted(model, corrupted, chosen.attention_mask)
+    chosen = Options.of(options)
+    run = Baseline(model, corrupted, chosen.attention_mask)
     clean = Clean(clean_cache, run)
-    spread = Spread(run, clean, points, tuple(axes), dict(groups or {}), edits)
+    named = (axes,) if isinstance(axes, str) else tuple(axes)
+    spread = Spread(run, clean, points, named, dict(groups or {}), edits)
     facts = {"model": model.cfg.model_name, "points": spread.names, "batch": run.rows}
     return measure_cells(run, clean, spread.plan(title), metric, chosen.told(facts))
 
@@ -80,7 +82,7 @@ class Spread:
 
     def __init__(
         self,
-        run: Corrupted,
+        run: Baseline,
         clean: Clean,
         points: str | Sequence[str],
         axes: tuple[str, ...],
@@ -128,7 +130,7 @@ class Spread:
                 cells.append(Cell((*((kind,) if several else ()), *places), edits))
         sizes = (*((len(self.kinds),) if several else ()), *map(len, along))
         axes = (*(("point",) if several else ()), *self.axes)
-        said = title or f"patching {', '.join(kind.replace('hook_', '') for kind in self.kinds)}, clean into corrupted"
+        said = title or f"Patching {', '.join(kind.replace('hook_', '') for kind in self.kinds)}, clean into corrupted"
         return Plan(axes, self._labels(several), sizes, tuple(cells), said)
 
     def _names(self, kind: str, at: Mapping[str, int]) -> list[str]:
@@ -157,7 +159,7 @@ class Spread:
             if axis == "layer":
                 labels[axis] = list(self.layers)
             elif axis == "pos" and len(self.entries["pos"]) == self.run.length:
-                labels[axis] = of_positions(self.run.model, self.run.batch)
+                labels[axis] = inputs.labels(self.run.model, self.run.batch)
             else:
                 labels[axis] = [label for label, _ in self.entries[axis]]
         return labels

@@ -45,8 +45,8 @@ def test_without_names_every_point_that_is_not_lazy_takes_part(model):
     assert set(found) == wanted and all(isinstance(result, gl.Result) for result in found.values())
     whole = circuits.attribution_patch(model, clean, corrupted, METRIC, "blocks.*.hook_mixer_out")
     assert torch.allclose(whole.values, found["hook_mixer_out"].values, atol=1e-12)
-    assert whole.facts["metric_clean"] == pytest.approx(measured(model, clean).mean().item(), abs=1e-10)
-    assert whole.facts["metric_corrupted"] == pytest.approx(measured(model, corrupted).mean().item(), abs=1e-10)
+    assert whole.facts["clean"] == pytest.approx(measured(model, clean).mean().item(), abs=1e-10)
+    assert whole.facts["corrupted"] == pytest.approx(measured(model, corrupted).mean().item(), abs=1e-10)
 
 
 def test_the_axes_that_remain(model):
@@ -70,7 +70,7 @@ def test_where_the_metric_is_linear_it_is_the_effect(model):
     assert torch.allclose(got.values, measured(model, clean) - measured(model, corrupted), atol=1e-10)
 
 
-def test_padding_takes_no_part(lm):
+def test_padding_takes_no_part_in_an_attribution(lm):
     rows = [torch.randint(lm.cfg.d_vocab, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 8)]
     clean, mask = padded(rows, "left")
     corrupted, _ = padded([(row + 3) % lm.cfg.d_vocab for row in rows], "left")
@@ -153,7 +153,7 @@ def test_what_is_asked_wrongly_is_explained(model):
         attribute(model, clean, corrupted, lambda logits: METRIC(logits.detach()), "hook_embed")
     with pytest.raises(gl.InputError, match="one number for 2 rows"):
         attribute(model, clean, corrupted, lambda logits: METRIC(logits).mean(), "hook_embed")
-    with pytest.raises(gl.InputError, match="1 numbers for 2 rows"):
+    with pytest.raises(gl.InputError, match="one number for 2 rows"):
         attribute(model, clean, corrupted, lambda logits: METRIC(logits)[:1], "hook_embed")
     with pytest.raises(gl.InputError, match="returned NaN"):
         attribute(model, clean, corrupted, lambda logits: METRIC(logits) * torch.nan, "hook_embed")

@@ -140,6 +140,8 @@ def test_a_circuit_saved_and_loaded_is_the_same(tmp_path, model, circuit):
     with pytest.raises(gl.InputError, match="not JSON"):
         Circuit.load(tmp_path / "broken.json")
     some.scores.save(tmp_path / "result.json")
+    with pytest.raises(gl.InputError, match="'embed' is no edge: give"):
+        circuit.keep(["embed"])
     with pytest.raises(gl.InputError, match="no saved circuit"):
         Circuit.load(tmp_path / "result.json")
 

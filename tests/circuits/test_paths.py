@@ -71,6 +71,14 @@ def test_the_sweep_over_senders(model):
     assert some["sender"] == [node.name for node in graph.before(graph.find("1.mixer"))]
 
 
+def test_a_path_at_a_position_in_each_row(model):
+    clean, corrupted = two(model)
+    found = circuits.path_patch(model, clean, corrupted, METRIC, "embed", "1.mixer", pos=torch.tensor([1, 3]))
+    for row, pos in enumerate((1, 3)):
+        alone = circuits.path_patch(model, clean, corrupted, METRIC, "embed", "1.mixer", pos=pos)
+        assert torch.allclose(found[row], alone[row], rtol=0, atol=1e-10)
+
+
 def test_paths_that_do_not_exist_are_explained(model):
     clean, corrupted = two(model)
     for receivers in ("0.mixer", "1.mixer", ["logits", "0.mixer"]):

@@ -32,7 +32,7 @@ def test_a_recall_model_has_a_pair_of_its_own(name, tmp_path, capsys):
     ("point", "axes", "shape"),
     [
         ("gate", "layer,pos", [2, 9]),
-        ("dt", "layer", [2]),
+        ("mixer.hook_dt", "layer", [2]),
         ("state", "pos,layer", [9, 2]),
         ("blocks.1.*conv_taps", "tap", [4]),
     ],

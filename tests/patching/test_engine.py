@@ -168,7 +168,7 @@ def test_the_progress_bar_can_be_switched_off(case, capsys):
     patching.get_act_patch_resid_pre(model, corrupted, cache, metric, progress=False)
     assert capsys.readouterr().err == ""
     patching.get_act_patch_resid_pre(model, corrupted, cache, metric)
-    assert "patching resid_pre" in capsys.readouterr().err
+    assert "Patching resid_pre" in capsys.readouterr().err
 
 
 # -- mistakes -------------------------------------------------------------------------------------------------------
@@ -206,7 +206,8 @@ def nan_late(logits):
         ({"reduce": "men"}, gl.InputError, "Did you mean 'mean'"),
         ({"max_bytes": 0}, gl.InputError, "max_bytes=0"),
         ({"metric": lambda logits: logits.sum() * 0, "normalised": True}, gl.InputError, "nothing to normalise by"),
-        ({"attention": None}, TypeError, "unexpected keyword"),
+        ({"attention": None}, gl.InputError, "A sweep has no option 'attention'; .*Did you mean 'attention_mask'"),
+        ({"results": "/no/such/folder/r.json"}, gl.InputError, "there is no folder '/no/such/folder'"),
     ],
 )
 def test_mistakes_are_explained_and_leave_nothing_behind(case, options, error, message):
@@ -270,6 +271,12 @@ def test_generic_mistakes(lm):
         patching.generic_activation_patch(*given, "resid_pre", ("pos", "layer"), **QUIET)
     with pytest.raises(gl.PointError, match="has no axis 'tab'"):
         patching.generic_activation_patch(*given, "resid_pre", ("layer", "tab"), **QUIET)
+    with pytest.raises(gl.HookError, match=r"The patch setter returned \[7\] at blocks.0.hook_resid_pre"):
+        patching.generic_activation_patch(
+            *given[:4], lambda x, i, c: x[0, :, 0], "resid_pre", ("layer", "pos"), **QUIET
+        )
+    with pytest.raises(gl.InputError, match="The clean cache is Tensor; it is what model.run_with_cache"):
+        patching.generic_activation_patch(*given[:2], clean, *given[3:], "resid_pre", ("layer", "pos"), **QUIET)
     with pytest.raises(gl.PointError, match="Did you mean"):
         patching.generic_activation_patch(*given, "resid_pree", ("layer", "pos"), **QUIET)
 

@@ -7,8 +7,9 @@ import torch
 
 import gatedlens as gl
 from gatedlens import patching
+from gatedlens.hookpoint import Saver
+from gatedlens.patching.baseline import Baseline
 from gatedlens.patching.engine import Sizes
-from gatedlens.patching.runs import Corrupted
 from gatedlens.result import Result
 from tests.helpers import example, padded
 
@@ -66,6 +67,21 @@ def test_every_point_by_position_is_one_forward_a_cell(model):
         for name, kind, wanted in zip(names, kinds, want, strict=True):
             if kinds.count(kind) == 1:  # without "layer", one kind in two layers is patched in both at once
                 assert close(found.at(point=kind)[list(places)], wanted), name
+
+
+@pytest.mark.parametrize(
+    "ablation",
+    [gl.ablation.zero("blocks.*.hook_mixer_in", pos=2), gl.ablation.resample("blocks.0.hook_mixer_out")],
+    ids=["a position", "another row"],
+)
+def test_under_the_users_own_hooks(model, ablation):
+    """What they do depends on positions and rows, of which a part of a run, or many in one batch, has others."""
+    clean, corrupted = pair(model, pos=6)
+    cache = caches(model, clean)
+    with ablation.on(model):
+        found = patching.get_act_patch_resid_pre(model, corrupted, cache, metric, **QUIET)
+        for layer, pos in ((0, 1), (1, 3), (1, 5)):
+            assert close(found[layer, pos], by_hand(model, corrupted, cache, f"blocks.{layer}.hook_resid_pre", pos=pos))
 
 
 @pytest.mark.parametrize("word", ["resid_pre", "mixer_out"])
@@ -291,10 +307,13 @@ def test_runs_start_at_the_patched_layer_and_position(lm):
     clean, corrupted = pair(lm, 1)
     cache, shapes, seen = caches(lm, clean), [], []
 
-    def spy(x, hook):
-        shapes.append((hook.name, tuple(x.shape)))
+    class Spy(Saver):
+        """A hook that edits nothing, so that runs may still be cut short."""
 
-    with lm.hooks([("blocks.*.hook_mixer_out", spy), ("hook_embed", lambda x, hook: seen.append(tuple(x.shape)))]):
+        def __call__(self, x, hook):
+            (seen if hook.name == "hook_embed" else shapes).append((hook.name, tuple(x.shape)))
+
+    with lm.hooks([("blocks.*.hook_mixer_out", Spy()), ("hook_embed", Spy())]):
         patching.get_act_patch_resid_pre(lm, corrupted, cache, metric, max_bytes=1, **QUIET)
     starts = [shape[1] for name, shape in shapes if name.startswith("blocks.0.") and shape[0] == 1]
     assert sorted(starts)[-1] == 7 and {1, 2, 3} <= set(starts), "runs of block 0 get shorter"
@@ -305,7 +324,7 @@ def test_runs_start_at_the_patched_layer_and_position(lm):
 
 def test_batches_keep_to_their_bytes(model):
     clean, corrupted = pair(model)
-    run = Corrupted(model, corrupted)
+    run = Baseline(model, corrupted)
     rows = []
     for limit in (1, 60_000, 10**9):
         with model.hooks([("ln_final.hook_out", lambda x, hook: rows.append(len(x)))]):

@@ -1,24 +1,28 @@
-"""Corrupted: the corrupted run, made ready to be run again with patches.
+"""Baseline: the run that is patched (the corrupted one, in patching), made ready to be run again.
 
-    corrupted = Corrupted(model, tokens)
+    corrupted = Baseline(model, tokens)
     corrupted.logits                                   # of the run itself
     corrupted.advance(16)                              # from here on runs start at position 16
     corrupted.run(cells)                               # [cell batch pos d_vocab]: each cell's logits, in one batch
+    corrupted.onward(streams, 3)                       # the same of residual streams that enter block 3
 
 Only what a patch can change is run: blocks from the patched one on, from the residual stream that the corrupted run had
 there, and in a causal model positions from the patched one on, from the recurrent state that it had there (conv tails,
 shift tails, scan states and attention windows: `RecurrentState`). A patch that changes nothing is not run at all.
+
+Under hooks of the user's own each patch is a whole run by itself: what they do may depend on the position, the row or
+the batch (an ablation at pos=3, another row's activation), and part of a run, or many in one batch, would not be theirs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gatedlens import inputs
 from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
 from gatedlens.language import HookedLanguageModel
@@ -26,16 +30,17 @@ from gatedlens.patching.cells import Cell
 from gatedlens.state import RecurrentState
 
 
-class Corrupted:
+class Baseline:
     """`input`: what the model reads (text, tokens, images); `rows` and `length` its batch and positions."""
 
     def __init__(self, model: Any, input: Any, attention_mask: Tensor | None = None):
         if model.training:
             raise InputError("The model is in training mode, where dropout may differ from run to run: model.eval().")
         self.model = model
-        self.batch, _ = model.prepare(input, attention_mask=attention_mask)
+        self.batch = inputs.ready(model, input, attention_mask=attention_mask)
         self.rows, self.length = len(self.batch.value), model.positions(self.batch)
         self.causal = isinstance(model, HookedLanguageModel)
+        self.alone = model.is_hooked()
         self.order = {name: i for i, name in enumerate(model.names)}
         self.start = 0
         self.state: RecurrentState | None = None
@@ -46,7 +51,7 @@ class Corrupted:
 
     def entry(self, cell: Cell) -> int:
         """The block that a run with this cell begins at; -1: with the input; n_layers: behind the last block."""
-        return min(self._entry(edit.name) for edit in cell.edits)
+        return -1 if self.alone else min(self._entry(edit.name) for edit in cell.edits)
 
     def _entry(self, name: str) -> int:
         n_layers = self.model.cfg.n_layers
@@ -58,7 +63,7 @@ class Corrupted:
 
     def earliest(self, pos: int) -> int:
         """The last position at or before `pos` at which a run may start: 0, or one with a real token before it in each row."""
-        if not self.causal or pos == 0:
+        if self.alone or not self.causal or pos == 0:
             return 0
         mask = self.batch.mask
         return pos if mask is None or bool(mask[:, :pos].any(1).all()) else 0
@@ -110,16 +115,30 @@ class Corrupted:
         Positions before `start` are missing; `whole` puts them in front.
         """
         entry, n, start = self.entry(cells[0]), len(cells), self.start
-        options: dict[str, Any] = {} if self.state is None else {"state": self.state.rows(self._repeat(n))}
-        if entry == -1:
+        with self.model.hooks(self._hooks(cells)):
+            if entry != -1:
+                return self.onward(_tile(self.resid[entry], n), entry)
             batch = self._input(start) if start else self.batch
-        else:
-            batch = Batch(self.resid[entry][:, start:], self._input(start).mask, is_resid=True)
-            options["start_at_layer"] = entry
-        batch = Batch(_tile(batch.value, n), None if batch.mask is None else _tile(batch.mask, n), batch.is_resid)
-        with self.model.hooks(self._hooks(cells)) if cells else nullcontext():
-            logits = self.model(batch, **options)
+            logits = self.model(self._many(batch.value, n), **self._from_state(n))
         return logits.unflatten(0, (n, self.rows))
+
+    def onward(self, streams: Tensor, layer: int) -> Tensor:
+        """The logits [cell batch ...] of whole residual streams [cell * batch, pos, d_model] that enter block `layer`.
+
+        They are read from position `start` on; before it they must be this run's own.
+        """
+        n = len(streams) // self.rows
+        given = {"start_at_layer": layer, **self._from_state(n)}
+        logits: Tensor = self.model(self._many(streams[:, self.start :], n, is_resid=True), **given)
+        return logits.unflatten(0, (n, self.rows))
+
+    def _from_state(self, n: int) -> dict[str, Any]:
+        return {} if self.state is None else {"state": self.state.rows(self._repeat(n))}
+
+    def _many(self, value: Tensor, n: int, is_resid: bool = False) -> Batch:
+        """A batch of `n` runs from position `start` on: `value` is one run's input, or the streams of all."""
+        mask = self._input(self.start).mask
+        return Batch(value if is_resid else _tile(value, n), None if mask is None else _tile(mask, n), is_resid)
 
     def whole(self, logits: Tensor) -> Tensor:
         """One cell's logits with the corrupted run's before the position at which it started."""
