@@ -169,13 +169,14 @@ def test_logit_lens_is_the_readout_at_every_layer(tuned):
     assert len(lens.labels) == tuned.cfg.n_layers + 1
 
 
-def test_the_logit_lens_of_an_image_says_that_there_is_none(model):
-    if isinstance(model, gl.HookedLanguageModel):
-        return
-    with torch.no_grad():
-        _, cache = model.run_with_cache(example(model))
-    with pytest.raises(NotImplementedError, match="unembed"):
-        cache.logit_lens()
+@torch.no_grad()
+def test_the_logit_lens_of_an_image_ends_in_its_logits_at_the_class_token():
+    vim = gl.HookedViM.tiny(dtype=torch.float64)
+    logits, cache = vim.run_with_cache(example(vim))
+    lens = cache.logit_lens(positions=None, return_type="logits")
+    assert relative(lens.values[-1][:, vim.grid.cls[0]], logits) < 1e-12
+    for row, resid in zip(lens.values, cache.accumulated_resid(), strict=True):
+        assert relative(row, vim.unembed(by_hand(vim, resid))) < 1e-12
 
 
 # -- the cache --------------------------------------------------------------------------------------------------------
