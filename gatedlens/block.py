@@ -12,9 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gatedlens import fused
 from gatedlens.errors import InputError
 from gatedlens.factors import Factors
 from gatedlens.hookpoint import Part
@@ -68,6 +70,8 @@ class Norm(Part):
         self.centred = centred
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        if not self.centred and fused.fits(x) and x.dtype == self.weights.weight.dtype and self.at_rest():
+            return F.rms_norm(x, x.shape[-1:], self.weights.weight, self.eps)
         wide = at_least_float32(x)
         if self.centred:
             wide = wide - wide.mean(-1, keepdim=True)
@@ -129,10 +133,12 @@ class Mixer(TokenMixing):
         constants: tuple[Tensor, ...],
         initial: Tensor,
         padding: Padding,
+        kernel: Callable[..., tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The recurrence with its four lazy points: (scan, last state).
 
-        If nobody listens, nothing inside is materialised. Otherwise decay and write become tensors, so an edit of
+        If nobody listens, nothing inside is materialised, and `kernel(*sequences, *constants)`, if given, computes it from a
+        zero state. Otherwise decay and write become tensors, so an edit of
         either re-runs the recurrence; an edit of hook_state changes what the readout reads and nothing later. A masked
         position keeps decay 1 and write 0 whatever a hook does there. Sequences, points and scan are in token order; in
         between all is `along` the scan.
@@ -140,7 +146,7 @@ class Mixer(TokenMixing):
         sequences = tuple(self.along(s) for s in sequences)
         # Each point is asked right before it fires: an nnsight trace parks on one location at a time.
         if self.hook_state_start.heard():
-            initial = self.hook_state_start(initial)
+            initial, kernel = self.hook_state_start(initial), None
         built: tuple[Tensor, Tensor, Tensor | None] | None = None
         if self.hook_decay.heard():
             decay, write, read = terms(*sequences, *constants)
@@ -150,7 +156,9 @@ class Mixer(TokenMixing):
             built = decay, self.along(padding.zero(self.hook_write(self.along(write)))), read
         if not self.hook_state.heard():
             if built is None:
-                out, last = scan(terms, sequences, constants, initial)
+                out, last = (
+                    scan(terms, sequences, constants, initial) if kernel is None else kernel(*sequences, *constants)
+                )
             else:
                 out, last = scan(_as_they_are, tuple(t for t in built if t is not None), (), initial)
             return self.along(out), last

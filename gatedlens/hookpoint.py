@@ -112,6 +112,13 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
             or _torch_hooks_everywhere()
         )
 
+    def at_rest(self) -> bool:
+        """Whether nobody can be listening: no hook of any kind, and no nnsight around the model, tracing or not.
+
+        TransformerLens's handles are asked first, by themselves: torch.compile guards lists, but no torch hooks.
+        """
+        return not self.fwd_hooks and not self.bwd_hooks and NNSIGHT not in self.__dict__ and not self.hooked()
+
     def _nnsight(self) -> tuple[Any, Any]:
         """The interleaver of the nnsight trace that is running, with this module's locations; None outside one."""
         state = self.__dict__.get(NNSIGHT)
@@ -142,7 +149,7 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         return wanted
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not self.hooked() and NNSIGHT not in self.__dict__:
+        if self.at_rest():
             return x
         self.visits += 1
         given = x if self._only_saved() else x.clone()
@@ -196,6 +203,10 @@ class Part(torch.nn.Module):
         for row in rows:
             if not row.part:
                 self.add_module(row.leaf, HookPoint(row))
+
+    def at_rest(self) -> bool:
+        """Whether nobody can be listening at any point of this piece."""
+        return all(point.at_rest() for point in self.children() if isinstance(point, HookPoint))
 
 
 def rows_of(part: str, rows: tuple[Point, ...]) -> tuple[Point, ...]:

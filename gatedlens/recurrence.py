@@ -7,11 +7,13 @@ or None where the state itself is read. An architecture gives `terms(*sequences,
 which works on any slice of positions; `scan` then runs it segment by segment without ever holding the states of more
 than one segment, forward and backward.
 
-Decays and states are at least float32: `at_least_float32`.
+Decays and states are at least float32: `at_least_float32`. For torch.compile the loops over positions are operators
+(`gatedlens::linear_scan`, `gatedlens::scan`): one node each in its graph, which would otherwise hold every position.
 """
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,12 +65,7 @@ class LinearScan(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         decay, initial, states = ctx.saved_tensors
-        (grad,) = grads
-        last = torch.zeros_like(initial)
-        ahead = torch.cat([decay[:, 1:], torch.ones_like(decay[:, :1])], dim=1)
-        g = LinearScan.apply(ahead.flip(1), grad.flip(1), last).flip(1)
-        before = torch.cat([initial.unsqueeze(1), states[:, :-1]], dim=1)
-        return g * before, g, decay[:, 0] * g[:, 0]
+        return _scan_backward(LinearScan.apply, decay, initial, states, grads[0])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -90,7 +87,42 @@ def linear_scan(
     """state_t = decay_t * state_{t-1} + write_t, all states, from `initial` (zero when None)."""
     if initial is None:
         initial = torch.zeros_like(write[:, 0])
+    if torch.compiler.is_compiling():
+        return _linear_scan(decay, write, initial)
     return LinearScan.apply(decay, write, initial)
+
+
+@torch.library.custom_op(
+    "gatedlens::linear_scan", mutates_args=(), schema="(Tensor decay, Tensor write, Tensor initial) -> Tensor"
+)
+def _linear_scan(decay: Tensor, write: Tensor, initial: Tensor) -> Tensor:
+    return _march(decay, write.clone(), initial)
+
+
+@_linear_scan.register_fake
+def _(decay: Tensor, write: Tensor, initial: Tensor) -> Tensor:
+    return torch.empty_like(write)
+
+
+def _save(ctx: Any, inputs: Any, output: Tensor) -> None:
+    decay, _, initial = inputs
+    ctx.save_for_backward(decay, initial, output)
+
+
+def _flow(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    decay, initial, states = ctx.saved_tensors
+    return _scan_backward(_linear_scan, decay, initial, states, grad)
+
+
+_linear_scan.register_autograd(_flow, setup_context=_save)
+
+
+def _scan_backward(run: Any, decay: Tensor, initial: Tensor, states: Tensor, grad: Tensor) -> Any:
+    """g_t = grad_t + decay_{t+1} g_{t+1}, run from the end; the gradients of decay, write and initial."""
+    ahead = torch.cat([decay[:, 1:], torch.ones_like(decay[:, :1])], dim=1)
+    g = run(ahead.flip(1), grad.flip(1), torch.zeros_like(initial)).flip(1)
+    before = torch.cat([initial.unsqueeze(1), states[:, :-1]], dim=1)
+    return g * before, g, decay[:, 0] * g[:, 0]
 
 
 def readout(states: Tensor, read: Tensor | None) -> Tensor:
@@ -177,10 +209,19 @@ def scan(
     exact, none is kept: memory is O(b c n) beyond inputs and output without gradients.
     """
     tensors = (initial, *sequences, *constants)
+    if torch.compiler.is_compiling():
+        return _compiled(terms, sequences, constants, initial)
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return _explicit(terms, sequences, constants, initial)  # forward mode and torch.func see through this road only
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return SegmentedScan.apply(terms, len(sequences), initial, *sequences, *constants)
+    return _lean(terms, sequences, constants, initial)
+
+
+def _lean(
+    terms: Terms, sequences: Sequence[Tensor], constants: Sequence[Tensor], initial: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Without gradients: one segment's states at a time."""
     out, state = None, initial
     length = sequences[0].shape[1]
     for part in _segments(length, initial.numel(), SEGMENT_ELEMENTS):
@@ -193,3 +234,31 @@ def scan(
         state = states[:, -1].clone()
     assert out is not None
     return out, state
+
+
+def _compiled(
+    terms: Terms, sequences: Sequence[Tensor], constants: Sequence[Tensor], initial: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What torch.compile sees: one operator without gradients; with them decay and write whole, around another."""
+    tensors = (initial, *sequences, *constants)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        out, last = _explicit(terms, sequences, constants, initial)
+        return out, last.clone()
+    return _scan(f"{terms.__module__}:{terms.__name__}", initial, list(sequences), list(constants))
+
+
+@torch.library.custom_op(
+    "gatedlens::scan",
+    mutates_args=(),
+    schema="(str terms, Tensor initial, Tensor[] sequences, Tensor[] constants) -> (Tensor, Tensor)",
+)
+def _scan(terms: str, initial: Tensor, sequences: list[Tensor], constants: list[Tensor]) -> tuple[Tensor, Tensor]:
+    out, last = _lean(pkgutil.resolve_name(terms), sequences, constants, initial)
+    return out, last.clone()
+
+
+@_scan.register_fake
+def _(terms: str, initial: Tensor, sequences: list[Tensor], constants: list[Tensor]) -> tuple[Tensor, Tensor]:
+    _, write, read = pkgutil.resolve_name(terms)(*(s[:, :1] for s in sequences), *constants)
+    step = readout(write, read)
+    return step.new_empty(step.shape[0], sequences[0].shape[1], *step.shape[2:]), torch.empty_like(initial)

@@ -43,11 +43,28 @@ class Carry(NamedTuple):
 
 def _running_max(log_decay: Tensor, key: Tensor, start: Tensor) -> Tensor:
     """max_t = max(max_{t-1} + log_decay_t, key_t), at every position."""
+    return _maxima(log_decay, key, start) if torch.compiler.is_compiling() else _march_max(log_decay, key, start)
+
+
+def _march_max(log_decay: Tensor, key: Tensor, start: Tensor) -> Tensor:
     maxima = []
     for w, k in zip(log_decay.unbind(1), key.unbind(1), strict=True):
         start = torch.maximum(start + w, k)
         maxima.append(start)
     return torch.stack(maxima, dim=1)
+
+
+@torch.library.custom_op(
+    "gatedlens::running_max", mutates_args=(), schema="(Tensor log_decay, Tensor key, Tensor start) -> Tensor"
+)
+def _maxima(log_decay: Tensor, key: Tensor, start: Tensor) -> Tensor:
+    """For torch.compile: one node of its graph, whatever the length."""
+    return _march_max(log_decay, key, start)
+
+
+@_maxima.register_fake
+def _(log_decay: Tensor, key: Tensor, start: Tensor) -> Tensor:
+    return torch.empty_like(key, memory_format=torch.contiguous_format)
 
 
 def _behind(start: Tensor, steps: Tensor) -> Tensor:
@@ -185,13 +202,45 @@ def wkv(
 ) -> tuple[Tensor, Carry]:
     """`scan, carry = wkv(k, v, w, u, mask, carry)`; O(b c) memory beyond inputs and output without gradients."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (k, v, w, u, *carry)):
+        if torch.compiler.is_compiling():
+            pieces = _segment(mask, k, v, w, u, *carry)
+            return pieces.scan, Carry(*(t.clone() for t in pieces.carry))
         scan, *rest = SegmentedWkv.apply(mask, k, v, w, u, *carry)
         return scan, Carry(*rest)
+    if torch.compiler.is_compiling():
+        scan, *rest = _wkv(k, v, w, u, mask, *carry)
+        return scan, Carry(*rest)
+    return _lean(k, v, w, u, mask, carry)
+
+
+def _lean(k: Tensor, v: Tensor, w: Tensor, u: Tensor, mask: Tensor | None, carry: Carry) -> tuple[Tensor, Carry]:
+    """Without gradients: one segment at a time."""
     scan = torch.empty_like(v)
     for part in _segments(k.shape[1], k[:, 0].numel(), SEGMENT_ELEMENTS):
         pieces = _segment(_part(mask, part), k[:, part], v[:, part], w, u, *carry)
         scan[:, part], carry = pieces.scan, Carry(*pieces.carry)
     return scan, carry
+
+
+@torch.library.custom_op(
+    "gatedlens::wkv",
+    mutates_args=(),
+    schema="(Tensor k, Tensor v, Tensor w, Tensor u, Tensor? mask, Tensor num, Tensor den, Tensor top)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _wkv(
+    k: Tensor, v: Tensor, w: Tensor, u: Tensor, mask: Tensor | None, num: Tensor, den: Tensor, top: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For torch.compile: one node of its graph, whatever the length."""
+    scan, carry = _lean(k, v, w, u, mask, Carry(num, den, top))
+    return scan, *(t.clone() for t in carry)  # type: ignore[return-value]
+
+
+@_wkv.register_fake
+def _(
+    k: Tensor, v: Tensor, w: Tensor, u: Tensor, mask: Tensor | None, num: Tensor, den: Tensor, top: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(v), torch.empty_like(num), torch.empty_like(den), torch.empty_like(top)
 
 
 class OpenWkv:

@@ -125,8 +125,11 @@ class BoundedSqrt(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (x,) = ctx.saved_tensors
-        slope = 0.5 * x.clamp(min=1 / (4 * MAX_SQRT_SLOPE**2)).rsqrt()
-        return (grads[0] * slope).masked_fill(x < 0, 0)
+        return grads[0] * BoundedSqrt.slope(x)
+
+    @staticmethod
+    def slope(x: Tensor) -> Tensor:
+        return (0.5 * x.clamp(min=1 / (4 * MAX_SQRT_SLOPE**2)).rsqrt()).masked_fill(x < 0, 0)
 
     jvp = backward  # one number in, one out: the derivative is the same both ways
 
@@ -136,6 +139,9 @@ def bounded_sqrt(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
 
     Below 0, which only an edit that makes a decay exceed 1 can bring about, it is 0 and flat.
     """
+    if torch.compiler.is_compiling():  # which cannot trace a Function that has a jvp: the same value and slope
+        slope = BoundedSqrt.slope(x.detach())
+        return x.detach().clamp(min=0).sqrt() + slope * (x - x.detach())
     return BoundedSqrt.apply(x)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gatedlens import fused
 from gatedlens.block import Block, Mixer, Norm, Run, norm_rows, residual_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError
@@ -157,6 +159,13 @@ class SelectiveScan(Mixer):
             start=start,
         )
 
+    def kernel(self, x: Tensor, run: Run) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        """mamba-ssm's scan, where it can stand in for ours: from no state, and without gradients if it leaves one."""
+        found = fused.kernels_for(x) if run.before is None else None
+        if found is None or (run.left is not None and torch.is_grad_enabled()):
+            return None
+        return partial(fused.selective_scan, found)
+
     def gated(
         self, x: Float[Tensor, "batch pos channel"], z: Float[Tensor, "batch pos channel"], run: Run
     ) -> Float[Tensor, "batch pos channel"]:
@@ -177,7 +186,7 @@ class SelectiveScan(Mixer):
 
         wide = tuple(at_least_float32(t) for t in (dt, B, C, u))
         start = run.start("scan", self.layer, (u.shape[0], u.shape[2], n_state), wide[0])
-        scan, last = self.recur(mamba_terms, wide, (self.A.mT.contiguous().mT,), start, pad)
+        scan, last = self.recur(mamba_terms, wide, (self.A.mT.contiguous().mT,), start, pad, self.kernel(x, run))
         run.leave("scan", self.layer, last)
 
         scan = self.hook_scan(scan.to(u.dtype))
@@ -192,8 +201,17 @@ class MambaMixer(SelectiveScan):
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
         return self.weights.out_proj.weight, self.weights.out_proj.bias
 
+    def plain(self, run: Run) -> bool:
+        """Whether a call is what mamba-ssm's fused mixer computes: no state, no padding, no norms inside, no listener."""
+        alone = run.before is None and run.left is None and run.padding.mask is None
+        known = self.rms_eps is None and self.weights.conv1d.weight.shape[-1] in fused.TAPS
+        return alone and known and self.at_rest()
+
     def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
         w = self.weights
+        found = fused.kernels_for(n)
+        if found is not None and found.mamba_inner is not None and self.plain(run):
+            return fused.mixer(found.mamba_inner, n, w, self.A)
         x, z = F.linear(n, w.in_proj.weight, w.in_proj.bias).chunk(2, dim=-1)
         return F.linear(self.gated(x, z, run), w.out_proj.weight, w.out_proj.bias)
 

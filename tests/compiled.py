@@ -1,0 +1,72 @@
+"""What test_compile.py runs in a process of its own, where no type checker is wrapped around the functions to compile.
+
+python -m tests.compiled block mamba | model mamba | default mamba
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from gatedlens.hooking import Batch
+from gatedlens.hooks import architectures
+from tests.helpers import example, relative
+
+
+def block(model):
+    """Each block is one graph, of one size whatever the length, with the same numbers and gradients."""
+    for one in {type(one.mixer): one for one in model.blocks}.values():
+        for grad in (False, True):
+            assert len({_graph(model, one, grad, pos) for pos in (7, 40)}) == 1, "the graph grows with the positions"
+
+
+def _graph(model, one, grad, pos):
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+    resid = torch.randn(2, pos, model.cfg.d_model, dtype=torch.float64, generator=generator).requires_grad_(grad)
+    run = model.begin(Batch(resid, is_resid=True), None, False)
+    with torch.set_grad_enabled(grad):
+        seen = torch._dynamo.explain(one)(resid, run)
+        assert seen.graph_break_count == 0, seen.break_reasons
+        compiled = torch.compile(one, fullgraph=True, backend="aot_eager")
+        out, own = compiled(resid, run), one(resid, run)
+    assert relative(out, own) < 1e-12
+    if grad:
+        weights = torch.randn(out.shape, dtype=out.dtype, generator=generator)
+        found, want = (torch.autograd.grad((o * weights).sum(), resid)[0] for o in (out, own))
+        assert relative(found, want) < 1e-10
+    return seen.op_count
+
+
+def model(model):
+    """The whole model compiles; its parameters get the same gradients; hooks put on later are seen."""
+    compiled = torch.compile(model, backend="aot_eager")
+    inputs, grads = example(model), []
+    for run in (model, compiled):
+        model.wrapped.zero_grad()
+        run(inputs).square().mean().backward()
+        grads.append({name: p.grad.clone() for name, p in model.wrapped.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    assert all(relative(grads[1][name], grads[0][name]) < 1e-9 for name in grads[0])
+    with torch.no_grad():
+        plain = model(inputs)
+        assert relative(compiled(inputs), plain) < 1e-12
+        with model.hooks([("blocks.0.hook_mixer_out", lambda x, hook: x * 0)]):
+            edited = model(inputs)
+            assert relative(edited, plain) > 1e-3
+            assert relative(compiled(inputs), edited) < 1e-12, "a hook does not reach the compiled model"
+        assert relative(compiled(inputs), plain) < 1e-12
+
+
+def default(model):
+    """The default backend (inductor)."""
+    with torch.no_grad():
+        assert relative(torch.compile(model)(example(model)), model(example(model))) < 1e-12
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    what, name = sys.argv[1:]
+    {"block": block, "model": model, "default": default}[what](architectures()[name].tiny(seed=0, dtype=torch.float64))
+    print("fine")
