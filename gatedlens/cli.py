@@ -1,4 +1,5 @@
-"""The command line: `gatedlens demo`, `attention`, `compare`, `models`, `table`; each has --help with examples and --json."""
+"""The command line: `gatedlens demo`, `attention`, `evaluate`, `compare`, `models`, `table`; each has --help with examples and
+--json."""
 
 from __future__ import annotations
 
@@ -19,6 +20,16 @@ ATTENTION = """examples:
   gatedlens attention --model gatedlens/mamba-moby --text "It was the whiteness of the whale" --layer 1
   gatedlens attention --model gatedlens/mamba-recall --text "D 3 dog A 7 hay ? D" --reduce row --json
   gatedlens attention --model vim_t_midclstok_76p1acc.pth --image cat.jpg --reduce row --out figures"""
+
+EVALUATE = """examples:
+  gatedlens evaluate --model gatedlens/vim-digits --data digits --limit 50 --out out/digits
+  gatedlens evaluate --model gatedlens/mamba-recall --data recall --limit 64 --methods lrp rollout:sign=abs occlusion
+  gatedlens evaluate --model vim_s_midclstok_80p5acc.pth --data gtsegs_ijcv.mat --methods rollout gradient_attention
+  gatedlens evaluate --model state-spaces/mamba-370m-hf --data imdb/test.jsonl --limit 200 --nothing "<|endoftext|>"
+
+--data: digits, recall, moby; an ImageNet folder of class folders; gtsegs_ijcv.mat; a Pascal VOC folder; IMDB or ARC-Easy as
+JSON lines or a folder of datasets' save_to_disk. A method may carry options: gradient_attention:factors=hidden,mode=official.
+The same command goes on where it was stopped."""
 
 TABLE = """examples:
   gatedlens table gatedlens/mamba-moby
@@ -82,6 +93,30 @@ def attention(args: argparse.Namespace) -> dict[str, Any]:
         print(f"  {name!r:>12} at {position}: {value:+.4f}")
     print("\n".join(shown.files))
     return {}
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure how faithful attribution methods are on a data set, and write a report; goes on where it was stopped."""
+    from pathlib import Path
+
+    from gatedlens.evaluation import evaluate as run
+    from gatedlens.evaluation import explainer, open_samples, report
+    from gatedlens.loading import from_pretrained
+
+    for name in args.methods or ():
+        explainer(name)
+    samples = open_samples(args.data)
+    model = from_pretrained(args.model)
+    options: dict[str, Any] = {"limit": args.limit, "seed": args.seed, "nothing": args.nothing}
+    progress = not (args.json or args.quiet)
+    found = run(model, samples, args.methods, out=args.out, batch_size=args.batch_size, progress=progress, **options)
+    page = report(found, model).save(Path(args.out) / "report.html")
+    numbers = found.save(Path(args.out) / "results.json")
+    if not args.json:
+        console = _console()
+        console.print(found.table().brief())
+        console.print(f"report:  {page}  (with intervals, curves and maps)\nnumbers: {numbers}", soft_wrap=True)
+    return {**found.to_dict(), "files": [str(page), str(numbers)]}
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
@@ -163,6 +198,16 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--position", type=int, help="whose row (the last token's; of an image the class token's)")
     sub.add_argument("--out", default="out", help="the folder for the picture and the numbers (%(default)s)")
+    sub = command("evaluate", evaluate, EVALUATE)
+    sub.add_argument("--model", required=True, help="a bundled model, a folder, a file or a hub name")
+    sub.add_argument("--data", required=True, help="a bundled data set or the path of one (see below)")
+    sub.add_argument("--methods", nargs="+", metavar="METHOD", help="attribution methods, with options (all)")
+    sub.add_argument("--out", default="out", help="the folder for records, report and numbers (%(default)s)")
+    sub.add_argument("--limit", type=int, help="how many samples, drawn from the seed (all)")
+    sub.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
+    sub.add_argument("--nothing", help="what is put in the place of what is taken away: a token, or black, mean, blur")
+    sub.add_argument("--batch-size", type=int, default=8, help="samples that are explained together (%(default)s)")
+    sub.add_argument("--quiet", action="store_true", help="no progress bar")
     sub = command("compare", compare, "examples:\n  gatedlens compare\n  gatedlens compare --out figures --json")
     sub.add_argument("--out", default="out", help="the folder for the picture (%(default)s)")
     command("models", models, "examples:\n  gatedlens models\n  gatedlens models --json")

@@ -78,7 +78,11 @@ class ScoreTable:
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
         return Path(path)
 
-    def _shown(self, bold: tuple[str, str]) -> list[list[str]]:
+    def brief(self) -> Any:
+        """For `rich`, without intervals: narrow enough for a terminal."""
+        return self._rich(intervals=False)
+
+    def _shown(self, bold: tuple[str, str], intervals: bool = True) -> list[list[str]]:
         """Rows of cells; the best of each column between the two strings of `bold`."""
         best = {
             column: self.best(column) for column in self.columns if any(column in row for row in self.rows.values())
@@ -87,7 +91,7 @@ class ScoreTable:
         for method, row in self.rows.items():
             cells = [method]
             for column in self.columns:
-                text = cell(row[column]) if column in row else "-"
+                text = cell(row[column], intervals) if column in row else "-"
                 cells.append(f"{bold[0]}{text}{bold[1]}" if best.get(column) == method else text)
             out.append(cells)
         return out
@@ -111,6 +115,9 @@ class ScoreTable:
         )
 
     def __rich__(self) -> Any:
+        return self._rich(intervals=True)
+
+    def _rich(self, intervals: bool) -> Any:
         from rich.markup import escape
         from rich.table import Table
 
@@ -118,7 +125,7 @@ class ScoreTable:
         table.add_column("method", overflow="fold")
         for head in self.heads().values():
             table.add_column(head, justify="right")
-        for cells in self._shown(("\0", "\1")):
+        for cells in self._shown(("\0", "\1"), intervals):
             table.add_row(*(escape(c).replace("\0", "[bold]").replace("\1", "[/]") for c in cells))
         return table
 
@@ -133,7 +140,7 @@ class ScoreTable:
     __repr__ = __str__
 
 
-def cell(found: Estimate) -> str:
+def cell(found: Estimate, intervals: bool = True) -> str:
     """`0.173 [0.151, 0.196]`, three figures each."""
-    ends = "" if math.isnan(found.low) else f" [{found.low:.3g}, {found.high:.3g}]"
+    ends = "" if math.isnan(found.low) or not intervals else f" [{found.low:.3g}, {found.high:.3g}]"
     return f"{found.value:.3g}{ends}"
