@@ -46,7 +46,7 @@ class Curve(Result):
 
     @property
     def areas(self) -> Float[Tensor, " sample"]:
-        return torch.trapezoid(self.values, torch.tensor(self.shares).to(self.values), dim=1)
+        return torch.trapezoid(self.values, torch.tensor(self.shares, dtype=self.values.dtype), dim=1)
 
     @property
     def average(self) -> Estimate:
