@@ -94,7 +94,7 @@ class HookedLanguageModel(HookedModel):
         rows, length = batch.value.shape[:2]
         place = torch.arange(1, length + 1, device=batch.value.device).expand(rows, length)
         last = (place if batch.mask is None else place * batch.mask).argmax(1)
-        return F.one_hot(last, length).float()
+        return F.one_hot(last, length).double()
 
     @classmethod
     def snippet(cls) -> str:

@@ -38,7 +38,7 @@ from tests import (
     test_transformer_lens,
 )
 from tests.attribution import test_attention as test_attribution_by_attention
-from tests.attribution import test_attribution, test_gradients, test_perturbation, test_relevance
+from tests.attribution import test_attribution, test_gradients, test_perturbation, test_question, test_relevance
 from tests.conftest import EVERY, ROOT
 from tests.helpers import example, relative
 from tests.test_ablation import clean  # noqa: F401  a fixture
@@ -86,6 +86,7 @@ GENERAL = [
     test_attribution_by_attention,
     test_gradients,
     test_perturbation,
+    test_question,
     test_relevance,
 ]
 if importlib.util.find_spec("nnsight") is not None:

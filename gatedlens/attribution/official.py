@@ -10,8 +10,12 @@ l layer, v_l [batch src] one row for each layer, q the rollout's row, s the grad
 
 Since each matrix is (I + 1 v^T) / (1 + sum v), the product has a closed form: from the last layer to the first
 q <- (q + v_l) / (1 + sum v_l), beginning with 0, is its row without what I leaves on the diagonal. Layers before 15 of 24
-take no part. HA is HiddenMambaAttn (arXiv 2403.01590), UIA UnifiedImplicitAttnRepr (arXiv 2405.16504). One thing is not
-reproduced: HA's code leaves the decay of the class token's own step out of its row.
+take no part: of a model with two layers the last is left, whose gradient stands at the class token alone, so that nothing
+remains; give `start_layer=0` there.
+
+HA is HiddenMambaAttn (arXiv 2403.01590), UIA UnifiedImplicitAttnRepr (arXiv 2405.16504). Min-max is over a row of the
+batch, as their batches of one are; a constant map becomes 0 (theirs divides 0 by 0). One thing is not reproduced: HA's
+code leaves the decay of the class token's own step out of its row.
 """
 
 from __future__ import annotations
@@ -83,14 +87,14 @@ def gradient_weight(
 
 def weighted_row(
     row: Float[Tensor, "batch src channel"],
-    s: Float[Tensor, "batch src"],
+    gradient: Float[Tensor, "batch src d_model"],
     steps: Steps,
     real: Bool[Tensor, "batch pos"] | None,
 ) -> Float[Tensor, "batch src"]:
     """v of one layer."""
     row = row.clamp(min=0)
     row = minmax(row, real) if steps.attention else row
-    product = row.mean(-1) * s
+    product = row.mean(-1) * gradient_weight(gradient, real)
     return minmax(product, real) if steps.product else product
 
 

@@ -34,13 +34,15 @@ from gatedlens.recurrence import at_least_float32
 
 @dataclass(frozen=True)
 class Question:
-    """See the head of this file; `logits` are those of the clean run, `read` the positions they are read from."""
+    """See the head of this file. `logits` are those of the clean run, `explained` what the target makes of them, `read` the
+    positions that they are read from, as shares."""
 
     model: Any
     batch: Batch
     target: Target
     features: Float[Tensor, "batch place d_model"]
     logits: Float[Tensor, "batch *pos d_vocab"]
+    explained: Float[Tensor, " batch"]
     read: Float[Tensor, "batch pos"]
 
     @staticmethod
@@ -59,7 +61,8 @@ class Question:
             logits, stored = model.run_with_cache(batch, names_filter=entrance, return_cache_object=False)
         read = model.reads_from(batch)
         chosen = Target.of(target, model, logits, read.argmax(1))
-        return Question(model, batch, chosen, stored[entrance], logits, read)
+        explained = per_row(chosen.metric, logits).detach()
+        return Question(model, batch, chosen, stored[entrance], logits, explained, read)
 
     @property
     def entrance(self) -> str:
@@ -75,11 +78,6 @@ class Question:
     def own(self) -> Bool[Tensor, "batch pos"]:
         """The position that is read, or both if there are two class tokens; none where a pool reads them all."""
         return self.read >= 0.5
-
-    @property
-    def explained(self) -> Float[Tensor, " batch"]:
-        """The number that is to be explained."""
-        return per_row(self.target.metric, self.logits).detach()
 
     @property
     def zero(self) -> Float[Tensor, "#batch place d_model"]:
@@ -131,7 +129,8 @@ class Question:
             batch = Batch(value if real is None else value[:, real])
             logits = self.logits[r : r + 1] if real is None else self.logits[r : r + 1][:, real]
             target = self.target.row(r, self.logits, real)
-            yield Question(self.model, batch, target, features, logits, self.model.reads_from(batch))
+            explained, read = self.explained[r : r + 1], self.model.reads_from(batch)
+            yield Question(self.model, batch, target, features, logits, explained, read)
 
     def spread(self, rows: list[Tensor]) -> Float[Tensor, "batch place"]:
         """What was found for each of `rows()`, back in its place in the batch; 0 at padding."""

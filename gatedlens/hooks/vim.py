@@ -471,7 +471,7 @@ class HookedViM(HookedModel):
 
     def reads_from(self, batch: Batch) -> Float[Tensor, "batch pos"]:
         """The class tokens, in equal parts; without one what the pool reads, as in `classify`."""
-        shares = torch.zeros(len(batch.value), self.grid.length, device=batch.value.device)
+        shares = torch.zeros(len(batch.value), self.grid.length, device=batch.value.device, dtype=torch.float64)
         places = list(self.grid.cls) or ([-1] if self.cfg.pool != "mean" else list(range(self.grid.length)))
         shares[:, places] = 1 / len(places)
         return shares

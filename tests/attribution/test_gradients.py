@@ -33,7 +33,7 @@ def entering(model, input):
     return model(input, stop_at_layer=0), lambda x: model(x, start_at_layer=0)
 
 
-def test_grad_x_input(model):
+def test_grad_x_input_is_the_first_order_share(model):
     input = example(model)
     x, run = entering(model, input)
     x = x.detach().requires_grad_()
@@ -130,7 +130,7 @@ def test_without_captum_the_extra_is_named(name, monkeypatch):
         attribution.method(name)(model, example(model))
 
 
-def test_mistakes_are_explained(model):
+def test_wrong_numbers_of_steps_are_explained(model):
     input = example(model)
     for choice in ({"n_steps": 0}, {"batch_size": 0}):
         with pytest.raises(gl.InputError, match="give at least 1"):
