@@ -118,8 +118,9 @@ def section(model: Any, found: Evaluation) -> tuple[str, dict[str, Any]]:
                 one, other = (less, whole_) if name == "skip" else (whole_, less)
                 pieces[f"{method}: with {name} - without"] = list(contrasts(found, one, other))
     text = (
-        f"## {found.run['model']}\n\n{table.markdown()}\n\nUnified against hidden, paired over samples:\n\n"
-        f"{contrast_table(pairs)}\n\nWhat each factor adds to the unified matrix, paired over samples:\n\n{contrast_table(pieces)}\n"
+        f"## {found.run['model']}\n\n{table.markdown()}\n\n"
+        f"Unified against hidden, paired over samples:\n\n{contrast_table(pairs)}\n\n"
+        f"What each factor adds to the unified matrix, paired over samples:\n\n{contrast_table(pieces)}\n"
     )
     numbers = {name: {c.column: [*c.estimate, c.better] for c in row} for name, row in {**pairs, **pieces}.items()}
     return text, {"run": dict(found.run), "table": whole.to_dict(), "differences": numbers}
@@ -138,9 +139,10 @@ def run(limit: int, models: Sequence[str], progress: bool = True) -> tuple[str, 
     machine = {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
     seconds = round(time.time() - began)
     head = (
-        f"{limit} samples a model, drawn with seed {SEED}; {seconds} s with {machine['threads']} thread, torch {machine['torch']}. "
-        "Curves: area, trapezoid (positive and negative over 10 to 90 %, so at most 0.8; the others over 0 to 100 %). In brackets: 95 %, bootstrap over "
-        "samples. Bold: the best number of a column. A difference is marked better or worse where its interval leaves 0 out.\n"
+        f"{limit} samples a model, drawn with seed {SEED}; {seconds} s with {machine['threads']} thread, torch "
+        f"{machine['torch']}. Curves: area, trapezoid (positive and negative over 10 to 90 %, so at most 0.8; the others over "
+        "0 to 100 %). In brackets: 95 %, bootstrap over samples. Bold: the best number of a column. A difference is marked "
+        "better or worse where its interval leaves 0 out.\n"
     )
     return "\n".join([head, *parts]), {"limit": limit, "seed": SEED, "seconds": seconds, **machine, "models": numbers}
 

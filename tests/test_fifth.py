@@ -40,6 +40,7 @@ from tests import (
 from tests.attribution import test_attention as test_attribution_by_attention
 from tests.attribution import test_attribution, test_gradients, test_perturbation, test_question, test_relevance
 from tests.conftest import EVERY, ROOT
+from tests.evaluation import test_measurement, test_protocol
 from tests.helpers import example, relative
 from tests.test_ablation import clean  # noqa: F401  a fixture
 from tests.test_attention import case  # noqa: F401  a fixture
@@ -88,6 +89,8 @@ GENERAL = [
     test_perturbation,
     test_question,
     test_relevance,
+    test_protocol,
+    test_measurement,
 ]
 if importlib.util.find_spec("nnsight") is not None:
     from tests import test_nnsight

@@ -30,7 +30,7 @@ def run(model, samples=None, methods=METHODS, **options):
     nothing = 9 if model.grid is None else None
     return evaluate(
         model,
-        samples or samples_of(model),
+        samples_of(model) if samples is None else samples,
         methods,
         **{"progress": False, "nothing": nothing, "batch_size": 2, **options},
     )
@@ -138,7 +138,7 @@ def test_prompts_are_measured_among_their_answers(moby_model):
     assert found.rows("lrp")[1]["explained"] == ord("n")
 
 
-def test_the_report_is_one_page(model, tmp_path):
+def test_the_report_of_a_run_is_one_page(model, tmp_path):
     found = run(model)
     page = report(found, model).save(tmp_path / "r.html").read_text()
     assert "http" not in page and page.count("<polyline") == 2 * sum(
@@ -203,7 +203,7 @@ def test_explainers_by_name(lm):
             explainer(name)
 
 
-def test_mistakes_are_explained(lm):
+def test_wrong_runs_are_explained(lm):
     samples = samples_of(lm)
     for options, message in (
         ({"methods": ["rolout"]}, "Did you mean 'rollout'"),

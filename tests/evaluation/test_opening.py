@@ -261,11 +261,15 @@ def test_damaged_mat_files_are_named(tmp_path):
     image, mask = numpy.zeros((4, 6, 3), numpy.uint8), numpy.zeros((4, 5), numpy.uint8)
     with pytest.raises(gl.InputError, match=r"shapes\.mat, image 0 is damaged: the image has shape"):
         open_samples(gtsegs(tmp_path / "shapes.mat", [image], [mask]))[0]
-    whole = gtsegs(tmp_path / "cut.mat", [image], [image[:, :, 0]])
-    with h5py.File(whole, "r+") as file:
-        del file["#refs#/m0"]
-    with pytest.raises(gl.InputError, match=r"cut\.mat, image 0 is damaged"):
-        open_samples(whole)[0]
+    cut = gtsegs(tmp_path / "cut.mat", [image] * 9, [image[:, :, 0]] * 9)
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    with pytest.raises(gl.InputError, match=r"cut\.mat is damaged"):
+        open_samples(cut)
+    unset = gtsegs(tmp_path / "unset.mat", [image], [image[:, :, 0]])
+    with h5py.File(unset, "r+") as file:
+        file["#refs#/c0"][0, 0] = h5py.Reference()
+    with pytest.raises(gl.InputError, match=r"unset\.mat, image 0 is damaged"):
+        open_samples(unset)[0]
 
 
 def test_missing_and_damaged_images_are_named(tmp_path):

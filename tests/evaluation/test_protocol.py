@@ -136,7 +136,7 @@ def test_ends_of_the_curves(model):
     assert torch.allclose(whole, measured(model, "deletion", input, -scores).values[:, -1], atol=1e-12)
 
 
-def test_rows_of_a_batch_stand_alone(model):
+def test_curves_of_a_batch_stand_alone(model):
     input = example(model, 3)
     scores = scores_of(model, input)
     whole = measured(model, "positive", input, scores, measure="probability")
@@ -283,7 +283,7 @@ def test_a_curve_is_a_result(model, tmp_path):
     assert "area" in repr(found) and "better down" in repr(found)
 
 
-def test_progress_can_be_switched_off(lm, capsys):
+def test_the_bar_of_a_curve_can_be_switched_off(lm, capsys):
     tokens = example(lm)
     measured(lm, "positive", tokens, scores_of(lm, tokens))
     assert capsys.readouterr().err == ""
@@ -311,7 +311,7 @@ def test_progress_can_be_switched_off(lm, capsys):
         ({"nothing": None}, "pass nothing="),
     ],
 )
-def test_mistakes_are_explained(lm, options, message):
+def test_wrong_questions_of_a_curve_are_explained(lm, options, message):
     given = {"scores": torch.zeros(2, 7), "nothing": NOTHING, "progress": False, **options}
     with pytest.raises(gl.InputError, match=message):
         evaluation.perturbation(lm, example(lm), **given)
