@@ -57,6 +57,14 @@ PUBLISHED = """| method | positive ↓ | negative ↑ | pixel accuracy ↑ | mAP
 | attention rollout | 18.81 | 41.86 | 71.01 | 80.78 | 51.51 |
 | Mamba-Attribution | 16.62 | 39.63 | 74.72 | 81.70 | 54.24 |"""
 
+ABOUT = """In percent, from Ali, Zimerman and Wolf (arXiv 2403.01590): perturbation on ImageNet's validation set, segmentation on
+ImageNet-Segmentation. They need the released checkpoint and these images, which are not in this repository:
+
+    gatedlens evaluate --model vim_s_midclstok_80p5acc.pth --data imagenet --out out/imagenet --methods METHOD ...
+    gatedlens evaluate --model vim_s_midclstok_80p5acc.pth --data gtsegs_ijcv.mat --out out/gtsegs --methods METHOD ...
+
+They stand here for the order of methods; digits of 8 x 8 pixels are no ImageNet, and the numbers cannot be compared."""
+
 
 @dataclass(frozen=True)
 class Contrast:
@@ -158,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     page = args.out / "results.md"
     head = page.read_text(encoding="utf-8").partition(MARK)[0] if page.exists() else ""
-    published = f"## Published numbers of ViM-S\n\n{PUBLISHED}\n"
+    published = f"## Published numbers of ViM-S\n\n{PUBLISHED}\n\n{ABOUT}\n"
     page.write_text(f"{head}{MARK}\n\n{text}\n{published}", encoding="utf-8")
     (args.out / "results.json").write_text(json.dumps(_finite(numbers), indent=1) + "\n", encoding="utf-8")
 

@@ -34,14 +34,13 @@ COUNTS = ("correct", "labelled", "intersection", "union", "average_precision")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The records of some samples and methods; `run` says what was run; `shown` are the indices of samples with scores."""
+    """The records of some samples and methods; `run` says what was run, `names` which samples by their indices."""
 
     run: Mapping[str, Any]
     methods: tuple[str, ...]
-    names: tuple[str, ...]
+    names: Mapping[int, str]
     records: Records
     samples: Samples
-    shown: tuple[int, ...]
 
     def rows(self, method: str) -> list[dict[str, Any]]:
         """The records of a method, in the order of the samples."""
@@ -49,7 +48,12 @@ class Evaluation:
             raise InputError(
                 f"{method!r} was not evaluated; these were: {', '.join(self.methods)}.{did_you_mean(method, self.methods)}"
             )
-        return [self.records[name, method] for name in self.names]
+        return [self.records[name, method] for name in self.names.values()]
+
+    @property
+    def shown(self) -> list[int]:
+        """The indices of the samples whose scores were kept, of every method."""
+        return [i for i, name in self.names.items() if all("scores" in self.records[name, m] for m in self.methods)]
 
     @property
     def protocols(self) -> list[str]:
@@ -113,7 +117,7 @@ class Evaluation:
         return _finite(
             {
                 "run": dict(self.run),
-                "samples": list(self.names),
+                "samples": list(self.names.values()),
                 "shares": shares,
                 "table": self.table().to_dict(),
                 "curves": curves,

@@ -47,18 +47,21 @@ class SegmentedImages(Samples):
     def __len__(self) -> int:
         return len(self.file["value/img"])
 
+    def name(self, i: int) -> str:
+        return f"image {i}"
+
     def read(self, i: int) -> Sample:
         try:
             image = self._array(self.file[self.file["value/img"][i, 0]])
             mask = self._array(self.file[self.file[self.file["value/gt"][i, 0]][0, 0]])
         except (OSError, KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:  # h5py's
-            raise InputError(f"{self.title}, image {i} is damaged: {type(error).__name__}: {error}.") from error
+            raise InputError(f"{self.title}, {self.name(i)} is damaged: {type(error).__name__}: {error}.") from error
         image = image.movedim(0, -1) if image.ndim == 3 else image
         if image.ndim not in (2, 3) or mask.ndim != 2 or image.shape[:2] != mask.shape:
             raise InputError(
-                f"{self.title}, image {i} is damaged: the image has shape {list(image.shape)}, its mask {list(mask.shape)}."
+                f"{self.title}, {self.name(i)} is damaged: the image has shape {list(image.shape)}, its mask {list(mask.shape)}."
             )
-        return Sample(f"image {i}", _pil(image.transpose(0, 1)), mask=(mask.T != 0).long())
+        return Sample(self.name(i), _pil(image.transpose(0, 1)), mask=(mask.T != 0).long())
 
     @staticmethod
     def _array(found: Any) -> Tensor:

@@ -53,10 +53,13 @@ class ImageFolder(Samples):
     def __len__(self) -> int:
         return len(self.files)
 
+    def name(self, i: int) -> str:
+        file, _ = self.files[i]
+        return f"{file.parent.name}/{file.name}"
+
     def read(self, i: int) -> Sample:
         file, label = self.files[i]
-        name = f"{file.parent.name}/{file.name}"
-        return Sample(name, picture(file), label, classes=len(self.classes))
+        return Sample(self.name(i), picture(file), label, classes=len(self.classes))
 
 
 def _images(folder: Path) -> list[Path]:

@@ -63,57 +63,50 @@ def evaluate(
     if not explainers or batch_size < 1:
         raise InputError(f"methods={methods!r}, batch_size={batch_size}: give at least one method, and at least 1.")
     indices = chosen(samples, limit, seed)
-    run = _run(model, samples, limit, seed, nothing)
+    names = {index: samples.name(index) for index in indices}
+    if len(set(names.values())) < len(names):
+        raise InputError(f"{samples.title}: two samples have one name; names tell samples apart.")
+    run = _run(model, samples, nothing)
     records = Records.open(out, run)
-    names: list[str] = []
-    bar = tqdm(total=len(indices) * len(explainers), disable=not progress, desc="evaluate", unit="map")
-    with bar:
-        for places, items in _batches(model, samples, indices, batch_size):
-            names += [item.sample.name for item in items]
+    missing = [i for i in indices if any((names[i], one.name) not in records for one in explainers)]
+    shown = set(indices[:SHOWN])
+    done = (len(indices) - len(missing)) * len(explainers)
+    total = len(indices) * len(explainers)
+    with tqdm(total=total, initial=done, disable=not progress, desc="evaluate", unit="map") as bar:
+        for items in _batches(model, samples, missing, batch_size):
             for one in explainers:
-                todo = [
-                    (place, item)
-                    for place, item in zip(places, items, strict=True)
-                    if (item.sample.name, one.name) not in records
-                ]
+                todo = {index: item for index, item in items.items() if (names[index], one.name) not in records}
                 if todo:
-                    for row in _measure(
-                        model, one, [item for _, item in todo], [place < SHOWN for place, _ in todo], nothing
-                    ):
+                    kept = [index in shown for index in todo]
+                    for row in _measure(model, one, list(todo.values()), kept, nothing):
                         records.add(row)
                 bar.update(len(items))
-    if len(set(names)) < len(names):
-        raise InputError(f"{samples.title}: two samples have one name; names tell samples apart.")
-    shown = tuple(indices[:SHOWN])
-    return Evaluation(run, tuple(one.name for one in explainers), tuple(names), records, samples, shown)
+    drawn = {"limit": limit, "seed": seed} if len(indices) < len(samples) else {}
+    return Evaluation({**run, **drawn}, tuple(one.name for one in explainers), names, records, samples)
 
 
-def _run(model: Any, samples: Samples, limit: int | None, seed: int, nothing: Any) -> dict[str, Any]:
-    """What makes two runs the same; methods may be added to a run."""
-    said = nothing if nothing is None or isinstance(nothing, str | int | float) else "a tensor"
-    drawn = {"limit": limit, "seed": seed} if limit is not None and limit < len(samples) else {}
+def _run(model: Any, samples: Samples, nothing: Any) -> dict[str, Any]:
+    """What makes two runs the same: records of more samples or other methods may join them."""
     return {
         "model": model.cfg.model_name,
         "weights": fingerprint(model),
         "data": samples.title,
         "samples": len(samples),
-        **drawn,
-        "nothing": said,
+        "nothing": nothing if nothing is None or isinstance(nothing, str | int | float) else "a tensor",
     }
 
 
-def _batches(
-    model: Any, samples: Samples, indices: Sequence[int], batch_size: int
-) -> Iterator[tuple[list[int], list[Item]]]:
-    """(places in the run, items) of up to `batch_size` items that may stand together."""
-    held: list[tuple[int, Item]] = []
-    for place, index in enumerate(indices):
+def _batches(model: Any, samples: Samples, indices: Sequence[int], batch_size: int) -> Iterator[dict[int, Item]]:
+    """Up to `batch_size` items that may stand together, by their index; each is read when its batch begins."""
+    held: dict[int, Item] = {}
+    for index in indices:
         item = Item.of(model, samples[index])
-        if held and (len(held) == batch_size or not alike(held[0][1], item)):
-            yield [p for p, _ in held], [i for _, i in held]
-            held = []
-        held.append((place, item))
-    yield [p for p, _ in held], [i for _, i in held]
+        if held and (len(held) == batch_size or not alike(next(iter(held.values())), item)):
+            yield held
+            held = {}
+        held[index] = item
+    if held:
+        yield held
 
 
 def _measure(

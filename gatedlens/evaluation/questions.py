@@ -95,9 +95,11 @@ class JsonLines(Samples):
     def __len__(self) -> int:
         return len(self.lines)
 
+    def name(self, i: int) -> str:
+        return f"{self.path}, line {self.lines[i][0]}"
+
     def read(self, i: int) -> Sample:
-        number, at = self.lines[i]
-        where = f"{self.path}, line {number}"
+        where, (_, at) = self.name(i), self.lines[i]
         with self.path.open("rb") as file:
             file.seek(at)
             line = file.readline()
@@ -133,5 +135,8 @@ class SavedDataset(Samples):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def name(self, i: int) -> str:
+        return f"{self.title}, row {i}"
+
     def read(self, i: int) -> Sample:
-        return as_sample(self.rows[i], f"{self.title}, row {i}")
+        return as_sample(self.rows[i], self.name(i))

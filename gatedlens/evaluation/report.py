@@ -58,8 +58,8 @@ def _curves(found: Evaluation) -> str:
 
 def _samples(found: Evaluation, model: Any) -> str:
     out = ""
-    for place, index in enumerate(found.shown):
-        rows = {method: found.records[found.names[place], method] for method in found.methods}
+    for index in found.shown:
+        rows = {method: found.records[found.names[index], method] for method in found.methods}
         first = rows[found.methods[0]]
         wrong = "" if first["correct"] else ", which the model gets wrong"
         out += (

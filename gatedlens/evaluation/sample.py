@@ -49,11 +49,15 @@ class Sample:
 
 
 class Samples:
-    """What every set shares; one that reads files gives `title`, `__len__` and `read(i)`."""
+    """What every set shares; one that reads files gives `title`, `__len__`, `name(i)` and `read(i)`."""
 
     title: str
 
     def __len__(self) -> int:
+        raise NotImplementedError
+
+    def name(self, i: int) -> str:
+        """Which one sample `i` is, without reading it."""
         raise NotImplementedError
 
     def read(self, i: int) -> Sample:
@@ -77,6 +81,9 @@ class Listed(Samples):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def name(self, i: int) -> str:
+        return self.samples[i].name
 
     def read(self, i: int) -> Sample:
         return self.samples[i]

@@ -41,6 +41,9 @@ class VOC(Samples):
     def __len__(self) -> int:
         return len(self.names)
 
+    def name(self, i: int) -> str:
+        return self.names[i]
+
     def read(self, i: int) -> Sample:
         name = self.names[i]
         return Sample(name, picture(self.root / "JPEGImages" / f"{name}.jpg"), mask=self._mask(name))
