@@ -84,10 +84,8 @@ def normalised(maps: Float[Tensor, "batch row column"]) -> Float[Tensor, "batch 
 
 
 def foreground(R: Float[Tensor, "batch row column"]) -> Bool[Tensor, "batch row column"]:
-    """What is above its map's mean; nothing of a constant map."""
-    varies = R.amax((1, 2), keepdim=True) > R.amin((1, 2), keepdim=True)
-    average = R.mean((1, 2), keepdim=True)
-    return R.gt(average) & varies
+    """What is above its map's mean; nothing of a constant map, whose mean is 1/2 exactly."""
+    return R.gt(R.mean((1, 2), keepdim=True))
 
 
 def _compared(R: Float[Tensor, "batch row column"], truth: Int[Tensor, "batch row column"]) -> Segmentation:
