@@ -9,6 +9,7 @@ import torch
 
 import gatedlens as gl
 from benchmarks import results
+from gatedlens import attribution
 from gatedlens.evaluation import Estimate
 from gatedlens.evaluation.record import fingerprint
 from tests.conftest import ROOT
@@ -123,6 +124,14 @@ def test_the_reading_is_what_the_numbers_say(held):
         assert best == "gradient_attention"
     for metric in ("positive probability", "negative probability", "pixel accuracy"):
         assert abs(value(digits, "raw_attention", metric) - value(digits, "rollout", metric)) < 0.01
+
+
+def test_the_hidden_matrix_of_mamba_points_two_tokens_behind_the_answer(recall_model):
+    batch = gl.tasks.recall(128, seed=3)
+    for factors, behind in (("hidden", 2), ("unified", 0)):
+        found = attribution.raw_attention(recall_model, batch.tokens, factors=factors, sign="abs")
+        peak = found.scores[:, 1:-1].argmax(1) + 1
+        assert int((peak == batch.answer_pos + behind).sum()) == {"hidden": 99, "unified": 120}[factors]
 
 
 def test_the_table_can_be_made_anew(tmp_path, monkeypatch):
