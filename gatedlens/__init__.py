@@ -14,7 +14,7 @@ Zimerman, Ali and Wolf, "Explaining Modern Gated-Linear RNNs via a Unified Impli
 # fmt: off
 # isort: off
 from gatedlens import (
-    ablation, attribution, circuits, data, fused, knockout, lens, metrics, patching, plot, profiles, states,
+    ablation, attribution, circuits, data, evaluation, fused, knockout, lens, metrics, patching, plot, profiles, states,
     steering, store, tasks, tracing,
 )
 # isort: on
@@ -54,7 +54,7 @@ __all__ = [
     "HookPoint", "HookTable", "HookedConfig", "HookedGriffin", "HookedLanguageModel", "HookedMamba", "HookedModel",
     "HookedRWKV", "HookedViM", "ImplicitAttention", "InputError", "Point", "PointError", "RecurrentState", "Result",
     "StoreError", "TooLargeError", "View", "__version__", "ablation", "attribution", "bundled_models", "circuits",
-    "data", "from_pretrained", "fused", "implicit_attention", "knockout", "lens", "metrics", "patching", "plot",
-    "profiles", "states", "steering", "store", "tasks", "tracing", "wrap",
+    "data", "evaluation", "from_pretrained", "fused", "implicit_attention", "knockout", "lens", "metrics",
+    "patching", "plot", "profiles", "states", "steering", "store", "tasks", "tracing", "wrap",
 ]
 # fmt: on

@@ -31,6 +31,16 @@ HARVEST = """examples:
   gatedlens harvest --model state-spaces/mamba-130m-hf --data texts/ --names blocks.3.hook_resid_post --reduce mean covariance
   gatedlens harvest --model gatedlens/vim-digits --data images/ --names "blocks.*.hook_mixer_out" --engine ray --workers 4"""
 
+EVALUATE = """examples:
+  gatedlens evaluate --model gatedlens/vim-digits --data digits --limit 50 --out out/digits
+  gatedlens evaluate --model gatedlens/mamba-recall --data recall --limit 64 --methods lrp rollout:sign=abs occlusion
+  gatedlens evaluate --model vim_s_midclstok_80p5acc.pth --data gtsegs_ijcv.mat --methods rollout gradient_attention
+  gatedlens evaluate --model state-spaces/mamba-370m-hf --data imdb/test.jsonl --limit 200 --nothing "<|endoftext|>"
+
+--data: digits, recall, moby; an ImageNet folder of class folders; gtsegs_ijcv.mat; a Pascal VOC folder; IMDB or ARC-Easy as
+JSON lines or a folder of datasets' save_to_disk. A method may carry options: gradient_attention:factors=hidden,mode=official.
+The same command goes on where it was stopped."""
+
 TABLE = """examples:
   gatedlens table gatedlens/mamba-moby
   gatedlens table path/to/model --layer 3 --json"""
@@ -113,6 +123,30 @@ def patch(args: argparse.Namespace) -> dict[str, Any]:
         print(f"  {where:>20} {cell.get('pos_label', '')!r:>8}: {cell['value']:+.3f}")
     print("\n".join(found.files))
     return {}
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure how faithful attribution methods are on a data set, and write a report; goes on where it was stopped."""
+    from pathlib import Path
+
+    from gatedlens.evaluation import evaluate as run
+    from gatedlens.evaluation import explainer, open_samples, report
+    from gatedlens.loading import from_pretrained
+
+    for name in args.methods or ():
+        explainer(name)
+    samples = open_samples(args.data)
+    model = from_pretrained(args.model)
+    options: dict[str, Any] = {"limit": args.limit, "seed": args.seed, "nothing": args.nothing}
+    progress = not (args.json or args.quiet)
+    found = run(model, samples, args.methods, out=args.out, batch_size=args.batch_size, progress=progress, **options)
+    page = report(found, model).save(Path(args.out) / "report.html")
+    numbers = found.save(Path(args.out) / "results.json")
+    if not args.json:
+        console = _console()
+        console.print(found.table().brief())
+        console.print(f"report:  {page}  (with intervals, curves and maps)\nnumbers: {numbers}", soft_wrap=True)
+    return {**found.to_dict(), "files": [str(page), str(numbers)]}
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
@@ -227,6 +261,16 @@ def parser() -> argparse.ArgumentParser:
         "--axes", default="layer,pos", help="what is swept: layer, and any axes of the point (%(default)s)"
     )
     sub.add_argument("--out", default="out", help="the folder for the picture and the numbers (%(default)s)")
+    sub = command("evaluate", evaluate, EVALUATE)
+    sub.add_argument("--model", required=True, help="a bundled model, a folder, a file or a hub name")
+    sub.add_argument("--data", required=True, help="a bundled data set or the path of one (see below)")
+    sub.add_argument("--methods", nargs="+", metavar="METHOD", help="attribution methods, with options (all)")
+    sub.add_argument("--out", default="out", help="the folder for records, report and numbers (%(default)s)")
+    sub.add_argument("--limit", type=int, help="how many samples, drawn from the seed (all)")
+    sub.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
+    sub.add_argument("--nothing", help="what is put in the place of what is taken away: a token, or black, mean, blur")
+    sub.add_argument("--batch-size", type=int, default=8, help="samples that are explained together (%(default)s)")
+    sub.add_argument("--quiet", action="store_true", help="no progress bar")
     sub = command("compare", compare, "examples:\n  gatedlens compare\n  gatedlens compare --out figures --json")
     sub.add_argument("--out", default="out", help="the folder for the picture (%(default)s)")
     sub = command("harvest", harvest, HARVEST)

@@ -116,9 +116,44 @@ def test_harvest_makes_a_store_and_goes_on_with_it(tmp_path, capsys):
     assert "its settings batch_size is 8, this one's 3" in capsys.readouterr().err
 
 
+def test_evaluate_writes_a_report_and_goes_on(tmp_path, capsys):
+    arguments = ["evaluate", "--model", "gatedlens/vim-digits", "--data", "digits", "--methods", "lrp", "random"]
+    arguments += ["--limit", "2", "--out", str(tmp_path)]
+    assert cli.main([*arguments, "--json"]) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert shown.err == "" and found["run"]["data"] == "digits" and len(found["samples"]) == 2
+    assert {cell["method"] for cell in found["table"]["cells"]} == {"lrp", "random"}
+    assert [Path(file).name for file in found["files"]] == ["report.html", "results.json"]
+    page = (tmp_path / "report.html").read_text()
+    assert "http" not in page and page.count("<img") == 2 * 3 and "<svg" in page
+    records = (tmp_path / "records.jsonl").read_text()
+    (tmp_path / "records.jsonl").write_text("".join(records.splitlines(keepends=True)[:1]))
+    assert cli.main([*arguments, "--quiet"]) == 0
+    out = capsys.readouterr()
+    assert "gatedlens/vim-digits on digits, 2 samples" in out.out and "report.html" in out.out and out.err == ""
+    rows = (tmp_path / "records.jsonl").read_text().splitlines()
+    assert rows[0] == records.splitlines()[0] and len(rows) == 4
+    again = json.loads((tmp_path / "results.json").read_text())["table"]["cells"]
+    for cell, other in zip(again, found["table"]["cells"], strict=True):
+        assert cell["value"] == pytest.approx(other["value"], abs=1e-5)
+    other = ["evaluate", "--model", "gatedlens/rwkv-recall", "--data", "recall", "--limit", "2", "--out", str(tmp_path)]
+    assert cli.main(other) == 2
+    assert "holds another run: model was 'gatedlens/vim-digits'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["evaluate", "--model", "gatedlens/vim-digits", "--data", "digit"], "Did you mean 'digits'"),
+        (["evaluate", "--model", "gatedlens/vim-digits", "--data", "digits", "--methods", "lpr"], "Did you mean 'lrp'"),
+        (["evaluate", "--model", "gatedlens/vim-digits", "--data", "recall", "--limit", "1"], "reads images"),
+        (["evaluate", "--model", "gatedlens/mamba-recall", "--data", "digits", "--limit", "1"], "reads text"),
+        (
+            ["evaluate", "--model", "gatedlens/vim-digits", "--data", "digits", "--nothing", "blak"],
+            "Did you mean 'black'",
+        ),
+        (["evaluate", "--model", "gatedlens/vim-digits", "--data", "digits", "--limit", "0"], "limit=0"),
         (["demo", "--model", "gatedlens/mamba-mobi"], "Did you mean 'gatedlens/mamba-moby'"),
         (["demo", "--model", "/no/where"], "There is no folder"),
         (["demo", "--layer", "9"], "has layers 0 to"),
@@ -139,9 +174,11 @@ def test_mistakes_are_one_line_and_code_2(arguments, message, tmp_path, capsys):
     assert message in error and "Traceback" not in error
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["attention"], ["compare"], ["harvest"], ["models"], ["table"]])
+@pytest.mark.parametrize(
+    "command", ["", "demo", "attention", "patch", "evaluate", "compare", "harvest", "models", "table"]
+)
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main([*command, "--help"])
+        cli.main([*command.split(), "--help"])
     assert stop.value.code == 0
     assert not command or "examples:" in capsys.readouterr().out

@@ -51,6 +51,7 @@ from tests.attribution import test_gradients, test_perturbation, test_question, 
 from tests.circuits import test_attribution, test_circuit, test_edges, test_graph, test_paths
 from tests.circuits.test_circuit import circuit  # noqa: F401  a fixture
 from tests.conftest import EVERY, ROOT
+from tests.evaluation import test_measurement, test_protocol
 from tests.helpers import example, relative
 from tests.patching import test_sweep
 from tests.store import test_harvest, test_reductions
@@ -118,6 +119,8 @@ GENERAL = [
     test_perturbation,
     test_question,
     test_relevance,
+    test_protocol,
+    test_measurement,
 ]
 if importlib.util.find_spec("nnsight") is not None:
     from tests import test_nnsight, test_traced

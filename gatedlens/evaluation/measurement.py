@@ -1,0 +1,172 @@
+"""Measurement: every protocol that applies, by every method, on every sample; it can stop and go on.
+
+    evaluate(model, "digits", ["lrp", "rollout"], limit=100, out="out")      # an Evaluation
+
+What is measured: of images the positive and negative perturbation, deletion and insertion, and with masks the segmentation; of
+tokens the positive and negative perturbation, activation and pruning; and, where it is known which tokens hold the
+answer, their rank and mass. What is explained is the label; where there is none, the answer that the model gives. With `out` each
+record is kept as it is made, and the same call goes on where it stopped. A method is a name with options: see
+`explainer.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from gatedlens.attribution import METHODS
+from gatedlens.errors import InputError
+from gatedlens.evaluation.case import Case
+from gatedlens.evaluation.evaluation import COUNTS, MEASURED, TRUTH, Evaluation
+from gatedlens.evaluation.explainer import NEEDS_NOTHING, Explainer, explainer
+from gatedlens.evaluation.item import Item, Items, alike
+from gatedlens.evaluation.opening import open_samples
+from gatedlens.evaluation.protocol import PROTOCOLS, measured
+from gatedlens.evaluation.record import Records, fingerprint
+from gatedlens.evaluation.sample import Samples, chosen
+from gatedlens.evaluation.segmentation import segmentation
+from gatedlens.evaluation.truth import located
+
+OF_IMAGES = ("positive", "negative", "deletion", "insertion")
+OF_TOKENS = ("positive", "negative", "activation", "pruning")
+SHOWN = 6  # samples whose scores are kept
+DIGITS = 6  # of a number that is kept
+
+
+def evaluate(
+    model: Any,
+    data: Any,
+    methods: Sequence[str] | None = None,
+    *,
+    out: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    nothing: Any = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Evaluation:
+    """`evaluate(model, "digits", ["lrp"])`: every protocol, every method (all if None).
+
+    data: a name or path (`opening.py`), or `Samples`. limit: how many samples, drawn from `seed`; all if None. nothing: what
+    is put in the place of what is taken away (`nothing.py`), in methods that need it as well. batch_size: samples that are
+    explained together.
+    """
+    samples = data if isinstance(data, Samples) else open_samples(data)
+    if isinstance(methods, str):
+        raise InputError(f"methods={methods!r}: give a list, [{methods!r}].")
+    explainers = [explainer(name) for name in dict.fromkeys(METHODS if methods is None else methods)]
+    if not explainers or batch_size < 1:
+        raise InputError(f"methods={methods!r}, batch_size={batch_size}: give at least one method, and at least 1.")
+    indices = chosen(samples, limit, seed)
+    names = {index: samples.name(index) for index in indices}
+    if len(set(names.values())) < len(names):
+        raise InputError(f"{samples.title}: two samples have one name; names tell samples apart.")
+    run = _run(model, samples, nothing)
+    records = Records.open(out, run)
+    missing = [i for i in indices if any((names[i], one.name) not in records for one in explainers)]
+    shown = set(indices[:SHOWN])
+    done = (len(indices) - len(missing)) * len(explainers)
+    total = len(indices) * len(explainers)
+    with tqdm(total=total, initial=done, disable=not progress, desc="evaluate", unit="map") as bar:
+        for items in _batches(model, samples, missing, batch_size):
+            for one in explainers:
+                todo = {index: item for index, item in items.items() if (names[index], one.name) not in records}
+                if todo:
+                    kept = [index in shown for index in todo]
+                    for row in _measure(model, one, list(todo.values()), kept, nothing):
+                        records.add(row)
+                bar.update(len(items))
+    drawn = {"limit": limit, "seed": seed} if len(indices) < len(samples) else {}
+    return Evaluation({**run, **drawn}, tuple(one.name for one in explainers), names, records, samples)
+
+
+def _run(model: Any, samples: Samples, nothing: Any) -> dict[str, Any]:
+    """What makes two runs the same: records of more samples or other methods may join them."""
+    return {
+        "model": model.cfg.model_name,
+        "weights": fingerprint(model),
+        "data": samples.title,
+        "samples": len(samples),
+        "nothing": nothing if nothing is None or isinstance(nothing, str | int | float) else "a tensor",
+    }
+
+
+def _batches(model: Any, samples: Samples, indices: Sequence[int], batch_size: int) -> Iterator[dict[int, Item]]:
+    """Up to `batch_size` items that may stand together, by their index; each is read when its batch begins."""
+    held: dict[int, Item] = {}
+    for index in indices:
+        item = Item.of(model, samples[index])
+        if held and (len(held) == batch_size or not alike(next(iter(held.values())), item)):
+            yield held
+            held = {}
+        held[index] = item
+    if held:
+        yield held
+
+
+def _measure(
+    model: Any, one: Explainer, items: list[Item], shown: list[bool], nothing: Any
+) -> Iterator[dict[str, Any]]:
+    """The records of one method for some items."""
+    batch = Items.of(items)
+    protocols = OF_TOKENS if model.grid is None else OF_IMAGES
+    cases = _cases(model, batch, protocols, nothing)
+    case = cases[protocols[0]]
+    target = case.labels if case.among is None else case.among.gather(1, case.labels.unsqueeze(1)).squeeze(1)
+    baseline = {NEEDS_NOTHING: int(case.nothing[0, 0, 0])} if model.grid is None else {}
+    found = one(model, batch.input, target, attention_mask=batch.attention_mask, progress=False, **baseline)
+    curves = {name: measured(cases[name], found, PROTOCOLS[name], MEASURED[name], progress=False) for name in protocols}
+    object_ = None if batch.masks is None else segmentation(found, batch.masks)
+    truth = _truth(items, found.scores, case)
+    for r, item in enumerate(items):
+        row: dict[str, Any] = {
+            "sample": item.sample.name,
+            "method": one.name,
+            "explained": int(target[r]),
+            "correct": bool(case.clean[r].argmax() == case.labels[r]),
+            "nothing": {name: cases[name].said for name in protocols},
+            "curves": {name: {m: _short(v[r]) for m, v in values.items()} for name, values in curves.items()},
+        }
+        if object_ is not None:
+            row["segmentation"] = {name: _short(vars(object_)[name][r]) for name in COUNTS}
+        if truth is not None:
+            row["truth"] = {name: _short(vars(truth)[name][r]) for name in TRUTH}
+        if shown[r]:
+            row["scores"] = _short(found.scores[r])
+            row["tokens"] = None if model.grid is not None else found.facts["tokens"][r]
+        yield row
+
+
+def _cases(model: Any, batch: Items, protocols: Sequence[str], nothing: Any) -> dict[str, Case]:
+    """The case of each protocol; those that put in the same share one."""
+    made: dict[Any, Case] = {}
+    out = {}
+    for name in protocols:
+        asked = PROTOCOLS[name].nothing if nothing is None and model.grid is not None else nothing
+        key = asked if asked is None or isinstance(asked, str | int | float) else id(asked)
+        if key not in made:
+            options: dict[str, Any] = {"keep": batch.keep, "among": batch.among, "attention_mask": batch.attention_mask}
+            made[key] = Case.of(model, batch.input, batch.labels, nothing=asked, **options)
+        out[name] = made[key]
+    return out
+
+
+def _truth(items: list[Item], scores: Tensor, case: Case) -> Any:
+    if not items[0].sample.truth:
+        return None
+    truth = torch.zeros(scores.shape, dtype=torch.bool)
+    for row, item in zip(truth, items, strict=True):
+        row[[len(row) - len(item.value) + pos for pos in item.sample.truth]] = True
+    return located(scores, truth, case.free)
+
+
+def _short(values: Tensor) -> Any:
+    """Numbers as JSON holds them, to `DIGITS` figures."""
+    if values.ndim == 0:
+        return float(f"{float(values):.{DIGITS}g}")
+    return [_short(one) for one in values]

@@ -1,0 +1,189 @@
+"""Protocol: in which order places are taken away or put back, how many, and what is measured.
+
+    perturbation(model, images, scores, labels)                        # most relevant first: down is better
+    perturbation(model, images, scores, labels, order="negative")      # least relevant first: up is better
+    activation_curve(model, tokens, scores, labels)                    # put back, most relevant first (AUAC): up
+    pruning_curve(model, tokens, scores)                               # smallest scores first (AU-MSE): down
+    deletion(model, images, scores), insertion(model, images, scores)  # 0 to 100 %: down, up
+    difference(insertion(...), deletion(...))                          # one curve for both: up
+
+All are `measured(case, scores, protocol, measures)`; one of your own is one more `Protocol`. Beside `scores` (an
+Attribution, or numbers [batch, pos]; of images [batch, row, column] of patches or pixels) and `labels` (None: what the model
+predicts) each takes
+
+    measure          see `measures.py`          nothing       what is put in a place: see `nothing.py`
+    shares           of the places              keep, among, attention_mask       see `case.py`
+    batch_size       inputs in one forward      progress      a bar, or none
+
+Perturbation as in HA (arXiv 2403.01590) and Chefer et al. 2021 (arXiv 2012.09838); activation and pruning Ali et al. 2022
+(arXiv 2202.07304), as in UIA (arXiv 2405.16504); insertion and deletion Petsiuk et al. 2018 (arXiv 1806.07421).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from gatedlens.errors import InputError, did_you_mean
+from gatedlens.evaluation.case import Case
+from gatedlens.evaluation.curve import AXES, Curve
+from gatedlens.evaluation.measures import MEASURES, check
+
+TENTHS = tuple(round(0.1 * i, 1) for i in range(11))
+TWENTIETHS = tuple(round(0.05 * i, 2) for i in range(21))
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """most_first: the order of the scores (of their sizes, if `absolute`); restores: from nothing, places are put back;
+    better: which way a better explanation moves the curve; nothing: what is put in a pixel's place, if not black."""
+
+    name: str
+    better: str
+    most_first: bool
+    restores: bool
+    shares: tuple[float, ...]
+    measure: str
+    absolute: bool = False
+    nothing: str | None = None
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol("positive", "down", most_first=True, restores=False, shares=TENTHS[1:-1], measure="accuracy"),
+        Protocol("negative", "up", most_first=False, restores=False, shares=TENTHS[1:-1], measure="accuracy"),
+        Protocol("activation", "up", most_first=True, restores=True, shares=TENTHS, measure="probability"),
+        Protocol("pruning", "down", most_first=False, restores=False, shares=TENTHS, measure="squared_error", absolute=True),
+        Protocol("deletion", "down", most_first=True, restores=False, shares=TWENTIETHS, measure="probability"),
+        Protocol("insertion", "up", most_first=True, restores=True, shares=TWENTIETHS, measure="probability", nothing="blur"),
+    )
+}  # fmt: skip
+ORDERS = ("positive", "negative")
+
+
+def perturbation(
+    model: Any, input: Any, scores: Any, labels: Any = None, *, order: str = "positive", **options: Any
+) -> Curve:
+    """Take away 10 % to 90 % of the places, most relevant first ("positive") or least relevant first ("negative")."""
+    if order not in ORDERS:
+        raise InputError(f"order={order!r}: it is 'positive' or 'negative'.{did_you_mean(str(order), ORDERS)}")
+    return curve(PROTOCOLS[order], model, input, scores, labels, **options)
+
+
+def activation_curve(model: Any, input: Any, scores: Any, labels: Any = None, **options: Any) -> Curve:
+    """From an input that holds nothing, put places back, most relevant first; the label's probability. Area: AUAC."""
+    return curve(PROTOCOLS["activation"], model, input, scores, labels, **options)
+
+
+def pruning_curve(model: Any, input: Any, scores: Any, labels: Any = None, **options: Any) -> Curve:
+    """Take places away, those with the smallest |score| first; mean over logits of (logit - clean logit)^2. Area: AU-MSE."""
+    return curve(PROTOCOLS["pruning"], model, input, scores, labels, **options)
+
+
+def deletion(model: Any, input: Any, scores: Any, labels: Any = None, **options: Any) -> Curve:
+    """Take away 0 % to 100 % of the places, most relevant first; the label's probability."""
+    return curve(PROTOCOLS["deletion"], model, input, scores, labels, **options)
+
+
+def insertion(model: Any, input: Any, scores: Any, labels: Any = None, **options: Any) -> Curve:
+    """From the blurred image (or an input without tokens) put back 0 % to 100 %, most relevant first; the label's
+    probability."""
+    return curve(PROTOCOLS["insertion"], model, input, scores, labels, **options)
+
+
+def difference(insertion: Curve, deletion: Curve) -> Curve:
+    """insertion - deletion, sample by sample: its area is the difference of the areas, and large where both are good."""
+    alike = insertion.shares == deletion.shares and insertion.shape == deletion.shape
+    if not alike or insertion.facts["measure"] != deletion.facts["measure"]:
+        raise InputError("These curves were not measured alike: shares, samples or measures differ.")
+    facts = {**insertion.facts, "protocol": "difference", "better": "up"}
+    value = f"difference of {insertion.value}"
+    return replace(
+        insertion, values=insertion.values - deletion.values, title="insertion - deletion", value=value, facts=facts
+    )
+
+
+# -- the engine -----------------------------------------------------------------------------------------------------
+
+
+def curve(
+    protocol: Protocol,
+    model: Any,
+    input: Any,
+    scores: Any,
+    labels: Any = None,
+    *,
+    measure: str | None = None,
+    shares: Sequence[float] | None = None,
+    nothing: Any = None,
+    keep: Tensor | None = None,
+    among: Any = None,
+    attention_mask: Tensor | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Curve:
+    """The curve of any protocol; the options are those of the head of this file."""
+    chosen = replace(
+        protocol,
+        measure=check(protocol.measure if measure is None else measure),
+        shares=_shares(protocol.shares if shares is None else shares),
+    )
+    nothing = protocol.nothing if nothing is None and getattr(model, "grid", None) is not None else nothing
+    case = Case.of(model, input, labels, nothing=nothing, keep=keep, among=among, attention_mask=attention_mask)
+    found = measured(case, scores, chosen, (chosen.measure,), batch_size=batch_size, progress=progress)
+    return as_curve(found[chosen.measure], chosen, chosen.measure, model=model.cfg.model_name, nothing=case.said)
+
+
+def as_curve(values: Float[Tensor, "sample share"], protocol: Protocol, measure: str, **facts: Any) -> Curve:
+    """Values of a protocol as a Curve, its title and facts filled in."""
+    verb = "put back" if protocol.restores else "taken away"
+    first = ("largest first" if protocol.most_first else "smallest first") if protocol.absolute else (
+        "most relevant first" if protocol.most_first else "least relevant first"
+    )  # fmt: skip
+    given = {"protocol": protocol.name, "measure": measure, "better": protocol.better, **facts}
+    title = f"{protocol.name}: {verb}, {first}"
+    return Curve(values, AXES, {"share": list(protocol.shares)}, title, measure.replace("_", " "), given)
+
+
+@torch.no_grad()
+def measured(
+    case: Case,
+    scores: Any,
+    protocol: Protocol,
+    measures: Sequence[str],
+    *,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> dict[str, Float[Tensor, "sample share"]]:
+    """Several measures of one protocol in one pass, by their names."""
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size}: give at least 1.")
+    ranks = case.ranks(scores, protocol.most_first, protocol.absolute)
+    counts = case.counts(protocol.shares)
+    found: dict[str, list[Tensor]] = {check(name): [] for name in measures}
+    total = counts.numel()
+    for start in tqdm(range(0, total, batch_size), disable=not progress, desc=protocol.name, unit="batch"):
+        flat = torch.arange(start, min(start + batch_size, total), device=counts.device)
+        rows, steps = flat // counts.shape[1], flat % counts.shape[1]
+        reached = ranks[rows] < counts[rows, steps].unsqueeze(1)
+        gone = ~reached & case.free[rows] if protocol.restores else reached
+        empty = case.nothing.expand_as(case.values)[rows]
+        logits = case.logits(torch.where(gone.unsqueeze(1), empty, case.values[rows]), rows)
+        for name in measures:
+            found[name].append(MEASURES[name](logits, case.labels[rows], case.clean[rows]))
+    return {name: torch.cat(parts).reshape(counts.shape).cpu() for name, parts in found.items()}
+
+
+def _shares(given: Sequence[float]) -> tuple[float, ...]:
+    shares = tuple(float(share) for share in given)
+    if len(shares) < 2 or shares[0] < 0 or shares[-1] > 1 or any(b <= a for a, b in pairwise(shares)):
+        raise InputError(f"shares={list(shares)}: give at least two, ascending, from 0 to 1.")
+    return shares

@@ -1,0 +1,109 @@
+"""Records: what was measured of one sample by one method, kept line by line, so that a run can stop and go on.
+
+    records = Records.open("out", run)       # run: model, data, ...: what makes two runs the same
+    records.add({"sample": "test/3", "method": "lrp", ...})
+    ("test/3", "lrp") in records
+
+`run.json` says what was run, `records.jsonl` holds a line a sample and method. A folder of another run is refused. A last line
+that was cut off when the run was stopped is measured anew.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gatedlens.errors import InputError
+
+FORMAT = 1
+RUN, LINES = "run.json", "records.jsonl"
+
+
+class Records:
+    """In memory, and in `folder` if there is one."""
+
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder
+        self.held: dict[tuple[str, str], dict[str, Any]] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path | None, run: Mapping[str, Any]) -> Records:
+        """Those of a folder, which is made if it is not there."""
+        if folder is None:
+            return cls()
+        path, run = Path(folder), {"format": FORMAT, **run}
+        if path.exists() and not path.is_dir():
+            raise InputError(f"--out {path} is a file: give a folder.")
+        path.mkdir(parents=True, exist_ok=True)
+        records = cls(path)
+        if (path / RUN).is_file():
+            records._check(run)
+            records._read()
+        else:
+            if (path / LINES).exists():
+                raise InputError(f"{path} holds {LINES} but no {RUN}: what was run is not known. Give another folder.")
+            (path / RUN).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        return records
+
+    def _check(self, run: Mapping[str, Any]) -> None:
+        assert self.folder is not None
+        try:
+            before = json.loads((self.folder / RUN).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{self.folder / RUN} is broken ({error}): give another folder.") from error
+        differ = [key for key in {**before, **run} if before.get(key) != run.get(key)]
+        if differ:
+            said = "; ".join(f"{key} was {before.get(key)!r} and is now {run.get(key)!r}" for key in differ)
+            raise InputError(f"{self.folder} holds another run: {said}. Give another folder, or empty this one.")
+
+    def _read(self) -> None:
+        assert self.folder is not None
+        path = self.folder / LINES
+        data = path.read_bytes() if path.is_file() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), 1):
+            row = _record(line, f"{path}, line {number}")
+            self.held[row["sample"], row["method"]] = row
+        if len(whole) < len(data):
+            path.write_bytes(whole)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep one record, on the disk at once."""
+        self.held[row["sample"], row["method"]] = row
+        if self.folder is not None:
+            with (self.folder / LINES).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def __contains__(self, key: tuple[str, str]) -> bool:
+        return key in self.held
+
+    def __getitem__(self, key: tuple[str, str]) -> dict[str, Any]:
+        return self.held[key]
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.held.values())
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        if isinstance(row, dict) and {"sample", "method"} <= row.keys():
+            return row
+        why = "it is no record"
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        why = str(error)
+    raise InputError(f"{where} is broken: {why}. Delete that line to have it measured anew.")
+
+
+def fingerprint(model: Any) -> str:
+    """A checksum of the beginning of every parameter: another checkpoint of one name is another model."""
+    total = 0
+    for parameter in model.wrapped.parameters():
+        total = zlib.crc32(parameter.detach().flatten()[:1024].double().cpu().numpy().tobytes(), total)
+    return f"{total:08x}"

@@ -1,0 +1,101 @@
+"""Sample: one input of a data set with what is known about it, and the sets that hold them.
+
+    samples = gl.evaluation.open_samples("digits")          # or a path: see `opening.py`
+    len(samples), samples[0], samples.title
+
+A set of samples has a `title` and reads each one from the disk when it is asked for. The input is a PIL image, an image
+tensor as a model reads it, token ids, or a `Prompt`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gatedlens.errors import InputError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text between what stays: tokens of `text` can be taken away, those of `before` and `after` are kept.
+
+    choices: the answers to choose from, each counted by its first token; the sample's label is the index of the right one.
+    """
+
+    text: str
+    before: str = ""
+    after: str = ""
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """name: which one it is, in the words of its set. label: the right class or token (or index of a Prompt's choices).
+
+    mask: [height, width] of 1 (the object), 0 and -1 (does not count). truth: positions of the tokens that hold the answer.
+    classes: how many classes the label is one of, where that is known.
+    """
+
+    name: str
+    input: Any
+    label: int | None = None
+    mask: Tensor | None = None
+    truth: tuple[int, ...] = ()
+    classes: int | None = None
+
+
+class Samples:
+    """What every set shares; one that reads files gives `title`, `__len__`, `name(i)` and `read(i)`."""
+
+    title: str
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def name(self, i: int) -> str:
+        """Which one sample `i` is, without reading it."""
+        raise NotImplementedError
+
+    def read(self, i: int) -> Sample:
+        raise NotImplementedError
+
+    def __getitem__(self, i: int) -> Sample:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"{self.title} has samples 0 to {len(self) - 1}; {i} is none of them.")
+        return self.read(i % len(self))
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self.read(i) for i in range(len(self)))
+
+
+class Listed(Samples):
+    """Samples that are there already: `Listed("mine", [Sample("a", image, 3), ...])`."""
+
+    def __init__(self, title: str, samples: Sequence[Sample]):
+        self.title = title
+        self.samples = list(samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def name(self, i: int) -> str:
+        return self.samples[i].name
+
+    def read(self, i: int) -> Sample:
+        return self.samples[i]
+
+
+def chosen(samples: Samples, limit: int | None, seed: int) -> list[int]:
+    """The indices of `limit` samples drawn from the seed, ascending; all if None."""
+    if len(samples) == 0:
+        raise InputError(f"{samples.title} holds no sample.")
+    if limit is None or limit >= len(samples):
+        return list(range(len(samples)))
+    if limit < 1:
+        raise InputError(f"limit={limit}: give at least 1.")
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
+    return sorted(order[:limit].tolist())
