@@ -32,7 +32,7 @@ def draw(ax, scores, image, title=""):
     """A map, red for and blue against, with the outline of the ink."""
     bound = scores.abs().max()
     ax.imshow(scores, cmap="RdBu_r", vmin=-bound, vmax=bound, extent=(-0.5, 7.5, 7.5, -0.5))
-    ax.contour(image[0], levels=[-0.1], colors="black", linewidths=0.9)
+    ax.contour(image[0], levels=[-0.1], colors="black", linewidths=0.9, linestyles="solid")
     ax.set_title(title, fontsize=10)
     ax.set_axis_off()
 
