@@ -25,6 +25,7 @@ from gatedlens import catalogue
 from gatedlens.hooks import architectures
 from tests import (
     test_ablation,
+    test_amplify,
     test_attention,
     test_cache,
     test_circuitsvis,
@@ -54,6 +55,7 @@ from tests.conftest import EVERY, ROOT
 from tests.helpers import example, relative
 from tests.patching import test_sweep
 from tests.store import test_harvest, test_reductions
+from tests.test_amplify import speaker  # noqa: F401  a fixture
 from tests.test_attention import case  # noqa: F401  a fixture
 from tests.test_knockout import kind  # noqa: F401  a fixture
 from tests.test_transformer_lens import tuned, tuned_model  # noqa: F401  fixtures
@@ -118,6 +120,7 @@ GENERAL = [
     test_perturbation,
     test_question,
     test_relevance,
+    test_amplify,
 ]
 if importlib.util.find_spec("nnsight") is not None:
     from tests import test_nnsight, test_traced
@@ -133,7 +136,7 @@ if importlib.util.find_spec("captum") is not None:
 
 def general(module) -> dict:
     """The tests of a file that run on whatever architecture they are given."""
-    given = {"model", "lm", "hooked", "wrapped", "traced", "tuned", "tuned_model"}
+    given = {"model", "lm", "hooked", "wrapped", "traced", "tuned", "tuned_model", "speaker"}
     tests = {name: value for name, value in vars(module).items() if name.startswith("test_") and callable(value)}
     return {name: test for name, test in tests.items() if given & set(inspect.signature(test).parameters)}
 

@@ -103,9 +103,9 @@ for kind, some in kinds.items():
 #
 # The words are right, and they are of no use here. The prompted model knows the task without shots; shots make it worse
 # (it has only ever seen prompts of one length, and the keys of the shots hold other values). Against the same shots without
-# words, compared question by question, the right words do not help, and words by chance do no worse than they: whatever words
-# change here is not what they say. A model that never learnt to read rationales cannot gain from them. So this
-# tests the pipeline and the words, not AMPLIFY; and it shows why chance belongs into every such comparison.
+# words, compared question by question, words move the result by a few percent, and words by chance as much as the right
+# ones: whatever changes, it is not what the words say. A model that never learnt to read rationales cannot gain from
+# them. So this tests the pipeline and the words, not AMPLIFY; and it shows why chance belongs into every such comparison.
 
 # %%
 for kind in ("shots, words of lrp", "shots, words by chance"):
@@ -113,7 +113,7 @@ for kind in ("shots, words of lrp", "shots, words by chance"):
     error = 1.96 * gain.std() / len(gain) ** 0.5
     print(f"{kind}, against shots without: {gain.mean():+.1%} +- {error:.1%}")
 assert correct["no shots"].mean() > 0.95 and correct["shots"].mean() < correct["no shots"].mean() - 0.05
-assert correct["shots, words by chance"].mean() >= correct["shots, words of lrp"].mean() - 0.05
+assert (correct["shots, words of lrp"] - correct["shots, words by chance"]).mean().abs() < 0.1
 
 # %% [markdown]
 # ## With a checkpoint and a data set of your own

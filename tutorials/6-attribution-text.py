@@ -140,7 +140,8 @@ assert all(place > 7 for place in sheet["random"])
 
 # %% [markdown]
 # Five hold in all three architectures. What reads attention stands or falls with its options: sizes instead of signs, or the
-# steps of the papers' code (`mode="official"`) instead of their formula. And these are two- and three-layer models with one
+# steps of the papers' code (`mode="official"`) instead of their formula. (In RWKV that formula is empty, and a warning says so:
+# its LayerNorms take the mean of every gradient away, by which the formula weighs.) And these are two- and three-layer models with one
 # task: rank methods on the model that you explain.
 #
 # ## Where nobody knows the truth
