@@ -140,10 +140,24 @@ assert all(place > 7 for place in sheet["random"])
 
 # %% [markdown]
 # Five hold in all three architectures. What reads attention stands or falls with its options: sizes instead of signs, or the
-# steps of the papers' code (`mode="official"`) instead of their formula. (In RWKV that formula is empty, and a warning says so:
-# its LayerNorms take the mean of every gradient away, by which the formula weighs.) And these are two- and three-layer models with one
-# task: rank methods on the model that you explain.
+# steps of the papers' code (`mode="official"`) instead of their formula. (In RWKV that formula is empty, and a warning says
+# so: its LayerNorms take the mean of every gradient away, by which the formula weighs.) And these are two- and three-layer
+# models with one task: rank methods on the model that you explain.
 #
+# ## What a gate gets
+#
+# lrp must decide how a product of content and gate is shared. SiLU(z) in Mamba is content times a weight and gets half. The
+# sigmoid in RWKV only weighs, and gets nothing. `gates="half"` gives it half all the same: where its input is near 0 that
+# share is divided by next to nothing, and biases get more relevance than there is to explain.
+
+# %%
+for gates in ("content", "half", "none"):
+    one = gl.attribution.lrp(models["rwkv"], batch.tokens, gates=gates)
+    leak = torch.tensor(one.facts["remainder"]).abs().mean().item()
+    print(f"{gates:8} place {places(models['rwkv'], 'lrp', gates=gates)[0]:.2f}, into biases {leak:5.1f}")
+    assert (leak > one.explained.mean()) == (gates == "half")
+
+# %% [markdown]
 # ## Where nobody knows the truth
 #
 # A byte model of *Moby-Dick*. The name comes twice; which letters make it write the next one? Two accounts, and the same test

@@ -13,7 +13,8 @@ choice. SiLU(z) and GELU(z) are content times a weight, 0 where z is: MambaLRP g
 weight alone, 1/2 where r is 0, so no share of the product is r's ("signal takes all", Arras et al. 2017, arXiv 1706.07206):
 
     gates="content"    half to a gate that has content, none to a sigmoid
-    gates="half"       half to every gate; a sigmoid passes it on to r as if it were linear, and where r is 0 it is lost
+    gates="half"       half to every gate; a sigmoid passes it on to r as if it were linear: lost where r is 0, and where r
+                       is small its inputs get large shares of either sign, the biases among them
     gates="none"       none to any gate: all of it is the signal's
 
 Everything is read off the model: its norms, what its mixers name as `attention_points`, and the shared words
