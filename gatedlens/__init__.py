@@ -14,8 +14,8 @@ Zimerman, Ali and Wolf, "Explaining Modern Gated-Linear RNNs via a Unified Impli
 # fmt: off
 # isort: off
 from gatedlens import (
-    ablation, attribution, circuits, data, evaluation, fused, knockout, lens, metrics, patching, plot, profiles, states,
-    steering, store, tasks, tracing,
+    ablation, amplify, attribution, circuits, data, evaluation, fused, knockout, lens, metrics, patching, plot, profiles,
+    states, steering, store, tasks, tracing,
 )
 # isort: on
 # fmt: on
@@ -53,8 +53,8 @@ __all__ = [
     "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError",
     "HookPoint", "HookTable", "HookedConfig", "HookedGriffin", "HookedLanguageModel", "HookedMamba", "HookedModel",
     "HookedRWKV", "HookedViM", "ImplicitAttention", "InputError", "Point", "PointError", "RecurrentState", "Result",
-    "StoreError", "TooLargeError", "View", "__version__", "ablation", "attribution", "bundled_models", "circuits",
-    "data", "evaluation", "from_pretrained", "fused", "implicit_attention", "knockout", "lens", "metrics",
-    "patching", "plot", "profiles", "states", "steering", "store", "tasks", "tracing", "wrap",
+    "StoreError", "TooLargeError", "View", "__version__", "ablation", "amplify", "attribution", "bundled_models",
+    "circuits", "data", "evaluation", "from_pretrained", "fused", "implicit_attention", "knockout", "lens",
+    "metrics", "patching", "plot", "profiles", "states", "steering", "store", "tasks", "tracing", "wrap",
 ]
 # fmt: on

@@ -25,6 +25,7 @@ from gatedlens import catalogue
 from gatedlens.hooks import architectures
 from tests import (
     test_ablation,
+    test_amplify,
     test_attention,
     test_cache,
     test_circuitsvis,
@@ -55,6 +56,7 @@ from tests.evaluation import test_measurement, test_protocol
 from tests.helpers import example, relative
 from tests.patching import test_sweep
 from tests.store import test_harvest, test_reductions
+from tests.test_amplify import speaker  # noqa: F401  a fixture
 from tests.test_attention import case  # noqa: F401  a fixture
 from tests.test_knockout import kind  # noqa: F401  a fixture
 from tests.test_transformer_lens import tuned, tuned_model  # noqa: F401  fixtures
@@ -121,6 +123,7 @@ GENERAL = [
     test_relevance,
     test_protocol,
     test_measurement,
+    test_amplify,
 ]
 if importlib.util.find_spec("nnsight") is not None:
     from tests import test_nnsight, test_traced
@@ -136,7 +139,7 @@ if importlib.util.find_spec("captum") is not None:
 
 def general(module) -> dict:
     """The tests of a file that run on whatever architecture they are given."""
-    given = {"model", "lm", "hooked", "wrapped", "traced", "tuned", "tuned_model"}
+    given = {"model", "lm", "hooked", "wrapped", "traced", "tuned", "tuned_model", "speaker"}
     tests = {name: value for name, value in vars(module).items() if name.startswith("test_") and callable(value)}
     return {name: test for name, test in tests.items() if given & set(inspect.signature(test).parameters)}
 

@@ -12,6 +12,7 @@ class token. HA (arXiv 2403.01590), sec. 3.4; UIA (arXiv 2405.16504), sec. 3.4. 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from gatedlens.attribution.reading import Reading, through
 from gatedlens.errors import InputError
 
 WEIGHTED = ("dst", "src")
+CENTRED = "LN"  # the normalization_type of norms that take the mean away
 
 
 def raw_attention(
@@ -33,7 +35,7 @@ def raw_attention(
     target: Any = None,
     *,
     layers: Any = None,
-    start_layer: int | None = None,
+    start_layer: Any = None,
     factors: str | Sequence[str] = "unified",
     channels: str = "mean",
     sign: str = "signed",
@@ -62,7 +64,7 @@ def rollout(
     target: Any = None,
     *,
     layers: Any = None,
-    start_layer: int | None = None,
+    start_layer: Any = None,
     factors: str | Sequence[str] = "unified",
     channels: str = "mean",
     sign: str = "signed",
@@ -93,7 +95,7 @@ def gradient_attention(
     target: Any = None,
     *,
     layers: Any = None,
-    start_layer: int | None = None,
+    start_layer: Any = None,
     factors: str | Sequence[str] = "unified",
     channels: str = "mean",
     sign: str = "signed",
@@ -107,6 +109,9 @@ def gradient_attention(
     weighted: which end of A_l[dst, src] the gradient stands at. The formula leaves it open. "dst" (the default): what
     y_l[dst] does to the target times what src does to y_l[dst]; where the mean gradient at the position that is read is
     negative, relu leaves its row only negative attention. "src": as the papers' code has it. mode="official": that code.
+
+    Under LayerNorms (RWKV-4) the formula says nothing, and a warning says so: they take the mean of the stream away, so the
+    mean gradient over d_model is 0 and E grad y_l only rounding. mode="official" takes the largest channel instead.
     """
     if weighted not in (None, *WEIGHTED):
         raise InputError(f"weighted={weighted!r}: the gradient stands at 'dst' or 'src'.")
@@ -118,6 +123,7 @@ def gradient_attention(
     found = question.gradients(*names)
     gradients = [found[name].to(reading.read.dtype) for name in names]
     if reading.steps is None:
+        _tell_if_the_mean_is_rounding(question)
         q = reading.read
         for g, A in reversed(list(zip(gradients, reading.stack, strict=True))):
             weight = g.mean(-1).unsqueeze(2 if end == "dst" else 1)
@@ -130,3 +136,13 @@ def gradient_attention(
             ]
         )
     return reading.answer(q, "gradient_attention", "gradient-weighted attention", weighted=end)
+
+
+def _tell_if_the_mean_is_rounding(question: Question) -> None:
+    cfg = question.model.cfg
+    if cfg.normalization_type == CENTRED:
+        warnings.warn(
+            f"gradient_attention: {cfg.model_name} has LayerNorms, under which the mean gradient of a layer's output is 0: "
+            'the formula weighs by rounding errors. mode="official" takes the largest channel instead.',
+            stacklevel=3,
+        )

@@ -100,4 +100,13 @@ class Attribution(Result):
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{axis} {size}" for axis, size in zip(self.axes, self.values.shape, strict=True))
-        return f"Attribution({self.method}, target {self.target}, layers {list(self.layers)}; {sizes})"
+        return f"Attribution({self.method}, target {_short(self.target)}, layers {_short(list(self.layers))}; {sizes})"
+
+
+def _short(given: Any) -> str:
+    """A list (or each of a dict's) of more than eight as its first six and how many there are."""
+    if isinstance(given, dict):
+        return ", ".join(f"{name} {_short(value)}" for name, value in given.items())
+    if isinstance(given, list) and len(given) > 8:
+        return f"[{', '.join(map(str, given[:6]))}, ...: {len(given)}]"
+    return str(given)

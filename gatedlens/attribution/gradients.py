@@ -44,7 +44,7 @@ def integrated_gradients(
     target: Any = None,
     *,
     baseline: Any = None,
-    n_steps: int = 50,
+    n_steps: Any = 50,
     batch_size: int = 32,
     attention_mask: Tensor | None = None,
 ) -> Attribution:
@@ -77,7 +77,7 @@ def smoothgrad(
     input: Any,
     target: Any = None,
     *,
-    n_samples: int = 25,
+    n_samples: Any = 25,
     noise: int | float = 0.1,
     seed: int = 0,
     batch_size: int = 32,
@@ -114,7 +114,9 @@ def _saliency(captum: Any, question: Question, features: Tensor) -> Tensor:
     return found
 
 
-def _positive(**numbers: int) -> None:
+def _positive(**numbers: Any) -> None:
     for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise InputError(f"{name}={number!r}: a whole number is meant.")
         if number < 1:
             raise InputError(f"{name}={number}: give at least 1.")

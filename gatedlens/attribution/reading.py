@@ -11,6 +11,7 @@ mode         "paper": the formulas; "official": the papers' code (`official.py`)
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ class Reading:
     def of(
         question: Question,
         layers: Any,
-        start_layer: int | None,
+        start_layer: Any,
         factors: str | Sequence[str],
         channels: str,
         sign: str,
@@ -113,8 +114,21 @@ class Reading:
         scores = scores if self.steps is None else scores.clamp(min=0)
         scores = scores if self.own else scores.masked_fill(self.question.own, 0)
         mode = "paper" if self.steps is None else "official"
+        self._tell_if_nothing_is_left(scores, method)
         own = {"factors": self.factors, "channels": self.channels, "sign": self.sign, "own": self.own, "mode": mode}
         return self.question.answer(scores, method, value, self.stack.layers, **own, **facts)
+
+    def _tell_if_nothing_is_left(self, scores: Tensor, method: str) -> None:
+        """A warning for rows that are 0 throughout: they rank nothing."""
+        real = self.question.real
+        several = scores.shape[1] > 1 if real is None else real.sum(1) > 1
+        empty = ((scores == 0).all(1) & several).nonzero().flatten().tolist()
+        if empty:
+            layers, n = list(self.stack.layers), self.question.model.cfg.n_layers
+            more = f" Only layers {layers} of {n} took part: start_layer=0 takes all." if len(layers) < n else ""
+            warnings.warn(
+                f"{method}: all scores of rows {empty} are 0, nothing was positive there.{more}", stacklevel=4
+            )
 
 
 def through(q: Float[Tensor, "batch dst"], matrix: Float[Tensor, "batch dst src"]) -> Float[Tensor, "batch src"]:
@@ -122,12 +136,14 @@ def through(q: Float[Tensor, "batch dst"], matrix: Float[Tensor, "batch dst src"
     return torch.einsum("bi,bij->bj", q, matrix)
 
 
-def _operators(question: Question, layers: Any, start_layer: int | None, default: int) -> AttentionStack:
+def _operators(question: Question, layers: Any, start_layer: Any, default: int) -> AttentionStack:
     """The implicit attention of the layers that were asked for; from `default` on if none was."""
     model, n = question.model, question.model.cfg.n_layers
     if layers is not None and start_layer is not None:
         raise InputError(f"layers={layers!r} and start_layer={start_layer}: give one of them.")
     start = default if start_layer is None else start_layer
+    if isinstance(start, bool) or not isinstance(start, int):
+        raise InputError(f"start_layer={start!r}: a whole number is meant, of 0 to {n - 1}.")
     if not -n <= start < n:
         raise InputError(f"start_layer={start}: {model.cfg.model_name} has layers 0 to {n - 1}.")
     with torch.no_grad():

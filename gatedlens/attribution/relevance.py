@@ -11,7 +11,8 @@ of logits; another metric's relevance sums to gradient x logits.
 Seen from a layer's implicit attention A: what x passes on through the scan is x . A^T g / 2, g the gradient at the layer's
 o, since half of it goes to the gate (x . A^T g where the gate is a sigmoid, as in RWKV, and in attention layers).
 
-Jafari et al. 2024 (MambaLRP, arXiv 2406.07592), extended to every architecture.
+Jafari et al. 2024 (MambaLRP, arXiv 2406.07592), extended to every architecture. What gates get is a choice, `gates`: see
+`rules.py`.
 """
 
 from __future__ import annotations
@@ -25,14 +26,20 @@ from gatedlens.attribution.question import Question
 from gatedlens.attribution.rules import Rules
 
 
-def lrp(model: Any, input: Any, target: Any = None, *, attention_mask: Tensor | None = None) -> Attribution:
-    """The relevance of each token or patch: see the head of this file. One forward, one backward."""
+def lrp(
+    model: Any, input: Any, target: Any = None, *, gates: str = "content", attention_mask: Tensor | None = None
+) -> Attribution:
+    """The relevance of each token or patch: see the head of this file. One forward, one backward.
+
+    gates: "content" gives half of a gated product to a gate that has content (SiLU, GELU: Mamba, ViM, Griffin) and none to
+    one that only weighs (sigmoid: RWKV); "half" gives every gate half, "none" gives no gate any. facts["gates"] says which.
+    """
     question = Question.of(model, input, target, attention_mask)
-    with Rules.of(model).on(model):
+    with Rules.of(model, gates).on(model):
         gradient = question.gradient()
     scores = ((question.features - question.zero) * gradient).sum(-1).double()
     if question.real is not None:
         scores = scores.masked_fill(~question.real, 0)
     remainder = question.explained.double() - scores.sum(1)
     scores = scores.to(gradient.dtype)
-    return question.answer(scores, "lrp", "relevance", remainder=remainder.tolist())
+    return question.answer(scores, "lrp", "relevance", gates=gates, remainder=remainder.tolist())

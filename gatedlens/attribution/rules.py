@@ -8,8 +8,16 @@
                  (dt, B, C; decays and input gates; keys; attention patterns), and gates that are sigmoids
     shared       the relevance of a point goes in equal parts to the points that it reads, as if it were linear in each
 
-Norms, SiLU and the scan follow Jafari et al. 2024 (MambaLRP, arXiv 2406.07592), sigmoid gates Arras et al. 2017 ("signal
-takes all"). Everything is read off the model: its norms, what its mixers name as `attention_points`, and the shared words
+Norms, SiLU and the scan follow Jafari et al. 2024 (MambaLRP, arXiv 2406.07592). Of gates there are two kinds, so `gates` is a
+choice. SiLU(z) and GELU(z) are content times a weight, 0 where z is: MambaLRP gives z half of the product. sigmoid(r) is a
+weight alone, 1/2 where r is 0, so no share of the product is r's ("signal takes all", Arras et al. 2017, arXiv 1706.07206):
+
+    gates="content"    half to a gate that has content, none to a sigmoid
+    gates="half"       half to every gate; a sigmoid passes it on to r as if it were linear: lost where r is 0, and where r
+                       is small its inputs get large shares of either sign, the biases among them
+    gates="none"       none to any gate: all of it is the signal's
+
+Everything is read off the model: its norms, what its mixers name as `attention_points`, and the shared words
 for shared roles (u, y, gate, gated, pre, post), so an architecture that uses them needs no rule of its own.
 
 x = x.detach() + (f - f.detach()) has the value of x and the gradient of f: it is how a hook puts a rule in.
@@ -26,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gatedlens.errors import InputError, did_you_mean
 from gatedlens.hookpoint import Capture
 
 CONTENT = (
@@ -38,6 +47,7 @@ CONTENT = (
     "hook_z",
 )  # of a mixer's attention_points
 SIGMOID = "sigmoid("  # how the equation of a gate that only weighs begins
+GATES = ("content", "half", "none")
 NORMED, LOGITS = "ln_final.hook_out", "hook_logits"
 
 
@@ -54,6 +64,7 @@ SHARES = (
     Share("hook_u", ("hook_conv",)),  # u = SiLU(c), or u = c
     Share("hook_u", ("hook_x",)),  # without a conv
     Share("hook_gated", ("hook_y", "hook_gate_pre")),  # y * act(gate_pre): half to each side
+    Share("hook_mlp_out", ("mlp.hook_kv", "mlp.hook_gate_pre")),  # kv * act(gate_pre)
     Share("hook_post", ("hook_pre", "hook_pre_linear")),  # act(pre) * pre_linear
     Share("hook_post", ("hook_pre",)),  # act(pre)
 )
@@ -67,12 +78,13 @@ class Rules:
     shares: tuple[Share, ...]
 
     @staticmethod
-    def of(model: Any) -> Rules:
-        points = model.names.points
-        gates = [n for n, p in points.items() if p.leaf == "hook_gate" and p.equation.startswith(SIGMOID)]
-        scales = [name for name, point in points.items() if point.leaf == "hook_scale"]
-        detached = dict.fromkeys([*scales, *_inside_scans(model), *gates])
-        return Rules(tuple(detached), tuple(_shares(model, set(gates))))
+    def of(model: Any, gates: str = "content") -> Rules:
+        if gates not in GATES:
+            raise InputError(f"gates={gates!r}: it is {', '.join(map(repr, GATES))}.{did_you_mean(str(gates), GATES)}")
+        scales = [name for name, point in model.names.points.items() if point.leaf == "hook_scale"]
+        weights = _weights(model, gates)
+        detached = dict.fromkeys([*scales, *_inside_scans(model), *weights])
+        return Rules(tuple(detached), tuple(_shares(model, set(weights))))
 
     def hooks(self, model: Any) -> list[tuple[str, Callable[..., Any]]]:
         """[(name, hook)] for one forward at a time."""
@@ -92,6 +104,14 @@ class Rules:
             yield model
 
 
+def _weights(model: Any, gates: str) -> list[str]:
+    """The gates that get no relevance."""
+    every = {name: point for name, point in model.names.points.items() if point.leaf == "hook_gate"}
+    if gates == "content":
+        return [name for name, point in every.items() if point.equation.startswith(SIGMOID)]
+    return [] if gates == "half" else list(every)
+
+
 def _inside_scans(model: Any) -> Iterator[str]:
     """What the scans are made of: the attention_points of each mixer that are no content."""
     for layer, block in enumerate(model.blocks):
@@ -105,12 +125,12 @@ def _shares(model: Any, weights: set[str]) -> Iterator[Share]:
     names: Mapping[str, str] = {**model.names.aliases, **{name: name for name in model.names.points}}
     done = set()
     for part in dict.fromkeys(name.rpartition(".")[0] for name in names):
-        if f"{part}.hook_gate" in weights:  # it only weighs: the product is linear in its other side
-            done.add(names.get(f"{part}.hook_gated"))
         for row in SHARES:
             point, reads = (names.get(f"{part}.{row.point}"), [names.get(f"{part}.{name}") for name in row.reads])
             if point is None or None in reads or point in done:
                 continue
+            if weights & {str(name).removesuffix("_pre") for name in reads}:
+                continue  # its gate only weighs: the product is linear in its other side
             done.add(point)
             yield Share(point, tuple(name for name in reads if name is not None))
 

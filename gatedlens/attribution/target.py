@@ -1,7 +1,7 @@
 """Target: what an attribution explains, as one number a row of the batch.
 
     target=None              the predicted token or class, each row its own
-    target=7                 the logit of 7; [7, 3, 3]: one a row; "cat": of that single token
+    target=7                 the logit of 7; [7, 3, 3]: one a row; "cat", ["cat", "dog", "dog"]: of these single tokens
     target=(7, 3)            the logit of 7 minus that of 3; either may be one a row
     target=f                 any metric: logits -> [batch]
 
@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
+import numpy
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -89,9 +91,9 @@ class Target:
 
 def _ids(given: Any, model: Any, logits: Tensor, asked: Any) -> Int[Tensor, " batch"]:
     """Token or class ids, one a row."""
-    if isinstance(given, str) and isinstance(model, HookedLanguageModel):
-        given = model.to_single_token(given)
-    if not isinstance(given, int | Tensor | Sequence) or isinstance(given, str | bool):
+    if isinstance(model, HookedLanguageModel):
+        given = _read(given, model)
+    if not isinstance(given, Integral | Tensor | Sequence | numpy.ndarray) or isinstance(given, str | bool):
         raise InputError(
             f"target={_say(asked)}: give an id, one a row, a pair (right, wrong), or a metric (logits -> one number a row)."
         )
@@ -111,5 +113,14 @@ def _ids(given: Any, model: Any, logits: Tensor, asked: Any) -> Int[Tensor, " ba
     return ids.long().reshape(-1).expand(rows)
 
 
+def _read(given: Any, model: HookedLanguageModel) -> Any:
+    """Text as the id of its token; a list of texts as a list of ids."""
+    if isinstance(given, str):
+        return model.to_single_token(given)
+    if isinstance(given, list) and given and all(isinstance(one, str) for one in given):
+        return [model.to_single_token(one) for one in given]
+    return given
+
+
 def _say(asked: Any) -> str:
-    return str(asked.tolist()) if isinstance(asked, Tensor) else repr(asked)
+    return str(asked.tolist()) if isinstance(asked, Tensor | numpy.ndarray) else repr(asked)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -268,3 +270,37 @@ def test_the_gradient_stands_at_one_end(lm):
     with pytest.raises(gl.InputError, match="weighted='dst' would be ignored"):
         attribution.gradient_attention(lm, example(lm), weighted="dst", mode="official")
     assert attribution.gradient_attention(lm, example(lm), mode="official").facts["weighted"] == "src"
+
+
+def test_the_mean_gradient_under_layernorms_is_rounding_and_said_to_be():
+    model = gl.HookedRWKV.tiny(dtype=torch.float64)
+    input = example(model)
+    for g in output_gradients(model, input, None):
+        assert g.mean(-1).abs().max() < 1e-14 * g.abs().max() * g.shape[-1]
+    with pytest.warns(UserWarning, match="LayerNorms.*rounding errors"):
+        attribution.gradient_attention(model, input)
+    quiet = [(model, {"mode": "official"}), (gl.HookedMamba.tiny(dtype=torch.float64), {})]
+    for other, given in quiet:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            attribution.gradient_attention(other, input, **given)
+
+
+def test_a_map_of_zeros_is_said_to_be_one(recall_model):
+    """The gradient of the last of two layers stands at the last position alone: the official product is empty."""
+    with pytest.warns(UserWarning, match=r"rows \[0\] are 0.*Only layers \[1\] of 2 took part: start_layer=0"):
+        found = attribution.gradient_attention(recall_model, "B 4 F 1 gnu ? F", mode="official")
+    assert (found.scores == 0).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attribution.rollout(recall_model, [[1]])  # one token: there is nothing else to score
+
+
+def test_numbers_that_are_no_whole_numbers_are_explained(model):
+    input = example(model)
+    with pytest.raises(gl.InputError, match=r"start_layer=0.5: a whole number"):
+        attribution.rollout(model, input, start_layer=0.5)
+    with pytest.raises(gl.InputError, match=r"n_steps=2.5: a whole number"):
+        attribution.integrated_gradients(model, input, n_steps=2.5)
+    with pytest.raises(gl.InputError, match=r"n_samples=2.5: a whole number"):
+        attribution.smoothgrad(model, input, n_samples=2.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import matplotlib
+import numpy
 import pytest
 import torch
 
@@ -102,6 +103,24 @@ def test_text_is_read_and_a_target_may_be_text(recall_model):
     assert one.top(1)[0]["pos_label"] in one.facts["tokens"][0]
     assert "B" in one.plot().body and "4" in found.plot(row=1).body
     assert found.plot(row=1).body.count("<span") == 5
+
+
+def test_a_target_may_be_text_for_each_row_or_numpy(recall_model):
+    texts, one = ["B 4 F 1 ? F", "B 4 F 1 ? B"], recall_model.to_single_token("1")
+    four = recall_model.to_single_token("4")
+    found = attribution.lrp(recall_model, texts, ["1", "4"])
+    assert found.target == [one, four]
+    for same in (numpy.array([one, four]), [numpy.int64(one), numpy.int64(four)]):
+        assert torch.equal(attribution.lrp(recall_model, texts, same).scores, found.scores)
+    assert attribution.lrp(recall_model, texts, (["1", "4"], numpy.int64(four))).target["wrong"] == [four, four]
+    with pytest.raises(gl.InputError, match="one a row"):
+        attribution.lrp(recall_model, texts, ["1", "4", "4"])
+
+
+def test_a_long_list_is_short_in_the_repr():
+    model = gl.HookedViM.tiny()
+    found = attribution.random(model, example(model, 20).float(), (3, [0, 1, 2, 3, 4] * 4))
+    assert repr(found).startswith("Attribution(random, target right [3, 3, 3, 3, 3, 3, ...: 20], wrong [0, 1, 2,")
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import gatedlens as gl
 from gatedlens import attribution
 from gatedlens.attribution import Rules
+from gatedlens.attribution.rules import GATES
 from gatedlens.hookpoint import Capture
 from gatedlens.hooks.mamba import HookedMamba
 from tests.helpers import example, padded, relative
@@ -16,23 +17,25 @@ from tests.helpers import example, padded, relative
 CONSTANTS = ("bias", "pos_embed", "cls_token")  # what parameters that are added to activations are named
 
 
-def what_constants_get(model, input, target):
+def what_constants_get(model, input, target, gates="content"):
     """sum of p . gradient over every additive parameter behind the embedding, under the rules."""
     added = [p for name, p in model.wrapped.named_parameters() if name.endswith(CONSTANTS)]
     start = 0 if model.grid is None else None
     entering = input if start is None else model(input, stop_at_layer=0).detach()
-    with Rules.of(model).on(model):
+    with Rules.of(model, gates).on(model):
         logit = model(entering, start_at_layer=start).reshape(-1, model.cfg.d_vocab)[-1, target]
     found = torch.autograd.grad(logit, added, allow_unused=True) if added else []
     return sum(float((p.detach() * g).sum()) for p, g in zip(added, found, strict=True) if g is not None)
 
 
-def test_relevance_is_conserved(model):
-    """Scores and what biases get sum to the logit, for each row by itself."""
+@pytest.mark.parametrize("gates", GATES)
+def test_relevance_is_conserved(model, gates):
+    """Scores and what biases get sum to the logit, for each row by itself, whatever gates get."""
     for row in range(2):
         input = example(model)[row : row + 1]
-        found = attribution.lrp(model, input, target=3)
-        logit, constants = float(found.explained), what_constants_get(model, input, 3)
+        found = attribution.lrp(model, input, target=3, gates=gates)
+        assert found.facts["gates"] == gates
+        logit, constants = float(found.explained), what_constants_get(model, input, 3, gates)
         assert abs(float(found.scores.sum()) + constants - logit) < 1e-11 * max(1, abs(logit))
         assert abs(found.facts["remainder"][0] - constants) < 1e-11
         assert found.scores.abs().max() > 1e-3
@@ -55,18 +58,19 @@ def test_rules_change_no_value_and_leave_no_hook(model):
     assert not model.list_hooks()
 
 
-def through_rules(model, input, names, weight):
+def through_rules(model, input, names, weight, gates="content"):
     """{name: (activation, gradient of (weight * the last logits))} under the rules."""
     values = {}
-    rules = Rules.of(model)
+    rules = Rules.of(model, gates)
     with model.hooks([(name, Capture(values)) for name in names]), rules.on(model):
         out = (model(input).reshape(len(input), -1, model.cfg.d_vocab)[:, -1] * weight).sum()
     grads = torch.autograd.grad(out, [values[name] for name in names])
     return {name: (values[name].detach(), grad) for name, grad in zip(names, grads, strict=True)}
 
 
-def test_relevance_of_x_is_its_share_of_the_gate_times_a_transposed_g(model):
-    """x . (s A^T g) in every layer: s = 1/2 where the gate has content, 1 where it only weighs or there is none."""
+@pytest.mark.parametrize("gates", GATES)
+def test_relevance_of_x_is_its_share_of_the_gate_times_a_transposed_g(model, gates):
+    """x . (s A^T g) in every layer: s = 1/2 where the gate gets half, 1 where it only weighs or there is none."""
     input = example(model)
     with torch.no_grad():
         stack = gl.implicit_attention(model, input)
@@ -74,12 +78,13 @@ def test_relevance_of_x_is_its_share_of_the_gate_times_a_transposed_g(model):
     for A in stack:
         mixer = model.blocks[A.layer].mixer
         stem = f"blocks.{A.layer}.{mixer.place}."
-        shared = any(
-            share.point.startswith(stem) and share.point.endswith("hook_gated") for share in Rules.of(model).shares
-        )
+        gate = [point.equation for name, point in model.names.points.items() if name == f"{stem}hook_gate"]
+        gate += [point.equation for name, point in model.names.points.items() if name == f"{stem}fwd.hook_gate"]
+        sigmoid = any(equation.startswith("sigmoid(") for equation in gate)
+        shared = bool(gate) and {"content": not sigmoid, "half": True, "none": False}[gates]
         inside = [name for name in mixer.attention_points if name.rpartition(".")[2] in ("hook_x", "hook_v")]
         outside = [name for name in mixer.attention_points if name.rpartition(".")[2] in ("hook_gated", "hook_z")]
-        found = through_rules(model, input, [stem + name for name in inside + outside], weight)
+        found = through_rules(model, input, [stem + name for name in inside + outside], weight, gates)
         for branch, x, o in zip(A.branches, inside, outside, strict=True):
             one = type(A)(**{**vars(A), "branches": (type(branch)(**{**vars(branch), "scale": 1.0}),)})
             g = found[stem + o][1].flatten(2)
@@ -119,6 +124,29 @@ def test_which_points_follow_which_rule():
     assert "blocks.2.attn.hook_pattern" in Rules.of(griffin).detached
     assert "mixer.hook_gated" not in shares(vim)  # there it is a sum
     assert shares(vim)["mixer.bwd.hook_gated"] == ["mixer.bwd.hook_y", "mixer.bwd.hook_gate_pre"]
+
+
+def test_half_of_a_sigmoid_gate_by_hand():
+    """RWKV's channel mix, kv * sigmoid(r): what each side gets under each rule."""
+    model = gl.HookedRWKV.tiny(dtype=torch.float64)
+    names = [f"blocks.1.{name}" for name in ("hook_mlp_out", "mlp.hook_kv", "mlp.hook_gate_pre")]
+    weight = torch.randn(model.cfg.d_vocab, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for gates, share in {"half": 0.5, "content": 1.0, "none": 1.0}.items():
+        values = {}
+        read = names if gates == "half" else names[:2]
+        with model.hooks([(name, Capture(values)) for name in names]), Rules.of(model, gates).on(model):
+            out = (model(example(model))[:, -1] * weight).sum()
+        out_r, kv_r, *r_r = (
+            values[name].detach() * g
+            for name, g in zip(read, torch.autograd.grad(out, [values[n] for n in read]), strict=True)
+        )
+        assert torch.allclose(kv_r, share * out_r, atol=1e-13)
+        assert all(torch.allclose(one, 0.5 * out_r, atol=1e-13) for one in r_r) and len(r_r) == (gates == "half")
+
+
+def test_an_unknown_rule_for_gates_is_explained(model):
+    with pytest.raises(gl.InputError, match="gates='hlaf': it is 'content', 'half', 'none'. Did you mean 'half'"):
+        attribution.lrp(model, example(model), gates="hlaf")
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
