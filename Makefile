@@ -1,7 +1,8 @@
 # Everything a user or CI needs; each target makes .venv first when it is missing.
-# PYTHON picks the interpreter; TRANSFORMERS (test-matrix) another transformers.
+# PYTHON picks the interpreter, WORKERS how many processes share the tests.
 
 PYTHON ?= python3
+WORKERS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -18,8 +19,8 @@ demo: $(STAMP)  ## the main job on bundled models: prints, a picture and a page 
 	$(BIN)/gatedlens compare --out out
 
 test: $(STAMP)  ## every test, the slow ones last
-	$(BIN)/python -m pytest -m "not slow"
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
 
 check: $(STAMP)  ## format, lint, types, catalogue
 	$(BIN)/ruff format --check .
@@ -49,7 +50,7 @@ bundled: $(STAMP)  ## train the bundled models anew (minutes)
 test-matrix: $(STAMP)  ## the parity tests with the oldest transformers that we support
 	test -x .venv-old/bin/python || $(PYTHON) -m venv .venv-old
 	.venv-old/bin/pip install --quiet --disable-pip-version-check -c constraints-old.txt -e '.[test]'
-	.venv-old/bin/python -m pytest -m "not slow"
+	.venv-old/bin/python -m pytest -n $(WORKERS) -m "not slow"
 
 clean:
 	rm -rf $(VENV) .venv-old out .pytest_cache .ruff_cache .mypy_cache .hypothesis
