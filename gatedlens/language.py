@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,18 +23,10 @@ from gatedlens.errors import InputError
 from gatedlens.generation import generate
 from gatedlens.hooking import Batch
 from gatedlens.model import HookedModel
+from gatedlens.output import Output, check_return_type
 from gatedlens.padding import Padding
 from gatedlens.points import Point
 from gatedlens.state import RecurrentState
-
-RETURN_TYPES = ("logits", "loss", "both", None)
-
-
-class Output(NamedTuple):
-    """`return_type="both"`."""
-
-    logits: Tensor
-    loss: Tensor
 
 
 def next_token_loss(
@@ -153,8 +145,7 @@ class HookedLanguageModel(HookedModel):
         options: dict[str, Any],
     ) -> None:
         """Refuse options that the others would make vain: nothing is silently ignored."""
-        if return_type not in RETURN_TYPES:
-            raise InputError(f"return_type={return_type!r}: it is 'logits', 'loss', 'both' or None.")
+        check_return_type(return_type)
         if side is not None and side not in tokens_.SIDES:
             raise InputError(f"padding_side={side!r}: it is 'left' or 'right'.")
         if options.get("stop_at_layer") is not None and return_type in ("loss", "both"):

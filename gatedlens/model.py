@@ -227,8 +227,8 @@ class HookedModel(Hooking):
             raise InputError("This hook needs the call that it runs in: call the model, not a block by itself.")
         return self.running
 
-    def there(self, module: nn.Module, function: Any, *inputs: Any) -> Any:
-        """`function(*inputs)`, where accelerate put the weights of `module`; just that, where it put none."""
+    def there(self, module: nn.Module | list[nn.Module], function: Any, *inputs: Any) -> Any:
+        """`function(*inputs)`, where accelerate put the weights of `module` (of a list: their own); or just that."""
         if placement.is_placed(self.wrapped):
             return placement.call(module, function, *inputs)
         return function(*inputs)
