@@ -94,13 +94,15 @@ def test_a_model_without_weights_is_explained():
         gl.wrap(model)(torch.tensor([[1, 2]]))
 
 
+@pytest.mark.filterwarnings("ignore:.*device_map keys")  # accelerate wants the parameters named and then wonders
 @pytest.mark.parametrize("options", [{}, {"if_cls_token": False, "if_abs_pos_embed": False}], ids=["cls", "bare"])
 @torch.no_grad()
 def test_a_vision_mamba_half_on_the_disk(tmp_path, options):
     """Its class token and positions are parameters of the model itself, beside patches, layers and head."""
     whole = gl.HookedViM.tiny(**options)
     half = copy.deepcopy(whole.wrapped)
-    device_map = {"patch_embed": "disk", "layers.0": "cpu", "layers.1": "disk", "norm_f": "cpu", "head": "disk"}
+    own = {name: "cpu" for name, _ in half.named_parameters(recurse=False)}
+    device_map = {**own, "patch_embed": "disk", "layers.0": "cpu", "layers.1": "disk", "norm_f": "cpu", "head": "disk"}
     placed = gl.wrap(
         accelerate.dispatch_model(half, device_map, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
     )
