@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gatedlens import placement
+from gatedlens import dtypes, placement
 from gatedlens.errors import CheckpointError, did_you_mean
 from gatedlens.hooks import architectures
 from gatedlens.model import HookedModel
@@ -114,7 +114,7 @@ def from_pretrained(
         raise CheckpointError("from_pretrained takes a name or a path; gl.wrap(model) takes a model that you have.")
     if device is not None and hub.get("device_map") is not None:
         raise CheckpointError(f"device={device!r} and device_map={hub['device_map']!r}: give one of the two.")
-    dtype = _dtype(dtype)
+    dtype = dtypes.of(dtype, CheckpointError)
     hub = {"revision": revision, **hub} if revision is not None else hub
     file = _one_file(Path(name_or_path).expanduser())
     if file is not None:
@@ -191,15 +191,6 @@ def _source(name: str) -> str:
             f"There is no folder {path}. Give a folder with a config.json, a hub name, or a bundled model."
         )
     return name
-
-
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if isinstance(dtype, str):
-        found = getattr(torch, dtype, None)
-        if not isinstance(found, torch.dtype):
-            raise CheckpointError(f"dtype={dtype!r} is no torch dtype; say 'float32', 'bfloat16', ...")
-        return found
-    return dtype
 
 
 def _config(source: str, hub: Mapping[str, Any]) -> dict[str, Any]:
