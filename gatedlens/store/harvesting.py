@@ -25,8 +25,8 @@ from gatedlens import dtypes
 from gatedlens.errors import InputError, StoreError
 from gatedlens.points import NamesFilter
 from gatedlens.store import manifest
+from gatedlens.store.arrow import Columns
 from gatedlens.store.batches import Batches, Rows
-from gatedlens.store.columns import Columns
 from gatedlens.store.disk import explained, locked
 from gatedlens.store.engines import engine as engine_of
 from gatedlens.store.layout import Layout, aliases

@@ -19,6 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from gatedlens.store.journal import Extent
 from gatedlens.store.layout import Layout
 
@@ -182,6 +185,12 @@ def _write_at(file: Any, offset: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The numbers of a tensor on the CPU as bytes, without a copy where they lie in order."""
+    flat: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 def checksum(path: Path) -> int:

@@ -11,24 +11,21 @@ is cut off by the next run. When the machine itself stops, the last seconds may 
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from gatedlens.errors import StoreError
+from gatedlens.store.arrow import Columns
 from gatedlens.store.batches import Rows
-from gatedlens.store.columns import Columns
 from gatedlens.store.disk import explained, sync_folder, write_whole
 from gatedlens.store.journal import Entry, Extent, Journal
 from gatedlens.store.layout import Layout
 from gatedlens.store.reductions import Part, Reduction
-from gatedlens.store.shards import ArrowFormat, Format, SafetensorsFormat, Stream, checksum
+from gatedlens.store.shards import ArrowFormat, Format, SafetensorsFormat, Stream, bytes_of, checksum
+from gatedlens.store.statisticsfile import read_statistics, unflattened, write_statistics
 
 SYNC_SECONDS = 5.0  # how often data are brought to the disk: what a power cut may cost
 
@@ -120,7 +117,7 @@ class TensorSink(Sink):
                     self.damaged[entry.batch] = str(stream.path(extent.shard))
 
     def commit(self, rows: Rows, tensors: dict[str, Tensor]) -> None:
-        pieces = [self.columns.encode(rows, tensors), *(_bytes(tensors[layout.name]) for layout in self.tensors)]
+        pieces = [self.columns.encode(rows, tensors), *(bytes_of(tensors[layout.name]) for layout in self.tensors)]
         if rows.index < self.done:
             return self._redo(rows.index, pieces)
         at: list[Extent] = []
@@ -218,51 +215,6 @@ class StatisticsSink(Sink):
 
     def files(self) -> list[Path]:
         return [self.path]
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    flat: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
-    return memoryview(flat)
-
-
-# -- parts as a file ------------------------------------------------------------------------------------------------
-
-
-def flattened(parts: dict[str, Part]) -> dict[str, Tensor]:
-    """{"point/reduction": {"mean": ...}} as {"point/reduction/mean": ...}."""
-    return {f"{key}/{name}": value for key, part in parts.items() for name, value in part.items()}
-
-
-def unflattened(tensors: dict[str, Tensor]) -> dict[str, Part]:
-    parts: dict[str, Part] = {}
-    for key, value in tensors.items():
-        parts.setdefault(key.rpartition("/")[0], {})[key.rpartition("/")[2]] = value
-    return parts
-
-
-def write_statistics(path: Path, batches: int, parts: dict[str, Part]) -> None:
-    tensors = {key: value.contiguous() for key, value in flattened(parts).items()}
-    # One key: safetensors writes several in an order of its own, and the file would not be the same twice.
-    write_whole(path, save(tensors, {"gatedlens": f"{batches} {_sum(tensors):08x}"}))
-
-
-def read_statistics(path: Path) -> tuple[int, dict[str, Part]]:
-    """(batches, parts) of a file; (0, {}) if it is missing or damaged."""
-    try:
-        with safe_open(str(path), "pt") as file:
-            meta = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError):
-        return 0, {}
-    batches, _, stamp = meta.get("gatedlens", "0 ").partition(" ")
-    return (int(batches), unflattened(tensors)) if stamp == f"{_sum(tensors):08x}" else (0, {})
-
-
-def _sum(tensors: dict[str, Tensor]) -> int:
-    total = 0
-    for key in sorted(tensors):
-        total = zlib.crc32(_bytes(tensors[key]), zlib.crc32(key.encode(), total))
-    return total
 
 
 def card(path: Path, folder: Path) -> dict[str, Any]:
