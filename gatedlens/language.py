@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from gatedlens import placement
@@ -32,7 +32,7 @@ from gatedlens.state import RecurrentState
 def next_token_loss(
     logits: Float[Tensor, "batch pos d_vocab"],
     tokens: Int[Tensor, "batch pos"],
-    mask: Tensor | None = None,
+    mask: Shaped[Tensor, "batch pos"] | None = None,
     per_token: bool = False,
 ) -> Float[Tensor, ...]:
     """-log p(token[t + 1] | tokens[..t]), mean over the targets: each real token but the first of its row.
@@ -78,7 +78,7 @@ class HookedLanguageModel(HookedModel):
         """What the tokens write into the residual stream (scaled, where the architecture scales it)."""
         return F.embedding(tokens, self.embedding.weight)
 
-    def stream(self, embedded: Tensor) -> Tensor:
+    def stream(self, embedded: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream that an embedding starts (in another dtype, where the architecture has one)."""
         return embedded
 
@@ -107,7 +107,7 @@ class HookedLanguageModel(HookedModel):
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
         *,
-        attention_mask: Tensor | None = None,
+        attention_mask: Shaped[Tensor, "*row place"] | None = None,
         start_at_layer: int | None = None,
         **options: Any,
     ) -> tuple[Batch, dict[str, Any]]:
@@ -157,7 +157,7 @@ class HookedLanguageModel(HookedModel):
         if start is not None and prepend_bos:
             raise InputError("prepend_bos=True with start_at_layer: a residual stream takes no BOS.")
 
-    def _check_resid(self, resid: Any) -> Tensor:
+    def _check_resid(self, resid: Any) -> Float[Tensor, "batch pos d_model"]:
         d = self.cfg.d_model
         if not isinstance(resid, Tensor) or not resid.is_floating_point() or resid.ndim != 3 or resid.shape[-1] != d:
             got = f"{resid.dtype} {list(resid.shape)}" if isinstance(resid, Tensor) else type(resid).__name__
@@ -175,11 +175,11 @@ class HookedLanguageModel(HookedModel):
         padding_side: str | None = None,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Shaped[Tensor, "*row place"] | None = None,
         state: RecurrentState | None = None,
         return_state: bool = False,
-        tokens: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        tokens: Shaped[Tensor, "*text token"] | None = None,
+        position_ids: Shaped[Tensor, "*document position"] | None = None,
     ) -> Any:
         """`logits = model(input)`: logits [batch, pos, d_vocab], the loss, both (an Output) or None, by `return_type`.
 
@@ -216,7 +216,12 @@ class HookedLanguageModel(HookedModel):
         return out, RecurrentState(run.left or {}, seen, self.cfg.model_name)
 
     def _outputs(
-        self, resid: Tensor, tokens: Tensor | None, mask: Tensor | None, return_type: str | None, per_token: bool
+        self,
+        resid: Float[Tensor, "batch pos d_model"],
+        tokens: Int[Tensor, "batch pos"] | None,
+        mask: Bool[Tensor, "batch pos"] | None,
+        return_type: str | None,
+        per_token: bool,
     ) -> Any:
         if return_type is None:
             return None
@@ -261,7 +266,7 @@ class HookedLanguageModel(HookedModel):
         head = self.unembedding
         return self.W_U.new_zeros(self.cfg.d_vocab_out) if head.bias is None else head.bias
 
-    def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "... d_model"]:
+    def tokens_to_residual_directions(self, tokens: str | int | Int[Tensor, ...]) -> Float[Tensor, "... d_model"]:
         """The columns of W_U of some tokens: what the residual stream (after ln_final) is read along."""
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
@@ -297,7 +302,9 @@ class HookedLanguageModel(HookedModel):
             )
         return self.tokenizer
 
-    def _tokenize(self, input: Any, prepend_bos: bool | None, side: str | None) -> tuple[Tensor, Tensor | None]:
+    def _tokenize(
+        self, input: Any, prepend_bos: bool | None, side: str | None
+    ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"] | None]:
         """(tokens on the model's device, mask or None)."""
         device = placement.device_of(self.embedding)
         if isinstance(input, str) or (isinstance(input, Sequence) and any(isinstance(i, str) for i in input)):

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex, overload
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -95,7 +95,10 @@ class AttentionStack:
     # -- layer by layer ------------------------------------------------------------------------------------------
 
     def each(
-        self, matrix: Callable[[ImplicitAttention], Tensor], what: str = "attention", verbose: bool = True
+        self,
+        matrix: Callable[[ImplicitAttention], Float[Tensor, "batch ..."]],
+        what: str = "attention",
+        verbose: bool = True,
     ) -> Iterator[Tensor]:
         """`matrix(attention)` of each layer in turn, behind a progress bar unless `verbose` is off."""
         for attention in tqdm(self, total=len(self), disable=not verbose, desc=what, unit="layer"):
@@ -147,6 +150,8 @@ class AttentionStack:
         found = [of_layer(a) for a in tqdm(self, total=len(self), disable=not verbose, desc="profiles", unit="layer")]
         return Profile(*(torch.stack(values) for values in zip(*found, strict=True)))
 
-    def induction(self, tokens: Tensor | None = None, verbose: bool = True) -> Float[Tensor, "layer batch"]:
+    def induction(
+        self, tokens: Int[Tensor, "batch pos"] | None = None, verbose: bool = True
+    ) -> Float[Tensor, "layer batch"]:
         """How much of each layer's attention goes to what followed earlier: `profiles.induction`."""
         return torch.stack(list(self.each(lambda a: induction(a, tokens).score, "induction", verbose)))

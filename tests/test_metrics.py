@@ -72,7 +72,7 @@ def test_normalised_is_1_for_clean_and_0_for_corrupted():
         (lambda: metrics.logit(1, pos=5)(LOGITS), "pos=5 is out of range: the logits have 5 positions"),
         (lambda: metrics.logit(torch.tensor(1.0))(LOGITS), "whole numbers"),
         (lambda: metrics.kl(OTHER[:2])(LOGITS), "kl compares with logits"),
-        (lambda: metrics.loss(torch.zeros(2, 2))(LOGITS), "loss needs logits"),
+        (lambda: metrics.loss(torch.zeros(2, 2, dtype=torch.long))(LOGITS), "loss needs logits"),
         (lambda: metrics.per_row(lambda x: x.mean(), LOGITS), "one number for 3 rows"),
         (lambda: metrics.measure(lambda x: x[:, :, 0], LOGITS), r"returned shape \[3, 5\] for 3 rows"),
         (lambda: metrics.measure(lambda x: x[:, 0, 0] * torch.nan, LOGITS), "NaN"),

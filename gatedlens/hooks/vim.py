@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gatedlens import placement
@@ -146,7 +146,7 @@ class Backward(Forward):
 class SharedBackward(Backward):
     """bwd of v1: only the scan runs from the end; what enters it is what enters the forward scan."""
 
-    def along_conv(self, x: Tensor) -> Tensor:
+    def along_conv(self, x: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos ..."]:
         return x
 
     def factors(self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None) -> Factors:
@@ -554,7 +554,7 @@ class HookedViM(HookedModel):
         weights[read] = 1
         return weights / weights.sum()
 
-    def _check_labels(self, labels: Any, rows: int) -> Tensor:
+    def _check_labels(self, labels: Any, rows: int) -> Int[Tensor, " batch"]:
         if labels is None:
             raise InputError("A loss needs labels=..., the class of each image.")
         labels = torch.as_tensor(labels).reshape(-1)
@@ -583,7 +583,7 @@ class HookedViM(HookedModel):
     def b_U(self) -> Float[Tensor, " d_vocab"]:
         return self.wrapped.head.bias
 
-    def tokens_to_residual_directions(self, tokens: int | Tensor) -> Float[Tensor, "... d_model"]:
+    def tokens_to_residual_directions(self, tokens: int | Int[Tensor, ...]) -> Float[Tensor, "... d_model"]:
         """The columns of W_U of some classes: what the class token (after ln_final) is read along."""
         return self.W_U.T[torch.as_tensor(tokens, device=self.W_U.device)]
 
