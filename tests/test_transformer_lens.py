@@ -169,13 +169,16 @@ def test_logit_lens_is_the_readout_at_every_layer(tuned):
     assert len(lens.labels) == tuned.cfg.n_layers + 1
 
 
-def test_the_logit_lens_of_an_image_says_that_there_is_none(model):
-    if isinstance(model, gl.HookedLanguageModel):
+@torch.no_grad()
+def test_the_logit_lens_of_an_image_reads_classes(hooked):
+    """Every position through the final norm and the head; the class token's of the last layer are the model's own."""
+    if issubclass(hooked, gl.HookedLanguageModel):
         return
-    with torch.no_grad():
-        _, cache = model.run_with_cache(example(model))
-    with pytest.raises(NotImplementedError, match="unembed"):
-        cache.logit_lens()
+    model = hooked.tiny(dtype=torch.float64)
+    logits, cache = model.run_with_cache(example(model))
+    seen = cache.logit_lens()
+    assert seen.shape[-1] == model.cfg.num_classes
+    assert torch.allclose(seen[-1][:, list(model.grid.cls)].mean(1), logits, atol=1e-10)
 
 
 # -- the cache --------------------------------------------------------------------------------------------------------

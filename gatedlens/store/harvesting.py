@@ -34,7 +34,7 @@ from gatedlens.store.plan import plan
 from gatedlens.store.reading import Store
 from gatedlens.store.reading import open as open_store
 from gatedlens.store.reductions import Reduction, chosen
-from gatedlens.store.sinks import Sink, StatisticsSink, TensorSink, card
+from gatedlens.store.sinks import Sink, StatisticsSink, TensorSink
 from gatedlens.store.sizes import Estimate, estimate_of
 from gatedlens.store.sources import read
 from gatedlens.store.work import Reduce, Work
@@ -240,7 +240,7 @@ def _finish(folder: Path, told: dict[str, Any], sink: Sink, batches: Batches) ->
         "tokens": sum(entry.tokens for entry in entries),
         "read": sum(entry.read for entry in entries),
         "notes": batches.notes,
-        "files": [card(path, folder) for path in sink.files()],
+        "files": sink.cards(),
     }
     with explained(folder, sink.safe):
         manifest.save(folder, told)

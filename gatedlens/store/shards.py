@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gatedlens.store.crc import Piece, joined
 from gatedlens.store.journal import Extent
 from gatedlens.store.layout import Layout
 
@@ -162,6 +163,11 @@ class Stream:
             file.truncate(end + len(foot))
             _write_at(file, end, foot)
             os.fsync(file.fileno())
+
+    def crc32(self, pieces: Sequence[Piece]) -> int:
+        """Of a whole shard that holds these batches."""
+        head = self.format.head(sum(piece.length for piece in pieces))
+        return joined([Piece.of(head), *pieces, Piece.of(self.format.foot())])
 
     def is_sealed(self, shard: int, end: int) -> bool:
         """Whether a shard has the head and the foot that `seal` gives it."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from gatedlens.errors import StoreError
 from gatedlens.store.arrow import Columns
 from gatedlens.store.batches import Rows
+from gatedlens.store.crc import Piece
 from gatedlens.store.disk import explained, sync_folder, write_whole
 from gatedlens.store.journal import Entry, Extent, Journal
 from gatedlens.store.layout import Layout
@@ -84,8 +85,8 @@ class Sink:
         """Leave whole files behind, on the disk."""
         raise NotImplementedError
 
-    def files(self) -> list[Path]:
-        """The files that hold what is committed."""
+    def cards(self) -> list[dict[str, Any]]:
+        """The files that hold what is committed, with their bytes and checksums, for the manifest."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -156,7 +157,7 @@ class TensorSink(Sink):
             for stream, shard, end in self._shards():
                 if not stream.is_sealed(shard, end):
                     stream.seal(shard, end)
-            files = [path.name for path in self.files() if path.suffix == ".arrow"]
+            files = [stream.path(shard).name for stream, shard, _ in self._shards() if stream is self.streams[0]]
             total = sum(entry.input for entry in self.journal.entries)
             for name, data in self.columns.info(files, f"{total & (2**64 - 1):016x}").items():
                 write_whole(self.folder / "activations" / name, data)
@@ -165,8 +166,15 @@ class TensorSink(Sink):
     def is_sealed(self) -> bool:
         return all(stream.is_sealed(shard, end) for stream, shard, end in self._shards())
 
-    def files(self) -> list[Path]:
-        return [stream.path(shard) for stream, shard, _ in self._shards()]
+    def cards(self) -> list[dict[str, Any]]:
+        """From the journal: what was written is not read again."""
+        found = []
+        for at, stream in enumerate(self.streams):
+            held: dict[int, list[Piece]] = {}
+            for entry in self.journal.entries:
+                held.setdefault(entry.at[at].shard, []).append(Piece(entry.at[at].crc32, entry.at[at].length))
+            found += [card(stream.path(shard), self.folder, stream.crc32(pieces)) for shard, pieces in held.items()]
+        return found
 
     def _shards(self) -> list[tuple[Stream, int, int]]:
         """(stream, shard, end of its last batch) of every file that holds batches."""
@@ -213,10 +221,10 @@ class StatisticsSink(Sink):
     def seal(self) -> None:
         sync_folder(self.folder)
 
-    def files(self) -> list[Path]:
-        return [self.path]
+    def cards(self) -> list[dict[str, Any]]:
+        return [card(self.path, self.folder, checksum(self.path))]
 
 
-def card(path: Path, folder: Path) -> dict[str, Any]:
+def card(path: Path, folder: Path, crc32: int) -> dict[str, Any]:
     """A file in the manifest."""
-    return {"bytes": path.stat().st_size, "crc32": checksum(path), "name": str(path.relative_to(folder))}
+    return {"bytes": path.stat().st_size, "crc32": crc32, "name": str(path.relative_to(folder))}
