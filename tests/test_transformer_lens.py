@@ -176,8 +176,8 @@ def test_the_logit_lens_of_an_image_reads_classes(hooked):
         return
     model = hooked.tiny(dtype=torch.float64)
     logits, cache = model.run_with_cache(example(model))
-    seen = cache.logit_lens()
-    assert seen.shape[-1] == model.cfg.num_classes
+    seen = cache.logit_lens(positions=None, return_type="logits").values
+    assert seen.shape[1:] == (len(logits), model.grid.length, model.cfg.num_classes)
     assert torch.allclose(seen[-1][:, list(model.grid.cls)].mean(1), logits, atol=1e-10)
 
 

@@ -9,6 +9,7 @@ for sample in gated: ...
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,8 +45,13 @@ class Column:
         sample, position = index if isinstance(index, tuple) else (index, None)
         if isinstance(sample, slice | list | range | Tensor):
             return self._several(sample, position)
-        whole = self._sample(int(sample))
-        return whole if position is None else whole[self._at(int(sample), position)]
+        try:
+            sample = operator.index(sample)
+        except TypeError as error:
+            message = f"{self.name}[{sample!r}]: a sample is a number, a slice or a list of numbers."
+            raise InputError(message) from error
+        whole = self._sample(sample)
+        return whole if position is None else whole[self._at(sample, position)]
 
     def _sample(self, sample: int) -> Tensor:
         batch, row = self.store.place(sample)
@@ -66,14 +72,18 @@ class Column:
         return torch.stack(found)
 
     def _at(self, sample: int, position: Any) -> Any:
-        """Where a position (or several) of a sample is among its stored ones; negative ones count these from the end."""
+        """Where a position (or several) of a sample is among its stored ones; negative ones count these from the end.
+
+        A slice is of the row's positions, too: the stored ones among them.
+        """
         if self.layout.per == "row":
             raise InputError(f"{self.name} ({self.layout.axes}) has no positions: leave {position!r} out.")
-        if isinstance(position, slice):
-            return position
         if isinstance(position, list | Tensor | range):
             return [self._at(sample, int(one)) for one in position]
         stored = self.store.positions(sample).tolist()
+        if isinstance(position, slice):
+            asked = set(range(stored[-1] + 1)[position])
+            return [place for place, one in enumerate(stored) if one in asked]
         if position < 0 and -position <= len(stored):
             return len(stored) + position
         if position not in stored:

@@ -93,6 +93,8 @@ def harvest(
     }
     known = aliases(model, [layout.name for layout in layouts])
     told = manifest.compose(model, batches.corpus.described, settings, layouts, known)
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"{folder} is a file; a store is a folder: give another name.")
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):

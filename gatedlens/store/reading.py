@@ -47,6 +47,8 @@ class Store:
     def __init__(self, folder: Path):
         told = manifest.load(folder)
         if told is None:
+            if folder.is_file():
+                raise StoreError(f"{folder} is a file; a store is a folder.")
             what = "there is no such folder" if not folder.exists() else "it has no manifest.json"
             raise StoreError(f"{folder} is no store: {what}. `gl.store.harvest(..., out={str(folder)!r})` makes one.")
         self.folder = folder
