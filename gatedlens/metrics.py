@@ -134,7 +134,7 @@ def normalised(metric: Metric, clean: Float[Tensor, "batch ..."], corrupted: Flo
 # -- calling one ----------------------------------------------------------------------------------------------------
 
 
-def per_row(metric: Metric, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
+def per_row(metric: Metric, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, " number"]:
     """The metric's numbers, one a row, checked: no other shape, nothing that is not a number."""
     value = measure(metric, logits)
     if value.ndim == 0 and len(logits) > 1:
