@@ -288,7 +288,7 @@ class ImplicitAttention:
         whole = self._unpack_both(self._sum(lambda branch, turn: _turn_both(branch.dense(chosen), turn)))
         return whole.mT if self.transposed else whole
 
-    def weighted(self, weights: Tensor) -> Float[Tensor, "batch dst src"]:
+    def weighted(self, weights: Float[Tensor, " weight"]) -> Float[Tensor, "batch dst src"]:
         """sum over channels of weights[c] * A[c]: one matrix product per block, no channel apart."""
         if tuple(weights.shape) != (self.shape[2],):
             raise InputError(f"weights have shape {list(weights.shape)}; there are {self.shape[2]} channels.")

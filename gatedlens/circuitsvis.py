@@ -23,7 +23,7 @@ from gatedlens.stack import AttentionStack
 
 
 def for_circuitsvis(
-    attention: ImplicitAttention | AttentionStack,
+    attention: Any,
     tokens: Sequence[str] | None = None,
     row: int = 0,
     groups: Sequence[Any] | None = None,
@@ -59,8 +59,13 @@ def _heads(attention: Any, groups: Sequence[Any] | None, absolute: bool) -> tupl
     if isinstance(attention, AttentionStack):
         if groups is not None:
             raise InputError("groups are channels of one layer: pick it, as in stack[3].")
-        means = attention.abs_mean(verbose=False) if absolute else attention.mean(verbose=False)
+        means = attention.abs_mean(progress=False) if absolute else attention.mean(progress=False)
         return means.transpose(0, 1), [f"layer {layer}" for layer in attention.layers]
+    if not isinstance(attention, ImplicitAttention):
+        raise InputError(
+            f"for_circuitsvis takes an implicit attention, and this is {type(attention).__name__}: "
+            "for_circuitsvis(gl.implicit_attention(...))."
+        )
     if groups is None:
         mean = attention.abs_mean() if absolute else attention.mean()
         return mean.unsqueeze(1), [f"layer {attention.layer}"]

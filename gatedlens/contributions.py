@@ -90,16 +90,16 @@ class Contributions:
 
     # -- all pairs -----------------------------------------------------------------------------------------------
 
-    def norms(self, verbose: bool = False) -> Float[Tensor, "batch dst src"]:
+    def norms(self, progress: bool = False) -> Float[Tensor, "batch dst src"]:
         """|F[i, j]| for all pairs, a block of destinations at a time."""
-        return torch.cat([block.norm(dim=-1) for block in self.blocks(verbose)], dim=1)
+        return torch.cat([block.norm(dim=-1) for block in self.blocks(progress)], dim=1)
 
-    def blocks(self, verbose: bool = False) -> Iterator[Float[Tensor, "batch rows src d_model"]]:
+    def blocks(self, progress: bool = False) -> Iterator[Float[Tensor, "batch rows src d_model"]]:
         """F itself, some destinations at a time, from the first on."""
         batch, length, channels = self.attention.shape
         rows = max(1, BLOCK_ELEMENTS // (batch * length * len(self.weight)))
         width = max(1, BLOCK_ELEMENTS // (batch * length * length))
-        for start in tqdm(range(0, length, rows), disable=not verbose, desc="contributions", unit="block"):
+        for start in tqdm(range(0, length, rows), disable=not progress, desc="contributions", unit="block"):
             total = self.weight.new_zeros(batch, min(rows, length - start), length, len(self.weight))
             for A, x in self._branches():
                 for first in range(0, channels, width):

@@ -18,9 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gatedlens.patternmatrix import PatternScan
-from gatedlens.scanmatrix import DecayScan
-from gatedlens.wkvmatrix import WkvScan
+from gatedlens.matrix import ScanMatrix
 
 NAMES = ("gate", "scan", "skip", "act", "conv")
 
@@ -31,7 +29,7 @@ class Factors:
 
     x: Float[Tensor, "batch pos channel"]
     o: Float[Tensor, "batch pos channel"]
-    scan: DecayScan | WkvScan | PatternScan
+    scan: ScanMatrix
     gate: Float[Tensor, "batch pos channel"] | None = None
     skip: Float[Tensor, " channel"] | None = None
     act: Float[Tensor, "batch pos channel"] | None = None
@@ -45,10 +43,9 @@ class Factors:
 
     def select(self, channels: list[int]) -> Factors:
         """The factors of some channels."""
-        axis = 2 if isinstance(self.scan, PatternScan) else 1  # of the channels in what each scan starts from
         per_position = {name: _pick(getattr(self, name), 2, channels) for name in ("x", "o", "gate", "act", "drift")}
         per_channel = {name: _pick(getattr(self, name), 0, channels) for name in ("skip", "taps")}
-        start = _pick(self.start, axis, channels)
+        start = _pick(self.start, self.scan.start_axis, channels)
         return replace(self, scan=self.scan.select(channels), start=start, **per_position, **per_channel)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -60,7 +60,7 @@ def generate(
     seed: int | None = None,
     prepend_bos: bool | None = None,
     padding_side: str | None = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Shaped[Tensor, "*row place"] | None = None,
     state: Any = None,
     return_type: str = "input",
     return_state: bool = False,
@@ -107,11 +107,11 @@ def generate(
     return (out, state) if return_state else out
 
 
-def _last_real(mask: Tensor) -> Tensor:
+def _last_real(mask: Bool[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:
     return mask.shape[1] - 1 - mask.flip(1).to(torch.int8).argmax(1)
 
 
-def _text(model: Any, batch: Any, new: list[Tensor], input: Any) -> Any:
+def _text(model: Any, batch: Any, new: list[Int[Tensor, " batch"]], input: Any) -> Any:
     """The texts, without padding and BOS."""
     tokenizer = model._need_tokenizer("return_type='str'")
     texts = []

@@ -40,34 +40,36 @@ def followed(*tensors: Tensor) -> bool:
 class Desk:
     """Where intermediate tensors are written: with gradients, on new paper each time."""
 
-    def __init__(self, like: Tensor):
+    def __init__(self, like: Float[Tensor, ...]):
         self.like = like
         self.floor = torch.finfo(like.dtype).tiny ** 0.75
 
-    def lift(self, *factors: Tensor) -> float:
+    def lift(self, *factors: Float[Tensor, ...]) -> float:
         """What to multiply the product of some factors with; nothing here, as gradients would shrink by as much."""
         return 1.0
 
-    def empty(self, name: str, *shape: int) -> Tensor:
+    def empty(self, name: str, *shape: int) -> Float[Tensor, ...]:
         return self.like.new_empty(shape)
 
-    def own(self, x: Tensor) -> Tensor:
+    def own(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """A copy of `x` to write on."""
         return x.clone()
 
-    def put(self, target: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def put(
+        self, target: Float[Tensor, "*shape"], a: Float[Tensor, ...], b: Float[Tensor, ...]
+    ) -> Float[Tensor, "*shape"]:
         """target <- a * b"""
         return target.copy_(a * b)
 
-    def exp(self, x: Tensor, floor: float) -> Tensor:
+    def exp(self, x: Float[Tensor, "*shape"], floor: float) -> Float[Tensor, "*shape"]:
         """exp(x); what is below `floor` is zero, at full speed."""
         return F.hardshrink(x.clamp(min=math.log(floor) - 1).exp(), floor)
 
-    def shrink(self, x: Tensor) -> Tensor:
+    def shrink(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Zero what is below `floor`: on CPUs, products of denormal numbers cost tenfold."""
         return F.hardshrink(x, self.floor)
 
-    def lower(self, target: Tensor, a: Tensor, b: Tensor) -> None:
+    def lower(self, target: Float[Tensor, "*shape"], a: Float[Tensor, ...], b: Float[Tensor, ...]) -> None:
         """target <- a * b, shrunk"""
         target.copy_(self.shrink(a * b))
 
@@ -75,38 +77,40 @@ class Desk:
 class Slate(Desk):
     """Without gradients: buffers that are wiped and used again. Fresh pages cost more than the arithmetic on them."""
 
-    def __init__(self, like: Tensor):
+    def __init__(self, like: Float[Tensor, ...]):
         super().__init__(like)
         self.buffers: dict[str, Tensor] = {}
         self.floor = torch.finfo(like.dtype).tiny ** 0.5  # two numbers above it have a normal product
 
-    def lift(self, *factors: Tensor) -> float:
+    def lift(self, *factors: Float[Tensor, ...]) -> float:
         """A power of two that brings their product to tiny ** -0.4: what decays stays above `floor` for long."""
         largest = math.prod(x.abs().amax().item() for x in factors)
         if not 0 < largest < math.inf:
             return 1.0
         return 2.0 ** round(-0.4 * math.log2(torch.finfo(self.like.dtype).tiny) - math.log2(largest))
 
-    def empty(self, name: str, *shape: int) -> Tensor:
+    def empty(self, name: str, *shape: int) -> Float[Tensor, ...]:
         size = math.prod(shape)
         if name not in self.buffers or self.buffers[name].numel() < size:
             self.buffers[name] = self.like.new_empty(size)
         return self.buffers[name][:size].view(shape)
 
-    def own(self, x: Tensor) -> Tensor:
+    def own(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         return x
 
-    def put(self, target: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def put(
+        self, target: Float[Tensor, "*shape"], a: Float[Tensor, ...], b: Float[Tensor, ...]
+    ) -> Float[Tensor, "*shape"]:
         return torch.mul(a, b, out=target)
 
-    def exp(self, x: Tensor, floor: float) -> Tensor:
+    def exp(self, x: Float[Tensor, "*shape"], floor: float) -> Float[Tensor, "*shape"]:
         x.clamp_(min=math.log(floor) - 1).exp_()
         return torch.ops.aten.hardshrink.out(x, floor, out=x)
 
-    def shrink(self, x: Tensor) -> Tensor:
+    def shrink(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         return torch.ops.aten.hardshrink.out(x, self.floor, out=x)
 
-    def lower(self, target: Tensor, a: Tensor, b: Tensor) -> None:
+    def lower(self, target: Float[Tensor, "*shape"], a: Float[Tensor, ...], b: Float[Tensor, ...]) -> None:
         self.shrink(self.put(target, a, b))
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from gatedlens import placement
@@ -23,24 +23,16 @@ from gatedlens.errors import InputError
 from gatedlens.generation import generate
 from gatedlens.hooking import Batch
 from gatedlens.model import HookedModel
+from gatedlens.output import Output, check_return_type
 from gatedlens.padding import Padding
 from gatedlens.points import Point
 from gatedlens.state import RecurrentState
-
-RETURN_TYPES = ("logits", "loss", "both", None)
-
-
-class Output(NamedTuple):
-    """`return_type="both"`."""
-
-    logits: Tensor
-    loss: Tensor
 
 
 def next_token_loss(
     logits: Float[Tensor, "batch pos d_vocab"],
     tokens: Int[Tensor, "batch pos"],
-    mask: Tensor | None = None,
+    mask: Shaped[Tensor, "batch pos"] | None = None,
     per_token: bool = False,
 ) -> Float[Tensor, ...]:
     """-log p(token[t + 1] | tokens[..t]), mean over the targets: each real token but the first of its row.
@@ -86,7 +78,7 @@ class HookedLanguageModel(HookedModel):
         """What the tokens write into the residual stream (scaled, where the architecture scales it)."""
         return F.embedding(tokens, self.embedding.weight)
 
-    def stream(self, embedded: Tensor) -> Tensor:
+    def stream(self, embedded: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream that an embedding starts (in another dtype, where the architecture has one)."""
         return embedded
 
@@ -115,7 +107,7 @@ class HookedLanguageModel(HookedModel):
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
         *,
-        attention_mask: Tensor | None = None,
+        attention_mask: Shaped[Tensor, "*row place"] | None = None,
         start_at_layer: int | None = None,
         **options: Any,
     ) -> tuple[Batch, dict[str, Any]]:
@@ -153,8 +145,7 @@ class HookedLanguageModel(HookedModel):
         options: dict[str, Any],
     ) -> None:
         """Refuse options that the others would make vain: nothing is silently ignored."""
-        if return_type not in RETURN_TYPES:
-            raise InputError(f"return_type={return_type!r}: it is 'logits', 'loss', 'both' or None.")
+        check_return_type(return_type)
         if side is not None and side not in tokens_.SIDES:
             raise InputError(f"padding_side={side!r}: it is 'left' or 'right'.")
         if options.get("stop_at_layer") is not None and return_type in ("loss", "both"):
@@ -166,7 +157,7 @@ class HookedLanguageModel(HookedModel):
         if start is not None and prepend_bos:
             raise InputError("prepend_bos=True with start_at_layer: a residual stream takes no BOS.")
 
-    def _check_resid(self, resid: Any) -> Tensor:
+    def _check_resid(self, resid: Any) -> Float[Tensor, "batch pos d_model"]:
         d = self.cfg.d_model
         if not isinstance(resid, Tensor) or not resid.is_floating_point() or resid.ndim != 3 or resid.shape[-1] != d:
             got = f"{resid.dtype} {list(resid.shape)}" if isinstance(resid, Tensor) else type(resid).__name__
@@ -184,11 +175,11 @@ class HookedLanguageModel(HookedModel):
         padding_side: str | None = None,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Shaped[Tensor, "*row place"] | None = None,
         state: RecurrentState | None = None,
         return_state: bool = False,
-        tokens: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        tokens: Shaped[Tensor, "*text token"] | None = None,
+        position_ids: Shaped[Tensor, "*document position"] | None = None,
     ) -> Any:
         """`logits = model(input)`: logits [batch, pos, d_vocab], the loss, both (an Output) or None, by `return_type`.
 
@@ -225,7 +216,12 @@ class HookedLanguageModel(HookedModel):
         return out, RecurrentState(run.left or {}, seen, self.cfg.model_name)
 
     def _outputs(
-        self, resid: Tensor, tokens: Tensor | None, mask: Tensor | None, return_type: str | None, per_token: bool
+        self,
+        resid: Float[Tensor, "batch pos d_model"],
+        tokens: Int[Tensor, "batch pos"] | None,
+        mask: Bool[Tensor, "batch pos"] | None,
+        return_type: str | None,
+        per_token: bool,
     ) -> Any:
         if return_type is None:
             return None
@@ -270,7 +266,7 @@ class HookedLanguageModel(HookedModel):
         head = self.unembedding
         return self.W_U.new_zeros(self.cfg.d_vocab_out) if head.bias is None else head.bias
 
-    def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "... d_model"]:
+    def tokens_to_residual_directions(self, tokens: str | int | Int[Tensor, ...]) -> Float[Tensor, "... d_model"]:
         """The columns of W_U of some tokens: what the residual stream (after ln_final) is read along."""
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
@@ -306,7 +302,9 @@ class HookedLanguageModel(HookedModel):
             )
         return self.tokenizer
 
-    def _tokenize(self, input: Any, prepend_bos: bool | None, side: str | None) -> tuple[Tensor, Tensor | None]:
+    def _tokenize(
+        self, input: Any, prepend_bos: bool | None, side: str | None
+    ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"] | None]:
         """(tokens on the model's device, mask or None)."""
         device = placement.device_of(self.embedding)
         if isinstance(input, str) or (isinstance(input, Sequence) and any(isinstance(i, str) for i in input)):

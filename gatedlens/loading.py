@@ -23,12 +23,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gatedlens import dtypes, placement
 from gatedlens.errors import CheckpointError, did_you_mean
 from gatedlens.hooks import architectures
 from gatedlens.model import HookedModel
 
 log = logging.getLogger(__name__)
 BUNDLED = Path(__file__).parent / "bundled"
+PLACING = ("device_map", "max_memory", "offload_folder")  # what `hub` says of placement
 ONE_FILE = (".pth", ".pt", ".bin", ".safetensors")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -110,7 +112,9 @@ def from_pretrained(
     """
     if isinstance(name_or_path, nn.Module):
         raise CheckpointError("from_pretrained takes a name or a path; gl.wrap(model) takes a model that you have.")
-    dtype = _dtype(dtype)
+    if device is not None and hub.get("device_map") is not None:
+        raise CheckpointError(f"device={device!r} and device_map={hub['device_map']!r}: give one of the two.")
+    dtype = dtypes.of(dtype, CheckpointError)
     hub = {"revision": revision, **hub} if revision is not None else hub
     file = _one_file(Path(name_or_path).expanduser())
     if file is not None:
@@ -121,10 +125,10 @@ def from_pretrained(
         source = _source(str(name_or_path))
         hooked, wrapped = _from_folder(source, str(name_or_path), dtype, hub)
         tokenizer = _tokenizer(source, hub) if tokenizer is None else tokenizer
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if "device_map" not in hub:  # accelerate has put every part where it belongs
-        wrapped.to(device)
+    if hub.get("device_map") is None:
+        wrapped.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    elif not placement.is_placed(wrapped):  # transformers has placed its own
+        wrapped = placement.spread(wrapped, **{name: hub[name] for name in PLACING if name in hub})
     return hooked(wrapped.eval(), model_name=str(name_or_path), tokenizer=tokenizer)
 
 
@@ -187,15 +191,6 @@ def _source(name: str) -> str:
             f"There is no folder {path}. Give a folder with a config.json, a hub name, or a bundled model."
         )
     return name
-
-
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if isinstance(dtype, str):
-        found = getattr(torch, dtype, None)
-        if not isinstance(found, torch.dtype):
-            raise CheckpointError(f"dtype={dtype!r} is no torch dtype; say 'float32', 'bfloat16', ...")
-        return found
-    return dtype
 
 
 def _config(source: str, hub: Mapping[str, Any]) -> dict[str, Any]:

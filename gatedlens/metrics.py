@@ -15,7 +15,7 @@ from typing import Any, SupportsFloat
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from gatedlens.errors import InputError
@@ -36,7 +36,7 @@ def at_position(logits: Float[Tensor, "batch *pos d_vocab"], pos: Tokens = -1) -
     return logits[torch.arange(len(logits), device=logits.device), place]
 
 
-def _one_a_row(given: Tokens, logits: Tensor, what: str) -> Tensor:
+def _one_a_row(given: Tokens, logits: Float[Tensor, "batch *pos d_vocab"], what: str) -> Int[Tensor, " batch"]:
     try:
         value = torch.as_tensor(given, device=logits.device)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -56,7 +56,7 @@ def _say(given: Any) -> str:
     return str(given.tolist() if isinstance(given, Tensor) else given)
 
 
-def _chosen(values: Tensor, tokens: Tokens, what: str) -> Tensor:
+def _chosen(values: Float[Tensor, "batch d_vocab"], tokens: Tokens, what: str) -> Float[Tensor, " batch"]:
     ids, size = _one_a_row(tokens, values, what), values.shape[-1]
     if bool(((ids < 0) | (ids >= size)).any()):
         raise InputError(f"{what}={_say(tokens)} is out of range: the logits have {size} entries (0 to {size - 1}).")
@@ -74,7 +74,7 @@ def logit(token: Tokens, pos: Tokens = -1) -> Metric:
 def logit_difference(right: Tokens, wrong: Tokens, pos: Tokens = -1) -> Metric:
     """logit[right] - logit[wrong]"""
 
-    def metric(logits: Tensor) -> Tensor:
+    def metric(logits: Float[Tensor, "batch *pos d_vocab"]) -> Float[Tensor, " batch"]:
         here = at_position(logits, pos)
         return _chosen(here, right, "right") - _chosen(here, wrong, "wrong")
 
@@ -94,7 +94,7 @@ def probability(token: Tokens, pos: Tokens = -1) -> Metric:
 def kl(reference: Float[Tensor, "batch *pos d_vocab"], pos: Tokens = -1) -> Metric:
     """KL(reference || logits) = sum p_ref (log p_ref - log p), in nats: how far the output is from a run's logits."""
 
-    def metric(logits: Tensor) -> Tensor:
+    def metric(logits: Float[Tensor, "batch *pos d_vocab"]) -> Float[Tensor, " batch"]:
         if logits.shape != reference.shape:
             raise InputError(f"kl compares with logits {list(reference.shape)}; these are {list(logits.shape)}.")
         want, have = (at_position(one, pos).log_softmax(-1) for one in (reference.to(logits), logits))
@@ -103,10 +103,10 @@ def kl(reference: Float[Tensor, "batch *pos d_vocab"], pos: Tokens = -1) -> Metr
     return metric
 
 
-def loss(tokens: Tensor, mask: Tensor | None = None) -> Metric:
+def loss(tokens: Int[Tensor, "batch pos"], mask: Shaped[Tensor, "batch pos"] | None = None) -> Metric:
     """-log p(token[t + 1] | tokens[..t]), mean over each row's targets, in nats; `mask` as in the model's call."""
 
-    def metric(logits: Tensor) -> Tensor:
+    def metric(logits: Float[Tensor, "batch *pos d_vocab"]) -> Float[Tensor, " batch"]:
         if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
             raise InputError(f"loss needs logits for tokens {list(tokens.shape)}; these are {list(logits.shape)}.")
         losses = next_token_loss(logits, tokens.to(logits.device), mask, per_token=True)
@@ -124,7 +124,7 @@ def cross_entropy(labels: Tokens) -> Metric:
     return lambda logits: F.cross_entropy(at_position(logits), _one_a_row(labels, logits, "labels"), reduction="none")
 
 
-def normalised(metric: Metric, clean: Tensor, corrupted: Tensor) -> Metric:
+def normalised(metric: Metric, clean: Float[Tensor, "batch ..."], corrupted: Float[Tensor, "batch ..."]) -> Metric:
     """(metric - corrupted) / (clean - corrupted): 1 as in the clean run, 0 as in the corrupted one.
 
     clean, corrupted: the two runs' logits. Both baselines are means over rows, so the mean of the rows is the
@@ -139,7 +139,7 @@ def normalised(metric: Metric, clean: Tensor, corrupted: Tensor) -> Metric:
 # -- calling one ----------------------------------------------------------------------------------------------------
 
 
-def per_row(metric: Any, logits: Tensor) -> Float[Tensor, " batch"]:
+def per_row(metric: Any, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
     """The metric's numbers, one a row, checked: no other shape, nothing that is not a number."""
     value = measure(metric, logits)
     if value.numel() == 1 and len(logits) > 1:
@@ -149,7 +149,7 @@ def per_row(metric: Any, logits: Tensor) -> Float[Tensor, " batch"]:
     return value.reshape(-1)
 
 
-def measure(metric: Any, logits: Tensor) -> Float[Tensor, ...]:
+def measure(metric: Any, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, ...]:
     """The metric's value: one number, or one a row [batch]; an InputError for anything else, and for NaN.
 
     Whole numbers and truths (a rank, whether a prediction is right) become floats.

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from gatedlens import placement
@@ -209,7 +209,9 @@ class HookedModel(Hooking):
 
     # -- forward -------------------------------------------------------------------------------------------------
 
-    def through_blocks(self, resid: Tensor, run: Run, start: int | None, stop: int | None) -> Tensor:
+    def through_blocks(
+        self, resid: Float[Tensor, "batch pos d_model"], run: Run, start: int | None, stop: int | None
+    ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream after blocks `start` to `stop` (exclusive; negative ones count from the end)."""
         chosen = range(self.cfg.n_layers)[self._layer(start, "start_at_layer") : self._layer(stop, "stop_at_layer")]
         outer, self.running = self.running, run
@@ -227,8 +229,8 @@ class HookedModel(Hooking):
             raise InputError("This hook needs the call that it runs in: call the model, not a block by itself.")
         return self.running
 
-    def there(self, module: nn.Module, function: Any, *inputs: Any) -> Any:
-        """`function(*inputs)`, where accelerate put the weights of `module`; just that, where it put none."""
+    def there(self, module: nn.Module | list[nn.Module], function: Any, *inputs: Any) -> Any:
+        """`function(*inputs)`, where accelerate put the weights of `module` (of a list: their own); or just that."""
         if placement.is_placed(self.wrapped):
             return placement.call(module, function, *inputs)
         return function(*inputs)
@@ -240,7 +242,11 @@ class HookedModel(Hooking):
         return layer
 
     def begin(
-        self, batch: Batch, state: RecurrentState | None, return_state: bool, position_ids: Tensor | None = None
+        self,
+        batch: Batch,
+        state: RecurrentState | None,
+        return_state: bool,
+        position_ids: Shaped[Tensor, "*document position"] | None = None,
     ) -> Run:
         """The luggage of a call: padding, positions, the state to go on from, and a place for the state to leave."""
         rows, length = batch.value.shape[0], self.positions(batch)
@@ -272,7 +278,9 @@ class HookedModel(Hooking):
                 f"{self.cfg.model_name} has {self.cfg.n_layers}."
             )
 
-    def _check_positions(self, position_ids: Tensor, rows: int, length: int) -> Tensor:
+    def _check_positions(
+        self, position_ids: Shaped[Tensor, "*document position"], rows: int, length: int
+    ) -> Shaped[Tensor, "batch pos"]:
         if not self.has_positions:
             raise InputError(f"position_ids were given, and {self.title} knows no positions: it would ignore them.")
         if tuple(position_ids.shape) not in ((rows, length), (1, length), (length,)):

@@ -25,7 +25,7 @@ class Padding:
     rank: Int[Tensor, "batch pos"] | None = None  # position -> packed position
 
     @staticmethod
-    def of(mask: Tensor | None) -> Padding:
+    def of(mask: Shaped[Tensor, "batch pos"] | None) -> Padding:
         """Padding from a [batch, pos] mask; one that masks nothing is none."""
         if mask is None or bool(mask.all()):
             return Padding()
@@ -33,17 +33,17 @@ class Padding:
         order = torch.argsort((~mask).to(torch.int8), dim=1, stable=True)
         return Padding(mask, order, torch.argsort(order, dim=1))
 
-    def zero(self, x: Tensor) -> Tensor:
+    def zero(self, x: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos ..."]:
         """`x` with zeros at masked positions."""
         return self.fill(x, 0.0)
 
-    def fill(self, x: Tensor, value: float) -> Tensor:
+    def fill(self, x: Float[Tensor, "batch pos ..."], value: float) -> Float[Tensor, "batch pos ..."]:
         """`x` with `value` at masked positions, whatever stood there (NaN too)."""
         return (
             x if self.mask is None else x.masked_fill(~self.mask.reshape(*self.mask.shape, *[1] * (x.ndim - 2)), value)
         )
 
-    def counts(self, x: Tensor) -> Int[Tensor, " batch"]:
+    def counts(self, x: Shaped[Tensor, "batch pos ..."]) -> Int[Tensor, " batch"]:
         """How many real positions each row of `x` [batch, pos, ...] has."""
         if self.mask is None:
             return torch.full((x.shape[0],), x.shape[1], device=x.device, dtype=torch.long)
@@ -75,7 +75,9 @@ class Padding:
         return _take(long, self.mask.sum(1, keepdim=True) + torch.arange(width - 1, device=long.device))
 
 
-def _take(x: Tensor, index: Int[Tensor, "batch some"]) -> Tensor:
+def _take(
+    x: Shaped[Tensor, "batch pos channel"], index: Int[Tensor, "batch some"]
+) -> Shaped[Tensor, "batch some channel"]:
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 

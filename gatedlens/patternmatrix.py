@@ -1,25 +1,29 @@
 """A softmax pattern as a scan matrix: S is the attention pattern of a channel's head.
 
 b batch, l pos (i row, j source), h head, c channel = head * d_head; `carried` are the sources that a state brought along.
-It offers what `scanmatrix.DecayScan` does; here the matrix exists already, a head at a time.
+The matrix exists already, a head at a time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gatedlens.matrix import ScanMatrix
+
 
 @dataclass(frozen=True)
-class PatternScan:
+class PatternScan(ScanMatrix):
     """`PatternScan(pattern, head)`: `pattern` over this call's positions, `before` over the carried ones."""
 
     pattern: Float[Tensor, "batch head pos key_pos"]
     before: Float[Tensor, "batch head pos carried"]
     head: Int[Tensor, " channel"]
+    start_axis: ClassVar[int] = 2  # it starts from carried values, [batch, carried, channel]
 
     @property
     def length(self) -> int:
@@ -29,7 +33,9 @@ class PatternScan:
         """The scan of some channels."""
         return PatternScan(self.pattern, self.before, self.head[channels])
 
-    def _apply(self, pattern: Tensor, u: Tensor) -> Tensor:
+    def _apply(
+        self, pattern: Float[Tensor, "batch head dst src"], u: Float[Tensor, "batch src channel"]
+    ) -> Float[Tensor, "batch dst channel"]:
         """Each channel's head times its values, a head at a time."""
         out = u.new_zeros(u.shape[0], pattern.shape[2], u.shape[2])
         for head in self.head.unique().tolist():
@@ -68,10 +74,6 @@ class PatternScan:
     def dense(self) -> Float[Tensor, "batch channel dst src"]:
         """S channel by channel."""
         return self.pattern[:, self.head]
-
-    def folded(self, left: Tensor, right: Tensor, taps: Tensor) -> Float[Tensor, "batch channel dst src"]:
-        """What `summed` sums, channel by channel."""
-        return self.dense() * left.mT.unsqueeze(-1) * (right * taps[:, 0]).mT.unsqueeze(-2)
 
     def seen(self, i: Int[Tensor, " batch"]) -> Float[Tensor, "batch src channel"]:
         """S[i_b, :] for a row of its own in each batch element."""

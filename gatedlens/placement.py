@@ -1,6 +1,6 @@
 """Placement: models whose weights accelerate spread over devices, or left in main memory or on the disk.
 
-    model = gl.from_pretrained("state-spaces/mamba-2.8b-hf", device_map="auto")
+    model = gl.from_pretrained("state-spaces/mamba-2.8b-hf", device_map="auto")      # any checkpoint, ViM's as well
     model = gl.wrap(accelerate.dispatch_model(hf_model, device_map))
 
 accelerate moves weights and activations in hooks around the vendor's forward, which ours replaces. So ours asks for the
@@ -11,7 +11,7 @@ stream goes to where they are, and afterwards the weights leave again (`post_for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedlens.errors import CheckpointError
+from gatedlens.optional import optional
 
 
 def is_placed(wrapped: nn.Module) -> bool:
@@ -32,10 +33,13 @@ def _hook(module: nn.Module) -> Any:
 
 
 @contextmanager
-def at_hand(module: nn.Module) -> Iterator[None]:
-    """For the time of the block every weight under `module` is on the device where it is used."""
+def at_hand(module: nn.Module | Sequence[nn.Module]) -> Iterator[None]:
+    """`with at_hand(model.wrapped): ...`: every weight under `module` is on the device where it is used.
+
+    Of a list of modules, their own weights alone and not what is beneath them.
+    """
     with ExitStack() as leaving:
-        for part in module.modules():
+        for part in _parts(module):
             hook = _hook(part)
             if hook is not None and any(p.is_meta for p in part.parameters()):  # what is at hand already stays
                 hook.pre_forward(part)
@@ -43,12 +47,17 @@ def at_hand(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Where the weights of `module` are used; CheckpointError if they are nowhere."""
-    first = next(module.parameters())
+def _parts(module: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
+    return list(module.modules()) if isinstance(module, nn.Module) else list(module)
+
+
+def device_of(module: nn.Module | Sequence[nn.Module]) -> torch.device:
+    """Where the weights of `module` (of a list: their own) are used; CheckpointError if they are nowhere."""
+    parts = _parts(module)
+    first = next(p for part in parts for p in part.parameters(recurse=False))
     if not first.is_meta:
         return first.device
-    for part in module.modules():
+    for part in parts:
         given = getattr(_hook(part), "execution_device", None)
         if given is not None:
             return torch.device(given)
@@ -58,11 +67,31 @@ def device_of(module: nn.Module) -> torch.device:
     )
 
 
-def call(module: nn.Module, function: Callable[..., Any], *inputs: Any) -> Any:
+def call(module: nn.Module | Sequence[nn.Module], function: Callable[..., Any], *inputs: Any) -> Any:
     """`function(*inputs)` with the weights under `module` at hand and the inputs where they are."""
     with at_hand(module):
         device = device_of(module)
         return function(*(_moved(value, device) for value in inputs))
+
+
+def spread(wrapped: nn.Module, device_map: Any, max_memory: Any = None, offload_folder: Any = None) -> nn.Module:
+    """`spread(wrapped, "auto")`: a module whose forward is ours alone, placed by accelerate as transformers places its own.
+
+    device_map: "auto", a device, or {part: device}. A layer stays in one place.
+    """
+    accelerate = optional("accelerate", "scale")
+    whole = sorted(
+        {type(layer).__name__ for part in wrapped.children() if isinstance(part, nn.ModuleList) for layer in part}
+    )
+    if device_map == "auto":
+        memory = accelerate.utils.get_balanced_memory(wrapped, max_memory, no_split_module_classes=whole)
+        device_map = accelerate.infer_auto_device_map(wrapped, max_memory=memory, no_split_module_classes=whole)
+    elif not isinstance(device_map, Mapping):
+        try:
+            device_map = {"": str(torch.device(device_map))}
+        except RuntimeError as error:
+            raise CheckpointError(f"device_map={device_map!r}: it is 'auto', a device, or {{part: device}}.") from error
+    return accelerate.dispatch_model(wrapped, dict(device_map), offload_dir=offload_folder)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

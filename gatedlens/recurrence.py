@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import Function
 
@@ -33,7 +33,7 @@ SEGMENT_STEPS = (
 SEGMENT_ELEMENTS_GRAD = 1 << 20  # with gradients each segment costs some autograd bookkeeping: take longer ones
 
 
-def at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Shaped[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """float64 stays, everything else becomes float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -128,7 +128,7 @@ def _scan_backward(run: Any, decay: Tensor, initial: Tensor, states: Tensor, gra
     return g * before, g, decay[:, 0] * g[:, 0]
 
 
-def readout(states: Tensor, read: Tensor | None) -> Tensor:
+def readout(states: Float[Tensor, ...], read: Float[Tensor, "... state"] | None) -> Float[Tensor, ...]:
     """scan_t[c] = sum_n read_t[n] * state_t[c, n]; the state itself when `read` is None."""
     if read is None:
         return states
@@ -202,10 +202,10 @@ class SegmentedScan(Function):
 
 def scan(
     terms: Terms,
-    sequences: Sequence[Tensor],
-    constants: Sequence[Tensor],
+    sequences: Sequence[Shaped[Tensor, "batch pos ..."]],
+    constants: Sequence[Shaped[Tensor, ...]],
     initial: Float[Tensor, "batch ..."],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Float[Tensor, "batch pos ..."], Float[Tensor, "batch ..."]]:
     """`y, last = scan(terms, (dt, B, C, u), (A,), state)`: the readout at every position and the last state.
 
     sequences: [b, l, ...] tensors that `terms` slices along pos; constants: the rest of its arguments. Every state is

@@ -20,8 +20,8 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gatedlens.errors import InputError
 from gatedlens.halving import Desk, Halving, Near, Pieces, Slate, followed
+from gatedlens.matrix import ScanMatrix
 from gatedlens.recurrence import scan
 
 NARROW = 4  # blocks of this many positions go by diagonals
@@ -30,7 +30,7 @@ CHUNK_ELEMENTS = 1 << 19  # numbers in a temporary [rows, channels, state]: 2 Mi
 
 
 @dataclass(frozen=True)
-class DecayScan:
+class DecayScan(ScanMatrix):
     """The factors of S. `document` [b, l] numbers the documents of a packed row: none sees another's tokens."""
 
     time: Float[Tensor, "batch pos channel"]  # float64
@@ -53,7 +53,9 @@ class DecayScan:
         time, amount = self.time[:, :, channels], self.amount[:, :, channels]
         return DecayScan(time, self.rate[channels], self.read, amount, self.key, self.document)
 
-    def decay(self, later: Tensor, earlier: Tensor) -> Float[Tensor, ...]:
+    def decay(
+        self, later: Float[Tensor, "... channel"], earlier: Float[Tensor, "... channel"]
+    ) -> Float[Tensor, "... channel state"]:
         """exp(rate * (later - earlier)) with a state axis behind: [..., c] float64 times to [..., c, n]."""
         return torch.exp((later - earlier).to(self.rate.dtype).unsqueeze(-1) * self.rate)
 
@@ -68,10 +70,6 @@ class DecayScan:
             start = u.new_zeros(u.shape[0], u.shape[2], self.rate.shape[1])
         sequences = (step.to(u.dtype), self.fresh().to(u.dtype), self.amount * u, self.key, self.read)
         return scan(_terms, sequences, (self.rate,), start)[0]
-
-    def mass(self, kept: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
-        """How much of each row's sum is left when only some sources are: asked of a softmax only."""
-        raise InputError("The rows of this layer's scan are no softmax, so there is nothing to renormalise.")
 
     def apply_transposed(self, g: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
         """S^T g: the same recurrence from the end, with read and key in each other's place."""
@@ -163,7 +161,9 @@ class DecayScan:
         ones = torch.ones_like(self.amount)
         return self.folded(ones, ones, ones.new_ones(self.channels, 1))
 
-    def _lifted(self, desk: Desk, left: Tensor, right: Tensor) -> tuple[float, Tensor, Tensor]:
+    def _lifted(
+        self, desk: Desk, left: Float[Tensor, "batch pos channel"], right: Float[Tensor, "batch pos channel"]
+    ) -> tuple[float, Float[Tensor, "batch pos channel"], Float[Tensor, "batch pos channel"]]:
         """left and right times powers of two, and the product of these."""
         ahead, behind = desk.lift(left, self.read), desk.lift(right, self.amount, self.key)
         return ahead * behind, left * ahead, right * behind
@@ -211,8 +211,13 @@ def _apart(pieces: Pieces) -> list[Tensor]:
 
 
 def _terms(
-    step: Tensor, fresh: Tensor, push: Tensor, key: Tensor, read: Tensor, rate: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    step: Float[Tensor, "... channel"],
+    fresh: Float[Tensor, "... one"],
+    push: Float[Tensor, "... channel"],
+    key: Float[Tensor, "... state"],
+    read: Float[Tensor, "... state"],
+    rate: Float[Tensor, "channel state"],
+) -> tuple[Float[Tensor, "... channel state"], Float[Tensor, "... channel state"], Float[Tensor, "... state"]]:
     decay = torch.exp(step.unsqueeze(-1) * rate) * (1 - fresh).unsqueeze(-1)
     return decay, push.unsqueeze(-1) * key.unsqueeze(-2), read
 

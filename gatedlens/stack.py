@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex, overload
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -95,27 +95,30 @@ class AttentionStack:
     # -- layer by layer ------------------------------------------------------------------------------------------
 
     def each(
-        self, matrix: Callable[[ImplicitAttention], Tensor], what: str = "attention", verbose: bool = True
+        self,
+        matrix: Callable[[ImplicitAttention], Float[Tensor, "batch ..."]],
+        what: str = "attention",
+        progress: bool = True,
     ) -> Iterator[Tensor]:
-        """`matrix(attention)` of each layer in turn, behind a progress bar unless `verbose` is off."""
-        for attention in tqdm(self, total=len(self), disable=not verbose, desc=what, unit="layer"):
+        """`matrix(attention)` of each layer in turn, behind a progress bar unless `progress` is off."""
+        for attention in tqdm(self, total=len(self), disable=not progress, desc=what, unit="layer"):
             yield matrix(attention)
 
-    def mean(self, verbose: bool = True) -> Float[Tensor, "layer batch dst src"]:
+    def mean(self, progress: bool = True) -> Float[Tensor, "layer batch dst src"]:
         """Each layer's signed mean over channels."""
-        return torch.stack(list(self.each(ImplicitAttention.mean, "mean", verbose)))
+        return torch.stack(list(self.each(ImplicitAttention.mean, "mean", progress)))
 
-    def abs_mean(self, verbose: bool = True) -> Float[Tensor, "layer batch dst src"]:
+    def abs_mean(self, progress: bool = True) -> Float[Tensor, "layer batch dst src"]:
         """Each layer's mean over channels of absolute values."""
-        return torch.stack(list(self.each(ImplicitAttention.abs_mean, "abs_mean", verbose)))
+        return torch.stack(list(self.each(ImplicitAttention.abs_mean, "abs_mean", progress)))
 
-    def layer_mean(self, absolute: bool = False, verbose: bool = True) -> Float[Tensor, "batch dst src"]:
+    def layer_mean(self, absolute: bool = False, progress: bool = True) -> Float[Tensor, "batch dst src"]:
         """The mean over layers of `mean()`, or of `abs_mean()`: HA's "raw attention" before its row is picked."""
         matrix = ImplicitAttention.abs_mean if absolute else ImplicitAttention.mean
-        total = sum(self.each(matrix, "layer mean", verbose))
+        total = sum(self.each(matrix, "layer mean", progress))
         return total / len(self)  # type: ignore[return-value]
 
-    def rollout(self, start_layer: int | None = None, verbose: bool = True) -> Float[Tensor, "batch dst src"]:
+    def rollout(self, start_layer: int | None = None, progress: bool = True) -> Float[Tensor, "batch dst src"]:
         """(I + E_d A_last) ... (I + E_d A_start): signed, not normalised; I is the residual stream, E_d the channel mean.
 
         From `start_layer` (of the model; None: the stack's first) to the stack's last. Masked positions take no part:
@@ -123,7 +126,7 @@ class AttentionStack:
         """
         layers = self if start_layer is None else self[self._start(start_layer) :]
         total: Tensor | None = None
-        for matrix in layers.each(ImplicitAttention.mean, "rollout", verbose):
+        for matrix in layers.each(ImplicitAttention.mean, "rollout", progress):
             step = matrix + self._identity(matrix)
             total = step if total is None else step @ total
         assert total is not None
@@ -142,11 +145,13 @@ class AttentionStack:
 
     # -- profiles ------------------------------------------------------------------------------------------------
 
-    def profiles(self, verbose: bool = True) -> Profile:
+    def profiles(self, progress: bool = True) -> Profile:
         """How far and how sharply each layer looks: `profiles.of_layer` with a layer axis in front."""
-        found = [of_layer(a) for a in tqdm(self, total=len(self), disable=not verbose, desc="profiles", unit="layer")]
+        found = [of_layer(a) for a in tqdm(self, total=len(self), disable=not progress, desc="profiles", unit="layer")]
         return Profile(*(torch.stack(values) for values in zip(*found, strict=True)))
 
-    def induction(self, tokens: Tensor | None = None, verbose: bool = True) -> Float[Tensor, "layer batch"]:
+    def induction(
+        self, tokens: Int[Tensor, "batch pos"] | None = None, progress: bool = True
+    ) -> Float[Tensor, "layer batch"]:
         """How much of each layer's attention goes to what followed earlier: `profiles.induction`."""
-        return torch.stack(list(self.each(lambda a: induction(a, tokens).score, "induction", verbose)))
+        return torch.stack(list(self.each(lambda a: induction(a, tokens).score, "induction", progress)))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from gatedlens.errors import InputError
@@ -43,7 +43,7 @@ def pad(rows: list[list[int]], side: str, pad_id: int) -> tuple[Int[Tensor, "bat
     return tokens, mask
 
 
-def check(tokens: Tensor, d_vocab: int) -> Int[Tensor, "batch pos"]:
+def check(tokens: Shaped[Tensor, ...], d_vocab: int) -> Int[Tensor, "batch pos"]:
     """Token ids as [batch, pos] int64, or an InputError that says which id at which place is wrong."""
     if tokens.numel() == 0:
         raise InputError(f"The input is empty: its shape is {list(tokens.shape)}. Give at least one token.")
@@ -65,7 +65,7 @@ def check(tokens: Tensor, d_vocab: int) -> Int[Tensor, "batch pos"]:
     return tokens.long()
 
 
-def check_mask(mask: Tensor, shape: tuple[int, int]) -> Bool[Tensor, "batch pos"]:
+def check_mask(mask: Shaped[Tensor, "*batch pos"], shape: tuple[int, int]) -> Bool[Tensor, "batch pos"]:
     """An attention mask as booleans of `shape`; every row must have a real token."""
     mask = torch.as_tensor(mask)
     if mask.ndim == 1 and shape[0] == 1:

@@ -188,7 +188,7 @@ class SegmentedWkv(Function):
         return None, grad_k, grad_v, grad_w, grad_u, *grad_state.unbind(1), grad_top
 
 
-def _part(mask: Tensor | None, part: slice) -> Tensor | None:
+def _part(mask: Bool[Tensor, "batch pos"] | None, part: slice) -> Bool[Tensor, "batch some"] | None:
     return None if mask is None else mask[:, part]
 
 
@@ -199,7 +199,7 @@ def wkv(
     u: Float[Tensor, " channel"],
     mask: Bool[Tensor, "batch pos"] | None,
     carry: Carry,
-) -> tuple[Tensor, Carry]:
+) -> tuple[Float[Tensor, "batch pos channel"], Carry]:
     """`scan, carry = wkv(k, v, w, u, mask, carry)`; O(b c) memory beyond inputs and output without gradients."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (k, v, w, u, *carry)):
         if torch.compiler.is_compiling():
@@ -254,75 +254,83 @@ class OpenWkv:
     decay and write are the true e^w and e^k (v, 1): a state can be moved from one run to another as it is.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, w: Tensor, u: Tensor, mask: Tensor | None, carry: Carry):
+    def __init__(
+        self,
+        k: Float[Tensor, "batch pos channel"],
+        v: Float[Tensor, "batch pos channel"],
+        w: Float[Tensor, " channel"],
+        u: Float[Tensor, " channel"],
+        mask: Bool[Tensor, "batch pos"] | None,
+        carry: Carry,
+    ):
         self.wide = v.dtype
         self.k, self.v, self.w, self.u, self.num0, self.den0, top = (t.double() for t in (k, v, w, u, *carry))
         self.top = top.clamp(min=-LARGEST_KEY)  # a smaller one is nothing, in float64 as well
         self.mask = mask
 
-    def _true(self, x: Tensor) -> Tensor:
+    def _true(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """e^x, or an error where float64 does not hold it."""
         if bool((x > LARGEST_KEY).any()):
             raise InputError(
-                f"A key is {float(x.max()):.4g}; the points inside the scan (hook_write, hook_state, ...) need exp(key)"
+                f"A key is {float(x.detach().max()):.4g}; the points inside the scan (hook_write, hook_state, ...) need exp(key)"
                 f" in float64, up to exp({LARGEST_KEY:g}). hook_k, hook_u and hook_scan have no limit: hook those."
             )
         return x.exp()
 
     @cached_property
-    def untouched_start(self) -> Tensor:
+    def untouched_start(self) -> Float[Tensor, "batch channel two"]:
         return torch.stack([self.num0, self.den0], dim=-1) * self._true(self.top).unsqueeze(-1)
 
     @cached_property
-    def state_start(self) -> Tensor:
+    def state_start(self) -> Float[Tensor, "batch channel two"]:
         return self.untouched_start
 
     @cached_property
-    def decay(self) -> Tensor:
+    def decay(self) -> Float[Tensor, "batch pos channel two"]:
         constant = self.w.exp().reshape(1, 1, -1, 1).expand(*self.k.shape, 2)
         return constant if self.mask is None else torch.where(self.mask[:, :, None, None], constant, 1.0)
 
     @cached_property
-    def write(self) -> Tensor:
+    def write(self) -> Float[Tensor, "batch pos channel two"]:
         weight = self._true(self.k)
         write = torch.stack([weight * self.v, weight], dim=-1)
         return write if self.mask is None else write * self.mask[:, :, None, None]
 
     @cached_property
-    def states(self) -> Tensor:
+    def states(self) -> Float[Tensor, "batch pos channel two"]:
         return linear_scan(self.decay, self.write, self.state_start)
 
     @cached_property
-    def state(self) -> Tensor:
+    def state(self) -> Float[Tensor, "batch pos channel two"]:
         return self.states
 
     @cached_property
-    def top_start(self) -> Tensor:
+    def top_start(self) -> Float[Tensor, "batch channel"]:
         """The maximum that came with the carry; a start that was edited brings its own."""
         den, given = self.state_start[..., 1], self.untouched_start[..., 1]
         return torch.where(den == given, self.top, den.abs().clamp(min=TINY).log())
 
     @cached_property
-    def running_max(self) -> Tensor:
+    def running_max(self) -> Float[Tensor, "batch pos channel"]:
         """max_t = max(max_{t-1} + log decay_t, log of the denominator's write_t, which is k_t unless it was edited)."""
         log_decay = self.decay[..., 1].abs().clamp(min=TINY).log()
         top = _running_max(log_decay, self.write[..., 1].abs().clamp(min=TINY).log(), self.top_start)
         return top.to(self.wide).double()  # rounded before num and den are taken relative to it, not after
 
     @cached_property
-    def num(self) -> Tensor:
+    def num(self) -> Float[Tensor, "batch pos channel"]:
         return (self.state[..., 0] * torch.exp(-self.running_max)).to(self.wide)
 
     @cached_property
-    def den(self) -> Tensor:
+    def den(self) -> Float[Tensor, "batch pos channel"]:
         return (self.state[..., 1] * torch.exp(-self.running_max)).to(self.wide)
 
     @cached_property
-    def max(self) -> Tensor:
+    def max(self) -> Float[Tensor, "batch pos channel"]:
         return self.running_max.to(self.wide)
 
     @cached_property
-    def scan(self) -> Tensor:
+    def scan(self) -> Float[Tensor, "batch pos channel"]:
         num, den = (self.state_start * torch.exp(-self.top_start).unsqueeze(-1)).unbind(-1)
         num, den = _behind(num, self.num.double()), _behind(den, self.den.double())
         past, present = _exponentials(_behind(self.top_start, self.max.double()), self.u + self.k)

@@ -3,8 +3,8 @@
     S[i, j] = e^{w (i - j - 1) + k_j} / Z_i  (j < i),   e^{u + k_i} / Z_i  (j = i)
     Z_i = e^{w i} D_start + sum_{j < i} e^{w (i - j - 1) + k_j} + e^{u + k_i}
 
-b batch, l pos (i row, j source), c channel; k keys [b, l, c], w < 0 and u [c]. It offers what `scanmatrix.DecayScan` does.
-As there, a block of rows i >= m and sources j < m is one matrix product: with P the running maximum at m - 1,
+b batch, l pos (i row, j source), c channel; k keys [b, l, c], w < 0 and u [c].
+As in scanmatrix.py a block of rows i >= m and sources j < m is one matrix product: with P the running maximum at m - 1,
 
     S[i, j] = e^{w (i - m) + P - log Z_i} * e^{w (m - 1 - j) + k_j - P},   both factors at most 1.
 
@@ -21,12 +21,13 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gatedlens.matrix import ScanMatrix
 from gatedlens.scanmatrix import CHUNK_ELEMENTS, NARROW, blocks
 from gatedlens.wkv import TINY, Carry, wkv
 
 
 @dataclass(frozen=True)
-class WkvScan:
+class WkvScan(ScanMatrix):
     """`WkvScan(k, w, u, den, max)`: den and max are those of the carry that the scan began from."""
 
     k: Float[Tensor, "batch pos channel"]
@@ -86,13 +87,17 @@ class WkvScan:
         score = score - self._log_total[torch.arange(len(i), device=i.device), i].unsqueeze(1)
         return torch.exp(score.masked_fill(ago < 0, -torch.inf)).to(self.k.dtype)
 
-    def _diagonal(self, offset: int, log_total: Tensor) -> Float[Tensor, "batch some channel"]:
+    def _diagonal(
+        self, offset: int, log_total: Float[Tensor, "batch pos channel"]
+    ) -> Float[Tensor, "batch some channel"]:
         """S[i, i - offset] for i >= offset."""
         source = self.k[:, : self.length - offset].double()
         score = source + (self.u.double() if offset == 0 else self.w.double() * (offset - 1))
         return torch.exp(score - log_total[:, offset:]).to(self.k.dtype)
 
-    def _blocks(self, log_total: Tensor) -> Iterator[tuple[int, int, int, Tensor, Tensor]]:
+    def _blocks(
+        self, log_total: Float[Tensor, "batch pos channel"]
+    ) -> Iterator[tuple[int, int, int, Float[Tensor, "batch rows channel"], Float[Tensor, "batch some channel"]]]:
         """(lo, mid, hi, left, right): S[mid:hi, lo:mid] = left * right, channel by channel."""
         places = torch.arange(self.length, device=self.k.device).unsqueeze(-1)
         risen, w = self._risen, self.w.double()
@@ -118,7 +123,12 @@ class WkvScan:
             self.select(some)._add_summed(total, left[..., some], right[..., some] * taps[some, 0])
         return total
 
-    def _add_summed(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+    def _add_summed(
+        self,
+        total: Float[Tensor, "batch pos pos"],
+        left: Float[Tensor, "batch pos channel"],
+        right: Float[Tensor, "batch pos channel"],
+    ) -> None:
         log_total = self._log_total
         for lo, mid, hi, rows, sources in self._blocks(log_total):
             total[:, mid:hi, lo:mid] += (rows * left[:, mid:hi]) @ (sources * right[:, lo:mid]).mT
@@ -139,11 +149,7 @@ class WkvScan:
             total[:, :, rows, rows - offset] = rearrange(values, "b i c -> b c i")
         return total
 
-    def folded(self, left: Tensor, right: Tensor, taps: Tensor) -> Float[Tensor, "batch channel dst src"]:
-        """What `summed` sums, channel by channel."""
-        return self.dense() * left.mT.unsqueeze(-1) * (right * taps[:, 0]).mT.unsqueeze(-2)
-
-    def _near(self, offset: int) -> Tensor:
+    def _near(self, offset: int) -> Int[Tensor, " row"]:
         """The rows whose source `offset` places before is in their own narrow block."""
         rows = torch.arange(offset, self.length, device=self.k.device)
         return rows[rows % NARROW >= offset]

@@ -18,14 +18,14 @@ def test_a_stack_has_a_head_a_layer(model):
     stack = gl.implicit_attention(model, example(model))
     shown = for_circuitsvis(stack, row=1)
     assert list(shown) == KEYS
-    want = stack.mean(verbose=False)[:, 1]
+    want = stack.mean(progress=False)[:, 1]
     assert shown["attention"].shape == tuple(want.shape) and np.allclose(shown["attention"], want, atol=1e-6)
     assert shown["attention_head_names"] == [f"layer {layer}" for layer in stack.layers]
     assert len(shown["tokens"]) == want.shape[-1] and all(isinstance(token, str) for token in shown["tokens"])
     assert shown["mask_upper_tri"] == (not want.triu(1).any())
     assert shown["max_value"] == -shown["min_value"] == pytest.approx(want.abs().max().item())
     absolute = for_circuitsvis(stack, absolute=True)["attention"]
-    assert np.allclose(absolute, stack.abs_mean(verbose=False)[:, 0], atol=1e-6) and (absolute >= 0).all()
+    assert np.allclose(absolute, stack.abs_mean(progress=False)[:, 0], atol=1e-6) and (absolute >= 0).all()
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ def test_what_is_true_or_a_whole_number_is_measured_too():
         (lambda: metrics.logit(1, pos=5)(LOGITS), "pos=5 is out of range: the logits have 5 positions"),
         (lambda: metrics.logit(torch.tensor(1.0))(LOGITS), "whole numbers"),
         (lambda: metrics.kl(OTHER[:2])(LOGITS), "kl compares with logits"),
-        (lambda: metrics.loss(torch.zeros(2, 2))(LOGITS), "loss needs logits"),
+        (lambda: metrics.loss(torch.zeros(2, 2, dtype=torch.long))(LOGITS), "loss needs logits"),
         (lambda: metrics.per_row(lambda x: x.mean(), LOGITS), "one number for 3 rows"),
         (lambda: metrics.per_row(lambda x: x.mean().reshape(1), LOGITS), "one number for 3 rows"),
         (lambda: metrics.measure(lambda x: x[:, 0, 0] * 1j, LOGITS), "real numbers"),

@@ -94,6 +94,46 @@ def test_a_model_without_weights_is_explained():
         gl.wrap(model)(torch.tensor([[1, 2]]))
 
 
+@pytest.mark.filterwarnings("ignore:.*device_map keys")  # accelerate wants the parameters named and then wonders
+@pytest.mark.parametrize("options", [{}, {"if_cls_token": False, "if_abs_pos_embed": False}], ids=["cls", "bare"])
+@torch.no_grad()
+def test_a_vision_mamba_half_on_the_disk(tmp_path, options):
+    """Its class token and positions are parameters of the model itself, beside patches, layers and head."""
+    whole = gl.HookedViM.tiny(**options)
+    half = copy.deepcopy(whole.wrapped)
+    own = {name: "cpu" for name, _ in half.named_parameters(recurse=False)}
+    device_map = {**own, "patch_embed": "disk", "layers.0": "cpu", "layers.1": "disk", "norm_f": "cpu", "head": "disk"}
+    placed = gl.wrap(
+        accelerate.dispatch_model(half, device_map, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    )
+    assert {name for name, p in half.named_parameters() if p.is_meta} >= {"patch_embed.proj.weight", "head.weight"}
+    images = example(whole, 2).float()
+    wanted, cache = whole.run_with_cache(images, names_filter=lambda name: True)
+    got, ours = placed.run_with_cache(images, names_filter=lambda name: True)
+    assert torch.equal(got, wanted) and all(torch.equal(ours[name], cache[name]) for name in cache)
+    assert all(p.is_meta for p in placed.wrapped.head.parameters()), "what came from the disk left again"
+    name = "blocks.1.mixer.hook_gated"
+    _, cache = whole.run_with_cache(images, names_filter=name)
+    assert torch.equal(gl_store.harvest(placed, images, name, tmp_path / "out", progress=False)[name][:], cache[name])
+
+
+@torch.no_grad()
+def test_originals_take_a_device_map_too(tmp_path):
+    """What transformers does not load is placed as well; a device map is never ignored."""
+    whole = gl.HookedViM.tiny()
+    whole.wrapped.save_pretrained(tmp_path / "vim")
+    images = example(whole, 2).float()
+    device_map = {"": "cpu", "layers.1": "disk"}
+    placed = gl.from_pretrained(tmp_path / "vim", device_map=device_map, offload_folder=str(tmp_path / "off"))
+    assert placed.wrapped.layers[1].mixer.D.is_meta and torch.equal(placed(images), whole(images))
+    auto = gl.from_pretrained(tmp_path / "vim", device_map="auto")
+    assert auto.wrapped.hf_device_map and torch.allclose(auto(images).cpu(), whole(images), atol=1e-5)
+    with pytest.raises(gl.CheckpointError, match="device_map='every'"):
+        gl.from_pretrained(tmp_path / "vim", device_map="every")
+    with pytest.raises(gl.CheckpointError, match="give one of the two"):
+        gl.from_pretrained(tmp_path / "vim", device="cpu", device_map="auto")
+
+
 def test_from_pretrained_takes_a_device_map(tmp_path):
     models()["mamba"].save_pretrained(tmp_path)
     tokens = torch.tensor([[1, 2, 3]])

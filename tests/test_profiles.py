@@ -75,10 +75,10 @@ def test_padding_changes_nothing(lm):
         for b, row in enumerate(rows):
             alone = gl.implicit_attention(lm, row.unsqueeze(0))
             for name in ("half_life", "mean_distance", "effective_context", "sharpness"):
-                got = getattr(together.profiles(verbose=False), name)[:, b]
-                assert torch.allclose(got, getattr(alone.profiles(verbose=False), name)[:, 0], atol=1e-10), name
-            got = together.induction(verbose=False)[:, b]
-            assert torch.allclose(got, alone.induction(verbose=False)[:, 0], atol=1e-10)
+                got = getattr(together.profiles(progress=False), name)[:, b]
+                assert torch.allclose(got, getattr(alone.profiles(progress=False), name)[:, 0], atol=1e-10), name
+            got = together.induction(progress=False)[:, b]
+            assert torch.allclose(got, alone.induction(progress=False)[:, 0], atol=1e-10)
 
 
 def made_of(pattern, model=None):

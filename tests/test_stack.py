@@ -22,20 +22,20 @@ def stack(model, request):
 def test_the_means_are_those_of_each_layer(stack):
     assert isinstance(stack, AttentionStack) and len(stack) == stack.cache.model.cfg.n_layers
     each = [gl.implicit_attention(stack.cache, layer=i) for i in stack.layers]
-    assert torch.equal(stack.mean(verbose=False), torch.stack([A.mean() for A in each]))
-    assert torch.equal(stack.abs_mean(verbose=False), torch.stack([A.abs_mean() for A in each]))
+    assert torch.equal(stack.mean(progress=False), torch.stack([A.mean() for A in each]))
+    assert torch.equal(stack.abs_mean(progress=False), torch.stack([A.abs_mean() for A in each]))
     bare = stack.without("skip", "gate")
-    assert torch.equal(bare.mean(verbose=False)[-1], each[-1].without("skip", "gate").mean())
+    assert torch.equal(bare.mean(progress=False)[-1], each[-1].without("skip", "gate").mean())
     assert stack.paper("unified").parts == each[0].paper("unified").parts and stack.only("scan").parts == ("scan",)
     want = torch.stack([A.mean() for A in each]).mean(0)
-    assert torch.allclose(stack.layer_mean(verbose=False), want, atol=1e-14)
-    assert torch.allclose(stack.layer_mean(absolute=True, verbose=False), stack.abs_mean(verbose=False).mean(0))
+    assert torch.allclose(stack.layer_mean(progress=False), want, atol=1e-14)
+    assert torch.allclose(stack.layer_mean(absolute=True, progress=False), stack.abs_mean(progress=False).mean(0))
 
 
 @torch.no_grad()
 def test_rollout_chains_the_layers_through_the_residual_stream(stack):
     """Row by row: what reaches i is what is there, and what the layer brings from every j."""
-    mask, means = stack.cache.mask, stack.mean(verbose=False)
+    mask, means = stack.cache.mask, stack.mean(progress=False)
     for start in (0, 1, -1):
         want = torch.eye(means.shape[-1], dtype=torch.float64).repeat(means.shape[1], 1, 1)
         if mask is not None:
@@ -45,9 +45,9 @@ def test_rollout_chains_the_layers_through_the_residual_stream(stack):
             want = torch.stack(
                 [first[:, i] * 0 + want[:, i] + (A[:, i, :, None] * want).sum(1) for i in range(len(A[0]))], 1
             )
-        assert torch.allclose(stack.rollout(start_layer=start, verbose=False), want, atol=1e-12)
+        assert torch.allclose(stack.rollout(start_layer=start, progress=False), want, atol=1e-12)
     if mask is not None:
-        rolled = stack.rollout(verbose=False)
+        rolled = stack.rollout(progress=False)
         assert rolled[~mask].abs().max() == 0 and rolled.mT[~mask].abs().max() == 0
 
 
@@ -64,8 +64,8 @@ def test_from_a_model_one_forward_and_only_what_is_needed(model):
     needed = {f"blocks.{i}.{b.mixer.place}.{n}" for i, b in enumerate(model.blocks) for n in b.mixer.attention_points}
     assert set(every.cache.cache_dict) == needed
     assert not any(name.startswith("blocks.1") for name in seen[: seen.index("hook_embed", 1)])
-    want = gl.implicit_attention(whole).mean(verbose=False)  # lazy points that are heard change the rounding
-    assert relative(every.mean(verbose=False), want) < 1e-12
+    want = gl.implicit_attention(whole).mean(progress=False)  # lazy points that are heard change the rounding
+    assert relative(every.mean(progress=False), want) < 1e-12
     assert gl.implicit_attention(model, input, layers=slice(-1, None)).layers == (model.cfg.n_layers - 1,)
 
 
@@ -91,7 +91,7 @@ def test_select_keeps_a_carried_state(lm):
 def test_the_progress_bar_can_be_switched_off(capsys):
     model = HookedMamba.tiny()
     stack = gl.implicit_attention(model, example(model))
-    stack.mean(verbose=False), stack.rollout(verbose=False), stack.profiles(verbose=False)
+    stack.mean(progress=False), stack.rollout(progress=False), stack.profiles(progress=False)
     assert capsys.readouterr().err == ""
     stack.mean()
     assert "2/2" in capsys.readouterr().err

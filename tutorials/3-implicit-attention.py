@@ -28,7 +28,7 @@ stack = gl.implicit_attention(cache)
 print(stack)
 for attention in stack:
     print(attention, attention.check())
-figure = gl.plot.layers(dict(zip(stack.layers, stack.abs_mean(verbose=False)[:, 0], strict=True)), tokens)
+figure = gl.plot.layers(dict(zip(stack.layers, stack.abs_mean(progress=False)[:, 0], strict=True)), tokens)
 
 # %% [markdown]
 # ## Factors
@@ -88,7 +88,7 @@ assert torch.allclose(torch.stack(by_tap).sum(), shares[answer], atol=1e-3)
 # reads is close by, and some channels look much further than others.
 
 # %%
-print("half-life of the layers:", [round(v, 2) for v in stack.profiles(verbose=False).half_life[:, 0].tolist()])
+print("half-life of the layers:", [round(v, 2) for v in stack.profiles(progress=False).half_life[:, 0].tolist()])
 far = profiles.of_channels(attention).mean_distance[0]
 order = far.argsort()
 print(f"mean distance by channel: {far.min():.1f} to {far.max():.1f} tokens")
@@ -102,6 +102,6 @@ print(f"the nearest-looking channels read {tokens[near.argmax()]!r}, the farthes
 # and no account: between the layers are norms and gates that it does not follow.
 
 # %%
-rolled = stack.rollout(verbose=False)[0, -1]
+rolled = stack.rollout(progress=False)[0, -1]
 for at in rolled[:-1].abs().topk(3).indices.tolist():
     print(f"{tokens[at]:>4} at {at:2}: {rolled[at]:+.4f}")

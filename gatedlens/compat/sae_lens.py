@@ -6,6 +6,9 @@ A hooked model is a valid `override_model` at any point whose last axis is the S
 TransformerLens 4.0 removed: versions to 6.51 install beside it and fail on import, later ones refuse to be installed
 (`pip install "sae-lens<6.52"`). `load` puts stand-ins where the removed names were, imports SAELens and returns it; what
 needs the old HookedTransformer itself (SAELens's own model loading, HookedSAETransformer) stays out of reach.
+
+A store that `gl.store.harvest` made with `context=` is in SAELens's layout: `use_cached_activations=True,
+cached_activations_path="out/activations"`, and any `override_dataset` of tokens, which SAELens asks for and does not read.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
@@ -156,7 +156,13 @@ def block_diagonal(
     return out.flatten(2)
 
 
-def griffin_terms(log_a: Tensor, reset: Tensor, m: Tensor, i: Tensor, u: Tensor) -> tuple[Tensor, Tensor, None]:
+def griffin_terms(
+    log_a: Float[Tensor, "... channel"],
+    reset: Float[Tensor, "... one"],
+    m: Float[Tensor, "... channel"],
+    i: Float[Tensor, "... channel"],
+    u: Float[Tensor, "... channel"],
+) -> tuple[Float[Tensor, "... channel"], Float[Tensor, "... channel"], None]:
     """decay = a, 0 at resets, write = m i u, read = 1 for any slice of positions: Griffin, eq. 4."""
     return torch.exp(log_a) * (1 - reset), m * i * u, None
 
@@ -445,7 +451,11 @@ class HookedGriffin(HookedLanguageModel):
         return GemmaNorm(self.wrapped.model.final_norm, rows, self.cfg.eps)
 
     def begin(
-        self, batch: Batch, state: RecurrentState | None, return_state: bool, position_ids: Tensor | None = None
+        self,
+        batch: Batch,
+        state: RecurrentState | None,
+        return_state: bool,
+        position_ids: Shaped[Tensor, "*document position"] | None = None,
     ) -> DocumentRun:
         """As in every model, and: positions go on in the state's last document, and documents are told apart."""
         plain = super().begin(batch, state, return_state, position_ids)

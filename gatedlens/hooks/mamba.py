@@ -77,7 +77,13 @@ RMSNORM = "RMSNorm, arXiv 1910.07467"
 BLOCK_ROWS = residual_rows(norm_rows("ln1", "mixer_in", RMSNORM), block_rows("mixer", MIXER_ROWS))
 
 
-def mamba_terms(dt: Tensor, B: Tensor, C: Tensor, u: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def mamba_terms(
+    dt: Float[Tensor, "... channel"],
+    B: Float[Tensor, "... state"],
+    C: Float[Tensor, "... state"],
+    u: Float[Tensor, "... channel"],
+    A: Float[Tensor, "channel state"],
+) -> tuple[Float[Tensor, "... channel state"], Float[Tensor, "... channel state"], Float[Tensor, "... state"]]:
     """decay = exp(dt A), write = dt B u, read = C for any slice of positions: Mamba, eq. 2 and 4.
 
     The tensors are [b, l, c, n] and lie in memory with channels innermost: states are few, and a processor likes long rows.
@@ -103,7 +109,7 @@ class SelectiveScan(Mixer):
         """-exp(A_log), at least float32."""
         return -torch.exp(at_least_float32(self.weights.A_log))
 
-    def along_conv(self, x: Tensor) -> Tensor:
+    def along_conv(self, x: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos ..."]:
         """As `along`: the convolution runs the way the scan does."""
         return self.along(x)
 
@@ -481,7 +487,7 @@ class HookedMamba(HookedLanguageModel):
     def unembedding(self) -> Any:
         return self.wrapped.lm_head
 
-    def stream(self, embedded: Tensor) -> Tensor:
+    def stream(self, embedded: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         return at_least_float32(embedded) if self.cfg.residual_in_fp32 else embedded
 
     @classmethod

@@ -432,7 +432,7 @@ class HookedRWKV(HookedLanguageModel):
     def unembedding(self) -> Any:
         return self.wrapped.head
 
-    def stream(self, embedded: Tensor) -> Tensor:
+    def stream(self, embedded: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """Block 0's first norm starts the stream: what enters block 0 (start_at_layer=0) has passed it."""
         first: Any = self.blocks[0]
         return _stream_dtype(first.ln0(embedded))

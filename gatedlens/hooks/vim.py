@@ -20,13 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gatedlens import placement
 from gatedlens.block import Block, Norm, Run, TokenMixing, norm_rows, residual_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError, InputError, did_you_mean
@@ -37,6 +38,7 @@ from gatedlens.hookpoint import rows_of
 from gatedlens.hooks.mamba import ALIASES, MIXER_ROWS, RMSNORM, SelectiveScan
 from gatedlens.images import IMAGENET_MEAN, IMAGENET_STD, preprocess
 from gatedlens.model import HookedModel
+from gatedlens.output import Output, check_return_type
 from gatedlens.padding import Padding
 from gatedlens.points import Point, View, block_rows
 from gatedlens.recurrence import at_least_float32
@@ -53,7 +55,6 @@ from gatedlens.visionmamba import (
 )
 
 PAPER = "Vim, arXiv 2401.09417"
-RETURN_TYPES = ("logits", "loss", "both", None)
 
 
 # -- rows -----------------------------------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ class Backward(Forward):
 class SharedBackward(Backward):
     """bwd of v1: only the scan runs from the end; what enters it is what enters the forward scan."""
 
-    def along_conv(self, x: Tensor) -> Tensor:
+    def along_conv(self, x: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos ..."]:
         return x
 
     def factors(self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None) -> Factors:
@@ -219,10 +220,17 @@ class ViMBlock(Block):
         return self.hook_resid_post(resid + mixer_out)
 
 
+def both_directions(
+    model: Any, layer: int, fwd: Float[Tensor, "batch pos channel"], bwd: Float[Tensor, "batch pos channel"]
+) -> Float[Tensor, "batch pos channel"]:
+    """scale * (fwd + bwd)"""
+    return model.blocks[layer].mixer.scale * (fwd + bwd)
+
+
 VIEWS = (
     View(
         "blocks.{l}.mixer.hook_y", "batch pos channel", "scale * (fwd.y + bwd.y)", "gatedlens",
-        read=lambda model, layer, fwd, bwd: model.blocks[layer].mixer.scale * (fwd + bwd),
+        read=both_directions,
         needs=("blocks.{l}.mixer.fwd.hook_y", "blocks.{l}.mixer.bwd.hook_y"),
         instead="hook its directions, mixer.fwd.hook_y and mixer.bwd.hook_y",
     ),
@@ -271,13 +279,6 @@ class ViMConfig(HookedConfig):
         own = {"channel": self.d_inner, "state": self.d_state, "tap": self.d_conv, "dt_rank": self.dt_rank}
         grid = self.grid
         return {**super().sizes, **own, "class": self.num_classes, "patch": grid.rows * grid.columns}
-
-
-class Output(NamedTuple):
-    """`return_type="both"`."""
-
-    logits: Tensor
-    loss: Tensor
 
 
 class HookedViM(HookedModel):
@@ -457,8 +458,8 @@ class HookedViM(HookedModel):
             )
         if input.shape[0] == 0:
             raise InputError(f"There is no image in this batch: {list(input.shape)}.")
-        weight = self.wrapped.patch_embed.proj.weight
-        return input.to(device=weight.device, dtype=weight.dtype)
+        stem = self.wrapped.patch_embed
+        return input.to(device=placement.device_of(stem), dtype=stem.proj.weight.dtype)
 
     def _check_resid(self, resid: Any) -> Float[Tensor, "batch pos d_model"]:
         wanted = (self.cfg.n_ctx, self.cfg.d_model)
@@ -495,8 +496,7 @@ class HookedViM(HookedModel):
         stream [batch, pos, d_model] that enters that block. labels [batch]: the classes, for a loss (mean cross
         entropy). stop_at_layer: stop before that block and return the residual stream.
         """
-        if return_type not in RETURN_TYPES:
-            raise InputError(f"return_type={return_type!r}: it is 'logits', 'loss', 'both' or None.")
+        check_return_type(return_type)
         batch, _ = self.prepare(input, return_type, labels, start_at_layer=start_at_layer, **unsupported)
         run = self.begin(batch, None, False)
         resid = batch.value if batch.is_resid else self.embed(batch.value)
@@ -505,7 +505,7 @@ class HookedViM(HookedModel):
             return resid
         if return_type is None:
             return None
-        logits = self.classify(self.ln_final(resid))
+        logits = self.classify(self.there(self.ln_final.weights, self.ln_final, resid))
         if return_type == "logits":
             return logits
         loss = F.cross_entropy(logits, self._check_labels(labels, logits.shape[0]).to(logits.device))
@@ -513,9 +513,15 @@ class HookedViM(HookedModel):
 
     def embed(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream that images start: patches, class tokens in their places, absolute positions."""
+        patches = self.hook_patch_embed(self.there(self.wrapped.patch_embed, self._patches, images))
+        return self.there([self.wrapped, self.wrapped.patch_embed.proj], self._placed, patches)
+
+    def _patches(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch patch d_model"]:
+        proj = self.wrapped.patch_embed.proj
+        return F.conv2d(images, proj.weight, proj.bias, proj.stride).flatten(2).transpose(1, 2)
+
+    def _placed(self, tokens: Float[Tensor, "batch patch d_model"]) -> Float[Tensor, "batch pos d_model"]:
         w = self.wrapped
-        proj = w.patch_embed.proj
-        tokens = self.hook_patch_embed(F.conv2d(images, proj.weight, proj.bias, proj.stride).flatten(2).transpose(1, 2))
         for at, token in zip(self.grid.cls, self.class_tokens(), strict=True):
             tokens = torch.cat([tokens[:, :at], token.expand(len(tokens), -1, -1), tokens[:, at:]], dim=1)
         embedded = self.hook_embed(tokens + w.pos_embed if w.if_abs_pos_embed else tokens)
@@ -534,7 +540,7 @@ class HookedViM(HookedModel):
             features = normed[:, list(self.grid.cls)].mean(1)
         else:
             features = normed.mean(1) if self.cfg.pool == "mean" else normed[:, -1]
-        return self.hook_logits(self.unembed(self.hook_features(features)))
+        return self.hook_logits(self.there(self.wrapped.head, self.unembed, self.hook_features(features)))
 
     def unembed(self, normed: Float[Tensor, "... d_model"]) -> Float[Tensor, "... class"]:
         """Logits, at least float32: what the head reads off the features, or off any position."""
@@ -548,7 +554,7 @@ class HookedViM(HookedModel):
         weights[read] = 1
         return weights / weights.sum()
 
-    def _check_labels(self, labels: Any, rows: int) -> Tensor:
+    def _check_labels(self, labels: Any, rows: int) -> Int[Tensor, " batch"]:
         if labels is None:
             raise InputError("A loss needs labels=..., the class of each image.")
         labels = torch.as_tensor(labels).reshape(-1)
@@ -577,7 +583,7 @@ class HookedViM(HookedModel):
     def b_U(self) -> Float[Tensor, " d_vocab"]:
         return self.wrapped.head.bias
 
-    def tokens_to_residual_directions(self, tokens: int | Tensor) -> Float[Tensor, "... d_model"]:
+    def tokens_to_residual_directions(self, tokens: int | Int[Tensor, ...]) -> Float[Tensor, "... d_model"]:
         """The columns of W_U of some classes: what the class token (after ln_final) is read along."""
         return self.W_U.T[torch.as_tensor(tokens, device=self.W_U.device)]
 

@@ -21,21 +21,23 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from gatedlens import dtypes
 from gatedlens.errors import InputError, StoreError
 from gatedlens.points import NamesFilter
 from gatedlens.store import manifest
+from gatedlens.store.arrow import Columns
 from gatedlens.store.batches import Batches, Rows
-from gatedlens.store.columns import Columns
-from gatedlens.store.corpus import read
 from gatedlens.store.disk import explained, locked
 from gatedlens.store.engines import engine as engine_of
-from gatedlens.store.layout import Layout, aliases, resolve
+from gatedlens.store.layout import Layout, aliases
+from gatedlens.store.plan import plan
 from gatedlens.store.reading import Store
 from gatedlens.store.reading import open as open_store
 from gatedlens.store.reductions import Reduction, chosen
-from gatedlens.store.sinks import Sink, StatisticsSink, TensorSink, card
+from gatedlens.store.sinks import Sink, StatisticsSink, TensorSink
 from gatedlens.store.sizes import Estimate, estimate_of
-from gatedlens.store.work import Reduce, Work, activations
+from gatedlens.store.sources import read
+from gatedlens.store.work import Reduce, Work
 
 log = logging.getLogger(__name__)
 SHARD_BYTES = 2**30
@@ -71,16 +73,18 @@ def harvest(
 
     Raises TooLargeError if the disk lacks room, StoreError if the folder is in use, or holds another harvest.
     """
-    reductions = () if reduce is None else chosen(reduce)
+    kept, reductions = dtypes.of(dtype), () if reduce is None else chosen(reduce)
+    if not isinstance(shard_bytes, int) or shard_bytes < 1:
+        raise InputError(f"shard_bytes={shard_bytes!r}: it is a number of bytes, at least 1.")
     batches = Batches(read(dataset, model, field), model, batch_size, context, max_tokens, positions)
-    layouts = plan(batches, names, dtype)
+    layouts = plan(batches, names, kept)
     folder = Path(out).expanduser()
     settings = {
         "batch_size": batch_size,
         "context": context,
         "max_tokens": max_tokens,
         "positions": positions,
-        "dtype": None if dtype is None else str(_dtype(dtype)).removeprefix("torch."),
+        "dtype": None if kept is None else dtypes.name(kept),
         "reduce": [reduction.name for reduction in reductions] or None,
         "field": field,
         "shard_bytes": shard_bytes,
@@ -89,6 +93,8 @@ def harvest(
     }
     known = aliases(model, [layout.name for layout in layouts])
     told = manifest.compose(model, batches.corpus.described, settings, layouts, known)
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"{folder} is a file; a store is a folder: give another name.")
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
@@ -134,29 +140,8 @@ def estimate(
 ) -> Estimate:
     """How many tokens and bytes the same call of `harvest` would take, and what the disk of `out` has; runs one token."""
     batches = Batches(read(dataset, model, field), model, batch_size, context, max_tokens, positions)
-    layouts = plan(batches, names, dtype)
+    layouts = plan(batches, names, dtypes.of(dtype))
     return estimate_of(batches, layouts, () if reduce is None else chosen(reduce), Path(out).expanduser())
-
-
-def plan(batches: Batches, names: NamesFilter, dtype: torch.dtype | str | None) -> list[Layout]:
-    """How each point will be stored, learnt from a run on a few positions; PointError if one does not fire."""
-    wanted, model = resolve(batches.model, names), batches.model
-    first = next(iter(batches), None)
-    if first is None:
-        raise InputError("The corpus holds no document that is not empty (or marks none): there is nothing to harvest.")
-    length = 2 if first.is_text else None
-    some = Rows(first.value[:1, :length], None, first.keep[:1, :length], first.documents[:1, :length])
-    with torch.no_grad():
-        fired = activations(model, some, wanted)
-    points = model.names.points
-    return [Layout.of(points[name], name, fired[name], _dtype(dtype), batches.length) for name in wanted]
-
-
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and found not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise InputError(f"dtype={dtype!r}: it is float16, bfloat16, float32, float64, or None for what is computed.")
-    return found
 
 
 def _kept_length(batches: Batches) -> int | None:
@@ -257,7 +242,7 @@ def _finish(folder: Path, told: dict[str, Any], sink: Sink, batches: Batches) ->
         "tokens": sum(entry.tokens for entry in entries),
         "read": sum(entry.read for entry in entries),
         "notes": batches.notes,
-        "files": [card(path, folder) for path in sink.files()],
+        "files": sink.cards(),
     }
     with explained(folder, sink.safe):
         manifest.save(folder, told)

@@ -15,7 +15,6 @@ positions="last" or "mask" only some are there. A store under way can be read up
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,14 @@ from torch.utils.data import DataLoader
 
 from gatedlens.errors import InputError, PointError, StoreError, did_you_mean
 from gatedlens.store import manifest
-from gatedlens.store.columns import batch_reader
+from gatedlens.store.arrow import batch_reader
+from gatedlens.store.column import Column
 from gatedlens.store.feeding import Activations, Labelled
 from gatedlens.store.journal import Entry, entries
 from gatedlens.store.layout import Layout
 from gatedlens.store.shards import checksum
-from gatedlens.store.sinks import read_statistics
 from gatedlens.store.statistics import Statistics
+from gatedlens.store.statisticsfile import read_statistics
 
 
 def open(path: str | Path) -> Store:
@@ -47,6 +47,8 @@ class Store:
     def __init__(self, folder: Path):
         told = manifest.load(folder)
         if told is None:
+            if folder.is_file():
+                raise StoreError(f"{folder} is a file; a store is a folder.")
             what = "there is no such folder" if not folder.exists() else "it has no manifest.json"
             raise StoreError(f"{folder} is no store: {what}. `gl.store.harvest(..., out={str(folder)!r})` makes one.")
         self.folder = folder
@@ -232,66 +234,3 @@ class Store:
             for file in told
             if not paths[file["name"]].exists() or checksum(paths[file["name"]]) != file["crc32"]
         ]
-
-
-class Column:
-    """One point of a store: `column[sample]`, `column[sample, position]`, `column[a:b]`, `iter(column)`."""
-
-    def __init__(self, store: Store, layout: Layout):
-        self.store = store
-        self.layout = layout
-
-    @property
-    def name(self) -> str:
-        return self.layout.name
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[sample] for sample in range(len(self)))
-
-    def __repr__(self) -> str:
-        return f"Column({self.name}, {len(self)} samples, {self.layout.axes}, {self.layout.dtype})"
-
-    def __getitem__(self, index: Any) -> Shaped[Tensor, ...]:
-        sample, position = index if isinstance(index, tuple) else (index, None)
-        if isinstance(sample, slice | list | range | Tensor):
-            return self._several(sample, position)
-        whole = self._sample(int(sample))
-        return whole if position is None else whole[self._at(int(sample), position)]
-
-    def _sample(self, sample: int) -> Tensor:
-        batch, row = self.store.place(sample)
-        values, ends = self.store.batch_of(self.name, batch)
-        return (values[row] if self.layout.per == "row" else values[ends[row] : ends[row + 1]]).clone()
-
-    def _several(self, samples: Any, position: Any) -> Tensor:
-        chosen = range(len(self))[samples] if isinstance(samples, slice) else [int(i) for i in samples]
-        found = [self[i] if position is None else self[i, position] for i in chosen]
-        shapes = {tuple(x.shape) for x in found}
-        if len(shapes) != 1:
-            raise InputError(
-                f"{self.name}[{samples}]: the samples differ in length ({', '.join(map(str, sorted(shapes)[:3]))}): iterate "
-                "over them, or read one position of each."
-                if shapes
-                else f"{self.name}[{samples}] picks no sample: there are {len(self)}."
-            )
-        return torch.stack(found)
-
-    def _at(self, sample: int, position: Any) -> Any:
-        """Where a position (or several) of a sample is among its stored ones; negative ones count these from the end."""
-        if self.layout.per == "row":
-            raise InputError(f"{self.name} ({self.layout.axes}) has no positions: leave {position!r} out.")
-        if isinstance(position, slice):
-            return position
-        if isinstance(position, list | Tensor | range):
-            return [self._at(sample, int(one)) for one in position]
-        stored = self.store.positions(sample).tolist()
-        if position < 0 and -position <= len(stored):
-            return len(stored) + position
-        if position not in stored:
-            raise InputError(
-                f"Position {position} of sample {sample} is not stored: it has {len(stored)}, {stored[0]} to {stored[-1]}."
-            )
-        return stored.index(position)

@@ -173,6 +173,8 @@ REDUCTIONS = {
 def chosen(reduce: Any) -> tuple[Reduction, ...]:
     """The reductions that `reduce` names: a name, a Reduction, or a list of these."""
     several: Sequence[Any] = [reduce] if isinstance(reduce, str | Reduction) else list(reduce)
+    if not several:
+        raise InputError("reduce=[] names no statistic; pass None for the activations themselves.")
     return tuple(one if isinstance(one, Reduction) else by_name(one) for one in several)
 
 
@@ -184,5 +186,5 @@ def by_name(name: str) -> Reduction:
         words = name.removeprefix("sample").strip("()").replace("seed=", "").replace(",", " ").split()
         if all(word.isdigit() for word in words) and len(words) <= 2:
             return sample(*[int(word) for word in words] or [1024])
-    known = [*REDUCTIONS, "sample"]
+    known = [*(one for one in REDUCTIONS if not one.startswith("sample")), "sample"]
     raise InputError(f"reduce={name!r}: it is {', '.join(known)}, or a list of these.{did_you_mean(str(name), known)}")

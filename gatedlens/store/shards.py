@@ -19,6 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from gatedlens.store.crc import Piece, joined
 from gatedlens.store.journal import Extent
 from gatedlens.store.layout import Layout
 
@@ -160,6 +164,11 @@ class Stream:
             _write_at(file, end, foot)
             os.fsync(file.fileno())
 
+    def crc32(self, pieces: Sequence[Piece]) -> int:
+        """Of a whole shard that holds these batches."""
+        head = self.format.head(sum(piece.length for piece in pieces))
+        return joined([Piece.of(head), *pieces, Piece.of(self.format.foot())])
+
     def is_sealed(self, shard: int, end: int) -> bool:
         """Whether a shard has the head and the foot that `seal` gives it."""
         path = self.path(shard)
@@ -182,6 +191,12 @@ def _write_at(file: Any, offset: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The numbers of a tensor on the CPU as bytes, without a copy where they lie in order."""
+    flat: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 def checksum(path: Path) -> int:

@@ -11,24 +11,22 @@ is cut off by the next run. When the machine itself stops, the last seconds may 
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from gatedlens.errors import StoreError
+from gatedlens.store.arrow import Columns
 from gatedlens.store.batches import Rows
-from gatedlens.store.columns import Columns
+from gatedlens.store.crc import Piece
 from gatedlens.store.disk import explained, sync_folder, write_whole
 from gatedlens.store.journal import Entry, Extent, Journal
 from gatedlens.store.layout import Layout
 from gatedlens.store.reductions import Part, Reduction
-from gatedlens.store.shards import ArrowFormat, Format, SafetensorsFormat, Stream, checksum
+from gatedlens.store.shards import ArrowFormat, Format, SafetensorsFormat, Stream, bytes_of, checksum
+from gatedlens.store.statisticsfile import read_statistics, unflattened, write_statistics
 
 SYNC_SECONDS = 5.0  # how often data are brought to the disk: what a power cut may cost
 
@@ -87,8 +85,8 @@ class Sink:
         """Leave whole files behind, on the disk."""
         raise NotImplementedError
 
-    def files(self) -> list[Path]:
-        """The files that hold what is committed."""
+    def cards(self) -> list[dict[str, Any]]:
+        """The files that hold what is committed, with their bytes and checksums, for the manifest."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -120,7 +118,7 @@ class TensorSink(Sink):
                     self.damaged[entry.batch] = str(stream.path(extent.shard))
 
     def commit(self, rows: Rows, tensors: dict[str, Tensor]) -> None:
-        pieces = [self.columns.encode(rows, tensors), *(_bytes(tensors[layout.name]) for layout in self.tensors)]
+        pieces = [self.columns.encode(rows, tensors), *(bytes_of(tensors[layout.name]) for layout in self.tensors)]
         if rows.index < self.done:
             return self._redo(rows.index, pieces)
         at: list[Extent] = []
@@ -159,7 +157,7 @@ class TensorSink(Sink):
             for stream, shard, end in self._shards():
                 if not stream.is_sealed(shard, end):
                     stream.seal(shard, end)
-            files = [path.name for path in self.files() if path.suffix == ".arrow"]
+            files = [stream.path(shard).name for stream, shard, _ in self._shards() if stream is self.streams[0]]
             total = sum(entry.input for entry in self.journal.entries)
             for name, data in self.columns.info(files, f"{total & (2**64 - 1):016x}").items():
                 write_whole(self.folder / "activations" / name, data)
@@ -168,8 +166,15 @@ class TensorSink(Sink):
     def is_sealed(self) -> bool:
         return all(stream.is_sealed(shard, end) for stream, shard, end in self._shards())
 
-    def files(self) -> list[Path]:
-        return [stream.path(shard) for stream, shard, _ in self._shards()]
+    def cards(self) -> list[dict[str, Any]]:
+        """From the journal: what was written is not read again."""
+        found = []
+        for at, stream in enumerate(self.streams):
+            held: dict[int, list[Piece]] = {}
+            for entry in self.journal.entries:
+                held.setdefault(entry.at[at].shard, []).append(Piece(entry.at[at].crc32, entry.at[at].length))
+            found += [card(stream.path(shard), self.folder, stream.crc32(pieces)) for shard, pieces in held.items()]
+        return found
 
     def _shards(self) -> list[tuple[Stream, int, int]]:
         """(stream, shard, end of its last batch) of every file that holds batches."""
@@ -216,55 +221,10 @@ class StatisticsSink(Sink):
     def seal(self) -> None:
         sync_folder(self.folder)
 
-    def files(self) -> list[Path]:
-        return [self.path]
+    def cards(self) -> list[dict[str, Any]]:
+        return [card(self.path, self.folder, checksum(self.path))]
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    flat: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
-    return memoryview(flat)
-
-
-# -- parts as a file ------------------------------------------------------------------------------------------------
-
-
-def flattened(parts: dict[str, Part]) -> dict[str, Tensor]:
-    """{"point/reduction": {"mean": ...}} as {"point/reduction/mean": ...}."""
-    return {f"{key}/{name}": value for key, part in parts.items() for name, value in part.items()}
-
-
-def unflattened(tensors: dict[str, Tensor]) -> dict[str, Part]:
-    parts: dict[str, Part] = {}
-    for key, value in tensors.items():
-        parts.setdefault(key.rpartition("/")[0], {})[key.rpartition("/")[2]] = value
-    return parts
-
-
-def write_statistics(path: Path, batches: int, parts: dict[str, Part]) -> None:
-    tensors = {key: value.contiguous() for key, value in flattened(parts).items()}
-    # One key: safetensors writes several in an order of its own, and the file would not be the same twice.
-    write_whole(path, save(tensors, {"gatedlens": f"{batches} {_sum(tensors):08x}"}))
-
-
-def read_statistics(path: Path) -> tuple[int, dict[str, Part]]:
-    """(batches, parts) of a file; (0, {}) if it is missing or damaged."""
-    try:
-        with safe_open(str(path), "pt") as file:
-            meta = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError):
-        return 0, {}
-    batches, _, stamp = meta.get("gatedlens", "0 ").partition(" ")
-    return (int(batches), unflattened(tensors)) if stamp == f"{_sum(tensors):08x}" else (0, {})
-
-
-def _sum(tensors: dict[str, Tensor]) -> int:
-    total = 0
-    for key in sorted(tensors):
-        total = zlib.crc32(_bytes(tensors[key]), zlib.crc32(key.encode(), total))
-    return total
-
-
-def card(path: Path, folder: Path) -> dict[str, Any]:
+def card(path: Path, folder: Path, crc32: int) -> dict[str, Any]:
     """A file in the manifest."""
-    return {"bytes": path.stat().st_size, "crc32": checksum(path), "name": str(path.relative_to(folder))}
+    return {"bytes": path.stat().st_size, "crc32": crc32, "name": str(path.relative_to(folder))}

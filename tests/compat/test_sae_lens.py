@@ -13,6 +13,7 @@ import torch
 import transformer_lens
 
 import gatedlens as gl
+from gatedlens import store
 from gatedlens.compat import sae_lens as compat
 from tests.helpers import example
 
@@ -81,6 +82,22 @@ def test_training_with_override_model(sae_lens, lm, tmp_path, word):
     assert torch.equal(stored, cache[name].flatten(2).float())
     sae = runner.run()
     assert sae.W_dec.shape == (2 * width, width) and torch.isfinite(sae.W_dec).all()
+
+
+def test_sae_lens_trains_on_a_store(sae_lens, lm, tmp_path):
+    """`use_cached_activations` reads the Arrow folder of a harvest as SAELens's own: the same batches, bit for bit."""
+    model, name = type(lm).tiny(seed=0), "blocks.1.hook_resid_post"
+    tokens = example(model, 16, 8)
+    held = store.harvest(model, tokens, name, tmp_path / "out", batch_size=3, shard_bytes=1000, progress=False)
+    config = run_config(sae_lens, tmp_path, name, model.cfg.d_model)
+    config.use_cached_activations, config.cached_activations_path = True, str(tmp_path / "out" / "activations")
+    data = pytest.importorskip("datasets").Dataset.from_dict({"tokens": tokens.tolist()})
+    runner = sae_lens.LanguageModelSAETrainingRunner(config, override_dataset=data, override_model=model)
+    for first in (0, 2, 4):
+        got, ids = runner.activations_store.get_raw_llm_batch()
+        assert torch.equal(got, held[name][first : first + 2].flatten(0, 1))
+        assert torch.equal(ids.long(), tokens[first : first + 2].flatten())
+    assert torch.isfinite(runner.run().W_dec).all()
 
 
 def test_splicing_an_sae_back_in(sae_lens, lm):

@@ -12,8 +12,9 @@ from PIL import Image
 import gatedlens as gl
 from gatedlens import store as gl_store
 from gatedlens.store import corpus as corpora
+from gatedlens.store import sources
 from gatedlens.store.batches import Batches
-from gatedlens.store.corpus import read
+from gatedlens.store.sources import read
 
 TEXTS = ["Call me Ishmael.", "", "Some years ago, never mind how long", "precisely — having little"]
 
@@ -54,6 +55,14 @@ def test_texts_of_every_form_are_the_same_documents(moby_model, tmp_path):
         corpus.begin()
         assert ids(corpus) == wanted and corpus.empty == 1, name
         assert json.loads(json.dumps(corpus.described)) == corpus.described
+
+
+def test_hidden_files_of_a_folder_are_left_out(moby_model, tmp_path):
+    for name in ("a.txt", "b.ndjson", ".c.txt", ".checkpoints/a.txt", "sub/d.md", "table.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": name}) if "json" in name else name)
+    documents = [moby_model.to_string(row[1:]) for row in ids(read(tmp_path, moby_model))]
+    assert documents == ["a.txt", "b.ndjson", "sub/d.md"]
 
 
 def test_an_iterator_is_read_once_and_whole(moby_model):
@@ -122,9 +131,19 @@ def test_mistakes_name_their_place(moby_model, tmp_path, monkeypatch):
     assert len(ids(read(tmp_path / "other.jsonl", moby_model, field="body"))) == 1
     with pytest.raises(gl.InputError, match="The columns of the corpus have different lengths"):
         read({"ids": [[1]], "mask": []}, moby_model)
+    for name in ("table.csv", "books.parquet", "books.json", "lines.jsonl.gz"):
+        (tmp_path / name).write_text("text\nCall me\n")
+        with pytest.raises(gl.InputError, match=rf"{name} is not text .*Write JSONL"):
+            read(tmp_path / name, moby_model)
+    with pytest.raises(gl.InputError, match=r"several splits \(train\): pass one"):
+        read(datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a"]})), moby_model)
+    with pytest.raises(gl.InputError, match="its mask holds values other than 0 and 1"):
+        ids(read({"ids": [[1, 2]], "mask": [[2, 0]]}, moby_model))
+    with pytest.raises(gl.InputError, match="corpus has 8 tokens, and context=100: it does not fill one row"):
+        gl_store.estimate(moby_model, ["Call me"], "hook_embed", context=100)
     with pytest.raises(gl.InputError, match="its mask has shape"):
         ids(read({"ids": [[1, 2]], "mask": [[True]]}, moby_model))
-    monkeypatch.setattr(corpora, "LARGEST_FILE", 2)
+    monkeypatch.setattr(sources, "LARGEST_FILE", 2)
     with pytest.raises(gl.TooLargeError, match="Split it, or write JSONL"):
         ids(read(tmp_path / "latin.txt", moby_model))
     with pytest.raises(gl.InputError, match="needs a tokenizer"):

@@ -13,7 +13,7 @@ import gatedlens as gl
 from gatedlens import store as gl_store
 from gatedlens.store import engines
 from gatedlens.store.batches import Batches
-from gatedlens.store.corpus import read
+from gatedlens.store.sources import read
 from tests.helpers import example
 from tests.store.test_crash import contents
 

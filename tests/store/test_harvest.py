@@ -136,7 +136,19 @@ def test_names_of_other_tools_and_mistakes(tmp_path):
         harvest(model, data, "blocks.0.mixer.hook_dtt", tmp_path / "x")
     with pytest.raises(gl.PointError, match="is computed from blocks.0.mixer.hook_state and not stored"):
         harvest(model, data, "blocks.0.hook_h.3", tmp_path / "x")
+    for options, message in (
+        ({"reduce": []}, r"reduce=\[\] names no statistic"),
+        ({"shard_bytes": 0}, "shard_bytes=0: it is a number of bytes"),
+        ({"dtype": "int8"}, "dtype='int8': it is float16, bfloat16"),
+    ):
+        with pytest.raises(gl.InputError, match=message):
+            harvest(model, data, "blocks.0.mixer.hook_dt", tmp_path / "x", **options)
     assert not (tmp_path / "x").exists()
+    name = "blocks.0.mixer.hook_dt"
+    spelt = [
+        harvest(model, data, name, tmp_path / "half", dtype=d) for d in ("float16", "torch.float16", torch.float16)
+    ]
+    assert spelt[2][name][0].dtype is torch.float16, "one dtype however it is written: the three are one harvest"
     for index, message in ((2, "Sample 2 is out of range"), ((0, 9), "Position 9 of sample 0 is not stored")):
         with pytest.raises(gl.InputError, match=message):
             store["dt", 0][index]

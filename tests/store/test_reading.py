@@ -114,3 +114,21 @@ def test_a_missing_extra_is_named(store, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"needs pyarrow, which is not installed: pip install 'gatedlens\[store\]'"):
         gl_store.open(store.folder)["gated", 0][0]
+
+
+def test_a_slice_is_of_positions_as_a_number_is(tmp_path):
+    """Where only some positions are stored, those of them that are meant come back, in order."""
+    model, name = gl.HookedMamba.tiny(), "blocks.0.hook_resid_post"
+    ids, mask = example(model, 2, 8), torch.zeros(2, 8, dtype=torch.bool)
+    mask[:, [1, 4, 6]] = True
+    out = tmp_path / "out"
+    held = gl_store.harvest(model, {"ids": ids, "mask": mask}, name, out, positions="mask", progress=False)[name]
+    assert torch.equal(held[0, 4:], torch.stack([held[0, 4], held[0, 6]]))
+    assert torch.equal(held[:, 1:5], torch.stack([held[:, 1], held[:, 4]], dim=1))
+    assert held[0, 2:4].shape == (0, model.cfg.d_model)
+    with pytest.raises(gl.InputError, match="a sample is a number"):
+        held["a"]
+    (tmp_path / "file").touch()
+    for function in (gl_store.open, lambda path: gl_store.harvest(model, ids, name, path, progress=False)):
+        with pytest.raises(gl_store.StoreError, match="is a file; a store is a folder"):
+            function(tmp_path / "file")

@@ -1,4 +1,7 @@
-"""Columns: the rows of a store as Arrow record batches, in the layout of SAELens.
+"""Arrow: the rows of a store as record batches, in the layout of SAELens.
+
+    data = Columns(layouts, length=128, is_text=True).encode(rows, tensors)      # the bytes of one batch
+    read = batch_reader(mapped); values, ends = read(offset, name, layout)       # and back, without a copy
 
 A row is a sample. Beside a column for each hook name, Array2D(context, d), there are `token_ids` (of a language model),
 `positions` (which of the row's positions are kept) and `documents` (which document each is of), each as long as the row.

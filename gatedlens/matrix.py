@@ -1,0 +1,77 @@
+"""ScanMatrix: the matrix S of a layer's recurrence, in whatever form its architecture has it; what an implicit attention asks.
+
+    scan.apply(u)                    # S u, a recurrence: no matrix is built
+    scan.summed(left, right, taps)   # batch dst src: channels weighted and summed, the conv folded in
+    scan.select([3, 5]).dense()      # batch channel dst src
+
+DecayScan (scanmatrix.py) is a decay with a state, WkvScan (wkvmatrix.py) a softmax over the past with a decay, PatternScan
+(patternmatrix.py) an attention pattern. b batch, l pos (i row, j source), c channel.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gatedlens.errors import InputError
+
+
+class ScanMatrix(ABC):
+    """One layer's S; S[i, j] = 0 for j > i."""
+
+    start_axis: ClassVar[int] = 1  # the axis of the channels in what `apply` starts from
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """How many positions it has."""
+
+    @abstractmethod
+    def select(self, channels: Tensor | slice | list[int]) -> ScanMatrix:
+        """The scan of some channels."""
+
+    @abstractmethod
+    def apply(
+        self, u: Float[Tensor, "batch pos channel"], start: Float[Tensor, "batch _ _"] | None = None
+    ) -> Float[Tensor, "batch pos channel"]:
+        """S u (+ what the start state contributes)."""
+
+    @abstractmethod
+    def apply_transposed(self, g: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
+        """S^T g"""
+
+    def mass(self, kept: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
+        """How much of each row's sum is left when only the sources `kept` (1, else 0) and the carried state are.
+
+        InputError unless the rows are a softmax.
+        """
+        raise InputError("The rows of this layer's scan are no softmax, so there is nothing to renormalise.")
+
+    @abstractmethod
+    def seen(self, i: Int[Tensor, " batch"]) -> Float[Tensor, "batch src channel"]:
+        """S[i_b, :] for a row of its own in each batch element; zeros behind it."""
+
+    @abstractmethod
+    def dense(self) -> Float[Tensor, "batch channel dst src"]:
+        """S channel by channel."""
+
+    @abstractmethod
+    def summed(
+        self,
+        left: Float[Tensor, "batch pos channel"],
+        right: Float[Tensor, "batch pos channel"],
+        taps: Float[Tensor, "channel tap"],
+    ) -> Float[Tensor, "batch dst src"]:
+        """sum_c left_i[c] * sum_k S[i, j + k] * right_{j + k}[c] * taps[c, K - 1 - k]: channels summed, conv included."""
+
+    def folded(
+        self,
+        left: Float[Tensor, "batch pos channel"],
+        right: Float[Tensor, "batch pos channel"],
+        taps: Float[Tensor, "channel one"],
+    ) -> Float[Tensor, "batch channel dst src"]:
+        """What `summed` sums, channel by channel; here for a single tap, which is no conv."""
+        return self.dense() * left.mT.unsqueeze(-1) * (right * taps[:, 0]).mT.unsqueeze(-2)
