@@ -63,7 +63,7 @@ class SegmentedImages(Samples):
                 f"{self.title}, {self.name(i)} is damaged: the image has shape {list(image.shape)}, its mask {list(mask.shape)}."
             )
         if image.dtype != torch.uint8 or (image.ndim == 3 and image.shape[2] != 3):
-            kind = f"{image.dtype} {list(image.shape)}".removeprefix("torch.")
+            kind = f"{image.dtype} {list(image.transpose(0, 1).shape)}".removeprefix("torch.")
             raise InputError(f"{self.title}, {self.name(i)} is {kind}; an image is uint8, of 3 colours or grey.")
         return Sample(self.name(i), _pil(image.transpose(0, 1)), mask=(mask.T != 0).long())
 
