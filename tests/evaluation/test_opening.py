@@ -176,6 +176,13 @@ def test_images_of_any_mode_become_the_models(tmp_path):
         Item.of(digits, Sample("x", GREY))
 
 
+def test_sixteen_bits_are_not_cut_off_at_eight():
+    model = gl.HookedViM.tiny(seed=0)
+    deep = Image.fromarray(numpy.full((16, 16), 30_000, numpy.uint16))
+    with pytest.raises(gl.InputError, match=r"deep: The image has mode 'I;16': of more than 8 bits"):
+        Item.of(model, Sample("deep", deep, mask=torch.ones(16, 16).long()))
+
+
 def test_for_segmentation_nothing_is_cropped():
     digits = gl.from_pretrained("gatedlens/vim-digits", device="cpu")
     mask = torch.zeros(16, 32, dtype=torch.long)
