@@ -96,11 +96,26 @@ def test_the_reading_is_what_the_numbers_say(held):
         mamba, "raw_attention", "negative probability"
     )
     assert verdicts(griffin, "rollout: unified", "negative ↑") == [-1]
+    assert verdicts(griffin, "rollout: unified", "activation ↑") == [-1]
+    for name, faster in ((mamba, "lrp"), (griffin, "lrp"), (rwkv, "integrated_gradients")):
+        best = value(name, faster, "positive accuracy")
+        assert best == min(value(name, m, "positive accuracy") for m in results.METHODS)
+    assert value(griffin, "integrated_gradients", "positive accuracy") == value(griffin, "lrp", "positive accuracy")
+    for metric in ("negative accuracy", "negative probability", "activation probability", "pruning squared error"):
+        ends = [number(held, rwkv, method, metric) for method in ("lrp", official)]
+        assert abs(ends[0].value / ends[1].value - 1) < 0.02, "level"
+    assert value(rwkv, "lrp", "positive probability") < 0.6 * value(rwkv, official, "positive probability")
+    for name in RECALL:
+        error = "pruning squared error"
+        assert value(name, "gradient_attention", error) > value(name, "raw_attention", error)
+    signed, absolute = (number(held, griffin, f"raw_attention{s}", "negative accuracy") for s in ("", ":sign=abs"))
+    assert signed.high > number(held, griffin, "random", "negative accuracy").low and signed.high < absolute.low
 
     def added(model, factor, column="negative ↑"):
         return held[model]["differences"][f"rollout:sign=abs: with {factor} - without"][column]
 
     assert added(mamba, "conv")[0] > 0.4 and added(mamba, "gate")[3] == 1 and added(mamba, "gate", "mass ↑")[0] > 0.05
+    assert added(mamba, "act", "mass ↑")[3] == 1 and added(mamba, "skip", "mass ↑")[3] == -1
     assert added(mamba, "act")[3] <= 0 and added(mamba, "skip")[3] <= 0
     assert added(griffin, "conv")[0] > added(griffin, "gate")[0] > 0.08 and added(rwkv, "gate")[0] > 0.1
     digits = "gatedlens/vim-digits"
@@ -110,6 +125,9 @@ def test_the_reading_is_what_the_numbers_say(held):
         == added(digits, "conv", "positive ↓")[3]
         == 1
     )
+    assert added(digits, "act", "positive ↓")[3] == 1 and added(digits, "act", "positive ↓")[0] > -0.02
+    skipped = number(held, digits, "rollout:sign=abs,factors=all", "positive accuracy")
+    assert skipped.high < number(held, digits, "random", "positive accuracy").low
     assert added(digits, "gate")[3] == added(digits, "gate", "positive ↓")[3] == 0
     chance = {m: number(held, digits, "random", m) for m in ("positive probability", "negative probability")}
     for method in (*results.PAPER, "raw_attention:sign=abs", "rollout:sign=abs", "grad_x_input", "smoothgrad"):

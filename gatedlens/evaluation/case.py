@@ -125,10 +125,15 @@ def _answers(model: Any, batch: Batch, among: Tensor | None) -> Float[Tensor, "b
 
 
 def scaled(maps: Float[Tensor, "batch row column"], size: tuple[int, int]) -> Float[Tensor, "batch height width"]:
-    """Maps scaled to a size in pixels, bilinear, as the papers do; a map of that size stays as it is."""
+    """Maps scaled to a size in pixels, bilinear, as the papers do; a map of that size stays as it is.
+
+    A constant map stays constant to the last bit: its weighted means differ by rounding, and min-maxed that would be a map.
+    """
     if tuple(maps.shape[1:]) == size:
         return maps
-    return F.interpolate(maps.unsqueeze(1), size=size, mode="bilinear", align_corners=False).squeeze(1)
+    wide = F.interpolate(maps.unsqueeze(1), size=size, mode="bilinear", align_corners=False).squeeze(1)
+    constant = maps.amin((1, 2), keepdim=True) == maps.amax((1, 2), keepdim=True)
+    return torch.where(constant, maps[:, :1, :1], wide)
 
 
 def _free(model: Any, batch: Batch, places: int, keep: Tensor | None) -> Bool[Tensor, "batch place"]:

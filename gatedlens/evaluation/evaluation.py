@@ -74,9 +74,9 @@ class Evaluation:
         return as_curve(values, row, measure, **facts)
 
     def segmentation(self, method: str) -> Segmentation | None:
-        """None where samples have no masks."""
-        rows = self.rows(method)
-        if "segmentation" not in rows[0]:
+        """Over the samples that have masks; None if none has."""
+        rows = [row for row in self.rows(method) if "segmentation" in row]
+        if not rows:
             return None
         columns = {
             name: torch.tensor([row["segmentation"][name] for row in rows], dtype=torch.float64) for name in COUNTS
@@ -94,7 +94,7 @@ class Evaluation:
         return ScoreTable(f"{self.run['model']} on {self.run['data']}, {len(self.names)} samples", rows, better)
 
     def _estimates(self, method: str) -> dict[str, Estimate]:
-        rows = self.rows(method)
+        rows = [row for row in self.rows(method) if "truth" in row]
         out = {f"{p} {m}".replace("_", " "): self.curve(method, p, m).area for p in self.protocols for m in MEASURED[p]}
         if "insertion" in self.protocols:
             out["insertion - deletion"] = difference(
@@ -102,7 +102,7 @@ class Evaluation:
             ).area
         found = self.segmentation(method)
         out |= {} if found is None else found.estimates()
-        if "truth" in rows[0]:
+        if rows:
             out |= {name: estimate(torch.tensor([row["truth"][name] for row in rows])) for name in TRUTH}
         return out
 

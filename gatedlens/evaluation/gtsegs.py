@@ -36,11 +36,12 @@ class SegmentedImages(Samples):
             self.file = h5py.File(path, "r")
         except OSError as error:
             raise InputError(f"{path} is damaged, or no MATLAB 7.3 file (HDF5): {error}.") from error
-        missing = [name for name in ("value/img", "value/gt") if name not in self.file]
+        cells = ("value/img", "value/gt")
+        missing = [name for name in cells if len(getattr(self.file.get(name), "shape", ())) != 2]
         if missing:
             held = ", ".join(self.file) or "nothing"
             raise InputError(f"{path} has no {' and no '.join(missing)} (it holds {held}): is it gtsegs_ijcv.mat?")
-        counts = [len(self.file[name]) for name in ("value/img", "value/gt")]
+        counts = [len(self.file[name]) for name in cells]
         if counts[0] != counts[1]:
             raise InputError(f"{path} is damaged: {counts[0]} images and {counts[1]} masks.")
 
@@ -61,6 +62,9 @@ class SegmentedImages(Samples):
             raise InputError(
                 f"{self.title}, {self.name(i)} is damaged: the image has shape {list(image.shape)}, its mask {list(mask.shape)}."
             )
+        if image.dtype != torch.uint8 or (image.ndim == 3 and image.shape[2] != 3):
+            kind = f"{image.dtype} {list(image.transpose(0, 1).shape)}".removeprefix("torch.")
+            raise InputError(f"{self.title}, {self.name(i)} is {kind}; an image is uint8, of 3 colours or grey.")
         return Sample(self.name(i), _pil(image.transpose(0, 1)), mask=(mask.T != 0).long())
 
     @staticmethod

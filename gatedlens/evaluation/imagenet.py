@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gatedlens.errors import InputError
+from gatedlens.evaluation.listing import listed
 from gatedlens.evaluation.pictures import picture
 from gatedlens.evaluation.sample import Sample, Samples
 
@@ -27,7 +28,8 @@ class ImageFolder(Samples):
         inner = root / "val"
         self.title = str(path)
         self.folder = inner if inner.is_dir() and not _images(inner) else root
-        folders = sorted(p for p in self.folder.iterdir() if p.is_dir()) if self.folder.is_dir() else []
+        inside = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        folders = [p for p in inside if p.is_dir() and not p.name.startswith(".")]  # .cache is no class
         self.classes = self._classes(root, [folder.name for folder in folders])
         self.files = [(file, self.classes[folder.name]) for folder in folders for file in _images(folder)]
         if not self.files:
@@ -40,14 +42,13 @@ class ImageFolder(Samples):
     def _classes(self, root: Path, names: list[str]) -> dict[str, int]:
         """class folder -> number"""
         lists = [place / name for place in (self.folder, self.folder.parent, root) for name in LISTS]
-        listed = next((path for path in lists if path.is_file()), None)
-        if listed is None:
+        found = next((path for path in lists if path.is_file()), None)
+        if found is None:
             return {name: i for i, name in enumerate(names)}
-        words = [line.split()[0] for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
-        order = {word: i for i, word in enumerate(words)}
+        order = {word: i for i, word in enumerate(listed(found))}
         for name in names:
             if name not in order:
-                raise InputError(f"{self.folder / name} is a class that {listed} does not list.")
+                raise InputError(f"{self.folder / name} is a class that {found} does not list.")
         return order
 
     def __len__(self) -> int:

@@ -80,7 +80,13 @@ def alike(a: Item, b: Item) -> bool:
     """May two items stand in one batch?"""
     count = [len(item.choices or ()) for item in (a, b)]
     known = [
-        (item.label is None, item.content is None, None if item.mask is None else item.mask.shape) for item in (a, b)
+        (
+            item.label is None,
+            item.content is None,
+            not item.sample.truth,
+            None if item.mask is None else item.mask.shape,
+        )
+        for item in (a, b)
     ]
     return a.value.ndim == b.value.ndim and count[0] == count[1] and known[0] == known[1]
 

@@ -27,7 +27,7 @@ from gatedlens.evaluation.explainer import NEEDS_NOTHING, Explainer, explainer
 from gatedlens.evaluation.item import Item, Items, alike
 from gatedlens.evaluation.opening import open_samples
 from gatedlens.evaluation.protocol import PROTOCOLS, measured
-from gatedlens.evaluation.record import Records, fingerprint
+from gatedlens.evaluation.record import Records, checksum, fingerprint
 from gatedlens.evaluation.sample import Samples, chosen
 from gatedlens.evaluation.segmentation import segmentation
 from gatedlens.evaluation.truth import located
@@ -53,8 +53,8 @@ def evaluate(
     """`evaluate(model, "digits", ["lrp"])`: every protocol, every method (all if None).
 
     data: a name or path (`opening.py`), or `Samples`. limit: how many samples, drawn from `seed`; all if None. nothing: what
-    is put in the place of what is taken away (`nothing.py`), in methods that need it as well. batch_size: samples that are
-    explained together.
+    is put in the place of what is taken away (`nothing.py`), in methods that need it as well ("blur" of images excepted: they
+    keep black). batch_size: samples that are explained together.
     """
     samples = data if isinstance(data, Samples) else open_samples(data)
     if isinstance(methods, str):
@@ -92,7 +92,7 @@ def _run(model: Any, samples: Samples, nothing: Any) -> dict[str, Any]:
         "weights": fingerprint(model),
         "data": samples.title,
         "samples": len(samples),
-        "nothing": nothing if nothing is None or isinstance(nothing, str | int | float) else "a tensor",
+        "nothing": f"a tensor, {checksum(nothing):08x}" if isinstance(nothing, Tensor) else nothing,
     }
 
 
@@ -118,8 +118,8 @@ def _measure(
     cases = _cases(model, batch, protocols, nothing)
     case = cases[protocols[0]]
     target = case.labels if case.among is None else case.among.gather(1, case.labels.unsqueeze(1)).squeeze(1)
-    baseline = {NEEDS_NOTHING: int(case.nothing[0, 0, 0])} if model.grid is None else {}
-    found = one(model, batch.input, target, attention_mask=batch.attention_mask, progress=False, **baseline)
+    more = _baseline(model, case, nothing)
+    found = one(model, batch.input, target, attention_mask=batch.attention_mask, progress=False, **more)
     curves = {name: measured(cases[name], found, PROTOCOLS[name], MEASURED[name], progress=False) for name in protocols}
     object_ = None if batch.masks is None else segmentation(found, batch.masks)
     truth = _truth(items, found.scores, case)
@@ -142,6 +142,13 @@ def _measure(
         yield row
 
 
+def _baseline(model: Any, case: Case, nothing: Any) -> dict[str, Any]:
+    """What methods put in, the same as the test does; "blur" differs from image to image and is no baseline."""
+    if model.grid is None:
+        return {NEEDS_NOTHING: int(case.nothing[0, 0, 0])}
+    return {} if nothing is None or (isinstance(nothing, str) and nothing == "blur") else {NEEDS_NOTHING: nothing}
+
+
 def _cases(model: Any, batch: Items, protocols: Sequence[str], nothing: Any) -> dict[str, Case]:
     """The case of each protocol; those that put in the same share one."""
     made: dict[Any, Case] = {}
@@ -161,7 +168,10 @@ def _truth(items: list[Item], scores: Tensor, case: Case) -> Any:
         return None
     truth = torch.zeros(scores.shape, dtype=torch.bool)
     for row, item in zip(truth, items, strict=True):
-        row[[len(row) - len(item.value) + pos for pos in item.sample.truth]] = True
+        size = len(item.value)
+        if not item.sample.truth or not all(0 <= pos < size for pos in item.sample.truth):
+            raise InputError(f"{item.sample.name}: truth={item.sample.truth}; give positions from 0 to {size - 1}.")
+        row[[len(row) - size + pos for pos in item.sample.truth]] = True
     return located(scores, truth, case.free)
 
 

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from gatedlens.attribution.baseline import NOTHING
 from gatedlens.errors import InputError, did_you_mean
 
 BUNDLED = {"-recall": "and", "-moby": " "}  # a word without content in the vocabulary of each task
-TOKENS = ("mask_token_id", "unk_token_id", "pad_token_id")
 COLOURS = ("black", "mean", "blur")
 KERNEL, STD = 11, 5.0
 
@@ -32,7 +32,7 @@ def of_tokens(model: Any, asked: Any) -> tuple[int, str]:
         name = str(model.cfg.model_name)
         asked = next((w for end, w in BUNDLED.items() if name.startswith("gatedlens/") and name.endswith(end)), None)
     if asked is None:
-        asked = next((i for i in (getattr(model.tokenizer, name, None) for name in TOKENS) if i is not None), None)
+        asked = next((i for i in (getattr(model.tokenizer, name, None) for name in NOTHING) if i is not None), None)
     if asked is None:
         raise InputError(
             f"{model.cfg.model_name} has no mask, unknown or padding token to put in a token's place: pass nothing=, "

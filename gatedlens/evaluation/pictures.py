@@ -73,4 +73,8 @@ def squeezed(
 def _moded(image: Any, channels: int) -> Any:
     if channels not in MODES:
         raise InputError(f"Images become those of 1 or 3 channels; this model reads {channels}: give tensors.")
+    if image.mode[0] in "IF":  # I, I;16, F
+        raise InputError(
+            f"The image has mode {image.mode!r}: of more than 8 bits all above 255 would be cut off. Scale it."
+        )
     return image if image.mode == MODES[channels] else image.convert(MODES[channels])

@@ -36,16 +36,22 @@ def _review(row: Mapping[str, Any]) -> tuple[Prompt, int]:
     label = row["label"]
     if label not in (0, 1):
         raise ValueError(f"label is {label!r}; it is 0 (negative) or 1 (positive)")
-    return Prompt(str(row["text"]), "Review: ", "\nSentiment:", (" negative", " positive")), int(label)
+    return Prompt(_written(row["text"]), "Review: ", "\nSentiment:", (" negative", " positive")), int(label)
+
+
+def _written(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text")
+    return value
 
 
 def _question(row: Mapping[str, Any]) -> tuple[Prompt, int]:
     asked = row["question"]
     if isinstance(asked, Mapping):
-        stem, choices = str(asked["stem"]), [(str(c["label"]), str(c["text"])) for c in asked["choices"]]
+        stem, choices = _written(asked["stem"]), [(str(c["label"]), str(c["text"])) for c in asked["choices"]]
     else:
         pairs = zip(row["choices"]["label"], row["choices"]["text"], strict=True)
-        stem, choices = str(asked), [(str(label), str(text)) for label, text in pairs]
+        stem, choices = _written(asked), [(str(label), str(text)) for label, text in pairs]
     labels = [label for label, _ in choices]
     if row["answerKey"] not in labels:
         raise ValueError(f"answerKey is {row['answerKey']!r}; the choices are {labels}")

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from gatedlens.errors import InputError
 
 FORMAT = 1
@@ -39,12 +41,13 @@ class Records:
             raise InputError(f"--out {path} is a file: give a folder.")
         path.mkdir(parents=True, exist_ok=True)
         records = cls(path)
-        if (path / RUN).is_file():
+        begun = (path / LINES).is_file() and (path / LINES).stat().st_size > 0
+        if begun and not (path / RUN).is_file():
+            raise InputError(f"{path} holds {LINES} but no {RUN}: what was run is not known. Give another folder.")
+        if begun:
             records._check(run)
             records._read()
-        else:
-            if (path / LINES).exists():
-                raise InputError(f"{path} holds {LINES} but no {RUN}: what was run is not known. Give another folder.")
+        else:  # a call that failed before its first record binds nobody
             (path / RUN).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
         return records
 
@@ -105,5 +108,10 @@ def fingerprint(model: Any) -> str:
     """A checksum of the beginning of every parameter: another checkpoint of one name is another model."""
     total = 0
     for parameter in model.wrapped.parameters():
-        total = zlib.crc32(parameter.detach().flatten()[:1024].double().cpu().numpy().tobytes(), total)
+        total = checksum(parameter.flatten()[:1024], total)
     return f"{total:08x}"
+
+
+def checksum(values: Tensor, total: int = 0) -> int:
+    """Of the numbers of a tensor; `total` is that of what came before."""
+    return zlib.crc32(values.detach().double().cpu().numpy().tobytes(), total)

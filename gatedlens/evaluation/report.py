@@ -22,7 +22,7 @@ SAID = {"down": "down is better", "up": "up is better"}
 
 
 def report(found: Evaluation, model: Any = None) -> Html:
-    """The page; with the `model` the images that it read are shown beside their maps."""
+    """The page; with the `model` the images that it read stand beside their maps, and tokens are said in words."""
     run = ", ".join(f"{key} {value}" for key, value in found.run.items() if value is not None)
     notes = (
         "Numbers of curves are areas (trapezoid over the shares; of 10 to 90 % at most 0.8). In brackets: 95 %, bootstrap over "
@@ -62,9 +62,8 @@ def _samples(found: Evaluation, model: Any) -> str:
         rows = {method: found.records[found.names[index], method] for method in found.methods}
         first = rows[found.methods[0]]
         wrong = "" if first["correct"] else ", which the model gets wrong"
-        out += (
-            f"<h3 style='font-size:1em'>{html.escape(first['sample'])}: explained is {first['explained']}{wrong}</h3>"
-        )
+        said = f"{first['sample']}: explained is {_answer(first['explained'], model)}{wrong}"
+        out += f"<h3 style='font-size:1em'>{html.escape(said)}</h3>"
         if first["tokens"] is None:
             shown = {} if model is None else {"image": _picture(Item.of(model, found.samples[index]).value)}
             shown |= {method: png(heat(torch.tensor(row["scores"]))) for method, row in rows.items()}
@@ -79,6 +78,13 @@ def _samples(found: Evaluation, model: Any) -> str:
                 text(torch.tensor(row["scores"]), row["tokens"], method).body for method, row in rows.items()
             )
     return out
+
+
+def _answer(answer: int, model: Any) -> str:
+    """A class by its number, a token by its text as well, if the model can say it."""
+    if model is None or model.grid is not None or model.tokenizer is None:
+        return str(answer)
+    return f"{answer} ({model.to_string([answer])!r})"
 
 
 def _picture(value: Tensor) -> str:

@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from gatedlens.errors import InputError
+from gatedlens.evaluation.listing import listed
 from gatedlens.evaluation.pictures import picture
 from gatedlens.evaluation.sample import Sample, Samples
 from gatedlens.evaluation.segmentation import VOID
@@ -31,12 +32,12 @@ class VOC(Samples):
         inside = sorted(p.parent for p in self.root.glob("VOC*/JPEGImages"))
         self.root = inside[-1] if inside and not (self.root / "JPEGImages").is_dir() else self.root
         lists = [self.root / "ImageSets" / "Segmentation" / name for name in LISTS]
-        listed = next((file for file in lists if file.is_file()), None)
-        if listed is None:
+        found = next((file for file in lists if file.is_file()), None)
+        if found is None:
             raise InputError(f"There is no {lists[0]}: which images of {self.root} are segmented is not known.")
-        self.names = listed.read_text(encoding="utf-8").split()
+        self.names = listed(found)
         if not self.names:
-            raise InputError(f"{listed} names no image.")
+            raise InputError(f"{found} names no image.")
 
     def __len__(self) -> int:
         return len(self.names)

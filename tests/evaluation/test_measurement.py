@@ -118,6 +118,48 @@ def test_another_run_is_refused(tmp_path):
         run(model, out=tmp_path / LINES)
 
 
+def test_a_call_that_measured_nothing_binds_nobody(tmp_path):
+    model = gl.HookedMamba.tiny(seed=0)
+    with pytest.raises(gl.InputError, match="nothing=999"):
+        run(model, out=tmp_path, methods=["random"], nothing=999)
+    assert len(run(model, out=tmp_path, methods=["random"]).records) == 3
+
+
+def test_another_image_of_nothing_is_another_run(tmp_path):
+    model = gl.HookedViM.tiny(seed=0)
+    nothing = torch.zeros(model.image_shape)
+    run(model, out=tmp_path, methods=["random"], nothing=nothing)
+    run(model, out=tmp_path, methods=["random"], nothing=nothing.clone())
+    with pytest.raises(gl.InputError, match=r"nothing was 'a tensor, \w+' and is now"):
+        run(model, out=tmp_path, methods=["random"], nothing=nothing + 1)
+
+
+def test_methods_put_in_what_the_test_puts_in():
+    model = gl.HookedViM.tiny(seed=0, dtype=torch.float64)
+    black = -torch.tensor(model.cfg.image_mean) / torch.tensor(model.cfg.image_std)
+    image = torch.full(tuple(model.image_shape), 0.7)
+    for nothing, baseline in (("mean", 0.0), (0.5, 0.5), (image, image), ("blur", "black"), (None, "black")):
+        found = run(model, methods=["occlusion"], nothing=nothing)
+        want = attribution.occlusion(model, example(model, 3), torch.tensor([0, 1, 2]), baseline=baseline)
+        got = torch.tensor([row["scores"] for row in found.rows("occlusion")], dtype=torch.float64)
+        assert torch.allclose(got, want.scores, rtol=1e-5, atol=1e-9), nothing
+    assert bool((black != 0).any()), "black is another nothing than the mean"
+
+
+def test_samples_with_and_without_a_mask_or_a_truth():
+    model = gl.HookedViM.tiny(seed=0, dtype=torch.float64)
+    held = samples_of(model).samples
+    bare = Listed("mine", [Sample("bare", example(model, 4)[3], 1), *held])
+    want, found = run(model), run(model, bare)
+    assert found.segmentation("lrp").mean_iou == want.segmentation("lrp").mean_iou
+    assert "mIoU" in found.table().columns
+    model = gl.HookedMamba.tiny(seed=0, dtype=torch.float64)
+    some = Listed("mine", [Sample("bare", [3, 1, 2], 1), *samples_of(model).samples])
+    assert found.run["samples"] == 4 and run(model, some).table()["lrp", "rank"] == run(model).table()["lrp", "rank"]
+    with pytest.raises(gl.InputError, match=r"out: truth=\(9,\); give positions from 0 to 3"):
+        run(model, Listed("mine", [Sample("out", [1, 2, 3, 4], 1, truth=(9,))]))
+
+
 def test_prompts_are_measured_among_their_answers(moby_model):
     rows = [
         Sample(f"r{i}", Prompt(text, "It is ", " or not: ", ("yes", "no")), i)
@@ -135,6 +177,7 @@ def test_prompts_are_measured_among_their_answers(moby_model):
     p = logits[[ord("y"), ord("n")]].softmax(-1)[0]
     assert found.curve("lrp", "activation").values[0, -1] == pytest.approx(float(p), abs=1e-5)
     assert found.rows("lrp")[1]["explained"] == ord("n")
+    assert f"r1: explained is {ord('n')} (&#x27;n&#x27;)" in report(found, moby_model).page(), "a token in words"
 
 
 def test_the_report_of_a_run_is_one_page(model, tmp_path):
@@ -144,6 +187,7 @@ def test_the_report_of_a_run_is_one_page(model, tmp_path):
         len(evaluation.evaluation.MEASURED[p]) for p in found.protocols
     )
     assert "rollout:factors=hidden,sign=abs" in page and "nan" not in page.lower().replace("nanmean", "")
+    assert "s1: explained is 1" in page
     images = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)
     assert len(images) == (0 if model.grid is None else 3 * 3)
     if images:

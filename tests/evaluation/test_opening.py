@@ -85,6 +85,12 @@ def test_an_imagenet_folder_is_in_the_order_of_its_synsets(tmp_path):
     assert [s.label for s in listed] == [2, 2, 1, 1] and listed[0].classes == 3
 
 
+def test_a_hidden_folder_is_no_class(tmp_path):
+    root = image_folder(tmp_path)
+    (root / ".cache").mkdir()
+    assert [sample.label for sample in open_samples(root)] == [0, 0, 1, 1] and open_samples(root)[0].classes == 2
+
+
 def test_gtsegs_come_out_the_right_way_round(tmp_path):
     images = [numpy.arange(4 * 6 * 3, dtype=numpy.uint8).reshape(4, 6, 3), numpy.full((5, 3), 7, dtype=numpy.uint8)]
     masks = [numpy.eye(4, 6, dtype=numpy.uint8), numpy.ones((5, 3), dtype=numpy.uint8)]
@@ -170,6 +176,13 @@ def test_images_of_any_mode_become_the_models(tmp_path):
         Item.of(digits, Sample("x", GREY))
 
 
+def test_sixteen_bits_are_not_cut_off_at_eight():
+    model = gl.HookedViM.tiny(seed=0)
+    deep = Image.fromarray(numpy.full((16, 16), 30_000, numpy.uint16))
+    with pytest.raises(gl.InputError, match=r"deep: The image has mode 'I;16': of more than 8 bits"):
+        Item.of(model, Sample("deep", deep, mask=torch.ones(16, 16).long()))
+
+
 def test_for_segmentation_nothing_is_cropped():
     digits = gl.from_pretrained("gatedlens/vim-digits", device="cpu")
     mask = torch.zeros(16, 32, dtype=torch.long)
@@ -248,6 +261,8 @@ def test_broken_lines_are_named(tmp_path):
         arc[0]
     with pytest.raises(gl.InputError, match="line 3.*KeyError"):
         arc[1]
+    with pytest.raises(gl.InputError, match="line 1: ValueError: None is no text"):
+        JsonLines(lines(tmp_path / "empty.jsonl", [{"text": None, "label": 0}]))[0]
 
 
 def test_damaged_mat_files_are_named(tmp_path):
@@ -261,6 +276,17 @@ def test_damaged_mat_files_are_named(tmp_path):
     image, mask = numpy.zeros((4, 6, 3), numpy.uint8), numpy.zeros((4, 5), numpy.uint8)
     with pytest.raises(gl.InputError, match=r"shapes\.mat, image 0 is damaged: the image has shape"):
         open_samples(gtsegs(tmp_path / "shapes.mat", [image], [mask]))[0]
+    full = numpy.zeros((4, 6), numpy.uint8)
+    for strange, said in (
+        (image.astype(float), "float64"),
+        (numpy.zeros((4, 6, 5), numpy.uint8), r"uint8 \[4, 6, 5\]"),
+    ):
+        with pytest.raises(gl.InputError, match=rf"strange\.mat, image 0 is {said}.*uint8, of 3 colours or grey"):
+            open_samples(gtsegs(tmp_path / "strange.mat", [strange], [full]))[0]
+    with h5py.File(tmp_path / "flat.mat", "w") as file:
+        file["value/img"], file["value/gt"] = 1.0, [1, 2]
+    with pytest.raises(gl.InputError, match=r"flat\.mat has no value/img and no value/gt"):
+        open_samples(tmp_path / "flat.mat")
     cut = gtsegs(tmp_path / "cut.mat", [image] * 9, [image[:, :, 0]] * 9)
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
     with pytest.raises(gl.InputError, match=r"cut\.mat is damaged"):
@@ -286,6 +312,9 @@ def test_missing_and_damaged_images_are_named(tmp_path):
     (root / "JPEGImages" / "a.jpg").unlink()
     with pytest.raises(gl.InputError, match=r"no file .*a\.jpg"):
         open_samples(root)[0]
+    (root / "ImageSets" / "Segmentation" / "val.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(gl.InputError, match=r"val\.txt is damaged, or no text"):
+        open_samples(root)
     (root / "ImageSets" / "Segmentation" / "val.txt").write_text("")
     with pytest.raises(gl.InputError, match="names no image"):
         open_samples(root)

@@ -98,6 +98,15 @@ def test_a_constant_map_says_nothing():
     assert only.mean_iou.value == 1, "a class that is nowhere is left out"
 
 
+@pytest.mark.parametrize("value", [0.1, 0.2, 0.7, 123.456])
+def test_a_constant_map_of_patches_says_nothing_either(value):
+    """Bilinear weights of 1/4 and 3/4 round: 0.1 would come out as two numbers, and min-maxed as a map of stripes."""
+    masks = (draw(2, 8, 8) > 0.5).long()
+    found = segmentation(torch.full((2, 4, 4), value, dtype=torch.float64), masks)
+    assert found.pixel_accuracy.value == pytest.approx(float((masks == 0).double().mean()))
+    assert found.mean_ap.value == pytest.approx(0.5)
+
+
 def test_intervals_are_those_of_drawing_samples_anew():
     x = draw(200)
     value, low, high = estimate(x)
