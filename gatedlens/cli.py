@@ -306,6 +306,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (GatedlensError, ImportError) as error:
         print(f"gatedlens {args.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:
+        said = str(stop) or "stopped; `evaluate` and `harvest` go on when the same command is given again"
+        print(f"gatedlens {args.command}: {said}.".replace("..", "."), file=sys.stderr)
+        return 130
     if args.json:
         json.dump(result, sys.stdout, indent=1)
         print()

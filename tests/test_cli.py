@@ -182,3 +182,12 @@ def test_help_has_examples(command, capsys):
         cli.main([*command.split(), "--help"])
     assert stop.value.code == 0
     assert not command or "examples:" in capsys.readouterr().out
+
+
+def test_ctrl_c_is_one_line_and_code_130(monkeypatch, capsys):
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gatedlens.demo.compare", stop)
+    assert cli.main(["compare"]) == 130
+    assert "stopped" in capsys.readouterr().err
