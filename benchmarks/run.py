@@ -60,7 +60,7 @@ def attention() -> Iterator[Line]:
     peaks = {who: fresh(name, "memory", f"{who}, pos 64") for who in ("ours", "TransformerLens")}
     what = "Implicit attention: peak memory of mean(), pos 64, against TransformerLens"
     yield Line(what, peaks["ours"], peaks["TransformerLens"], "MiB", 1 / 20)
-    budgets = {  # the issue's: CPU seconds, MiB
+    budgets = {  # CPU seconds, MiB
         "mean, pos 256": (None, 600),
         "mean, pos 1024": (5, 1000),
         "mean, pos 2048": (20, 1500),
