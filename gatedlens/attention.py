@@ -16,7 +16,6 @@ o = A x + r with A = diag(gate) (S + diag(skip)) diag(act) M: see `factors.py`. 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -31,6 +30,7 @@ from gatedlens.branch import Branch, branch_of
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError, TooLargeError, did_you_mean, in_bytes
 from gatedlens.factors import NAMES, Factors
+from gatedlens.layers import layer_of
 from gatedlens.model import HookedModel
 from gatedlens.padding import Padding
 
@@ -80,7 +80,7 @@ def implicit_attention(source: Any, input: Any = None, *, layer: Any = None, lay
     if layer is not None and layers is not None:
         raise InputError(f"layer={layer!r} and layers={layers!r}: give one layer, or several, or neither for all.")
     model: Any = source.model if given else source
-    chosen = _indices(model, layers) if layer is None else (_index(model, layer),)
+    chosen = _indices(model, layers) if layer is None else (layer_of(model, layer),)
     if not given:
         needed = [name for index in chosen for name in _needed(model.blocks[index].mixer, index)]
         with torch.no_grad():
@@ -100,26 +100,15 @@ def _indices(model: Any, layers: Any) -> tuple[int, ...]:
     elif not isinstance(layers, Iterable):
         raise InputError(f"layers={layers!r}: give a slice or a sequence of layers, or layer={layers!r} for one.")
     else:
-        chosen = {_index(model, layer) for layer in layers}
+        chosen = {layer_of(model, layer) for layer in layers}
     if not chosen:
         raise InputError(f"layers={layers!r} names no layer: {model.cfg.model_name} has layers 0 to {len(every) - 1}.")
     return tuple(sorted(chosen))
 
 
-def _index(model: HookedModel, layer: Any) -> int:
-    n = model.cfg.n_layers
-    try:
-        index = operator.index(layer)
-    except TypeError:
-        raise InputError(f"layer={layer!r} is no layer number.") from None
-    if not -n <= index < n:
-        raise InputError(f"layer={layer!r}: {model.cfg.model_name} has layers 0 to {n - 1}.")
-    return index % n
-
-
 def _from_cache(cache: ActivationCache, layer: Any) -> ImplicitAttention:
     model: Any = cache.model
-    index = _index(model, layer)
+    index = layer_of(model, layer)
     if not cache.has_batch_dim:
         raise InputError("This cache was made with remove_batch_dim=True; implicit attention needs the batch axis.")
     if cache.sliced:

@@ -9,6 +9,9 @@ from typing import Any, SupportsIndex
 
 from gatedlens.errors import InputError
 
+ONE = ("layer={!r}", "layer={!r}:")  # how a refusal begins: of what is no number, of what is out of range
+SEVERAL = ("layers: {!r}", "layers={} does not exist;")
+
 
 def layers_of(model: Any, layers: Any) -> tuple[int, ...]:
     """The numbers of the layers, ascending; an InputError for one that the model lacks."""
@@ -18,9 +21,9 @@ def layers_of(model: Any, layers: Any) -> tuple[int, ...]:
     elif isinstance(layers, str):
         chosen = {layer for layer in range(n) if fnmatch.fnmatchcase(str(layer), layers)}
     elif isinstance(layers, SupportsIndex):
-        chosen = {_index(model, layers)}
+        chosen = {layer_of(model, layers, SEVERAL)}
     elif isinstance(layers, Iterable):
-        chosen = {_index(model, layer) for layer in layers}
+        chosen = {layer_of(model, layer, SEVERAL) for layer in layers}
     else:
         raise InputError(f"layers={layers!r}: give a number, a slice, a sequence of numbers, a glob, or None for all.")
     if not chosen:
@@ -28,14 +31,15 @@ def layers_of(model: Any, layers: Any) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-def _index(model: Any, layer: Any) -> int:
+def layer_of(model: Any, layer: Any, words: tuple[str, str] = ONE) -> int:
+    """The number of one layer, negative ones from the end; an InputError for one that the model lacks."""
     n = model.cfg.n_layers
     try:
         index = operator.index(layer)
     except TypeError:
-        raise InputError(f"layers: {layer!r} is no layer number.") from None
+        raise InputError(f"{words[0].format(layer)} is no layer number.") from None
     if not -n <= index < n:
-        raise InputError(f"layers={layer} does not exist; {model.cfg.model_name} has layers 0 to {n - 1}.")
+        raise InputError(f"{words[1].format(layer)} {model.cfg.model_name} has layers 0 to {n - 1}.")
     return index % n
 
 

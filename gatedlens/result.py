@@ -12,7 +12,6 @@ What sweeps, knockouts, traces and attributions give back. It also stands wherev
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gatedlens.errors import InputError, did_you_mean
+from gatedlens.saved import read_json, write_json
 from gatedlens.tensorlike import Tensorlike
 
 FORMAT = 1  # of the JSON
@@ -162,17 +162,12 @@ class Result(Tensorlike):
 
     def save(self, path: str | Path) -> Path:
         """Write JSON, and return the path."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1, allow_nan=True), encoding="utf-8")
-        return Path(path)
+        return write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Result:
         """What `save` wrote."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} is no saved result: it is not JSON ({error}).") from error
-        return cls.from_dict(data)
+        return cls.from_dict(read_json(path, "result"))
 
     def plot(self, ax: Any = None) -> Any:
         """A matplotlib Figure: bars for one axis, a heat map for two, one heat map an entry of the first for three."""

@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from gatedlens.errors import CheckpointError, InputError, did_you_mean
+from gatedlens.saved import read_tensors
 
 
 class Carried(NamedTuple):
@@ -115,12 +115,7 @@ class RecurrentState:
     @staticmethod
     def load(path: str | Path) -> RecurrentState:
         """Read a file that `save` wrote."""
-        try:
-            with safe_open(str(path), "pt") as file:
-                meta = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is not a readable safetensors file: {error}.") from error
+        tensors, meta = read_tensors(path)
         if meta.get("gatedlens") != "state" or "seen" not in tensors:
             raise CheckpointError(f"{path} is no saved RecurrentState: it holds {', '.join(list(tensors)[:5])}, ...")
         seen = tensors.pop("seen")

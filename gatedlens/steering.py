@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from gatedlens import inputs
 from gatedlens.ablation import Intervention, edit
 from gatedlens.errors import CheckpointError, InputError, PointError
 from gatedlens.hookpoint import HookPoint
+from gatedlens.saved import read_tensors
 
 Position = int | slice | Sequence[int] | Tensor | None
 STATE = ".hook_state"
@@ -171,12 +171,7 @@ class SteeringVector:
     @staticmethod
     def load(path: str | Path) -> SteeringVector:
         """What `save` wrote."""
-        try:
-            with safe_open(str(path), "pt") as file:
-                meta = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is not a readable safetensors file: {error}.") from error
+        tensors, meta = read_tensors(path)
         if meta.get("gatedlens") != "steering" or "vector" not in tensors:
             raise CheckpointError(f"{path} is no saved SteeringVector: it holds {', '.join(list(tensors)[:5])}.")
         return SteeringVector(meta["name"], tensors["vector"], json.loads(meta["facts"]))

@@ -12,7 +12,6 @@ says which edges are in the circuit.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from gatedlens.circuits.graph import Edge
 from gatedlens.errors import InputError
 from gatedlens.metrics import Metric
 from gatedlens.result import Result
+from gatedlens.saved import read_json, write_json
 
 FORMAT = 1  # of the JSON
 
@@ -186,17 +186,12 @@ class Circuit:
 
     def save(self, path: str | Path) -> Path:
         """Write JSON, and return the path."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
-        return Path(path)
+        return write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Circuit:
         """What `save` wrote."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} is no saved circuit: it is not JSON ({error}).") from error
-        return cls.from_dict(data)
+        return cls.from_dict(read_json(path, "circuit"))
 
     def plot(self, ax: Any = None) -> Any:
         """A matplotlib Figure: nodes from embed to logits, edges as wide as their scores are large, red for positive."""
