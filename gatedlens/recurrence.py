@@ -9,6 +9,7 @@ than one segment, forward and backward.
 
 Decays and states are at least float32: `at_least_float32`. For torch.compile the loops over positions are operators
 (`gatedlens::linear_scan`, `gatedlens::scan`): one node each in its graph, which would otherwise hold every position.
+Transforms of torch.func and forward mode see through `LinearScan`, which has a rule for each.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import Function
+
+from gatedlens.transforms import gradients, has_axis, has_old_axis, transformed
 
 Terms = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 
@@ -57,6 +60,8 @@ class LinearScan(Function):
 
     @staticmethod
     def forward(decay: Tensor, write: Tensor, initial: Tensor) -> Tensor:
+        if has_old_axis(decay, write, initial):  # which runs an operator once for each of its inputs
+            return _linear_scan(decay, write, initial)
         return _march(decay, write.clone(), initial)  # in the layout of write
 
     @staticmethod
@@ -80,6 +85,18 @@ class LinearScan(Function):
             push = push + d_decay * before
         start = torch.zeros_like(initial) if d_initial is None else d_initial
         return LinearScan.apply(decay, push, start)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, decay: Tensor, write: Tensor, initial: Tensor) -> tuple[Tensor, int]:
+        """The hidden axis stands behind pos, where the loop over positions does not notice it."""
+
+        def behind(x: Tensor, dim: int | None, place: int) -> Tensor:
+            if dim is None:
+                return x.unsqueeze(place).expand(*x.shape[:place], info.batch_size, *x.shape[place:])
+            return x.movedim(dim, place)
+
+        given = zip((decay, write, initial), in_dims, (2, 2, 1), strict=True)
+        return LinearScan.apply(*(behind(*one) for one in given)), 2
 
 
 def linear_scan(
@@ -174,15 +191,16 @@ class SegmentedScan(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint recomputes them for one reader
+        tensors, starts = saved[: -len(ctx.slices)], saved[-len(ctx.slices) :]
+        if torch.is_grad_enabled() or has_axis(*grads):  # the gradient is differentiated, or vmapped
+
+            def run(initial: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+                return _explicit(ctx.terms, tensors[: ctx.n], tensors[ctx.n :], initial)
+
+            return None, None, *gradients(run, (starts[0], *tensors), grads)
         grad_scan, grad_state = grads
-        tensors, starts = ctx.saved_tensors[: -len(ctx.slices)], ctx.saved_tensors[-len(ctx.slices) :]
         sequences, constants = tensors[: ctx.n], tensors[ctx.n :]
-        if torch.is_grad_enabled():  # somebody differentiates the gradient: take the differentiable road, whole
-            initial = starts[0]
-            needed = [t for t in (initial, *tensors) if t.requires_grad]
-            outs = _explicit(ctx.terms, sequences, constants, initial)
-            flow = iter(torch.autograd.grad(outs, needed, grads, create_graph=True, allow_unused=True))
-            return None, None, *(next(flow) if t.requires_grad else None for t in (initial, *tensors))
         into: list[Any] = [] if len(ctx.slices) == 1 else [torch.empty_like(s) for s in sequences]
         total: list[Any] = [torch.zeros_like(c) for c in constants]
         for part, start in zip(reversed(ctx.slices), reversed(starts), strict=True):
@@ -214,8 +232,8 @@ def scan(
     tensors = (initial, *sequences, *constants)
     if torch.compiler.is_compiling():
         return _compiled(terms, sequences, constants, initial)
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        return _explicit(terms, sequences, constants, initial)  # forward mode and torch.func see through this road only
+    if transformed():
+        return _explicit(terms, sequences, constants, initial)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return SegmentedScan.apply(terms, len(sequences), initial, *sequences, *constants)
     return _lean(terms, sequences, constants, initial)

@@ -113,6 +113,8 @@ FORGOTTEN = -1000.0  # a log decay that leaves nothing, and is finite
 class BoundedSqrt(Function):
     """sqrt(max(x, 0)); its slope is 1 / (2 sqrt(x)), at most MAX_SQRT_SLOPE, and 0 below 0."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         return x.clamp(min=0).sqrt()
