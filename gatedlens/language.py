@@ -27,6 +27,7 @@ from gatedlens.output import Output, check_return_type
 from gatedlens.padding import Padding
 from gatedlens.points import Point
 from gatedlens.state import RecurrentState
+from gatedlens.transforms import anywhere
 
 
 def next_token_loss(
@@ -44,7 +45,7 @@ def next_token_loss(
     losses = F.cross_entropy(padding.pack(logits)[:, :-1].flatten(0, 1), packed[:, 1:].flatten(), reduction="none")
     losses = losses.reshape(len(tokens), -1)
     real = torch.arange(1, tokens.shape[1], device=tokens.device) < padding.counts(tokens).unsqueeze(1)
-    if not bool(real.any()):
+    if not anywhere(real):
         raise InputError("A loss needs at least two tokens in some row: one to read and one to predict.")
     losses = losses.masked_fill(~real, 0)
     if not per_token:

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from gatedlens.transforms import anywhere
+
 
 @dataclass(frozen=True)
 class Padding:
@@ -27,9 +29,11 @@ class Padding:
     @staticmethod
     def of(mask: Shaped[Tensor, "batch pos"] | None) -> Padding:
         """Padding from a [batch, pos] mask; one that masks nothing is none."""
-        if mask is None or bool(mask.all()):
+        if mask is None:
             return Padding()
         mask = mask.bool()
+        if not anywhere(~mask):
+            return Padding()
         order = torch.argsort((~mask).to(torch.int8), dim=1, stable=True)
         return Padding(mask, order, torch.argsort(order, dim=1))
 

@@ -9,7 +9,7 @@ than one segment, forward and backward.
 
 Decays and states are at least float32: `at_least_float32`. For torch.compile the loops over positions are operators
 (`gatedlens::linear_scan`, `gatedlens::scan`): one node each in its graph, which would otherwise hold every position.
-Transforms of torch.func and forward mode see through `LinearScan`, which has a rule for each.
+vmap and grad of torch.func see through `LinearScan`; for forward mode the loop is laid out in torch's own operations.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import Function
 
-from gatedlens.transforms import gradients, has_axis, has_old_axis, transformed
+from gatedlens.transforms import forward_mode, gradients, has_old_axis, transformed
 
 Terms = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 
@@ -68,23 +68,11 @@ class LinearScan(Function):
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         decay, _, initial = inputs
         ctx.save_for_backward(decay, initial, output)
-        ctx.save_for_forward(decay, initial, output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         decay, initial, states = ctx.saved_tensors
-        return _scan_backward(LinearScan.apply, decay, initial, states, grads[0])
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        d_decay, d_write, d_initial = tangents
-        decay, initial, states = ctx.saved_tensors
-        before = torch.cat([initial.unsqueeze(1), states[:, :-1]], dim=1)
-        push = torch.zeros_like(states) if d_write is None else d_write
-        if d_decay is not None:
-            push = push + d_decay * before
-        start = torch.zeros_like(initial) if d_initial is None else d_initial
-        return LinearScan.apply(decay, push, start)
+        return _scan_backward(linear_scan, decay, initial, states, grads[0])
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, decay: Tensor, write: Tensor, initial: Tensor) -> tuple[Tensor, int]:
@@ -109,7 +97,18 @@ def linear_scan(
         initial = torch.zeros_like(write[:, 0])
     if torch.compiler.is_compiling():
         return _linear_scan(decay, write, initial)
+    if forward_mode():
+        return _unrolled(decay, write, initial)
     return LinearScan.apply(decay, write, initial)
+
+
+def _unrolled(decay: Tensor, write: Tensor, state: Tensor) -> Tensor:
+    """The recurrence as it stands above, an operation a position: slow, and right under any derivative."""
+    states = []
+    for a, w in zip(decay.unbind(1), write.unbind(1), strict=True):
+        state = torch.addcmul(w, a, state)
+        states.append(state)
+    return torch.stack(states, dim=1)
 
 
 @torch.library.custom_op(
@@ -193,7 +192,7 @@ class SegmentedScan(Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         saved = ctx.saved_tensors  # once: torch.utils.checkpoint recomputes them for one reader
         tensors, starts = saved[: -len(ctx.slices)], saved[-len(ctx.slices) :]
-        if torch.is_grad_enabled() or has_axis(*grads):  # the gradient is differentiated, or vmapped
+        if torch.is_grad_enabled() or transformed() or has_old_axis(*grads):  # in one piece, without buffers
 
             def run(initial: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
                 return _explicit(ctx.terms, tensors[: ctx.n], tensors[ctx.n :], initial)

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from gatedlens.errors import InputError
+from gatedlens.transforms import anywhere, plain
 
 Text = str | Sequence[str]
 SIDES = ("left", "right")
@@ -56,10 +57,11 @@ def check(tokens: Shaped[Tensor, ...], d_vocab: int) -> Int[Tensor, "batch pos"]
     if tokens.ndim != 2:
         raise InputError(f"Tokens have shape [batch, pos]; these have shape {list(tokens.shape)}.")
     wrong = (tokens < 0) | (tokens >= d_vocab)
-    if bool(wrong.any()):
-        row, pos = wrong.nonzero()[0].tolist()
+    if anywhere(wrong):
+        place = tuple(plain(wrong).nonzero()[0].tolist())
+        row, pos = place[-2:]
         raise InputError(
-            f"Token id {int(tokens[row, pos])} at row {row}, position {pos} is out of range: the model knows ids 0 to "
+            f"Token id {int(plain(tokens)[place])} at row {row}, position {pos} is out of range: the model knows ids 0 to "
             f"{d_vocab - 1}. Was the text encoded by another model's tokenizer?"
         )
     return tokens.long()
@@ -74,10 +76,11 @@ def check_mask(mask: Shaped[Tensor, "*batch pos"], shape: tuple[int, int]) -> Bo
         raise InputError(
             f"attention_mask has shape {list(mask.shape)}; the input has shape {list(shape)} [batch, pos]."
         )
-    if not bool(((mask == 0) | (mask == 1)).all()):
+    if anywhere((mask != 0) & (mask != 1)):
         raise InputError("attention_mask holds values other than 0 (padding) and 1 (a token).")
     mask = mask.bool()
-    if not bool(mask.any(dim=1).all()):
-        row = int((~mask.any(dim=1)).nonzero()[0])
+    empty = ~mask.any(dim=1)
+    if anywhere(empty):
+        row = int(plain(empty).nonzero()[0, -1])
         raise InputError(f"attention_mask masks all of row {row}: give every row at least one token.")
     return mask

@@ -9,14 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Shaped
 from torch import Tensor
 from torch._C import _functorch
 
 
+def forward_mode() -> bool:
+    """Whether forward-mode differentiation is under way. A Function's own jvp is wrong there, and silently so, as soon as one
+    runs inside another (in torch 2.6 to 2.13): only operations of torch will do."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 def transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is under way: only differentiable operations pass it on."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    """Whether a transform of torch.func or forward mode is under way: only what has a rule for each passes it on."""
+    return torch._C._are_functorch_transforms_active() or forward_mode()
 
 
 def has_old_axis(*tensors: Tensor) -> bool:
@@ -24,16 +30,17 @@ def has_old_axis(*tensors: Tensor) -> bool:
     return any(_functorch.is_legacy_batchedtensor(t) for t in tensors)
 
 
-def has_axis(*tensors: Tensor) -> bool:
-    """Whether any vmap may hide an axis in some of them: then no buffer of another tensor's shape can hold them."""
-    return torch._C._are_functorch_transforms_active() or has_old_axis(*tensors)
+def plain(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "..."]:
+    """The numbers of `x` as they are in memory, for a check: axes that torch.func.vmap hides stand in front."""
+    while _functorch.is_functorch_wrapped_tensor(x):
+        axis, x = _functorch.maybe_get_bdim(x), _functorch.get_unwrapped(x)
+        x = x if axis < 0 else x.movedim(axis, 0)
+    return x
 
 
 def anywhere(condition: Bool[Tensor, "*any"]) -> bool:
-    """Whether it holds at any place, for every input that a vmap runs side by side."""
-    while _functorch.is_functorch_wrapped_tensor(condition):
-        condition = _functorch.get_unwrapped(condition)
-    return bool(condition.any())
+    """Whether it holds at any place, for any of the inputs that a vmap runs side by side."""
+    return bool(plain(condition).any())
 
 
 def gradients(

@@ -27,7 +27,7 @@ from torch.autograd.function import Function
 
 from gatedlens.errors import InputError
 from gatedlens.recurrence import SEGMENT_ELEMENTS, SEGMENT_ELEMENTS_GRAD, _segments, linear_scan
-from gatedlens.transforms import anywhere, gradients, has_axis, transformed
+from gatedlens.transforms import anywhere, gradients, has_old_axis, transformed
 
 NOTHING = -1e38  # the maximum of an empty past
 LARGEST_KEY = 700.0  # e^700 is still a float64
@@ -162,7 +162,7 @@ class SegmentedWkv(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         whole, k, v, w, u, *starts = ctx.saved_tensors
-        if torch.is_grad_enabled() or has_axis(*grads):  # the gradient is differentiated, or vmapped
+        if torch.is_grad_enabled() or transformed() or has_old_axis(*grads):  # in one piece, without buffers
 
             def run(*given: Tensor) -> tuple[Tensor, ...]:
                 pieces = _segment(whole, *given)

@@ -40,6 +40,7 @@ from gatedlens.points import Point, block_aliases, block_rows
 from gatedlens.recurrence import at_least_float32
 from gatedlens.scanmatrix import DecayScan
 from gatedlens.state import CARRIED, Carried, RecurrentState
+from gatedlens.transforms import transformed
 
 PAPER = "Griffin, arXiv 2402.19427"
 UIA = "UIA, arXiv 2405.16504"
@@ -107,33 +108,22 @@ ATTENTION_BLOCK = _rows("attn", ATTENTION_ROWS, "o_proj(z)")
 # -- the recurrent block's mixer ------------------------------------------------------------------------------------
 
 MAX_SQRT_SLOPE = 1000.0
+STEEP = 1 / (4 * MAX_SQRT_SLOPE**2)  # below it a square root is steeper
 FORGOTTEN = -1000.0  # a log decay that leaves nothing, and is finite
 
 
 class BoundedSqrt(Function):
-    """sqrt(max(x, 0)); its slope is 1 / (2 sqrt(x)), at most MAX_SQRT_SLOPE, and 0 below 0."""
-
-    generate_vmap_rule = True
+    """`bounded_sqrt`, in two operations each way."""
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
         return x.clamp(min=0).sqrt()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (x,) = ctx.saved_tensors
-        return grads[0] * BoundedSqrt.slope(x)
-
-    @staticmethod
-    def slope(x: Tensor) -> Tensor:
-        return (0.5 * x.clamp(min=1 / (4 * MAX_SQRT_SLOPE**2)).rsqrt()).masked_fill(x < 0, 0)
-
-    jvp = backward  # one number in, one out: the derivative is the same both ways
+        return grads[0] * (0.5 * x.clamp(min=STEEP).rsqrt()).masked_fill(x < 0, 0)
 
 
 def bounded_sqrt(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
@@ -141,10 +131,11 @@ def bounded_sqrt(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
 
     Below 0, which only an edit that makes a decay exceed 1 can bring about, it is 0 and flat.
     """
-    if torch.compiler.is_compiling():  # which cannot trace a Function that has a jvp: the same value and slope
-        slope = BoundedSqrt.slope(x.detach())
-        return x.detach().clamp(min=0).sqrt() + slope * (x - x.detach())
-    return BoundedSqrt.apply(x)
+    if not (torch.compiler.is_compiling() or transformed()):
+        return BoundedSqrt.apply(x)
+    here = x.detach()
+    line = here.clamp(min=0).sqrt() + MAX_SQRT_SLOPE * (x - here)
+    return torch.where(x < STEEP, line.masked_fill(x < 0, 0), x.clamp(min=STEEP).sqrt())
 
 
 def block_diagonal(

@@ -43,6 +43,7 @@ from gatedlens.padding import Padding
 from gatedlens.points import Point, View, block_rows
 from gatedlens.recurrence import at_least_float32
 from gatedlens.state import RecurrentState
+from gatedlens.transforms import anywhere, plain
 from gatedlens.visionmamba import (
     BACKWARD,
     SHORT,
@@ -537,7 +538,7 @@ class HookedViM(HookedModel):
     def classify(self, normed: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch class"]:
         """Logits, at least float32, of what the class token (or, without one, the pool) reads off."""
         if self.grid.cls:
-            features = normed[:, list(self.grid.cls)].mean(1)
+            features = torch.stack([normed[:, place] for place in self.grid.cls], dim=1).mean(1)
         else:
             features = normed.mean(1) if self.cfg.pool == "mean" else normed[:, -1]
         return self.hook_logits(self.there(self.wrapped.head, self.unembed, self.hook_features(features)))
@@ -562,9 +563,10 @@ class HookedViM(HookedModel):
             raise InputError(
                 f"labels are one class number an image, [{rows}]; these are {labels.dtype} {list(labels.shape)}."
             )
-        if labels.min() < 0 or labels.max() >= self.cfg.num_classes:
+        if anywhere((labels < 0) | (labels >= self.cfg.num_classes)):
+            given = plain(labels)
             raise InputError(
-                f"labels run from {labels.min()} to {labels.max()}; the classes are 0 to {self.cfg.num_classes - 1}."
+                f"labels run from {given.min()} to {given.max()}; the classes are 0 to {self.cfg.num_classes - 1}."
             )
         return labels.long()
 
