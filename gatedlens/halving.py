@@ -25,16 +25,19 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from gatedlens.transforms import transformed
 
 TILE = 4
 
 
-def followed(*tensors: Tensor) -> bool:
-    """Whether automatic differentiation, backward or forward, follows any of them."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return True
-    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+def desk_for(like: Float[Tensor, ...], *tensors: Tensor) -> Desk:
+    """Where to compute with some tensors, in the dtype of `like`: on new paper if a derivative or a vmap follows any."""
+    if transformed():  # a buffer must have every axis that a vmap hides in any of them
+        return Desk(torch.stack([x.flatten()[0].to(like.dtype) for x in (like, *tensors)]).sum())
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (like, *tensors)):
+        return Desk(like)
+    return Slate(like)
 
 
 class Desk:

@@ -20,7 +20,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gatedlens.halving import Desk, Halving, Near, Pieces, Slate, followed
+from gatedlens.halving import Desk, Halving, Near, Pieces, desk_for
 from gatedlens.matrix import ScanMatrix
 from gatedlens.recurrence import scan
 
@@ -169,8 +169,7 @@ class DecayScan(ScanMatrix):
         return ahead * behind, left * ahead, right * behind
 
     def _desk(self, *others: Tensor) -> Desk:
-        tensors = (self.time, self.rate, self.read, self.amount, self.key, *others)
-        return (Desk if followed(*tensors) else Slate)(self.rate)
+        return desk_for(self.rate, self.time, self.read, self.amount, self.key, *others)
 
     def _pieces(self, halving: Halving, left: Tensor, right: Tensor, taps: Tensor, desk: Desk) -> Pieces:
         cut, over = halving.tiles, halving.padded - halving.length

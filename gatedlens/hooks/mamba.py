@@ -36,6 +36,7 @@ from gatedlens.points import Alias, Point, View, block_aliases, block_rows
 from gatedlens.recurrence import at_least_float32, linear_scan
 from gatedlens.scanmatrix import DecayScan
 from gatedlens.state import RecurrentState
+from gatedlens.transforms import forward_mode
 
 PAPER = "Mamba, arXiv 2312.00752"
 UIA = "UIA, arXiv 2405.16504"
@@ -88,9 +89,8 @@ def mamba_terms(
 
     The tensors are [b, l, c, n] and lie in memory with channels innermost: states are few, and a processor likes long rows.
     """
-    decay = (
-        (dt.unsqueeze(-2) * A.mT).exp_().mT
-    )  # in place: a second tensor of this size costs more than the exponential
+    exp = torch.exp if forward_mode() else torch.exp_  # a second tensor of this size costs more than the exponential
+    decay = exp(dt.unsqueeze(-2) * A.mT).mT
     write = ((dt * u).unsqueeze(-2) * B.unsqueeze(-1)).mT
     return decay, write, C
 
