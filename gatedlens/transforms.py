@@ -30,7 +30,7 @@ def has_old_axis(*tensors: Tensor) -> bool:
     return any(_functorch.is_legacy_batchedtensor(t) for t in tensors)
 
 
-def plain(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "..."]:
+def plain(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, ...]:
     """The numbers of `x` as they are in memory, for a check: axes that torch.func.vmap hides stand in front."""
     while _functorch.is_functorch_wrapped_tensor(x):
         axis, x = _functorch.maybe_get_bdim(x), _functorch.get_unwrapped(x)

@@ -202,7 +202,7 @@ def wkv(
     """`scan, carry = wkv(k, v, w, u, mask, carry)`; O(b c) memory beyond inputs and output without gradients."""
     compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
     followed = grad and any(t.requires_grad for t in (k, v, w, u, *carry))
-    if (followed if compiling else transformed()):
+    if followed if compiling else transformed():
         pieces = _segment(mask, k, v, w, u, *carry)
         return pieces.scan, Carry(*(t.clone() for t in pieces.carry))
     if compiling:
