@@ -42,7 +42,9 @@ if TYPE_CHECKING:
 
 DENSE_LIMIT = 4 * 2**30  # bytes that dense(), mean() and all that hold a matrix take without being told more
 AT_ONCE = 4  # matrices [batch, dst, src] that mean() holds at its height
-INSTEAD = "Ask for row(i), column(j) or `@ x`, which grow with the positions alone, for fewer positions, or raise max_bytes."
+INSTEAD = (
+    "Ask for row(i), column(j) or `@ x`, which grow with the positions alone, for fewer positions, or raise max_bytes."
+)
 CHECK_ELEMENTS = 1 << 24  # numbers in the matrices that check() looks at
 ABS_ELEMENTS = 1 << 23  # numbers of a dense piece behind abs_mean(): 32 MiB of float32
 PAPERS = {"unified": ("gate", "scan", "act", "conv"), "hidden": ("scan",)}
@@ -253,12 +255,14 @@ class ImplicitAttention:
         some = min(3, channels, CHECK_ELEMENTS // (batch * length * length))
         if some == 0:
             return
-        few = A.select(list(range(0, channels, -(-channels // some))))
-        own = v[..., : few.shape[2]]
-        applied, weights = few @ own, signs(few.shape[2]) / few.shape[2]
-        yield torch.einsum("bcij,bjc->bic", few.dense(max_bytes=None), own), applied
-        alike = own[..., :1].expand_as(own)
-        yield few.weighted(weights, max_bytes=None) @ own[..., 0].unsqueeze(-1), (few @ alike) @ weights.unsqueeze(-1)
+        chosen = list(range(0, channels, -(-channels // some)))
+        few, weights = A.select(chosen), signs(len(chosen)) / len(chosen)
+        with exact(v):
+            yield torch.einsum("bcij,bjc->bic", few.dense(max_bytes=None), v[..., chosen]), forward[..., chosen]
+            yield (
+                few.weighted(weights, max_bytes=None) @ v[..., :1],
+                (A @ v[..., :1].expand_as(v))[..., chosen] @ weights[:, None],
+            )
 
     def contributions(self) -> Contributions:
         """What each token writes into the residual stream through each other, in d_model: see `contributions.py`."""

@@ -44,7 +44,9 @@ class Desk:
     def __init__(self, like: Float[Tensor, ...]):
         self.like = like
         self.floor = torch.finfo(like.dtype).tiny ** 0.75
-        self.headroom = 0  # the power of two by which weights start above 1, so that what decays stays above `floor` for long
+        self.headroom = (
+            0  # the power of two by which weights start above 1, so that what decays stays above `floor` for long
+        )
 
     def power(self, x: Float[Tensor, ...]) -> int:
         """The power of two that brings the largest number of `x` near 1; 0 where there is none to bring, or vmap hides it."""

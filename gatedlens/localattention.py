@@ -102,7 +102,9 @@ class LocalAttention(TokenMixing):
             seen &= run.documents.unsqueeze(2) == of_keys.unsqueeze(1)
         return (seen | (behind == 0)).unsqueeze(1)
 
-    def _afford(self, q: Float[Tensor, "batch pos head d_head"], keys: Float[Tensor, "batch key_pos some d_head"]) -> None:
+    def _afford(
+        self, q: Float[Tensor, "batch pos head d_head"], keys: Float[Tensor, "batch key_pos some d_head"]
+    ) -> None:
         """TooLargeError for scores and a pattern that the device does not hold."""
         batch, length, heads, _ = q.shape
         pairs = batch * length * keys.shape[1]

@@ -1,7 +1,7 @@
 """Memory: what would take too much is refused by name before it is allocated, with what to ask for instead.
 
-    afford("mean() at 30000 positions", size, max_bytes, "Ask for row(i).")      # TooLargeError
-    afford("The pattern of layer 2", size, free(device), "Run it in parts.", "the {} that are free on cpu")
+afford("mean() at 30000 positions", size, max_bytes, "Ask for row(i).")      # TooLargeError
+afford("The pattern of layer 2", size, free(device), "Run it in parts.", "the {} that are free on cpu")
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ The matrix exists already, a head at a time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -31,7 +31,7 @@ class PatternScan(ScanMatrix):
 
     def select(self, channels: Tensor | slice | list[int]) -> PatternScan:
         """The scan of some channels."""
-        return PatternScan(self.pattern, self.before, self.head[channels])
+        return replace(self, head=self.head[channels])
 
     def _apply(
         self, pattern: Float[Tensor, "batch head dst src"], u: Float[Tensor, "batch src channel"]

@@ -51,7 +51,7 @@ class DecayScan(ScanMatrix):
     def select(self, channels: Tensor | slice | list[int]) -> DecayScan:
         """The scan of some channels."""
         time, amount = self.time[:, :, channels], self.amount[:, :, channels]
-        return DecayScan(time, self.rate[channels], self.read, amount, self.key, self.document)
+        return replace(self, time=time, rate=self.rate[channels], amount=amount)
 
     def decay(
         self, later: Float[Tensor, "... channel"], earlier: Float[Tensor, "... channel"]

@@ -32,7 +32,9 @@ from gatedlens.errors import InputError
 from gatedlens.factors import NAMES
 from gatedlens.profiles import Profile, induction, of_layer
 
-INSTEAD = "Ask for fewer layers (`stack[2:5]`), for `stack[layer].row(i)` or `@ x`, for fewer positions, or raise max_bytes."
+INSTEAD = (
+    "Ask for fewer layers (`stack[2:5]`), for `stack[layer].row(i)` or `@ x`, for fewer positions, or raise max_bytes."
+)
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,7 @@ class AttentionStack:
         for attention in tqdm(self, total=len(self), disable=not progress, desc=what, unit="layer"):
             yield matrix(attention)
 
-    def mean(
-        self, progress: bool = True, max_bytes: int | None = DENSE_LIMIT
-    ) -> Float[Tensor, "layer batch dst src"]:
+    def mean(self, progress: bool = True, max_bytes: int | None = DENSE_LIMIT) -> Float[Tensor, "layer batch dst src"]:
         """Each layer's signed mean over channels. Refuses what takes more than `max_bytes` on the way, as all here does."""
         self._afford("mean()", 2 * len(self), max_bytes)
         return torch.stack(list(self.each(_mean, "mean", progress)))
@@ -137,7 +137,9 @@ class AttentionStack:
     def _afford(self, what: str, matrices: int, max_bytes: int | None) -> None:
         """TooLargeError if a layer's matrix and `matrices` more of its size are too much."""
         if max_bytes is not None:
-            self._operator(self.layers[0]).afford(f"{what} of {len(self)} layers", AT_ONCE + matrices, max_bytes, INSTEAD)
+            self._operator(self.layers[0]).afford(
+                f"{what} of {len(self)} layers", AT_ONCE + matrices, max_bytes, INSTEAD
+            )
 
     def rollout(
         self, start_layer: int | None = None, progress: bool = True, max_bytes: int | None = DENSE_LIMIT

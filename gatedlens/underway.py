@@ -1,7 +1,7 @@
 """The implicit attention of a layer in the call that is in progress: what a hook at its output point works with.
 
-    attention = underway(model, layer, values)         # values: the layer's attention_points by full name, as they were noted
-    verify(attention, attention.output(), o, "a cut")  # InputError unless A x + r is what the layer computed
+attention = underway(model, layer, values)         # values: the layer's attention_points by full name, as they were noted
+verify(attention, attention.output(), o, "a cut")  # InputError unless A x + r is what the layer computed
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gatedlens.autocast import exact
 from gatedlens.attention import PAPERS, ImplicitAttention, implicit_attention
 from gatedlens.attribution import channels as channels_
 from gatedlens.attribution import official
@@ -133,7 +134,8 @@ class Reading:
 
 def through(q: Float[Tensor, "batch dst"], matrix: Float[Tensor, "batch dst src"]) -> Float[Tensor, "batch src"]:
     """q^T matrix"""
-    return torch.einsum("bi,bij->bj", q, matrix)
+    with exact(matrix):
+        return torch.einsum("bi,bij->bj", q, matrix)
 
 
 def _operators(question: Question, layers: Any, start_layer: Any, default: int) -> AttentionStack:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from gatedlens.autocast import exact
 from gatedlens.attribution.baseline import NOTHING
 from gatedlens.errors import InputError, did_you_mean
 
@@ -76,5 +77,6 @@ def blurred(images: Float[Tensor, "batch channels height width"]) -> Float[Tenso
     flat = images.flatten(0, 1).unsqueeze(1)
     half = KERNEL // 2
     wide = F.pad(flat, (half,) * 4, mode="replicate")
-    out = F.conv2d(F.conv2d(wide, line.reshape(1, 1, 1, -1)), line.reshape(1, 1, -1, 1))
+    with exact(wide):
+        out = F.conv2d(F.conv2d(wide, line.reshape(1, 1, 1, -1)), line.reshape(1, 1, -1, 1))
     return out.reshape(images.shape)

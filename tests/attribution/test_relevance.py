@@ -111,6 +111,7 @@ def test_which_points_follow_which_rule():
     mamba, griffin, rwkv, vim = (
         hooked.tiny() for hooked in (HookedMamba, gl.HookedGriffin, gl.HookedRWKV, gl.HookedViM)
     )
+
     def gates(model, layer=1):
         flow, stem = Rules.of(model).flows[layer], f"blocks.{layer}."
         assert flow.output == f"{stem}{model.blocks[layer].mixer.place}.{model.blocks[layer].mixer.output_point}"
