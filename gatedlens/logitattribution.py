@@ -24,8 +24,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens import inputs
-from gatedlens.autocast import exact
 from gatedlens.attention import implicit_attention
+from gatedlens.autocast import exact
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError
 from gatedlens.hooking import Batch

@@ -20,12 +20,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatedlens.autocast import exact
 from gatedlens.attention import PAPERS, ImplicitAttention, implicit_attention
 from gatedlens.attribution import channels as channels_
 from gatedlens.attribution import official
 from gatedlens.attribution.attribution import Attribution
 from gatedlens.attribution.question import Question
+from gatedlens.autocast import exact
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.factors import NAMES
 from gatedlens.recurrence import at_least_float32

@@ -179,8 +179,8 @@ def _flow(model: Any, layer: int) -> Flow:
     points = tuple(stem + name for name in mixer.attention_points if stem + name != output)
     if not points:
         raise InputError(
-            f"Relevance goes through a mixer by its implicit attention, and that of layer {layer} of {model.title} declares none: "
-            f"give {type(mixer).__name__} `attention_points`, `output_point` and `factors`."
+            f"Relevance goes through a mixer by its implicit attention, and that of layer {layer} of {model.title} declares "
+            f"none: give {type(mixer).__name__} `attention_points`, `output_point` and `factors`."
         )
     return Flow(layer, output, points, {name: _gate(model, layer, name) for name in points})
 
@@ -266,8 +266,8 @@ class Through:
         if len(found) > 1 or found[0].reads is None:
             rows = "; ".join(f"{name} = {self.model.names.points[name].equation}" for name in names)
             raise InputError(
-                f"gates={self.gates!r}: what the gate of layer {self.flow.layer} is an activation of cannot be told from {rows}. A "
-                "row such as hook_gate = SiLU(gate_pre) says it; gates='none' gives no gate any relevance."
+                f"gates={self.gates!r}: what the gate of layer {self.flow.layer} is an activation of cannot be told from {rows}. "
+                "A row such as hook_gate = SiLU(gate_pre) says it; gates='none' gives no gate any relevance."
             )
         return found[0].reads
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from gatedlens.autocast import exact
 from gatedlens.attribution.baseline import NOTHING
+from gatedlens.autocast import exact
 from gatedlens.errors import InputError, did_you_mean
 
 BUNDLED = {"-recall": "and", "-moby": " "}  # a word without content in the vocabulary of each task
