@@ -38,8 +38,8 @@ def verify(
     if not error <= max(size, 1e-30) * torch.finfo(o.dtype).eps ** 0.5:
         points = ", ".join(attention.model.blocks[attention.layer].mixer.attention_points)
         raise InputError(
-            f"Layer {attention.layer}: its output is not A x + r (it is off by {error:.3g} of {size:.3g}), so {what} would not "
-            f"be exact. If another hook edits inside its recurrence (or its output point), edit what A is derived from "
-            f"({points}), or make the edit after this one. If none does, `gl.implicit_attention(...).check()` says the same: "
-            "the mixer's `factors` are not those of its forward."
+            f"Layer {attention.layer}: another hook edits inside its recurrence (or its output point), or the mixer's `factors` "
+            f"are not those of its forward, so its output is not A x + r (it is off by {error:.3g} of {size:.3g}) and {what} "
+            f"would not be exact. Edit what A is derived from ({points}), or make the edit after this one; "
+            "`gl.implicit_attention(...).check()` tells the two apart."
         )

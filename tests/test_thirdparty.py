@@ -253,7 +253,7 @@ def test_a_mixer_whose_factors_are_not_its_forwards_is_refused(good):
             return replace(factors, gate=2 * factors.gate)
 
     model = model_of(good.wrapped, mamba.BLOCK_ROWS, Doubled)
-    with pytest.raises(gl.InputError, match="Layer 0: its output is not A x . r .*so relevance would not"):
+    with pytest.raises(gl.InputError, match="Layer 0: .* its output is not A x . r .* and relevance would not"):
         gl.attribution.lrp(model, example(good), target=5)
     assert gl.implicit_attention(model, example(good)).check().relative > 0.1
 
