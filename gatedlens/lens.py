@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gatedlens import inputs
+from gatedlens.autocast import exact
 from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
 from gatedlens.logitattribution import logit_attribution, token_attribution
@@ -64,7 +65,9 @@ class LogitLens:
         if layer != EMBED and (not isinstance(layer, int) or not -n <= layer < n):
             raise InputError(f"layer={layer!r}: {self.model.cfg.model_name} has layers 0 to {n - 1}, and 'embed'.")
         depth = 0 if isinstance(layer, str) else layer % n + 1
-        found: Tensor = self.model.unembed(self.model.ln_final(self.resid[depth]))
+        resid = self.resid[depth]
+        with exact(resid):
+            found: Tensor = self.model.unembed(self.model.ln_final(resid))
         return found
 
     # -- one row, layer by position ------------------------------------------------------------------------------

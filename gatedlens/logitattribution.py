@@ -25,6 +25,7 @@ from torch import Tensor
 
 from gatedlens import inputs
 from gatedlens.attention import implicit_attention
+from gatedlens.autocast import exact
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
@@ -150,7 +151,8 @@ def _through_norm(
         with model.hooks([(SCALE, lambda own, hook: held.to(own))]):
             x = torch.zeros(last.shape, dtype=last.dtype, device=last.device, requires_grad=True)
             read = (model.ln_final(x).double() * u).sum((1, 2))
-        (direction,) = torch.autograd.grad(read.sum(), x)
+        with exact(x):
+            (direction,) = torch.autograd.grad(read.sum(), x)
     return direction, read.detach()
 
 

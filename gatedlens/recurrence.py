@@ -23,6 +23,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import Function
 
+from gatedlens.autocast import is_on
+from gatedlens.errors import InputError
 from gatedlens.transforms import forward_mode, gradients, has_old_axis, transformed
 
 Terms = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
@@ -88,13 +90,15 @@ class LinearScan(Function):
 
 
 def linear_scan(
-    decay: Float[Tensor, "batch pos *rest"],
-    write: Float[Tensor, "batch pos *rest"],
-    initial: Float[Tensor, "batch ..."] | None = None,
+    decay: Float[Tensor, "#batch #pos *#rest"],
+    write: Float[Tensor, "#batch #pos *#rest"],
+    initial: Float[Tensor, "#batch ..."] | None = None,
 ) -> Float[Tensor, "batch pos *rest"]:
-    """state_t = decay_t * state_{t-1} + write_t, all states, from `initial` (zero when None)."""
+    """state_t = decay_t * state_{t-1} + write_t, all states, from `initial` (zero when None); shapes may broadcast."""
     if initial is None:
         initial = torch.zeros_like(write[:, 0])
+    if not decay.shape == write.shape == (len(initial), write.shape[1], *initial.shape[1:]):
+        decay, write, initial = _alike(decay, write, initial)
     if torch.compiler.is_compiling():
         return _linear_scan(decay, write, initial)
     if forward_mode():
@@ -109,6 +113,18 @@ def _unrolled(decay: Tensor, write: Tensor, state: Tensor) -> Tensor:
         state = torch.addcmul(w, a, state)
         states.append(state)
     return torch.stack(states, dim=1)
+
+
+def _alike(decay: Tensor, write: Tensor, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All three in the shape that they broadcast to, so that each gets a gradient of its own shape."""
+    try:
+        decay, write, start = torch.broadcast_tensors(decay, write, initial.unsqueeze(1))
+    except RuntimeError as error:
+        shapes = ", ".join(str(list(x.shape)) for x in (decay, write, initial))
+        raise InputError(
+            f"linear_scan takes decay and write [batch, pos, ...] and initial [batch, ...]; {shapes} do not fit together."
+        ) from error
+    return decay, write, start[:, 0]
 
 
 @torch.library.custom_op(
@@ -145,9 +161,15 @@ def _scan_backward(run: Any, decay: Tensor, initial: Tensor, states: Tensor, gra
 
 
 def readout(states: Float[Tensor, ...], read: Float[Tensor, "... state"] | None) -> Float[Tensor, ...]:
-    """scan_t[c] = sum_n read_t[n] * state_t[c, n]; the state itself when `read` is None."""
+    """scan_t[c] = sum_n read_t[n] * state_t[c, n]; the state itself when `read` is None.
+
+    A read of as many axes as the states is one of each channel: sum_n read_t[c, n] * state_t[c, n].
+    """
     if read is None:
         return states
+    apart = read.ndim == states.ndim
+    if apart or is_on(states):  # autocast leaves products and sums as they are, in backward too
+        return (states * (read if apart else read.unsqueeze(-2)).to(states.dtype)).sum(-1)
     if states.stride(-1) == 1:
         return torch.matmul(states, read.to(states.dtype).unsqueeze(-1)).squeeze(-1)
     return torch.matmul(read.to(states.dtype).unsqueeze(-2), states.mT).squeeze(-2)  # channels lie innermost

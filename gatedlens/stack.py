@@ -17,6 +17,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, SupportsIndex, overload
 
 import torch
@@ -24,11 +25,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gatedlens.attention import ImplicitAttention, implicit_attention
+from gatedlens.attention import AT_ONCE, DENSE_LIMIT, Check, ImplicitAttention, implicit_attention, worst
+from gatedlens.autocast import exact
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError
 from gatedlens.factors import NAMES
 from gatedlens.profiles import Profile, induction, of_layer
+
+INSTEAD = (
+    "Ask for fewer layers (`stack[2:5]`), for `stack[layer].row(i)` or `@ x`, for fewer positions, or raise max_bytes."
+)
 
 
 @dataclass(frozen=True)
@@ -104,31 +110,52 @@ class AttentionStack:
         for attention in tqdm(self, total=len(self), disable=not progress, desc=what, unit="layer"):
             yield matrix(attention)
 
-    def mean(self, progress: bool = True) -> Float[Tensor, "layer batch dst src"]:
-        """Each layer's signed mean over channels."""
-        return torch.stack(list(self.each(ImplicitAttention.mean, "mean", progress)))
+    def mean(self, progress: bool = True, max_bytes: int | None = DENSE_LIMIT) -> Float[Tensor, "layer batch dst src"]:
+        """Each layer's signed mean over channels. Refuses what takes more than `max_bytes` on the way, as all here does."""
+        self._afford("mean()", 2 * len(self), max_bytes)
+        return torch.stack(list(self.each(_mean, "mean", progress)))
 
-    def abs_mean(self, progress: bool = True) -> Float[Tensor, "layer batch dst src"]:
+    def abs_mean(
+        self, progress: bool = True, max_bytes: int | None = DENSE_LIMIT
+    ) -> Float[Tensor, "layer batch dst src"]:
         """Each layer's mean over channels of absolute values."""
-        return torch.stack(list(self.each(ImplicitAttention.abs_mean, "abs_mean", progress)))
+        self._afford("abs_mean()", 2 * len(self), max_bytes)
+        return torch.stack(list(self.each(_abs_mean, "abs_mean", progress)))
 
-    def layer_mean(self, absolute: bool = False, progress: bool = True) -> Float[Tensor, "batch dst src"]:
+    def layer_mean(
+        self, absolute: bool = False, progress: bool = True, max_bytes: int | None = DENSE_LIMIT
+    ) -> Float[Tensor, "batch dst src"]:
         """The mean over layers of `mean()`, or of `abs_mean()`: HA's "raw attention" before its row is picked."""
-        matrix = ImplicitAttention.abs_mean if absolute else ImplicitAttention.mean
-        total = sum(self.each(matrix, "layer mean", progress))
-        return total / len(self)  # type: ignore[return-value]
+        self._afford("layer_mean()", 2, max_bytes)
+        total = reduce(torch.add, self.each(_abs_mean if absolute else _mean, "layer mean", progress))
+        return total / len(self)
 
-    def rollout(self, start_layer: int | None = None, progress: bool = True) -> Float[Tensor, "batch dst src"]:
+    def check(self) -> Check:
+        """The largest errors of `ImplicitAttention.check` over the layers."""
+        return worst(attention.check() for attention in self)
+
+    def _afford(self, what: str, matrices: int, max_bytes: int | None) -> None:
+        """TooLargeError if a layer's matrix and `matrices` more of its size are too much."""
+        if max_bytes is not None:
+            self._operator(self.layers[0]).afford(
+                f"{what} of {len(self)} layers", AT_ONCE + matrices, max_bytes, INSTEAD
+            )
+
+    def rollout(
+        self, start_layer: int | None = None, progress: bool = True, max_bytes: int | None = DENSE_LIMIT
+    ) -> Float[Tensor, "batch dst src"]:
         """(I + E_d A_last) ... (I + E_d A_start): signed, not normalised; I is the residual stream, E_d the channel mean.
 
         From `start_layer` (of the model; None: the stack's first) to the stack's last. Masked positions take no part:
         their rows and columns are zero. HA (arXiv 2403.01590), sec. 3.4, after Abnar and Zuidema 2020.
         """
         layers = self if start_layer is None else self[self._start(start_layer) :]
+        layers._afford("rollout()", 4, max_bytes)
         total: Tensor | None = None
-        for matrix in layers.each(ImplicitAttention.mean, "rollout", progress):
+        for matrix in layers.each(_mean, "rollout", progress):
             step = matrix + self._identity(matrix)
-            total = step if total is None else step @ total
+            with exact(step):
+                total = step if total is None else step @ total
         assert total is not None
         return total
 
@@ -145,13 +172,25 @@ class AttentionStack:
 
     # -- profiles ------------------------------------------------------------------------------------------------
 
-    def profiles(self, progress: bool = True) -> Profile:
+    def profiles(self, progress: bool = True, max_bytes: int | None = DENSE_LIMIT) -> Profile:
         """How far and how sharply each layer looks: `profiles.of_layer` with a layer axis in front."""
-        found = [of_layer(a) for a in tqdm(self, total=len(self), disable=not progress, desc="profiles", unit="layer")]
+        bar = tqdm(self, total=len(self), disable=not progress, desc="profiles", unit="layer")
+        found = [of_layer(attention, max_bytes) for attention in bar]
         return Profile(*(torch.stack(values) for values in zip(*found, strict=True)))
 
     def induction(
-        self, tokens: Int[Tensor, "batch pos"] | None = None, progress: bool = True
+        self,
+        tokens: Int[Tensor, "batch pos"] | None = None,
+        progress: bool = True,
+        max_bytes: int | None = DENSE_LIMIT,
     ) -> Float[Tensor, "layer batch"]:
         """How much of each layer's attention goes to what followed earlier: `profiles.induction`."""
-        return torch.stack(list(self.each(lambda a: induction(a, tokens).score, "induction", progress)))
+        return torch.stack(list(self.each(lambda a: induction(a, tokens, max_bytes).score, "induction", progress)))
+
+
+def _mean(attention: ImplicitAttention) -> Tensor:
+    return attention.mean(max_bytes=None)
+
+
+def _abs_mean(attention: ImplicitAttention) -> Tensor:
+    return attention.abs_mean(max_bytes=None)

@@ -8,7 +8,7 @@ import torch
 import gatedlens as gl
 from gatedlens import ablation, knockout, states
 from gatedlens.hooks import architectures
-from tests.helpers import example, padded
+from tests.helpers import example, padded, relative
 
 AT = 3  # a position in the middle
 
@@ -330,3 +330,19 @@ def test_on_recall_the_state_before_the_question_holds_the_answer(name):
     assert recalled(other.answers, patch) > 0.7 > 0.3 > recalled(batch.answers, patch)
     everything_of_it = states.read_through(model, state, batch.tokens, at=batch.tokens.shape[1] - 2)
     assert (everything_of_it[:, -1].argmax(-1) == other.answers).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@torch.no_grad()
+def test_convs_of_one_and_two_taps_go_on_from_a_state(width):
+    """Logits at every split, and the implicit attention after each: no architecture needs a tail."""
+    griffin = gl.HookedGriffin.tiny(dtype=torch.float64, conv1d_width=width)
+    mamba = gl.HookedMamba.tiny(dtype=torch.float64, ssm_cfg={"d_state": 4, "d_conv": width})
+    for model in (griffin, mamba):
+        tokens = example(model, 2, 6)
+        whole = model(tokens)
+        for split in (1, 2, 5):
+            first, state = model(tokens[:, :split], return_state=True)
+            rest, cache = model.run_with_cache(tokens[:, split:], state=state)
+            assert relative(torch.cat([first, rest], 1), whole) < 1e-12
+            assert gl.implicit_attention(cache).check().relative < 1e-10

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gatedlens.attribution.attribution import IMAGE, TEXT, Attribution
 from gatedlens.attribution.target import Target
+from gatedlens.autocast import exact
 from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
 from gatedlens.hookpoint import Capture
@@ -113,7 +114,8 @@ class Question:
             total = self.measure(self.features.clone().requires_grad_()).sum()
         if not total.requires_grad:
             raise InputError("The metric does not depend on the input: it has no gradient. Does it detach, or count?")
-        found = torch.autograd.grad(total, [values[name] for name in names], allow_unused=True)
+        with exact(total):
+            found = torch.autograd.grad(total, [values[name] for name in names], allow_unused=True)
         return {n: torch.zeros_like(values[n]) if g is None else g for n, g in zip(names, found, strict=True)}
 
     def gradient(self) -> Float[Tensor, "batch place d_model"]:

@@ -25,6 +25,7 @@ from gatedlens.attribution import channels as channels_
 from gatedlens.attribution import official
 from gatedlens.attribution.attribution import Attribution
 from gatedlens.attribution.question import Question
+from gatedlens.autocast import exact
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.factors import NAMES
 from gatedlens.recurrence import at_least_float32
@@ -133,7 +134,8 @@ class Reading:
 
 def through(q: Float[Tensor, "batch dst"], matrix: Float[Tensor, "batch dst src"]) -> Float[Tensor, "batch src"]:
     """q^T matrix"""
-    return torch.einsum("bi,bij->bj", q, matrix)
+    with exact(matrix):
+        return torch.einsum("bi,bij->bj", q, matrix)
 
 
 def _operators(question: Question, layers: Any, start_layer: Any, default: int) -> AttentionStack:

@@ -30,7 +30,7 @@ from gatedlens.block import Mixer, MlpBlock, Norm, Run, mlp_residual_rows, norm_
 from gatedlens.config import HookedConfig
 from gatedlens.documentrun import DocumentRun
 from gatedlens.errors import CheckpointError
-from gatedlens.factors import Factors
+from gatedlens.factors import Factors, reach
 from gatedlens.hooking import Batch
 from gatedlens.hookpoint import Part, rows_of
 from gatedlens.language import HookedLanguageModel
@@ -197,19 +197,15 @@ class GriffinMixer(Mixer):
             padding.pack(at_least_float32(cached(name))) for name in self.attention_points
         )
         document = (reset.squeeze(-1) == 1).long().cumsum(1)  # 0: the one that a carried state began
-        weight, bias = self.weights.conv_1d.weight.to(x.dtype), self.weights.conv_1d.bias.to(x.dtype)
-        drift, start, width = bias * padding.packed_mask(x), None, weight.shape[-1]
+        taps, bias = self.weights.conv_1d.weight.to(x.dtype).squeeze(1), self.weights.conv_1d.bias.to(x.dtype)
+        drift, start = bias * padding.packed_mask(x), None
         if state is not None:
-            tail = state["conv", self.layer].to(x)
-            reach = F.conv1d(F.pad(tail.mT, (0, width - 1)), weight, groups=weight.shape[0]).mT
-            reach = F.pad(reach, (0, 0, 0, x.shape[1]))[:, : x.shape[1]]
-            drift = drift + reach * (document == 0).unsqueeze(-1)
+            drift = drift + reach(state["conv", self.layer], x, taps) * (document == 0).unsqueeze(-1)
             start = state["scan", self.layer].to(x).unsqueeze(-1)
         kept = torch.log1p(-reset.double()).clamp(min=FORGOTTEN)
         one = x.new_ones(*x.shape[:2], 1)
         packed = document if bool((reset[:, 1:] == 1).any()) else None
         scan = DecayScan((log_a.double() + kept).cumsum(1), x.new_ones(x.shape[2], 1), one, m * i, one, packed)
-        taps = weight.squeeze(1)
         return Factors(x=x, o=o, scan=scan, gate=gate, taps=taps, drift=drift, document=packed, start=start)
 
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:

@@ -28,7 +28,7 @@ from gatedlens import fused
 from gatedlens.block import Block, Mixer, Norm, Run, norm_rows, residual_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError
-from gatedlens.factors import Factors
+from gatedlens.factors import Factors, reach
 from gatedlens.hookpoint import rows_of
 from gatedlens.language import HookedLanguageModel
 from gatedlens.padding import Padding, windows
@@ -140,28 +140,22 @@ class SelectiveScan(Mixer):
 
         Positions are in the order of the scan (`along`), so S and M look back.
         """
-        names = (name.removeprefix("hook_") for name in self.attention_points)
-        c = {name: self.along(padding.pack(at_least_float32(cached(f"hook_{name}")))) for name in names}
-        x = c["x"]
-        weight = self.weights.conv1d.weight.to(x.dtype)
-        bias = self.weights.conv1d.bias
-        taps, drift, start = weight.squeeze(1), torch.zeros_like(x), None
+        x, conv, dt, B, C, gate, o = (
+            self.along(padding.pack(at_least_float32(cached(name)))) for name in self.attention_points
+        )
+        taps, bias = self.weights.conv1d.weight.to(x.dtype).squeeze(1), self.weights.conv1d.bias
+        drift, start = torch.zeros_like(x), None
         if state is not None:
-            tail = state["conv", self.layer].to(x)
-            width = tail.shape[1]  # K - 1
-            reach = F.conv1d(F.pad(tail.mT, (0, width + 1)), weight, groups=len(taps)).mT[
-                :, :width
-            ]  # what it still brings
-            drift[:, :width] += reach[:, : x.shape[1]]
+            drift = reach(state["conv", self.layer], x, taps)
             start = state["scan", self.layer].to(x)
         real = padding.packed_mask(x)
         return Factors(
             x=x,
-            o=c["gated"],
-            scan=DecayScan(c["dt"].double().cumsum(1), self.A.to(x.dtype), c["C"], c["dt"], c["B"]),
-            gate=c["gate"],
+            o=o,
+            scan=DecayScan(dt.double().cumsum(1), self.A.to(x.dtype), read=C, amount=dt, key=B),
+            gate=gate,
             skip=at_least_float32(self.weights.D).to(x.dtype),
-            act=torch.sigmoid(c["conv"]) * real,
+            act=torch.sigmoid(conv) * real,
             taps=taps,
             drift=drift if bias is None else drift + bias.to(x.dtype) * real,
             start=start,
