@@ -68,8 +68,9 @@ class Rows:
         return self.keep.numel() if self.mask is None else int(self.mask.sum())
 
     def checksum(self) -> int:
-        """Tells this batch from another: of what the model reads, and what is kept."""
-        parts = [self.value, self.keep.to(torch.uint8)]
+        """Tells this batch from another: of what the model reads, and what is kept, and of which documents."""
+        parts = [self.value, self.keep.to(torch.uint8), self.documents]
+        parts += [] if self.mask is None else [self.mask.to(torch.uint8)]
         total = 0
         for part in parts:
             total = zlib.crc32(part.cpu().contiguous().flatten().view(torch.uint8).numpy().data, total)

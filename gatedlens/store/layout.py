@@ -10,7 +10,7 @@ column of the Arrow folder, Array2D(context, d); what has more is a tensor in sa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from gatedlens.errors import InputError, PointError
 from gatedlens.points import NamesFilter, Point
 
+DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64", "int64": "I64", "bool": "BOOL"}
 ARROW_DTYPES = {torch.float16: "float16", torch.float32: "float32", torch.float64: "float64", torch.int64: "int64"}
 
 
@@ -64,7 +65,8 @@ class Layout:
 
     @staticmethod
     def from_dict(told: Mapping[str, Any]) -> Layout:
-        return Layout(**{**told, "dtype": getattr(torch, told["dtype"]), "shape": tuple(told["shape"])})
+        known = {field.name: told[field.name] for field in fields(Layout)}
+        return Layout(**{**known, "dtype": getattr(torch, told["dtype"]), "shape": tuple(told["shape"])})
 
     @staticmethod
     def of(point: Point, name: str, example: Tensor, dtype: torch.dtype | None, context: int | None) -> Layout:
