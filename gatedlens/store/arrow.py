@@ -113,7 +113,13 @@ def batch_reader(file: Tensor, schema: Any) -> Callable[[int, str, Layout | None
     source = pa.BufferReader(pa.py_buffer(file.numpy()))
     try:
         held = pa.ipc.open_stream(source).schema
-    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:  # pyarrow's, and datasets' of its types
+    except (
+        pa.ArrowException,
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+    ) as error:  # pyarrow's, and datasets' of its types
         raise ValueError(f"its head is no schema of Arrow ({error})") from error
     if not held.equals(schema):
         told = [", ".join(f"{one.name} {one.type}" for one in some) for some in (held, schema)]

@@ -26,7 +26,7 @@ def explained(path: Path, safe: str = "") -> Iterator[None]:
         raise
     except OSError as error:
         reason = error.strerror or str(error)
-        raise StoreError(f"{path} cannot be written: {reason}. {safe}".rstrip()) from error
+        raise StoreError(f"{error.filename or path} cannot be written: {reason}. {safe}".rstrip()) from error
 
 
 @contextmanager

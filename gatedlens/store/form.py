@@ -41,7 +41,9 @@ FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 COUNT = Kind("a whole number of at least 0", is_whole)
 CHECKSUM = Kind("a checksum, a whole number of 32 bits", lambda value: is_whole(value, most=2**32))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
-TEXTS = Kind("an object of texts", lambda value: isinstance(value, dict) and all(isinstance(v, str) for v in value.values()))
+TEXTS = Kind(
+    "an object of texts", lambda value: isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+)
 
 
 def misfit(value: Any, form: Any, where: str = "it") -> str | None:

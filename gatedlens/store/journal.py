@@ -59,7 +59,9 @@ class Entry:
         if not line.endswith(b"\n"):
             raise ValueError("it has no end")
         if stamp != b"%08x" % zlib.crc32(text):
-            raise ValueError(f"its checksum is {stamp[:16].decode(errors='replace')!r}, expected '{zlib.crc32(text):08x}'")
+            raise ValueError(
+                f"its checksum is {stamp[:16].decode(errors='replace')!r}, expected '{zlib.crc32(text):08x}'"
+            )
         told = json.loads(text)
         said = misfit(told, FORM)
         if said:

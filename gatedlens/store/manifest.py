@@ -114,7 +114,9 @@ def fingerprint(model: Any) -> str:
         found = zlib.crc32(f"{name} {list(tensor.shape)} {tensor.dtype}".encode(), found)
         found = found if tensor.is_meta else _crc32(tensor, found)
     for name, module in model.wrapped.named_modules():
-        held = {key: value for key, value in sorted(vars(module).items()) if type(value) in (float, bool) and key[0] != "_"}
+        held = {
+            key: value for key, value in sorted(vars(module).items()) if type(value) in (float, bool) and key[0] != "_"
+        }
         found = zlib.crc32(f"{name} {held}".encode(), found)
     return f"{found:08x}"
 
@@ -174,6 +176,14 @@ def _at_odds(told: dict[str, Any]) -> str | None:
     names = [point["name"] for point in told["points"]]
     if not names or len(set(names)) < len(names):
         return f"points are {names}, expected at least one, and each once"
+    for i, point in enumerate(told["points"]):
+        layout = Layout.from_dict(point)
+        for key, wanted in (("per", layout.fitting_per), ("stored", layout.fitting_stored)):
+            if point[key] != wanted:
+                return (
+                    f"points[{i}].{key} is {point[key]!r}, expected {wanted!r} for the axes {layout.axes}, the shape "
+                    f"{list(layout.shape)} and the dtype {point['dtype']}"
+                )
     strange = next((alias for alias, name in told["aliases"].items() if name not in names), None)
     if strange is not None:
         return f"aliases.{strange} is {told['aliases'][strange]!r}, expected one of the points ({', '.join(names[:4])})"

@@ -1,8 +1,8 @@
 """Mapped: the files of a store as bytes, each mapped when it is first read; a batch's checksum is compared once.
 
-    files = Mapped(folder)
-    raw = files.batch("tensors/blocks.0.mixer.hook_state-00000.safetensors", extent, 3)      # uint8 [length]
-    whole = files["activations/data-00000.arrow"]                                            # uint8 [bytes of the file]
+files = Mapped(folder)
+raw = files.batch("tensors/blocks.0.mixer.hook_state-00000.safetensors", extent, 3)      # uint8 [length]
+whole = files["activations/data-00000.arrow"]                                            # uint8 [bytes of the file]
 """
 
 from __future__ import annotations

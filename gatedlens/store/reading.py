@@ -22,7 +22,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -39,7 +38,6 @@ from gatedlens.store.reductions import by_name, misfit
 from gatedlens.store.shards import HEAD, SafetensorsFormat, fits
 from gatedlens.store.statistics import Statistics
 from gatedlens.store.statisticsfile import read_statistics
-
 
 STATISTICS = "statistics.safetensors"
 KEPT = ("activations", "tensors", STATISTICS)  # what a batch is committed to
@@ -106,12 +104,14 @@ class Store:
         told, names = sorted(card["name"] for card in finished["files"]), sorted(self._names())
         if told != names:
             raise StoreError(
-                f"{self.folder / 'manifest.json'} is damaged: finished.files names {', '.join(told) or 'none'}, expected "
-                f"{', '.join(names)}."
+                f"{self.folder} is damaged: finished.files in manifest.json names {', '.join(told) or 'none'}, and the batches "
+                f"of journal.jsonl lie in {', '.join(names) or 'none'}."
             )
         for card in finished.get("besides", []):
             if card["name"] == path.name and not fits(card, self.folder):
-                raise StoreError(f"{path} is damaged: its checksum is not {card['crc32']}, as in manifest.json. {AGAIN}")
+                raise StoreError(
+                    f"{path} is damaged: its checksum is not {card['crc32']}, as in manifest.json. {AGAIN}"
+                )
 
     def _names(self) -> set[str]:
         """The files that hold what is committed."""
@@ -200,11 +200,20 @@ class Store:
             raise StoreError(f"{self.folder} holds no statistics yet: run the harvest again.")
         path, finished = self.folder / STATISTICS, self.manifest["finished"]
         held = read_statistics(path)
-        if held.batches not in (len(self.batches), len(self.batches) - (finished is None)):  # the journal's line comes first
-            raise StoreError(f"{path} is damaged: it is of {held.batches} batches, expected {len(self.batches)}. {AGAIN}")
+        if held.batches not in (
+            len(self.batches),
+            len(self.batches) - (finished is None),
+        ):  # the journal's line comes first
+            raise StoreError(
+                f"{path} is damaged: it is of {held.batches} batches, expected {len(self.batches)}. {AGAIN}"
+            )
         if finished is not None and not fits(finished["files"][0], self.folder):
-            raise StoreError(f"{path} is damaged: its checksum is not {finished['files'][0]['crc32']}, as in manifest.json.")
-        said = misfit(held.parts, {(name, by_name(one)): layout for name, layout in self.layouts.items() for one in reductions})
+            raise StoreError(
+                f"{path} is damaged: its checksum is not {finished['files'][0]['crc32']}, as in manifest.json."
+            )
+        said = misfit(
+            held.parts, {(name, by_name(one)): layout for name, layout in self.layouts.items() for one in reductions}
+        )
         if said:
             raise StoreError(f"{path} is damaged: {said}. {AGAIN}")
         return Statistics(held.parts, self.find)
@@ -280,7 +289,7 @@ class Store:
                 self._readers[file] = batch_reader(self._files[file], schema)
             self._files.batch(file, entry.at[0], batch)
             values, ends = self._readers[file](entry.at[0].offset, name, layout)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raise StoreError(f"{self.folder / file} is damaged: {error}. {AGAIN}") from error
         n = entry.rows if layout is not None and layout.per == "row" else entry.tokens
         if len(ends) != entry.rows + 1 or len(values) != n:
