@@ -30,6 +30,7 @@ from gatedlens.branch import Branch, branch_of
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError, TooLargeError, did_you_mean, in_bytes
 from gatedlens.factors import NAMES, Factors
+from gatedlens.labelled import labelled
 from gatedlens.layers import layer_of
 from gatedlens.model import HookedModel
 from gatedlens.padding import Padding
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 DENSE_LIMIT = 4 * 2**30  # bytes that dense() takes without being told more
 ABS_ELEMENTS = 1 << 23  # numbers of a dense piece behind abs_mean(): 32 MiB of float32
+MEAN = "attention (mean over channels)"  # what the numbers of a view are, for the pictures of it
+ABS_MEAN = "|attention| (mean over channels)"
 PAPERS = {"unified": ("gate", "scan", "act", "conv"), "hidden": ("scan",)}
 
 
@@ -262,6 +265,7 @@ class ImplicitAttention:
         """A[:, j] for every channel: where position j's input goes."""
         return self.T.row(j)
 
+    @labelled("attention (of one channel)")
     def dense(
         self, channels: Any = None, max_bytes: int | None = DENSE_LIMIT
     ) -> Float[Tensor, "batch channel dst src"]:
@@ -277,6 +281,7 @@ class ImplicitAttention:
         whole = self._unpack_both(self._sum(lambda branch, turn: _turn_both(branch.dense(chosen), turn)))
         return whole.mT if self.transposed else whole
 
+    @labelled("attention (weighted over channels)")
     def weighted(self, weights: Float[Tensor, " weight"]) -> Float[Tensor, "batch dst src"]:
         """sum over channels of weights[c] * A[c]: one matrix product per block, no channel apart."""
         if tuple(weights.shape) != (self.shape[2],):
@@ -286,11 +291,13 @@ class ImplicitAttention:
         total = self._unpack_both(total).squeeze(1)
         return total.mT if self.transposed else total
 
+    @labelled(MEAN)
     def mean(self) -> Float[Tensor, "batch dst src"]:
         """The mean over channels, signed."""
         channels = self.shape[2]
         return self.weighted(self.branches[0].x.new_full((channels,), 1 / channels))
 
+    @labelled(ABS_MEAN)
     def abs_mean(self) -> Float[Tensor, "batch dst src"]:
         """The mean over channels of absolute values, channel chunk by channel chunk."""
         batch, length, channels = self.shape
@@ -306,6 +313,7 @@ class ImplicitAttention:
         chosen = _channels(channels, self.shape[2])
         return replace(self, branches=tuple(factors.select(chosen) for factors in self.branches))
 
+    @labelled("attention (mean over a group of channels)")
     def grouped(self, groups: Sequence[Any]) -> Float[Tensor, "batch group dst src"]:
         """The mean over each group of channels, signed: `A.grouped([[0, 3], slice(4, 8)])`; a group is named as in `dense`.
 

@@ -29,6 +29,7 @@ from gatedlens.attention import ImplicitAttention
 from gatedlens.branch import Branch
 from gatedlens.errors import InputError
 from gatedlens.factors import NAMES, Factors
+from gatedlens.labelled import labelled
 
 BLOCK_ELEMENTS = 1 << 24  # numbers in one block of vectors [batch, rows, src, d_model]
 
@@ -90,6 +91,7 @@ class Contributions:
 
     # -- all pairs -----------------------------------------------------------------------------------------------
 
+    @labelled("norm of the contribution")
     def norms(self, progress: bool = False) -> Float[Tensor, "batch dst src"]:
         """|F[i, j]| for all pairs, a block of destinations at a time."""
         return torch.cat([block.norm(dim=-1) for block in self.blocks(progress)], dim=1)
@@ -109,6 +111,7 @@ class Contributions:
                     total = total + part @ self.weight[:, some].T
             yield total
 
+    @labelled("contribution along the direction")
     def along(self, direction: Float[Tensor, " d_model"]) -> Float[Tensor, "batch dst src"]:
         """F[i, j] . direction for all pairs; no channel apart.
 

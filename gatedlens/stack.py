@@ -24,10 +24,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gatedlens.attention import ImplicitAttention, implicit_attention
+from gatedlens.attention import ABS_MEAN, MEAN, ImplicitAttention, implicit_attention
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError
 from gatedlens.factors import NAMES
+from gatedlens.labelled import labelled, with_label
 from gatedlens.profiles import Profile, induction, of_layer
 
 
@@ -104,10 +105,12 @@ class AttentionStack:
         for attention in tqdm(self, total=len(self), disable=not progress, desc=what, unit="layer"):
             yield matrix(attention)
 
+    @labelled(MEAN)
     def mean(self, progress: bool = True) -> Float[Tensor, "layer batch dst src"]:
         """Each layer's signed mean over channels."""
         return torch.stack(list(self.each(ImplicitAttention.mean, "mean", progress)))
 
+    @labelled(ABS_MEAN)
     def abs_mean(self, progress: bool = True) -> Float[Tensor, "layer batch dst src"]:
         """Each layer's mean over channels of absolute values."""
         return torch.stack(list(self.each(ImplicitAttention.abs_mean, "abs_mean", progress)))
@@ -116,8 +119,11 @@ class AttentionStack:
         """The mean over layers of `mean()`, or of `abs_mean()`: HA's "raw attention" before its row is picked."""
         matrix = ImplicitAttention.abs_mean if absolute else ImplicitAttention.mean
         total = sum(self.each(matrix, "layer mean", progress))
-        return total / len(self)  # type: ignore[return-value]
+        said = "|attention|" if absolute else "attention"
+        mean: Tensor = with_label(total / len(self), f"{said} (mean over channels and layers)")
+        return mean
 
+    @labelled("rollout of the attention (mean over channels)")
     def rollout(self, start_layer: int | None = None, progress: bool = True) -> Float[Tensor, "batch dst src"]:
         """(I + E_d A_last) ... (I + E_d A_start): signed, not normalised; I is the residual stream, E_d the channel mean.
 
