@@ -25,6 +25,7 @@ from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
 from gatedlens.language import HookedLanguageModel
 from gatedlens.store.corpus import Corpus, Document
+from gatedlens.store.form import is_whole
 
 POSITIONS = ("all", "last", "mask")
 
@@ -104,7 +105,7 @@ class Batches:
             raise InputError(f"positions={self.positions!r}: it is {', '.join(map(repr, POSITIONS))}.")
         for name in ("batch_size", "context", "max_tokens"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and not is_whole(value, least=1):
                 raise InputError(
                     f"{name}={value!r}: it is a number of at least 1{'' if name == 'batch_size' else ', or None'}."
                 )

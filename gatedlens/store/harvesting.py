@@ -80,6 +80,8 @@ def harvest(
     batches = Batches(read(dataset, model, field), model, batch_size, context, max_tokens, positions)
     layouts = plan(batches, names, kept)
     folder = Path(out).expanduser()
+    if "\0" in str(folder):
+        raise StoreError(f"{str(folder)!r} is no name of a folder: it holds a null character.")
     settings = {
         "batch_size": batch_size,
         "context": context,
