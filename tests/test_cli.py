@@ -251,7 +251,11 @@ WRONG = {
     ],
     "compare": [],
 }
-WRONG = {name: [*lines, *[["--out", out] for out in ("text", "text/x", "/dev/null/x", "no\0name", "n" * 300)]] for name, lines in WRONG.items() if name != "table"} | {"table": WRONG["table"]}  # fmt: skip
+for _name in set(WRONG) - {"table"}:
+    WRONG[_name] = [
+        *WRONG[_name],
+        *[["--out", out] for out in ("text", "text/x", "/dev/null/x", "no\0name", "n" * 300)],
+    ]
 
 
 @pytest.fixture
