@@ -253,8 +253,8 @@ class Store:
         entry = self.batches[batch]
         at = self._streams.index(name)
         file = _file(name, entry.at[at].shard)
-        self._check_head(file, layout)
         raw = self._files.batch(file, entry.at[at], batch)
+        self._check_head(file, layout)
         n = entry.tokens if layout.per == "token" else entry.rows
         if len(raw) != n * layout.bytes or raw.storage_offset() % layout.dtype.itemsize:
             raise StoreError(
