@@ -31,6 +31,7 @@ from gatedlens.branch import Branch, branch_of
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError, did_you_mean
 from gatedlens.factors import NAMES, Factors
+from gatedlens.labelled import labelled
 from gatedlens.layers import layer_of
 from gatedlens.memory import afford
 from gatedlens.model import HookedModel
@@ -47,6 +48,8 @@ INSTEAD = (
 )
 CHECK_ELEMENTS = 1 << 24  # numbers in the matrices that check() looks at
 ABS_ELEMENTS = 1 << 23  # numbers of a dense piece behind abs_mean(): 32 MiB of float32
+MEAN = "attention (mean over channels)"  # what the numbers of a view are, for the pictures of it
+ABS_MEAN = "|attention| (mean over channels)"
 PAPERS = {"unified": ("gate", "scan", "act", "conv"), "hidden": ("scan",)}
 
 
@@ -308,6 +311,7 @@ class ImplicitAttention:
         size = matrices * batch * length * length * self.branches[0].x.element_size()
         afford(f"{what} at {length} positions", size, max_bytes, instead)
 
+    @labelled("attention (of one channel)")
     def dense(
         self, channels: Any = None, max_bytes: int | None = DENSE_LIMIT
     ) -> Float[Tensor, "batch channel dst src"]:
@@ -318,6 +322,7 @@ class ImplicitAttention:
         whole = self._unpack_both(self._sum(lambda branch, turn: _turn_both(branch.dense(chosen), turn)))
         return whole.mT if self.transposed else whole
 
+    @labelled("attention (weighted over channels)")
     def weighted(
         self, weights: Float[Tensor, " weight"], max_bytes: int | None = DENSE_LIMIT
     ) -> Float[Tensor, "batch dst src"]:
@@ -333,12 +338,14 @@ class ImplicitAttention:
         total = self._unpack_both(total).squeeze(1)
         return total.mT if self.transposed else total
 
+    @labelled(MEAN)
     def mean(self, max_bytes: int | None = DENSE_LIMIT) -> Float[Tensor, "batch dst src"]:
         """The mean over channels, signed."""
         self.afford("mean()", AT_ONCE, max_bytes)
         channels = self.shape[2]
         return self.weighted(self.branches[0].x.new_full((channels,), 1 / channels), max_bytes=None)
 
+    @labelled(ABS_MEAN)
     def abs_mean(self, max_bytes: int | None = DENSE_LIMIT) -> Float[Tensor, "batch dst src"]:
         """The mean over channels of absolute values, channel chunk by channel chunk."""
         self.afford("abs_mean()", AT_ONCE, max_bytes)
@@ -355,6 +362,7 @@ class ImplicitAttention:
         chosen = _channels(channels, self.shape[2])
         return replace(self, branches=tuple(factors.select(chosen) for factors in self.branches))
 
+    @labelled("attention (mean over a group of channels)")
     def grouped(
         self, groups: Sequence[Any], max_bytes: int | None = DENSE_LIMIT
     ) -> Float[Tensor, "batch group dst src"]:

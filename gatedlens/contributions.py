@@ -30,6 +30,7 @@ from gatedlens.autocast import exact
 from gatedlens.branch import Branch
 from gatedlens.errors import InputError
 from gatedlens.factors import NAMES, Factors
+from gatedlens.labelled import labelled
 
 BLOCK_ELEMENTS = 1 << 24  # numbers in one block of vectors [batch, rows, src, d_model]
 INSTEAD = "Ask for row(i) or column(j), which grow with the positions alone, for fewer positions, or raise max_bytes."
@@ -93,6 +94,7 @@ class Contributions:
 
     # -- all pairs -----------------------------------------------------------------------------------------------
 
+    @labelled("norm of the contribution")
     def norms(self, progress: bool = False, max_bytes: int | None = DENSE_LIMIT) -> Float[Tensor, "batch dst src"]:
         """|F[i, j]| for all pairs, a block of destinations at a time. Refuses what takes more than `max_bytes` on the way."""
         self.attention.afford("contributions().norms()", AT_ONCE + 2, max_bytes, INSTEAD)
@@ -120,6 +122,7 @@ class Contributions:
                         total = total + part @ self.weight[:, some].T
             yield total
 
+    @labelled("contribution along the direction")
     def along(
         self, direction: Float[Tensor, " d_model"], max_bytes: int | None = DENSE_LIMIT
     ) -> Float[Tensor, "batch dst src"]:

@@ -1,6 +1,6 @@
 """Images as the official Vision Mamba evaluation prepares them: Pillow in, tensor out. torchvision is not needed.
 
-    pixels = preprocess(Image.open("cat.jpg"), size=(224, 224))        # channels height width
+    pixels = preprocess(picture("cat.jpg"), size=(224, 224))        # channels height width
 
 Resize the shorter side to int(size / 0.875) (bicubic), crop the centre, scale to [0, 1], normalise. Inputs of 32 pixels
 or fewer are not resized (the official rule for CIFAR): there the image must have the model's size.
@@ -8,6 +8,7 @@ or fewer are not resized (the official rule for CIFAR): there the image must hav
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.errors import InputError
+from gatedlens.optional import optional
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -43,6 +45,21 @@ def preprocess(
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(height, width, len(mean))
     scaled = pixels.permute(2, 0, 1).float() / 255
     return (scaled - torch.tensor(mean).reshape(-1, 1, 1)) / torch.tensor(std).reshape(-1, 1, 1)
+
+
+def picture(path: str | Path) -> Any:
+    """The PIL image of a file, wholly read; InputError that names a file which is missing, cut off, or no image."""
+    pillow = optional("PIL.Image", "data")
+    try:
+        image = pillow.open(path)
+        image.load()
+    except FileNotFoundError as error:
+        raise InputError(f"There is no file {path}.") from error
+    except (IsADirectoryError, pillow.UnidentifiedImageError) as error:
+        raise InputError(f"{path} is no image that Pillow can read: {error}.") from error
+    except Exception as error:  # for damaged files Pillow's many readers raise whatever their formats' parsers do
+        raise InputError(f"{path} is damaged: {error}.") from error
+    return image
 
 
 def _moded(image: Any, channels: int) -> Any:

@@ -24,6 +24,7 @@ from gatedlens.errors import InputError
 from gatedlens.grid import Grid
 from gatedlens.hooking import Batch, Hooking
 from gatedlens.hookpoint import HookPoint, rows_of
+from gatedlens.layers import layer_of
 from gatedlens.padding import Padding
 from gatedlens.points import Alias, Names, Point, View
 from gatedlens.state import CARRIED, Carried, RecurrentState
@@ -187,8 +188,7 @@ class HookedModel(Hooking):
 
         `layer`: the block to show, None for all of them (blocks differ only where the architecture mixes kinds).
         """
-        self._layer(layer, "layer")
-        chosen = range(self.cfg.n_layers) if layer is None else [range(self.cfg.n_layers)[layer]]
+        chosen = range(self.cfg.n_layers) if layer is None else [layer_of(self, layer)]
         blocks = tuple(f"blocks.{i}." for i in chosen)
         rows = {n: p for n, p in self.names.points.items() if not n.startswith("blocks.") or n.startswith(blocks)}
         itemsize = torch.empty((), dtype=self.cfg.dtype).element_size()

@@ -25,11 +25,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gatedlens.attention import AT_ONCE, DENSE_LIMIT, Check, ImplicitAttention, implicit_attention, worst
+from gatedlens.attention import (
+    ABS_MEAN,
+    AT_ONCE,
+    DENSE_LIMIT,
+    MEAN,
+    Check,
+    ImplicitAttention,
+    implicit_attention,
+    worst,
+)
 from gatedlens.autocast import exact
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError
 from gatedlens.factors import NAMES
+from gatedlens.labelled import labelled, with_label
 from gatedlens.profiles import Profile, induction, of_layer
 
 INSTEAD = (
@@ -110,11 +120,13 @@ class AttentionStack:
         for attention in tqdm(self, total=len(self), disable=not progress, desc=what, unit="layer"):
             yield matrix(attention)
 
+    @labelled(MEAN)
     def mean(self, progress: bool = True, max_bytes: int | None = DENSE_LIMIT) -> Float[Tensor, "layer batch dst src"]:
         """Each layer's signed mean over channels. Refuses what takes more than `max_bytes` on the way, as all here does."""
         self._afford("mean()", 2 * len(self), max_bytes)
         return torch.stack(list(self.each(_mean, "mean", progress)))
 
+    @labelled(ABS_MEAN)
     def abs_mean(
         self, progress: bool = True, max_bytes: int | None = DENSE_LIMIT
     ) -> Float[Tensor, "layer batch dst src"]:
@@ -128,7 +140,9 @@ class AttentionStack:
         """The mean over layers of `mean()`, or of `abs_mean()`: HA's "raw attention" before its row is picked."""
         self._afford("layer_mean()", 2, max_bytes)
         total = reduce(torch.add, self.each(_abs_mean if absolute else _mean, "layer mean", progress))
-        return total / len(self)
+        said = "|attention|" if absolute else "attention"
+        mean: Tensor = with_label(total / len(self), f"{said} (mean over channels and layers)")
+        return mean
 
     def check(self) -> Check:
         """The largest errors of `ImplicitAttention.check` over the layers."""
@@ -141,6 +155,7 @@ class AttentionStack:
                 f"{what} of {len(self)} layers", AT_ONCE + matrices, max_bytes, INSTEAD
             )
 
+    @labelled("rollout of the attention (mean over channels)")
     def rollout(
         self, start_layer: int | None = None, progress: bool = True, max_bytes: int | None = DENSE_LIMIT
     ) -> Float[Tensor, "batch dst src"]:

@@ -2,7 +2,7 @@
 
 write_whole(path, data)            # a file that is replaced: temporary file, fsync, rename
 with locked(folder): ...           # one run a folder; the lock goes when its process does, however it ends
-with explained(path): ...          # an OSError of the disk becomes a StoreError
+with explained(path): ...          # an OSError of the disk becomes a StoreError; explained_reading(path) where it is read
 """
 
 from __future__ import annotations
@@ -26,7 +26,18 @@ def explained(path: Path, safe: str = "") -> Iterator[None]:
         raise
     except OSError as error:
         reason = error.strerror or str(error)
-        raise StoreError(f"{path} cannot be written: {reason}. {safe}".rstrip()) from error
+        raise StoreError(f"{error.filename or path} cannot be written: {reason}. {safe}".rstrip()) from error
+
+
+@contextmanager
+def explained_reading(path: Path) -> Iterator[None]:
+    """StoreError in place of what the operating system says when it shall read `path`."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror or error}; expected a file of the store.") from error
 
 
 def write_whole(path: Path, data: bytes) -> None:
