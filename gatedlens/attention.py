@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gatedlens.autocast import exact
@@ -32,10 +32,11 @@ from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError, did_you_mean
 from gatedlens.factors import NAMES, Factors
 from gatedlens.labelled import labelled
-from gatedlens.layers import layer_of
+from gatedlens.layers import layer_of, layers_of
 from gatedlens.memory import afford
 from gatedlens.model import HookedModel
 from gatedlens.padding import Padding
+from gatedlens.positions import one_a_row
 
 if TYPE_CHECKING:
     from gatedlens.contributions import Contributions
@@ -74,8 +75,8 @@ def implicit_attention(source: Any, input: Any = None, *, layer: Any, **options:
 def implicit_attention(source: Any, input: Any = None, *, layer: Any = None, layers: Any = None, **options: Any) -> Any:
     """`gl.implicit_attention(model, "The cat sat on the mat", layer=3)`, or `gl.implicit_attention(cache, layer=3)`.
 
-    With `layer` the ImplicitAttention of one layer; without it the AttentionStack of `layers`: a slice, a sequence, or
-    None for all. source: a HookedModel with its `input` (and any options of its forward, run once), or an
+    With `layer` the ImplicitAttention of one layer; without it the AttentionStack of `layers` (see `layers.py`; None: all).
+    source: a HookedModel with its `input` (and any options of its forward, run once), or an
     ActivationCache that holds the points `model.blocks[layer].mixer.attention_points` (the default cache does).
     Gradients flow to the cached activations. The operator is that of the model's equations at these activations: hooks
     that edit *inside* the recurrence (decay, write, state, scan, y) make the layer's output differ from it, and
@@ -91,7 +92,7 @@ def implicit_attention(source: Any, input: Any = None, *, layer: Any = None, lay
     if layer is not None and layers is not None:
         raise InputError(f"layer={layer!r} and layers={layers!r}: give one layer, or several, or neither for all.")
     model: Any = source.model if given else source
-    chosen = _indices(model, layers) if layer is None else (layer_of(model, layer),)
+    chosen = layers_of(model, layers) if layer is None else (layer_of(model, layer),)
     if not given:
         needed = [name for index in chosen for name in _needed(model.blocks[index].mixer, index)]
         with torch.no_grad():
@@ -101,20 +102,6 @@ def implicit_attention(source: Any, input: Any = None, *, layer: Any = None, lay
     from gatedlens.stack import AttentionStack  # a stack is made of what is in this file
 
     return AttentionStack(source, chosen)
-
-
-def _indices(model: Any, layers: Any) -> tuple[int, ...]:
-    """The layers that a user named, in ascending order."""
-    every = range(model.cfg.n_layers)
-    if layers is None or isinstance(layers, slice):
-        chosen = set(every[layers or slice(None)])
-    elif not isinstance(layers, Iterable):
-        raise InputError(f"layers={layers!r}: give a slice or a sequence of layers, or layer={layers!r} for one.")
-    else:
-        chosen = {layer_of(model, layer) for layer in layers}
-    if not chosen:
-        raise InputError(f"layers={layers!r} names no layer: {model.cfg.model_name} has layers 0 to {len(every) - 1}.")
-    return tuple(sorted(chosen))
 
 
 def _from_cache(cache: ActivationCache, layer: Any) -> ImplicitAttention:
@@ -275,35 +262,43 @@ class ImplicitAttention:
 
     # -- parts of the matrix -------------------------------------------------------------------------------------
 
-    def row(self, i: int) -> Float[Tensor, "batch channel src"]:
-        """A[i, :] for every channel: what position i reads from each position. `row(-1)`: the last."""
-        length = self.shape[1]
-        if not -length <= i < length:
-            raise InputError(f"Position {i} is out of range: there are {length} positions.")
-        found = self._column(i % length) if self.transposed else self._row(i % length)
-        return rearrange(found, "b p c -> b c p")
+    def row(self, i: Any) -> Float[Tensor, "batch channel src"]:
+        """A[i, :] for every channel: what position i reads from each place. `row(-1)`: of each row's last.
 
-    def _row(self, i: int) -> Tensor:
+        i counts a row's real positions; one for all, or one a row (`positions.py`). The places are those of the input.
+        """
+        return self.at(self.place(i, "row"))
+
+    def place(self, pos: Any, what: str) -> Int[Tensor, " batch"]:
+        """Where in the input a position of each row is."""
+        mask, x = self.padding.mask, self.branches[0].x
+        return one_a_row(pos, what, torch.ones(self.shape[:2], dtype=torch.bool) if mask is None else mask).to(x.device)
+
+    def at(self, place: Int[Tensor, " batch"]) -> Float[Tensor, "batch channel src"]:
+        """A[i, :] of a place of each row in the input; zero where it is padding."""
+        return rearrange(self._column(place) if self.transposed else self._row(place), "b p c -> b c p")
+
+    def _row(self, place: Int[Tensor, " batch"]) -> Tensor:
         """A[i, :], read off the factors: [b, src, c]."""
-        batch, length, _ = self.shape
+        length, rows = self.shape[1], torch.arange(self.shape[0], device=place.device)
         rank, mask = self.padding.rank, self.padding.mask
-        place = torch.full((batch,), i, device=self.branches[0].x.device) if rank is None else rank[:, i]
+        packed = place if rank is None else rank[rows, place]
 
         def term(branch: Branch, turn: Callable[[Tensor], Tensor]) -> Tensor:
-            return turn(branch.row(place if turn is _keep else length - 1 - place))
+            return turn(branch.row(packed if turn is _keep else length - 1 - packed))
 
         found = self.padding.spread(self._sum(term))
-        return found if mask is None else found * mask[:, i, None, None].to(found.dtype)
+        return found if mask is None else found * mask[rows, place, None, None].to(found.dtype)
 
-    def _column(self, j: int) -> Tensor:
+    def _column(self, place: Int[Tensor, " batch"]) -> Tensor:
         """A[:, j], by applying A: [b, dst, c]."""
         basis = torch.zeros(*self.shape, dtype=self.dtype, device=self.branches[0].x.device)
-        basis[:, j] = 1
+        basis[torch.arange(len(place), device=place.device), place] = 1
         return self._apply(basis, transposed=False)
 
-    def column(self, j: int) -> Float[Tensor, "batch channel dst"]:
-        """A[:, j] for every channel: where position j's input goes."""
-        return self.T.row(j)
+    def column(self, j: Any) -> Float[Tensor, "batch channel dst"]:
+        """A[:, j] for every channel: where position j's input goes; j as in `row`."""
+        return self.T.at(self.place(j, "column"))
 
     def afford(self, what: str, matrices: int, max_bytes: int | None, instead: str = INSTEAD) -> None:
         """TooLargeError if so many matrices [batch, dst, src] are more than `max_bytes`; None: whatever it takes."""

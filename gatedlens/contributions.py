@@ -18,10 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -74,13 +75,21 @@ class Contributions:
 
     # -- vectors -------------------------------------------------------------------------------------------------
 
-    def row(self, i: int) -> Float[Tensor, "batch src d_model"]:
-        """F[i, :]: what every position writes at position i."""
-        return self._write(rearrange(A.row(i), "b c j -> b j c") * x for A, x in self._branches())
+    def row(self, i: Any) -> Float[Tensor, "batch src d_model"]:
+        """F[i, :]: what every place writes at position i; i counts real positions, as in `ImplicitAttention.row`."""
+        return self.at(self.attention.place(i, "row"))
 
-    def column(self, j: int) -> Float[Tensor, "batch dst d_model"]:
-        """F[:, j]: what position j writes at every position."""
-        return self._write(rearrange(A.column(j), "b c i -> b i c") * x[:, j].unsqueeze(1) for A, x in self._branches())
+    def at(self, place: Int[Tensor, " batch"]) -> Float[Tensor, "batch src d_model"]:
+        """F[i, :] of a place of each row in the input."""
+        return self._write(rearrange(A.at(place), "b c j -> b j c") * x for A, x in self._branches())
+
+    def column(self, j: Any) -> Float[Tensor, "batch dst d_model"]:
+        """F[:, j]: what position j writes at every place; j as in `row`."""
+        place = self.attention.place(j, "column")
+        rows = torch.arange(len(place), device=place.device)
+        return self._write(
+            rearrange(A.T.at(place), "b c i -> b i c") * x[rows, place].unsqueeze(1) for A, x in self._branches()
+        )
 
     def remainder(self) -> Float[Tensor, "batch pos d_model"]:
         """W r + b: what no token of this call brings: biases, and the state that the call went on from."""

@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -43,7 +43,7 @@ from gatedlens.hooking import Batch
 from gatedlens.layers import layers_of
 from gatedlens.metrics import Metric, measure
 from gatedlens.patching.baseline import Baseline
-from gatedlens.positions import listed, mask_of
+from gatedlens.positions import columns, listed
 from gatedlens.result import Result
 
 How = Callable[..., Intervention]
@@ -56,9 +56,9 @@ def cut(src: Any, dst: Any, layers: Any = None, scan: str | None = None, **index
     list for each row, or a mask [batch, pos]; see `positions.py`. layers: a number, several, or None for all. index: some
     `channel` (in attention layers `head`, `d_head`). scan: "fwd" or "bwd" where a layer has both; None for all.
 
-    Positions are those of the call (while generating, each step is one). Raises InputError for positions that do not exist
-    or that a target cannot see, and where an edit inside the recurrence (decay, write, scan, ...) of the layer makes A not
-    the layer's operator. Several cuts of a layer act together.
+    Positions are the real ones of the call (while generating, each step is one). Raises InputError for positions that do
+    not exist or that a target cannot see, and where an edit inside the recurrence (decay, write, scan, ...) of the layer
+    makes A not the layer's operator. Several cuts of a layer act together.
     """
     return _cut(token, src, dst, layers, scan, index)
 
@@ -118,17 +118,17 @@ def sweep(
 
     values[layer, src] = (metric - clean) / |clean|, means over rows, when all edges from the source to `dst` are cut in a window
     of `window` of the `layers` around the layer (shorter at the ends). -1: all of the metric is gone; 0: nothing
-    happened, also where a target cannot see the source. src: None for every position by itself, a dict of names to
-    positions, or a list of positions. how: `cut`, `cut_scan` or `cut_renormalised`. Many cells run in one
-    batch of at most `max_rows` rows (or one cell), from the first layer of their window on. Geva et al. 2023 (arXiv
-    2304.14767).
+    happened, also where a target cannot see the source, or in a row that is too short to have it. src: None for every
+    position by itself, a dict of names to positions, or a list of positions. how: `cut`, `cut_scan` or `cut_renormalised`.
+    Many cells run in one batch of at most `max_rows` rows (or one cell), from the first layer of their window on. Geva et
+    al. 2023 (arXiv 2304.14767).
     """
     chosen = layers_of(model, layers)
     if not 1 <= window <= len(chosen):
         raise InputError(f"window={window}: give 1 to {len(chosen)}, the number of layers.")
     windows = [chosen[max(0, c - window // 2) : c + (window + 1) // 2] for c in range(len(chosen))]
     cells = _Cells(Baseline(model, input, attention_mask), metric, dst, partial(how, scan=scan, **index))
-    groups = _sources(model, cells.run.batch, src)
+    groups = _sources(cells.run, src)
     size = 1 if cells.run.alone else max(1, max_rows // cells.run.rows)
     values = torch.zeros(len(windows), len(groups), dtype=torch.float64)
     with torch.no_grad(), tqdm(total=values.numel(), desc="knockout", disable=not progress) as bar:
@@ -142,7 +142,7 @@ def sweep(
         "model": model.cfg.model_name,
         "clean": clean,
         "window": window,
-        "dst": listed(cells.dst),
+        "dst": listed(cells.dst, inputs.real(model, cells.run.batch)),
         "how": how.__name__,
     }
     labels: dict[str, list[Any]] = {
@@ -154,16 +154,10 @@ def sweep(
     return Result((values - clean) / abs(clean), ("layer", "src"), labels, title, "(metric - clean) / |clean|", facts)
 
 
-def _sources(model: Any, batch: Batch, src: Any) -> dict[Any, Bool[Tensor, "batch pos"]]:
+def _sources(run: Baseline, src: Any) -> dict[Any, Bool[Tensor, "batch pos"]]:
     """Each source's name and its positions."""
-    rows, length = len(batch.value), model.positions(batch)
-    if src is None:
-        src = range(length)
-    if not isinstance(src, Mapping):
-        src = {int(one) if isinstance(one, SupportsIndex) else str(one): one for one in src}
-    if not src:
-        raise InputError("src names no source: give positions, a dict of names to positions, or None for all.")
-    return {name: mask_of(given, f"src {name!r}", rows, length, batch.value.device) for name, given in src.items()}
+    found = columns(src, "src", inputs.real(run.model, run.given))
+    return {name: run.as_run(mask) for name, mask in found.items()}
 
 
 class _Cells:
@@ -173,12 +167,12 @@ class _Cells:
         self.run = run
         self.metric = metric
         self.how = how
-        self.dst = mask_of(dst, "dst", run.rows, run.length, run.batch.value.device)
+        self.dst = run.mask_of(dst, "dst")
 
     def clean(self, layers: set[int]) -> tuple[dict[int, Tensor], float]:
         """(the residual stream before each of `layers`, the metric) without a cut; runs then go on from the first target."""
         run, names = self.run, {layer: f"blocks.{layer}.hook_resid_pre" for layer in layers}
-        run.logits, cache = run.model.run_with_cache(run.batch, names_filter=list(names.values()))
+        run.base, cache = run.model.run_with_cache(run.batch, names_filter=list(names.values()))
         value = float(measure(self.metric, run.logits).double().mean())
         if abs(value) < 1e-12:
             raise InputError(f"The metric is {value:.3g} without a cut: a change cannot be put in relation to it.")

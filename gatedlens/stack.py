@@ -14,11 +14,10 @@ A layer's operator is derived from the cache when it is asked for, and not kept.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any, SupportsIndex, overload
+from typing import Any, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -40,6 +39,8 @@ from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError
 from gatedlens.factors import NAMES
 from gatedlens.labelled import labelled, with_label
+from gatedlens.layers import START, layer_of, layers_of
+from gatedlens.positions import is_number
 from gatedlens.profiles import Profile, induction, of_layer
 
 INSTEAD = (
@@ -68,25 +69,25 @@ class AttentionStack:
     def __getitem__(self, layer: slice | Sequence[int]) -> AttentionStack: ...
 
     def __getitem__(self, layer: Any) -> ImplicitAttention | AttentionStack:
-        """`stack[3]`: layer 3 of the model (-1: its last); a slice or a sequence of layers: the stack of these."""
-        n = self.cache.model.cfg.n_layers
-        if isinstance(layer, SupportsIndex):  # a Python or numpy integer, or a tensor of one
-            return self._operator(self._known(operator.index(layer)))
-        asked = [i for i in range(n)[layer] if i in self.layers] if isinstance(layer, slice) else layer
-        chosen = [self._known(i) for i in asked]
-        if not chosen:
+        """`stack[3]`: layer 3 of the model (-1: its last); several, as `layers.py` reads them: the stack of these."""
+        asked = layers_of(self.cache.model, layer)
+        if is_number(layer):
+            return self._operator(self._known(asked[0]))
+        # A pattern passes over layers that the stack does not hold; a number asks for one.
+        if isinstance(layer, slice | str | None):
+            asked = tuple(one for one in asked if one in self.layers)
+        if not asked:
             raise InputError(f"stack[{layer!r}] holds no layer; this stack holds {self._held}.")
-        return replace(self, layers=tuple(sorted(set(chosen))))
+        return replace(self, layers=tuple(self._known(one) for one in asked))
 
     @property
     def _held(self) -> str:
         return f"the layers {', '.join(map(str, self.layers))}"
 
     def _known(self, layer: int) -> int:
-        n = self.cache.model.cfg.n_layers
-        if not -n <= layer < n or layer % n not in self.layers:
+        if layer not in self.layers:
             raise InputError(f"stack[{layer}]: this stack of {self.cache.model.cfg.model_name} holds {self._held}.")
-        return layer % n
+        return layer
 
     def _operator(self, layer: int) -> ImplicitAttention:
         return implicit_attention(self.cache, layer=layer).only(*self.parts)
@@ -164,7 +165,7 @@ class AttentionStack:
         From `start_layer` (of the model; None: the stack's first) to the stack's last. Masked positions take no part:
         their rows and columns are zero. HA (arXiv 2403.01590), sec. 3.4, after Abnar and Zuidema 2020.
         """
-        layers = self if start_layer is None else self[self._start(start_layer) :]
+        layers = self if start_layer is None else self[layer_of(self.cache.model, start_layer, START) :]
         layers._afford("rollout()", 4, max_bytes)
         total: Tensor | None = None
         for matrix in layers.each(_mean, "rollout", progress):
@@ -173,12 +174,6 @@ class AttentionStack:
                 total = step if total is None else step @ total
         assert total is not None
         return total
-
-    def _start(self, layer: int) -> int:
-        n = self.cache.model.cfg.n_layers
-        if not -n <= layer < n:
-            raise InputError(f"start_layer={layer}: {self.cache.model.cfg.model_name} has layers 0 to {n - 1}.")
-        return layer % n
 
     def _identity(self, like: Float[Tensor, "batch dst src"]) -> Float[Tensor, "batch dst src"]:
         """1 on the diagonal of real positions."""

@@ -30,6 +30,23 @@ def encode(tokenizer: Any, text: str, prepend_bos: bool) -> list[int]:
     return [bos, *ids] if prepend_bos and ids[:1] != [bos] else ids
 
 
+class Inherited(str):
+    """The padding side that a tokenizer came with: as good as any str, and known to be nobody's choice."""
+
+
+def forget_side(tokenizer: Any) -> None:
+    """Mark the padding side of a tokenizer as the one that it came with. A side that is set later is its user's."""
+    side = getattr(tokenizer, "padding_side", None)
+    if side in SIDES:
+        tokenizer.padding_side = Inherited(side)
+
+
+def side_of(tokenizer: Any) -> str | None:
+    """The padding side that a user set on a tokenizer; None if it is the one that it came with, or it has none."""
+    side = getattr(tokenizer, "padding_side", None)
+    return None if isinstance(side, Inherited) else side
+
+
 def pad(rows: list[list[int]], side: str, pad_id: int) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
     """(tokens, mask) of rows of unequal length, padded on `side`."""
     if side not in SIDES:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -29,10 +29,12 @@ from gatedlens.corruption import EMBED, Corruption, marked_by
 from gatedlens.errors import InputError, PointError
 from gatedlens.hooking import Batch
 from gatedlens.hookpoint import HookPoint
-from gatedlens.metrics import Metric, per_row
+from gatedlens.metrics import Logits, Metric, per_row
+from gatedlens.positions import columns as columns_of
+from gatedlens.positions import listed, one_a_row
 from gatedlens.result import Result
 
-Positions = Sequence[int] | range | Mapping[str, Any] | None
+Positions = Any  # see `causal_trace`
 
 
 @torch.no_grad()
@@ -59,11 +61,11 @@ def causal_trace(
     counterfactual input, of the same shape. subject: the positions that are noised (see `positions.py`): the same in
     all rows, a tensor [batch] for one a row, a mask [batch, pos], ...; a counterfactual's are those where it differs.
     point: what is restored: a point of a block ("mixer.hook_scan") or its short name; layers that lack it are left
-    out. window: so many layers at once. positions: which to restore (all), or a mapping of labels to a position, or
-    to one a row, counted among its real ones: {"key": key_pos, "last": -1}. noise: its standard deviation, as a
-    multiple of the embeddings'; samples: draws of it, the same for all cells. attention_mask: of inputs that are no
-    pairs. max_rows: rows in one forward at most (memory). Facts of the result: `clean` and `corrupted` (the metric),
-    `total_effect`, what was corrupted and how.
+    out. window: so many layers at once. positions: which to restore (all), each by itself (a row that lacks it takes no
+    part in it), or a mapping of labels to a position, or to one a row: {"key": key_pos, "last": -1}. noise: its standard
+    deviation, as a multiple of the embeddings'; samples: draws of it, the same for all cells. attention_mask: of inputs
+    that are no pairs. max_rows: rows in one forward at most (memory). Facts of the result: `clean` and `corrupted` (the
+    metric), `total_effect`, what was corrupted and how.
     """
     _check_numbers(window, samples, max_rows, noise)
     batch = inputs.ready(model, clean, attention_mask=attention_mask)
@@ -81,16 +83,20 @@ def causal_trace(
         other = inputs.ready(model, corrupt, attention_mask=attention_mask)
         corruption = Corruption.counterfactual(model, batch, cache[EMBED], other)
     runs = Runs(model, metric, corruption, {layer: cache[name] for layer, name in layers.items()}, layers)
-    places, names = _places(positions, real, inputs.labels(model, batch), corruption.marked)
+    columns = _columns(positions, real)
+    names = [
+        _name(label, mask, real, inputs.labels(model, batch), corruption.marked) for label, mask in columns.items()
+    ]
+    places = [mask.long().argmax(1) for mask in columns.values()]  # of a row without it the first, which does not count
     windows = [_window(layer, window, list(layers)) for layer in layers]
-    cells = [(chosen, places[i]) for chosen in windows for i in range(len(places))]
+    cells = [(chosen, place) for chosen in windows for place in places]
 
-    good, bad = per_row(metric, out), runs.corrupted(max_rows)  # [batch], [sample, batch]
+    good, bad = per_row(metric, Logits.of(out, batch.mask)), runs.corrupted(max_rows)  # [batch], [sample, batch]
     effects = runs.restored(cells, max_rows, progress) - bad  # cell, sample, batch
-    there = torch.stack([real.gather(1, at.unsqueeze(1)).squeeze(1) for at in places])  # place, batch
+    there = torch.stack([mask.any(1) for mask in columns.values()])  # place, batch
     effects = effects.reshape(len(windows), len(places), *effects.shape[1:]).mean(2)
     weights = there.to(effects)
-    values = (effects * weights).sum(-1) / weights.sum(-1)  # NaN where every row has padding
+    values = (effects * weights).sum(-1) / weights.sum(-1)  # the mean over the rows that have the position
     facts = {
         "model": model.cfg.model_name, "point": point, "window": window, "clean": float(good.mean()),
         "corrupted": float(bad.mean()), "total_effect": float(good.mean() - bad.mean()), **corruption.facts,
@@ -140,7 +146,7 @@ class Runs:
         with self.model.hooks(hooks):
             logits = self.model(repeated)
         for part in logits.chunk(n):
-            yield per_row(self.metric, part)
+            yield per_row(self.metric, Logits.of(part, batch.mask))
 
     def _restore(self, layer: int, units: Sequence[Any]) -> Callable[..., Tensor]:
         """A hook that puts the clean values of a layer back, at each unit's position in each of its rows."""
@@ -190,20 +196,22 @@ def _window(layer: int, window: int, layers: list[int]) -> list[int]:
     return [one for one in range(layer - window // 2, layer - (-window // 2)) if one in layers]
 
 
-def _places(
-    positions: Positions, real: Tensor, labels: list[Any], marked: Tensor
-) -> tuple[list[Int[Tensor, " batch"]], list[str]]:
-    """The position of each row for each column of the result, and the column's label: a * for the subject."""
-    rows, length = real.shape
-    if isinstance(positions, Mapping):
-        asked = [(str(label), inputs.places(given, real)) for label, given in positions.items()]
-    else:
-        chosen = range(length) if positions is None else positions
-        if any(not -length <= p < length for p in chosen):
-            raise InputError(f"positions={list(chosen)} are out of range: there are {length} positions.")
-        everywhere = torch.arange(length, device=real.device).unsqueeze(1).expand(-1, rows)
-        asked = [(str(labels[p]), everywhere[p]) for p in chosen]
-    if not asked:
+def _columns(positions: Positions, real: Tensor) -> dict[Any, Bool[Tensor, "batch pos"]]:
+    """The position of each row for each column of the result, by its number or label."""
+    if not isinstance(positions, Mapping):
+        return columns_of(positions, "positions", real)
+    if not positions:
         raise InputError("positions is empty: name at least one position to restore.")
-    names = [label + "*" * bool(marked.gather(1, at.unsqueeze(1)).all()) for label, at in asked]
-    return [at for _, at in asked], names
+    length = real.shape[1]
+    return {
+        str(label): torch.nn.functional.one_hot(one_a_row(given, f"positions {label!r}", real), length).bool()
+        for label, given in positions.items()
+    }
+
+
+def _name(label: Any, mask: Tensor, real: Tensor, labels: list[Any], marked: Tensor) -> str:
+    """What a column is called: its label, or what stands there; with a * if it is the subject in every row."""
+    if not isinstance(label, str):
+        numbers = {number for row in listed(mask, real) for number in row}
+        label = labels[numbers.pop()] if len(numbers) == 1 else label
+    return str(label) + "*" * bool(marked[mask].all())

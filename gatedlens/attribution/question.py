@@ -28,7 +28,7 @@ from gatedlens.autocast import exact
 from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
 from gatedlens.hookpoint import Capture
-from gatedlens.metrics import per_row
+from gatedlens.metrics import Logits, per_row
 from gatedlens.model import HookedModel
 from gatedlens.recurrence import at_least_float32
 
@@ -61,6 +61,7 @@ class Question:
         with torch.no_grad():
             logits, stored = model.run_with_cache(batch, names_filter=entrance, return_cache_object=False)
         read = model.reads_from(batch)
+        logits = Logits.of(logits, batch.mask)  # so that a metric of the user's counts real positions
         chosen = Target.of(target, model, logits, read.argmax(1))
         explained = per_row(chosen.metric, logits).detach()
         return Question(model, batch, chosen, stored[entrance], logits, explained, read)
@@ -105,7 +106,7 @@ class Question:
         batch = Batch(value, None if mask is None else mask.repeat(copies, 1))
         with self.model.hooks([(self.entrance, lambda x, hook: features.to(x))]):
             logits = self.model(batch)
-        return torch.cat([per_row(self.target.metric, part) for part in logits.chunk(copies)])
+        return torch.cat([per_row(self.target.metric, Logits.of(part, mask)) for part in logits.chunk(copies)])
 
     def gradients(self, *names: str) -> dict[str, Tensor]:
         """d number / d activation of some points, each row that of its own number. Parameters' .grad stay untouched."""

@@ -20,6 +20,8 @@ from gatedlens import inputs
 from gatedlens.errors import InputError
 from gatedlens.hooking import CACHE_LIMIT, Batch
 from gatedlens.hookpoint import Saver
+from gatedlens.metrics import Logits
+from gatedlens.padding import Padding
 
 WHOLE = ("return_type", "start_at_layer", "stop_at_layer", "return_state")  # options that would cut a run short
 
@@ -54,17 +56,26 @@ class Pair:
         return cls(model, good, bad, rest)
 
     def run(self, batch: Batch, hooks: Sequence[Any] = (), **options: Any) -> Tensor:
-        """Logits under some hooks, which are gone afterwards."""
+        """Logits under some hooks, which are gone afterwards; as a metric reads them."""
         with self.model.hooks(list(hooks)):
-            return self.model(batch, **{**self.options, **options})
+            return Logits.of(self.model(batch, **{**self.options, **options}), batch.mask)
 
     @torch.no_grad()
     def cached(
         self, batch: Batch, names: Iterable[str], max_bytes: int | None = CACHE_LIMIT
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits, and what some points held."""
+        """Logits, as a metric reads them, and what some points held."""
         wanted: dict[str, Any] = {"names_filter": list(names), "max_bytes": max_bytes, "return_cache_object": False}
-        return self.model.run_with_cache(batch, **wanted, **self.options)
+        logits, store = self.model.run_with_cache(batch, **wanted, **self.options)
+        return Logits.of(logits, batch.mask), store
+
+    def by_number(self, x: Tensor, dims: Sequence[str]) -> Tensor:
+        """What a point held, by the numbers of real positions: each row's in front, as many as the longest row has."""
+        padding, length = Padding.of(self.clean.mask), self.clean.value.shape[1]
+        x = padding.by_number(x, dims)
+        return (
+            x.narrow(dims.index("pos"), 0, padding.longest(length)) if padding.mask is not None and "pos" in dims else x
+        )
 
     @torch.no_grad()
     def differences(self, names: Iterable[str], max_bytes: int | None = CACHE_LIMIT) -> dict[str, Tensor]:

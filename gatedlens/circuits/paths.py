@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from gatedlens import inputs
 from gatedlens.circuits.graph import Graph, Node
 from gatedlens.circuits.pair import Pair
 from gatedlens.errors import InputError
@@ -95,7 +96,7 @@ class Paths:
     @torch.no_grad()
     def effect(self, sender: Node, receivers: Sequence[Node], pos: Any = None) -> Float[Tensor, " batch"]:
         """metric(patched) - metric(corrupted), run from the first receiver's block on; the sender comes before them all."""
-        said = at_positions(self.written[sender.writes], pos)
+        said = at_positions(self.written[sender.writes], pos, inputs.real(self.pair.model, self.pair.clean))
         hooks = [(node.reads, _reading(self.frozen[node.reads] + said)) for node in receivers]
         layer = min(node.layer for node in receivers)
         start = Batch(self.frozen[_start(layer)], self.pair.corrupted.mask, is_resid=True)
@@ -110,8 +111,8 @@ def _reading(value: Tensor) -> Any:
     return lambda x, hook: value.to(x.dtype)
 
 
-def at_positions(x: Float[Tensor, "batch pos d_model"], pos: Any) -> Float[Tensor, "batch pos d_model"]:
+def at_positions(
+    x: Float[Tensor, "batch pos d_model"], pos: Any, real: Bool[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos d_model"]:
     """`x` at some positions, zero at the others."""
-    if pos is None:
-        return x
-    return x * mask_of(pos, "pos", x.shape[0], x.shape[1], x.device).unsqueeze(-1)
+    return x if pos is None else x * mask_of(pos, "pos", real).to(x.device).unsqueeze(-1)

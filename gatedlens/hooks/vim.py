@@ -500,13 +500,17 @@ class HookedViM(HookedModel):
         check_return_type(return_type)
         batch, _ = self.prepare(input, return_type, labels, start_at_layer=start_at_layer, **unsupported)
         run = self.begin(batch, None, False)
-        resid = batch.value if batch.is_resid else self.embed(batch.value)
-        resid = self.through_blocks(resid, run, start_at_layer if batch.is_resid else None, stop_at_layer)
-        if stop_at_layer is not None:
-            return resid
-        if return_type is None:
-            return None
-        logits = self.classify(self.there(self.ln_final.weights, self.ln_final, resid))
+        outer, self.running = self.running, run
+        try:
+            resid = batch.value if batch.is_resid else self.embed(batch.value)
+            resid = self.through_blocks(resid, run, start_at_layer if batch.is_resid else None, stop_at_layer)
+            if stop_at_layer is not None:
+                return resid
+            if return_type is None:
+                return None
+            logits = self.classify(self.there(self.ln_final.weights, self.ln_final, resid))
+        finally:
+            self.running = outer
         if return_type == "logits":
             return logits
         loss = F.cross_entropy(logits, self._check_labels(labels, logits.shape[0]).to(logits.device))

@@ -1,9 +1,10 @@
 """Baseline: the run that is patched (the corrupted one, in patching), made ready to be run again.
 
     corrupted = Baseline(model, tokens)
-    corrupted.logits                                   # of the run itself
+    corrupted.logits                                   # of the run itself, as a metric reads them
     corrupted.advance(16)                              # from here on runs start at position 16
     corrupted.run(cells)                               # [cell batch pos d_vocab]: each cell's logits, in one batch
+    corrupted.whole(logits)                            # one cell's, as a metric reads them
     corrupted.onward(streams, 3)                       # the same of residual streams that enter block 3
 
 Only what a patch can change is run: blocks from the patched one on, from the residual stream that the corrupted run had
@@ -12,6 +13,10 @@ shift tails, scan states and attention windows: `RecurrentState`). A patch that 
 
 Under hooks of the user's own each patch is a whole run by itself: what they do may depend on the position, the row or
 the batch (an ablation at pos=3, another row's activation), and part of a run, or many in one batch, would not be theirs.
+
+Cells count real positions. A padded batch is run with its rows' real positions in front, so that the k-th of each stands at
+k, on whatever side the input was padded; a metric gets the logits as the input was laid out. Under hooks of the user's own
+the input stays as it is, and the activation that a cell edits is turned instead.
 """
 
 from __future__ import annotations
@@ -20,12 +25,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
-from gatedlens import inputs
+from gatedlens import inputs, positions
 from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
 from gatedlens.language import HookedLanguageModel
+from gatedlens.metrics import Logits
+from gatedlens.padding import Padding
 from gatedlens.patching.cells import Cell
 from gatedlens.state import RecurrentState
 
@@ -37,15 +45,43 @@ class Baseline:
         if model.training:
             raise InputError("The model is in training mode, where dropout may differ from run to run: model.eval().")
         self.model = model
-        self.batch = inputs.ready(model, input, attention_mask=attention_mask)
-        self.rows, self.length = len(self.batch.value), model.positions(self.batch)
-        self.causal = isinstance(model, HookedLanguageModel)
+        self.given = inputs.ready(model, input, attention_mask=attention_mask)
+        self.padding = Padding.of(self.given.mask)
         self.alone = model.is_hooked()
+        self.batch = self.given if self.alone else self._in_front(self.given)
+        self.rows, self.length = len(self.batch.value), model.positions(self.batch)
+        self.longest = self.padding.longest(self.length)
+        self.causal = isinstance(model, HookedLanguageModel)
         self.order = {name: i for i, name in enumerate(model.names)}
         self.start = 0
         self.state: RecurrentState | None = None
         self.resid: dict[int, Tensor] = {}
-        self.logits = torch.empty(0)
+        self.base = torch.empty(0)  # the run's own logits, laid out as it is run
+
+    def _in_front(self, batch: Batch) -> Batch:
+        """Each row's real positions first."""
+        if self.padding.mask is None:
+            return batch
+        pack = self.padding.pack
+        return Batch(pack(batch.value), pack(self.padding.mask), batch.is_resid)
+
+    def mask_of(self, given: Any, what: str) -> Bool[Tensor, "batch pos"]:
+        """Positions of the input that a user means, laid out as it is run."""
+        return self.as_run(positions.mask_of(given, what, inputs.real(self.model, self.given)))
+
+    def as_run(self, mask: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        """A mask of the input, laid out as it is run."""
+        return mask if self.alone else self.padding.pack(mask)
+
+    @property
+    def logits(self) -> Tensor:
+        """The run's own logits, as a metric reads them."""
+        return self._as_given(self.base)
+
+    def _as_given(self, logits: Tensor) -> Tensor:
+        """Logits laid out as the input was, which know where it is real."""
+        laid_out = logits if self.alone or self.padding.mask is None else self.padding.spread(logits)
+        return Logits.of(laid_out, self.padding.mask)
 
     # -- where a run begins --------------------------------------------------------------------------------------
 
@@ -77,15 +113,16 @@ class Baseline:
         watch = _by_name(cells)
 
         def compare(x: Tensor, hook: Any) -> None:
+            x = self._by_number(x, hook.point.dims)
             changing.update(i for i, edit in watch[hook.name] if i not in changing and edit.changes(x))
 
         with self.model.hooks([(name, compare) for name in watch]):
             if names:
                 wanted = list(dict.fromkeys(names.values()))
-                self.logits, cache = self.model.run_with_cache(self.batch, names_filter=wanted, max_bytes=None)
+                self.base, cache = self.model.run_with_cache(self.batch, names_filter=wanted, max_bytes=None)
                 self.resid = {layer: cache[name] for layer, name in names.items()}
             else:
-                self.logits = self.model(self.batch)
+                self.base = self.model(self.batch)
         return [cell for i, cell in enumerate(cells) if i in changing]
 
     def _stream(self, layer: int) -> str:
@@ -141,8 +178,8 @@ class Baseline:
         return Batch(value if is_resid else _tile(value, n), None if mask is None else _tile(mask, n), is_resid)
 
     def whole(self, logits: Tensor) -> Tensor:
-        """One cell's logits with the corrupted run's before the position at which it started."""
-        return torch.cat([self.logits[:, : self.start], logits], dim=1) if self.start else logits
+        """One cell's logits as a metric reads them, with the corrupted run's before the position at which it started."""
+        return self._as_given(torch.cat([self.base[:, : self.start], logits], dim=1) if self.start else logits)
 
     def _repeat(self, n: int) -> Tensor:
         return torch.arange(self.rows, device=self.batch.value.device).repeat(n)
@@ -151,11 +188,16 @@ class Baseline:
         edits = _by_name(cells)
 
         def patch(x: Tensor, hook: Any) -> Tensor:
+            turned = self._by_number(x, hook.point.dims)
             for i, edit in edits[hook.name]:
-                edit.apply(x[i * self.rows : (i + 1) * self.rows], self.start)
-            return x
+                edit.apply(turned[i * self.rows : (i + 1) * self.rows], self.start)
+            return self.padding.by_place(turned, hook.point.dims) if self.alone else turned
 
         return [(name, patch) for name in edits]
+
+    def _by_number(self, x: Tensor, dims: Sequence[str]) -> Tensor:
+        """An activation of a run, its rows' real positions in front."""
+        return self.padding.by_number(x, dims) if self.alone else x
 
 
 def _by_name(cells: Iterable[Cell]) -> dict[str, list[tuple[int, Any]]]:

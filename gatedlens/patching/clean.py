@@ -11,17 +11,22 @@ from torch import Tensor
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError
 from gatedlens.hooking import Batch
+from gatedlens.metrics import Logits
+from gatedlens.padding import Padding
 from gatedlens.patching.baseline import Baseline
 
 
 class Clean:
-    """`Clean(cache, corrupted)[name]`: a cached activation; `cache` is an ActivationCache, or a dict of full names."""
+    """`Clean(cache, corrupted)[name]`: a cached activation, each row's real positions in front; `cache` is an
+    ActivationCache, or a dict of full names."""
 
     def __init__(self, cache: Any, corrupted: Baseline):
         self.cache = cache
         self.corrupted = corrupted
         self.model = corrupted.model
+        self.padding = corrupted.padding  # of a dict: it is taken to be laid out as the corrupted input
         if isinstance(cache, ActivationCache):
+            self.padding = Padding.of(cache.mask)
             self._check(cache)
         elif not isinstance(cache, Mapping):
             raise InputError(
@@ -45,9 +50,10 @@ class Clean:
             raise InputError(
                 f"The clean cache has {rows} rows and the corrupted input {corrupted.rows}: give a clean row for each."
             )
-        if not _same_padding(cache.mask, corrupted.batch.mask):
+        like = cache.tokens
+        if not torch.equal(self.padding.counts(like).cpu(), corrupted.padding.counts(like).cpu()):
             raise InputError(
-                "Clean and corrupted prompts are padded in different places: the two of a pair must be equally long."
+                "Clean and corrupted prompts are padded in different places: row by row, the two must be equally long."
             )
 
     def __getitem__(self, name: str) -> Tensor:
@@ -66,7 +72,7 @@ class Clean:
         sizes = {**self.model.cfg.sizes, "batch": corrupted.rows, "pos": corrupted.length, "key_pos": corrupted.length}
         wanted = [sizes[dim] for dim in point.dims]
         if list(value.shape) == wanted:
-            return value
+            return self.padding.by_number(value, point.dims)
         whose = ""
         if isinstance(self.cache, ActivationCache) and self.cache.model is not self.model:
             whose = f" It is a cache of {self.cache.model.cfg.model_name}."
@@ -75,16 +81,11 @@ class Clean:
         )
 
     def logits(self) -> Tensor | None:
-        """The clean run's logits: from the cache, or by running its tokens again; None where neither is possible."""
+        """The clean run's logits, as a metric reads them: from the cache, or by running its tokens again; None where
+        neither is possible."""
         if "hook_logits" in self.cache:
-            return self["hook_logits"]
+            dims = self.model.names.points["hook_logits"].dims
+            return Logits.of(self.padding.by_place(self["hook_logits"], dims), self.padding.mask)
         if not isinstance(self.cache, ActivationCache) or self.cache.tokens is None or self.cache.state is not None:
             return None
-        return self.cache.model(Batch(self.cache.tokens, self.cache.mask))
-
-
-def _same_padding(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two masks mask the same; None masks nothing."""
-    if a is None or b is None:
-        return all(mask is None or bool(mask.bool().all()) for mask in (a, b))
-    return torch.equal(a.bool().cpu(), b.bool().cpu())
+        return Logits.of(self.cache.model(Batch(self.cache.tokens, self.cache.mask)), self.padding.mask)
