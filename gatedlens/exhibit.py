@@ -22,6 +22,7 @@ from gatedlens.demo import default_text
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.language import HookedLanguageModel
 from gatedlens.loading import from_pretrained
+from gatedlens.rounding import order
 
 REDUCTIONS = {
     "mean": "attention (mean over channels)",
@@ -74,7 +75,7 @@ def show(
     row = attention.row(position).mean(1)[0]  # an InputError if there is no such position
     values = row if reduce == "row" else (attention.mean() if reduce == "mean" else attention.abs_mean())[0]
     own = row if reduce == "row" else values[position]
-    best = own.abs().topk(min(5, len(own))).indices.tolist()
+    best = order(own.abs())[:5].tolist()
 
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
