@@ -22,8 +22,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 NOISE = 0.75  # the power of eps
-STEP = 1e-5  # of the largest score
-BITS = 17  # five figures
+BITS = 17  # five figures. A power of two: half a step is then no simple fraction that scores are likely to be
+STEP = 2.0**-BITS  # of the largest score
 
 
 def noise(value: Float[Tensor, "*shape"], size: Float[Tensor, "*shape"], dtype: torch.dtype) -> Bool[Tensor, "*shape"]:
@@ -47,7 +47,7 @@ def moved(a: Float[Tensor, "*shape entry"], b: Float[Tensor, "*any entry"]) -> B
 def levels(
     scores: Shaped[Tensor, "*shape place"], among: Bool[Tensor, "*shape place"] | None = None
 ) -> Float[Tensor, "*shape place"]:
-    """Scores over the largest size of their row (among some places), in whole steps of `STEP`; NaN stays NaN."""
+    """Scores over the largest size of their row (among some places), in whole steps of `STEP`, 8e-6; NaN stays NaN."""
     exact = scores.detach().double()
     if exact.shape[-1] == 0:
         return exact

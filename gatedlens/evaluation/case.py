@@ -95,7 +95,7 @@ class Case:
         return (exact.ceil() if self.model.grid is None else exact.floor()).long().to(self.free.device)
 
     def ranks(self, scores: Any, most_first: bool, absolute: bool = False) -> Int[Tensor, "batch place"]:
-        """The place of each in the order of its scores (or of their sizes), compared in steps of a 100,000th of the largest
+        """The place of each in the order of its scores (or of their sizes), compared in steps of a 130,000th of the largest
         that is free; of equal ones the first comes first. What is not free comes last."""
         flat = self.spread(scores)
         flat = flat.abs() if absolute else flat

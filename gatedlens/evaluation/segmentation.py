@@ -10,7 +10,7 @@
 
 As in Chefer et al. 2021 (arXiv 2012.09838) and HA (arXiv 2403.01590). Masks hold 1 for the object, 0 for the rest, -1 for
 pixels that do not count. A constant map says nothing: no foreground, and R = 1/2 everywhere. What differs by less than a
-100,000th of a map's largest is constant, and numbers of R that differ by rounding are equal.
+130,000th of a map's largest is constant, and numbers of R that differ by rounding are equal.
 
 A mask is in the frame of what the model read. `model.preprocess(image)` cuts the centre out of an image; its mask is cut alike by
 `model.preprocess_mask(mask)`. One of another aspect ratio is refused; a mask of a whole square image has the right one, and
@@ -34,9 +34,7 @@ from gatedlens.result import Result
 from gatedlens.rounding import STEP
 
 VOID = -1
-FIGURES = (
-    9  # decimals of R, which is from 0 to 1: its rounding is some 1e-15, and scaling a map rounds equal pixels apart
-)
+FINE = 2.0**-30  # of R, which is from 0 to 1: scaling a map rounds equal pixels some 1e-16 apart
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def normalised(maps: Float[Tensor, "batch row column"]) -> Float[Tensor, "batch 
 
 def foreground(R: Float[Tensor, "batch row column"]) -> Bool[Tensor, "batch row column"]:
     """What is above its map's mean, by more than rounding; nothing of a constant map, whose mean is 1/2 exactly."""
-    return (R - R.mean((1, 2), keepdim=True)).round(decimals=FIGURES).gt(0)
+    return ((R - R.mean((1, 2), keepdim=True)) / FINE).round().gt(0)
 
 
 def _compared(R: Float[Tensor, "batch row column"], truth: Int[Tensor, "batch row column"]) -> Segmentation:
@@ -135,7 +133,7 @@ def _compared(R: Float[Tensor, "batch row column"], truth: Int[Tensor, "batch ro
 
 def average_precision(scores: Float[Tensor, "*any"], truth: Bool[Tensor, "*any"]) -> float:
     """sum over thresholds of (recall - recall before) * precision, equal scores (but for rounding) at one threshold."""
-    scores = scores.flatten().round(decimals=FIGURES)
+    scores = (scores.flatten() / FINE).round()
     order = scores.argsort(descending=True, stable=True)
     found, hits = scores[order], truth.flatten()[order].double().cumsum(0)
     last = torch.ones_like(found, dtype=torch.bool)
