@@ -23,6 +23,7 @@ from gatedlens.layers import layer_of
 from gatedlens.loading import BUNDLED, from_pretrained
 from gatedlens.outfolder import out_folder
 from gatedlens.page import attention_page
+from gatedlens.rounding import order
 from gatedlens.tasks import VOCABULARY, recall
 
 FOUR = {
@@ -86,8 +87,8 @@ def run(model_name: str, text: str | None = None, layer: int = -1, out: str | Pa
     maps = {i: A.abs_mean()[0] for i, A in attention.items()}
 
     row = maps[layer][-1]
-    best = row.topk(min(5, len(row)))
-    tops = [(tokens[j], j, v) for v, j in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+    best = order(row)[:5].tolist()
+    tops = [(tokens[j], j, float(row[j])) for j in best]
     likely = logits[0, -1].softmax(-1).topk(min(5, logits.shape[-1]))
     following = [
         (model.to_string([i]), p) for p, i in zip(likely.values.tolist(), likely.indices.tolist(), strict=True)

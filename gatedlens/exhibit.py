@@ -26,6 +26,7 @@ from gatedlens.language import HookedLanguageModel
 from gatedlens.layers import layer_of
 from gatedlens.loading import from_pretrained
 from gatedlens.outfolder import out_folder
+from gatedlens.rounding import order
 
 REDUCTIONS = ("mean", "abs_mean", "row")
 
@@ -76,7 +77,7 @@ def show(
     row = with_label(attention.row(position).mean(1)[0], MEAN)  # an InputError if there is no such position
     values = row if reduce == "row" else (attention.mean() if reduce == "mean" else attention.abs_mean())[0]
     own = row if reduce == "row" else values[position]
-    best = own.abs().topk(min(5, len(own))).indices.tolist()
+    best = order(own.abs())[:5].tolist()
 
     stem = folder / f"{Path(model_name).name}-layer{attention.layer}-{reduce}"
     numbers = Path(f"{stem}.safetensors")

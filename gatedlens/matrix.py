@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gatedlens.errors import InputError
@@ -54,6 +54,10 @@ class ScanMatrix(ABC):
         InputError unless the rows are a softmax.
         """
         raise InputError("The rows of this layer's scan are no softmax, so there is nothing to renormalise.")
+
+    def undecayed(self, own: Bool[Tensor, "batch pos"]) -> ScanMatrix:
+        """The scan that rows `own` have without the decay of their own step; here itself: there is no such decay."""
+        return self
 
     @abstractmethod
     def seen(self, i: Int[Tensor, " batch"]) -> Float[Tensor, "batch src channel"]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gatedlens.errors import InputError, did_you_mean
+from gatedlens.rounding import figures
 from gatedlens.saved import read_json, write_json
 from gatedlens.tensorlike import Tensorlike
 
@@ -115,11 +116,11 @@ class Result(Tensorlike):
 
     def top(self, n: int = 10, signed: bool = False) -> list[dict[str, Any]]:
         """The `n` cells that are farthest from the baseline (0 if there is none; or, `signed`, above it), best first; NaN (not
-        measured) is left out."""
+        measured) is left out. What agrees in five figures, as what differs by rounding does, stands in the order of the cells."""
         flat = self.values.detach().double().flatten() - self.baseline
-        order = (flat if signed else flat.abs()).nan_to_num(-torch.inf).argsort(descending=True)
-        order = order[~flat[order].isnan()][:n]
-        return [self._cell(int(i)) for i in order]
+        size = figures(flat if signed else flat.abs())
+        best = size.nan_to_num(-torch.inf, torch.inf, -torch.inf).argsort(descending=True, stable=True)
+        return [self._cell(int(i)) for i in best[~flat[best].isnan()][:n]]
 
     def _cell(self, flat: int) -> dict[str, Any]:
         cell: dict[str, Any] = {}

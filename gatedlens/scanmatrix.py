@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from einops import einsum, rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gatedlens.halving import Desk, Halving, Near, Pieces, desk_for, raised
@@ -52,6 +52,11 @@ class DecayScan(ScanMatrix):
         """The scan of some channels."""
         time, amount = self.time[:, :, channels], self.amount[:, :, channels]
         return replace(self, time=time, rate=self.rate[channels], amount=amount)
+
+    def undecayed(self, own: Bool[Tensor, "batch pos"]) -> DecayScan:
+        """With exp(rate * (time_{i - 1} - time_j)) in the rows i of `own`; it is meant for these rows alone."""
+        before = torch.cat([self.time[:, :1], self.time[:, :-1]], dim=1)
+        return replace(self, time=torch.where(own.unsqueeze(-1), before, self.time))
 
     def decay(
         self, later: Float[Tensor, "... channel"], earlier: Float[Tensor, "... channel"]

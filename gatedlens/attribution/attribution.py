@@ -4,7 +4,7 @@
     found.scores                     # batch pos, or batch row column for images; 0 at padding
     found.method, found.target, found.layers, found.facts
     found.explained                  # batch: the logit (or logit difference, or metric) that is explained
-    found.order(0), found.ranks      # positions of a row, most relevant first; the place of each in that order
+    found.order(0), found.ranks      # positions of a row, most relevant first; the place of each in that order: `rounding.py`
     found.plot()                     # the text, coloured; for an image a map over it
     found.save("found.json"); Attribution.load("found.json"); found.top(5); found.to_dataframe()
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from gatedlens.errors import InputError
 from gatedlens.grid import Grid
 from gatedlens.result import Result
+from gatedlens.rounding import order
 
 TEXT, IMAGE = ("batch", "pos"), ("batch", "row", "column")
 
@@ -62,10 +63,12 @@ class Attribution(Result):
         return torch.tensor(self.facts["explained"], dtype=torch.float64)
 
     def order(self, row: int = 0) -> Int[Tensor, " some"]:
-        """Positions (of an image: patches, row by row) of a row of the batch, most relevant first, without padding."""
-        flat = self.scores[row].flatten()
-        found = flat.argsort(descending=True, stable=True)
-        real = self.facts["real"]
+        """Positions (of an image: patches, row by row) of a row of the batch, most relevant first, without padding.
+
+        Scores are compared in steps of a 130,000th of the row's largest, and equal ones stand in the order of positions:
+        neither batch nor processor decides.
+        """
+        found, real = order(self.scores[row].flatten()), self.facts["real"]
         return found if real is None else found[torch.tensor(real[row], device=found.device)[found]]
 
     @property
@@ -73,8 +76,8 @@ class Attribution(Result):
         """The place of each position in its row's `order`: 0 for the most relevant; -1 for padding."""
         ranks = torch.full((len(self.scores), self.scores[0].numel()), -1)
         for row, places in enumerate(ranks):
-            order = self.order(row).cpu()
-            places[order] = torch.arange(len(order))
+            found = self.order(row).cpu()
+            places[found] = torch.arange(len(found))
         return ranks
 
     def plot(self, ax: Any = None, row: int = 0) -> Any:

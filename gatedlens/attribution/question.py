@@ -31,6 +31,7 @@ from gatedlens.hookpoint import Capture
 from gatedlens.metrics import Logits, per_row
 from gatedlens.model import HookedModel
 from gatedlens.recurrence import at_least_float32
+from gatedlens.rounding import moved
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,12 @@ class Question:
         if self.model.grid is None:
             return torch.zeros_like(self.features)
         return self.features_of(torch.zeros_like(self.batch.value[:1]))
+
+    @property
+    def content(self) -> Float[Tensor, "batch place d_model"]:
+        """What the features hold beyond those of nothing, exactly 0 where that is rounding."""
+        zero = self.zero
+        return (self.features - zero).masked_fill(~moved(self.features, zero).unsqueeze(-1), 0)
 
     def features_of(self, value: Tensor) -> Float[Tensor, "rows place d_model"]:
         """The features of other tokens or images."""

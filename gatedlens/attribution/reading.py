@@ -107,7 +107,7 @@ class Reading:
 
     def official_row(self, attention: ImplicitAttention) -> Float[Tensor, "batch src channel"]:
         assert self.steps is not None
-        return official.official_rows(attention, self.read, self.question.own, self.steps.own)
+        return official.official_rows(attention, self.read, self.question.own, self.steps)
 
     # -- the end -------------------------------------------------------------------------------------------------
 

@@ -4,8 +4,8 @@
     records.add({"sample": "test/3", "method": "lrp", ...})
     ("test/3", "lrp") in records
 
-`run.json` says what was run, `records.jsonl` holds a line a sample and method. A folder of another run is refused. A last line
-that was cut off when the run was stopped is measured anew.
+`run.json` says what was run, `records.jsonl` holds a line a sample and method, with a checksum. A folder of another run is
+refused, and so is a line that is not as it was written. A last line that was cut off when the run was stopped is measured anew.
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gatedlens.errors import InputError
+from gatedlens.placement import at_hand
 
-FORMAT = 1
+FORMAT = 2
 RUN, LINES = "run.json", "records.jsonl"
+CHECK = "crc32"
+PLAIN = (bool, int, float)
+ELSEWHERE = ("model_name", "device")  # of a config: compared by itself; decides no number
 
 
 class Records:
@@ -78,13 +83,21 @@ class Records:
         self.held[row["sample"], row["method"]] = row
         if self.folder is not None:
             with (self.folder / LINES).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(_line(row) + "\n")
 
     def __contains__(self, key: tuple[str, str]) -> bool:
         return key in self.held
 
     def __getitem__(self, key: tuple[str, str]) -> dict[str, Any]:
         return self.held[key]
+
+    @property
+    def items(self) -> dict[str, set[str]]:
+        """The checksums of what was measured, by the sample's name: one, unless it was changed in between."""
+        out: dict[str, set[str]] = {}
+        for (name, _), row in self.held.items():
+            out.setdefault(name, set()).add(row.get("item", ""))
+        return out
 
     def __len__(self) -> int:
         return len(self.held)
@@ -93,25 +106,55 @@ class Records:
         return iter(self.held.values())
 
 
+def _line(row: Mapping[str, Any]) -> str:
+    """A record as JSON, with the checksum of all else as its last key."""
+    return json.dumps({**row, CHECK: _checked(row)})
+
+
+def _checked(row: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(row).encode()):08x}"
+
+
 def _record(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-        if isinstance(row, dict) and {"sample", "method"} <= row.keys():
+        if not isinstance(row, dict) or not {"sample", "method"} <= row.keys():
+            why = "it is no record"
+        elif row.pop(CHECK, None) != _checked(row):
+            why = "it is not as it was written"
+        else:
             return row
-        why = "it is no record"
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         why = str(error)
     raise InputError(f"{where} is broken: {why}. Delete that line to have it measured anew.")
 
 
+# -- what decides the numbers of a model ------------------------------------------------------------------------------
+
+
 def fingerprint(model: Any) -> str:
-    """A checksum of the beginning of every parameter: another checkpoint of one name is another model."""
+    """A checksum of all of every parameter and buffer of the wrapped model: another checkpoint of one name is another model."""
     total = 0
-    for parameter in model.wrapped.parameters():
-        total = checksum(parameter.flatten()[:1024], total)
+    for place, module in model.wrapped.named_modules():
+        with at_hand([module]):
+            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for name, tensor in own:
+                total = checksum(tensor, zlib.crc32(f"{place}.{name}".encode(), total))
     return f"{total:08x}"
 
 
+def settings(model: Any) -> str:
+    """A checksum of what a model computes by besides its weights: its config, its modules' classes and numbers (an eps)."""
+    config = {key: value for key, value in model.cfg.to_dict().items() if key not in ELSEWHERE}
+    modules = [
+        (name, type(module).__qualname__, sorted((k, v) for k, v in vars(module).items() if type(v) in PLAIN))
+        for name, module in model.wrapped.named_modules()
+    ]
+    return f"{zlib.crc32(repr((sorted(config.items()), modules)).encode()):08x}"
+
+
 def checksum(values: Tensor, total: int = 0) -> int:
-    """Of the numbers of a tensor; `total` is that of what came before."""
-    return zlib.crc32(values.detach().double().cpu().numpy().tobytes(), total)
+    """crc32 of a tensor's dtype, shape and bytes; `total` is that of what came before."""
+    plain = values.detach().cpu().contiguous()
+    total = zlib.crc32(f"{plain.dtype} {list(plain.shape)}".encode(), total)
+    return zlib.crc32(plain.reshape(-1).view(torch.uint8).numpy().data, total)

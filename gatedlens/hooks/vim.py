@@ -36,7 +36,7 @@ from gatedlens.grid import Grid
 from gatedlens.hooking import Batch
 from gatedlens.hookpoint import rows_of
 from gatedlens.hooks.mamba import ALIASES, MIXER_ROWS, RMSNORM, SelectiveScan
-from gatedlens.images import IMAGENET_MEAN, IMAGENET_STD, preprocess
+from gatedlens.images import IMAGENET_MEAN, IMAGENET_STD, preprocess, preprocess_mask
 from gatedlens.model import HookedModel
 from gatedlens.output import Output, check_return_type
 from gatedlens.padding import Padding
@@ -422,6 +422,10 @@ class HookedViM(HookedModel):
     def preprocess(self, image: Any) -> Float[Tensor, "channels height width"]:
         """`model.preprocess(Image.open(path))`: a PIL image as the official evaluation prepares it."""
         return preprocess(image, self.cfg.image_size, self.cfg.image_mean, self.cfg.image_std)
+
+    def preprocess_mask(self, mask: Any) -> Int[Tensor, "height width"]:
+        """`model.preprocess_mask(mask)`: what the model sees of an image's mask [height, width], cut as `preprocess` cuts."""
+        return preprocess_mask(mask, self.cfg.image_size)
 
     # -- forward -------------------------------------------------------------------------------------------------
 
