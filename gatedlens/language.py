@@ -27,6 +27,7 @@ from gatedlens.output import Output, check_return_type
 from gatedlens.padding import Padding
 from gatedlens.points import Point
 from gatedlens.state import RecurrentState
+from gatedlens.tokenizer import tokenizer_of
 
 
 def next_token_loss(
@@ -289,8 +290,11 @@ class HookedLanguageModel(HookedModel):
     # -- text ----------------------------------------------------------------------------------------------------
 
     def set_tokenizer(self, tokenizer: Any) -> None:
-        """Use `tokenizer` (anything with transformers' encode, decode and special token ids; None: none)."""
-        self.tokenizer = tokenizer
+        """Use `tokenizer`: transformers', a folder of one, or anything that encodes and decodes (None: none).
+
+        What is not transformers' is put behind its words; see `tokenizer.py`. InputError for what is no tokenizer.
+        """
+        self.tokenizer = tokenizer = tokenizer_of(tokenizer)
         self.cfg.tokenizer_name = None if tokenizer is None else (getattr(tokenizer, "name_or_path", "") or None)
         self.cfg.default_prepend_bos = tokenizer is not None and tokenizer.bos_token_id is not None
 
