@@ -208,7 +208,9 @@ def unpacked(path: Path, loaded: Any) -> tuple[dict[str, Tensor], dict[str, Any]
     inner = next((key for key in CONTAINERS if isinstance(loaded, dict) and isinstance(loaded.get(key), dict)), None)
     if inner is not None:
         args = loaded.get("args")
-        told = dict(vars(args)) if isinstance(args, argparse.Namespace) else dict(args) if isinstance(args, dict) else {}
+        told = (
+            dict(vars(args)) if isinstance(args, argparse.Namespace) else dict(args) if isinstance(args, dict) else {}
+        )
         loaded = loaded[inner]
     if not isinstance(loaded, dict) or not loaded:
         raise CheckpointError(f"{path} holds no state dict (names to tensors).")
@@ -244,7 +246,7 @@ def _no_weight(path: Path, name: str, dtype: str) -> CheckpointError:
 
 
 def prefixes(names: Iterable[str]) -> Iterator[str]:
-    """"", and what stands in front of every name, a word at a time: "module.", "module._orig_mod."."""
+    """ "", and what stands in front of every name, a word at a time: "module.", "module._orig_mod."."""
     words = [name.split(".") for name in names]
     shared = 0
     while words and all(len(word) > shared for word in words):

@@ -1,13 +1,12 @@
 """Fields: what each key of a config.json may hold, said once; a value that does not fit is refused by its name.
 
-FIELDS = {"d_model": SIZE, "n_layer": DEPTH, "rms_norm": FLAG, "ssm_cfg": table(d_state=SIZE).or_null()}
+FIELDS = {"d_model": SIZE, "n_layer": layers_of(9), "rms_norm": FLAG, "ssm_cfg": table(d_state=SIZE).or_null()}
 check({"d_model": 16, "n_layer": "2"}, FIELDS, "folder/config.json")
 # CheckpointError: folder/config.json: n_layer is '2'; expected is a whole number from 1 to 2147483647.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
@@ -22,13 +21,13 @@ LARGEST = 2**31 - 1
 class Field:
     """`expected` in words, whether a value `fits`, and, of a table, the fields `inside`.
 
-    counts_layers: each of what it counts has weights of its own, so that a checkpoint bounds it.
+    layer_tensors: what it counts are layers, each of so many tensors at least, so that a checkpoint bounds it.
     """
 
     expected: str
     fits: Callable[[Any], bool]
     inside: Mapping[str, Field] = field(default_factory=dict)
-    counts_layers: bool = False
+    layer_tensors: int = 0
 
     def or_null(self) -> Field:
         """The same, or null."""
@@ -49,14 +48,18 @@ def whole(low: int, high: int = LARGEST) -> Field:
 
 
 def number(expected: str, fits: Callable[[float], bool]) -> Field:
-    """A finite number that fits."""
+    """A number, neither NaN nor infinite, that fits."""
 
     def holds(v: Any) -> bool:
-        if not isinstance(v, Real) or isinstance(v, bool) or abs(v) > LARGEST:
-            return False
-        return math.isfinite(v) and fits(float(v))
+        plain = isinstance(v, Real) and not isinstance(v, bool) and -LARGEST <= v <= LARGEST  # which NaN is not
+        return plain and fits(float(v))
 
     return Field(expected, holds)
+
+
+def layers_of(tensors: int) -> Field:
+    """The number of layers that have so many tensors at least."""
+    return replace(whole(1), layer_tensors=tensors)
 
 
 def one_of(*known: Any) -> Field:
@@ -78,7 +81,6 @@ def table(**inside: Field) -> Field:
 
 
 SIZE = whole(1)
-DEPTH = replace(SIZE, counts_layers=True)
 COUNT = whole(0)
 INTEGER = whole(-LARGEST)
 POSITIVE = number("a number above 0", lambda v: v > 0)
@@ -132,12 +134,12 @@ def _check(config: Mapping[str, Any], fields: Mapping[str, Field], where: Any, o
 def check_depth(config: Mapping[str, Any], fields: Mapping[str, Field], where: Any, tensors: int) -> None:
     """CheckpointError for more layers than a checkpoint of so many tensors can have: before they are built."""
     for name, known in fields.items():
-        value = config.get(name, 0)
+        value = config.get(name, 0) if known.layer_tensors else 0
         layers = len(value) if isinstance(value, list | tuple) else value
-        if known.counts_layers and layers > tensors:
+        if layers * known.layer_tensors > tensors:
             raise CheckpointError(
-                f"{where}: {name} asks for {layers} layers, and the checkpoint holds {tensors} tensors in all; expected is "
-                "at least one a layer."
+                f"{where}: {name} asks for {layers} layers, and the checkpoint holds {tensors} tensors in all; expected are "
+                f"at least {known.layer_tensors} a layer."
             )
 
 

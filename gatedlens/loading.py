@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedlens import checkpoint, dtypes, fields, placement, tokenizer as tokenizers
+from gatedlens import checkpoint, dtypes, fields, placement
+from gatedlens import tokenizer as tokenizers
 from gatedlens.checkpoint import about, reading
 from gatedlens.errors import CheckpointError, did_you_mean
 from gatedlens.hooks import architectures
@@ -126,7 +127,9 @@ def _check_plain(model: nn.Module) -> None:
         adapted = "base_layer" in dict(module.named_children())
         replaced = isinstance(module, plain) and all(type(module).forward is not kind.forward for kind in plain)
         held = dict(module.named_buffers(recurse=False)) | dict(module.named_parameters(recurse=False))
-        packed = "qweight" in held or callable(getattr(module, "weight", None))  # as torch.ao, GPTQ and AWQ keep weights
+        packed = "qweight" in held or callable(
+            getattr(module, "weight", None)
+        )  # as torch.ao, GPTQ and AWQ keep weights
         if adapted or replaced or packed:
             raise CheckpointError(
                 f"{name} is a {type(module).__name__}, whose forward is its own; gatedlens reads its weight alone. "
@@ -218,7 +221,9 @@ def _heard(hub: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"{name} is no option of gl.from_pretrained: {ELSEWHERE[name]}.")
     heard = [name for name in FOLDING if name in hub]
     if heard:
-        log.info("%s: gatedlens folds nothing, weights are as in the file.", ", ".join(f"{name}=False" for name in heard))
+        log.info(
+            "%s: gatedlens folds nothing, weights are as in the file.", ", ".join(f"{name}=False" for name in heard)
+        )
     return {name: value for name, value in hub.items() if name not in FOLDING}
 
 
@@ -414,9 +419,8 @@ def _from_original(
 ) -> nn.Module:
     """An original checkpoint into the architecture's own parameter module, which is built once everything fits."""
     fields.check_depth(config, hooked.original_fields, where, len(state))
-    with reading(where, f"asks for a {hooked.title} that cannot be built"), about(where):
-        with torch.device("meta"):
-            expected: nn.Module = hooked.empty(config)
+    with reading(where, f"asks for a {hooked.title} that cannot be built"), about(where), torch.device("meta"):
+        expected: nn.Module = hooked.empty(config)
     wanted = expected.state_dict()
     with reading(source, f"holds tensors that are not as {hooked.title}'s are"), about(source):
         bare = [{name.removeprefix(p): t for name, t in state.items()} for p in checkpoint.prefixes(state)]

@@ -30,7 +30,9 @@ WORDS = {  # special tokens whose name says what they are, for a `tokenizers.Tok
     "pad_token": ("<pad>", "[PAD]"),
     "unk_token": ("<unk>", "[UNK]"),
 }
-PLAINLY = {  # what encodes a text without special tokens around it, by the package that a tokenizer comes from
+PLAINLY: dict[
+    str, dict[str, Any]
+] = {  # what encodes a text without special tokens around it, by the package that a tokenizer comes from
     "tokenizers": {"add_special_tokens": False},
     "tiktoken": {"allowed_special": "all"},
 }
@@ -66,7 +68,7 @@ def _fast(inner: Any) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     special = {token.content for token in inner.get_added_tokens_decoder().values() if token.special}
-    named = {role: next((word for word in words if word in special), None) for role, words in WORDS.items()}
+    named: dict[str, Any] = {role: next((w for w in words if w in special), None) for role, words in WORDS.items()}
     return PreTrainedTokenizerFast(tokenizer_object=inner, **{role: word for role, word in named.items() if word})
 
 
@@ -113,7 +115,7 @@ class Adapter:
 
     def get_vocab(self) -> dict[str, int]:
         """Its words, where it tells them."""
-        words = getattr(self.inner, "get_vocab", dict)()
+        words: Any = getattr(self.inner, "get_vocab", dict)()
         return dict(words) if isinstance(words, Mapping) else {}
 
 

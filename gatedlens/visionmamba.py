@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gatedlens import fields
 from gatedlens.checkpoint import depth, shape_of
 from gatedlens.errors import CheckpointError, did_you_mean
-from gatedlens.fields import DEPTH, EPS, FLAG, NUMBER, PAIR, POSITIVE, SIZE, TEXT, listed, one_of, table
+from gatedlens.fields import EPS, FLAG, NUMBER, PAIR, POSITIVE, SIZE, TEXT, layers_of, listed, one_of, table
 from gatedlens.hooks.mamba import SSM_FIELDS, layer_parameters
 
 BACKWARD = {  # what the backward direction calls Mamba's parameters
@@ -33,7 +33,7 @@ FIELDS = {  # the constructor's arguments that say what is built and how it runs
     "img_size": PAIR,
     "patch_size": PAIR,
     "stride": SIZE,
-    "depth": DEPTH,
+    "depth": layers_of(9),
     "embed_dim": SIZE,
     "d_state": SIZE,
     "channels": SIZE,
@@ -165,7 +165,9 @@ class VisionMamba(nn.Module):
         kind = "v1" if if_bimamba else bimamba_type
         for name in ("image_mean", "image_std"):
             if name in others and len(others[name]) != channels:
-                raise CheckpointError(f"{name} is {others[name]!r:.80}; expected are {channels} numbers, one a channel.")
+                raise CheckpointError(
+                    f"{name} is {others[name]!r:.80}; expected are {channels} numbers, one a channel."
+                )
 
         self.patch_embed = PatchEmbed(img_size, patch_size, stride, channels, embed_dim)
         names = () if not if_cls_token else ("_head", "_tail") if use_double_cls_token else ("",)
@@ -286,19 +288,16 @@ def config_from_shapes(state: Mapping[str, Tensor], variant: dict[str, Any], inp
         "bimamba_type": kind,
         "if_cls_token": any(key.startswith("cls_token") for key in state),
         "use_double_cls_token": "cls_token_head" in state,
-        "if_abs_pos_embed": "pos_embed" in state,
         "init_layer_scale": 1.0 if f"{mixer}gamma" in state else None,
     }
     config["stride"] = max(1, patch_size * variant["stride"] // variant["patch_size"])
-    config["img_size"] = int(input_size or variant["img_size"])
+    config["img_size"] = input_size or variant["img_size"]
     _check_positions(state, config)
     return config
 
 
 def _check_positions(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """CheckpointError unless an image of this size has as many patches as the file has positions."""
-    if "pos_embed" not in state:
-        return
     size, patch, stride = config["img_size"], config["patch_size"], config["stride"]
     have = shape_of(state, "pos_embed", 3)[1] - sum(key.startswith("cls_token") for key in state)
     want = ((size - patch) // stride + 1) ** 2

@@ -32,7 +32,20 @@ from gatedlens.config import HookedConfig
 from gatedlens.documentrun import DocumentRun
 from gatedlens.errors import CheckpointError
 from gatedlens.factors import Factors
-from gatedlens.fields import COUNT, DEPTH, EPS, FLAG, NOT_NEGATIVE, POSITIVE, SHARE, SIZE, TEXT, listed, one_of, table
+from gatedlens.fields import (
+    COUNT,
+    EPS,
+    FLAG,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    SIZE,
+    TEXT,
+    layers_of,
+    listed,
+    one_of,
+    table,
+)
 from gatedlens.hooking import Batch
 from gatedlens.hookpoint import Part, rows_of
 from gatedlens.language import HookedLanguageModel
@@ -321,13 +334,13 @@ ALIASES = block_aliases(
 
 # -- configs --------------------------------------------------------------------------------------------------------
 
-KINDS = replace(listed(one_of("recurrent", "attention"), low=1), counts_layers=True)
+KINDS = listed(one_of("recurrent", "attention"), low=1)
 HUB_FIELDS = {
     **fields.TRANSFORMERS,
     "vocab_size": SIZE,
     "hidden_size": SIZE,
     "intermediate_size": SIZE,
-    "num_hidden_layers": DEPTH,
+    "num_hidden_layers": layers_of(11),
     "num_attention_heads": SIZE,
     "num_key_value_heads": SIZE.or_null(),
     "head_dim": SIZE,
@@ -349,7 +362,7 @@ ORIGINAL_FIELDS = {
     "mlp_expanded_width": SIZE,
     "num_heads": SIZE,
     "lru_width": SIZE.or_null(),
-    "block_types": KINDS,
+    "block_types": replace(KINDS, layer_tensors=11),
     "embeddings_scale_by_sqrt_dim": FLAG,
     "attention_window_size": COUNT,
     "logits_soft_cap": NOT_NEGATIVE.or_null(),
@@ -634,7 +647,11 @@ RENAMES = {
     "embedder.input_embedding": "model.embed_tokens.weight",
     "final_norm": "model.final_norm",
 }
-AXES = {"ffw_up.w": "2 d_model d_mlp", "ffw_up.b": "2 1 1 d_mlp", "conv_1d.w": "tap channel"}  # of what changes its shape
+AXES = {
+    "ffw_up.w": "2 d_model d_mlp",
+    "ffw_up.b": "2 1 1 d_mlp",
+    "conv_1d.w": "tap channel",
+}  # of what changes its shape
 
 
 def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:

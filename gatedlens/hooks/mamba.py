@@ -29,7 +29,7 @@ from gatedlens.block import Block, Mixer, Norm, Run, norm_rows, residual_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError
 from gatedlens.factors import Factors
-from gatedlens.fields import COUNT, DEPTH, EPS, FLAG, INTEGER, NUMBER, POSITIVE, SIZE, TEXT, listed, one_of, table
+from gatedlens.fields import COUNT, EPS, FLAG, INTEGER, NUMBER, POSITIVE, SIZE, TEXT, layers_of, listed, one_of, table
 from gatedlens.hookpoint import rows_of
 from gatedlens.language import HookedLanguageModel
 from gatedlens.padding import Padding, windows
@@ -377,7 +377,7 @@ HUB_FIELDS = {
     **fields.TRANSFORMERS,
     "vocab_size": SIZE,
     "hidden_size": SIZE,
-    "num_hidden_layers": DEPTH,
+    "num_hidden_layers": layers_of(9),
     "state_size": SIZE,
     "conv_kernel": SIZE,
     "expand": POSITIVE,
@@ -406,7 +406,7 @@ SSM_FIELDS = {
 }
 ORIGINAL_FIELDS = {
     "d_model": SIZE,
-    "n_layer": DEPTH,
+    "n_layer": layers_of(9),
     "vocab_size": SIZE,
     "d_intermediate": COUNT,
     "ssm_cfg": table(**SSM_FIELDS).or_null(),

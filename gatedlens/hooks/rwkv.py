@@ -38,7 +38,7 @@ from gatedlens.checkpoint import depth, shape_of
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError
 from gatedlens.factors import Factors
-from gatedlens.fields import COUNT, DEPTH, EPS, INTEGER, SIZE
+from gatedlens.fields import COUNT, EPS, INTEGER, SIZE, layers_of
 from gatedlens.hookpoint import Part, rows_of
 from gatedlens.language import HookedLanguageModel
 from gatedlens.padding import Padding
@@ -328,7 +328,7 @@ HUB_FIELDS = {
     **fields.TRANSFORMERS,
     "vocab_size": SIZE,
     "hidden_size": SIZE,
-    "num_hidden_layers": DEPTH,
+    "num_hidden_layers": layers_of(18),
     "attention_hidden_size": SIZE.or_null(),
     "intermediate_size": SIZE.or_null(),
     "context_length": SIZE,
@@ -338,7 +338,7 @@ HUB_FIELDS = {
 ORIGINAL_FIELDS = {
     "vocab_size": SIZE,
     "n_embd": SIZE,
-    "n_layer": DEPTH,
+    "n_layer": layers_of(18),
     "dim_att": COUNT.or_null(),  # 0: as RWKV-LM has it by default
     "dim_ffn": COUNT.or_null(),
     "ctx_len": SIZE,
