@@ -21,7 +21,7 @@ from gatedlens.hooks.rwkv import HookedRWKV
 from gatedlens.hooks.vim import HookedViM
 
 WORDS = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 40, "state_size": 4}
-ABSURD = (None, "no", True, [], {}, [1, "x"], -1, 0, 10**9, 10**30, 2.5, float("nan"), float("inf"))
+ABSURD = (None, "no", [1, "x"], -1, 10**9, 10**30, 2.5, float("nan"))
 
 
 def theirs(wrapped):
