@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 from gatedlens.errors import CheckpointError
@@ -51,8 +51,9 @@ def number(expected: str, fits: Callable[[float], bool]) -> Field:
     """A number, neither NaN nor infinite, that fits."""
 
     def holds(v: Any) -> bool:
-        plain = isinstance(v, Real) and not isinstance(v, bool) and -LARGEST <= v <= LARGEST  # which NaN is not
-        return plain and fits(float(v))
+        if not isinstance(v, int | float) or isinstance(v, bool):
+            return False
+        return -LARGEST <= v <= LARGEST and fits(float(v))  # NaN is not between them
 
     return Field(expected, holds)
 
