@@ -27,6 +27,7 @@ from gatedlens.output import Output, check_return_type
 from gatedlens.padding import Padding
 from gatedlens.points import Point
 from gatedlens.state import RecurrentState
+from gatedlens.tokenizer import tokenizer_of
 from gatedlens.transforms import anywhere
 
 
@@ -295,13 +296,15 @@ class HookedLanguageModel(HookedModel):
     # -- text ----------------------------------------------------------------------------------------------------
 
     def set_tokenizer(self, tokenizer: Any) -> None:
-        """Use `tokenizer` (anything with transformers' encode, decode and special token ids; None: none).
+        """Use `tokenizer`: transformers', a folder of one, or anything that encodes and decodes (None: none).
+
+        What is not transformers' is put behind its words; see `tokenizer.py`. InputError for what is no tokenizer.
 
         Texts are padded on the side of `padding_side=` of the call; else on that which was set on the model's tokenizer,
         `model.tokenizer.padding_side = "right"`; else on the left (cfg.default_padding_side). The side that a tokenizer comes
         with is its maker's default, the right nearly always, and counts for nothing.
         """
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer = tokenizer_of(tokenizer)
         tokens_.forget_side(tokenizer)
         self.cfg.tokenizer_name = None if tokenizer is None else (getattr(tokenizer, "name_or_path", "") or None)
         self.cfg.default_prepend_bos = tokenizer is not None and tokenizer.bos_token_id is not None

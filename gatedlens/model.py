@@ -21,6 +21,7 @@ from gatedlens import placement
 from gatedlens.block import Norm, Run, norm_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import InputError
+from gatedlens.fields import Field
 from gatedlens.grid import Grid
 from gatedlens.hooking import Batch, Hooking
 from gatedlens.hookpoint import HookPoint, rows_of
@@ -41,6 +42,8 @@ class HookedModel(Hooking):
     attention_words: ClassVar[dict[str, str]] = {}  # each factor of the implicit attention, from its points; ditto
     wraps: ClassVar[tuple[str, ...]] = ()  # class names that `gl.wrap` hands to this architecture
     hub_types: ClassVar[tuple[str, ...]] = ()  # model_type in a config.json of transformers
+    hub_fields: ClassVar[Mapping[str, Field]] = {}  # what the keys of such a config.json may hold
+    original_fields: ClassVar[Mapping[str, Field]] = {}  # and those of an original checkpoint's; see `is_original`
     block_points: ClassVar[tuple[Point, ...]] = ()
     first_points: ClassVar[tuple[Point, ...]] = ()
     final_points: ClassVar[tuple[Point, ...]] = norm_rows("ln_final", "blocks.-1.hook_resid_post", "the final norm")

@@ -21,9 +21,10 @@ def encode(tokenizer: Any, text: str, prepend_bos: bool) -> list[int]:
     try:
         ids = list(tokenizer.encode(text, add_special_tokens=False))
     except Exception as error:  # the tokenizers library raises no narrower class
-        words = sorted(tokenizer.get_vocab())
-        knows = f" It knows only: {' '.join(words)}." if len(words) <= 64 else ""
-        raise InputError(f"The tokenizer cannot encode {text!r} ({error}).{knows}") from error
+        raise InputError(f"The tokenizer cannot encode {text!r} ({error}).{_knows(tokenizer)}") from error
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is not None and unknown in ids and _knows(tokenizer):  # a list of words, and this is none of them
+        raise InputError(f"The tokenizer does not know all words of {text!r}.{_knows(tokenizer)}")
     bos = tokenizer.bos_token_id
     if prepend_bos and bos is None:
         raise InputError("prepend_bos=True, but the tokenizer has no BOS token; pass prepend_bos=False.")
@@ -45,6 +46,13 @@ def side_of(tokenizer: Any) -> str | None:
     """The padding side that a user set on a tokenizer; None if it is the one that it came with, or it has none."""
     side = getattr(tokenizer, "padding_side", None)
     return None if isinstance(side, Inherited) else side
+
+
+def _knows(tokenizer: Any) -> str:
+    """What a tokenizer of a few words knows, for messages; empty for one of many."""
+    unknown = getattr(tokenizer, "unk_token", None)
+    words = sorted(word for word in tokenizer.get_vocab() if word != unknown)
+    return f" It knows only: {' '.join(words)}." if 0 < len(words) <= 64 else ""
 
 
 def pad(rows: list[list[int]], side: str, pad_id: int) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:

@@ -137,3 +137,11 @@ def test_a_model_that_exists(registered):
     bridge = TransformerBridge.boot_transformers("falcon", hf_model=model, tokenizer=tokenizer, device="cpu")
     logits, cache = bridge.run_with_cache(TOKENS, names_filter="blocks.1.mixer.hook_state")
     assert relative(logits, want) < 1e-5 and cache["blocks.1.mixer.hook_state"].shape == (2, 6, 32, 4)
+
+
+@pytest.mark.parametrize("name", ["mamba-recall", "griffin-recall", "rwkv-recall"])
+def test_the_recall_models_boot(registered, name):
+    bridge = TransformerBridge.boot_transformers(str(BUNDLED / name), device="cpu")
+    with torch.no_grad():
+        want = gl.from_pretrained(f"gatedlens/{name}", device="cpu")("D 3 A 7 ? A")
+        assert relative(bridge("D 3 A 7 ? A"), want) < 1e-5

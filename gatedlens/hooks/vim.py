@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gatedlens import placement
+from gatedlens import fields, placement
 from gatedlens.block import Block, Norm, Run, TokenMixing, norm_rows, residual_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError, InputError, did_you_mean
@@ -46,6 +46,7 @@ from gatedlens.state import RecurrentState
 from gatedlens.transforms import anywhere, plain
 from gatedlens.visionmamba import (
     BACKWARD,
+    FIELDS,
     SHORT,
     VisionMamba,
     check_supported,
@@ -315,6 +316,7 @@ class HookedViM(HookedModel):
         "r": "scale * (gate * (S + D) * act * conv1d.bias), summed over directions",
     }
     wraps = ("VisionMamba",)
+    original_fields = FIELDS
     block_points = BLOCK_ROWS
     first_points = (
         Point("hook_patch_embed", "batch patch d_model", "patch_embed.proj(image), row by row", f"{PAPER}, eq. 3"),
@@ -344,7 +346,11 @@ class HookedViM(HookedModel):
     def describe(cls, wrapped: Any, model_name: str) -> ViMConfig:
         """The cfg of a VisionMamba, ours or the official: sizes from its parameters, the rest from its attributes."""
         told = vars(wrapped)
+        fields.check(told.get("config", {}), FIELDS, f"{model_name}'s config")
+        fields.check(told, FIELDS, f"{model_name}'s attributes")
         check_supported(told, model_name)
+        if len(wrapped.layers) == 0:
+            raise CheckpointError(f"{model_name} has no layers.")
         patch, first = wrapped.patch_embed, wrapped.layers[0].mixer
         d_inner, d_state = first.A_log.shape
         channels = patch.proj.weight.shape[1]
