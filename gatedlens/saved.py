@@ -28,13 +28,14 @@ def write_json(path: str | Path, data: Mapping[str, Any]) -> Path:
 
 def as_json(path: str | Path, data: Mapping[str, Any]) -> str:
     """`data` as JSON; InputError that names the field which JSON cannot hold."""
-    text = []
-    for name, value in data.items():
-        try:
-            text.append(f"{json.dumps(name)}: {json.dumps(value, indent=1)}")
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{path} is not written: JSON cannot hold the field {name!r} ({error}).") from error
-    return "{\n" + ",\n".join(text) + "\n}"
+    return "{\n" + ",\n".join(f"{json.dumps(name)}: {_json_of(path, name, data[name])}" for name in data) + "\n}"
+
+
+def _json_of(path: str | Path, name: str, value: Any) -> str:
+    try:
+        return json.dumps(value, indent=1)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path} is not written: JSON cannot hold the field {name!r} ({error}).") from error
 
 
 def read_json(path: str | Path, kind: str) -> Any:

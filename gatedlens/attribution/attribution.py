@@ -76,7 +76,7 @@ class Attribution(Result):
         facts.get(
             "explained",
             f"{shape[0]} numbers, one a row",
-            lambda v: _holds(v, (int, float), shape[0]) and all(map(is_number, v)),
+            lambda v: _listed(v, shape[0]) and all(map(is_number, v)),
         )
         every = f"for each of the {shape[0]} rows, {shape[1]}"
         facts.get("real", f"null or, {every} of true and false", lambda v: v is None or _holds(v, bool, *shape))
@@ -126,11 +126,13 @@ class Attribution(Result):
         return f"Attribution({self.method}, target {_short(self.target)}, layers {_short(list(self.layers))}; {sizes})"
 
 
-def _holds(value: Any, kind: type | tuple[type, ...], size: int | None = None, *inner: int) -> bool:
+def _listed(value: Any, size: int | None = None) -> bool:
+    return isinstance(value, list) and size in (None, len(value))
+
+
+def _holds(value: Any, kind: type, size: int | None = None, *inner: int) -> bool:
     """Whether it is a list of `size` things of a kind, or of lists of them."""
-    if not isinstance(value, list) or (size is not None and len(value) != size):
-        return False
-    return all(_holds(one, kind, *inner) if inner else isinstance(one, kind) for one in value)
+    return _listed(value, size) and all(_holds(one, kind, *inner) if inner else isinstance(one, kind) for one in value)
 
 
 def _short(given: Any) -> str:
