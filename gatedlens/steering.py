@@ -34,7 +34,7 @@ from gatedlens.ablation import Intervention, edit
 from gatedlens.errors import CheckpointError, InputError, PointError
 from gatedlens.hookpoint import HookPoint
 from gatedlens.positions import mask_of, one_a_row
-from gatedlens.saved import read_tensors
+from gatedlens.saved import Fields, read_tensors
 
 Position = int | slice | str | Sequence[Any] | Tensor | None
 STATE = ".hook_state"
@@ -175,7 +175,19 @@ class SteeringVector:
         tensors, meta = read_tensors(path)
         if meta.get("gatedlens") != "steering" or "vector" not in tensors:
             raise CheckpointError(f"{path} is no saved SteeringVector: it holds {', '.join(list(tensors)[:5])}.")
-        return SteeringVector(meta["name"], tensors["vector"], json.loads(meta["facts"]))
+        fields = Fields(meta, "SteeringVector", path, CheckpointError)
+        name = fields.get("name", "the name of a hook point", lambda v: v != "")
+        facts = fields.get("facts", "JSON of what it was made from", _is_json_object)
+        if not tensors["vector"].is_floating_point():
+            raise CheckpointError(f"{path} is no saved SteeringVector: its vector holds {tensors['vector'].dtype}.")
+        return SteeringVector(name, tensors["vector"], json.loads(facts))
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 class Calls:

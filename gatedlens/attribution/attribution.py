@@ -13,7 +13,9 @@ It is a Result (see `result.py`), so it stands wherever a tensor does.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from gatedlens.errors import InputError
 from gatedlens.grid import Grid
 from gatedlens.result import Result
 from gatedlens.rounding import order
+from gatedlens.saved import Fields, is_number
 
 TEXT, IMAGE = ("batch", "pos"), ("batch", "row", "column")
 
@@ -61,6 +64,26 @@ class Attribution(Result):
     def explained(self) -> Float[Tensor, " batch"]:
         """The number that is explained, one a row."""
         return torch.tensor(self.facts["explained"], dtype=torch.float64)
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str | Path = "This") -> Attribution:
+        """The Attribution of a `to_dict()`. InputError names the field that is not as it should be."""
+        found = super().from_dict(data, where)
+        shape = (found.shape[0], math.prod(found.shape[1:])) if found.axes else (1, 1)
+        facts = Fields(found.facts, "attribution", f"{where}, field 'facts',")
+        facts.word("method")
+        facts.get("target", "what is explained", lambda v: v is not None)
+        facts.get("layers", "a list of layer numbers", lambda v: _holds(v, int))
+        facts.get(
+            "explained",
+            f"{shape[0]} numbers, one a row",
+            lambda v: _listed(v, shape[0]) and all(map(is_number, v)),
+        )
+        every = f"for each of the {shape[0]} rows, {shape[1]}"
+        facts.get("real", f"null or, {every} of true and false", lambda v: v is None or _holds(v, bool, *shape))
+        if found.axes == TEXT:
+            facts.get("tokens", f"{every} texts", lambda v: _holds(v, str, *shape))
+        return found
 
     def order(self, row: int = 0) -> Int[Tensor, " some"]:
         """Positions (of an image: patches, row by row) of a row of the batch, most relevant first, without padding.
@@ -104,6 +127,15 @@ class Attribution(Result):
     def __repr__(self) -> str:
         sizes = ", ".join(f"{axis} {size}" for axis, size in zip(self.axes, self.values.shape, strict=True))
         return f"Attribution({self.method}, target {_short(self.target)}, layers {_short(list(self.layers))}; {sizes})"
+
+
+def _listed(value: Any, size: int | None = None) -> bool:
+    return isinstance(value, list) and size in (None, len(value))
+
+
+def _holds(value: Any, kind: type, size: int | None = None, *inner: int) -> bool:
+    """Whether it is a list of `size` things of a kind, or of lists of them."""
+    return _listed(value, size) and all(_holds(one, kind, *inner) if inner else isinstance(one, kind) for one in value)
 
 
 def _short(given: Any) -> str:
