@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.rounding import figures
@@ -155,7 +156,7 @@ class Result(Tensorlike):
         }
 
     @classmethod
-    def from_dict(cls, data: Any, where: str | Path = "This") -> Result:
+    def from_dict(cls, data: Any, where: str | Path = "This") -> Self:
         """The Result of a `to_dict()`; its values are float64. InputError names the field that is not as it should be."""
         fields = Fields(data, "result", where)
         fields.format(FORMAT)

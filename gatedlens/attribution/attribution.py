@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import Self
 
 from gatedlens.errors import InputError
 from gatedlens.grid import Grid
@@ -66,7 +67,7 @@ class Attribution(Result):
         return torch.tensor(self.facts["explained"], dtype=torch.float64)
 
     @classmethod
-    def from_dict(cls, data: Any, where: str | Path = "This") -> Attribution:
+    def from_dict(cls, data: Any, where: str | Path = "This") -> Self:
         """The Attribution of a `to_dict()`. InputError names the field that is not as it should be."""
         found = super().from_dict(data, where)
         shape = (found.shape[0], math.prod(found.shape[1:])) if found.axes else (1, 1)
