@@ -59,7 +59,6 @@ def wrap(model: Any, tokenizer: Any = None, *, model_name: str | None = None) ->
         raise CheckpointError(f"This is a {type(model).__name__} already: use it as it is, or wrap its `.wrapped`.")
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"wrap takes a model, not {type(model).__name__}: gl.from_pretrained loads one by name.")
-    _check_plain(model)
     names = [base.__name__ for base in type(model).__mro__]
     for hooked in architectures().values():
         if set(names) & set(hooked.wraps):
@@ -71,19 +70,6 @@ def wrap(model: Any, tokenizer: Any = None, *, model_name: str | None = None) ->
     if names[0].endswith("Model"):
         hint = " Wrap the model with its head (…ForCausalLM)." + hint
     raise CheckpointError(f"gatedlens does not know {names[0]}.{hint} {supported()}")
-
-
-def _check_plain(model: nn.Module) -> None:
-    """Refuse adapted or quantised layers: the hooked forward reads weights, so what such a layer adds would be lost."""
-    plain = (nn.Linear, nn.Conv1d, nn.Embedding)
-    for name, module in model.named_modules():
-        adapted = "base_layer" in dict(module.named_children())
-        replaced = isinstance(module, plain) and all(type(module).forward is not kind.forward for kind in plain)
-        if adapted or replaced:
-            raise CheckpointError(
-                f"{name} is a {type(module).__name__}, whose forward is its own; gatedlens reads its weight alone. "
-                "Merge the adapter (merge_and_unload) or load the model without quantisation first."
-            )
 
 
 # -- a model that is named ------------------------------------------------------------------------------------------
