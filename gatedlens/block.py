@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from gatedlens import fused
 from gatedlens.errors import InputError
@@ -24,6 +25,7 @@ from gatedlens.padding import Padding
 from gatedlens.points import Point
 from gatedlens.recurrence import Terms, at_least_float32, linear_scan, readout, scan
 from gatedlens.state import RecurrentState
+from gatedlens.watch import NORMS
 
 
 @dataclass
@@ -68,14 +70,17 @@ class Run:
 class Norm(Part):
     """out = weight * x / scale (+ bias), scale = sqrt(mean(x^2) + eps), computed in at least float32.
 
-    RMSNorm where the wrapped norm has no bias, LayerNorm (x centred first) where it has one. The result has x's dtype
-    times the weight's, as in transformers. Zhang and Sennrich 2019 (RMSNorm), Ba et al. 2016 (LayerNorm).
+    RMSNorm or LayerNorm (x centred first), as the wrapped norm's class says, or else `centred`; so with the wrapped norm's
+    own eps and `eps`. The result has x's dtype times the weight's, as in transformers. Zhang and Sennrich 2019 (RMSNorm),
+    Ba et al. 2016 (LayerNorm).
     """
+
+    torch_norms: ClassVar[tuple[type, ...]] = NORMS  # torch's norms that this is the mathematics of
 
     def __init__(self, weights: Any, rows: tuple[Point, ...], eps: float, centred: bool = False):
         super().__init__(weights, rows)
-        self.eps = eps
-        self.centred = centred
+        self.eps = eps_of(weights, eps)
+        self.centred = isinstance(weights, nn.LayerNorm) if isinstance(weights, NORMS) else centred
 
     @property
     def gain(self) -> Float[Tensor, " d_model"]:
@@ -91,7 +96,15 @@ class Norm(Part):
         scale = self.hook_scale((wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
         normalized = self.hook_normalized((wide / scale).to(x.dtype))
         out = self.weights.weight * normalized
-        return self.hook_out(out + self.weights.bias if self.centred else out)
+        bias = self.weights.bias if self.centred else None
+        return self.hook_out(out if bias is None else out + bias)
+
+
+def eps_of(norm: Any, otherwise: float) -> float:
+    """The eps that a wrapped norm adds; `otherwise` if it does not say."""
+    told = vars(norm)
+    eps = told.get("eps", told.get("variance_epsilon", otherwise))
+    return float(torch.finfo(norm.weight.dtype).eps if eps is None else eps)  # None is torch's way to say so
 
 
 def norm_rows(part: str, reads: str, source: str, equation: str = "w * normalized") -> tuple[Point, ...]:

@@ -212,6 +212,7 @@ class GatedAdapter(ArchitectureAdapter):
             "ln_final": Opened(paths[id(gated.ln_final.weights)], parts),
             "unembed": Unembedding(paths[id(gated.unembedding)]),
         }
+        gated.watch = None  # the bridge now puts components of its own, which hold these modules, in their places
         hf_model.forward = self.run
 
     def setup_hook_compatibility(self, bridge: Any) -> None:

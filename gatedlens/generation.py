@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -49,7 +49,7 @@ def _check(max_new_tokens: int, temperature: int | float, top_k: int | None, top
 @torch.no_grad()
 def generate(
     self: Any,
-    input: Any,
+    input: Any = None,
     max_new_tokens: int = 10,
     stop_at_eos: bool = True,
     eos_token_id: int | None = None,
@@ -60,11 +60,13 @@ def generate(
     seed: int | None = None,
     prepend_bos: bool | None = None,
     padding_side: str | None = None,
-    attention_mask: Shaped[Tensor, "*row place"] | None = None,
+    attention_mask: Any = None,
     state: Any = None,
     return_type: str = "input",
     return_state: bool = False,
     verbose: bool = True,
+    input_ids: Any = None,
+    token_type_ids: Any = None,
 ) -> Any:
     """`model.generate("Call me", max_new_tokens=20, temperature=0.8, seed=0)`: the input and what follows it.
 
@@ -78,8 +80,9 @@ def generate(
         raise InputError(f"return_type={return_type!r}: it is 'input', 'str' or 'tokens'.")
     is_text = isinstance(input, str) or (isinstance(input, list) and bool(input) and isinstance(input[0], str))
     batch, _ = self.prepare(
-        input, prepend_bos=prepend_bos, padding_side=padding_side or "left", attention_mask=attention_mask, state=state
-    )
+        input, prepend_bos=prepend_bos, padding_side=padding_side or "left", attention_mask=attention_mask, state=state,
+        input_ids=input_ids, token_type_ids=token_type_ids,
+    )  # fmt: skip
     if eos_token_id is None and stop_at_eos and self.tokenizer is not None:
         eos_token_id = self.tokenizer.eos_token_id
     generator = None if seed is None else torch.Generator(batch.value.device).manual_seed(seed)

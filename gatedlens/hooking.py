@@ -25,6 +25,7 @@ from gatedlens.config import HookedConfig
 from gatedlens.errors import InputError, PointError, TooLargeError, in_bytes
 from gatedlens.hookpoint import HookPoint
 from gatedlens.points import Names, NamesFilter
+from gatedlens.turns import Turns
 from gatedlens.visit import Visit
 
 Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
@@ -45,9 +46,14 @@ class Hooking(transformer_lens.HookedRootModule):
 
     names: Names
     cfg: HookedConfig
+    turns: Turns
 
     def prepare(self, input: Any, **options: Any) -> tuple[Batch, dict[str, Any]]:
         """The input as tensors, checked, with the options of `forward` that are still to be used."""
+        raise NotImplementedError
+
+    def follow(self) -> None:
+        """See what has changed in the wrapped model since the last call."""
         raise NotImplementedError
 
     def positions(self, batch: Batch) -> int:
@@ -86,13 +92,31 @@ class Hooking(transformer_lens.HookedRootModule):
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Iterator[Any]:
-        """`with model.hooks(fwd_hooks=[(name, hook)]): ...`: hooks for the time of the block; every name is checked first."""
+        """`with model.hooks(fwd_hooks=[(name, hook)]): ...`: hooks for the time of the block; every name is checked first.
+
+        Meanwhile other threads' calls of this model wait; see `turns.py`.
+        """
         for name, hook in _pairs(fwd_hooks, bwd_hooks):
             self.names.hooked(name)
             if not callable(hook):
                 raise InputError(f"The hook on {name!r} is {hook!r}; a hook is a function of (activation, hook).")
-        with super().hooks(list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts) as hooked:
-            yield hooked
+        with (
+            self.turns.alone(),
+            super().hooks(list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts) as model,
+        ):
+            yield model
+
+    def reset_hooks(
+        self,
+        clear_contexts: bool = True,
+        direction: Any = "both",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """As TransformerLens's. Without a `level` also what a thread left on that has ended, or a block that is never left."""
+        if level is None:
+            self.turns.clear()
+        super().reset_hooks(clear_contexts, direction, including_permanent, level)
 
     def run_with_hooks(
         self,
@@ -154,7 +178,7 @@ class Hooking(transformer_lens.HookedRootModule):
 
     def run_with_cache(
         self,
-        input: Any,
+        input: Any = None,
         *model_args: Any,
         names_filter: NamesFilter = None,
         device: Any = None,
@@ -175,6 +199,7 @@ class Hooking(transformer_lens.HookedRootModule):
         The rest goes to `forward`. Raises PointError if something asked for did not fire.
         """
         groups = self.names.select(names_filter)
+        self.follow()
         batch, rest = self.prepare(input, *model_args, **model_kwargs)
         if remove_batch_dim and batch.value.shape[0] != 1:
             raise InputError(f"remove_batch_dim needs a batch of one; this one has {batch.value.shape[0]} rows.")

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn.modules import module as torch_module
 from transformer_lens.hook_points import LensHandle
 
-from gatedlens.errors import HookError
+from gatedlens.errors import CheckpointError, HookError
 from gatedlens.points import Point
 from gatedlens.transforms import transformed
+from gatedlens.watch import AGAIN
 
 NNSIGHT = "__nnsight__"  # where nnsight 0.8 keeps a wrapped module's state
 
@@ -225,9 +226,32 @@ class Part(torch.nn.Module):
             if not row.part:
                 self.add_module(row.leaf, HookPoint(row))
 
+    def read_as(self, fresh: Part) -> None:
+        """Read the weights and numbers that `fresh` does, which was made of the same model at a later time."""
+        for name, value in vars(fresh).items():
+            if not (name.startswith("_") or name == "training" or isinstance(value, Part)):
+                self.__dict__[name] = value
+
     def at_rest(self) -> bool:
         """Whether nobody can be listening at any point of this piece."""
         return all(point.at_rest() for point in self.children() if isinstance(point, HookPoint))
+
+
+def same(old: torch.nn.Module, fresh: torch.nn.Module) -> list[tuple[Part, Part]]:
+    """Each part of `fresh` beneath the part of `old` in its place, outermost first; CheckpointError where they differ in
+    kind. `old` may stand inside a wrapper (of FSDP, say)."""
+    inner = next((part for part in old.modules() if isinstance(part, type(fresh))), None)
+    kin = {name: child for name, child in fresh.named_children() if isinstance(child, Part | HookPoint)}
+    if not isinstance(inner, Part) or not isinstance(fresh, Part) or not kin.keys() <= inner._modules.keys():
+        raise CheckpointError(
+            f"A layer of the wrapped model is of another kind than when it was wrapped (a {type(fresh).__name__} now), so its "
+            f"hook points are others. {AGAIN}"
+        )
+    pairs = [(inner, fresh)]
+    for name, child in kin.items():
+        if isinstance(child, Part):
+            pairs += same(inner.get_submodule(name), child)
+    return pairs
 
 
 def rows_of(part: str, rows: tuple[Point, ...]) -> tuple[Point, ...]:

@@ -78,7 +78,17 @@ class HookedLanguageModel(HookedModel):
 
     def embed(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         """What the tokens write into the residual stream (scaled, where the architecture scales it)."""
-        return F.embedding(tokens, self.embedding.weight)
+        own = self.embedding
+        how = (own.padding_idx, own.max_norm, own.norm_type, own.scale_grad_by_freq, own.sparse)
+        return F.embedding(tokens, own.weight, *how)
+
+    def ends(self) -> dict[str, tuple[Any, type[nn.Module]]]:
+        return {"embedding": (self.embedding, nn.Embedding), "unembedding": (self.unembedding, nn.Linear)}
+
+    def _described(self, model_name: str) -> Any:
+        cfg = super()._described(model_name)
+        cfg.d_vocab_out = self.unembedding.weight.shape[0]  # a head may have other outputs than there are tokens
+        return cfg
 
     def stream(self, embedded: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream that an embedding starts (in another dtype, where the architecture has one)."""
@@ -103,14 +113,16 @@ class HookedLanguageModel(HookedModel):
 
     def prepare(
         self,
-        input: Any,
+        input: Any = None,
         return_type: str | None = "logits",
         loss_per_token: bool = False,
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
         *,
-        attention_mask: Shaped[Tensor, "*row place"] | None = None,
+        attention_mask: Any = None,
         start_at_layer: int | None = None,
+        input_ids: Any = None,
+        token_type_ids: Any = None,
         **options: Any,
     ) -> tuple[Batch, dict[str, Any]]:
         """Tokens (or, with start_at_layer, a residual stream), mask, and the options of `forward` still to be used."""
@@ -121,6 +133,7 @@ class HookedLanguageModel(HookedModel):
             "start_at_layer": start_at_layer,
             **options,
         }
+        input, attention_mask = tokens_.encoded(input, input_ids, attention_mask, token_type_ids)
         if isinstance(input, Batch):
             return input, rest
         if start_at_layer is not None:
@@ -170,22 +183,25 @@ class HookedLanguageModel(HookedModel):
 
     def forward(
         self,
-        input: Any,
+        input: Any = None,
         return_type: str | None = "logits",
         loss_per_token: bool = False,
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
-        attention_mask: Shaped[Tensor, "*row place"] | None = None,
+        attention_mask: Any = None,
         state: RecurrentState | None = None,
         return_state: bool = False,
         tokens: Shaped[Tensor, "*text token"] | None = None,
         position_ids: Shaped[Tensor, "*document position"] | None = None,
+        input_ids: Any = None,
+        token_type_ids: Any = None,
     ) -> Any:
         """`logits = model(input)`: logits [batch, pos, d_vocab], the loss, both (an Output) or None, by `return_type`.
 
-        input: text, a list of texts (padded, on the side that `set_tokenizer` tells), token ids [batch, pos]; with
+        input: text, a list of texts (padded, on the side that `set_tokenizer` tells), token ids [batch, pos], or what a
+        tokenizer returned, which may also come as keywords (`model(**tokenizer(text, return_tensors="pt"))`); with
         `start_at_layer` the residual stream [batch, pos, d_model] that enters that block (give `tokens` as well for a
         loss). attention_mask [batch, pos]: 0
         where a position is padding. stop_at_layer: stop before that block and return the residual stream. state:
@@ -195,12 +211,13 @@ class HookedLanguageModel(HookedModel):
         batch, _ = self.prepare(
             input, return_type, loss_per_token, prepend_bos, padding_side, attention_mask=attention_mask,
             start_at_layer=start_at_layer, stop_at_layer=stop_at_layer, state=state, tokens=tokens,
+            input_ids=input_ids, token_type_ids=token_type_ids,
         )  # fmt: skip
         run = self.begin(batch, state, return_state, position_ids)
-        outer, self.running = self.running, run
-        try:
+        with self._carrying(run):
             if batch.is_resid:
-                tokens = None if tokens is None else tokens_.check(torch.as_tensor(tokens), self.cfg.d_vocab)
+                known = self.embedding.weight.shape[0]
+                tokens = None if tokens is None else tokens_.check(torch.as_tensor(tokens), known)
                 if tokens is not None and tokens.shape != batch.value.shape[:2]:
                     raise InputError(
                         f"tokens have shape {list(tokens.shape)}; the stream is {list(batch.value.shape[:2])}."
@@ -215,8 +232,6 @@ class HookedLanguageModel(HookedModel):
                 if stop_at_layer is not None
                 else self._outputs(resid, tokens, batch.mask, return_type, loss_per_token)
             )
-        finally:
-            self.running = outer
         if not return_state:
             return out
         seen = run.padding.counts(batch.value) + (0 if state is None else state.seen.to(resid.device))
@@ -230,18 +245,27 @@ class HookedLanguageModel(HookedModel):
         return_type: str | None,
         per_token: bool,
     ) -> Any:
-        if return_type is None:
-            return None
         normed = self.there(self.ln_final.weights, self.ln_final, resid)
+        if return_type is None and self.hook_logits.at_rest():
+            return None
         logits = self.hook_logits(self.there(self.unembedding, self.unembed, normed))
-        if return_type == "logits":
-            return logits
+        if return_type in ("logits", None):
+            return None if return_type is None else logits
         if tokens is None:
             raise InputError(f"return_type={return_type!r} with start_at_layer needs tokens=..., the ids to predict.")
+        self._check_targets(tokens)
         loss = next_token_loss(
             logits, tokens.to(logits.device), None if mask is None else mask.to(logits.device), per_token
         )
         return loss if return_type == "loss" else Output(logits, loss)
+
+    def _check_targets(self, tokens: Int[Tensor, "batch pos"]) -> None:
+        outputs = self.unembedding.weight.shape[0]
+        if outputs < self.embedding.weight.shape[0] and int(tokens.max()) >= outputs:
+            raise InputError(
+                f"A loss predicts the next token, and the input holds token {int(tokens.max())}, while the head has {outputs} "
+                "outputs: take the logits (return_type='logits') and a loss of your own."
+            )
 
     def unembed(self, normed: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
         """Logits of the normalised residual stream, at least float32."""
@@ -333,7 +357,7 @@ class HookedLanguageModel(HookedModel):
             pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
             side = side or tokens_.side_of(tokenizer) or self.cfg.default_padding_side
             tokens, mask = tokens_.pad(rows, side, pad_id)
-            tokens = tokens_.check(tokens, self.cfg.d_vocab)
+            tokens = tokens_.check(tokens, self.embedding.weight.shape[0])
             return tokens.to(device), None if bool(mask.all()) else mask.to(device)
         try:
             ids = torch.as_tensor(input)
@@ -341,7 +365,7 @@ class HookedLanguageModel(HookedModel):
             raise InputError(
                 f"The input is {type(input).__name__}, and neither text nor a rectangle of token ids: {error}."
             ) from error
-        ids = tokens_.check(ids, self.cfg.d_vocab).to(device)
+        ids = tokens_.check(ids, self.embedding.weight.shape[0]).to(device)
         if prepend_bos:
             bos_id = self._need_tokenizer("prepend_bos=True").bos_token_id
             ids = torch.cat([torch.full_like(ids[:, :1], bos_id), ids], dim=1)

@@ -29,6 +29,7 @@ from gatedlens.checkpoint import about, reading
 from gatedlens.errors import CheckpointError, did_you_mean
 from gatedlens.hooks import architectures
 from gatedlens.model import HookedModel
+from gatedlens.watch import check_plain
 
 log = logging.getLogger(__name__)
 BUNDLED = Path(__file__).parent / "bundled"
@@ -84,7 +85,7 @@ def wrap(model: Any, tokenizer: Any = None, *, model_name: str | None = None) ->
     hooked = _architecture_of(model)
     if hooked is None:
         raise CheckpointError(_unknown(model))
-    _check_plain(model)
+    check_plain(model)
     config, name = getattr(model, "config", None), type(model).__name__
     known = getattr(config, "name_or_path", "") if not isinstance(config, dict) else ""
     opened = _opened(hooked, model, str(model_name or known or name), tokenizer)
@@ -118,29 +119,6 @@ def _unknown(model: nn.Module) -> str:
     if name.endswith("Model"):
         hint = f"Wrap the model with its head (…ForCausalLM). {hint}".strip()
     return f"gatedlens does not know {name}. {hint} {supported()}".replace("  ", " ")
-
-
-def _check_plain(model: nn.Module) -> None:
-    """Refuse adapted or quantised layers: the hooked forward reads weights, so what such a layer adds would be lost."""
-    plain = (nn.Linear, nn.Conv1d, nn.Embedding)
-    for name, module in model.named_modules():
-        adapted = "base_layer" in dict(module.named_children())
-        replaced = isinstance(module, plain) and all(type(module).forward is not kind.forward for kind in plain)
-        held = dict(module.named_buffers(recurse=False)) | dict(module.named_parameters(recurse=False))
-        packed = "qweight" in held or callable(
-            getattr(module, "weight", None)
-        )  # as torch.ao, GPTQ and AWQ keep weights
-        if adapted or replaced or packed:
-            raise CheckpointError(
-                f"{name} is a {type(module).__name__}, whose forward is its own; gatedlens reads its weight alone. "
-                "Merge the adapter (merge_and_unload) or load the model without quantisation first."
-            )
-    for name, p in model.named_parameters():
-        if p.dtype not in dtypes.FLOATS:
-            floats = ", ".join(dtypes.name(one) for one in dtypes.FLOATS)
-            raise CheckpointError(
-                f"{name} is {dtypes.name(p.dtype)}; expected are floats ({floats}): load the model without quantisation."
-            )
 
 
 @torch.no_grad()

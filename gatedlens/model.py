@@ -10,7 +10,10 @@ An architecture subclasses it (see `hooks/`) and gives rows, blocks, and how an 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,16 +23,18 @@ from torch import Tensor, nn
 from gatedlens import placement
 from gatedlens.block import Norm, Run, norm_rows
 from gatedlens.config import HookedConfig
-from gatedlens.errors import InputError
+from gatedlens.errors import CheckpointError, InputError
 from gatedlens.fields import Field
 from gatedlens.grid import Grid
 from gatedlens.hooking import Batch, Hooking
-from gatedlens.hookpoint import HookPoint, rows_of
+from gatedlens.hookpoint import HookPoint, rows_of, same
 from gatedlens.layers import layer_of
 from gatedlens.padding import Padding
 from gatedlens.points import Alias, Names, Point, View
 from gatedlens.state import CARRIED, Carried, RecurrentState
 from gatedlens.table import HookTable
+from gatedlens.turns import Turns
+from gatedlens.watch import AGAIN, Watch, check_plain
 
 
 class HookedModel(Hooking):
@@ -52,9 +57,6 @@ class HookedModel(Hooking):
     views: ClassVar[tuple[View, ...]] = ()
     has_positions: ClassVar[bool] = False  # whether position_ids mean anything to it
     carried: ClassVar[Mapping[str, Carried]] = CARRIED  # what a RecurrentState holds of a layer, by name
-    running: Run | None = (
-        None  # the luggage of the forward call that is in progress: what hooks know of padding and state
-    )
     cfg: HookedConfig
     wrapped: Any
     training: bool
@@ -65,8 +67,11 @@ class HookedModel(Hooking):
 
     def __init__(self, wrapped: nn.Module, *, model_name: str = "", tokenizer: Any = None):
         super().__init__()
+        check_plain(wrapped)
         self.wrapped = wrapped
-        self.cfg = self.describe(wrapped, model_name or type(wrapped).__name__)
+        self.turns = Turns()
+        self.cfg = self._described(model_name or type(wrapped).__name__)
+        self._told = copy.copy(self.cfg)  # what the wrapped model said when it was last asked
         if placement.is_placed(wrapped):
             self.cfg.device = str(placement.device_of(wrapped))
         self.tokenizer = tokenizer
@@ -76,10 +81,13 @@ class HookedModel(Hooking):
         self.ln_final = self.make_final_norm(rows_of("ln_final", self.final_points))
         for row in self.last_points:
             self.add_module(row.name, HookPoint(row))
-        self._follow(wrapped.training)
+        self._take_mode(wrapped.training)
         self.setup()
+        self.watch: Watch | None = Watch(
+            wrapped
+        )  # None: whoever took the wrapped model's modules apart answers for them
 
-    def _follow(self, mode: bool) -> None:
+    def _take_mode(self, mode: bool) -> None:
         """Take over the wrapped model's mode without touching any of its modules'."""
         theirs = set(self.wrapped.modules())
         for module in self.modules():
@@ -102,6 +110,10 @@ class HookedModel(Hooking):
     def reads_from(self, batch: Batch) -> Float[Tensor, "batch pos"]:
         """Which positions a prediction is read from, as shares that sum to 1 in each row."""
         raise NotImplementedError
+
+    def ends(self) -> dict[str, tuple[Any, type[nn.Module]]]:
+        """The modules before and behind the blocks by what they are called, each with the class that it has to be of."""
+        return {}
 
     @property
     def grid(self) -> Grid | None:
@@ -160,6 +172,64 @@ class HookedModel(Hooking):
         """An original checkpoint's tensors by the names of `empty`."""
         return state
 
+    # -- the wrapped model, as it is now -------------------------------------------------------------------------
+
+    def _described(self, model_name: str) -> Any:
+        """The cfg of the wrapped model; CheckpointError if it lacks what this architecture reads."""
+        try:
+            for what, (module, kind) in self.ends().items():
+                if type(module).forward is not kind.forward:
+                    raise CheckpointError(
+                        f"The {what} of {model_name} is a {type(module).__name__}; gatedlens reads the weight of a "
+                        f"{kind.__name__} there, so what this one computes would be lost. Give the model a {kind.__name__}, "
+                        "or read the residual stream (stop_at_layer, hook_resid_post) and call your own module on it."
+                    )
+            return self.describe(self.wrapped, model_name)
+        except (AttributeError, IndexError, KeyError) as error:
+            raise CheckpointError(f"{model_name} is not built as {self.title} is: {error}.") from error
+
+    def follow(self) -> None:
+        """See what has changed in the wrapped model since the last call: modules, numbers, sizes.
+
+        Every forward begins with it. CheckpointError for changes that the blocks and points of this model cannot follow.
+        """
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break()
+        if self.watch is None:
+            return
+        if not self.watch.unchanged():
+            self._make_anew()
+        self.watch.recompute()
+
+    def _make_anew(self) -> None:
+        """Make the blocks of the wrapped model as it is now, and let ours, with their hooks, read what they read."""
+        assert self.watch is not None
+        check_plain(self.wrapped)
+        told = self._described(self._told.model_name)
+        if told.n_layers != self.cfg.n_layers:
+            raise CheckpointError(
+                f"The wrapped model has {told.n_layers} layers now and had {self.cfg.n_layers} when it was wrapped, so its "
+                f"hook points are others. {AGAIN}"
+            )
+        before = dict(vars(self.cfg))
+        vars(self.cfg).update({k: v for k, v in vars(told).items() if v != vars(self._told)[k]})
+        try:
+            fresh = [self.make_block(layer) for layer in range(self.cfg.n_layers)]
+            fresh.append(self.make_final_norm(rows_of("ln_final", self.final_points)))
+            norms = {id(m.weights): m.torch_norms for part in fresh for m in part.modules() if isinstance(m, Norm)}
+            self.watch.check(self.wrapped, norms)
+            pairs = [
+                pair for old, new in zip((*self.blocks, self.ln_final), fresh, strict=True) for pair in same(old, new)
+            ]
+        except BaseException as error:
+            vars(self.cfg).update(before)
+            if isinstance(error, AttributeError | IndexError | KeyError):
+                raise CheckpointError(f"The wrapped model is no longer built as {self.title} is: {error}.") from error
+            raise
+        for old, new in pairs:
+            old.read_as(new)
+        self._told, self.watch = told, Watch(self.wrapped)
+
     # -- names ---------------------------------------------------------------------------------------------------
 
     def setup(self) -> None:
@@ -212,25 +282,46 @@ class HookedModel(Hooking):
 
     # -- forward -------------------------------------------------------------------------------------------------
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward`, side by side with other threads' calls, and never while another thread has hooks on."""
+        with self.turns.call():
+            return super().__call__(*args, **kwargs)
+
+    @property
+    def running(self) -> Run | None:
+        """The luggage of this thread's forward call that is in progress: what hooks know of padding and state."""
+        return self.turns.running.get(threading.get_ident())
+
+    @contextmanager
+    def _carrying(self, run: Run) -> Iterator[None]:
+        me, running = threading.get_ident(), self.turns.running
+        outer = running.get(me)
+        running[me] = run
+        try:
+            yield
+        finally:
+            if outer is None:
+                del running[me]
+            else:
+                running[me] = outer
+
     def through_blocks(
         self, resid: Float[Tensor, "batch pos d_model"], run: Run, start: int | None, stop: int | None
     ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream after blocks `start` to `stop` (exclusive; negative ones count from the end)."""
         chosen = range(self.cfg.n_layers)[self._layer(start, "start_at_layer") : self._layer(stop, "stop_at_layer")]
-        outer, self.running = self.running, run
-        try:
+        with self._carrying(run):
             for layer in chosen:
                 block: Any = self.blocks[layer]
                 resid = self.there(block.weights, block, resid, run)
-        finally:
-            self.running = outer
         return resid
 
     def current(self) -> Run:
         """The luggage of the forward call that is in progress: what a hook knows of its padding and its state."""
-        if self.running is None:
+        run = self.running
+        if run is None:
             raise InputError("This hook needs the call that it runs in: call the model, not a block by itself.")
-        return self.running
+        return run
 
     def there(self, module: nn.Module | list[nn.Module], function: Any, *inputs: Any) -> Any:
         """`function(*inputs)`, where accelerate put the weights of `module` (of a list: their own); or just that."""
@@ -252,6 +343,7 @@ class HookedModel(Hooking):
         position_ids: Shaped[Tensor, "*document position"] | None = None,
     ) -> Run:
         """The luggage of a call: padding, positions, the state to go on from, and a place for the state to leave."""
+        self.follow()
         rows, length = batch.value.shape[0], self.positions(batch)
         self._check_state(state)
         if state is not None and state.batch_size != rows:

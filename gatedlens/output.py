@@ -3,7 +3,7 @@
     logits = model(tokens)                                    # "logits"
     loss = model(tokens, return_type="loss")
     both = model(tokens, return_type="both"); both.loss       # an Output, also a pair: logits, loss = both
-    model(tokens, return_type=None)                           # None: only hooks are of interest, no logits are computed
+    model(tokens, return_type=None)                           # None: only hooks are of interest; no logits without a hook there
 
 b batch; an image has one row of logits, a text one a position.
 """

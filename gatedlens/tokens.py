@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,36 @@ def pad(rows: list[list[int]], side: str, pad_id: int) -> tuple[Int[Tensor, "bat
     return tokens, mask
 
 
+def encoded(
+    input: Any, input_ids: Any = None, attention_mask: Any = None, token_type_ids: Any = None
+) -> tuple[Any, Any]:
+    """(input, attention mask) of what a call gave: a tokenizer's output (`tokenizer(text, return_tensors="pt")`) as the input
+    or as keywords, or anything else as it is. InputError for what is given twice, and for segments, which nobody reads."""
+    if isinstance(input, Mapping):
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        if twice := [name for name, value in given.items() if value is not None and input.get(name) is not None]:
+            raise InputError(
+                f"{twice[0]} is in the input (a {type(input).__name__}) and was given beside it: give it once."
+            )
+        if unknown := [name for name in input if name not in given]:
+            raise InputError(
+                f"The input is a {type(input).__name__} with {', '.join(map(str, unknown))}; a call reads its "
+                f"{', '.join(given)}."
+            )
+        given |= {name: value for name, value in input.items() if value is not None}
+        return encoded(None, **given)
+    if input is None and input_ids is None:
+        raise InputError("There is no input: give text, token ids, or what a tokenizer returned (input_ids=...).")
+    if input is not None and input_ids is not None:
+        raise InputError("input_ids was given beside an input: give one of the two.")
+    if token_type_ids is not None and bool((torch.as_tensor(token_type_ids) != 0).any()):
+        raise InputError(
+            "token_type_ids tells segments apart, and this model reads one text a row: leave it out "
+            "(tokenizer(text, return_token_type_ids=False))."
+        )
+    return input_ids if input is None else input, attention_mask
+
+
 def check(tokens: Shaped[Tensor, ...], d_vocab: int) -> Int[Tensor, "batch pos"]:
     """Token ids as [batch, pos] int64, or an InputError that says which id at which place is wrong."""
     if tokens.numel() == 0:
@@ -92,7 +122,7 @@ def check(tokens: Shaped[Tensor, ...], d_vocab: int) -> Int[Tensor, "batch pos"]
     return tokens.long()
 
 
-def check_mask(mask: Shaped[Tensor, "*batch pos"], shape: tuple[int, int]) -> Bool[Tensor, "batch pos"]:
+def check_mask(mask: Any, shape: tuple[int, int]) -> Bool[Tensor, "batch pos"]:
     """An attention mask as booleans of `shape`; every row must have a real token."""
     mask = torch.as_tensor(mask)
     if mask.ndim == 1 and shape[0] == 1:

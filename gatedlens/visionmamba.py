@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from gatedlens import fields
 from gatedlens.checkpoint import depth, shape_of
 from gatedlens.errors import CheckpointError, did_you_mean
 from gatedlens.fields import EPS, FLAG, NUMBER, PAIR, POSITIVE, SIZE, TEXT, layers_of, listed, one_of, table
-from gatedlens.hooks.mamba import SSM_FIELDS, layer_parameters
+from gatedlens.hooks.mamba import SSM_FIELDS, layer_parameters, with_eps
 
 BACKWARD = {  # what the backward direction calls Mamba's parameters
     "v1": {"A_log": "A_b_log"},
@@ -180,7 +180,8 @@ class VisionMamba(nn.Module):
         divided = if_devide_out if if_divide_out is None else if_divide_out
         ssm = {**(ssm_cfg or {}), "d_state": (ssm_cfg or {}).get("d_state", d_state)}
         self.layers = nn.ModuleList(
-            _vim_layer(embed_dim, _eps(norm, norm_epsilon), ssm, kind, divided, init_layer_scale) for _ in range(depth)
+            _vim_layer(embed_dim, with_eps(norm, norm_epsilon), ssm, kind, divided, init_layer_scale)
+            for _ in range(depth)
         )
         self.norm_f = norm(embed_dim, eps=norm_epsilon)
         self._initialise(depth)
@@ -208,11 +209,6 @@ class VisionMamba(nn.Module):
         save_file(
             {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors"
         )
-
-
-def _eps(norm: Any, eps: float) -> Callable[..., nn.Module]:
-    """The norm's class with this eps, whatever eps its caller asks for."""
-    return lambda width, **_: norm(width, eps=eps)
 
 
 def _vim_layer(

@@ -61,6 +61,8 @@ from tests.test_amplify import speaker  # noqa: F401  a fixture
 from tests.test_attention import case  # noqa: F401  a fixture
 from tests.test_knockout import kind  # noqa: F401  a fixture
 from tests.test_transformer_lens import tuned, tuned_model  # noqa: F401  fixtures
+from tests.test_turns import impatient  # noqa: F401  a fixture
+from tests.test_watch import own, speaking  # noqa: F401  fixtures
 
 FOLDER = ROOT / "tutorials" / "fifth"
 

@@ -372,3 +372,42 @@ def test_the_side_that_texts_are_padded_on():
     model.tokenizer.padding_side = "middle"
     with pytest.raises(gl.InputError, match="padding_side='middle'"):
         side()
+
+
+# -- what a tokenizer returned, and no return -----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_what_a_tokenizer_returned_is_an_input(lm):
+    from transformers import BatchEncoding
+
+    ids, mask = torch.tensor([[1, 2, 3], [0, 4, 5]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
+    want = lm(ids, attention_mask=mask)
+    given = BatchEncoding({"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)})
+    assert torch.equal(lm(**given), want) and torch.equal(lm(given), want)
+    lists = BatchEncoding({"input_ids": ids.tolist(), "attention_mask": mask.tolist()})
+    assert torch.equal(lm(**lists), want) and torch.equal(lm(lists), want)
+    for call in (lambda: lm.run_with_cache(**given), lambda: lm.run_with_cache(given)):
+        logits, cache = call()
+        assert torch.equal(logits, want) and torch.equal(cache.mask, mask.bool()) and torch.equal(cache.tokens, ids)
+    assert torch.equal(lm.run_with_hooks(**given, fwd_hooks=[("hook_embed", lambda x, hook: None)]), want)
+    new = lm.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, verbose=False)
+    assert torch.equal(lm.generate(**given, max_new_tokens=2, do_sample=False, verbose=False), new)
+    assert torch.equal(lm.generate(given, max_new_tokens=2, do_sample=False, verbose=False), new)
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        (lambda ids: {}, "no input"),
+        (lambda ids: {"input": ids, "input_ids": ids}, "beside an input"),
+        (lambda ids: {"input_ids": ids, "token_type_ids": torch.ones_like(ids)}, "token_type_ids"),
+        (lambda ids: {"input": {"input_ids": ids}, "input_ids": ids}, "input_ids is in the input"),
+        (lambda ids: {"input": {"input_ids": ids, "offset_mapping": 3}}, "offset_mapping"),
+        (lambda ids: {"input": {"attention_mask": torch.ones_like(ids)}}, "no input"),
+    ],
+)
+def test_what_a_tokenizer_returned_and_cannot_be_read_is_told(lm, given, told):
+    for call in (lm, lm.run_with_cache):
+        with pytest.raises(gl.InputError, match=told):
+            call(**given(torch.tensor([[1, 2, 3]])))

@@ -309,3 +309,18 @@ def test_models_can_be_copied_and_moved(model):
 
 def test_the_mode_is_that_of_the_wrapped_model(model):
     assert model.training == model.wrapped.training
+
+
+@torch.no_grad()
+def test_a_run_without_output_fires_every_point_all_the_same(model):
+    inputs = example(model)
+    _, whole = model.run_with_cache(inputs)
+    out, cache = model.run_with_cache(inputs, return_type=None)
+    assert out is None and list(cache.keys()) == list(whole.keys())
+    assert all(torch.equal(cache[name], whole[name]) for name in whole.cache_dict)
+    seen = []
+    assert (
+        model.run_with_hooks(inputs, return_type=None, fwd_hooks=[("hook_logits", lambda x, hook: seen.append(x))])
+        is None
+    )
+    assert len(seen) == 1

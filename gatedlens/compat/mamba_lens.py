@@ -90,7 +90,7 @@ class HookedMamba(mamba.HookedMamba):
 
     def forward(
         self,
-        input: Any,
+        input: Any = None,
         *args: Any,
         only_use_these_layers: Sequence[int] | None = None,
         fast_conv: bool = False,
@@ -148,7 +148,9 @@ class HookedMamba(mamba.HookedMamba):
             raise InputError(f"The predicate {predicate!r} is false for every name of MambaLens.")
         return chosen
 
-    def run_with_cache(self, input: Any, *args: Any, names_filter: Any = None, **options: Any) -> tuple[Any, Any]:
+    def run_with_cache(
+        self, input: Any = None, *args: Any, names_filter: Any = None, **options: Any
+    ) -> tuple[Any, Any]:
         """As gatedlens's; without names_filter every point is kept, lazy ones too, as MambaLens does."""
         if names_filter is None:
             names_filter = list(self.names)

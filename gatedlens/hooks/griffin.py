@@ -262,6 +262,8 @@ class GriffinMixer(Mixer):
 class GemmaNorm(Norm):
     """out = (1 + weight) * x / scale, scale = sqrt(mean(x^2) + eps); rounded to x's dtype only at the end."""
 
+    torch_norms = ()
+
     @property
     def gain(self) -> Float[Tensor, " d_model"]:
         return 1 + at_least_float32(self.weights.weight)
@@ -448,7 +450,7 @@ class HookedGriffin(HookedLanguageModel):
             raise CheckpointError(
                 f"{model_name} has hidden_activation={config.hidden_activation!r}; supported is 'gelu_pytorch_tanh'."
             )
-        weight = wrapped.model.embed_tokens.weight
+        weight, blocks = wrapped.model.embed_tokens.weight, [layer.temporal_block for layer in layers]
         return GriffinConfig(
             model_name=model_name,
             architecture="griffin",
@@ -456,7 +458,7 @@ class HookedGriffin(HookedLanguageModel):
             d_model=weight.shape[1],
             d_vocab=weight.shape[0],
             n_heads=config.num_attention_heads,
-            d_head=config.head_dim,
+            d_head=next((a.head_dim for a in blocks if _kind(a) == "attention"), config.head_dim),
             d_mlp=layers[0].mlp_block.up_proj.weight.shape[0],
             act_fn=config.hidden_activation,
             attn_only=False,
@@ -467,7 +469,7 @@ class HookedGriffin(HookedLanguageModel):
             original_architecture=type(wrapped).__name__,
             lru_width=config.lru_width,
             d_conv=config.conv1d_width,
-            layer_types=tuple(_kind(layer.temporal_block) for layer in layers),
+            layer_types=tuple(map(_kind, blocks)),
             window_size=config.attention_window_size,
             n_key_value_heads=config.num_key_value_heads,
             logits_soft_cap=config.logits_soft_cap
@@ -490,7 +492,8 @@ class HookedGriffin(HookedLanguageModel):
         mlp = GatedMlp(w.mlp_block, rows_of("mlp", rows))
         if cfg.layer_types[layer] == "recurrent":
             return MlpBlock(w, rows, ln1, GriffinMixer(w.temporal_block, rows_of("mixer", rows), layer), ln2, mlp)
-        attn = LocalAttention(w.temporal_block, rows_of("attn", rows), layer, cfg.d_head, cfg.window_size)
+        heads: Any = w.temporal_block
+        attn = LocalAttention(heads, rows_of("attn", rows), layer, heads.head_dim, cfg.window_size)
         return AttentionBlock(w, rows, ln1, attn, ln2, mlp)
 
     def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:

@@ -14,7 +14,7 @@ and `Weights` below, which holds a checkpoint in mamba-ssm's original layout.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatedlens import fields, fused
-from gatedlens.block import Block, Mixer, Norm, Run, norm_rows, residual_rows
+from gatedlens.block import Block, Mixer, Norm, Run, eps_of, norm_rows, residual_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError
 from gatedlens.factors import Factors, reach
@@ -101,9 +101,11 @@ class SelectiveScan(Mixer):
 
     attention_points = ("hook_x", "hook_conv", "hook_dt", "hook_B", "hook_C", "hook_gate", "hook_gated")
 
-    def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, rms_eps: float | None = None):
+    def __init__(
+        self, weights: Any, rows: tuple[Point, ...], layer: int, rms_eps: tuple[float, float, float] | None = None
+    ):
         super().__init__(weights, rows, layer)
-        self.rms_eps = rms_eps  # FalconMamba's weightless RMS of dt, B and C; None in Mamba
+        self.rms_eps = rms_eps  # of FalconMamba's weightless RMS of dt, B and C; None in Mamba
 
     @property
     def A(self) -> Float[Tensor, "channel state"]:
@@ -129,12 +131,11 @@ class SelectiveScan(Mixer):
         c = F.conv1d(long.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)
         return self.along_conv(run.padding.spread(c))
 
-    def normed(self, x: Tensor) -> Tensor:
-        """FalconMamba's weightless RMS norm; the identity in Mamba."""
+    def normed(self, *selection: Tensor) -> tuple[Tensor, ...]:
+        """FalconMamba's weightless RMS norm of dt, B and C; the identity in Mamba."""
         if self.rms_eps is None:
-            return x
-        wide = at_least_float32(x)
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.rms_eps)).to(x.dtype)
+            return selection
+        return tuple(map(_rms, selection, self.rms_eps))
 
     def factors(self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None) -> Factors:
         """The factors of the implicit attention: c = M x + drift, u = sigmoid(c) c, S from dt, B, C and A (UIA, eq. 9).
@@ -180,10 +181,10 @@ class SelectiveScan(Mixer):
         u = self.hook_u(pad.zero(F.silu(c)))
 
         ranks, n_state = w.dt_proj.weight.shape[1], w.A_log.shape[1]
-        dt_rank, B, C = F.linear(u, w.x_proj.weight).split([ranks, n_state, n_state], dim=-1)
-        dt_rank = self.hook_dt_rank(self.normed(dt_rank))
-        B = self.hook_B(self.normed(B))
-        C = self.hook_C(self.normed(C))
+        dt_rank, B, C = self.normed(*F.linear(u, w.x_proj.weight).split([ranks, n_state, n_state], dim=-1))
+        dt_rank = self.hook_dt_rank(dt_rank)
+        B = self.hook_B(B)
+        C = self.hook_C(C)
         dt_pre = self.hook_dt_pre(F.linear(dt_rank, w.dt_proj.weight, w.dt_proj.bias))
         dt = pad.zero(self.hook_dt(pad.zero(F.softplus(dt_pre))))  # 0 at a masked position: the state passes unchanged
 
@@ -196,6 +197,11 @@ class SelectiveScan(Mixer):
         y = self.hook_y(scan + u * at_least_float32(w.D))
         gate = self.hook_gate(F.silu(z))
         return self.hook_gated((y * gate).to(u.dtype))
+
+
+def _rms(x: Tensor, eps: float) -> Tensor:
+    wide = at_least_float32(x)
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 class MambaMixer(SelectiveScan):
@@ -490,9 +496,10 @@ class HookedMamba(HookedLanguageModel):
                 f"{model_name} is no Mamba-1 model: A_log must be [channel, state]. Mamba-2 is not supported; "
                 "supported are Mamba and FalconMamba."
             )
-        act = given.get("hidden_act", "silu")
-        if act not in ("silu", "swish"):
-            raise CheckpointError(f"{model_name} has hidden_act={act!r}; gatedlens supports 'silu'.")
+        for layer in backbone.layers:
+            act = vars(layer.mixer).get("activation", given.get("hidden_act", "silu"))
+            if act not in ("silu", "swish"):
+                raise CheckpointError(f"{model_name} has hidden_act={act!r}; gatedlens supports 'silu'.")
         weight = _embedding(wrapped).weight
         d_inner, d_state = first.mixer.A_log.shape
         layernorm = getattr(first.norm, "bias", None) is not None
@@ -503,7 +510,7 @@ class HookedMamba(HookedLanguageModel):
             d_model=weight.shape[1],
             d_vocab=weight.shape[0],
             normalization_type="LN" if layernorm else "RMS",
-            eps=float(given.get("layer_norm_epsilon", given.get("norm_epsilon", 1e-5))),
+            eps=eps_of(first.norm, _norm_eps(given)),
             dtype=first.mixer.in_proj.weight.dtype,
             device=str(weight.device),
             original_architecture=type(wrapped).__name__,
@@ -513,7 +520,7 @@ class HookedMamba(HookedLanguageModel):
             dt_rank=first.mixer.dt_proj.weight.shape[1],
             expand=d_inner / weight.shape[1],
             rms_eps=given.get("mixer_rms_eps") if given.get("model_type") == "falcon_mamba" else None,
-            residual_in_fp32=bool(given.get("residual_in_fp32", True)),
+            residual_in_fp32=bool(vars(first).get("residual_in_fp32", given.get("residual_in_fp32", True))),
             use_bias=first.mixer.in_proj.bias is not None,
             use_conv_bias=first.mixer.conv1d.bias is not None,
             tie_word_embeddings=wrapped.lm_head.weight is weight,
@@ -522,7 +529,8 @@ class HookedMamba(HookedLanguageModel):
     def make_block(self, layer: int) -> Block:
         w, cfg = self.wrapped.backbone.layers[layer], self.cfg
         ln1 = Norm(w.norm, rows_of("ln1", BLOCK_ROWS), cfg.eps, centred=cfg.normalization_type == "LN")
-        return Block(w, BLOCK_ROWS, ln1, MambaMixer(w.mixer, rows_of("mixer", BLOCK_ROWS), layer, cfg.rms_eps))
+        rms_eps = None if cfg.rms_eps is None else _selection_eps(w.mixer, cfg.rms_eps)
+        return Block(w, BLOCK_ROWS, ln1, MambaMixer(w.mixer, rows_of("mixer", BLOCK_ROWS), layer, rms_eps))
 
     def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:
         return Norm(self.wrapped.backbone.norm_f, rows, self.cfg.eps, centred=self.cfg.normalization_type == "LN")
@@ -571,6 +579,19 @@ def _is_hf(config: Any) -> bool:
     return any(base.__name__ in ("PretrainedConfig", "PreTrainedConfig") for base in type(config).__mro__)
 
 
+def _norm_eps(config: Mapping[str, Any]) -> float:
+    """The eps of the norms by a config of transformers or of mamba-ssm."""
+    return float(config.get("layer_norm_epsilon", config.get("norm_epsilon", 1e-5)))
+
+
+def _selection_eps(mixer: Any, otherwise: float) -> tuple[float, float, float]:
+    """What FalconMamba's norms of dt, B and C add; older transformers have a number of the mixer in their place."""
+    own = vars(mixer).get("rms_eps", otherwise)
+    norms = (mixer._modules.get(name) for name in ("dt_layernorm", "b_layernorm", "c_layernorm"))
+    dt, B, C = (own if norm is None else eps_of(norm, own) for norm in norms)
+    return dt, B, C
+
+
 def _embedding(wrapped: Any) -> Any:
     """`backbone.embeddings` in transformers, `backbone.embedding` in mamba-ssm."""
     names = dict(wrapped.backbone.named_children())
@@ -598,19 +619,24 @@ class Weights(nn.Module):
             raise CheckpointError(f"ssm_cfg.layer is {kind!r}; supported is 'Mamba1'.")
         d, multiple = config["d_model"], config.get("pad_vocab_size_multiple", 8)
         vocab = math.ceil(config["vocab_size"] / multiple) * multiple
-        norm = nn.RMSNorm if config.get("rms_norm", True) else nn.LayerNorm
+        norm = with_eps(nn.RMSNorm if config.get("rms_norm", True) else nn.LayerNorm, _norm_eps(config))
         self.backbone = nn.Module()
         self.backbone.embedding = nn.Embedding(vocab, d)
         self.backbone.layers = nn.ModuleList(layer_parameters(d, norm, **ssm) for _ in range(config["n_layer"]))
-        self.backbone.norm_f = norm(d, eps=1e-5)
+        self.backbone.norm_f = norm(d)
         self.lm_head = nn.Linear(d, vocab, bias=False)
         if config.get("tie_embeddings", True):
             self.lm_head.weight = self.backbone.embedding.weight
 
 
+def with_eps(norm: Any, eps: float) -> Callable[[int], nn.Module]:
+    """`with_eps(nn.RMSNorm, 1e-6)(16)`: norms of a width, all with this eps."""
+    return lambda width: norm(width, eps=eps)
+
+
 def layer_parameters(
     d: int,
-    norm: Any,
+    norm: Callable[[int], nn.Module],
     d_state: int = 16,
     d_conv: int = 4,
     expand: int | float = 2,
@@ -628,7 +654,7 @@ def layer_parameters(
         raise CheckpointError(f"ssm_cfg asks for {', '.join(sorted(unknown))}, which gatedlens does not support.")
     inner, ranks = int(expand * d), math.ceil(d / 16) if dt_rank == "auto" else int(dt_rank)
     layer, mixer = nn.Module(), nn.Module()
-    layer.norm, layer.mixer = norm(d, eps=1e-5), mixer
+    layer.norm, layer.mixer = norm(d), mixer
     mixer.in_proj = nn.Linear(d, 2 * inner, bias=bias)
     mixer.conv1d = nn.Conv1d(inner, inner, d_conv, groups=inner, bias=conv_bias, padding=d_conv - 1)
     mixer.x_proj = nn.Linear(inner, ranks + 2 * d_state, bias=False)

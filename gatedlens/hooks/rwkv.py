@@ -33,7 +33,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatedlens import fields
-from gatedlens.block import MlpBlock, Norm, Run, TokenMixing, mlp_residual_rows, norm_rows
+from gatedlens.block import MlpBlock, Norm, Run, TokenMixing, eps_of, mlp_residual_rows, norm_rows
 from gatedlens.checkpoint import depth, shape_of
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError
@@ -144,10 +144,12 @@ def _stream_dtype(x: Tensor) -> Tensor:
 class RwkvNorm(Norm):
     """out = weight * (x - mean) / sqrt(var + 4^power eps) + bias: evaluation's LayerNorm, of the unscaled stream."""
 
+    torch_norms = (nn.LayerNorm,)
+
     def __init__(self, weights: Any, rows: tuple[Point, ...], eps: float, rescale: Rescale):
         Part.__init__(self, weights, rows)
         self.centred = True
-        self.own_eps = eps
+        self.own_eps = eps_of(weights, eps)
         self.rescale = rescale
 
     @property
@@ -463,7 +465,7 @@ class HookedRWKV(HookedLanguageModel):
 
     def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:
         backbone = self.wrapped.rwkv
-        return RwkvNorm(backbone.ln_out, rows, backbone.ln_out.eps, Rescale(backbone, self.cfg.n_layers))
+        return RwkvNorm(backbone.ln_out, rows, self.cfg.eps, Rescale(backbone, self.cfg.n_layers))
 
     @property
     def embedding(self) -> Any:

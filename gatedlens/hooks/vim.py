@@ -375,8 +375,7 @@ class HookedViM(HookedModel):
             num_classes=wrapped.head.weight.shape[0],
             expand=d_inner / wrapped.norm_f.weight.shape[0],
             bimamba_type=first.bimamba_type,
-            divide_out=first.bimamba_type == "v2"
-            and bool(vars(first).get("if_divide_out", vars(first).get("if_devide_out"))),
+            divide_out=_divides(first),
             layer_scale=first.init_layer_scale is not None,
             cls=cls_place(told),
             pool=wrapped.final_pool_type,
@@ -403,12 +402,15 @@ class HookedViM(HookedModel):
             "print(model.grid.fold(dt.mean(-1)))  # a map of the image: [batch, row, column]"
         )
 
+    def ends(self) -> dict[str, tuple[Any, type[nn.Module]]]:
+        return {"patch embedding": (self.wrapped.patch_embed.proj, nn.Conv2d), "head": (self.wrapped.head, nn.Linear)}
+
     def rows_for(self, layer: int) -> tuple[Point, ...]:
         return vim_rows(self.cfg.bimamba_type, self.cfg.divide_out, self.cfg.layer_scale)
 
     def make_block(self, layer: int) -> ViMBlock:
         w, cfg, rows = self.wrapped.layers[layer], self.cfg, self.rows_for(layer)
-        scale = 0.5 if cfg.divide_out else 1.0
+        scale = 0.5 if _divides(w.mixer) else 1.0
         ln1 = Norm(w.norm, rows_of("ln1", rows), cfg.eps, centred=cfg.normalization_type == "LN")
         return ViMBlock(w, rows, ln1, ViMMixer(w.mixer, rows_of("mixer", rows), layer, cfg.bimamba_type, scale))
 
@@ -510,19 +512,17 @@ class HookedViM(HookedModel):
         check_return_type(return_type)
         batch, _ = self.prepare(input, return_type, labels, start_at_layer=start_at_layer, **unsupported)
         run = self.begin(batch, None, False)
-        outer, self.running = self.running, run
-        try:
+        with self._carrying(run):
             resid = batch.value if batch.is_resid else self.embed(batch.value)
             resid = self.through_blocks(resid, run, start_at_layer if batch.is_resid else None, stop_at_layer)
             if stop_at_layer is not None:
                 return resid
-            if return_type is None:
+            normed = self.there(self.ln_final.weights, self.ln_final, resid)
+            if return_type is None and self.hook_features.at_rest() and self.hook_logits.at_rest():
                 return None
-            logits = self.classify(self.there(self.ln_final.weights, self.ln_final, resid))
-        finally:
-            self.running = outer
-        if return_type == "logits":
-            return logits
+            logits = self.classify(normed)
+        if return_type in ("logits", None):
+            return None if return_type is None else logits
         loss = F.cross_entropy(logits, self._check_labels(labels, logits.shape[0]).to(logits.device))
         return loss if return_type == "loss" else Output(logits, loss)
 
@@ -654,6 +654,12 @@ class HookedViM(HookedModel):
                 else:
                     p.add_(noise * 0.3)
         return cls(wrapped.to(dtype).eval(), model_name="tiny-vim")
+
+
+def _divides(mixer: Any) -> bool:
+    """Whether a mixer halves the sum of its directions."""
+    told = vars(mixer)
+    return mixer.bimamba_type == "v2" and bool(told.get("if_divide_out", told.get("if_devide_out")))
 
 
 SEQUENCE_OPTIONS = {
