@@ -35,6 +35,7 @@ from gatedlens.labelled import labelled
 from gatedlens.layers import layer_of, layers_of
 from gatedlens.memory import afford
 from gatedlens.model import HookedModel
+from gatedlens.options import tensor_of
 from gatedlens.padding import Padding
 from gatedlens.positions import one_a_row
 
@@ -412,7 +413,7 @@ def _channels(channels: Any, total: int) -> list[int]:
         return list(range(total))
     if isinstance(channels, slice):
         return list(range(total))[channels]
-    picked = torch.as_tensor(channels)
+    picked = tensor_of(channels, "channels")
     if picked.dtype == torch.bool:
         if tuple(picked.shape) != (total,):
             raise InputError(f"A mask of channels has shape {list(picked.shape)}; there are {total} channels.")

@@ -10,7 +10,8 @@ silently missing, and hooks undone on exceptions too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,8 @@ from transformer_lens.utilities import Slice
 from gatedlens.cache import ActivationCache, Keep, KeepLive, gradients
 from gatedlens.config import HookedConfig
 from gatedlens.errors import InputError, PointError, TooLargeError, in_bytes
-from gatedlens.hookpoint import HookPoint
+from gatedlens.hookpoint import Capture, HookPoint, Saver
+from gatedlens.options import checked, device_of
 from gatedlens.points import Names, NamesFilter
 from gatedlens.turns import Turns
 from gatedlens.visit import Visit
@@ -70,6 +72,7 @@ class Hooking(transformer_lens.HookedRootModule):
         prepend: bool = False,
     ) -> None:
         """`model.add_hook("blocks.*.mixer.hook_gate", f)`: names, aliases, globs, views and predicates; see `reset_hooks`."""
+        _check_hook(name, hook)
         for found in self.names.hooked(name):
             if found.view is not None:
                 Visit.add(self, found, hook, dir, is_permanent, level)
@@ -98,8 +101,7 @@ class Hooking(transformer_lens.HookedRootModule):
         """
         for name, hook in _pairs(fwd_hooks, bwd_hooks):
             self.names.hooked(name)
-            if not callable(hook):
-                raise InputError(f"The hook on {name!r} is {hook!r}; a hook is a function of (activation, hook).")
+            _check_hook(name, hook)
         with (
             self.turns.alone(),
             super().hooks(list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts) as model,
@@ -149,7 +151,7 @@ class Hooking(transformer_lens.HookedRootModule):
     ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
         """(store, forward hooks, backward hooks): the hooks that fill `store` when the model runs under them."""
         store = {} if cache is None else cache
-        keep = Keep(store, device, remove_batch_dim, Slice.unwrap(pos_slice))
+        keep = Keep(store, device, remove_batch_dim, _sliced(pos_slice))
         names = dict.fromkeys(name for group in self.names.select(names_filter) for name in group)
         backward: list[Any] = []
         if incl_bwd:
@@ -176,6 +178,7 @@ class Hooking(transformer_lens.HookedRootModule):
         self.is_caching = True
         return store
 
+    @checked
     def run_with_cache(
         self,
         input: Any = None,
@@ -198,16 +201,16 @@ class Hooking(transformer_lens.HookedRootModule):
         incl_bwd: also the gradients of the (scalar) output, under name + "_grad". max_bytes: refuse a larger cache.
         The rest goes to `forward`. Raises PointError if something asked for did not fire.
         """
-        groups = self.names.select(names_filter)
+        groups, device, kept = self.names.select(names_filter), device_of(device), _sliced(pos_slice)
         self.follow()
         batch, rest = self.prepare(input, *model_args, **model_kwargs)
         if remove_batch_dim and batch.value.shape[0] != 1:
             raise InputError(f"remove_batch_dim needs a batch of one; this one has {batch.value.shape[0]} rows.")
-        self._check_size(groups, batch, Slice.unwrap(pos_slice), max_bytes)
+        self._check_size(groups, batch, kept, max_bytes)
         names = list(dict.fromkeys(name for group in groups for name in group))
         store: dict[str, Tensor] = {}
         live: dict[str, tuple[Tensor, HookPoint]] = {}
-        keep: Any = Keep(store, device, remove_batch_dim, Slice.unwrap(pos_slice))
+        keep: Any = Keep(store, device, remove_batch_dim, kept)
         hook = KeepLive(keep, live) if incl_bwd else keep
         with self.hooks([(name, hook) for name in names], (), reset_hooks_end, clear_contexts):
             out = self(batch, **rest)
@@ -222,15 +225,21 @@ class Hooking(transformer_lens.HookedRootModule):
             return out, store
         tokens = None if batch.is_resid else batch.value
         state = rest.get("state")
-        sliced = Slice.unwrap(pos_slice).mode != "identity"
+        sliced = kept.mode != "identity"
         cache = ActivationCache(store, self, not remove_batch_dim, tokens, batch.mask, state, sliced)
         return out, cache
 
     def _check_size(self, groups: list[list[str]], batch: Batch, pos_slice: Slice, limit: int | None) -> None:
         """Refuse, before anything runs, a cache of more than `limit` bytes."""
+        length = self.positions(batch)
+        try:
+            kept = pos_slice.apply(torch.empty(1, length), dim=1).numel()
+        except (IndexError, TypeError) as error:
+            raise InputError(
+                f"pos_slice={pos_slice.slice!r:.80} does not fit: there are {length} positions."
+            ) from error
         if limit is None:
             return
-        kept = pos_slice.apply(torch.empty(1, self.positions(batch)), dim=1).numel()
         given = {"batch": batch.value.shape[0], "pos": kept, "key_pos": self.positions(batch)}
         sizes = {}
         for name in dict.fromkeys(name for group in groups for name in group):
@@ -248,11 +257,40 @@ class Hooking(transformer_lens.HookedRootModule):
 
 def _pairs(*lists: Any) -> list[Any]:
     """The hooks of some lists, each checked to be a (name, hook) pair."""
+    for hooks in lists:
+        if isinstance(hooks, str | Tensor) or not isinstance(hooks, Iterable):
+            raise InputError(f"Hooks are a list of pairs [(name, hook), ...]; this is {hooks!r:.80}.")
     pairs = [pair for hooks in lists for pair in hooks]
     for pair in pairs:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise InputError(f"Hooks are a list of pairs [(name, hook), ...]; this holds {pair!r}.")
     return pairs
+
+
+def _check_hook(name: Any, hook: Any) -> None:
+    """InputError for a hook that cannot be called as hooks are: `hook(activation, hook=point)`."""
+    if not callable(hook):
+        raise InputError(f"The hook on {name!r} is {hook!r:.80}; a hook is a function of (activation, hook).")
+    if isinstance(hook, Saver | Capture):
+        return
+    try:
+        signature = inspect.signature(hook)
+    except (TypeError, ValueError):  # a builtin does not say what it takes
+        return
+    try:
+        signature.bind(None, hook=None)
+    except TypeError as error:
+        raise InputError(
+            f"The hook on {name!r} takes {signature}: {error}. It is called as hook(activation, hook=point)."
+        ) from error
+
+
+def _sliced(pos_slice: Any) -> Slice:
+    """TransformerLens's Slice of what a user gave; InputError for what is none."""
+    try:
+        return Slice.unwrap(pos_slice)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"pos_slice={pos_slice!r:.80}: give a number, a slice, a list of numbers or None.") from error
 
 
 def _scalar(out: Any) -> Tensor:

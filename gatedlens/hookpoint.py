@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.modules import module as torch_module
 from transformer_lens.hook_points import LensHandle
 
-from gatedlens.errors import CheckpointError, HookError
+from gatedlens.errors import CheckpointError, HookError, InputError
 from gatedlens.points import Point
 from gatedlens.transforms import transformed
 from gatedlens.watch import AGAIN
@@ -82,7 +82,9 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
     ) -> LensHandle:
         """As TransformerLens's. A backward hook gets its own copy of the gradient of the point's (edited) output; what it
         returns, or does to the copy, goes on from there through the forward hooks."""
-        if dir != "bwd":
+        if dir not in ("fwd", "bwd"):
+            raise InputError(f"dir={dir!r}: a hook runs in the forward, 'fwd', or on the gradient, 'bwd'.")
+        if dir == "fwd":
             return super().add_hook(hook, dir, is_permanent, level, prepend, alias_names)
 
         def on_gradient(module: Any, grads: Any) -> Any:
@@ -92,7 +94,10 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
             out = hook(grad, hook=self)
             if out is None:
                 return (grad,) if grad._version else None
-            return out if isinstance(out, tuple) else (out,)
+            if isinstance(out, tuple) and len(out) == 1:
+                (out,) = out
+            self._check(out, grad, "backward hook", "gradient")
+            return (out,)
 
         handle = LensHandle(
             self.register_full_backward_pre_hook(on_gradient, prepend=prepend), is_permanent, level, user_hook=hook
@@ -194,16 +199,16 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
             and not _torch_hooks_everywhere()
         )
 
-    def _check(self, out: Any, x: Tensor) -> None:
-        where = f"The hook at {self.name or self.point.name} ({self.point.axes})"
+    def _check(self, out: Any, x: Tensor, hook: str = "hook", what: str = "activation") -> None:
+        where = f"The {hook} at {self.name or self.point.name} ({self.point.axes})"
         if not isinstance(out, Tensor):
             raise HookError(f"{where} returned {type(out).__name__}; return a tensor, or None to leave it as it is.")
         if out.shape != x.shape:
-            raise HookError(f"{where} returned shape {list(out.shape)}; the activation has shape {list(x.shape)}.")
+            raise HookError(f"{where} returned shape {list(out.shape)}; the {what} has shape {list(x.shape)}.")
         if out.dtype != x.dtype:
-            raise HookError(f"{where} returned {out.dtype}; the activation is {x.dtype}: return `value.to({x.dtype})`.")
+            raise HookError(f"{where} returned {out.dtype}; the {what} is {x.dtype}: return `value.to({x.dtype})`.")
         if out.device != x.device:
-            raise HookError(f"{where} returned a tensor on {out.device}; the activation is on {x.device}.")
+            raise HookError(f"{where} returned a tensor on {out.device}; the {what} is on {x.device}.")
 
 
 class Part(torch.nn.Module):

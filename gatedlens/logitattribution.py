@@ -29,6 +29,7 @@ from gatedlens.autocast import exact
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
+from gatedlens.options import tensor_of
 from gatedlens.padding import Padding
 from gatedlens.positions import listed, one_a_row
 from gatedlens.result import Result
@@ -179,7 +180,7 @@ def _ids(model: Any, tokens: Tokens, rows: int, what: str) -> Tensor:
         tokens = model.to_single_token(tokens)
     elif isinstance(tokens, Sequence):
         tokens = [model.to_single_token(token) if isinstance(token, str) else token for token in tokens]
-    ids, size = torch.as_tensor(tokens, device=model.W_U.device), model.W_U.shape[1]
+    ids, size = tensor_of(tokens, "The token", device=model.W_U.device), model.W_U.shape[1]
     if ids.is_floating_point() or ids.ndim > 1 or (ids.ndim == 1 and len(ids) not in (1, rows)):
         raise InputError(f"{what}={_said(tokens)}: give one id for all {rows} rows, or one a row.")
     if bool(((ids < 0) | (ids >= size)).any()):

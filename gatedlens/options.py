@@ -17,8 +17,10 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
+from os import PathLike
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
 from gatedlens.errors import InputError
@@ -50,6 +52,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bool": (lambda value: isinstance(value, bool), "True or False"),
     "str": (lambda value: isinstance(value, str), "text"),
     "None": (lambda value: value is None, "None"),
+    "Path": (lambda value: isinstance(value, PathLike), "a path"),
     "slice": (lambda value: isinstance(value, slice), "a slice"),
     "range": (lambda value: isinstance(value, range), "a range"),
     "list": (lambda value: isinstance(value, list), "a list"),
@@ -82,6 +85,22 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return asked
+
+
+def tensor_of(value: Any, what: str, **options: Any) -> Tensor:
+    """`torch.as_tensor(value)`, or InputError that says what cannot be one."""
+    try:
+        return torch.as_tensor(value, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{what} is {_told(value)}: it cannot be read as numbers ({error}).") from error
+
+
+def device_of(device: Any) -> torch.device | None:
+    """The device that a user named, found to be there; None stays None."""
+    try:
+        return None if device is None else torch.empty(0, device=device).device
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise InputError(f"device={_told(device)} is not to be had here: {str(error).splitlines()[0]}") from error
 
 
 def _kinds_of(annotation: Any) -> list[tuple[Callable[[Any], bool], str]]:

@@ -216,6 +216,8 @@ class Names:
         Negative layers count from the end. A word that several parts of the block know goes to the block itself, then
         to its mixer; otherwise it is ambiguous and the error names the candidates.
         """
+        if not isinstance(word, str) or not (layer is None or isinstance(layer, int)):
+            raise PointError(f'{(word, layer)!r:.80} is no point: give a name and a layer, ("dt", 3).')
         asked = repr(word) if layer is None else repr((word, layer) if part is None else (word, layer, part))
         if layer is None:
             prefix = ""
@@ -269,6 +271,10 @@ class Names:
             if not chosen:
                 raise PointError(f"names_filter {names_filter!r} is false for every hook point of {self.model}.")
             return [chosen]
+        if not isinstance(names_filter, Iterable) or not all(isinstance(name, str) for name in names_filter):
+            raise PointError(
+                f"names_filter is {names_filter!r:.80}; give a name, a list of names, a function of names, or None for all."
+            )
         wanted = list(names_filter)
         if not wanted:
             raise PointError("names_filter is an empty list: name the points to cache, or pass None for all.")

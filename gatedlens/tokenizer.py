@@ -60,7 +60,7 @@ def tokenizer_of(given: Any) -> Any:
             f"tokenizer is {named}; expected is one of transformers' tokenizers, a folder of one, or an object with "
             f"encode(text) and decode(ids).{hint}"
         )
-    return given if all(hasattr(given, word) for word in IDS) else Adapter(given)
+    return given if set(IDS) <= set(dir(given)) else Adapter(given)
 
 
 def _fast(inner: Any) -> Any:

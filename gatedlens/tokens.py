@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from gatedlens.errors import InputError
+from gatedlens.options import tensor_of
 from gatedlens.transforms import anywhere, plain
 
 Text = str | Sequence[str]
@@ -91,7 +92,7 @@ def encoded(
         raise InputError("There is no input: give text, token ids, or what a tokenizer returned (input_ids=...).")
     if input is not None and input_ids is not None:
         raise InputError("input_ids was given beside an input: give one of the two.")
-    if token_type_ids is not None and bool((torch.as_tensor(token_type_ids) != 0).any()):
+    if token_type_ids is not None and bool((tensor_of(token_type_ids, "token_type_ids") != 0).any()):
         raise InputError(
             "token_type_ids tells segments apart, and this model reads one text a row: leave it out "
             "(tokenizer(text, return_token_type_ids=False))."
@@ -124,7 +125,7 @@ def check(tokens: Shaped[Tensor, ...], d_vocab: int) -> Int[Tensor, "batch pos"]
 
 def check_mask(mask: Any, shape: tuple[int, int]) -> Bool[Tensor, "batch pos"]:
     """An attention mask as booleans of `shape`; every row must have a real token."""
-    mask = torch.as_tensor(mask)
+    mask = tensor_of(mask, "attention_mask")
     if mask.ndim == 1 and shape[0] == 1:
         mask = mask.unsqueeze(0)
     if tuple(mask.shape) != shape:
