@@ -28,7 +28,6 @@ from gatedlens.contributions import Contributions
 from gatedlens.errors import InputError
 from gatedlens.grid import Grid
 from gatedlens.labelled import label_of
-from gatedlens.options import tensor_of
 from gatedlens.stack import AttentionStack
 
 BODY = "font-family:system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em"
@@ -95,7 +94,7 @@ def _numbers(values: Any, who: str) -> Tensor:
     if isinstance(values, ImplicitAttention):
         return values.mean()
     try:
-        return tensor_of(values, "What is drawn")
+        return torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{who} draws numbers, not a {type(values).__name__}: {error}.") from error
 
