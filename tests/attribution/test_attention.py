@@ -311,7 +311,7 @@ def test_layers_and_factors_are_what_was_asked_for(model):
         ({"mode": "official", "own": True, "channels": "max"}, "own=True and channels='max' would be ignored"),
         ({"layers": [0], "start_layer": 1}, "give one of them"),
         ({"start_layer": 9}, "start_layer=9: .* has layers 0 to"),
-        ({"layers": [0, 17]}, "layer=17"),
+        ({"layers": [0, 17]}, "layers=17"),
         ({"layers": slice(9, None)}, "names no layer"),
     ],
 )
