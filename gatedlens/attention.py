@@ -240,9 +240,10 @@ class ImplicitAttention:
         v = self.padding.spread(A._sum(lambda branch, turn: turn(branch.factors.x))) * signs(*self.shape)
         g = signs(*self.shape) / length
         forward, back = A @ v, A.T @ g
-        for i in sorted({length - 1, length // 2}):
-            yield (A.row(i) * v.mT).sum(-1), forward[:, i]
-            yield (A.column(i) * g.mT).sum(-1) * v[:, i], back[:, i] * v[:, i]
+        for i in sorted({length - 1, length // 2}):  # places of the input, real or not
+            place = torch.full((batch,), i, device=v.device)
+            yield (A.at(place) * v.mT).sum(-1), forward[:, i]
+            yield (A.T.at(place) * g.mT).sum(-1) * v[:, i], back[:, i] * v[:, i]
         some = min(3, channels, CHECK_ELEMENTS // (batch * length * length))
         if some == 0:
             return

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 KEEP = {
-    Tensor.__getitem__, Tensor.select, Tensor.squeeze, Tensor.unbind, Tensor.narrow, Tensor.index_select, Tensor.detach,
+    Tensor.__getitem__, Tensor.select, Tensor.squeeze, Tensor.narrow, Tensor.index_select, Tensor.detach,
     Tensor.clone, Tensor.contiguous, Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.float, Tensor.double, Tensor.half,
-    Tensor.bfloat16, torch.select, torch.squeeze, torch.unbind, torch.narrow, torch.index_select, torch.detach, torch.clone,
+    Tensor.bfloat16, torch.select, torch.squeeze, torch.narrow, torch.index_select, torch.detach, torch.clone,
 }  # fmt: skip
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -42,7 +42,7 @@ class LabelledTensor(Tensor):
         return with_label(found, said) if said is not None else found
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.unbind(0))
+        return (self[i] for i in range(len(self)))  # not unbind's, which must not be edited in place
 
     def __repr__(self, *, tensor_contents: Any = None) -> Any:  # type: ignore[override]
         return repr(self.as_subclass(Tensor))

@@ -34,6 +34,12 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
 
 
+def at_real(x: torch.Tensor, mask: torch.Tensor | None, pos: int, dim: int) -> torch.Tensor:
+    """Of each row of `x` the entry along `dim` at the row's real position `pos`, negative ones from its last."""
+    places = [pos if mask is None else mask[row].nonzero().flatten()[pos] for row in range(len(x))]
+    return torch.stack([x[row].select(dim - 1, int(place)) for row, place in enumerate(places)])
+
+
 def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens, mask) of token rows of unequal length; padding holds token 1, which must not matter."""
     longest = max(len(row) for row in rows)

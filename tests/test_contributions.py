@@ -11,7 +11,7 @@ from gatedlens.hooks.griffin import HookedGriffin
 from gatedlens.hooks.mamba import HookedMamba
 from gatedlens.hooks.rwkv import HookedRWKV
 from gatedlens.hooks.vim import HookedViM
-from tests.helpers import example, relative
+from tests.helpers import at_real, example, relative
 from tests.test_attention import CASES, VARIANTS, cached
 
 
@@ -47,8 +47,8 @@ def test_every_view_is_the_definition(model, case, variant, monkeypatch):
             "along": (F.along(direction), vectors @ direction),
             "norms": (F.norms(), vectors.norm(dim=-1)),
             "blocks": (torch.cat(list(F.blocks()), 1), vectors),
-            **{f"row {i}": (F.row(i), vectors[:, i]) for i in (0, 4, -1)},
-            **{f"column {j}": (F.column(j), vectors[:, :, j]) for j in (0, 4, -1)},
+            **{f"row {i}": (F.row(i), at_real(vectors, F.attention.padding.mask, i, 1)) for i in (0, 4, -1)},
+            **{f"column {j}": (F.column(j), at_real(vectors, F.attention.padding.mask, j, 2)) for j in (0, 4, -1)},
         }
         for name, (got, want) in pairs.items():
             assert torch.allclose(got, want, rtol=0, atol=1e-11 * max(scale, 1)), name
@@ -61,11 +61,12 @@ def test_taps_sum_to_the_whole(model, case):
         taps = [F.tap(k) for k in range(F.n_taps)]
         direction = torch.ones(len(F.weight), dtype=torch.float64)
         assert relative(sum(tap.along(direction) for tap in taps), vectors @ direction) < 1e-10
-        assert relative(sum(tap.row(-1) for tap in taps), vectors[:, -1]) < 1e-10
+        assert relative(sum(tap.row(-1) for tap in taps), at_real(vectors, F.attention.padding.mask, -1, 1)) < 1e-10
         assert relative(sum(tap.output() for tap in taps) + F.remainder(), F.output()) < 1e-10
         assert all(tap.remainder().abs().max() == 0 for tap in taps)
         for tap in taps:
-            assert torch.allclose(tap.along(direction)[:, -1], tap.row(-1) @ direction, atol=1e-11)
+            last = at_real(tap.along(direction), F.attention.padding.mask, -1, 1)
+            assert torch.allclose(last, tap.row(-1) @ direction, atol=1e-11)
 
 
 @torch.no_grad()
