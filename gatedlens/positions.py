@@ -87,7 +87,7 @@ def _column(given: Any, what: str, real: Tensor, longest: int) -> Bool[Tensor, "
         return mask_of(given, what, real)
     number = operator.index(given)
     if not -longest <= number < longest:
-        raise InputError(f"{what} is out of range: the longest row has {longest} positions.")
+        raise InputError(f"{what}={number} is out of range: the longest row has {longest} positions.")
     counts = real.sum(1, keepdim=True)
     return real & (real.cumsum(1) - 1 == (number if number >= 0 else counts + number))
 

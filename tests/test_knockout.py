@@ -389,8 +389,8 @@ def test_what_cannot_be_seen_or_is_padding_is_said(lm):
     tokens, mask = padded([torch.arange(1, 10), torch.arange(1, 7)], "left")
     for src, dst, message in [
         (5, 3, "src=5 has no edge in row 0: it stands after the target 3"),
-        ([1, 6], [4, 5], "src=6 has no edge in row 0: it stands after the targets 4, 5"),
-        ([4, 5], [1, 6], "dst=1 has no edge in row 0: it stands before the sources 4, 5"),
+        ([1, 6], [4, 5], "src=6 is out of range: row 1 has 6 positions"),
+        ([4, 5], [1, 5], "dst=1 has no edge in row 0: it stands before the sources 4, 5"),
         (1, 8, "dst=8 is out of range: row 1 has 6 positions"),
         (
             torch.tensor([[True] + [False] * 8, [True] + [False] * 8]),
