@@ -42,9 +42,9 @@ from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
 from gatedlens.layers import layers_of
 from gatedlens.metrics import Metric, measure
-from gatedlens.patching.baseline import Baseline
 from gatedlens.positions import listed, mask_of
 from gatedlens.result import Result
+from gatedlens.runs.baseline import Baseline
 
 How = Callable[..., Intervention]
 

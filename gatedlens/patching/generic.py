@@ -14,11 +14,11 @@ from typing import Any
 
 from gatedlens import inputs
 from gatedlens.errors import InputError, PointError, did_you_mean
-from gatedlens.patching.baseline import Baseline
-from gatedlens.patching.cells import Call, Cell, Plan
-from gatedlens.patching.clean import Clean
-from gatedlens.patching.engine import Options, measure_cells
 from gatedlens.result import Result
+from gatedlens.runs.baseline import Baseline
+from gatedlens.runs.cells import Call, Cell, Plan
+from gatedlens.runs.engine import Options, measure_cells
+from gatedlens.runs.pair import Clean
 
 HEADS, POSITIONS = ("head", "head_index"), ("pos", "src_pos", "dest_pos")  # TransformerLens's words for axes
 

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from gatedlens import inputs
 from gatedlens.errors import InputError, PointError
-from gatedlens.patching.baseline import Baseline
-from gatedlens.patching.cells import Cell, Edit, Index, Plan, Put
-from gatedlens.patching.clean import Clean
-from gatedlens.patching.engine import Options, measure_cells
 from gatedlens.result import Result
+from gatedlens.runs.baseline import Baseline
+from gatedlens.runs.cells import Cell, Edit, Index, Plan, Put
+from gatedlens.runs.engine import Options, measure_cells
+from gatedlens.runs.pair import Clean
 
 Edits = Callable[[str, Clean], list[tuple[str, Tensor | None]]]
 

@@ -8,9 +8,9 @@ import torch
 import gatedlens as gl
 from gatedlens import patching
 from gatedlens.hookpoint import Saver
-from gatedlens.patching.baseline import Baseline
-from gatedlens.patching.engine import Sizes
 from gatedlens.result import Result
+from gatedlens.runs.baseline import Baseline
+from gatedlens.runs.engine import Sizes
 from tests.helpers import example, padded
 
 QUIET = {"progress": False}

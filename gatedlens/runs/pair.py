@@ -11,7 +11,7 @@ from torch import Tensor
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError
 from gatedlens.hooking import Batch
-from gatedlens.patching.baseline import Baseline
+from gatedlens.runs.baseline import Baseline
 
 
 class Clean:

@@ -21,11 +21,11 @@ from tqdm.auto import tqdm
 
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.metrics import measure
-from gatedlens.patching.baseline import Baseline
-from gatedlens.patching.cells import Cell, Plan
-from gatedlens.patching.clean import Clean
-from gatedlens.patching.store import Store
 from gatedlens.result import Result
+from gatedlens.runs.baseline import Baseline
+from gatedlens.runs.cells import Cell, Plan
+from gatedlens.runs.ledger import Store
+from gatedlens.runs.pair import Clean
 
 ON_CPU, ON_ACCELERATOR = 8 << 20, 1 << 30  # bytes of a batch's activations; a CPU is fastest while they fit its caches
 

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.patching.cells import Plan
 from gatedlens.result import Result
+from gatedlens.runs.cells import Plan
 
 
 @dataclass

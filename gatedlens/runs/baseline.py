@@ -26,7 +26,7 @@ from gatedlens import inputs
 from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
 from gatedlens.language import HookedLanguageModel
-from gatedlens.patching.cells import Cell
+from gatedlens.runs.cells import Cell
 from gatedlens.state import RecurrentState
 
 
