@@ -21,10 +21,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gatedlens.circuits.graph import Graph, Node
-from gatedlens.circuits.pair import Pair
 from gatedlens.errors import InputError
 from gatedlens.hookpoint import Capture
 from gatedlens.metrics import Metric, per_row
+from gatedlens.runs.pair import Pair
 
 
 class EdgePatch:

@@ -22,13 +22,13 @@ from tqdm.auto import tqdm
 
 from gatedlens.circuits.circuit import Circuit
 from gatedlens.circuits.graph import Graph, Node
-from gatedlens.circuits.pair import Pair, steps_of, subtracting
 from gatedlens.circuits.paths import Paths
 from gatedlens.errors import InputError
 from gatedlens.metrics import Metric
 from gatedlens.recurrence import at_least_float32
 from gatedlens.result import Result
 from gatedlens.runs.gradients import Listener, along_input, listen
+from gatedlens.runs.pair import Pair, steps_of, subtracting
 
 APPROXIMATE, EXACT = "approximate rise of the metric", "rise of the metric"
 

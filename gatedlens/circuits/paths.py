@@ -23,12 +23,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gatedlens.circuits.graph import Graph, Node
-from gatedlens.circuits.pair import Pair
 from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
 from gatedlens.metrics import Metric, per_row
 from gatedlens.positions import mask_of
 from gatedlens.result import Result
+from gatedlens.runs.pair import Pair
 
 
 def path_patch(
