@@ -1,13 +1,17 @@
 """Saved files: what a user's values are written to and read from; what is no such file is explained.
 
 write_json(path, value.to_dict()); data = read_json(path, "result")
+write_whole(path, data)            # a file that is replaced: all or nothing, whatever stops it
 tensors, meta = read_tensors(path)
 """
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,40 @@ from gatedlens.errors import CheckpointError, InputError
 
 
 def write_json(path: str | Path, data: Mapping[str, Any]) -> Path:
-    """Write JSON, and return the path."""
-    Path(path).write_text(json.dumps(data, indent=1), encoding="utf-8")
+    """Write JSON, and return the path; a file that was there is replaced whole, or not at all."""
+    write_whole(Path(path), json.dumps(data, indent=1).encode())
     return Path(path)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`, all or nothing, also when the machine stops."""
+    path = path.resolve()  # behind a link lies the file that is meant
+    if path.exists() and not path.is_file():  # a pipe, a device
+        path.write_bytes(data)
+        return
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder last; Windows knows no such thing."""
+    if sys.platform == "win32":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_json(path: str | Path, kind: str) -> Any:

@@ -25,13 +25,15 @@ from gatedlens.patching.family import (
     get_act_patch_state,
 )
 from gatedlens.patching.generic import generic_activation_patch
+from gatedlens.patching.measuring import Options
 from gatedlens.patching.sweep import carried, copied, sweep
 from gatedlens.runs.cells import Cell, Plan, Put
-from gatedlens.runs.engine import Interrupted, Options
+from gatedlens.runs.stopping import Interrupted, NotSaved
 
 __all__ = [
     "Cell",
     "Interrupted",
+    "NotSaved",
     "Options",
     "Plan",
     "Put",

@@ -1,25 +1,33 @@
-"""Cells: what a sweep patches, as data. A cell is one patched run, an edit is what it does at one point.
+"""Cells: what a sweep does, as data. A cell is one edited run, an edit is what it does at one point.
 
     Put("blocks.3.mixer.hook_gate", dims, {"pos": slice(5, 6)}, clean)     the clean values at position 5
+    PutByRow("blocks.3.mixer.hook_gate", 1, at, clean)                     those of one position a row
+    Add("blocks.3.hook_mixer_in", own, said)                               what the run has there, and something more
     Call("blocks.3.hook_resid_pre", setter, [3, 5], clean)                 whatever TransformerLens's patch_setter does
     Cell((3, 5), (edit, ...))                                              where its number stands in the result
 
-Each edit changes the rows of its own patch in a batch of many. `first` is the earliest position that it touches: in a
+Each edit changes the rows of its own cell in a batch of many. `first` is the earliest position that it touches: in a
 causal model nothing before it changes. A run that starts at position `start` has positions from there on only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gatedlens.errors import HookError
 
+if TYPE_CHECKING:
+    from gatedlens.runs.baseline import Baseline
+
 Index = slice | list[int]
+NAMED = ("layer", "point", "src", "sender", "receiver")  # axes of which an entry is called by its label
 
 
 def key(dims: Sequence[str], index: Mapping[str, Index], start: int = 0) -> tuple[Any, ...]:
@@ -101,21 +109,102 @@ class Call:
         return not torch.equal(edited, rows)
 
 
-Edit = (
-    Put | Call
-)  # each has `name`, `first`, `apply(rows, start)` in place, and `changes(rows)` of a whole corrupted run
+@dataclass(frozen=True)
+class PutByRow:
+    """The entries at position `at` of each row get `source`'s. Runs of several samples repeat the rows of `source`.
+
+    dim: which axis of the point the positions are. local: whether a run may start at the first of them.
+    """
+
+    name: str
+    dim: int
+    at: Int[Tensor, " batch"]
+    source: Tensor
+    local: bool = True
+
+    @property
+    def first(self) -> int:
+        return int(self.at.min()) if self.local else 0
+
+    def _here(self, rows: Tensor, start: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        """The rows with positions in front, the index of what is edited there, and its value."""
+        row = torch.arange(len(rows), device=rows.device)
+        own, at = row % len(self.at), self.at.to(rows.device)
+        value = self.source.movedim(self.dim, 1)[own.to(self.source.device), at[own].to(self.source.device)]
+        return rows.movedim(self.dim, 1), (row, at[own] - start), value.to(rows)
+
+    def apply(self, rows: Tensor, start: int) -> None:
+        moved, here, value = self._here(rows, start)
+        moved[here] = value
+
+    def changes(self, rows: Tensor) -> bool:
+        moved, here, value = self._here(rows, 0)
+        return not torch.equal(moved[here], value)
+
+
+@dataclass(frozen=True)
+class Add:
+    """The point [batch pos d_model] gets what it holds in the run (`own`) and `said`, whatever else has reached it."""
+
+    name: str
+    own: Float[Tensor, "batch pos d_model"]
+    said: Float[Tensor, "batch pos d_model"]
+
+    @property
+    def first(self) -> int:
+        touched = self.said.flatten(2).any(2).any(0).nonzero()
+        return int(touched[0]) if len(touched) else 0
+
+    def apply(self, rows: Tensor, start: int) -> None:
+        rows.copy_((self.own + self.said)[:, start:])
+
+    def changes(self, rows: Tensor) -> bool:
+        return bool(self.said.any())
+
+
+Edit = Put | PutByRow | Add | Call
+# Each has `name`, `first`, `apply(rows, start)` in place, and `changes(rows)`, which is asked of the whole, unedited run.
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One patched run: its `edits`, and the `place` of its number among the result's axes."""
+    """One edited run: its `edits`, and the `place` of its number among the result's axes."""
 
     place: tuple[int, ...]
     edits: tuple[Edit, ...]
 
-    @property
+    @functools.cached_property
     def first(self) -> int:
+        """Before this position nothing changes, in a causal model."""
         return min(edit.first for edit in self.edits)
+
+    def entry(self, run: Baseline) -> int:
+        """The block before which nothing changes; -1: what comes before the first block changes too."""
+        return min(run.entry_of(edit.name) for edit in self.edits)
+
+    def behind(self, run: Baseline) -> int:
+        """The block up to which runs have all their positions; from there on, those from the start on."""
+        return self.entry(run)
+
+    def hooks(self, cells: Sequence[Cell], run: Baseline) -> list[tuple[str, Any]]:
+        """The hooks that do what `cells` of this kind do, run in one batch."""
+        edits = by_name(cells)
+
+        def apply(x: Tensor, hook: Any) -> Tensor:
+            for i, edit in edits[hook.name]:
+                edit.apply(x[i * run.rows : (i + 1) * run.rows], run.start)
+            return x
+
+        return [(name, apply) for name in edits]
+
+
+def by_name(cells: Iterable[Cell]) -> dict[str, list[tuple[int, Edit]]]:
+    """For each point, which cells (by number) do what there."""
+    found: dict[str, list[tuple[int, Edit]]] = {}
+    for i, cell in enumerate(cells):
+        for edit in cell.edits:
+            found.setdefault(edit.name, []).append((i, edit))
+    return found
 
 
 @dataclass(frozen=True)
@@ -131,7 +220,7 @@ class Plan:
     def say(self, cell: Cell) -> str:
         """`layer 3, pos 5`: a cell as a person would name it."""
         names = (
-            f"{axis} {self.labels[axis][i] if axis in ('layer', 'point') and axis in self.labels else i}"
+            f"{axis} {self.labels[axis][i] if axis in NAMED and axis in self.labels else i}"
             for axis, i in zip(self.axes, cell.place, strict=True)
         )
         return ", ".join(names)

@@ -1,31 +1,36 @@
-"""The engine of every sweep: runs a plan's cells, many to a batch, and measures each.
+"""The engine of every sweep: runs cells, many to a batch, and measures each.
 
-    found = measure_cells(corrupted, clean, plan, metric, options)      # a Result
+    question = Question(plan, meter, score, facts=facts)
+    found = answer(question, [corrupted], changing, low, Effort(results="sweep.json"))      # a Result
 
-Cells are taken in bands of neighbouring positions: a band's runs start at its first position, and those that enter the
-model at one block share a batch. The metric is called once a cell, with that cell's logits alone, so a metric that
-compares with per-row answers works as it does outside.
+Patching, knockout, tracing, path and edge patching are data for it: the cells of a plan (what each edits, where it may
+start) and how a cell's value is read. Cells are taken in bands of neighbouring positions: a band's runs start at its first
+position, and those that enter the model at one block share a batch. What was measured is kept batch by batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gatedlens.errors import InputError, did_you_mean
-from gatedlens.metrics import measure
+from gatedlens.errors import InputError
+from gatedlens.fingerprint import fingerprint
 from gatedlens.result import Result
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Cell, Plan
-from gatedlens.runs.ledger import Store
-from gatedlens.runs.pair import Clean
+from gatedlens.runs.identity import Digest
+from gatedlens.runs.ledger import AGAIN, Ledger
+from gatedlens.runs.meter import Meter
+from gatedlens.runs.stopping import Interrupted, NotSaved, stoppable
 
 ON_CPU, ON_ACCELERATOR = 8 << 20, 1 << 30  # bytes of a batch's activations; a CPU is fastest while they fit its caches
 
@@ -42,161 +47,209 @@ def hold_memory() -> None:
     torch.empty(HELD, dtype=torch.uint8)
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a sweep: `results` holds what was measured so far (the rest is NaN); pass it on to continue."""
+@dataclass(frozen=True)
+class Effort:
+    """Effort a sweep runs; none of it changes a number.
 
-    def __init__(self, message: str, results: Result):
-        super().__init__(message)
-        self.results = results
+    results: an earlier, interrupted Result to complete, or a path to which results are written as they come, and from
+    which they are taken up. max_bytes: about how much a batch's activations may take (None: 8 MiB on a CPU, where more is
+    slower, and 1 GiB on an accelerator); max_rows: how many rows a batch may have; one cell at least goes at a time.
+    """
+
+    results: Result | str | Path | None = None
+    max_bytes: int | None = None
+    max_rows: int | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name, unit in (("max_bytes", "bytes"), ("max_rows", "rows")):
+            given = getattr(self, name)
+            if given is not None and given < 1:
+                raise InputError(f"{name}={given}: give a number of {unit}, 1 or more.")
+        if self.results is None or isinstance(self.results, Result):
+            return
+        if not isinstance(self.results, str | Path):
+            raise InputError(f"results={self.results!r}: give a path, or the Result of an interrupted sweep.")
+        path = Path(self.results)
+        if not path.parent.is_dir():
+            raise InputError(f"results={str(path)!r}: there is no folder {str(path.parent)!r}.")
+        if path.is_dir():
+            raise InputError(f"results={str(path)!r} is a folder: name a file in it.")
+
+
+Score = Callable[[Cell, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Options:
-    """What every sweep can be told.
+class Question:
+    """What is asked of each cell of a plan.
 
-    reduce: "mean" over the rows of a batch, "none" (an axis "batch" is kept; the metric gives a number a row), or
-    "scalar" (the metric gives one number). normalised: (value - corrupted) / (clean - corrupted), 1 where a patch
-    restores the clean run and 0 where it does nothing. results: an earlier, interrupted Result to complete, or a path
-    to which results are written, also when something goes wrong, and from which they are taken up. attention_mask:
-    that of the corrupted run. max_bytes: about how much a batch's activations may take (None: 8 MiB on a CPU, where
-    more is slower, and 1 GiB on an accelerator); one patch at least goes at a time.
+    score: (cell, the metric's numbers [metric rows]) -> what the result holds at the cell's place. value: what a number of
+    the result is; unit: what 1 of it is in the metric's own units. verb: what a cell is ("patched"). facts: for the Result.
+    said: what else decides the numbers and is not in the cells. by_row: whether rows are an axis, "batch", of the result.
     """
 
-    reduce: str = "mean"
-    normalised: bool = False
-    results: Result | str | Path | None = None
-    attention_mask: Tensor | None = None
-    max_bytes: int | None = None
-    progress: bool = True
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    plan: Plan
+    meter: Meter
+    score: Score
+    value: str
+    verb: str
+    facts: Mapping[str, Any]
+    said: Mapping[str, Any] = field(default_factory=dict)
+    unit: float = 1.0
+    by_row: bool = False
 
-    def __post_init__(self) -> None:
-        known = ("mean", "none", "scalar")
-        if self.reduce not in known:
-            raise InputError(
-                f"reduce={self.reduce!r}: it is 'mean', 'none' or 'scalar'.{did_you_mean(self.reduce, known)}"
-            )
-        if self.max_bytes is not None and self.max_bytes < 1:
-            raise InputError(f"max_bytes={self.max_bytes}: give a number of bytes, 1 or more.")
-        if isinstance(self.results, str | Path) and not Path(self.results).parent.is_dir():
-            raise InputError(f"results={str(self.results)!r}: there is no folder {str(Path(self.results).parent)!r}.")
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Options:
-        """`Options.of({"reduce": "none"})`; InputError for an option that does not exist."""
-        known = [one.name for one in fields(cls) if one.name != "facts"]
-        for name in given:
-            if name not in known:
-                raise InputError(
-                    f"A sweep has no option {name!r}; it has {', '.join(known)}.{did_you_mean(name, known)}"
-                )
-        return cls(**given)
-
-    def told(self, facts: Mapping[str, Any]) -> Options:
-        """The same options, with facts for the Result."""
-        return replace(self, facts=facts)
-
-
-Metric = Callable[[Tensor], Any] | Mapping[str, Callable[[Tensor], Any]]
-
-
-class Meter:
-    """Metrics by name, called on one cell's logits: [metric, rows], rows 1 unless each row's number is kept."""
-
-    def __init__(self, metric: Any, reduce: str):
-        self.named = isinstance(metric, Mapping)
-        self.metrics: dict[str, Any] = dict(metric) if isinstance(metric, Mapping) else {"metric": metric}
-        self.reduce = reduce
-        if not self.metrics or not all(map(callable, self.metrics.values())):
-            raise InputError(
-                f"The metric is {metric!r}; it is a function of logits, or a dict of such functions by name."
-            )
-
-    def __call__(self, logits: Tensor, where: str) -> Tensor:
-        try:
-            return torch.stack([self._value(metric, logits) for metric in self.metrics.values()])
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
-
-    def _value(self, metric: Any, logits: Tensor) -> Tensor:
-        value = measure(metric, logits).detach()
-        if self.reduce == "scalar" and value.ndim:
-            raise InputError(
-                f"The metric returned {list(value.shape)}; with reduce='scalar' it must return one scalar."
-            )
-        if self.reduce != "none":
-            return value.mean().reshape(1)
-        if value.ndim == 0 and len(logits) > 1:
-            raise InputError(
-                f"The metric returned one number for {len(logits)} rows; reduce='none' keeps one for each: leave out its mean."
-            )
-        return value.reshape(-1)
+    def blank(self, low: Float[Tensor, "metric rows"]) -> Result:
+        """The Result before anything was measured."""
+        names, plan = self.meter.names, self.plan
+        axes = (*(("metric",) if names else ()), *plan.axes, *(("batch",) if self.by_row else ()))
+        shape = (*((len(names),) if names else ()), *plan.sizes, *((low.shape[1],) if self.by_row else ()))
+        labels = {**plan.labels, **({"metric": names} if names else {})}
+        values = low.new_full(shape, torch.nan)
+        return Result(values, axes, labels, plan.title, self.value, self.facts)
 
 
 @torch.no_grad()
-def measure_cells(corrupted: Baseline, clean: Clean, plan: Plan, metric: Any, options: Options) -> Result:
-    """Every cell's number, laid out on the plan's axes (a "metric" axis in front for a dict of metrics, "batch" at the
-    end where rows are kept)."""
-    meter = Meter(metric, options.reduce)
+def answer(
+    question: Question, runs: Sequence[Baseline], changing: set[int], low: Float[Tensor, "metric rows"], effort: Effort
+) -> Result:
+    """Every cell's number, on the plan's axes.
+
+    runs: samples of the run that is edited, one for most; each cell is measured in all of them, and its numbers stand side
+    by side. changing: the numbers of the cells that change anything; of the others `low` is known, the metric of the runs
+    as they are, whose dtype and device the result gets.
+    """
     hold_memory()
-    changing = corrupted.prepare(plan.cells)
-    low = meter(corrupted.logits, "In the corrupted run")
-    high = None if (logits := clean.logits()) is None else meter(logits, "In the clean run")
-    names = list(meter.metrics) if meter.named else None
-    store = Store(plan, low, high, names, options.reduce == "none", options.normalised, options.facts)
-    path = Path(options.results) if isinstance(options.results, str | Path) else None
-    earlier = Result.load(path) if path is not None and path.exists() else options.results
-    if isinstance(earlier, Result):
-        store.fill(earlier)
-    for place in {cell.place for cell in plan.cells} - {cell.place for cell in changing}:
-        store.put(place, low)
-    todo = [cell for cell in changing if not store.has(cell.place)]
-    with tqdm(total=len(todo), desc=plan.title, disable=not options.progress) as bar:
+    plan, cells = question.plan, question.plan.cells
+    ledger = Ledger(question.blank(low), len(cells), effort.results, lambda: identity(question, runs))
+    todo = []
+    for i, cell in enumerate(cells):
+        if i not in changing:
+            ledger.put(cell.place, question.score(cell, low))
+        elif not ledger.take_up(cell.place):
+            todo.append(cell)
+    sizes = Sizes(runs[0], cells, effort)
+    _check_again(question, ledger, runs, [cells[i] for i in sorted(changing)], low)
+    with tqdm(total=len(todo), desc=plan.title, disable=not effort.progress) as bar, _kept(ledger):
+        for batch in batches(runs, todo, sizes):
+            for cell, numbers in zip(batch, measured(runs, batch, question), strict=True):
+                ledger.put(cell.place, question.score(cell, numbers))
+                bar.update()
+            ledger.save()
+    return ledger.result()
+
+
+@contextmanager
+def _kept(ledger: Ledger) -> Iterator[None]:
+    """Whatever ends the block, what was measured is in the file; Ctrl-C and SIGTERM say how to go on."""
+    with stoppable():
         try:
-            for batch in batches(corrupted, todo, options.max_bytes):
-                logits = corrupted.run(batch)
-                for cell, own in zip(batch, logits, strict=True):
-                    store.put(cell.place, meter(corrupted.whole(own), f"With {plan.say(cell)} patched"))
-                    bar.update()
+            ledger.save()  # a file that cannot be written is found out at once
+            yield
         except KeyboardInterrupt as stop:
-            raise Interrupted(_how_to_go_on(store, path), store.result()) from stop
-        finally:
-            if path is not None:
-                store.result().save(path)
-    return store.result()
+            ledger.save()
+            raise Interrupted(ledger.how_to_go_on(), ledger.resumable()) from stop
+        except NotSaved:
+            raise
+        except Exception:
+            ledger.save()
+            raise
 
 
-def _how_to_go_on(store: Store, path: Path | None) -> str:
-    done, total = store.measured(), len(store.plan.cells)
-    if path is not None:
-        return f"{done} of {total} cells were measured and saved; the same call with results={str(path)!r} goes on."
-    return (
-        f"{done} of {total} cells were measured: `except gl.patching.Interrupted as stop`, then results=stop.results."
-    )
+def measured(
+    runs: Sequence[Baseline], cells: Sequence[Cell], question: Question
+) -> Iterator[Float[Tensor, "metric rows"]]:
+    """The metric's numbers of each cell of a batch."""
+
+    def numbers(run: Baseline) -> Iterator[Tensor]:
+        for cell, logits in zip(cells, run.run(cells), strict=True):
+            yield question.meter(run.whole(logits), f"With {question.plan.say(cell)} {question.verb}")
+
+    *others, last = runs
+    before = [list(numbers(run)) for run in others]  # one sample's logits at a time
+    for i, own in enumerate(numbers(last)):
+        yield torch.cat([*(sample[i] for sample in before), own], dim=1)
+
+
+# -- what the numbers are of ----------------------------------------------------------------------------------------
+
+
+def identity(question: Question, runs: Sequence[Baseline]) -> dict[str, Any]:
+    """Everything that decides the numbers, as JSON holds it; by the names that a refusal gives it."""
+    run = runs[0]
+    config = {name: str(one) for name, one in asdict(run.model.cfg).items() if name not in ("device", "tokenizer_name")}
+    given = Digest().add([(one.batch.value, one.batch.mask, one.noise, one.options) for one in runs])
+    what = Digest().add([(cell.place, cell) for cell in question.plan.cells])
+    hooked = {name: point for name, point in run.model.hook_dict.items() if point.hooked() and not point.only_saved()}
+    users = [handle.user_hook for point in hooked.values() for handle in (*point.fwd_hooks, *point.bwd_hooks)]
+    code = [what.code, Digest().add([question.meter.metrics, users]).code]
+    return {
+        "model's parameters (checksum)": fingerprint(run.model),
+        "model's config (checksum)": Digest().add(config).data,
+        "input (checksum)": f"{given.data}{given.tensors}",
+        "cells (checksum)": what.data,
+        "values put in (checksum)": what.tensors,
+        "metrics' names": question.meter.names,
+        "reduce": question.meter.reduce,
+        "hooked points": list(hooked),
+        **question.said,
+        "code": None if None in code else "".join(map(str, code)),
+    }
+
+
+def _check_again(
+    question: Question, ledger: Ledger, runs: Sequence[Baseline], cells: Sequence[Cell], low: Tensor
+) -> None:
+    """Where functions may have changed since the earlier sweep: measure one of its cells again, the farthest from doing
+    nothing. InputError if its value is another one, by more than rounding."""
+    known = [cell for cell in cells if cell.place in ledger.done]
+    if not known or ledger.surely_the_same():
+        return
+
+    def distance(cell: Cell) -> float:
+        return float(
+            (ledger.at(cell.place) - question.score(cell, low).to(ledger.values).flatten()).abs().nan_to_num().max()
+        )
+
+    cell = max(known, key=distance)
+    then = ledger.at(cell.place)
+    now = question.score(cell, next(measured(runs, [cell], question))).to(then).flatten()
+    eps = torch.finfo(runs[0].model.cfg.dtype).eps
+    size = torch.stack([then.abs(), now.abs()]).max() * question.unit + low.abs().max()
+    rounding = eps**0.5 * size + min(128 * eps, 0.05) * runs[0].logits.abs().max()
+    if bool(((then - now).abs() * question.unit > rounding).any()):
+        raise InputError(
+            f"results is of another sweep: with {question.plan.say(cell)} {question.verb} it is {then.tolist()}, and measured "
+            f"again it is {now.tolist()}: the metric, or another function that takes part, does something else. {AGAIN}"
+        )
 
 
 # -- which cells go together ----------------------------------------------------------------------------------------
 
 
-def batches(corrupted: Baseline, cells: Sequence[Cell], max_bytes: int | None) -> Iterator[list[Cell]]:
+def batches(runs: Sequence[Baseline], cells: Sequence[Cell], size: Sizes) -> Iterator[list[Cell]]:
     """The cells, batch by batch; before each the runs are advanced to the position at which it starts."""
-    size = Sizes(corrupted, cells, max_bytes)
-    ordered = sorted(cells, key=lambda cell: (cell.first, corrupted.entry(cell)))
-    for start, band in bands(corrupted, ordered, size):
-        corrupted.advance(start)
-        for _, group in groupby(sorted(band, key=corrupted.entry), key=corrupted.entry):
+    one = runs[0]
+    kind = {id(cell): (one.entry(cell), cell.behind(one)) for cell in cells}  # cells of one kind share a batch
+    ordered = sorted(cells, key=lambda cell: (cell.first, kind[id(cell)]))
+    for start, band in bands(one, ordered, size, lambda cell: kind[id(cell)]):
+        for run in runs:
+            run.advance(start)
+        for _, group in groupby(sorted(band, key=lambda cell: kind[id(cell)]), key=lambda cell: kind[id(cell)]):
             same, n = list(group), size.cells(start)
             yield from (same[i : i + n] for i in range(0, len(same), n))
 
 
-def bands(corrupted: Baseline, ordered: Sequence[Cell], size: Sizes) -> Iterator[tuple[int, list[Cell]]]:
-    """(start, cells) of neighbouring positions: as wide as a batch of those that enter at one block allows."""
+def bands(
+    run: Baseline, ordered: Sequence[Cell], size: Sizes, kind: Callable[[Cell], Any]
+) -> Iterator[tuple[int, list[Cell]]]:
+    """(start, cells) of neighbouring positions: as wide as a batch of those of one kind allows."""
     start, most = 0, 0
     band: list[Cell] = []
     for first, group in groupby(ordered, key=lambda cell: cell.first):
         here = list(group)
-        here_most = max(sum(1 for _ in same) for _, same in groupby(here, key=corrupted.entry))
-        at = corrupted.earliest(first)
+        here_most = max(sum(1 for _ in same) for _, same in groupby(here, key=kind))
+        at = run.earliest(first)
         if band and (at > start and most + here_most > size.cells(start)):
             yield start, band
             band, most = [], 0
@@ -206,22 +259,24 @@ def bands(corrupted: Baseline, ordered: Sequence[Cell], size: Sizes) -> Iterator
 
 
 class Sizes:
-    """How many cells go into one batch: from the bytes that one position of one row takes in the widest block."""
+    """Effort many cells go into one batch: from the bytes that one position of one row takes in the widest block."""
 
-    def __init__(self, corrupted: Baseline, cells: Sequence[Cell], max_bytes: int | None):
-        model = corrupted.model
+    def __init__(self, run: Baseline, cells: Sequence[Cell], effort: Effort):
+        model = run.model
         heard = {edit.name for cell in cells for edit in cell.edits}
-        sizes = {**model.cfg.sizes, "batch": 1, "pos": 1, "key_pos": corrupted.length}
+        sizes = {**model.cfg.sizes, "batch": 1, "pos": 1, "key_pos": run.length}
         elements: dict[str, int] = {}
         for name, point in model.names.points.items():
             place = ".".join(name.split(".")[:2]) if name.startswith("blocks.") else name
             if not point.lazy or name in heard:
                 elements[place] = elements.get(place, 0) + point.elements(sizes)
         width = torch.empty((), dtype=model.cfg.dtype).element_size()
-        self.per_position = corrupted.rows * max(width, 4) * max(elements.values())
-        self.length, self.alone = corrupted.length, corrupted.alone
-        self.limit = max_bytes or (ON_CPU if corrupted.batch.value.device.type == "cpu" else ON_ACCELERATOR)
+        self.per_position = run.rows * max(width, 4) * max(elements.values())
+        self.length, self.alone = run.length, run.alone
+        self.limit = effort.max_bytes or (ON_CPU if run.batch.value.device.type == "cpu" else ON_ACCELERATOR)
+        self.most = None if effort.max_rows is None else effort.max_rows // run.rows
 
     def cells(self, start: int) -> int:
-        """How many cells a batch holds whose runs start at this position."""
-        return 1 if self.alone else max(1, self.limit // (self.per_position * (self.length - start)))
+        """Effort many cells a batch holds whose runs start at this position."""
+        fitting = self.limit // (self.per_position * (self.length - start))
+        return 1 if self.alone else max(1, fitting if self.most is None else min(fitting, self.most))

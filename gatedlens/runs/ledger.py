@@ -1,136 +1,163 @@
-"""Store: the numbers of a sweep while it runs, and the Result that they become."""
+"""Ledger: the numbers of a sweep while it runs, in memory and in a file, and what they were measured on.
+
+    ledger = Ledger(blank, n_cells, "sweep.json", identity)
+    ledger.put((3, 5), value); ledger.save()           # the file is whole at any moment: the old one or the new
+    ledger.result()                                    # a Result, NaN where nothing was measured yet
+
+A file (or a Result) of an earlier, interrupted sweep is taken up if it is of the same one: `identity` is compared. What
+it says is kept among the facts, as "run".
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.result import Result
-from gatedlens.runs.cells import Plan
+from gatedlens.runs.stopping import NotSaved
+from gatedlens.saved import write_whole
+
+AGAIN = "Give another path, or results=None to begin anew."
 
 
-@dataclass
-class Store:
-    """Raw numbers [*cells, metric, rows], NaN where none was measured.
+class Ledger:
+    """blank: the Result with NaN for values, "metric" its first axis if it has one. results: a path to write to and take
+    up, a Result to take up, or None. identity: everything that decides the numbers; asked for only if somebody may
+    compare it, since it takes a moment."""
 
-    low, high: the metrics of the corrupted and of the clean run (None: not known). metrics: their names, None for a
-    single one. keep_rows: whether the rows stay apart, on an axis "batch"; rows is 1 otherwise.
-    """
-
-    plan: Plan
-    low: Float[Tensor, "metric rows"]
-    high: Float[Tensor, "metric rows"] | None
-    metrics: list[str] | None
-    keep_rows: bool
-    normalised: bool
-    facts: Mapping[str, Any]
-    values: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.values = self.low.new_full((*self.plan.sizes, *self.low.shape), torch.nan)
-        if self.normalised:
-            self._span()
-
-    def _span(self) -> Float[Tensor, "metric 1"]:
-        """clean - corrupted, of the means over rows."""
-        if self.high is None:
-            raise InputError(
-                "normalised=True needs the clean run's metric: pass the ActivationCache of a run_with_cache, or put "
-                "hook_logits into the cache."
-            )
-        span = (self.high - self.low).mean(1, keepdim=True)
-        flat = span.abs() <= 1e-12 * self.low.mean(1, keepdim=True).abs().clamp(min=1e-12)
-        if bool(flat.any()):
-            raise InputError(
-                f"The metric is {self.low.mean(1).tolist()} in the corrupted run and the same in the clean one: there is "
-                "nothing to normalise by."
-            )
-        return span
+    def __init__(
+        self, blank: Result, n_cells: int, results: Result | str | Path | None, identity: Callable[[], dict[str, Any]]
+    ):
+        self.blank = blank
+        self.values = blank.values
+        self.n_cells = n_cells
+        self.done: set[tuple[int, ...]] = set()
+        self.path = Path(results) if isinstance(results, str | Path) else None
+        self._identity = identity
+        self._run: dict[str, Any] | None = None
+        self._saved = -1  # how many cells the file holds; it is written at once
+        earlier = results if isinstance(results, Result) else None
+        if self.path is not None and self.path.exists():
+            earlier = Result.load(self.path)
+        if earlier is not None:
+            self._check(earlier)
+        self.earlier = earlier
 
     # -- numbers -------------------------------------------------------------------------------------------------
 
-    def put(self, place: tuple[int, ...], value: Float[Tensor, "metric rows"]) -> None:
-        self.values[place] = value.to(self.values)
+    def _index(self, place: tuple[int, ...]) -> tuple[Any, ...]:
+        return (slice(None), *place) if self.blank.axes[:1] == ("metric",) else place
 
-    def has(self, place: tuple[int, ...]) -> bool:
-        return not bool(self.values[place].isnan().any())
+    def put(self, place: tuple[int, ...], value: Tensor) -> None:
+        """value: [metric rows], where the axes hold them."""
+        index = self._index(place)
+        self.values[index] = value.reshape(self.values[index].shape).to(self.values)
+        self.done.add(place)
 
-    def measured(self) -> int:
-        """How many cells have a number."""
-        return sum(self.has(cell.place) for cell in self.plan.cells)
+    def at(self, place: tuple[int, ...]) -> Tensor:
+        """The numbers of a cell, in a row."""
+        return self.values[self._index(place)].flatten()
 
-    # -- as a Result ---------------------------------------------------------------------------------------------
-
-    def _layout(self, values: Tensor) -> Tensor:
-        """[*cells, metric, rows] as the result has it: metric in front, rows at the end, or without them."""
-        values = values if self.keep_rows else values.squeeze(-1)
-        at = len(self.plan.sizes)
-        return values.select(at, 0) if self.metrics is None else values.movedim(at, 0)
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        front = () if self.metrics is None else ("metric",)
-        return (*front, *self.plan.axes, *(("batch",) if self.keep_rows else ()))
-
-    def _baseline(self, values: Tensor | None) -> Any:
-        """A baseline as JSON holds it: a number, or one a metric by name."""
-        if values is None:
-            return None
-        means = values.mean(1).tolist()
-        return means[0] if self.metrics is None else dict(zip(self.metrics, means, strict=True))
+    def take_up(self, place: tuple[int, ...]) -> bool:
+        """Put what the earlier sweep measured there; whether it did."""
+        if self.earlier is None:
+            return False
+        value = self.earlier.values[self._index(place)]
+        if bool(value.isnan().any()):
+            return False
+        self.put(place, value)
+        return True
 
     def result(self) -> Result:
-        values = self.values
-        if self.normalised:
-            values = (values - self.low.mean(1, keepdim=True)) / self._span()
-        labels = {**self.plan.labels, **({} if self.metrics is None else {"metric": self.metrics})}
-        cells, done = len(self.plan.cells), self.measured()
-        facts = {
-            **self.facts,
-            "clean": self._baseline(self.high),
-            "corrupted": self._baseline(self.low),
-            "normalised": self.normalised,
-            "cells": cells,
-            "measured": done,
-        }
-        if not self.normalised and self.metrics is None:
-            facts["baseline"] = facts["corrupted"]
-        what = "score (corrupted 0, clean 1)" if self.normalised else "metric"
-        return Result(self._layout(values).clone(), self.axes, labels, self.plan.title, what, facts)
+        facts = {**self.blank.facts, "cells": self.n_cells, "measured": len(self.done)}
+        if self._run is not None:
+            facts["run"] = self._run
+        return replace(self.blank, values=self.values.clone(), facts=facts)
 
-    def fill(self, earlier: Result) -> None:
-        """Take over the numbers of an earlier, interrupted sweep, checked to be the same sweep."""
-        mine = self.result()
-        if earlier.axes != mine.axes or earlier.shape != mine.shape or earlier.title != mine.title:
+    def resumable(self) -> Result:
+        """The result so far, with what it was measured on."""
+        assert self.run is not None
+        return self.result()
+
+    # -- what they were measured on ------------------------------------------------------------------------------
+
+    @property
+    def run(self) -> dict[str, Any]:
+        if self._run is None:
+            self._run = self._identity()
+        return self._run
+
+    def _check(self, earlier: Result) -> None:
+        """InputError unless it is of the same sweep, up to functions, of which nobody can always say whether they are."""
+        if not isinstance(earlier.facts.get("run"), Mapping):
             raise InputError(
-                f"results is of another sweep: {earlier.title!r} over {earlier.axes} {list(earlier.shape)}; this one is "
-                f"{mine.title!r} over {mine.axes} {list(mine.shape)}. Give another path, or results=None to begin anew."
+                f"results ({earlier.title!r}) does not say what it was measured on, as an interrupted sweep's do: it "
+                f"cannot be gone on with. {AGAIN}"
             )
-        for fact in ("model", "clean", "corrupted"):
-            then, now = earlier.facts.get(fact), mine.facts.get(fact)
-            if not _same(then, now):
-                raise InputError(f"results is of another sweep: its {fact} is {then}, this one's is {now}.")
-        values = earlier.values.to(self.values)
-        values = values if self.keep_rows else values.unsqueeze(-1)
-        at = len(self.plan.sizes)
-        values = values.unsqueeze(at) if self.metrics is None else values.movedim(0, at)
-        if earlier.facts.get("normalised"):
-            span = (self.high - self.low).mean(1, keepdim=True) if self.high is not None else 1.0
-            values = values * span + self.low.mean(1, keepdim=True)
-        self.values = values.clone()
+        then, now = _said(earlier), _said(replace(self.blank, facts={**self.blank.facts, "run": self.run}))
+        for name in now:
+            if not _same(then.get(name), now[name]):
+                raise InputError(
+                    f"results is of another sweep: its {name} is {_short(then.get(name))}, this one's is "
+                    f"{_short(now[name])}. {AGAIN}"
+                )
+
+    def surely_the_same(self) -> bool:
+        """Whether the earlier sweep's functions are known to be this one's."""
+        code = self.run["code"]
+        return self.earlier is not None and code is not None and self.earlier.facts["run"].get("code") == code
+
+    # -- the file ------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write the file, if there is one and it lacks something; NotSaved if it cannot be."""
+        if self.path is None or self._saved == len(self.done):
+            return
+        found = self.resumable()
+        text = json.dumps(found.to_dict()) if len(self.done) < self.n_cells else json.dumps(found.to_dict(), indent=1)
+        try:
+            write_whole(self.path, text.encode())
+        except OSError as error:
+            raise NotSaved(
+                f"results={str(self.path)!r} cannot be written: {error.strerror or error}. What was there is as it was; "
+                f"`results` of this error holds the {len(self.done)} of {self.n_cells} cells that were measured.",
+                found,
+            ) from error
+        self._saved = len(self.done)
+
+    def how_to_go_on(self) -> str:
+        told = f"{len(self.done)} of {self.n_cells} cells were measured"
+        if self.path is not None:
+            return f"{told} and saved; the same call with results={str(self.path)!r} goes on."
+        return f"{told}: `except gl.patching.Interrupted as stop`, then results=stop.results."
+
+
+def _said(result: Result) -> dict[str, Any]:
+    """What is compared, by the name that a refusal gives it, as JSON holds it."""
+    labels = {f"axis {axis}": result[axis] for axis in result.axes}
+    facts = {name: given for name, given in result.facts.items() if name not in ("cells", "measured", "run")}
+    run = {name: given for name, given in result.facts["run"].items() if name != "code"}
+    told = {"title": result.title, "axes": result.axes, "shape": list(result.shape), **labels, **facts, **run}
+    plain: dict[str, Any] = json.loads(json.dumps(told))
+    return plain
 
 
 def _same(a: Any, b: Any) -> bool:
     """Equal; numbers to rounding, of batches of another size."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    if isinstance(a, int | float) and isinstance(b, int | float):
-        return math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6)
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) or (a != a and b != b)
     return bool(a == b)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from gatedlens.errors import StoreError
-from gatedlens.store.disk import write_whole
+from gatedlens.saved import write_whole
 from gatedlens.store.layout import Layout
 
 FORMAT = "gatedlens activation store 1"

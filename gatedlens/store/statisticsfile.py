@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from gatedlens.store.disk import write_whole
+from gatedlens.saved import write_whole
 from gatedlens.store.reductions import Part
 from gatedlens.store.shards import bytes_of
 
