@@ -28,4 +28,4 @@ def checksum(tensor: Tensor, total: int = 0) -> int:
     if tensor.is_meta or tensor.numel() == 0:
         return total
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy(), total)
+    return zlib.crc32(flat.view(torch.uint8).numpy().data, total)

@@ -55,6 +55,6 @@ class Meter:
             return value.mean().reshape(1)
         if value.ndim == 0 and len(logits) > 1:
             raise InputError(
-                f"The metric returned one number for {len(logits)} rows; here each row needs its own: leave out the mean."
+                f"The metric returned one number for {len(logits)} rows; here each row needs its own: leave out its mean."
             )
         return value.reshape(-1)
