@@ -168,7 +168,7 @@ def measured(
     *others, last = runs
     before = [list(numbers(run)) for run in others]  # one sample's logits at a time
     for i, own in enumerate(numbers(last)):
-        yield torch.cat([*(sample[i] for sample in before), own], dim=1)
+        yield torch.cat([*(sample[i] for sample in before), own], dim=1) if before else own
 
 
 # -- what the numbers are of ----------------------------------------------------------------------------------------
