@@ -6,8 +6,9 @@ WORKERS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OF_NUMBERS := tests/attribution tests/evaluation tests/circuits tests/patching tests/test_rounding.py
 
-.PHONY: demo test test-matrix bench results check catalogue tutorials bundled format clean
+.PHONY: demo test test-cpu test-matrix bench results check catalogue tutorials bundled format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -21,6 +22,9 @@ demo: $(STAMP)  ## the main job on bundled models: prints, a picture and a page 
 test: $(STAMP)  ## every test, the slow ones last
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+test-cpu: $(STAMP)  ## what computes scores and orders once more, without the processor's own vector instructions
+	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -n $(WORKERS) $(OF_NUMBERS)
 
 check: $(STAMP)  ## format, lint, types, catalogue
 	$(BIN)/ruff format --check .

@@ -45,8 +45,7 @@ from gatedlens.result import Result
 from gatedlens.stack import AttentionStack
 from gatedlens.state import RecurrentState
 from gatedlens.table import HookTable
-
-__version__ = "0.1.0"
+from gatedlens.version import __version__
 
 # fmt: off
 __all__ = [

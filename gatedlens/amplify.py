@@ -33,6 +33,7 @@ from gatedlens.errors import InputError, did_you_mean
 from gatedlens.language import HookedLanguageModel
 from gatedlens.metrics import at_position
 from gatedlens.recurrence import at_least_float32
+from gatedlens.rounding import order
 
 ASK = "{text}\nAnswer:"
 SHOT = "{text}\n{rationale}Answer: {label}"
@@ -102,7 +103,7 @@ def select(
     pool = list(range(len(p))) if among is None else list(among)
     if not 1 <= n <= len(pool) or not all(0 <= i < len(p) for i in pool):
         raise InputError(f"n={n}: there are {len(pool)} texts to choose from, of 0 to {len(p) - 1}.")
-    return sorted(pool, key=lambda i: -float(scores[i]))[:n]
+    return [pool[i] for i in order(scores[pool])[:n].tolist()]
 
 
 # -- which words ----------------------------------------------------------------------------------------------------
@@ -166,8 +167,8 @@ def key_words(scored: Sequence[tuple[str, float]], k: int) -> tuple[str, ...]:
     if k < 1:
         raise InputError(f"k={k}: give at least 1.")
     best: dict[str, str] = {}
-    for word, _ in sorted(scored, key=lambda one: -one[1]):
-        best.setdefault(word.lower(), word)
+    for place in order([score for _, score in scored]).tolist():
+        best.setdefault(scored[place][0].lower(), scored[place][0])
     return tuple(best.values())[:k]
 
 

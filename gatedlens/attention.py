@@ -9,42 +9,54 @@
     A.dense(channels=[0, 5])    # batch channel dst src
     A.without("skip"), A.only("scan"), A.paper("unified"), A.paper("hidden")
     A.contributions()           # token to token, in d_model: norms, projections on a direction, vectors
-    A.check()                   # how exactly A x + r is the layer's output
+    A.check()                   # how exactly A x + r is the layer's output, and every view the same A
 
 o = A x + r with A = diag(gate) (S + diag(skip)) diag(act) M: see `factors.py`. Nothing of size [state, pos, pos] is built.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from gatedlens.autocast import exact
 from gatedlens.branch import Branch, branch_of
 from gatedlens.cache import ActivationCache
-from gatedlens.errors import InputError, PointError, TooLargeError, did_you_mean, in_bytes
+from gatedlens.errors import InputError, PointError, did_you_mean
 from gatedlens.factors import NAMES, Factors
-from gatedlens.layers import layer_of
+from gatedlens.labelled import labelled
+from gatedlens.layers import layer_of, layers_of
+from gatedlens.memory import afford
 from gatedlens.model import HookedModel
 from gatedlens.padding import Padding
+from gatedlens.positions import one_a_row
 
 if TYPE_CHECKING:
     from gatedlens.contributions import Contributions
     from gatedlens.stack import AttentionStack
 
-DENSE_LIMIT = 4 * 2**30  # bytes that dense() takes without being told more
+DENSE_LIMIT = 4 * 2**30  # bytes that dense(), mean() and all that hold a matrix take without being told more
+AT_ONCE = 4  # matrices [batch, dst, src] that mean() holds at its height
+INSTEAD = (
+    "Ask for row(i), column(j) or `@ x`, which grow with the positions alone, for fewer positions, or raise max_bytes."
+)
+CHECK_ELEMENTS = 1 << 24  # numbers in the matrices that check() looks at
 ABS_ELEMENTS = 1 << 23  # numbers of a dense piece behind abs_mean(): 32 MiB of float32
+MEAN = "attention (mean over channels)"  # what the numbers of a view are, for the pictures of it
+ABS_MEAN = "|attention| (mean over channels)"
 PAPERS = {"unified": ("gate", "scan", "act", "conv"), "hidden": ("scan",)}
 
 
 class Check(NamedTuple):
-    """How far A x + r is from the layer's output: the largest absolute error, and that relative to the largest output."""
+    """The largest absolute error of what was compared (in the units of the layer's output), and the largest relative one
+    (each error relative to the largest number that it is an error of)."""
 
     absolute: float
     relative: float
@@ -63,8 +75,8 @@ def implicit_attention(source: Any, input: Any = None, *, layer: Any, **options:
 def implicit_attention(source: Any, input: Any = None, *, layer: Any = None, layers: Any = None, **options: Any) -> Any:
     """`gl.implicit_attention(model, "The cat sat on the mat", layer=3)`, or `gl.implicit_attention(cache, layer=3)`.
 
-    With `layer` the ImplicitAttention of one layer; without it the AttentionStack of `layers`: a slice, a sequence, or
-    None for all. source: a HookedModel with its `input` (and any options of its forward, run once), or an
+    With `layer` the ImplicitAttention of one layer; without it the AttentionStack of `layers` (see `layers.py`; None: all).
+    source: a HookedModel with its `input` (and any options of its forward, run once), or an
     ActivationCache that holds the points `model.blocks[layer].mixer.attention_points` (the default cache does).
     Gradients flow to the cached activations. The operator is that of the model's equations at these activations: hooks
     that edit *inside* the recurrence (decay, write, state, scan, y) make the layer's output differ from it, and
@@ -80,7 +92,7 @@ def implicit_attention(source: Any, input: Any = None, *, layer: Any = None, lay
     if layer is not None and layers is not None:
         raise InputError(f"layer={layer!r} and layers={layers!r}: give one layer, or several, or neither for all.")
     model: Any = source.model if given else source
-    chosen = _indices(model, layers) if layer is None else (layer_of(model, layer),)
+    chosen = layers_of(model, layers) if layer is None else (layer_of(model, layer),)
     if not given:
         needed = [name for index in chosen for name in _needed(model.blocks[index].mixer, index)]
         with torch.no_grad():
@@ -90,20 +102,6 @@ def implicit_attention(source: Any, input: Any = None, *, layer: Any = None, lay
     from gatedlens.stack import AttentionStack  # a stack is made of what is in this file
 
     return AttentionStack(source, chosen)
-
-
-def _indices(model: Any, layers: Any) -> tuple[int, ...]:
-    """The layers that a user named, in ascending order."""
-    every = range(model.cfg.n_layers)
-    if layers is None or isinstance(layers, slice):
-        chosen = set(every[layers or slice(None)])
-    elif not isinstance(layers, Iterable):
-        raise InputError(f"layers={layers!r}: give a slice or a sequence of layers, or layer={layers!r} for one.")
-    else:
-        chosen = {layer_of(model, layer) for layer in layers}
-    if not chosen:
-        raise InputError(f"layers={layers!r} names no layer: {model.cfg.model_name} has layers 0 to {len(every) - 1}.")
-    return tuple(sorted(chosen))
 
 
 def _from_cache(cache: ActivationCache, layer: Any) -> ImplicitAttention:
@@ -119,8 +117,9 @@ def _from_cache(cache: ActivationCache, layer: Any) -> ImplicitAttention:
         raise PointError(
             f"Implicit attention of layer {index} needs points that this cache lacks: {', '.join(missing)}."
         )
-    padding = Padding.of(cache.mask)
-    branches = mixer.branches(lambda name: cache[f"blocks.{index}.{mixer.place}.{name}"], padding, cache.state)
+    stem, padding = f"blocks.{index}.{mixer.place}.", Padding.of(cache.mask)
+    with exact(cache[stem + mixer.attention_points[0]]):
+        branches = mixer.branches(lambda name: cache[stem + name], padding, cache.state)
     return ImplicitAttention(branches, padding, model, index, cache.tokens)
 
 
@@ -192,8 +191,9 @@ class ImplicitAttention:
 
     def _sum(self, term: Callable[[Branch, Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
         """The sum over branches of scale * term(branch, turn); `turn` puts positions (dim 1) into the scan's order or back."""
-        terms = [(f.scale, term(branch_of(f, self.parts), _flip if f.reverse else _keep)) for f in self.branches]
-        return reduce(torch.add, (value if scale == 1 else scale * value for scale, value in terms))
+        with exact(self.branches[0].x):
+            terms = [(f.scale, term(branch_of(f, self.parts), _flip if f.reverse else _keep)) for f in self.branches]
+            return reduce(torch.add, (value if scale == 1 else scale * value for scale, value in terms))
 
     def __matmul__(self, x: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
         """A @ x, or A.T @ g for the transpose: linear in pos."""
@@ -218,11 +218,41 @@ class ImplicitAttention:
         """A x + r: with all factors, the layer's output before its output projection."""
         return self.padding.spread(self._sum(lambda branch, turn: turn(branch.output())))
 
+    @torch.no_grad()
     def check(self) -> Check:
-        """How exactly the operator of all factors reconstructs what the layer computed (masked positions left out)."""
+        """How exactly the operator of all factors reconstructs what the layer computed (masked positions left out), and
+        `row`, `column`, `.T`, `weighted` (so `mean`) and `dense` of this operator say what `@` does, on random inputs.
+
+        The matrices of a few channels are compared, where they hold less than 2^24 numbers.
+        """
         o = self.padding.spread(self._sum(lambda branch, turn: turn(branch.factors.o)))
-        error = (replace(self, parts=NAMES).output() - o).abs().max().item()
-        return Check(error, error / max(o.abs().max().item(), torch.finfo(o.dtype).tiny))
+        return worst([_off(replace(self, parts=NAMES).output(), o), *(_off(*pair) for pair in self._views())])
+
+    def _views(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """What each view of the matrix makes of random inputs, beside what the operator does with them."""
+        A, (batch, length, channels) = replace(self, transposed=False), self.shape
+        generator = torch.Generator().manual_seed(0)
+
+        def signs(*shape: int) -> Tensor:
+            return (2 * torch.randint(2, shape, generator=generator) - 1).to(self.branches[0].x)
+
+        v = self.padding.spread(A._sum(lambda branch, turn: turn(branch.factors.x))) * signs(*self.shape)
+        g = signs(*self.shape) / length
+        forward, back = A @ v, A.T @ g
+        for i in sorted({length - 1, length // 2}):
+            yield (A.row(i) * v.mT).sum(-1), forward[:, i]
+            yield (A.column(i) * g.mT).sum(-1) * v[:, i], back[:, i] * v[:, i]
+        some = min(3, channels, CHECK_ELEMENTS // (batch * length * length))
+        if some == 0:
+            return
+        chosen = list(range(0, channels, -(-channels // some)))
+        few, weights = A.select(chosen), signs(len(chosen)) / len(chosen)
+        with exact(v):
+            yield torch.einsum("bcij,bjc->bic", few.dense(max_bytes=None), v[..., chosen]), forward[..., chosen]
+            yield (
+                few.weighted(weights, max_bytes=None) @ v[..., :1],
+                (A @ v[..., :1].expand_as(v))[..., chosen] @ weights[:, None],
+            )
 
     def contributions(self) -> Contributions:
         """What each token writes into the residual stream through each other, in d_model: see `contributions.py`."""
@@ -232,53 +262,70 @@ class ImplicitAttention:
 
     # -- parts of the matrix -------------------------------------------------------------------------------------
 
-    def row(self, i: int) -> Float[Tensor, "batch channel src"]:
-        """A[i, :] for every channel: what position i reads from each position. `row(-1)`: the last."""
-        length = self.shape[1]
-        if not -length <= i < length:
-            raise InputError(f"Position {i} is out of range: there are {length} positions.")
-        found = self._column(i % length) if self.transposed else self._row(i % length)
-        return rearrange(found, "b p c -> b c p")
+    def row(self, i: Any) -> Float[Tensor, "batch channel src"]:
+        """A[i, :] for every channel: what position i reads from each place. `row(-1)`: of each row's last.
 
-    def _row(self, i: int) -> Tensor:
+        i counts a row's real positions; one for all, or one a row (`positions.py`). The places are those of the input.
+        """
+        return self.at(self.place(i, "row"))
+
+    def place(self, pos: Any, what: str) -> Int[Tensor, " batch"]:
+        """Where in the input a position of each row is."""
+        mask, x = self.padding.mask, self.branches[0].x
+        return one_a_row(pos, what, torch.ones(self.shape[:2], dtype=torch.bool) if mask is None else mask).to(x.device)
+
+    def at(self, place: Int[Tensor, " batch"]) -> Float[Tensor, "batch channel src"]:
+        """A[i, :] of a place of each row in the input; zero where it is padding."""
+        return rearrange(self._column(place) if self.transposed else self._row(place), "b p c -> b c p")
+
+    def _row(self, place: Int[Tensor, " batch"]) -> Tensor:
         """A[i, :], read off the factors: [b, src, c]."""
-        batch, length, _ = self.shape
+        length, rows = self.shape[1], torch.arange(self.shape[0], device=place.device)
         rank, mask = self.padding.rank, self.padding.mask
-        place = torch.full((batch,), i, device=self.branches[0].x.device) if rank is None else rank[:, i]
+        packed = place if rank is None else rank[rows, place]
 
         def term(branch: Branch, turn: Callable[[Tensor], Tensor]) -> Tensor:
-            return turn(branch.row(place if turn is _keep else length - 1 - place))
+            return turn(branch.row(packed if turn is _keep else length - 1 - packed))
 
         found = self.padding.spread(self._sum(term))
-        return found if mask is None else found * mask[:, i, None, None].to(found.dtype)
+        return found if mask is None else found * mask[rows, place, None, None].to(found.dtype)
 
-    def _column(self, j: int) -> Tensor:
+    def _column(self, place: Int[Tensor, " batch"]) -> Tensor:
         """A[:, j], by applying A: [b, dst, c]."""
         basis = torch.zeros(*self.shape, dtype=self.dtype, device=self.branches[0].x.device)
-        basis[:, j] = 1
+        basis[torch.arange(len(place), device=place.device), place] = 1
         return self._apply(basis, transposed=False)
 
-    def column(self, j: int) -> Float[Tensor, "batch channel dst"]:
-        """A[:, j] for every channel: where position j's input goes."""
-        return self.T.row(j)
+    def column(self, j: Any) -> Float[Tensor, "batch channel dst"]:
+        """A[:, j] for every channel: where position j's input goes; j as in `row`."""
+        return self.T.at(self.place(j, "column"))
 
+    def afford(self, what: str, matrices: int, max_bytes: int | None, instead: str = INSTEAD) -> None:
+        """TooLargeError if so many matrices [batch, dst, src] are more than `max_bytes`; None: whatever it takes."""
+        batch, length, _ = self.shape
+        size = matrices * batch * length * length * self.branches[0].x.element_size()
+        afford(f"{what} at {length} positions", size, max_bytes, instead)
+
+    @labelled("attention (of one channel)")
     def dense(
         self, channels: Any = None, max_bytes: int | None = DENSE_LIMIT
     ) -> Float[Tensor, "batch channel dst src"]:
         """The matrix of each channel (of `channels`, all if None). Refuses more than `max_bytes`."""
         chosen = _channels(channels, self.shape[2])
-        batch, length, _ = self.shape
-        size = batch * len(chosen) * length * length * self.branches[0].x.element_size()
-        if max_bytes is not None and size > max_bytes:
-            raise TooLargeError(
-                f"dense() of {len(chosen)} channels at {length} positions would take {in_bytes(size)}, more than "
-                f"max_bytes={in_bytes(max_bytes)}. Ask for mean(), row(i), `@ x`, or some channels=[...]."
-            )
+        instead = "Ask for mean(), row(i), `@ x`, or some channels=[...], or raise max_bytes."
+        self.afford(f"dense() of {len(chosen)} channels", len(chosen), max_bytes, instead)
         whole = self._unpack_both(self._sum(lambda branch, turn: _turn_both(branch.dense(chosen), turn)))
         return whole.mT if self.transposed else whole
 
-    def weighted(self, weights: Float[Tensor, " weight"]) -> Float[Tensor, "batch dst src"]:
-        """sum over channels of weights[c] * A[c]: one matrix product per block, no channel apart."""
+    @labelled("attention (weighted over channels)")
+    def weighted(
+        self, weights: Float[Tensor, " weight"], max_bytes: int | None = DENSE_LIMIT
+    ) -> Float[Tensor, "batch dst src"]:
+        """sum over channels of weights[c] * A[c]: one matrix product per block, no channel apart.
+
+        Refuses what takes more than `max_bytes` on the way, as do all views that hold a matrix.
+        """
+        self.afford("weighted()", AT_ONCE, max_bytes)
         if tuple(weights.shape) != (self.shape[2],):
             raise InputError(f"weights have shape {list(weights.shape)}; there are {self.shape[2]} channels.")
         weights = weights.to(self.branches[0].x)
@@ -286,13 +333,17 @@ class ImplicitAttention:
         total = self._unpack_both(total).squeeze(1)
         return total.mT if self.transposed else total
 
-    def mean(self) -> Float[Tensor, "batch dst src"]:
+    @labelled(MEAN)
+    def mean(self, max_bytes: int | None = DENSE_LIMIT) -> Float[Tensor, "batch dst src"]:
         """The mean over channels, signed."""
+        self.afford("mean()", AT_ONCE, max_bytes)
         channels = self.shape[2]
-        return self.weighted(self.branches[0].x.new_full((channels,), 1 / channels))
+        return self.weighted(self.branches[0].x.new_full((channels,), 1 / channels), max_bytes=None)
 
-    def abs_mean(self) -> Float[Tensor, "batch dst src"]:
+    @labelled(ABS_MEAN)
+    def abs_mean(self, max_bytes: int | None = DENSE_LIMIT) -> Float[Tensor, "batch dst src"]:
         """The mean over channels of absolute values, channel chunk by channel chunk."""
+        self.afford("abs_mean()", AT_ONCE, max_bytes)
         batch, length, channels = self.shape
         size = max(1, ABS_ELEMENTS // (batch * length * length))
         total = self.branches[0].x.new_zeros(batch, length, length)
@@ -306,7 +357,10 @@ class ImplicitAttention:
         chosen = _channels(channels, self.shape[2])
         return replace(self, branches=tuple(factors.select(chosen) for factors in self.branches))
 
-    def grouped(self, groups: Sequence[Any]) -> Float[Tensor, "batch group dst src"]:
+    @labelled("attention (mean over a group of channels)")
+    def grouped(
+        self, groups: Sequence[Any], max_bytes: int | None = DENSE_LIMIT
+    ) -> Float[Tensor, "batch group dst src"]:
         """The mean over each group of channels, signed: `A.grouped([[0, 3], slice(4, 8)])`; a group is named as in `dense`.
 
         Groups may overlap and need not cover all channels.
@@ -316,7 +370,8 @@ class ImplicitAttention:
         for number, group in enumerate(groups):
             if not _channels(group, self.shape[2]):
                 raise InputError(f"grouped(): group {number} is empty.")
-        return torch.stack([self.select(group).mean() for group in groups], dim=1)
+        self.afford(f"grouped() of {len(groups)} groups", 2 * len(groups) + AT_ONCE, max_bytes)
+        return torch.stack([self.select(group).mean(max_bytes=None) for group in groups], dim=1)
 
     def _unpack_both(self, x: Float[Tensor, "batch some dst src"]) -> Float[Tensor, "batch some dst src"]:
         """From packed to real rows and columns; masked ones are zero."""
@@ -325,6 +380,17 @@ class ImplicitAttention:
             return x
         x = x.gather(2, rank[:, None, :, None].expand_as(x)).gather(3, rank[:, None, None, :].expand_as(x))
         return x * (mask[:, None, :, None] & mask[:, None, None, :]).to(x.dtype)
+
+
+def _off(got: Tensor, wanted: Tensor) -> Check:
+    """How far `got` is from `wanted`."""
+    error = (got - wanted).abs().max().item()
+    return Check(error, error / max(wanted.abs().max().item(), torch.finfo(wanted.dtype).tiny))
+
+
+def worst(checks: Iterable[Check]) -> Check:
+    """The largest errors; NaN is the largest of all."""
+    return Check(*torch.tensor(list(checks), dtype=torch.float64).amax(0).tolist())
 
 
 def _keep(x: Tensor) -> Tensor:

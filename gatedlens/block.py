@@ -43,10 +43,18 @@ class Run:
         """
         if self.before is None:
             return like.new_full([max(size, 0) for size in shape], nothing)
-        given = self.before[name, layer]
+        key = RecurrentState.key(name, layer)
+        if key not in self.before.tensors:
+            raise InputError(
+                f"The state that this call goes on from holds no {key}: block {layer}, or that part of it, did not run in "
+                "the call that left the state (it was skipped, or the run stopped before it), or the state is another "
+                "model's. While generating, skip a block in every step or in none. The state holds "
+                f"{', '.join(self.before.tensors)}."
+            )
+        given = self.before[key]
         if given.ndim != len(shape) or any(size not in (-1, has) for size, has in zip(shape, given.shape, strict=True)):
             raise InputError(
-                f"The state's {RecurrentState.key(name, layer)} has shape {list(given.shape)}; this call needs {list(shape)}"
+                f"The state's {key} has shape {list(given.shape)}; this call needs {list(shape)}"
                 " (batch first). `state.rows([...])` repeats or picks rows."
             )
         return given.to(device=like.device, dtype=like.dtype)

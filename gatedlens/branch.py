@@ -7,6 +7,7 @@ look back; `ImplicitAttention` does the rest. A part that is left out becomes th
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +53,7 @@ class Branch:
 
     def convolved(self, x: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
         """M x"""
-        document = self.factors.document
-        return _conv(x, self.taps) if document is None else documents.conv(x, self.taps, document)
+        return _conv(x, self.taps, self.factors.document)
 
     def forward(self, x: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
         """A x"""
@@ -87,10 +87,7 @@ class Branch:
         u = self.skip * y
         if "scan" in self.parts:
             u = u + self.factors.scan.apply_transposed(y)
-        document = self.factors.document
-        if document is not None:
-            return documents.conv_transposed(self.act * u, self.taps, document)
-        return _conv_transposed(self.act * u, self.taps)
+        return _conv_transposed(self.act * u, self.taps, self.factors.document)
 
     def bias(self) -> Float[Tensor, "batch pos channel"]:
         """r"""
@@ -111,7 +108,7 @@ class Branch:
         direct = rearrange(left * self.skip[chosen] * right, "b i c -> b c i")
         for k in range(min(taps.shape[1], length)):
             whole.diagonal(-k, -2, -1).add_(direct[:, :, k:] * taps[:, -1 - k, None])
-        return whole if self.factors.document is None else documents.within(whole, self.factors.document)
+        return self._within(whole)
 
     def row(self, i: Int[Tensor, " batch"]) -> Float[Tensor, "batch src channel"]:
         """A[i_b, :] for a row of its own in each batch element."""
@@ -120,12 +117,8 @@ class Branch:
         row = here * self.skip
         if "scan" in self.parts:
             row = row + self.factors.scan.seen(i)
-        row, document = self.gate[batch, i].unsqueeze(1) * row * self.act, self.factors.document
-        return (
-            _conv_transposed(row, self.taps)
-            if document is None
-            else documents.conv_transposed(row, self.taps, document)
-        )
+        row = self.gate[batch, i].unsqueeze(1) * row * self.act
+        return _conv_transposed(row, self.taps, self.factors.document)
 
     def weighted(self, weights: Float[Tensor, " channel"]) -> Float[Tensor, "batch dst src"]:
         """sum_c weights[c] A[c], no channel apart."""
@@ -138,7 +131,12 @@ class Branch:
         direct = (left * self.skip * self.act) @ taps  # b pos tap
         for k in range(min(taps.shape[1], length)):
             total = total + torch.diag_embed(direct[:, k:, taps.shape[1] - 1 - k], offset=-k)
-        return total
+        return self._within(total.unsqueeze(1)).squeeze(1)
+
+    def _within(self, matrix: Float[Tensor, "batch some dst src"]) -> Float[Tensor, "batch some dst src"]:
+        """The matrix without its entries between documents."""
+        document = self.factors.document
+        return matrix if document is None else documents.within(matrix, document)
 
 
 class AheadBranch(Branch):
@@ -149,22 +147,31 @@ class AheadBranch(Branch):
     def _bare(self) -> Branch:
         return Branch(replace(self.factors, taps=None), self.parts)
 
+    @property
+    def _ahead(self) -> Int[Tensor, "batch pos"] | None:
+        """The documents from the end."""
+        document = self.factors.document
+        return None if document is None else document.flip(1)
+
     def convolved(self, x: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
-        return _conv(x.flip(1), self.taps).flip(1)
+        return _conv(x.flip(1), self.taps, self._ahead).flip(1)
 
     def backward(self, g: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
-        return _conv_transposed(self._bare.backward(g).flip(1), self.taps).flip(1)
+        return _conv_transposed(self._bare.backward(g).flip(1), self.taps, self._ahead).flip(1)
 
     def row(self, i: Int[Tensor, " batch"]) -> Float[Tensor, "batch src channel"]:
-        return _conv_transposed(self._bare.row(i).flip(1), self.taps).flip(1)
+        return _conv_transposed(self._bare.row(i).flip(1), self.taps, self._ahead).flip(1)
 
     def dense(self, chosen: list[int]) -> Float[Tensor, "batch some dst src"]:
         bare, taps = self._bare.dense(chosen), self.taps[chosen]
-        return sum(_later(bare, k) * taps[:, -1 - k, None, None] for k in range(taps.shape[1]))  # type: ignore[return-value]
+        return self._within(
+            reduce(torch.add, (_later(bare, k) * taps[:, -1 - k, None, None] for k in range(taps.shape[1])))
+        )
 
     def weighted(self, weights: Float[Tensor, " channel"]) -> Float[Tensor, "batch dst src"]:
         bare, taps = self._bare, self.taps
-        return sum(_later(bare.weighted(weights * taps[:, -1 - k]), k) for k in range(taps.shape[1]))  # type: ignore[return-value]
+        moved = (_later(bare.weighted(weights * taps[:, -1 - k]), k) for k in range(taps.shape[1]))
+        return self._within(reduce(torch.add, moved).unsqueeze(1)).squeeze(1)
 
 
 def branch_of(factors: Factors, parts: tuple[str, ...] = NAMES) -> Branch:
@@ -177,13 +184,17 @@ def _later(matrix: Tensor, k: int) -> Tensor:
     return F.pad(matrix, (k, 0))[..., : matrix.shape[-1]]
 
 
-def _conv(x: Tensor, taps: Tensor) -> Tensor:
+def _conv(x: Tensor, taps: Tensor, document: Tensor | None) -> Tensor:
     """M x: the causal depthwise convolution without bias."""
+    if document is not None:
+        return documents.conv(x, taps, document)
     width = taps.shape[1]
     return F.conv1d(F.pad(x.mT, (width - 1, 0)), taps.unsqueeze(1), groups=taps.shape[0]).mT
 
 
-def _conv_transposed(g: Tensor, taps: Tensor) -> Tensor:
+def _conv_transposed(g: Tensor, taps: Tensor, document: Tensor | None) -> Tensor:
     """M^T g."""
+    if document is not None:
+        return documents.conv_transposed(g, taps, document)
     width = taps.shape[1]
     return F.conv1d(F.pad(g.mT, (0, width - 1)), taps.flip(1).unsqueeze(1), groups=taps.shape[0]).mT

@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES, ArchitectureAdapterFactory
+from transformer_lens.hook_points import LensHandle
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.generalized_components import EmbeddingBridge, UnembeddingBridge
@@ -91,6 +92,53 @@ class Opened(GeneralizedComponent):
         return self.part(*args, **kwargs)
 
 
+class SecondName(HookPoint):
+    """A point of ours under the bridge's own name for it: its hooks go to that point, and are told the name they asked for.
+
+    TransformerLens's tools look up what they captured by `hook.name` (its Jacobian lens by `blocks.3.hook_out`).
+    """
+
+    def __init__(self, point: HookPoint):
+        self.__dict__["behind"] = lambda: (
+            point
+        )  # not the point: a bridge lists every point that it finds as an attribute
+        super().__init__(point.point)
+
+    @property
+    def fwd_hooks(self) -> list[LensHandle]:
+        return self.behind().fwd_hooks
+
+    @fwd_hooks.setter
+    def fwd_hooks(self, hooks: list[LensHandle]) -> None:
+        """Nothing: the list is the point's, and only `__init__` sets it."""
+
+    @property
+    def bwd_hooks(self) -> list[LensHandle]:
+        return self.behind().bwd_hooks
+
+    @bwd_hooks.setter
+    def bwd_hooks(self, hooks: list[LensHandle]) -> None:
+        """Nothing, as for `fwd_hooks`."""
+
+    def add_hook(
+        self,
+        hook: Any,
+        dir: Any = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+        alias_names: list[str] | None = None,
+    ) -> LensHandle:
+        asked = [str(self.name)] if alias_names is None else alias_names
+        return self.behind().add_hook(hook, dir, is_permanent, level, prepend, asked)
+
+    def remove_hooks(self, dir: Any = "fwd", including_permanent: bool = False, level: int | None = None) -> None:
+        self.behind().remove_hooks(dir, including_permanent, level)
+
+    def has_hooks(self, dir: Any = "both", including_permanent: bool = True, level: int | None = None) -> bool:
+        return self.behind().has_hooks(dir, including_permanent, level)
+
+
 class OpenedBlock(Opened):
     """A block; the bridge stops a run at its `hook_in`."""
 
@@ -99,7 +147,7 @@ class OpenedBlock(Opened):
 
     def set_original_component(self, original_component: nn.Module) -> None:
         super().set_original_component(original_component)
-        self.hook_in, self.hook_out = self.part.hook_resid_pre, self.part.hook_resid_post
+        self.hook_in, self.hook_out = SecondName(self.part.hook_resid_pre), SecondName(self.part.hook_resid_post)
 
 
 class Embedding(EmbeddingBridge):
@@ -108,7 +156,7 @@ class Embedding(EmbeddingBridge):
     def __init__(self, name: str, hook_embed: HookPoint):
         super().__init__(name)
         drop_points(self)
-        self.hook_out = hook_embed
+        self.hook_out = SecondName(hook_embed)
 
     def forward(
         self, input_ids: Int[Tensor, "batch pos"], position_ids: Any = None, **kwargs: Any

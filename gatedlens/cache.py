@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformer_lens.utilities import Slice
 
+from gatedlens.autocast import exact
 from gatedlens.errors import PointError, did_you_mean
 from gatedlens.hookpoint import HookPoint, Saver
 from gatedlens.points import Found
@@ -163,7 +164,8 @@ def gradients(
     out: Tensor, live: dict[str, tuple[Tensor, HookPoint]], keep: Callable[[Tensor, HookPoint], Tensor]
 ) -> dict[str, Tensor]:
     """`{name_grad: d out / d activation}`; zeros where `out` does not depend on it. Parameters' .grad stay untouched."""
-    found = torch.autograd.grad(out, [leaf for leaf, _ in live.values()], allow_unused=True)
+    with exact(out):
+        found = torch.autograd.grad(out, [leaf for leaf, _ in live.values()], allow_unused=True)
     grads = {}
     for (name, (leaf, point)), grad in zip(live.items(), found, strict=True):
         grads[f"{name}_grad"] = keep(torch.zeros_like(leaf) if grad is None else grad, point)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gatedlens.attention import ImplicitAttention
 from gatedlens.errors import InputError
+from gatedlens.plot import labels_of
 from gatedlens.stack import AttentionStack
 
 
@@ -40,7 +41,7 @@ def for_circuitsvis(
     if not -len(matrices) <= row < len(matrices):
         raise InputError(f"row={row}: the batch has rows 0 to {len(matrices) - 1}.")
     heads = matrices[row].detach().float().cpu()
-    labels = list(tokens) if tokens is not None else _labels(attention, row, heads.shape[-1])
+    labels = list(tokens) if tokens is not None else labels_of(attention, row)
     if len(labels) != heads.shape[-1]:
         raise InputError(f"There are {len(labels)} tokens for an attention of {heads.shape[-1]} positions.")
     largest = heads.abs().max().item()
@@ -73,14 +74,3 @@ def _heads(attention: Any, groups: Sequence[Any] | None, absolute: bool) -> tupl
     if absolute:
         return torch.stack([attention.select(group).abs_mean() for group in groups], dim=1), names
     return attention.grouped(groups), names
-
-
-def _labels(attention: Any, row: int, length: int) -> list[str]:
-    """The input's tokens as strings, where there are any; else the positions' numbers."""
-    source = attention.cache if isinstance(attention, AttentionStack) else attention
-    tokens, model = source.tokens, source.model
-    if tokens is None or tokens.ndim != 2:
-        return [str(position) for position in range(length)]
-    if model.tokenizer is None:
-        return [str(token) for token in tokens[row].tolist()]
-    return list(model.to_str_tokens(tokens[row]))

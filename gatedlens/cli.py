@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from gatedlens.errors import GatedlensError, in_bytes
+from gatedlens.jsontext import to_json
 
 DEMO = """examples:
   gatedlens demo
@@ -50,7 +55,7 @@ def _console() -> Any:
     """A rich console: as wide as the terminal, or wide enough for a table when the output goes to a file or a pipe."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 160)
+    return Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 160)
 
 
 def demo(args: argparse.Namespace) -> dict[str, Any]:
@@ -127,21 +132,21 @@ def patch(args: argparse.Namespace) -> dict[str, Any]:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Measure how faithful attribution methods are on a data set, and write a report; goes on where it was stopped."""
-    from pathlib import Path
-
     from gatedlens.evaluation import evaluate as run
     from gatedlens.evaluation import explainer, open_samples, report
     from gatedlens.loading import from_pretrained
+    from gatedlens.outfolder import out_folder
 
     for name in args.methods or ():
         explainer(name)
     samples = open_samples(args.data)
     model = from_pretrained(args.model)
+    out = out_folder(args.out)
     options: dict[str, Any] = {"limit": args.limit, "seed": args.seed, "nothing": args.nothing}
     progress = not (args.json or args.quiet)
-    found = run(model, samples, args.methods, out=args.out, batch_size=args.batch_size, progress=progress, **options)
-    page = report(found, model).save(Path(args.out) / "report.html")
-    numbers = found.save(Path(args.out) / "results.json")
+    found = run(model, samples, args.methods, out=out, batch_size=args.batch_size, progress=progress, **options)
+    page = report(found, model).save(out / "report.html")
+    numbers = found.save(out / "results.json")
     if not args.json:
         console = _console()
         console.print(found.table().brief())
@@ -299,21 +304,65 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point; errors that gatedlens raises on purpose are one line on stderr and exit code 2."""
+    """The entry point; what goes wrong is one line on stderr: exit code 2 for errors that gatedlens raises on purpose and
+    files that cannot be read or written, 130 after Ctrl-C, 143 after SIGTERM, 1 when nobody reads the output any more."""
     args = parser().parse_args(argv)
-    try:
-        result = args.function(args)
-    except (GatedlensError, ImportError) as error:
-        print(f"gatedlens {args.command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        said = str(stop) or "stopped; `evaluate` and `harvest` go on when the same command is given again"
-        print(f"gatedlens {args.command}: {said}.".replace("..", "."), file=sys.stderr)
-        return 130
-    if args.json:
-        json.dump(result, sys.stdout, indent=1)
-        print()
+    with _terminable() as received:
+        try:
+            result = args.function(args)
+            if args.json:
+                print(to_json(result, indent=1))
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            _let_go_of_stdout()
+            return 1
+        except (GatedlensError, ImportError, OSError, MemoryError) as error:
+            return _failed(args.command, _said(error), 2)
+        except KeyboardInterrupt as stop:
+            said = str(stop) or "stopped; `evaluate` and `harvest` go on when the same command is given again"
+            return _failed(args.command, said, 128 + (received[0] if received else signal.SIGINT))
     return 0
+
+
+@contextmanager
+def _terminable() -> Iterator[list[int]]:
+    """SIGTERM ends a command as Ctrl-C does; which signals came. Handlers belong to the main thread: elsewhere none is set."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _said(error: BaseException) -> str:
+    """One line; of an error of the operating system with the file it is about."""
+    if isinstance(error, GatedlensError) or not isinstance(error, OSError):
+        said = str(error) or type(error).__name__
+    else:
+        said = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part is not None)
+    return " ".join(said.split("\n"))
+
+
+def _failed(command: str, said: str, code: int) -> int:
+    with suppress(OSError):  # nobody may be left to read it
+        print(f"gatedlens {command}: {said.rstrip('.')}.", file=sys.stderr)
+    return code
+
+
+def _let_go_of_stdout() -> None:
+    """Else Python would try to write the rest when it ends, and complain."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class HookedConfig:
     tokenizer_name: str | None = None
     logits_soft_cap: float | None = None  # logits are cap * tanh(logits / cap); None: as they are
     default_prepend_bos: bool = True
-    default_padding_side: str = "right"
+    default_padding_side: str = "left"
     d_vocab_out: int = -1
     d_head: int = -1
     d_mlp: int | None = None

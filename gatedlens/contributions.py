@@ -18,19 +18,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gatedlens.attention import ImplicitAttention
+from gatedlens.attention import AT_ONCE, DENSE_LIMIT, ImplicitAttention
+from gatedlens.autocast import exact
 from gatedlens.branch import Branch
 from gatedlens.errors import InputError
 from gatedlens.factors import NAMES, Factors
+from gatedlens.labelled import labelled
 
 BLOCK_ELEMENTS = 1 << 24  # numbers in one block of vectors [batch, rows, src, d_model]
+INSTEAD = "Ask for row(i) or column(j), which grow with the positions alone, for fewer positions, or raise max_bytes."
 
 
 @dataclass(frozen=True)
@@ -66,21 +70,30 @@ class Contributions:
 
     def _write(self, values: Iterable[Float[Tensor, "batch pos channel"]]) -> Float[Tensor, "batch pos d_model"]:
         """W times the sum of what each branch gives."""
-        return torch.stack(list(values)).sum(0) @ self.weight.T
+        with exact(self.weight):
+            return torch.stack(list(values)).sum(0) @ self.weight.T
 
     # -- vectors -------------------------------------------------------------------------------------------------
 
-    def row(self, i: int) -> Float[Tensor, "batch src d_model"]:
-        """F[i, :]: what every position writes at position i."""
-        return self._write(rearrange(A.row(i), "b c j -> b j c") * x for A, x in self._branches())
+    def row(self, i: Any) -> Float[Tensor, "batch src d_model"]:
+        """F[i, :]: what every place writes at position i; i counts real positions, as in `ImplicitAttention.row`."""
+        return self.at(self.attention.place(i, "row"))
 
-    def column(self, j: int) -> Float[Tensor, "batch dst d_model"]:
-        """F[:, j]: what position j writes at every position."""
-        return self._write(rearrange(A.column(j), "b c i -> b i c") * x[:, j].unsqueeze(1) for A, x in self._branches())
+    def at(self, place: Int[Tensor, " batch"]) -> Float[Tensor, "batch src d_model"]:
+        """F[i, :] of a place of each row in the input."""
+        return self._write(rearrange(A.at(place), "b c j -> b j c") * x for A, x in self._branches())
+
+    def column(self, j: Any) -> Float[Tensor, "batch dst d_model"]:
+        """F[:, j]: what position j writes at every place; j as in `row`."""
+        place = self.attention.place(j, "column")
+        rows = torch.arange(len(place), device=place.device)
+        return self._write(
+            rearrange(A.T.at(place), "b c i -> b i c") * x[rows, place].unsqueeze(1) for A, x in self._branches()
+        )
 
     def remainder(self) -> Float[Tensor, "batch pos d_model"]:
         """W r + b: what no token of this call brings: biases, and the state that the call went on from."""
-        rest = self.attention.bias @ self.weight.T
+        rest = self._write([self.attention.bias])
         bias = self._projection[1] if self.back is None else None
         return rest if bias is None else rest + bias.to(rest.dtype)
 
@@ -90,12 +103,20 @@ class Contributions:
 
     # -- all pairs -----------------------------------------------------------------------------------------------
 
-    def norms(self, progress: bool = False) -> Float[Tensor, "batch dst src"]:
-        """|F[i, j]| for all pairs, a block of destinations at a time."""
-        return torch.cat([block.norm(dim=-1) for block in self.blocks(progress)], dim=1)
+    @labelled("norm of the contribution")
+    def norms(self, progress: bool = False, max_bytes: int | None = DENSE_LIMIT) -> Float[Tensor, "batch dst src"]:
+        """|F[i, j]| for all pairs, a block of destinations at a time. Refuses what takes more than `max_bytes` on the way."""
+        self.attention.afford("contributions().norms()", AT_ONCE + 2, max_bytes, INSTEAD)
+        return torch.cat([block.norm(dim=-1) for block in self.blocks(progress, max_bytes=None)], dim=1)
 
-    def blocks(self, progress: bool = False) -> Iterator[Float[Tensor, "batch rows src d_model"]]:
-        """F itself, some destinations at a time, from the first on."""
+    def blocks(
+        self, progress: bool = False, max_bytes: int | None = DENSE_LIMIT
+    ) -> Iterator[Float[Tensor, "batch rows src d_model"]]:
+        """F itself, some destinations at a time, from the first on; each block is cut from matrices of all."""
+        self.attention.afford("contributions().blocks()", AT_ONCE, max_bytes, INSTEAD)
+        return self._blocks(progress)
+
+    def _blocks(self, progress: bool) -> Iterator[Float[Tensor, "batch rows src d_model"]]:
         batch, length, channels = self.attention.shape
         rows = max(1, BLOCK_ELEMENTS // (batch * length * len(self.weight)))
         width = max(1, BLOCK_ELEMENTS // (batch * length * length))
@@ -106,10 +127,14 @@ class Contributions:
                     some = slice(first, first + width)
                     part = A.dense(some, max_bytes=None)[:, :, start : start + rows]
                     part = rearrange(part, "b c i j -> b i j c") * x[:, None, :, some]
-                    total = total + part @ self.weight[:, some].T
+                    with exact(part):
+                        total = total + part @ self.weight[:, some].T
             yield total
 
-    def along(self, direction: Float[Tensor, " d_model"]) -> Float[Tensor, "batch dst src"]:
+    @labelled("contribution along the direction")
+    def along(
+        self, direction: Float[Tensor, " d_model"], max_bytes: int | None = DENSE_LIMIT
+    ) -> Float[Tensor, "batch dst src"]:
         """F[i, j] . direction for all pairs; no channel apart.
 
         With p = W^T direction it is sum over c of p[c] A[c][i, j] x[j, c]: a weighted mean of channels with x folded
@@ -118,13 +143,15 @@ class Contributions:
         d_model = len(self.weight)
         if tuple(direction.shape) != (d_model,):
             raise InputError(f"along() takes a direction of [d_model] = [{d_model}]; this is {list(direction.shape)}.")
-        weights = self.weight.T @ direction.to(self.weight)
+        self.attention.afford("contributions().along()", AT_ONCE + 2, max_bytes, INSTEAD)
+        with exact(self.weight):
+            weights = self.weight.T @ direction.to(self.weight)
         parts = tuple(name for name in NAMES if name in (*self.attention.parts, "act", "conv"))
 
         def through(back: int) -> Tensor:
             own = self.tap(back).attention
             folded = tuple(_folded(factors, own.parts) for factors in own.branches)
-            return replace(own, branches=folded, parts=parts).weighted(weights)
+            return replace(own, branches=folded, parts=parts).weighted(weights, max_bytes=None)
 
         return sum(through(back) for back in (range(self.n_taps) if self.back is None else [self.back]))  # type: ignore[return-value]
 
@@ -154,7 +181,8 @@ class Contributions:
 def _only_tap(factors: Factors, parts: tuple[str, ...], back: int) -> Factors:
     """These factors with one tap: zeros in place of those that are nearer, and nothing besides A x."""
     taps = Branch(factors, parts).taps
-    own = taps[:, taps.shape[1] - 1 - back].unsqueeze(1)
+    width = taps.shape[1]
+    own = taps[:, width - 1 - back].unsqueeze(1) if back < width else torch.zeros_like(taps[:, :1])
     return replace(factors, taps=torch.cat([own, own.new_zeros(len(own), back)], dim=1), drift=None, start=None)
 
 

@@ -42,10 +42,17 @@ class Corruption:
     ) -> Corruption:
         """Gaussian noise on the subject's embeddings: `factor` times the standard deviation of all the input's."""
         mask = batch.mask
+        real = torch.ones_like(marked) if mask is None else mask.bool()
         std = factor * float((embedded if mask is None else embedded[mask.bool()]).double().std())
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(samples, *embedded.shape, generator=generator, dtype=torch.float64).to(embedded)
-        facts = {"corrupt": "noise", "noise_std": std, "samples": samples, "seed": seed, "subject": listed(marked)}
+        facts = {
+            "corrupt": "noise",
+            "noise_std": std,
+            "samples": samples,
+            "seed": seed,
+            "subject": listed(marked, real),
+        }
         return Corruption(batch, std * drawn * marked.unsqueeze(-1), marked, facts)
 
     @staticmethod
@@ -58,17 +65,17 @@ class Corruption:
                 "must have the same positions, and the same padding."
             )
         _, cache = model.run_with_cache(other, names_filter=EMBED)
-        marked = (cache[EMBED] != embedded).any(-1) & inputs.real(model, batch)
+        marked = (cache[EMBED] != embedded).any(-1) & masks[1]
         if not bool(marked.any()):
             raise InputError("The counterfactual is the clean input: nothing is corrupted.")
-        return Corruption(other, None, marked, {"corrupt": "counterfactual", "subject": listed(marked)})
+        return Corruption(other, None, marked, {"corrupt": "counterfactual", "subject": listed(marked, masks[1])})
 
 
 def marked_by(subject: Any, real: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
     """Where the subject is."""
     if subject is None:
         raise InputError('corrupt="noise" needs subject=..., the positions to corrupt.')
-    marked = mask_of(subject, "subject", len(real), real.shape[1], real.device) & real
+    marked = mask_of(subject, "subject", real)
     if not bool(marked.any(1).all()):
-        raise InputError("Some row has no subject: every position that is marked there is padding, or none is.")
+        raise InputError(f"subject={subject!r}: some row has no subject, no position of it is meant.")
     return marked

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from gatedlens.ablation import Index, Where
 from gatedlens.attention import ImplicitAttention
+from gatedlens.autocast import exact
 from gatedlens.branch import Branch, branch_of
 from gatedlens.edges import Edges, alike, visible
 from gatedlens.errors import InputError
 from gatedlens.hookpoint import Capture, HookPoint
 from gatedlens.layers import layers_of, scans_of
 from gatedlens.recurrence import at_least_float32
+from gatedlens.underway import underway, verify
 
 Way = Callable[[Branch, Tensor, Tensor], Tensor]
 
@@ -58,7 +60,7 @@ def share(branch: Branch, src: Tensor, dst: Tensor) -> Float[Tensor, "batch pos 
 
 @dataclass(frozen=True)
 class Cut:
-    """One step of an intervention: `edges` cut in a `way`. `verify` costs one more scan: see `_verify`."""
+    """One step of an intervention: `edges` cut in a `way`. `verify` costs one more scan: see `underway.verify`."""
 
     way: Way
     edges: Edges
@@ -99,36 +101,18 @@ class Cutting:
         self.values.clear()
         if kin[0] is not self:
             return tensor
-        attention = self._attention(values)
-        o = at_least_float32(tensor.flatten(2))
-        if any(one.cut.verify for one in kin):
-            _verify(attention, o, tensor.dtype)
-        return (o - _lost(attention, kin, tensor, hook)).to(tensor.dtype).reshape(tensor.shape)
-
-    def _attention(self, values: Mapping[str, Tensor]) -> ImplicitAttention:
-        """The layer's operator in the call that is in progress."""
-        run, mixer = self.model.current(), self.model.blocks[self.layer].mixer
-        stem = f"blocks.{self.layer}.{mixer.place}."
-        branches = mixer.branches(lambda name: values[stem + name], run.padding, run.before)
-        return ImplicitAttention(branches, run.padding, self.model, self.layer)
+        with exact(tensor):
+            attention = underway(self.model, self.layer, values)
+            if any(one.cut.verify for one in kin):
+                with torch.no_grad():
+                    verify(attention, attention.output(), tensor, "a cut")
+            o = at_least_float32(tensor.flatten(2)) - _lost(attention, kin, tensor, hook)
+        return o.to(tensor.dtype).reshape(tensor.shape)
 
     def channels(self, tensor: Tensor, hook: HookPoint) -> Tensor:
         """Which channels are cut: a mask [channel]."""
         mask = self.where.entries(tensor.shape, hook.point, tensor.device)
         return mask.expand(1, 1, *tensor.shape[2:]).flatten()
-
-
-@torch.no_grad()
-def _verify(attention: ImplicitAttention, o: Tensor, dtype: torch.dtype) -> None:
-    """A cut is exact only if A x + r is what the layer computed."""
-    o = attention.padding.zero(o)
-    error, size = (attention.output() - o).abs().max().item(), o.abs().max().item()
-    if not error <= max(size, 1e-30) * torch.finfo(dtype).eps ** 0.5:
-        raise InputError(
-            f"Layer {attention.layer}: another hook edits inside its recurrence (or its output point), so its output is not "
-            f"A x + r (it is off by {error:.3g} of {size:.3g}) and a cut would not be exact. Edit what A is derived from "
-            f"({', '.join(attention.model.blocks[attention.layer].mixer.attention_points)}), or make the edit after the cut."
-        )
 
 
 def _lost(attention: ImplicitAttention, kin: list[Cutting], tensor: Tensor, hook: HookPoint) -> Tensor:

@@ -17,8 +17,13 @@ from gatedlens import plot
 from gatedlens.attention import implicit_attention
 from gatedlens.data import digits
 from gatedlens.errors import InputError
+from gatedlens.labelled import label_of
+from gatedlens.language import HookedLanguageModel
+from gatedlens.layers import layer_of
 from gatedlens.loading import BUNDLED, from_pretrained
+from gatedlens.outfolder import out_folder
 from gatedlens.page import attention_page
+from gatedlens.rounding import order
 from gatedlens.tasks import VOCABULARY, recall
 
 FOUR = {
@@ -67,31 +72,32 @@ def run(model_name: str, text: str | None = None, layer: int = -1, out: str | Pa
     """`gatedlens.demo.run("gatedlens/mamba-moby")`: everything that `gatedlens demo` shows, as a Report."""
     model = from_pretrained(model_name)
     text = default_text(model_name) if text is None else text
+    if not isinstance(model, HookedLanguageModel):
+        raise InputError(
+            f"{model_name} reads images, and the demo reads a text: gatedlens attention --image draws one."
+        )
     tokens = model.to_str_tokens(text)
-    n_layers = model.cfg.n_layers
-    if not -n_layers <= layer < n_layers:
-        raise InputError(f"--layer {layer}: {model_name} has layers 0 to {n_layers - 1}.")
-    layer %= n_layers
+    layer = layer_of(model, layer, ("--layer {!r}", "--layer {}:"))
+    folder = out_folder(out)
 
+    n_layers = model.cfg.n_layers
     logits, cache = model.run_with_cache(text, names_filter=_mixing)
     attention = {i: implicit_attention(cache, layer=i) for i in range(n_layers)}
     errors = {i: A.check().relative for i, A in attention.items()}
     maps = {i: A.abs_mean()[0] for i, A in attention.items()}
 
     row = maps[layer][-1]
-    best = row.topk(min(5, len(row)))
-    tops = [(tokens[j], j, v) for v, j in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+    best = order(row)[:5].tolist()
+    tops = [(tokens[j], j, float(row[j])) for j in best]
     likely = logits[0, -1].softmax(-1).topk(min(5, logits.shape[-1]))
     following = [
         (model.to_string([i]), p) for p, i in zip(likely.values.tolist(), likely.indices.tolist(), strict=True)
     ]
 
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     stem = model_name.rpartition("/")[2]
     title = f"Implicit attention of {model_name}"
     figure_path = folder / f"{stem}.png"
-    plot.layers(maps, tokens, title=title, value="|attention| (mean over channels)").savefig(figure_path, dpi=110)
+    plot.layers(maps, tokens, title=title).savefig(figure_path, dpi=110)
     signed = {f"layer {i}": A.mean()[0] for i, A in attention.items()}
     absolute = {f"layer {i} (absolute)": m for i, m in maps.items()}
     notes = [
@@ -121,6 +127,7 @@ class Comparison:
 def compare(out: str | Path = "out", seed: int = 3, digit: int = 4) -> Comparison:
     """`gatedlens.demo.compare()`: one prompt through Mamba, Griffin and RWKV, one handwritten digit through Vision Mamba,
     and one figure with an implicit attention map of each."""
+    folder = out_folder(out)
     figure, axes = plot.panels(2, 3, size=5.2)
     batch = recall(1, seed=seed)
     recalled, tokens = {}, [VOCABULARY[i] for i in batch.tokens[0].tolist()]
@@ -129,7 +136,7 @@ def compare(out: str | Path = "out", seed: int = 3, digit: int = 4) -> Compariso
         A = implicit_attention(model, batch.tokens, layer=layer)
         attended = A.abs_mean()[0]
         title = f"{model.title}: layer {layer} of {name.partition('/')[2]}"
-        plot.heatmap(attended, tokens, title=title, value="|attention| (mean over channels)", ax=ax)
+        plot.heatmap(attended, tokens, title=title, ax=ax)
         answer = VOCABULARY[int(model(batch.tokens)[0, -1].argmax())]
         strongest = tokens[int(attended[-1].argmax())]
         recalled[name] = (answer, tokens[int(batch.answer_pos)], strongest, A.check().relative)
@@ -148,13 +155,11 @@ def compare(out: str | Path = "out", seed: int = 3, digit: int = 4) -> Compariso
     )
     places = ["cls" if (at := grid.place(p)) is None else f"{at[0]},{at[1]}" for p in range(grid.length)]
     title = f"{vim.title}: layer {vim.cfg.n_layers - 1} of {DIGITS.partition('/')[2]}"
-    plot.heatmap(attended, places, title=title, value="|attention| (mean over channels)", ax=axes[1][1])
+    plot.heatmap(attended, places, title=title, ax=axes[1][1])
     where = "where the class token looks" if grid.cls else "where the positions look"
-    plot.over_image(read, image[0], grid, title=where, value="|attention| (mean over channels)", ax=axes[1][2])
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    plot.over_image(read, image[0], grid, title=where, value=label_of(attended), ax=axes[1][2])
     path = folder / "four-architectures.png"
-    figure.suptitle(f"Implicit attention, four architectures. Prompt: {' '.join(tokens[1:])}")
+    plot.plain(figure.suptitle(f"Implicit attention, four architectures. Prompt: {' '.join(tokens[1:])}"))
     figure.savefig(path, dpi=100)
     return Comparison(
         " ".join(tokens[1:]), recalled, (label, guess, float(probabilities[guess]), A.check().relative), path

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.factors import Factors
-from gatedlens.positions import mask_of
+from gatedlens.positions import listed, mask_of
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,10 @@ class Edges:
         self, real: Bool[Tensor, "batch pos"], visible: Bool[Tensor, "dst src"]
     ) -> Bool[Tensor, "batch dst src"]:
         """real: where a token is no padding. visible: which sources the layer lets a target see at all."""
-        rows, length = real.shape
-        total = torch.zeros(rows, *visible.shape, dtype=torch.bool, device=real.device)
+        total = torch.zeros(len(real), *visible.shape, dtype=torch.bool, device=real.device)
         for src, dst in self.pairs:
-            sources = mask_of(src, "src", rows, length, real.device)
-            targets = mask_of(dst, "dst", rows, length, real.device)
-            edges = (targets & real).unsqueeze(2) & (sources & real).unsqueeze(1) & visible
+            sources, targets = mask_of(src, "src", real), mask_of(dst, "dst", real)
+            edges = targets.unsqueeze(2) & sources.unsqueeze(1) & visible
             if self.strict:
                 _check(sources, targets, edges, real)
             total |= edges
@@ -48,24 +46,19 @@ def _check(sources: Tensor, targets: Tensor, edges: Tensor, real: Tensor) -> Non
     """Refuse a position without an edge, in a row for which both sources and targets were given."""
     asked = sources.any(1, keepdim=True) & targets.any(1, keepdim=True)
     for what, given, has in (("src", sources, edges.any(1)), ("dst", targets, edges.any(2))):
-        lone = given & asked & real & ~has
+        lone = given & asked & ~has
         if bool(lone.any()):
-            row, place = lone.nonzero()[0].tolist()
-            others = _say((targets if what == "src" else sources)[row])
+            row = int(lone.nonzero()[0, 0])
+            others = _say(listed(targets if what == "src" else sources, real)[row])
             why = f"after the target{others}" if what == "src" else f"before the source{others}"
             raise InputError(
-                f"{what}={place} has no edge in row {row}: it stands {why} (padding aside), and this layer lets a target see "
-                "only what the scan has read before it. There is nothing to cut."
+                f"{what}={listed(lone, real)[row][0]} has no edge in row {row}: it stands {why}, and this layer lets a target "
+                "see only what the scan has read before it. There is nothing to cut."
             )
-        padding = asked.squeeze(1) & ~(given & real).any(1)
-        if bool(padding.any()):
-            row = int(padding.nonzero()[0])
-            raise InputError(f"{what}{_say(given[row])} of row {row} is padding: there is nothing to cut.")
 
 
-def _say(mask: Tensor) -> str:
+def _say(places: list[int]) -> str:
     """` 3`, or `s 3, 4`"""
-    places = mask.nonzero().flatten().tolist()
     return f"{'s' * (len(places) > 1)} {', '.join(map(str, places[:6]))}{', ...' * (len(places) > 6)}"
 
 

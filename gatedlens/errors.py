@@ -46,7 +46,7 @@ class TooLargeError(GatedlensError, MemoryError):
 
 def nearest(word: str, known: Iterable[str], n: int = 3) -> list[str]:
     """`nearest("blocks.3.mixer.hook_dta", names)`: the `n` closest known words, best first."""
-    return difflib.get_close_matches(word, list(known), n=n, cutoff=0.6)
+    return difflib.get_close_matches(str(word), list(known), n=n, cutoff=0.6)
 
 
 def did_you_mean(word: str, known: Iterable[str], n: int = 3) -> str:

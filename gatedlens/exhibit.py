@@ -17,17 +17,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gatedlens import plot
-from gatedlens.attention import ImplicitAttention, implicit_attention
+from gatedlens.attention import MEAN, ImplicitAttention, implicit_attention
 from gatedlens.demo import default_text
 from gatedlens.errors import InputError, did_you_mean
+from gatedlens.images import picture
+from gatedlens.labelled import with_label
 from gatedlens.language import HookedLanguageModel
+from gatedlens.layers import layer_of
 from gatedlens.loading import from_pretrained
+from gatedlens.outfolder import out_folder
+from gatedlens.rounding import order
 
-REDUCTIONS = {
-    "mean": "attention (mean over channels)",
-    "abs_mean": "|attention| (mean over channels)",
-    "row": "attention (mean over channels)",
-}
+REDUCTIONS = ("mean", "abs_mean", "row")
 
 
 @dataclass(frozen=True)
@@ -68,16 +69,16 @@ def show(
         raise InputError(f"--reduce {reduce}: it is {' or '.join(REDUCTIONS)}.{did_you_mean(reduce, REDUCTIONS)}")
     model = from_pretrained(model_name)
     input, labels, said = _read(model, text, image)
+    layer = layer_of(model, layer, ("--layer {!r}", "--layer {}:"))
+    folder = out_folder(out)
     attention = implicit_attention(model, input, layer=layer)
     if position is None:
         position = -1 if isinstance(model, HookedLanguageModel) or not model.grid.cls else model.grid.cls[0]
-    row = attention.row(position).mean(1)[0]  # an InputError if there is no such position
+    row = with_label(attention.row(position).mean(1)[0], MEAN)  # an InputError if there is no such position
     values = row if reduce == "row" else (attention.mean() if reduce == "mean" else attention.abs_mean())[0]
     own = row if reduce == "row" else values[position]
-    best = own.abs().topk(min(5, len(own))).indices.tolist()
+    best = order(own.abs())[:5].tolist()
 
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"{Path(model_name).name}-layer{attention.layer}-{reduce}"
     numbers = Path(f"{stem}.safetensors")
     save_file({"attention": values.contiguous().cpu()}, numbers)
@@ -109,30 +110,21 @@ def _read(model: Any, text: str | None, image: str | Path | None) -> tuple[Any, 
         )
     places = [model.grid.place(pos) for pos in range(model.grid.length)]
     labels = ["cls" if place is None else f"{place[0]},{place[1]}" for place in places]
-    return model.preprocess(_open(image)).unsqueeze(0), labels, str(image)
-
-
-def _open(path: str | Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        return Image.open(path)
-    except FileNotFoundError as error:
-        raise InputError(f"--image {path}: there is no such file.") from error
-    except (UnidentifiedImageError, IsADirectoryError) as error:
-        raise InputError(f"--image {path}: this is no image that Pillow can read.") from error
+    if not Path(image).exists():
+        raise InputError(f"--image {image}: there is no such file.")
+    return model.preprocess(picture(image)).unsqueeze(0), labels, str(image)
 
 
 def _draw(
     stem: Path, values: Tensor, labels: list[str], model: Any, input: Any, attention: ImplicitAttention, reduce: str
 ) -> Path:
     """The picture's path."""
-    title, value = f"{model.cfg.model_name}, layer {attention.layer}", REDUCTIONS[reduce]
+    title = f"{model.cfg.model_name}, layer {attention.layer}"
     if reduce != "row":
-        figure = plot.heatmap(values, labels, title=title, value=value)
+        figure = plot.heatmap(values, labels, title=title)
     elif isinstance(model, HookedLanguageModel):
         return plot.text(values, labels, title=title).save(f"{stem}.html")
     else:
-        figure = plot.over_image(values, input[0], model.grid, title=title, value=value)
+        figure = plot.over_image(values, input[0], model.grid, title=title)
     figure.savefig(f"{stem}.png", dpi=110)
     return Path(f"{stem}.png")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -47,6 +48,16 @@ class Factors:
         per_channel = {name: _pick(getattr(self, name), 0, channels) for name in ("skip", "taps")}
         start = _pick(self.start, self.scan.start_axis, channels)
         return replace(self, scan=self.scan.select(channels), start=start, **per_position, **per_channel)
+
+
+def reach(
+    tail: Float[Tensor, "batch tail channel"],
+    x: Float[Tensor, "batch pos channel"],
+    taps: Float[Tensor, "channel tap"],
+) -> Float[Tensor, "batch pos channel"]:
+    """What the conv still brings of a carried tail, the K - 1 inputs before `x`: M of the tail and zeros behind it."""
+    long = torch.cat([tail.to(x), torch.zeros_like(x)], dim=1)
+    return F.conv1d(long.mT, taps.unsqueeze(1), groups=len(taps)).mT
 
 
 def _pick(x: Tensor | None, axis: int, channels: list[int]) -> Any:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from textwrap import fill
 from typing import Any
 
+import torch
+
 from gatedlens.errors import InputError
-from gatedlens.plot import MAX_LABELS, label, panels
+from gatedlens.plot import MAX_LABELS, colour_bar, farthest, label, label_axis, panels, plain
 from gatedlens.result import Result
 
 MAX_PANELS = 24
@@ -17,6 +19,8 @@ def result(found: Result, ax: Any = None) -> Any:
     """`result.plot()`: titled by what was done, with axis names, labels and what a number is. Returns the Figure."""
     if not 1 <= len(found.axes) <= 3:
         raise InputError(f"A plot shows one to three axes; this has {found.axes}. Take entries with .at(axis=...).")
+    if not found.values.numel():
+        raise InputError(f"There is nothing to plot: the axes {found.axes} have {list(found.values.shape)} entries.")
     if len(found.axes) == 3:
         return _panels(found, ax)
     if ax is None:
@@ -31,20 +35,17 @@ def result(found: Result, ax: Any = None) -> Any:
 
 def _bound(found: Result) -> float:
     """How far the farthest number is from the baseline."""
-    values = found.values - found.baseline
-    finite = values[values.isfinite()]
-    return max(float(finite.abs().max()), 1e-12) if finite.numel() else 1.0
+    return farthest(found.values - found.baseline)
 
 
 def _bars(found: Result, ax: Any) -> Any:
     (axis,) = found.axes
     values = found.values.detach().float().cpu()
     colours = ["#b2182b" if v > found.baseline else "#2166ac" for v in values.tolist()]
-    ax.bar(range(len(values)), values - found.baseline, bottom=found.baseline, color=colours)
+    heights = (values - found.baseline).masked_fill(~values.isfinite(), torch.nan)  # no bar
+    ax.bar(range(len(values)), heights, bottom=found.baseline, color=colours)
     ax.axhline(found.baseline, color="black", linewidth=0.6)
-    ax.set_title(found.title)
-    ax.set_xlabel(axis)
-    ax.set_ylabel(fill(found.value, 32))
+    plain(ax.set_title(found.title), ax.set_xlabel(axis), ax.set_ylabel(fill(found.value, 32)))
     _ticks(ax.set_xticks, found[axis], vertical=True)
     return ax.figure
 
@@ -54,24 +55,22 @@ def _map(found: Result, ax: Any, bound: float) -> Any:
     zero, signed = found.baseline, bool((values < found.baseline).any())
     colours, least = ("RdBu_r", zero - bound) if signed else ("Reds", zero)
     shown = ax.imshow(values, aspect="auto", cmap=colours, vmin=least, vmax=zero + bound)
-    ax.set_title(found.title)
     rows, columns = found.axes
-    ax.set_ylabel(rows)
-    ax.set_xlabel(columns)
+    plain(ax.set_title(found.title), ax.set_ylabel(rows), ax.set_xlabel(columns))
     _ticks(ax.set_yticks, found[rows], vertical=False)
     _ticks(ax.set_xticks, found[columns], vertical=True)
-    ax.figure.colorbar(shown, ax=ax, label=fill(found.value, 24), shrink=0.9)
+    colour_bar(shown, ax, fill(found.value, 24), shrink=0.9)
     return ax.figure
 
 
 def _ticks(ticks: Any, labels: Sequence[Any], vertical: bool) -> None:
     """Every label while they fit; every n-th of more."""
-    names = [label(str(given)) for given in labels]
+    names = [label(given) for given in labels]
     step = -(-len(names) // MAX_LABELS)
     small = 9 if len(names) <= 32 else 7 if len(names) <= 56 else 5
     turned = vertical and max(map(len, names)) > 2
     places = range(0, len(names), step)
-    ticks(places, [names[i] for i in places], rotation=90 if turned else 0, fontsize=small)
+    label_axis(ticks, [names[i] for i in places], places, rotation=90 if turned else 0, fontsize=small)
 
 
 def _panels(found: Result, ax: Any) -> Any:
@@ -90,8 +89,8 @@ def _panels(found: Result, ax: Any) -> Any:
             continue
         part = found._without(first, found.values[i])
         _map(part, one, bound)
-        one.set_title(f"{first} {label(str(found[first][i]))}")
-    figure.suptitle(found.title)
+        plain(one.set_title(f"{first} {label(found[first][i])}"))
+    plain(figure.suptitle(found.title))
     return figure
 
 
@@ -107,5 +106,6 @@ def words(found: Result, cells: Sequence[Sequence[str]], ax: Any = None) -> Any:
     for y, row in enumerate(cells):
         for x, word in enumerate(row):
             dark = abs(float((found.values[y, x] - found.baseline).nan_to_num())) > 0.6 * bound
-            axes.text(x, y, label(word)[:12], ha="center", va="center", fontsize=7, color="white" if dark else "black")
+            colour = "white" if dark else "black"
+            plain(axes.text(x, y, label(word)[:12], ha="center", va="center", fontsize=7, color=colour))
     return figure

@@ -27,6 +27,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from gatedlens.transforms import transformed
+
 log = logging.getLogger("gatedlens")
 DEVICES = ("cuda",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what they are compiled for
@@ -74,7 +76,7 @@ def fits(x: Tensor) -> bool:
     """Whether fused kernels can run on a tensor: its device, its dtype, and no torch.func transform around it."""
     if x.device.type not in DEVICES or x.dtype not in DTYPES or not _wanted.get():
         return False
-    return not torch._C._are_functorch_transforms_active() and torch.autograd.forward_ad._current_level < 0
+    return not transformed()
 
 
 def kernels_for(x: Tensor) -> Kernels | None:

@@ -19,22 +19,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from gatedlens.transforms import transformed
 
 TILE = 4
 
 
-def followed(*tensors: Tensor) -> bool:
-    """Whether automatic differentiation, backward or forward, follows any of them."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return True
-    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+def desk_for(like: Float[Tensor, ...], *tensors: Tensor) -> Desk:
+    """Where to compute with some tensors, in the dtype of `like`: on new paper if a derivative or a vmap follows any."""
+    if transformed():  # a buffer must have every axis that a vmap hides in any of them
+        return Desk(torch.stack([x.flatten()[0].to(like.dtype) for x in (like, *tensors)]).sum())
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (like, *tensors)):
+        return Desk(like)
+    return Slate(like)
 
 
 class Desk:
@@ -43,10 +47,16 @@ class Desk:
     def __init__(self, like: Float[Tensor, ...]):
         self.like = like
         self.floor = torch.finfo(like.dtype).tiny ** 0.75
+        self.headroom = (
+            0  # the power of two by which weights start above 1, so that what decays stays above `floor` for long
+        )
 
-    def lift(self, *factors: Float[Tensor, ...]) -> float:
-        """What to multiply the product of some factors with; nothing here, as gradients would shrink by as much."""
-        return 1.0
+    def power(self, x: Float[Tensor, ...]) -> int:
+        """The power of two that brings the largest number of `x` near 1; 0 where there is none to bring, or vmap hides it."""
+        if torch._C._are_functorch_transforms_active() or x.numel() == 0:
+            return 0
+        largest = x.detach().abs().amax().item()
+        return -math.frexp(largest)[1] if 0 < largest < math.inf else 0
 
     def empty(self, name: str, *shape: int) -> Float[Tensor, ...]:
         return self.like.new_empty(shape)
@@ -81,13 +91,7 @@ class Slate(Desk):
         super().__init__(like)
         self.buffers: dict[str, Tensor] = {}
         self.floor = torch.finfo(like.dtype).tiny ** 0.5  # two numbers above it have a normal product
-
-    def lift(self, *factors: Float[Tensor, ...]) -> float:
-        """A power of two that brings their product to tiny ** -0.4: what decays stays above `floor` for long."""
-        largest = math.prod(x.abs().amax().item() for x in factors)
-        if not 0 < largest < math.inf:
-            return 1.0
-        return 2.0 ** round(-0.4 * math.log2(torch.finfo(self.like.dtype).tiny) - math.log2(largest))
+        self.headroom = round(-0.4 * math.log2(torch.finfo(like.dtype).tiny))
 
     def empty(self, name: str, *shape: int) -> Float[Tensor, ...]:
         size = math.prod(shape)
@@ -112,6 +116,18 @@ class Slate(Desk):
 
     def lower(self, target: Float[Tensor, "*shape"], a: Float[Tensor, ...], b: Float[Tensor, ...]) -> None:
         self.shrink(self.put(target, a, b))
+
+
+def steps(power: int, dtype: torch.dtype) -> list[float]:
+    """2^power as a product of numbers that a dtype holds: `steps(-200, torch.float32)` is [2^-100, 2^-100]."""
+    most = round(-math.log2(torch.finfo(dtype).tiny)) - 2
+    count = max(1, -(-abs(power) // most))
+    return [2.0 ** (power * (i + 1) // count - power * i // count) for i in range(count)]
+
+
+def raised(x: Float[Tensor, "*shape"], power: int) -> Float[Tensor, "*shape"]:
+    """x * 2^power, exact."""
+    return x if power == 0 else reduce(torch.mul, steps(power, x.dtype), x)
 
 
 class Meeting(NamedTuple):
@@ -173,13 +189,15 @@ class Halving:
         products = [like.new_zeros(b, span.pairs, span.height, span.size + lap) for span in spans]
         return like.new_zeros(b, self.padded // TILE, TILE, TILE + lap), products
 
-    def place(self, near: Tensor, products: list[Tensor], up: float) -> Float[Tensor, "batch *rest dst src"]:
-        """The matrix from `near` [b, ..., t, row, column] and the products of meetings [b, ..., p, h, column], all over `up`."""
+    def place(self, near: Tensor, products: list[Tensor], up: int) -> Float[Tensor, "batch *rest dst src"]:
+        """The matrix from `near` [b, ..., t, row, column] and the products of meetings [b, ..., p, h, column], all over 2^up."""
         total = near.new_zeros(*near.shape[:-3], self.padded, self.padded + self.taps - 1)
         spans = [span for _, spans in self.levels() for span in spans]
-        self._along(total, Span(0, self.padded // TILE, 0, TILE)).add_(near, alpha=1 / up)
-        for span, product in zip(spans, products, strict=True):
-            self._along(total, span).add_(product, alpha=1 / up)
+        first, *rest = steps(-up, near.dtype)
+        for span, product in zip([Span(0, self.padded // TILE, 0, TILE), *spans], [near, *products], strict=True):
+            self._along(total, span).add_(product, alpha=first)
+        for step in rest:
+            total = total * step
         return total[..., : self.length, self.taps - 1 : self.taps - 1 + self.length]
 
     def _along(self, total: Tensor, span: Span) -> Tensor:

@@ -18,6 +18,7 @@ from transformer_lens.hook_points import LensHandle
 
 from gatedlens.errors import HookError
 from gatedlens.points import Point
+from gatedlens.transforms import transformed
 
 NNSIGHT = "__nnsight__"  # where nnsight 0.8 keeps a wrapped module's state
 
@@ -165,6 +166,12 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
     def __call__(self, x: Tensor) -> Tensor:
         if self.at_rest():
             return x
+        if self.bwd_hooks and x.requires_grad and transformed():
+            raise HookError(
+                f"A backward hook is on {self.name or self.point.name}, inside torch.func or forward-mode differentiation: torch "
+                "runs no backward hooks there. Take the gradient by torch.autograd.grad or .backward(), or edit the activation "
+                "in a forward hook."
+            )
         self.visits += 1
         given = x if self.only_saved() else x.clone()
         out = super().__call__(given)

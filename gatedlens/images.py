@@ -1,6 +1,7 @@
 """Images as the official Vision Mamba evaluation prepares them: Pillow in, tensor out. torchvision is not needed.
 
-    pixels = preprocess(Image.open("cat.jpg"), size=(224, 224))        # channels height width
+    pixels = preprocess(picture("cat.jpg"), size=(224, 224))        # channels height width
+    object = preprocess_mask(mask, size=(224, 224))                  # height width: what of its mask the model sees
 
 Resize the shorter side to int(size / 0.875) (bicubic), crop the centre, scale to [0, 1], normalise. Inputs of 32 pixels
 or fewer are not resized (the official rule for CIFAR): there the image must have the model's size.
@@ -8,13 +9,15 @@ or fewer are not resized (the official rule for CIFAR): there the image must hav
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gatedlens.errors import InputError
+from gatedlens.optional import optional
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -29,20 +32,59 @@ def preprocess(
     std: tuple[float, ...] = IMAGENET_STD,
 ) -> Float[Tensor, "channels height width"]:
     """One PIL image for a model that reads `size` (height, width), normalised with `mean` and `std` of each channel."""
-    image = _moded(image, len(mean))
+    from PIL import Image
+
+    image = _framed(_moded(image, len(mean)), size, Image.Resampling.BICUBIC)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(*size, len(mean))
+    scaled = pixels.permute(2, 0, 1).float() / 255
+    return (scaled - torch.tensor(mean).reshape(-1, 1, 1)) / torch.tensor(std).reshape(-1, 1, 1)
+
+
+def preprocess_mask(mask: Any, size: tuple[int, int] = (224, 224)) -> Int[Tensor, "height width"]:
+    """A mask [height, width] of an image (1, 0 and -1, or booleans), resized (nearest) and cut as `preprocess` does it."""
+    from PIL import Image
+
+    given = torch.as_tensor(mask)
+    if given.ndim != 2 or 0 in given.shape or not bool(((given == 0) | (given == 1) | (given == -1)).all()):
+        raise InputError(
+            f"A mask is [height, width] of 1 (the object), 0 and -1 (does not count), or booleans; this has shape "
+            f"{list(given.shape)} and dtype {given.dtype}."
+        )
+    flat = Image.fromarray(
+        (given.cpu().to(torch.int8) + 1).to(torch.uint8).numpy()
+    )  # void, background, object: 0, 1, 2
+    flat = _framed(flat, size, Image.Resampling.NEAREST)
+    return torch.frombuffer(bytearray(flat.tobytes()), dtype=torch.uint8).reshape(*size).long() - 1
+
+
+def _framed(image: Any, size: tuple[int, int], resampling: Any) -> Any:
+    """What the model sees of an image, at its size."""
     height, width = size
     if height != width:
         raise InputError(f"preprocess makes square inputs; this model reads {height} x {width}: pass a tensor instead.")
     if height > 32:
-        image = _cropped(_resized(image, int(height / CROP_RATIO)), height, width)
-    elif image.size != (width, height):
+        return _cropped(_resized(image, int(height / CROP_RATIO), resampling), height, width)
+    if image.size != (width, height):
         raise InputError(
             f"The image is {image.size[0]} x {image.size[1]} and the model reads {width} x {height}. Inputs this small "
             f"are not resized by the official evaluation: do it yourself, `image.resize(({width}, {height}))`."
         )
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(height, width, len(mean))
-    scaled = pixels.permute(2, 0, 1).float() / 255
-    return (scaled - torch.tensor(mean).reshape(-1, 1, 1)) / torch.tensor(std).reshape(-1, 1, 1)
+    return image
+
+
+def picture(path: str | Path) -> Any:
+    """The PIL image of a file, wholly read; InputError that names a file which is missing, cut off, or no image."""
+    pillow = optional("PIL.Image", "data")
+    try:
+        image = pillow.open(path)
+        image.load()
+    except FileNotFoundError as error:
+        raise InputError(f"There is no file {path}.") from error
+    except (IsADirectoryError, pillow.UnidentifiedImageError) as error:
+        raise InputError(f"{path} is no image that Pillow can read: {error}.") from error
+    except Exception as error:  # for damaged files Pillow's many readers raise whatever their formats' parsers do
+        raise InputError(f"{path} is damaged: {error}.") from error
+    return image
 
 
 def _moded(image: Any, channels: int) -> Any:
@@ -63,14 +105,12 @@ def _moded(image: Any, channels: int) -> Any:
     return image.convert(modes[0])
 
 
-def _resized(image: Any, shorter: int) -> Any:
+def _resized(image: Any, shorter: int, resampling: Any) -> Any:
     """The shorter side becomes `shorter`, the other keeps the aspect, rounded down as torchvision does."""
-    from PIL import Image
-
     width, height = image.size
     longer = int(shorter * max(width, height) / min(width, height))
     new = (shorter, longer) if width <= height else (longer, shorter)
-    return image.resize(new, Image.Resampling.BICUBIC)
+    return image.resize(new, resampling)
 
 
 def _cropped(image: Any, height: int, width: int) -> Any:

@@ -2,7 +2,7 @@
 
 batch = inputs.ready(model, ["short", "a longer text"])     # a Batch: tokens and where they are real
 inputs.ready(model, (tokens, mask))                          # ids that were padded by hand
-inputs.places(-1, inputs.real(model, batch))                 # the last real position of each row
+inputs.real(model, batch)                                    # [batch, pos]: what `positions.py` counts among
 inputs.labels(model, batch)                                  # ["<bos>", "A", "3", ...]
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from gatedlens.cache import ActivationCache
@@ -59,39 +59,25 @@ def real(model: Any, batch: Batch) -> Bool[Tensor, "batch pos"]:
     return torch.ones(shape, dtype=torch.bool, device=batch.value.device)
 
 
-def places(pos: Any, real: Bool[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:
-    """One position a row: `pos`, one number for all or one a row, counted among the row's real positions (-1: the last)."""
-    try:
-        asked = torch.as_tensor(pos, device=real.device)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"pos={pos!r}: a whole number is meant, or one for each row.") from error
-    if asked.is_floating_point() or asked.dtype == torch.bool or asked.ndim > 1:
-        raise InputError(f"pos={pos!r}: a whole number is meant, or one for each row.")
-    if asked.ndim == 1 and len(asked) not in (1, len(real)):
-        raise InputError(
-            f"pos has {len(asked)} entries and the batch {len(real)} rows: give one for all, or one a row."
-        )
-    asked, counts = asked.reshape(-1).expand(len(real)), real.sum(1)
-    if bool(((asked < -counts) | (asked >= counts)).any()):
-        raise InputError(f"pos={asked.tolist()} is out of range: the rows have {counts.tolist()} real positions.")
-    order = torch.argsort((~real).to(torch.int8), dim=1, stable=True)  # the real ones first
-    return order[torch.arange(len(real), device=real.device), torch.where(asked < 0, asked + counts, asked)]
-
-
 def word(model: Any, token: int) -> str:
     """A vocabulary entry (or class) as a user calls it: its text where there is a tokenizer, else its number."""
     return str(token) if model.tokenizer is None else str(model.tokenizer.decode([token]))
 
 
 def labels(model: Any, batch: Batch, row: int | None = None) -> list[Any]:
-    """What stands at each position: the tokens of a row (None: of all rows, a position's number where they differ), or
+    """What stands at each real position of a row (None: of any row, a position's number where rows differ): its token, or
     "row,column" of an image's patches and "cls"; numbers where nobody can say."""
-    length = model.positions(batch)
+    own = real(model, batch)
+    own = own if row is None else own[row].unsqueeze(0)
+    length = int(own.sum(1).max())
     if not batch.is_resid and batch.value.is_floating_point():
         places = [model.grid.place(pos) for pos in range(length)]
         return ["cls" if place is None else f"{place[0]},{place[1]}" for place in places]
     if batch.is_resid or model.tokenizer is None:
         return list(range(length))
-    rows = batch.value if row is None else batch.value[row].unsqueeze(0)
-    same = (rows == rows[0]).all(0).tolist()
-    return [word(model, token) if same[p] else p for p, token in enumerate(rows[0].tolist())]
+    ids = batch.value if row is None else batch.value[row].unsqueeze(0)
+    found: list[set[int]] = [set() for _ in range(length)]
+    for tokens, there in zip(ids, own, strict=True):
+        for pos, token in enumerate(tokens[there].tolist()):
+            found[pos].add(token)
+    return [word(model, *some) if len(some) == 1 else pos for pos, some in enumerate(found)]

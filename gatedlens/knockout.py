@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -38,10 +38,9 @@ from gatedlens.ablation import Index, Intervention
 from gatedlens.cutting import Cut, Way, share, token, write
 from gatedlens.edges import Edges
 from gatedlens.errors import InputError
-from gatedlens.hooking import Batch
 from gatedlens.layers import layers_of
 from gatedlens.metrics import Metric
-from gatedlens.positions import listed, mask_of
+from gatedlens.positions import columns, listed
 from gatedlens.result import Result
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Cell, Plan
@@ -58,9 +57,9 @@ def cut(src: Any, dst: Any, layers: Any = None, scan: str | None = None, **index
     list for each row, or a mask [batch, pos]; see `positions.py`. layers: a number, several, or None for all. index: some
     `channel` (in attention layers `head`, `d_head`). scan: "fwd" or "bwd" where a layer has both; None for all.
 
-    Positions are those of the call (while generating, each step is one). Raises InputError for positions that do not exist
-    or that a target cannot see, and where an edit inside the recurrence (decay, write, scan, ...) of the layer makes A not
-    the layer's operator. Several cuts of a layer act together.
+    Positions are the real ones of the call (while generating, each step is one). Raises InputError for positions that do
+    not exist or that a target cannot see, and where an edit inside the recurrence (decay, write, scan, ...) of the layer
+    makes A not the layer's operator. Several cuts of a layer act together.
     """
     return _cut(token, src, dst, layers, scan, index)
 
@@ -123,19 +122,20 @@ def sweep(
 
     values[layer, src] = (metric - clean) / |clean|, means over rows, when all edges from the source to `dst` are cut in a window
     of `window` of the `layers` around the layer (shorter at the ends). -1: all of the metric is gone; 0: nothing
-    happened, also where a target cannot see the source. src: None for every position by itself, a dict of names to
-    positions, or a list of positions. how: `cut`, `cut_scan` or `cut_renormalised`. Many cells run in one
-    batch of at most `max_rows` rows (or one cell), from the first layer of their window on. results, max_bytes: as in
-    every sweep, `gl.patching.Options`: a path to which results are written as they come and from which an interrupted
-    sweep goes on, or an interrupted Result; about how much a batch may take. Geva et al. 2023 (arXiv 2304.14767).
+    happened, also where a target cannot see the source, or in a row that is too short to have it. src: None for every
+    position by itself, a dict of names to positions, or a list of positions. how: `cut`, `cut_scan` or `cut_renormalised`.
+    Many cells run in one batch of at most `max_rows` rows (or one cell), from the first layer of their window on. results,
+    max_bytes: as in every sweep, `gl.patching.Options`: a path to which results are written as they come and from which an
+    interrupted sweep goes on, or an interrupted Result; about how much a batch may take. Geva et al. 2023 (arXiv
+    2304.14767).
     """
     chosen = layers_of(model, layers)
     if not 1 <= window <= len(chosen):
         raise InputError(f"window={window}: give 1 to {len(chosen)}, the number of layers.")
     windows = [chosen[max(0, c - window // 2) : c + (window + 1) // 2] for c in range(len(chosen))]
     run = Baseline(model, input, attention_mask)
-    groups = _sources(model, run.batch, src)
-    targets = mask_of(dst, "dst", run.rows, run.length, run.batch.value.device)
+    groups = _sources(run, src)
+    targets = run.mask_of(dst, "dst")
     made = partial(how, scan=scan, **index)
     cells = [
         _Cell((row, column), (), some, sources, targets, made)
@@ -160,7 +160,7 @@ def sweep(
         "model": model.cfg.model_name,
         "clean": clean,
         "window": window,
-        "dst": listed(targets),
+        "dst": listed(targets, inputs.real(model, run.batch)),
         "how": how.__name__,
     }
     question = Question(
@@ -175,16 +175,10 @@ def sweep(
     return answer(question, [run], changing, low, Effort(results, max_bytes, max_rows, progress))
 
 
-def _sources(model: Any, batch: Batch, src: Any) -> dict[Any, Bool[Tensor, "batch pos"]]:
+def _sources(run: Baseline, src: Any) -> dict[Any, Bool[Tensor, "batch pos"]]:
     """Each source's name and its positions."""
-    rows, length = len(batch.value), model.positions(batch)
-    if src is None:
-        src = range(length)
-    if not isinstance(src, Mapping):
-        src = {int(one) if isinstance(one, SupportsIndex) else str(one): one for one in src}
-    if not src:
-        raise InputError("src names no source: give positions, a dict of names to positions, or None for all.")
-    return {name: mask_of(given, f"src {name!r}", rows, length, batch.value.device) for name, given in src.items()}
+    found = columns(src, "src", inputs.real(run.model, run.given))
+    return {name: run.as_run(mask) for name, mask in found.items()}
 
 
 @dataclass(frozen=True)

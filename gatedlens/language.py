@@ -27,6 +27,8 @@ from gatedlens.output import Output, check_return_type
 from gatedlens.padding import Padding
 from gatedlens.points import Point
 from gatedlens.state import RecurrentState
+from gatedlens.tokenizer import tokenizer_of
+from gatedlens.transforms import anywhere
 
 
 def next_token_loss(
@@ -44,7 +46,7 @@ def next_token_loss(
     losses = F.cross_entropy(padding.pack(logits)[:, :-1].flatten(0, 1), packed[:, 1:].flatten(), reduction="none")
     losses = losses.reshape(len(tokens), -1)
     real = torch.arange(1, tokens.shape[1], device=tokens.device) < padding.counts(tokens).unsqueeze(1)
-    if not bool(real.any()):
+    if not anywhere(real):
         raise InputError("A loss needs at least two tokens in some row: one to read and one to predict.")
     losses = losses.masked_fill(~real, 0)
     if not per_token:
@@ -183,8 +185,9 @@ class HookedLanguageModel(HookedModel):
     ) -> Any:
         """`logits = model(input)`: logits [batch, pos, d_vocab], the loss, both (an Output) or None, by `return_type`.
 
-        input: text, a list of texts (padded), token ids [batch, pos]; with `start_at_layer` the residual stream
-        [batch, pos, d_model] that enters that block (give `tokens` as well for a loss). attention_mask [batch, pos]: 0
+        input: text, a list of texts (padded, on the side that `set_tokenizer` tells), token ids [batch, pos]; with
+        `start_at_layer` the residual stream [batch, pos, d_model] that enters that block (give `tokens` as well for a
+        loss). attention_mask [batch, pos]: 0
         where a position is padding. stop_at_layer: stop before that block and return the residual stream. state:
         continue from a RecurrentState. return_state: return (output, state). position_ids [batch, pos]: each token's
         place in its document, for architectures that have positions (a 0 starts a new one).
@@ -194,22 +197,26 @@ class HookedLanguageModel(HookedModel):
             start_at_layer=start_at_layer, stop_at_layer=stop_at_layer, state=state, tokens=tokens,
         )  # fmt: skip
         run = self.begin(batch, state, return_state, position_ids)
-        if batch.is_resid:
-            tokens = None if tokens is None else tokens_.check(torch.as_tensor(tokens), self.cfg.d_vocab)
-            if tokens is not None and tokens.shape != batch.value.shape[:2]:
-                raise InputError(
-                    f"tokens have shape {list(tokens.shape)}; the stream is {list(batch.value.shape[:2])}."
-                )
-            resid = self.through_blocks(batch.value, run, start_at_layer, stop_at_layer)
-        else:
-            tokens = batch.value
-            resid = self.stream(self.hook_embed(self.there(self.embedding, self.embed, tokens)))
-            resid = self.through_blocks(resid, run, None, stop_at_layer)
-        out = (
-            resid
-            if stop_at_layer is not None
-            else self._outputs(resid, tokens, batch.mask, return_type, loss_per_token)
-        )
+        outer, self.running = self.running, run
+        try:
+            if batch.is_resid:
+                tokens = None if tokens is None else tokens_.check(torch.as_tensor(tokens), self.cfg.d_vocab)
+                if tokens is not None and tokens.shape != batch.value.shape[:2]:
+                    raise InputError(
+                        f"tokens have shape {list(tokens.shape)}; the stream is {list(batch.value.shape[:2])}."
+                    )
+                resid = self.through_blocks(batch.value, run, start_at_layer, stop_at_layer)
+            else:
+                tokens = batch.value
+                resid = self.stream(self.hook_embed(self.there(self.embedding, self.embed, tokens)))
+                resid = self.through_blocks(resid, run, None, stop_at_layer)
+            out = (
+                resid
+                if stop_at_layer is not None
+                else self._outputs(resid, tokens, batch.mask, return_type, loss_per_token)
+            )
+        finally:
+            self.running = outer
         if not return_state:
             return out
         seen = run.padding.counts(batch.value) + (0 if state is None else state.seen.to(resid.device))
@@ -289,8 +296,16 @@ class HookedLanguageModel(HookedModel):
     # -- text ----------------------------------------------------------------------------------------------------
 
     def set_tokenizer(self, tokenizer: Any) -> None:
-        """Use `tokenizer` (anything with transformers' encode, decode and special token ids; None: none)."""
-        self.tokenizer = tokenizer
+        """Use `tokenizer`: transformers', a folder of one, or anything that encodes and decodes (None: none).
+
+        What is not transformers' is put behind its words; see `tokenizer.py`. InputError for what is no tokenizer.
+
+        Texts are padded on the side of `padding_side=` of the call; else on that which was set on the model's tokenizer,
+        `model.tokenizer.padding_side = "right"`; else on the left (cfg.default_padding_side). The side that a tokenizer comes
+        with is its maker's default, the right nearly always, and counts for nothing.
+        """
+        self.tokenizer = tokenizer = tokenizer_of(tokenizer)
+        tokens_.forget_side(tokenizer)
         self.cfg.tokenizer_name = None if tokenizer is None else (getattr(tokenizer, "name_or_path", "") or None)
         self.cfg.default_prepend_bos = tokenizer is not None and tokenizer.bos_token_id is not None
 
@@ -316,7 +331,8 @@ class HookedLanguageModel(HookedModel):
                 if not row:
                     raise InputError(f"The text {text!r} has no tokens; give at least one (or prepend_bos=True).")
             pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-            tokens, mask = tokens_.pad(rows, side or self.cfg.default_padding_side, pad_id)
+            side = side or tokens_.side_of(tokenizer) or self.cfg.default_padding_side
+            tokens, mask = tokens_.pad(rows, side, pad_id)
             tokens = tokens_.check(tokens, self.cfg.d_vocab)
             return tokens.to(device), None if bool(mask.all()) else mask.to(device)
         try:

@@ -1,46 +1,67 @@
-"""Layers: which layers a user means: `None` or "*" (all), `3`, `-1`, `"[01]"`, `slice(2, 5)`, `range(4)`, `[0, 3]`."""
+"""Layers: which layers a user means.
+
+3, -1, [0, 3], range(4), slice(2, 5), tensor([0, 3])      by number; negative ones count from the end
+None, "*", "[01]", ["0", "1?"]                            all of them, or globs of their numbers
+[True, False, ...], tensor([True, False, ...])            a mask of all layers
+"""
 
 from __future__ import annotations
 
 import fnmatch
 import operator
-from collections.abc import Iterable
-from typing import Any, SupportsIndex
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy
+from torch import Tensor
 
 from gatedlens.errors import InputError
+from gatedlens.positions import is_number
 
 ONE = ("layer={!r}", "layer={!r}:")  # how a refusal begins: of what is no number, of what is out of range
+START = ("start_layer={!r}: a whole number is meant; it", "start_layer={!r}:")
 SEVERAL = ("layers: {!r}", "layers={} does not exist;")
 
 
 def layers_of(model: Any, layers: Any) -> tuple[int, ...]:
     """The numbers of the layers, ascending; an InputError for one that the model lacks."""
-    n = model.cfg.n_layers
-    if layers is None or isinstance(layers, slice):
-        chosen = set(range(n)[layers or slice(None)])
-    elif isinstance(layers, str):
-        chosen = {layer for layer in range(n) if fnmatch.fnmatchcase(str(layer), layers)}
-    elif isinstance(layers, SupportsIndex):
-        chosen = {layer_of(model, layers, SEVERAL)}
-    elif isinstance(layers, Iterable):
-        chosen = {layer_of(model, layer, SEVERAL) for layer in layers}
-    else:
-        raise InputError(f"layers={layers!r}: give a number, a slice, a sequence of numbers, a glob, or None for all.")
+    chosen = set(_meant(model, layers))
     if not chosen:
-        raise InputError(f"layers={layers!r} names no layer: {model.cfg.model_name} has layers 0 to {n - 1}.")
+        raise InputError(f"layers={layers!r} names no layer: {_has(model)}.")
     return tuple(sorted(chosen))
+
+
+def _meant(model: Any, layers: Any) -> Sequence[int]:
+    every = range(model.cfg.n_layers)
+    if layers is None or isinstance(layers, slice):
+        return every[layers or slice(None)]
+    if isinstance(layers, str):
+        return [layer for layer in every if fnmatch.fnmatchcase(str(layer), layers)]
+    if isinstance(layers, Tensor | numpy.ndarray):
+        layers = layers.tolist()  # of one number, a number
+    if isinstance(layers, list | tuple) and layers and all(isinstance(one, bool) for one in layers):
+        if len(layers) != len(every):
+            raise InputError(f"layers is a mask of {len(layers)}: {_has(model)}.")
+        return [layer for layer, meant in zip(every, layers, strict=True) if meant]
+    if isinstance(layers, Iterable):
+        return [layer for one in layers for layer in _meant(model, one)]
+    if is_number(layers):
+        return [layer_of(model, layers, SEVERAL)]
+    raise InputError(f"layers={layers!r}: give a number, a slice, a sequence of numbers, a glob, or None for all.")
 
 
 def layer_of(model: Any, layer: Any, words: tuple[str, str] = ONE) -> int:
     """The number of one layer, negative ones from the end; an InputError for one that the model lacks."""
-    n = model.cfg.n_layers
-    try:
-        index = operator.index(layer)
-    except TypeError:
-        raise InputError(f"{words[0].format(layer)} is no layer number.") from None
+    if not is_number(layer):
+        raise InputError(f"{words[0].format(layer)} is no layer number.")
+    index, n = operator.index(layer), model.cfg.n_layers
     if not -n <= index < n:
-        raise InputError(f"{words[1].format(layer)} {model.cfg.model_name} has layers 0 to {n - 1}.")
+        raise InputError(f"{words[1].format(layer)} {_has(model)}.")
     return index % n
+
+
+def _has(model: Any) -> str:
+    return f"{model.cfg.model_name} has layers 0 to {model.cfg.n_layers - 1}"
 
 
 def scans_of(mixer: Any, scan: str | None) -> tuple[str, ...]:

@@ -23,9 +23,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gatedlens import inputs
+from gatedlens.autocast import exact
 from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
 from gatedlens.logitattribution import logit_attribution, token_attribution
+from gatedlens.positions import is_number
 from gatedlens.result import Result
 
 __all__ = ["LogitLens", "logit_attribution", "logit_lens", "token_attribution"]
@@ -60,14 +62,20 @@ class LogitLens:
     @torch.no_grad()
     def logits(self, layer: int | str = -1) -> Float[Tensor, "batch pos d_vocab"]:
         """The logits after a layer (negative: from the last), or before the first: "embed"."""
-        n = self.model.cfg.n_layers
-        if layer != EMBED and (not isinstance(layer, int) or not -n <= layer < n):
-            raise InputError(f"layer={layer!r}: {self.model.cfg.model_name} has layers 0 to {n - 1}, and 'embed'.")
-        depth = 0 if isinstance(layer, str) else layer % n + 1
-        found: Tensor = self.model.unembed(self.model.ln_final(self.resid[depth]))
+        resid = self.resid[self._depth(layer)]
+        with exact(resid):
+            found: Tensor = self.model.unembed(self.model.ln_final(resid))
         return found
 
-    # -- one row, layer by position ------------------------------------------------------------------------------
+    def _depth(self, layer: int | str) -> int:
+        if isinstance(layer, str) and layer == EMBED:
+            return 0
+        n = self.model.cfg.n_layers
+        if not is_number(layer) or not -n <= int(layer) < n:
+            raise InputError(f"layer={layer!r}: {self.model.cfg.model_name} has layers 0 to {n - 1}, and 'embed'.")
+        return int(layer) % n + 1
+
+    # -- one row, layer by real position ------------------------------------------------------------------------------
 
     def top(self, row: int = 0) -> Result:
         """The probability of the likeliest token: layer x pos."""
@@ -85,13 +93,10 @@ class LogitLens:
         return self._result(row, title, lambda p: (p > p[:, chosen, None]).sum(-1).to(p.dtype))
 
     def words(self, row: int = 0) -> list[list[str]]:
-        """The likeliest token of each cell, layer by layer; empty at padding."""
-        real = self._real(row).tolist()
-        words = []
-        for layer in self.layers:
-            best = self.logits(layer)[row].argmax(-1).tolist()
-            words.append([inputs.word(self.model, t) if here else "" for t, here in zip(best, real, strict=True)])
-        return words
+        """The likeliest token of each cell, layer by layer."""
+        real = self._real(row)
+        best = [self.logits(layer)[row].argmax(-1).cpu()[real].tolist() for layer in self.layers]
+        return [[inputs.word(self.model, token) for token in tokens] for tokens in best]
 
     def plot(self, row: int = 0, ax: Any = None) -> Any:
         """A matplotlib Figure: the likeliest token in each cell, coloured by its probability."""
@@ -114,10 +119,9 @@ class LogitLens:
         return int(chosen)
 
     def _result(self, row: int, title: str, read: Any) -> Result:
-        """`read` of every layer's probabilities [pos, d_vocab]; NaN at padding."""
+        """`read` of every layer's probabilities [pos, d_vocab], at the row's real positions."""
         real = self._real(row)
         values = torch.stack([read(self.logits(layer)[row].softmax(-1)).cpu() for layer in self.layers])
         labels = {"layer": self.layers, "pos": inputs.labels(self.model, self.batch, row)}
         facts = {"model": self.model.cfg.model_name, "row": row}
-        values = values.masked_fill(~real, torch.nan)
-        return Result(values, ("layer", "pos"), labels, f"Logit lens: {title}", title.split(" of ")[0], facts)
+        return Result(values[:, real], ("layer", "pos"), labels, f"Logit lens: {title}", title.split(" of ")[0], facts)

@@ -5,25 +5,27 @@ model = gl.from_pretrained("path/to/folder")                   # the same, or an
 model = gl.from_pretrained("vim_s_midclstok_80p5acc.pth")      # an original checkpoint that is one file
 model = gl.from_pretrained("gatedlens/mamba-recall")           # bundled: trained, tiny, no network
 model = gl.wrap(hf_model, tokenizer)                           # shares hf_model's parameters
+
+What is read is checked before it is used, and before anything is built: the config against its fields (`fields.py`), the
+files and their tensors (`checkpoint.py`), the tensors against what the config asks for.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
-import pickle
-from collections.abc import Iterator, Mapping
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gatedlens import dtypes, placement
+from gatedlens import checkpoint, dtypes, fields, placement
+from gatedlens import tokenizer as tokenizers
+from gatedlens.checkpoint import about, reading
 from gatedlens.errors import CheckpointError, did_you_mean
 from gatedlens.hooks import architectures
 from gatedlens.model import HookedModel
@@ -32,7 +34,27 @@ log = logging.getLogger(__name__)
 BUNDLED = Path(__file__).parent / "bundled"
 PLACING = ("device_map", "max_memory", "offload_folder")  # what `hub` says of placement
 ONE_FILE = (".pth", ".pt", ".bin", ".safetensors")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+FOLDING = (  # TransformerLens's options that change weights
+    "fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases", "refactor_factored_attn_matrices",
+)  # fmt: skip
+ELSEWHERE = {  # other tools' options, and what says it here
+    "hf_model": "gl.wrap(hf_model, tokenizer) takes a model that you have",
+    "torch_dtype": "dtype=... says it",
+    "n_devices": "device_map='auto' spreads a model over devices",
+    "move_to_device": "device=... says where the model goes",
+    "default_prepend_bos": "set model.cfg.default_prepend_bos",
+    "default_padding_side": "set model.cfg.default_padding_side",
+    "first_n_layers": "model(tokens, stop_at_layer=n) stops there",
+    "checkpoint_index": "revision=... names a checkpoint of the hub",
+    "checkpoint_value": "revision=... names a checkpoint of the hub",
+    "n_ctx": "a recurrence has no bound",
+}
+NAMESAKES = {  # classes of other packages, and what to do with them
+    "Mamba": "A class of this name is mambapy's or mamba-minimal's model, or one mixer of mamba-ssm. Of a model, write its "
+    "tensors by mamba-ssm's names (`backbone.embedding.weight`, `backbone.layers.0.mixer.A_log`, `backbone.norm_f.weight`, "
+    "`lm_head.weight`) to model.safetensors, beside a config.json with d_model, n_layer and vocab_size, and load the folder "
+    "with gl.from_pretrained; of a hub name, gl.from_pretrained(name) loads it at once.",
+}
 
 
 def bundled_models() -> list[str]:
@@ -59,18 +81,43 @@ def wrap(model: Any, tokenizer: Any = None, *, model_name: str | None = None) ->
         raise CheckpointError(f"This is a {type(model).__name__} already: use it as it is, or wrap its `.wrapped`.")
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"wrap takes a model, not {type(model).__name__}: gl.from_pretrained loads one by name.")
+    hooked = _architecture_of(model)
+    if hooked is None:
+        raise CheckpointError(_unknown(model))
     _check_plain(model)
-    names = [base.__name__ for base in type(model).__mro__]
-    for hooked in architectures().values():
-        if set(names) & set(hooked.wraps):
-            config = getattr(model, "config", None)
-            known = getattr(config, "name_or_path", "") if not isinstance(config, dict) else ""
-            return hooked(model, model_name=model_name or known or names[0], tokenizer=tokenizer)
-    every = [name for hooked in architectures().values() for name in hooked.wraps]
-    hint = did_you_mean(names[0], every)
-    if names[0].endswith("Model"):
-        hint = " Wrap the model with its head (…ForCausalLM)." + hint
-    raise CheckpointError(f"gatedlens does not know {names[0]}.{hint} {supported()}")
+    config, name = getattr(model, "config", None), type(model).__name__
+    known = getattr(config, "name_or_path", "") if not isinstance(config, dict) else ""
+    opened = _opened(hooked, model, str(model_name or known or name), tokenizer)
+    _tell_nonfinite(opened.cfg.model_name, model)
+    return opened
+
+
+def _architecture_of(model: nn.Module) -> Any:
+    """The architecture that wraps a class of this name (or that of a base class); None if none does."""
+    names = {base.__name__ for base in type(model).__mro__}
+    return next((hooked for hooked in architectures().values() if names & set(hooked.wraps)), None)
+
+
+def _opened(hooked: Any, wrapped: nn.Module, name: str, tokenizer: Any) -> Any:
+    """The hooked model; CheckpointError for a module that lacks what its class has, or whose config is not as expected."""
+    tokenizer = tokenizers.tokenizer_of(tokenizer)
+    with reading(name, f"({type(wrapped).__name__}) is not built as {hooked.title} is"):
+        return hooked(wrapped, model_name=name, tokenizer=tokenizer)
+
+
+def _unknown(model: nn.Module) -> str:
+    """Why a model is not wrapped, and what could be."""
+    name = type(model).__name__
+    inside = next(((path, part) for path, part in model.named_modules() if path and _architecture_of(part)), None)
+    if inside is not None:
+        path, part = inside
+        return f"{name} is around a {type(part).__name__}: gl.wrap(model.{path}) takes that."
+    hint = NAMESAKES.get(name, "")
+    if not hint:
+        hint = did_you_mean(name, [known for hooked in architectures().values() for known in hooked.wraps]).strip()
+    if name.endswith("Model"):
+        hint = f"Wrap the model with its head (…ForCausalLM). {hint}".strip()
+    return f"gatedlens does not know {name}. {hint} {supported()}".replace("  ", " ")
 
 
 def _check_plain(model: nn.Module) -> None:
@@ -79,11 +126,35 @@ def _check_plain(model: nn.Module) -> None:
     for name, module in model.named_modules():
         adapted = "base_layer" in dict(module.named_children())
         replaced = isinstance(module, plain) and all(type(module).forward is not kind.forward for kind in plain)
-        if adapted or replaced:
+        held = dict(module.named_buffers(recurse=False)) | dict(module.named_parameters(recurse=False))
+        packed = "qweight" in held or callable(
+            getattr(module, "weight", None)
+        )  # as torch.ao, GPTQ and AWQ keep weights
+        if adapted or replaced or packed:
             raise CheckpointError(
                 f"{name} is a {type(module).__name__}, whose forward is its own; gatedlens reads its weight alone. "
                 "Merge the adapter (merge_and_unload) or load the model without quantisation first."
             )
+    for name, p in model.named_parameters():
+        if p.dtype not in dtypes.FLOATS:
+            floats = ", ".join(dtypes.name(one) for one in dtypes.FLOATS)
+            raise CheckpointError(
+                f"{name} is {dtypes.name(p.dtype)}; expected are floats ({floats}): load the model without quantisation."
+            )
+
+
+@torch.no_grad()
+def _tell_nonfinite(name: str, model: nn.Module) -> None:
+    """Warn of weights that are NaN or infinite: whatever reads them is so too."""
+
+    def finite(p: Tensor) -> bool:
+        low, high = p.aminmax()  # NaN if any number is; no second tensor of this size
+        return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
+
+    wrong = [path for path, p in model.named_parameters() if not p.is_meta and p.numel() and not finite(p)]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        warnings.warn(f"{name}: {', '.join(wrong[:4])}{more} hold NaN or infinite numbers.", stacklevel=3)
 
 
 # -- a model that is named ------------------------------------------------------------------------------------------
@@ -104,75 +175,128 @@ def from_pretrained(
     name_or_path: a bundled model, a local folder, or a hub name; in transformers' layout (config.json with model_type,
     safetensors, sharded or not) or an architecture's original one (mamba-ssm: config.json with d_model and ssm_cfg,
     pytorch_model.bin or safetensors); or an original checkpoint that is one file (RWKV-LM's and ViM's .pth), or a folder
-    that holds one and no config.json. variant: which model such a file holds, where it does not say so itself
+    that holds one and no config.json. What training puts in front of every name (`module.`, `_orig_mod.`) or around the
+    tensors (`{"state_dict": ...}`) is taken off. variant: which model such a file holds, where it does not say so itself
     ("vim_small"). dtype: that of the checkpoint if None. device: CUDA where there is one if None. tokenizer: found beside
-    the model if None. revision and `hub` (token, cache_dir, local_files_only, ...) go to the hub; so does
-    device_map="auto", which spreads a large model over devices, main memory and disk (see placement.py). Raises
-    CheckpointError when weights are missing, left over, damaged or of another architecture.
+    the model if None; a folder's or hub name's is loaded. revision and `hub` (token, cache_dir, local_files_only, ...) go
+    to the hub; so does device_map="auto", which spreads a large model over devices, main memory and disk (see
+    placement.py). Weights are as in the file, nothing is folded: TransformerLens's `fold_ln=False` and its like are heard,
+    and True is refused. Raises CheckpointError, which names the file, what is wrong in it and what was expected, for
+    weights that are missing, left over, damaged or of another architecture; warns of weights that are NaN or infinite.
     """
     if isinstance(name_or_path, nn.Module):
         raise CheckpointError("from_pretrained takes a name or a path; gl.wrap(model) takes a model that you have.")
+    if not isinstance(name_or_path, str | Path) or not str(name_or_path).strip():
+        raise CheckpointError(f"from_pretrained takes a name or a path, not {name_or_path!r}.")
     if device is not None and hub.get("device_map") is not None:
         raise CheckpointError(f"device={device!r} and device_map={hub['device_map']!r}: give one of the two.")
-    dtype = dtypes.of(dtype, CheckpointError)
-    hub = {"revision": revision, **hub} if revision is not None else hub
-    file = _one_file(Path(name_or_path).expanduser())
-    if file is not None:
-        hooked, wrapped = _from_file(file, variant, dtype)
-    else:
-        if variant is not None:
-            raise CheckpointError(f"variant={variant!r} is for a checkpoint that is one file; {name_or_path} is none.")
-        source = _source(str(name_or_path))
-        hooked, wrapped = _from_folder(source, str(name_or_path), dtype, hub)
-        tokenizer = _tokenizer(source, hub) if tokenizer is None else tokenizer
-    if hub.get("device_map") is None:
-        wrapped.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    elif not placement.is_placed(wrapped):  # transformers has placed its own
-        wrapped = placement.spread(wrapped, **{name: hub[name] for name in PLACING if name in hub})
-    return hooked(wrapped.eval(), model_name=str(name_or_path), tokenizer=tokenizer)
+    hub = _heard({"revision": revision, **hub} if revision is not None else hub)
+    dtype, device = dtypes.of(dtype, CheckpointError), _device(device)
+    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    file = _one_file(path)
+    with about(name):
+        if file is not None:
+            hooked, wrapped = _from_file(file, variant, dtype, hub)
+        else:
+            if variant is not None:
+                raise CheckpointError(f"variant={variant!r} is for a checkpoint that is one file; {name} is none.")
+            source = _source(name)
+            hooked, wrapped = _from_folder(source, name, dtype, hub)
+            tokenizer = tokenizers.beside(source, hub) if tokenizer is None else tokenizer
+        _tell_nonfinite(name, wrapped)
+        if hub.get("device_map") is None:
+            wrapped.to(device)
+        elif not placement.is_placed(wrapped):  # transformers has placed its own
+            wrapped = placement.spread(wrapped, **{key: hub[key] for key in PLACING if key in hub})
+        return _opened(hooked, wrapped.eval(), name, tokenizer)
+
+
+def _heard(hub: Mapping[str, Any]) -> dict[str, Any]:
+    """The options without those of TransformerLens that ask for what is so anyway; its others are explained."""
+    for name in (name for name in FOLDING if hub.get(name)):
+        raise CheckpointError(
+            f"{name}={hub[name]!r}: gatedlens folds nothing, weights are as in the file; leave it out or pass False."
+        )
+    for name in (name for name in ELSEWHERE if name in hub):
+        raise CheckpointError(f"{name} is no option of gl.from_pretrained: {ELSEWHERE[name]}.")
+    heard = [name for name in FOLDING if name in hub]
+    if heard:
+        log.info(
+            "%s: gatedlens folds nothing, weights are as in the file.", ", ".join(f"{name}=False" for name in heard)
+        )
+    return {name: value for name, value in hub.items() if name not in FOLDING}
+
+
+def _device(device: Any) -> torch.device:
+    """The device, if this machine has it; CUDA where there is one if None."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise CheckpointError(
+            f"device={device!r}: expected is a device of this machine, as 'cpu' or 'cuda:0' ({error})."
+        ) from error
+
+
+def _check_options(hub: Mapping[str, Any]) -> None:
+    """CheckpointError for options that nobody would hear: transformers has more, an original checkpoint has these."""
+    known = (*checkpoint.HUB, *PLACING, "trust_remote_code")  # the last one goes to the tokenizer
+    for name in (name for name in hub if name not in known):
+        raise CheckpointError(
+            f"{name} is no option of gl.from_pretrained for an original checkpoint.{did_you_mean(name, known)}"
+        )
 
 
 def _from_folder(source: str, name: str, dtype: torch.dtype | None, hub: Mapping[str, Any]) -> tuple[Any, nn.Module]:
     """(architecture, module) of a folder or hub repository with a config.json."""
-    config = _config(source, hub)
+    where, config = _config(source, hub)
     kind = config.get("model_type")
     for hooked in architectures().values():
         if kind in hooked.hub_types:
-            return hooked, _from_transformers(source, dtype, hub)
+            fields.check(config, hooked.hub_fields, where)
+            return hooked, _from_transformers(hooked, source, where, config, dtype, hub)
     for hooked in architectures().values():
         if hooked.is_original(config):
-            return hooked, _from_original(hooked, source, config, _state_dict(source, hub), dtype)
-    what = f"model_type {kind!r}" if kind else f"a config.json with {', '.join(list(config)[:6])}"
+            _check_options(hub)
+            fields.check(config, hooked.original_fields, where)
+            state = checkpoint.find(source, hub).tensors()
+            return hooked, _from_original(hooked, source, where, config, state, dtype)
+    what = f"model_type {kind!r}" if kind else f"a config.json with {', '.join(list(config)[:6]) or 'nothing'}"
     raise CheckpointError(f"{name} has {what}, which gatedlens does not support. {supported()}")
 
 
 def _one_file(path: Path) -> Path | None:
     """The checkpoint that is one file: `path` itself, or the only .pth of a folder without a config.json."""
-    if path.suffix in ONE_FILE:
+    with reading(path, "is no path"):  # too long a name, for one
+        folder = path.is_dir()
+    if path.suffix in ONE_FILE and not folder:
         return path
-    files = sorted(path.glob("*.pth")) if path.is_dir() and not (path / "config.json").exists() else []
+    files = sorted(path.glob("*.pth")) if folder and not (path / "config.json").exists() else []
     if len(files) > 1:
         held = ", ".join(file.name for file in files[:4])
         raise CheckpointError(f"{path} holds {len(files)} checkpoints ({held}): name one.")
     return files[0] if files else None
 
 
-def _from_file(path: Path, variant: str | None, dtype: torch.dtype | None) -> tuple[Any, nn.Module]:
+def _from_file(
+    path: Path, variant: str | None, dtype: torch.dtype | None, hub: Mapping[str, Any]
+) -> tuple[Any, nn.Module]:
     """(architecture, module) of an original checkpoint in one file: tensors, or `{"model": tensors, "args": ...}`."""
+    _check_options(hub)
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}. Download the checkpoint and give its path.")
-    loaded = _load(path)
-    told: dict[str, Any] = {}
-    if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
-        told = dict(vars(loaded["args"])) if isinstance(loaded.get("args"), argparse.Namespace) else {}
-        loaded = loaded["model"]
-    state = _tensors(path, loaded)
-    for hooked in architectures().values():
-        config = hooked.config_of_file(state, told, variant)
-        if config is not None:
-            return hooked, _from_original(hooked, str(path), config, state, dtype)
-    held = ", ".join(list(state)[:3])
-    raise CheckpointError(f"{path} holds {held}, ...: no architecture that loads from one file. {supported()}")
+    held, told = checkpoint.unpacked(path, checkpoint.load(path))
+    for prefix in checkpoint.prefixes(held):
+        state = {name.removeprefix(prefix): tensor for name, tensor in held.items()}
+        for hooked in architectures().values():
+            with reading(path, f"is no {hooked.title} that gatedlens can read"), about(path):
+                config = hooked.config_of_file(state, told, variant)
+            if config is not None:
+                fields.check(config, hooked.original_fields, path)
+                return hooked, _from_original(hooked, str(path), path, config, state, dtype)
+    names = ", ".join(list(held)[:3])
+    raise CheckpointError(f"{path} holds {names}, ...: no architecture that loads from one file. {supported()}")
 
 
 def _source(name: str) -> str:
@@ -193,32 +317,71 @@ def _source(name: str) -> str:
     return name
 
 
-def _config(source: str, hub: Mapping[str, Any]) -> dict[str, Any]:
-    from transformers import PretrainedConfig
-
-    if Path(source).is_dir() and not (Path(source) / "config.json").exists():
+def _config(source: str, hub: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(where it stands, what it says) of a folder's or hub repository's config.json."""
+    path = checkpoint.file_of(source, "config.json", hub)
+    if path is not None:
+        return path, checkpoint.read_json(path)
+    if Path(source).is_dir():
         found = ", ".join(sorted(p.name for p in Path(source).iterdir())[:8]) or "nothing"
         raise CheckpointError(f"{source} has no config.json (it holds {found}).")
-    try:
-        config, _ = PretrainedConfig.get_config_dict(source, **hub)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source} cannot be loaded: {error}\n{supported()}") from error
-    return dict(config)
+    raise CheckpointError(f"{source} has no config.json on the hub, or it cannot be reached.\n{supported()}")
 
 
-def _from_transformers(source: str, dtype: torch.dtype | None, hub: Mapping[str, Any]) -> nn.Module:
-    """transformers loads it; we make sure that nothing was missing or left over."""
+def _from_transformers(
+    hooked: Any, source: str, where: Any, config: Mapping[str, Any], dtype: torch.dtype | None, hub: Mapping[str, Any]
+) -> nn.Module:
+    """transformers loads it, once the tensors that the files hold are known to fit; we make sure that none was left."""
     from transformers import AutoModelForCausalLM
 
-    try:
-        with _quiet() if Path(source).is_dir() else nullcontext():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **hub
-            )
-    except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{source} cannot be loaded: {type(error).__name__}: {error}") from error
+    held = checkpoint.find(source, hub).shapes()
+    fields.check_depth(config, hooked.hub_fields, where, len(held))
+    expected = _asked_for(source, where, hub)
+    names = {name for name, _ in expected.named_parameters(remove_duplicate=False)}
+    prefix = next((p for p in checkpoint.prefixes(held) if any(name.removeprefix(p) in names for name in held)), "")
+    _check_shapes(source, expected, {name.removeprefix(prefix): shape for name, shape in held.items()})
+    if prefix:
+        hub = {"key_mapping": {f"^{re.escape(prefix)}": ""}, **hub}
+    with reading(source, "cannot be loaded"), _quiet() if Path(source).is_dir() else nullcontext():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **hub
+        )
     _complete(source, info["missing_keys"], info["unexpected_keys"], info.get("mismatched_keys", ()))
     return model
+
+
+def _asked_for(source: str, where: Any, hub: Mapping[str, Any]) -> nn.Module:
+    """The model that a config.json of transformers' asks for, without memory for its weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {name: value for name, value in hub.items() if name not in PLACING}
+    with reading(where, "asks for a model that transformers cannot build"), torch.device("meta"):
+        config, _ = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **options)
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _check_shapes(source: str, expected: nn.Module, held: Mapping[str, Any]) -> None:
+    """Refuse tensors of other shapes, and a model that is larger than all that the files hold.
+
+    Whether a name is missing or left over, transformers says: it knows older names, too.
+    """
+    wanted = expected.state_dict()
+    mismatched = _misshapen(wanted, held)
+    asked, there = sum(p.numel() for p in expected.parameters()), sum(shape.numel() for shape in held.values())
+    if mismatched or asked > there:
+        _complete(source, _missing(expected, held), set(held) - set(wanted), mismatched)
+
+
+def _misshapen(wanted: Mapping[str, Tensor], held: Mapping[str, Any]) -> list[str]:
+    return [f"{k} {list(held[k])} for {list(v.shape)}" for k, v in wanted.items() if k in held and held[k] != v.shape]
+
+
+def _missing(module: nn.Module, held: Iterable[str]) -> set[str]:
+    """The names of `module` that are not held, nor tied to one that is."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    known = {id(parameters[name]) for name in held if name in parameters}
+    absent = set(module.state_dict()) - set(held)
+    return {name for name in absent if name not in parameters or id(parameters[name]) not in known}
 
 
 @contextmanager
@@ -247,102 +410,24 @@ def _complete(source: str, missing: Any, extra: Any, mismatched: Any = ()) -> No
 
 
 def _from_original(
-    hooked: Any, source: str, config: dict[str, Any], state: Mapping[str, Tensor], dtype: torch.dtype | None
+    hooked: Any,
+    source: str,
+    where: Any,
+    config: dict[str, Any],
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
 ) -> nn.Module:
-    """An original checkpoint into the architecture's own parameter module."""
-    state = hooked.rename(dict(state))
+    """An original checkpoint into the architecture's own parameter module, which is built once everything fits."""
+    fields.check_depth(config, hooked.original_fields, where, len(state))
+    with reading(where, f"asks for a {hooked.title} that cannot be built"), about(where), torch.device("meta"):
+        expected: nn.Module = hooked.empty(config)
+    wanted = expected.state_dict()
+    with reading(source, f"holds tensors that are not as {hooked.title}'s are"), about(source):
+        bare = [{name.removeprefix(p): t for name, t in state.items()} for p in checkpoint.prefixes(state)]
+        found = [hooked.rename(one) for one in bare]
+    renamed = next((one for one in found if set(one) & set(wanted)), found[0])
+    shapes = {name: tensor.shape for name, tensor in renamed.items()}
+    _complete(source, _missing(expected, renamed), set(renamed) - set(wanted), _misshapen(wanted, shapes))
     wrapped: nn.Module = hooked.empty(config)
-    expected = wrapped.state_dict()
-    shared = {k for k in expected if k not in state and _tied_to_known(wrapped, k, state)}
-    mismatched = [
-        f"{k} {list(state[k].shape)} for {list(v.shape)}"
-        for k, v in expected.items()
-        if k in state and state[k].shape != v.shape
-    ]
-    _complete(source, set(expected) - set(state) - shared, set(state) - set(expected), mismatched)
-    wrapped.load_state_dict(state, strict=False)
-    file_dtype = next(v.dtype for v in state.values() if v.is_floating_point())
-    return wrapped.to(dtype or file_dtype)
-
-
-def _tied_to_known(module: nn.Module, key: str, state: Mapping[str, Tensor]) -> bool:
-    """Whether the parameter `key` is the same object as one that the checkpoint has."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    return any(parameters.get(key) is parameters.get(other) for other in state if other in parameters)
-
-
-def _state_dict(source: str, hub: Mapping[str, Any]) -> dict[str, Tensor]:
-    """All tensors of a checkpoint: safetensors first, else a pickle that holds tensors only."""
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        path = _file(source, index, hub)
-        if path is not None:
-            shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-            merged: dict[str, Tensor] = {}
-            for shard in shards:
-                part = _file(source, shard, hub)
-                if part is None:
-                    raise CheckpointError(f"{source} lacks the shard {shard} that {index} names.")
-                merged |= read_tensors(part)
-            return merged
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        path = _file(source, name, hub)
-        if path is not None:
-            return read_tensors(path)
-    raise CheckpointError(f"{source} has neither model.safetensors nor pytorch_model.bin.")
-
-
-def _file(source: str, name: str, hub: Mapping[str, Any]) -> Path | None:
-    """A file of a folder or hub repository; None when it has none by this name."""
-    if Path(source).is_dir():
-        path = Path(source) / name
-        return path if path.exists() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(source, name, **hub))
-    except (EntryNotFoundError, LocalEntryNotFoundError):
-        return None
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or of a pickle; a pickle that carries code is refused."""
-    return _tensors(path, _load(path))
-
-
-def _load(path: Path) -> Any:
-    """What a file holds: of a pickle, tensors, plain data and the Namespace in which training scripts keep options."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is refused: it holds more than tensors (a pickle can run code), or is damaged. "
-            f"Ask for a safetensors file. ({str(error).splitlines()[0]})"
-        ) from error
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or cut short: {type(error).__name__}: {error}") from error
-
-
-def _tensors(path: Path, loaded: Any) -> dict[str, Tensor]:
-    """`loaded` if it is a state dict."""
-    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise CheckpointError(f"{path} holds no state dict (names to tensors).")
-    return loaded
-
-
-def _tokenizer(source: str, hub: Mapping[str, Any]) -> Any:
-    """The tokenizer beside a model, or None (logged) if there is none."""
-    if Path(source).is_dir() and not any((Path(source) / name).exists() for name in TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source, **hub)
-    except (OSError, ValueError, KeyError) as error:
-        log.warning(
-            "%s has no tokenizer that transformers can load (%s); pass tokenizer=... or token ids.", source, error
-        )
-        return None
+    wrapped.load_state_dict(renamed, strict=False)
+    return wrapped.to(dtype or next(iter(renamed.values())).dtype)

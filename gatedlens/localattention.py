@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from gatedlens.block import TokenMixing
 from gatedlens.documentrun import DocumentRun
 from gatedlens.factors import Factors
+from gatedlens.memory import SMALL, afford, free
 from gatedlens.padding import Padding
 from gatedlens.patternmatrix import PatternScan
 from gatedlens.points import Point
@@ -101,6 +102,24 @@ class LocalAttention(TokenMixing):
             seen &= run.documents.unsqueeze(2) == of_keys.unsqueeze(1)
         return (seen | (behind == 0)).unsqueeze(1)
 
+    def _afford(
+        self, q: Float[Tensor, "batch pos head d_head"], keys: Float[Tensor, "batch key_pos some d_head"]
+    ) -> None:
+        """TooLargeError for scores and a pattern that the device does not hold."""
+        batch, length, heads, _ = q.shape
+        pairs = batch * length * keys.shape[1]
+        size = pairs * (heads * (2 * q.element_size() + 8) + 10)  # scores twice, their float32 softmax; who sees whom
+        if size < SMALL or torch.compiler.is_compiling():
+            return
+        afford(
+            f"The attention of layer {self.layer}, {heads} heads over {length} x {keys.shape[1]} positions,",
+            size,
+            free(q.device),
+            f"Run the text in parts: `_, state = model(first, return_state=True)`, then `model(rest, state=state)`; a part "
+            f"of n positions takes n * (n + {self.window - 1}).",
+            f"the {{}} that are free on {q.device}",
+        )
+
     def remember(self, keys: Tensor, values: Tensor, carried: Int[Tensor, "batch carried"], run: DocumentRun) -> None:
         """Leave the last window - 1 real keys and values of each row, without those of documents that have ended."""
         if run.left is None:
@@ -131,6 +150,7 @@ class LocalAttention(TokenMixing):
         values = torch.cat([run.start("values", self.layer, shape, v), v], dim=1)
         self.remember(keys, values, carried, run)
 
+        self._afford(q, keys)
         groups = q.shape[2] // k.shape[2]  # so many heads share one key and value head
         scores = torch.einsum("bqhd,bkhd->bhqk", rot_q, keys.repeat_interleave(groups, dim=2)) * self.d_head**-0.5
         scores = self.hook_attn_scores(scores.masked_fill(~self.visible(carried, run), -torch.inf))

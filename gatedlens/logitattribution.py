@@ -25,9 +25,12 @@ from torch import Tensor
 
 from gatedlens import inputs
 from gatedlens.attention import implicit_attention
+from gatedlens.autocast import exact
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
+from gatedlens.padding import Padding
+from gatedlens.positions import listed, one_a_row
 from gatedlens.result import Result
 
 Tokens = int | str | Sequence[int] | Sequence[str] | Tensor
@@ -51,7 +54,7 @@ def logit_attribution(model: Any, input: Any, right: Tokens, wrong: Tokens | Non
 
 @torch.no_grad()
 def token_attribution(model: Any, input: Any, right: Tokens, wrong: Tokens | None = None, pos: Any = None) -> Result:
-    """The same by source: batch x component x src, where src are the positions and `remainder`, what no token brings.
+    """The same by source: batch x component x src, where src are a row's positions and `remainder`, what no token brings.
 
     A mixer's output is split by its implicit attention; the embedding and the channel mixers write where they stand; the
     biases, and what a mixer adds by biases and a carried state, are the remainder. Options as in `logit_attribution`.
@@ -65,8 +68,10 @@ def token_attribution(model: Any, input: Any, right: Tokens, wrong: Tokens | Non
         rows[label] = reading.of_mixer(int(layer)) if kind == "mixer_out" else reading.in_place(value)
     for label, bias in reading.biases.items():
         rows[label] = torch.cat([bias.new_zeros(len(bias), reading.length), bias.unsqueeze(1)], dim=1)
-    labels = {"component": list(rows), "src": [*inputs.labels(model, reading.batch), REMAINDER]}
-    return reading.result(torch.stack(list(rows.values()), dim=1), ("batch", "component", "src"), labels)
+    values, names = torch.stack(list(rows.values()), dim=1), inputs.labels(model, reading.batch)
+    by_source = Padding.of(reading.batch.mask).pack(values[..., :-1].movedim(-1, 1)).movedim(1, -1)[..., : len(names)]
+    values = torch.cat([by_source, values[..., -1:]], dim=-1)
+    return reading.result(values, ("batch", "component", "src"), {"component": list(rows), "src": [*names, REMAINDER]})
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +134,8 @@ class Reading:
         given = implicit_attention(self.cache, layer=layer).contributions()
         total = self.direction.new_zeros(self.direction.shape[:2])
         for i in self.direction.abs().sum((0, 2)).nonzero().flatten().tolist():
-            total = total + torch.einsum("bjd,bd->bj", given.row(i).double(), self.direction[:, i])
+            place = torch.full((len(total),), i, device=total.device)
+            total = total + torch.einsum("bjd,bd->bj", given.at(place).double(), self.direction[:, i])
         return torch.cat([total, self.of_stream(given.remainder()).unsqueeze(1)], dim=1)
 
     def result(self, values: Tensor, axes: tuple[str, ...], labels: dict[str, Any]) -> Result:
@@ -150,7 +156,8 @@ def _through_norm(
         with model.hooks([(SCALE, lambda own, hook: held.to(own))]):
             x = torch.zeros(last.shape, dtype=last.dtype, device=last.device, requires_grad=True)
             read = (model.ln_final(x).double() * u).sum((1, 2))
-        (direction,) = torch.autograd.grad(read.sum(), x)
+        with exact(x):
+            (direction,) = torch.autograd.grad(read.sum(), x)
     return direction, read.detach()
 
 
@@ -162,9 +169,9 @@ def _looks(model: Any, batch: Batch, pos: Any) -> tuple[Float[Tensor, "batch pos
         if pos is not None:
             raise InputError(f"pos={pos!r}: {model.title} has one output a row, read where its head reads it.")
         return pooling.double().expand(real.shape), "pooled"
-    places = inputs.places(-1 if pos is None else pos, real)
-    looks = torch.nn.functional.one_hot(places, real.shape[1]).double()
-    return looks, places.tolist()
+    place = one_a_row(-1 if pos is None else pos, "pos", real)
+    looks = torch.nn.functional.one_hot(place, real.shape[1]).to(real.device)
+    return looks.double(), [own[0] for own in listed(looks.bool(), real)]
 
 
 def _ids(model: Any, tokens: Tokens, rows: int, what: str) -> Tensor:

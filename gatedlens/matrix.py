@@ -4,6 +4,8 @@
     scan.summed(left, right, taps)   # batch dst src: channels weighted and summed, the conv folded in
     scan.select([3, 5]).dense()      # batch channel dst src
 
+A scan of your own gives `length, select, apply, apply_transposed, seen` and `dense`; the rest is made of these.
+
 DecayScan (scanmatrix.py) is a decay with a state, WkvScan (wkvmatrix.py) a softmax over the past with a decay, PatternScan
 (patternmatrix.py) an attention pattern. b batch, l pos (i row, j source), c channel.
 """
@@ -11,9 +13,12 @@ DecayScan (scanmatrix.py) is a decay with a state, WkvScan (wkvmatrix.py) a soft
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import reduce
 from typing import ClassVar
 
-from jaxtyping import Float, Int
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gatedlens.errors import InputError
@@ -50,6 +55,10 @@ class ScanMatrix(ABC):
         """
         raise InputError("The rows of this layer's scan are no softmax, so there is nothing to renormalise.")
 
+    def undecayed(self, own: Bool[Tensor, "batch pos"]) -> ScanMatrix:
+        """The scan that rows `own` have without the decay of their own step; here itself: there is no such decay."""
+        return self
+
     @abstractmethod
     def seen(self, i: Int[Tensor, " batch"]) -> Float[Tensor, "batch src channel"]:
         """S[i_b, :] for a row of its own in each batch element; zeros behind it."""
@@ -58,7 +67,12 @@ class ScanMatrix(ABC):
     def dense(self) -> Float[Tensor, "batch channel dst src"]:
         """S channel by channel."""
 
-    @abstractmethod
+    def contracted(
+        self, left: Float[Tensor, "batch pos channel"], right: Float[Tensor, "batch pos channel"]
+    ) -> Float[Tensor, "batch dst src"]:
+        """sum_c left_i[c] * S[i, j][c] * right_j[c]; a scan that can do it without `dense` says how."""
+        return torch.einsum("bic,bcij,bjc->bij", left, self.dense(), right)
+
     def summed(
         self,
         left: Float[Tensor, "batch pos channel"],
@@ -66,12 +80,21 @@ class ScanMatrix(ABC):
         taps: Float[Tensor, "channel tap"],
     ) -> Float[Tensor, "batch dst src"]:
         """sum_c left_i[c] * sum_k S[i, j + k] * right_{j + k}[c] * taps[c, K - 1 - k]: channels summed, conv included."""
+        reach = min(taps.shape[1], self.length)
+        return reduce(torch.add, (earlier(self.contracted(left, right * taps[:, -1 - k]), k) for k in range(reach)))
 
     def folded(
         self,
         left: Float[Tensor, "batch pos channel"],
         right: Float[Tensor, "batch pos channel"],
-        taps: Float[Tensor, "channel one"],
+        taps: Float[Tensor, "channel tap"],
     ) -> Float[Tensor, "batch channel dst src"]:
-        """What `summed` sums, channel by channel; here for a single tap, which is no conv."""
-        return self.dense() * left.mT.unsqueeze(-1) * (right * taps[:, 0]).mT.unsqueeze(-2)
+        """What `summed` sums, channel by channel."""
+        rows, reach = self.dense() * left.mT.unsqueeze(-1), min(taps.shape[1], self.length)
+        weights = ((right * taps[:, -1 - k]).mT.unsqueeze(-2) for k in range(reach))
+        return reduce(torch.add, (earlier(rows * weight, k) for k, weight in enumerate(weights)))
+
+
+def earlier(matrix: Float[Tensor, "... dst src"], k: int) -> Float[Tensor, "... dst src"]:
+    """The columns moved k places back: what stood at source m stands at m - k."""
+    return F.pad(matrix[..., k:], (0, k)) if k else matrix

@@ -6,34 +6,113 @@
 
 logits are [batch, pos, d_vocab], read at `pos` (the last position; one number or one a row), or a classifier's [batch, d_vocab].
 A metric of your own is any function logits -> [batch] (or -> a scalar, where no row is asked for).
+
+`pos` counts a row's real positions (`positions.py`). Whoever measures a padded batch hands a metric `Logits`, which know where
+they are; call a metric yourself with `Logits.of(logits, mask)`. In plain logits every position counts as real. A metric of
+your own reads `at_position(logits, -1)`, or hands the logits on to one of these; `logits[:, -1]` is padding where rows are
+padded on the right, and you are warned.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, SupportsFloat
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.language import next_token_loss
+from gatedlens.positions import one_a_row
 
 Metric = Callable[[Tensor], Tensor]
 Tokens = Any  # a whole number, or a sequence or tensor of one a row; what is neither is explained
 
 
-def at_position(logits: Float[Tensor, "batch *pos d_vocab"], pos: Tokens = -1) -> Float[Tensor, "batch d_vocab"]:
+# -- logits of a padded batch ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rows:
+    """Where the rows of some logits are real, and whether anybody has asked."""
+
+    real: Bool[Tensor, "batch pos"]
+    asked: bool = False
+
+
+class Logits(Tensor):
+    """`Logits.of(logits, mask)`: logits [batch, pos, d_vocab] of a padded batch, which know where its rows are real.
+
+    A tensor like any other. What is computed from them and keeps their [batch, pos] knows it too.
+    """
+
+    rows: Rows
+
+    @staticmethod
+    def of(logits: Tensor, mask: Shaped[Tensor, "batch pos"] | None) -> Tensor:
+        """The logits as they are where nothing is padding, or where they have no positions."""
+        if mask is None or logits.ndim != 3 or bool(mask.all()):
+            return logits
+        if tuple(mask.shape) != tuple(logits.shape[:2]):
+            raise InputError(
+                f"The mask is {list(mask.shape)} and the logits {list(logits.shape)}: [batch, pos] of both."
+            )
+        return _knowing(logits, Rows(mask.bool()))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **(kwargs or {}))
+        rows = next((one.rows for one in args if isinstance(one, Logits)), None)
+        if rows is None or type(out) is not Tensor or out.ndim != 3 or out.shape[:2] != rows.real.shape:
+            return out
+        return _knowing(out, rows)
+
+
+def _knowing(logits: Tensor, rows: Rows) -> Tensor:
+    found = logits.as_subclass(Logits)
+    found.rows = rows
+    return found
+
+
+def real_positions(logits: Float[Tensor, "batch pos d_vocab"]) -> Bool[Tensor, "batch pos"]:
+    """Where the rows of logits are real: everywhere, unless they know better."""
+    if not isinstance(logits, Logits):
+        return torch.ones(logits.shape[:2], dtype=torch.bool)
+    logits.rows.asked = True
+    return logits.rows.real
+
+
+def by_rows(logits: Float[Tensor, "many ..."], rows: int) -> list[Tensor]:
+    """The parts of `rows` rows each, which know what the whole knew."""
+    parts, mask = logits.split(rows), _mask(logits)
+    return [*parts] if mask is None else [Logits.of(*one) for one in zip(parts, mask.split(rows), strict=True)]
+
+
+def _tell_of_padding(logits: Tensor) -> None:
+    """A warning if a metric read right-padded rows and never asked where they end."""
+    if isinstance(logits, Logits) and not logits.rows.asked and not bool(logits.rows.real[:, -1].all()):
+        warnings.warn(
+            "Some rows are padded on the right, and this metric did not ask where they end: logits[:, -1] is padding there. "
+            "Read gl.metrics.at_position(logits, -1), use a metric of gl.metrics, or pad on the left.",
+            stacklevel=4,
+        )
+
+
+# -- reading them ---------------------------------------------------------------------------------------------------
+
+
+def at_position(logits: Float[Tensor, "batch *pos d_vocab"], pos: Any = -1) -> Float[Tensor, "batch d_vocab"]:
     """The logits of one position a row (`pos`: one for all, or one a row); a classifier's as they are."""
     if logits.ndim == 2:
         return logits
-    length = logits.shape[1]
-    place = _one_a_row(pos, logits, "pos")
-    if bool(((place < -length) | (place >= length)).any()):
-        raise InputError(f"pos={_say(pos)} is out of range: the logits have {length} positions.")
-    return logits[torch.arange(len(logits), device=logits.device), place]
+    place = one_a_row(pos, "pos", real_positions(logits)).to(logits.device)
+    found: Tensor = logits.as_subclass(Tensor)[torch.arange(len(logits), device=logits.device), place]
+    return found
 
 
 def _one_a_row(given: Tokens, logits: Float[Tensor, "batch *pos d_vocab"], what: str) -> Int[Tensor, " batch"]:
@@ -66,12 +145,12 @@ def _chosen(values: Float[Tensor, "batch d_vocab"], tokens: Tokens, what: str) -
 # -- what is measured -----------------------------------------------------------------------------------------------
 
 
-def logit(token: Tokens, pos: Tokens = -1) -> Metric:
+def logit(token: Tokens, pos: Any = -1) -> Metric:
     """logit[token]"""
     return lambda logits: _chosen(at_position(logits, pos), token, "token")
 
 
-def logit_difference(right: Tokens, wrong: Tokens, pos: Tokens = -1) -> Metric:
+def logit_difference(right: Tokens, wrong: Tokens, pos: Any = -1) -> Metric:
     """logit[right] - logit[wrong]"""
 
     def metric(logits: Float[Tensor, "batch *pos d_vocab"]) -> Float[Tensor, " batch"]:
@@ -81,37 +160,42 @@ def logit_difference(right: Tokens, wrong: Tokens, pos: Tokens = -1) -> Metric:
     return metric
 
 
-def log_probability(token: Tokens, pos: Tokens = -1) -> Metric:
+def log_probability(token: Tokens, pos: Any = -1) -> Metric:
     """log softmax(logits)[token], in nats"""
     return lambda logits: _chosen(at_position(logits, pos).log_softmax(-1), token, "token")
 
 
-def probability(token: Tokens, pos: Tokens = -1) -> Metric:
+def probability(token: Tokens, pos: Any = -1) -> Metric:
     """softmax(logits)[token]"""
     return lambda logits: _chosen(at_position(logits, pos).softmax(-1), token, "token")
 
 
-def kl(reference: Float[Tensor, "batch *pos d_vocab"], pos: Tokens = -1) -> Metric:
+def kl(reference: Float[Tensor, "batch *pos d_vocab"], pos: Any = -1) -> Metric:
     """KL(reference || logits) = sum p_ref (log p_ref - log p), in nats: how far the output is from a run's logits."""
 
     def metric(logits: Float[Tensor, "batch *pos d_vocab"]) -> Float[Tensor, " batch"]:
         if logits.shape != reference.shape:
             raise InputError(f"kl compares with logits {list(reference.shape)}; these are {list(logits.shape)}.")
-        want, have = (at_position(one, pos).log_softmax(-1) for one in (reference.to(logits), logits))
+        # A reference that does not know its rows was padded as these are: it has their shape.
+        own = reference if isinstance(reference, Logits) else Logits.of(reference, _mask(logits))
+        want, have = (at_position(one, pos).log_softmax(-1) for one in (own.to(logits), logits))
         return (want.exp() * (want - have)).sum(-1)
 
     return metric
 
 
 def loss(tokens: Int[Tensor, "batch pos"], mask: Shaped[Tensor, "batch pos"] | None = None) -> Metric:
-    """-log p(token[t + 1] | tokens[..t]), mean over each row's targets, in nats; `mask` as in the model's call."""
+    """-log p(token[t + 1] | tokens[..t]), mean over each row's targets, in nats.
+
+    mask: as in the model's call; None: that of the logits, where they know it.
+    """
 
     def metric(logits: Float[Tensor, "batch *pos d_vocab"]) -> Float[Tensor, " batch"]:
         if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
             raise InputError(f"loss needs logits for tokens {list(tokens.shape)}; these are {list(logits.shape)}.")
-        losses = next_token_loss(logits, tokens.to(logits.device), mask, per_token=True)
-        real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
-        targets = real.sum(1).to(logits.device) - 1
+        real = (real_positions(logits) if mask is None else mask.bool()).to(logits.device)
+        losses = next_token_loss(logits.as_subclass(Tensor), tokens.to(logits.device), real, per_token=True)
+        targets = real.sum(1) - 1
         if bool((targets < 1).any()):
             raise InputError("loss by row needs two tokens in every row: one to read and one to predict.")
         return losses.sum(1) / targets
@@ -124,13 +208,18 @@ def cross_entropy(labels: Tokens) -> Metric:
     return lambda logits: F.cross_entropy(at_position(logits), _one_a_row(labels, logits, "labels"), reduction="none")
 
 
-def normalised(metric: Metric, clean: Float[Tensor, "batch ..."], corrupted: Float[Tensor, "batch ..."]) -> Metric:
+def normalised(
+    metric: Metric,
+    clean: Float[Tensor, "batch ..."],
+    corrupted: Float[Tensor, "batch ..."],
+    mask: Shaped[Tensor, "batch pos"] | None = None,
+) -> Metric:
     """(metric - corrupted) / (clean - corrupted): 1 as in the clean run, 0 as in the corrupted one.
 
-    clean, corrupted: the two runs' logits. Both baselines are means over rows, so the mean of the rows is the
-    normalised mean.
+    clean, corrupted: the two runs' logits; mask: where their rows are real (None: everywhere). Both baselines are means
+    over rows, so the mean of the rows is the normalised mean.
     """
-    high, low = (float(per_row(metric, logits).mean()) for logits in (clean, corrupted))
+    high, low = (float(per_row(metric, Logits.of(logits, mask)).mean()) for logits in (clean, corrupted))
     if abs(high - low) < 1e-12 * max(abs(high), abs(low), 1e-12):
         raise InputError(f"The metric is {high:.6g} in the clean and in the corrupted run: nothing to normalise by.")
     return lambda logits: (metric(logits) - low) / (high - low)
@@ -149,6 +238,10 @@ def per_row(metric: Any, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, " 
     return value.reshape(-1)
 
 
+def _mask(logits: Tensor) -> Tensor | None:
+    return logits.rows.real if isinstance(logits, Logits) else None
+
+
 def measure(metric: Any, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, ...]:
     """The metric's value: one number, or one a row [batch]; an InputError for anything else, and for NaN.
 
@@ -159,6 +252,7 @@ def measure(metric: Any, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, ..
             f"The metric is {metric!r}; it is a function of logits: gl.metrics.logit_difference(...), say."
         )
     value = metric(logits)
+    _tell_of_padding(logits)
     if not isinstance(value, Tensor):
         if not isinstance(value, SupportsFloat) or isinstance(value, str):
             raise InputError(f"The metric returned {type(value).__name__}; it must return a tensor, one number a row.")

@@ -21,9 +21,11 @@ from gatedlens import placement
 from gatedlens.block import Norm, Run, norm_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import InputError
+from gatedlens.fields import Field
 from gatedlens.grid import Grid
 from gatedlens.hooking import Batch, Hooking
 from gatedlens.hookpoint import HookPoint, rows_of
+from gatedlens.layers import layer_of
 from gatedlens.padding import Padding
 from gatedlens.points import Alias, Names, Point, View
 from gatedlens.state import CARRIED, Carried, RecurrentState
@@ -40,6 +42,8 @@ class HookedModel(Hooking):
     attention_words: ClassVar[dict[str, str]] = {}  # each factor of the implicit attention, from its points; ditto
     wraps: ClassVar[tuple[str, ...]] = ()  # class names that `gl.wrap` hands to this architecture
     hub_types: ClassVar[tuple[str, ...]] = ()  # model_type in a config.json of transformers
+    hub_fields: ClassVar[Mapping[str, Field]] = {}  # what the keys of such a config.json may hold
+    original_fields: ClassVar[Mapping[str, Field]] = {}  # and those of an original checkpoint's; see `is_original`
     block_points: ClassVar[tuple[Point, ...]] = ()
     first_points: ClassVar[tuple[Point, ...]] = ()
     final_points: ClassVar[tuple[Point, ...]] = norm_rows("ln_final", "blocks.-1.hook_resid_post", "the final norm")
@@ -187,8 +191,7 @@ class HookedModel(Hooking):
 
         `layer`: the block to show, None for all of them (blocks differ only where the architecture mixes kinds).
         """
-        self._layer(layer, "layer")
-        chosen = range(self.cfg.n_layers) if layer is None else [range(self.cfg.n_layers)[layer]]
+        chosen = range(self.cfg.n_layers) if layer is None else [layer_of(self, layer)]
         blocks = tuple(f"blocks.{i}." for i in chosen)
         rows = {n: p for n, p in self.names.points.items() if not n.startswith("blocks.") or n.startswith(blocks)}
         itemsize = torch.empty((), dtype=self.cfg.dtype).element_size()

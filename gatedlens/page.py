@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from gatedlens.errors import InputError
+from gatedlens.jsontext import in_page
 from gatedlens.plot import Html, label
 
 SCRIPT = """
@@ -28,17 +29,18 @@ box.onmouseleave = () => show(fixed);
 Object.keys(data.layers).forEach(name => pick.add(new Option(name, name)));
 pick.value = data.first;
 pick.onchange = () => show(fixed);
+function said_of(value) { return value === null ? 'not a finite number' : value.toPrecision(4); }
 function show(i) {
   const row = data.layers[pick.value][i], top = Math.max(...row.map(Math.abs), 1e-12);
   spans.forEach((span, j) => {
     const share = (row[j] || 0) / top, rgb = share > 0 ? '214,40,40' : '29,78,216';
     span.style.background = `rgba(${rgb},${Math.abs(share).toFixed(3)})`;
     span.style.outline = i === j ? '2px solid #222' : 'none';
-    span.title = `${data.tokens[j]} at ${j}: ${(row[j] || 0).toPrecision(4)}`;
+    span.title = `${data.tokens[j]} at ${j}: ${said_of(j in row ? row[j] : 0)}`;
   });
   const best = row.map((v, j) => [Math.abs(v), j]).sort((a, b) => b[0] - a[0]).slice(0, 5);
   said.textContent = `position ${i} attends most to: ` +
-    best.map(([, j]) => `${data.tokens[j]} (${j}): ${row[j].toPrecision(3)}`).join(',  ');
+    best.map(([, j]) => `${data.tokens[j]} (${j}): ${said_of(row[j])}`).join(',  ');
 }
 show(fixed);
 """
@@ -49,8 +51,18 @@ def attention_page(
 ) -> Html:
     """`attention_page({"layer 0": A0, "layer 1": A1}, tokens, "Mamba on Moby-Dick").save("attention.html")`.
 
-    layers: a [dst, src] matrix by name; `first` the one shown first (the last one if None); notes: lines below.
+    layers: a [dst, src] matrix by name; `first` the one shown first (the last one if None); notes: lines below. What is no
+    finite number is null in the page's data, and named there.
     """
+    if not layers:
+        raise InputError("There is no layer to show: the mapping is empty.")
+    for name, matrix in layers.items():
+        if tuple(matrix.shape) != (len(tokens), len(tokens)):
+            raise InputError(
+                f"{name} has shape {list(matrix.shape)}; {len(tokens)} tokens take [{len(tokens)}, {len(tokens)}]."
+            )
+    if first is not None and first not in layers:
+        raise InputError(f"first={first!r} is no layer; they are {', '.join(layers)}.")
     rows = {
         name: [
             [float(f"{v:.4g}") for v in row[: i + 1]] for i, row in enumerate(matrix.detach().float().cpu().tolist())
@@ -58,7 +70,7 @@ def attention_page(
         for name, matrix in layers.items()
     }
     data = {"tokens": [label(token) for token in tokens], "layers": rows, "first": first or list(layers)[-1]}
-    payload = json.dumps(data).replace("</", "<\\/")
+    payload = in_page(data)
     lines = "".join(f"<p style='color:#555'>{html.escape(note)}</p>" for note in notes)
     body = (
         f"<h1 style='font-size:1.4em'>{html.escape(title)}</h1>"

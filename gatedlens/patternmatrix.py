@@ -6,7 +6,7 @@ The matrix exists already, a head at a time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -31,7 +31,7 @@ class PatternScan(ScanMatrix):
 
     def select(self, channels: Tensor | slice | list[int]) -> PatternScan:
         """The scan of some channels."""
-        return PatternScan(self.pattern, self.before, self.head[channels])
+        return replace(self, head=self.head[channels])
 
     def _apply(
         self, pattern: Float[Tensor, "batch head dst src"], u: Float[Tensor, "batch src channel"]
@@ -58,17 +58,14 @@ class PatternScan(ScanMatrix):
         """S^T g"""
         return self._apply(self.pattern.mT, g)
 
-    def summed(
-        self,
-        left: Float[Tensor, "batch pos channel"],
-        right: Float[Tensor, "batch pos channel"],
-        taps: Float[Tensor, "channel one"],
+    def contracted(
+        self, left: Float[Tensor, "batch pos channel"], right: Float[Tensor, "batch pos channel"]
     ) -> Float[Tensor, "batch dst src"]:
-        """sum_c left_i[c] * S[i, j][c] * right_j[c] * taps[c]: attention has no conv, so there is one tap."""
+        """sum_c left_i[c] * S[i, j][c] * right_j[c], a head at a time."""
         total = torch.zeros_like(self.pattern[:, 0])
         for head in self.head.unique().tolist():
             mine = self.head == head
-            total = total + self.pattern[:, head] * ((left * taps[:, 0])[:, :, mine] @ right[:, :, mine].mT)
+            total = total + self.pattern[:, head] * (left[:, :, mine] @ right[:, :, mine].mT)
         return total
 
     def dense(self) -> Float[Tensor, "batch channel dst src"]:

@@ -1,17 +1,20 @@
 """Plots: matplotlib figures by default, HTML where a person would want to hover.
 
-    gl.plot.heatmap(attention.mean()[0], tokens=model.to_str_tokens(text))     # a matplotlib Figure
-    gl.plot.layers({0: A0, 1: A1}, tokens)                                      # one panel a layer
+    gl.plot.heatmap(attention.abs_mean()[0], tokens=model.to_str_tokens(text)) # a matplotlib Figure
+    gl.plot.heatmap(attention)                                                  # its mean, its own tokens
+    gl.plot.layers(stack); gl.plot.layers({0: A0, 1: A1}, tokens)               # one panel a layer
     gl.plot.text(scores, tokens)                                                # coloured tokens, shows in a notebook
     gl.plot.over_image(attention.mean()[0, cls], images[0], model.grid)         # a map over the image it was read from
     gl.plot.activation(cache, ("dt", 3), tokens)                                # one activation, titled by its row
 
-matplotlib is an extra (`pip install gatedlens[plot]`) and is imported when a figure is asked for.
+matplotlib is an extra (`pip install gatedlens[plot]`) and is imported when a figure is asked for. Its math text is off: a
+`$` in a token, a title or a name is a `$`.
 """
 
 from __future__ import annotations
 
 import html
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gatedlens.attention import ImplicitAttention
 from gatedlens.cache import ActivationCache
+from gatedlens.contributions import Contributions
 from gatedlens.errors import InputError
 from gatedlens.grid import Grid
+from gatedlens.labelled import label_of
+from gatedlens.stack import AttentionStack
 
 BODY = "font-family:system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em"
+UNSAID = "attention"  # what a number is where neither the caller nor the view says it
 MAX_LABELS = 80  # token labels an axis can hold and stay legible
 
 
@@ -35,21 +43,73 @@ def _pyplot() -> Any:
     return plt
 
 
-def label(token: str) -> str:
-    """A token as it can stand in a plot: white space made visible."""
-    shown = token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
+def label(token: Any) -> str:
+    """A token as it can stand in a plot: white space made visible, and what has no sign of its own by its code."""
+    shown = str(token).replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
+    shown = "".join(ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") else c for c in shown)
     return shown if shown else "∅"
+
+
+def plain(*texts: Any) -> None:
+    """Math text off, in texts of matplotlib: every sign stands for itself."""
+    for one in texts:
+        one.set(parse_math=False, usetex=False)
+
+
+def label_axis(ticks: Any, names: Sequence[str], places: Sequence[int] | None = None, **style: Any) -> None:
+    """`label_axis(ax.set_xticks, names)`: a label at each place (0, 1, ...), every sign of it for itself."""
+    ticks(range(len(names)) if places is None else places, names, parse_math=False, usetex=False, **style)
+
+
+def colour_bar(shown: Any, ax: Any, value: str, shrink: float = 0.8) -> None:
+    """The bar of a picture, which says what a number is."""
+    bar = ax.figure.colorbar(shown, ax=ax, shrink=shrink)
+    bar.set_label(value, parse_math=False, usetex=False)
+
+
+def farthest(values: Tensor) -> float:
+    """How far the farthest number is from 0; what is no number counts for nothing."""
+    finite = values[values.isfinite()]
+    return max(float(finite.abs().max()), 1e-12) if finite.numel() else 1.0
+
+
+def labels_of(attention: ImplicitAttention | AttentionStack, row: int = 0) -> list[str]:
+    """The tokens that an attention is of as strings, where there are any; else the positions' numbers."""
+    source = attention.cache if isinstance(attention, AttentionStack) else attention
+    tokens, model = source.tokens, source.model
+    if tokens is None or tokens.ndim != 2:
+        one = attention[attention.layers[0]] if isinstance(attention, AttentionStack) else attention
+        return [str(position) for position in range(one.shape[1])]
+    if model.tokenizer is None:
+        return [str(token) for token in tokens[row].tolist()]
+    return list(model.to_str_tokens(tokens[row]))
+
+
+def _numbers(values: Any, who: str) -> Tensor:
+    """What is to be drawn as a tensor, with the label it carries."""
+    if isinstance(values, AttentionStack):
+        raise InputError(f"{who} draws one matrix, and this is a stack of {len(values)} layers: gl.plot.layers(stack).")
+    if isinstance(values, Contributions):
+        raise InputError(f"{who} draws numbers: take contributions.norms()[0], or contributions.along(direction)[0].")
+    if isinstance(values, ImplicitAttention):
+        return values.mean()
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{who} draws numbers, not a {type(values).__name__}: {error}.") from error
 
 
 def _matrix(matrix: Any, tokens: Sequence[str] | None) -> Tensor:
     """A [dst, src] matrix on the CPU, checked against its labels."""
-    data = torch.as_tensor(matrix).detach().float().cpu()
-    if data.ndim != 2:
+    data = _numbers(matrix, "heatmap()").detach().float().cpu()
+    data = data[0] if data.ndim == 3 and len(data) == 1 else data
+    if data.ndim != 2 or not data.numel():
         raise InputError(
             f"A heat map shows one [dst, src] matrix; this has shape {list(data.shape)}. Pick a row of the batch."
         )
-    if tokens is not None and len(tokens) != data.shape[0]:
-        raise InputError(f"{len(tokens)} token labels for a matrix of {data.shape[0]} positions.")
+    if tokens is not None and set(data.shape) != {len(tokens)}:
+        where = f"{data.shape[0]}" if data.shape[0] == data.shape[1] else f"{data.shape[0]} and {data.shape[1]}"
+        raise InputError(f"{len(tokens)} token labels for a matrix of {where} positions.")
     return data
 
 
@@ -57,42 +117,58 @@ def heatmap(
     matrix: Any,
     tokens: Sequence[str] | None = None,
     title: str = "Implicit attention",
-    value: str = "attention (mean over channels)",
+    value: str | None = None,
     ax: Any = None,
 ) -> Any:
     """`gl.plot.heatmap(A.mean()[0], tokens)`: a [dst, src] matrix with token labels; signed values are centred on white.
 
+    matrix: an ImplicitAttention is drawn as its mean over channels, with its own tokens (give a matrix for another row of
+    a batch). value: what a number is; None: what the view says it is (`A.abs_mean()` another than `A.mean()`).
     Returns the matplotlib Figure (that of `ax` if given).
     """
+    tokens = labels_of(matrix) if tokens is None and isinstance(matrix, ImplicitAttention) else tokens
     data = _matrix(matrix, tokens)
     if ax is None:
         size = min(4 + 0.16 * len(data), 14)
         _, ax = _pyplot().subplots(figsize=(size + 1, size), layout="constrained")
-    bound = max(float(data.abs().max()), 1e-12)
-    signed = bool((data < 0).any())
+    bound, signed = farthest(data), bool((data < 0).any())
     image = ax.imshow(data, cmap="RdBu_r" if signed else "Blues", vmin=-bound if signed else 0, vmax=bound)
-    ax.set_title(title)
-    ax.set_xlabel("source token")
-    ax.set_ylabel("destination token")
+    plain(ax.set_title(title), ax.set_xlabel("source token"), ax.set_ylabel("destination token"))
     if tokens is not None and len(tokens) <= MAX_LABELS:
         names = [label(token) for token in tokens]
         small = 9 if len(names) <= 32 else 7 if len(names) <= 56 else 5
-        ax.set_xticks(range(len(names)), names, rotation=90, fontsize=small, family="monospace")
-        ax.set_yticks(range(len(names)), names, fontsize=small, family="monospace")
-    ax.figure.colorbar(image, ax=ax, label=value, shrink=0.8)
+        label_axis(ax.set_xticks, names, rotation=90, fontsize=small, family="monospace")
+        label_axis(ax.set_yticks, names, fontsize=small, family="monospace")
+    colour_bar(image, ax, value or label_of(data) or UNSAID)
     return ax.figure
 
 
 def layers(
-    matrices: Mapping[Any, Any],
+    matrices: Any,
     tokens: Sequence[str] | None = None,
     title: str = "Implicit attention by layer",
     **style: Any,
 ) -> Any:
-    """`gl.plot.layers({0: A0, 1: A1}, tokens)`: one heat map a layer, side by side. Returns the matplotlib Figure."""
+    """`gl.plot.layers({0: A0, 1: A1}, tokens)`: one heat map a layer, side by side. Returns the matplotlib Figure.
+
+    matrices: a matrix by layer (or by any name), or a stack, each layer of which is drawn as its mean over channels.
+    """
     plt = _pyplot()
+    if isinstance(matrices, AttentionStack):
+        tokens = labels_of(matrices) if tokens is None else tokens
+        matrices = {attention.layer: attention for attention in matrices}
+    elif isinstance(matrices, ImplicitAttention):
+        matrices = {matrices.layer: matrices}
+    if not isinstance(matrices, Mapping):
+        raise InputError(
+            f"layers() takes a stack or a matrix by layer, {{0: A0, 1: A1}}, not a {type(matrices).__name__}: "
+            "dict(zip(stack.layers, stack.mean()[:, 0]))."
+        )
     if not matrices:
         raise InputError("There is no layer to plot: the mapping is empty.")
+    first = next(iter(matrices.values()))
+    tokens = labels_of(first) if tokens is None and isinstance(first, ImplicitAttention) else tokens
+    matrices = {name: _matrix(matrix, tokens) for name, matrix in matrices.items()}
     size = min(4 + 0.13 * len(next(iter(matrices.values()))), 9)
     columns = min(len(matrices), 4)
     rows = -(-len(matrices) // columns)
@@ -103,7 +179,7 @@ def layers(
         ax.remove()
     for ax, (name, matrix) in zip(axes.flat, matrices.items(), strict=False):
         heatmap(matrix, tokens, title=f"layer {name}" if isinstance(name, int) else str(name), ax=ax, **style)
-    figure.suptitle(title)
+    plain(figure.suptitle(title))
     return figure
 
 
@@ -119,14 +195,14 @@ def image(pixels: Any, title: str = "", ax: Any = None) -> Any:
 
     Returns the matplotlib Figure (that of `ax` if given).
     """
-    data = torch.as_tensor(pixels).detach().float().cpu()
-    if data.ndim != 3:
-        raise InputError(f"An image is [channel, height, width]; this has shape {list(data.shape)}.")
+    data = _numbers(pixels, "image()").detach().float().cpu()
+    if data.ndim != 3 or len(data) not in (1, 3) or not data.numel():
+        raise InputError(f"An image is [1 or 3 channels, height, width]; this has shape {list(data.shape)}.")
+    data = visible(data)
     if ax is None:
         _, ax = _pyplot().subplots(layout="constrained")
-    data = (data - data.min()) / (data.max() - data.min()).clamp(min=1e-12)
     ax.imshow(data[0] if len(data) == 1 else data.permute(1, 2, 0), cmap="gray")
-    ax.set_title(title)
+    plain(ax.set_title(title))
     ax.set_axis_off()
     return ax.figure
 
@@ -136,7 +212,7 @@ def over_image(
     image: Any,
     grid: Grid,
     title: str = "Implicit attention over the image",
-    value: str = "attention (mean over channels)",
+    value: str | None = None,
     alpha: float = 0.55,
     ax: Any = None,
 ) -> Any:
@@ -144,13 +220,13 @@ def over_image(
 
     row: one number a position ([pos]: class tokens are left out) or a patch ([row, column]). image: the tensor
     [channels, height, width] that the model read (each stretched to what can be shown), or an image of that size.
-    Signed values are centred on white. Returns the matplotlib Figure (that of `ax` if given).
+    value: what a number is; None: what the view says it is. Signed values are centred on white. Returns the matplotlib
+    Figure (that of `ax` if given).
     """
     shown, data = _picture(image, grid), _map(row, grid)
     if ax is None:
         _, ax = _pyplot().subplots(figsize=(5.5, 4.5), layout="constrained")
-    bound = max(float(data.abs().max()), 1e-12)
-    signed = bool((data < 0).any())
+    bound, signed = farthest(data), bool((data < 0).any())
     # A patch that overlaps its neighbours stands for the pixels around its centre.
     top, left = ((patch - stride) / 2 - 0.5 for patch, stride in zip(grid.patch, grid.stride, strict=True))
     extent = (left, left + grid.columns * grid.stride[1], top + grid.rows * grid.stride[0], top)
@@ -166,15 +242,15 @@ def over_image(
     )
     ax.set_xlim(-0.5, shown.shape[1] - 0.5)
     ax.set_ylim(shown.shape[0] - 0.5, -0.5)
-    ax.set_title(title)
+    plain(ax.set_title(title))
     ax.set_axis_off()
-    ax.figure.colorbar(colours, ax=ax, label=value, shrink=0.8)
+    colour_bar(colours, ax, value or label_of(row) or UNSAID)
     return ax.figure
 
 
 def _map(row: Any, grid: Grid) -> Tensor:
     """[row, column] of a row of attention."""
-    data = torch.as_tensor(row).detach().float().cpu()
+    data = _numbers(row, "over_image()").detach().float().cpu()
     patches = grid.rows * grid.columns
     if tuple(data.shape) == (grid.rows, grid.columns):
         return data
@@ -207,8 +283,14 @@ def _picture(image: Any, grid: Grid) -> Tensor:
             f"{list(image.shape if isinstance(image, Tensor) else pixels.shape)}. `model.preprocess(pil_image)` makes one."
         )
     pixels = pixels.squeeze(-1) if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
-    low = pixels.min()
-    return (pixels - low) / (pixels.max() - low).clamp(min=1e-12)
+    return visible(pixels)
+
+
+def visible(pixels: Tensor) -> Tensor:
+    """The numbers of an image stretched to 0..1; what is no number is 0."""
+    finite = pixels[pixels.isfinite()]
+    low, high = (finite.min(), finite.max()) if finite.numel() else (0.0, 1.0)
+    return ((pixels - low) / max(float(high - low), 1e-12)).nan_to_num(0, 0, 0)
 
 
 def activation(
@@ -232,18 +314,15 @@ def activation(
         raise InputError(f"{len(tokens)} token labels for {len(data)} positions of {name}.")
     if ax is None:
         _, ax = _pyplot().subplots(figsize=(8, min(3 + 0.12 * len(data), 12)), layout="constrained")
-    bound = max(float(data.abs().max()), 1e-12)
-    signed = bool((data < 0).any())
+    bound, signed = farthest(data), bool((data < 0).any())
     shown = ax.imshow(
         data, aspect="auto", cmap="RdBu_r" if signed else "Blues", vmin=-bound if signed else 0, vmax=bound
     )
-    ax.set_title(f"{name} = {point.equation}", fontsize=9)
-    ax.set_ylabel(axes[0])
-    ax.set_xlabel(axes[1])
+    plain(ax.set_title(f"{name} = {point.equation}", fontsize=9), ax.set_ylabel(axes[0]), ax.set_xlabel(axes[1]))
     if axes[0] == "pos" and tokens is not None and len(tokens) <= MAX_LABELS:
-        ax.set_yticks(range(len(tokens)), [label(token) for token in tokens], fontsize=7, family="monospace")
+        label_axis(ax.set_yticks, [label(token) for token in tokens], fontsize=7, family="monospace")
     what = f"mean over {' and '.join(axes[2:])}" if len(axes) > 2 else point.leaf.removeprefix("hook_")
-    ax.figure.colorbar(shown, ax=ax, label=what, shrink=0.8)
+    colour_bar(shown, ax, what)
     return ax.figure
 
 
@@ -263,22 +342,23 @@ class Html:
 
     def save(self, path: str | Path) -> Path:
         """Write a self-contained page and return its path."""
-        Path(path).write_text(self.page(), encoding="utf-8")
+        Path(path).write_text(self.page(), encoding="utf-8", errors="xmlcharrefreplace")
         return Path(path)
 
 
 def colour(share: float) -> str:
-    """A background for a value in [-1, 1]: red above zero, blue below."""
+    """A background for a value in [-1, 1]: red above zero, blue below, none for what is no number."""
+    share = share if share == share else 0.0
     r, g, b = (214, 40, 40) if share > 0 else (29, 78, 216)
     return f"rgba({r},{g},{b},{min(abs(share), 1):.3f})"
 
 
 def text(scores: Any, tokens: Sequence[str], title: str = "Scores by token") -> Html:
     """`gl.plot.text(A.mean()[0, -1], tokens)`: the text with each token coloured by its score; hover for the number."""
-    data = torch.as_tensor(scores).detach().float().cpu()
+    data = _numbers(scores, "text()").detach().float().cpu()
     if data.ndim != 1 or len(data) != len(tokens):
         raise InputError(f"text() colours {len(tokens)} tokens by as many scores; these have shape {list(data.shape)}.")
-    bound = max(float(data.abs().max()), 1e-12)
+    bound = farthest(data)
     spans = "".join(
         f"<span title='{html.escape(repr(token), quote=True)} at {i}: {value:.4g}' "
         f"style='background:{colour(value / bound)};padding:1px 0'>{html.escape(label(token))}</span>"

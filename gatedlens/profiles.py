@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gatedlens.attention import ImplicitAttention
+from gatedlens.attention import AT_ONCE, DENSE_LIMIT, ImplicitAttention
 from gatedlens.errors import InputError
 
 CHUNK_ELEMENTS = 1 << 22  # numbers in one chunk of dense matrices
@@ -52,32 +52,47 @@ class Induction(NamedTuple):
     chance: Float[Tensor, "*some"]
 
 
-def of_layer(attention: ImplicitAttention) -> Profile:
-    """The profile of |A| averaged over channels; every field [batch]."""
-    return Profile(*(field.squeeze(1) for field in _profile(attention.abs_mean().unsqueeze(1), attention)))
+def of_layer(attention: ImplicitAttention, max_bytes: int | None = DENSE_LIMIT) -> Profile:
+    """The profile of |A| averaged over channels; every field [batch]. Refuses what takes more than `max_bytes` on the way."""
+    _afford("profile", attention, max_bytes)
+    weights = attention.abs_mean(max_bytes=None).unsqueeze(1)
+    return Profile(*(field.squeeze(1) for field in _profile(weights, attention)))
 
 
-def of_channels(attention: ImplicitAttention, channels: int | slice | list[int] | None = None) -> Profile:
+def of_channels(
+    attention: ImplicitAttention,
+    channels: int | slice | list[int] | None = None,
+    max_bytes: int | None = DENSE_LIMIT,
+) -> Profile:
     """The profile of each channel (of `channels`, all if None); every field [batch, channel]. Chunked over channels."""
+    _afford("profiles of channels", attention, max_bytes)
     return Profile(*_by_channel(attention, channels, lambda weights: _profile(weights, attention)))
 
 
-def induction(attention: ImplicitAttention, tokens: Int[Tensor, "batch pos"] | None = None) -> Induction:
+def induction(
+    attention: ImplicitAttention,
+    tokens: Int[Tensor, "batch pos"] | None = None,
+    max_bytes: int | None = DENSE_LIMIT,
+) -> Induction:
     """How much of |A| (averaged over channels) goes to the tokens that followed earlier occurrences of the row's token.
 
     Row i's targets are j + 1 for every j < i with tokens[j] == tokens[i], i itself not among them; the score is the
     mean over rows that have targets of sum over targets of p_i. Olsson et al. 2022 (In-context Learning and Induction
     Heads). `tokens`: those that the attention was derived from; any labels [batch, pos] (of patches, say) will do.
     """
-    return Induction(*(f.squeeze(1) for f in _induction(attention.abs_mean().unsqueeze(1), attention, tokens)))
+    _afford("induction", attention, max_bytes)
+    weights = attention.abs_mean(max_bytes=None).unsqueeze(1)
+    return Induction(*(f.squeeze(1) for f in _induction(weights, attention, tokens)))
 
 
 def induction_of_channels(
     attention: ImplicitAttention,
     channels: int | slice | list[int] | None = None,
     tokens: Int[Tensor, "batch pos"] | None = None,
+    max_bytes: int | None = DENSE_LIMIT,
 ) -> Induction:
     """The same for each channel: [batch, channel]."""
+    _afford("induction of channels", attention, max_bytes)
     return Induction(*_by_channel(attention, channels, lambda weights: _induction(weights, attention, tokens)))
 
 
@@ -87,7 +102,8 @@ def induction_of_channels(
 def shares(weights: Float[Tensor, "batch some dst src"]) -> Float[Tensor, "batch some dst src"]:
     """p: each row of |weights| divided by its sum; a row of zeros stays one."""
     size = weights.abs()
-    return size / size.sum(-1, keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)
+    total = size.sum(-1, keepdim=True)
+    return size / torch.where(total > 0, total, 1)
 
 
 def _over_rows(
@@ -165,6 +181,11 @@ def _labels(attention: ImplicitAttention, tokens: Tensor | None) -> Tensor:
     if tuple(tokens.shape) != wanted:
         raise InputError(f"induction compares tokens of shape {list(wanted)}; these have shape {list(tokens.shape)}.")
     return tokens
+
+
+def _afford(what: str, attention: ImplicitAttention, max_bytes: int | None) -> None:
+    instead = "Take fewer positions, ask for row(i) of the attention, or raise max_bytes."
+    attention.afford(what, AT_ONCE + 6, max_bytes, instead)
 
 
 # -- positions ------------------------------------------------------------------------------------------------------

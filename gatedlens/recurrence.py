@@ -9,6 +9,7 @@ than one segment, forward and backward.
 
 Decays and states are at least float32: `at_least_float32`. For torch.compile the loops over positions are operators
 (`gatedlens::linear_scan`, `gatedlens::scan`): one node each in its graph, which would otherwise hold every position.
+vmap and grad of torch.func see through `LinearScan`; for forward mode the loop is laid out in torch's own operations.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import Function
+
+from gatedlens.autocast import is_on
+from gatedlens.errors import InputError
+from gatedlens.transforms import forward_mode, gradients, has_old_axis, transformed
 
 Terms = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 
@@ -57,42 +62,69 @@ class LinearScan(Function):
 
     @staticmethod
     def forward(decay: Tensor, write: Tensor, initial: Tensor) -> Tensor:
+        if has_old_axis(decay, write, initial):  # which runs an operator once for each of its inputs
+            return _linear_scan(decay, write, initial)
         return _march(decay, write.clone(), initial)  # in the layout of write
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         decay, _, initial = inputs
         ctx.save_for_backward(decay, initial, output)
-        ctx.save_for_forward(decay, initial, output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         decay, initial, states = ctx.saved_tensors
-        return _scan_backward(LinearScan.apply, decay, initial, states, grads[0])
+        return _scan_backward(linear_scan, decay, initial, states, grads[0])
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        d_decay, d_write, d_initial = tangents
-        decay, initial, states = ctx.saved_tensors
-        before = torch.cat([initial.unsqueeze(1), states[:, :-1]], dim=1)
-        push = torch.zeros_like(states) if d_write is None else d_write
-        if d_decay is not None:
-            push = push + d_decay * before
-        start = torch.zeros_like(initial) if d_initial is None else d_initial
-        return LinearScan.apply(decay, push, start)
+    def vmap(info: Any, in_dims: Any, decay: Tensor, write: Tensor, initial: Tensor) -> tuple[Tensor, int]:
+        """The hidden axis stands behind pos, where the loop over positions does not notice it."""
+
+        def behind(x: Tensor, dim: int | None, place: int) -> Tensor:
+            if dim is None:
+                return x.unsqueeze(place).expand(*x.shape[:place], info.batch_size, *x.shape[place:])
+            return x.movedim(dim, place)
+
+        given = zip((decay, write, initial), in_dims, (2, 2, 1), strict=True)
+        return LinearScan.apply(*(behind(*one) for one in given)), 2
 
 
 def linear_scan(
-    decay: Float[Tensor, "batch pos *rest"],
-    write: Float[Tensor, "batch pos *rest"],
-    initial: Float[Tensor, "batch ..."] | None = None,
+    decay: Float[Tensor, "#batch #pos *#rest"],
+    write: Float[Tensor, "#batch #pos *#rest"],
+    initial: Float[Tensor, "#batch ..."] | None = None,
 ) -> Float[Tensor, "batch pos *rest"]:
-    """state_t = decay_t * state_{t-1} + write_t, all states, from `initial` (zero when None)."""
+    """state_t = decay_t * state_{t-1} + write_t, all states, from `initial` (zero when None); shapes may broadcast."""
     if initial is None:
         initial = torch.zeros_like(write[:, 0])
+    if not decay.shape == write.shape == (len(initial), write.shape[1], *initial.shape[1:]):
+        decay, write, initial = _alike(decay, write, initial)
     if torch.compiler.is_compiling():
         return _linear_scan(decay, write, initial)
+    if forward_mode():
+        return _unrolled(decay, write, initial)
     return LinearScan.apply(decay, write, initial)
+
+
+def _unrolled(decay: Tensor, write: Tensor, state: Tensor) -> Tensor:
+    """The recurrence as it stands above, an operation a position: slow, and right under any derivative."""
+    states = []
+    for a, w in zip(decay.unbind(1), write.unbind(1), strict=True):
+        state = torch.addcmul(w, a, state)
+        states.append(state)
+    return torch.stack(states, dim=1)
+
+
+def _alike(decay: Tensor, write: Tensor, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All three in the shape that they broadcast to, so that each gets a gradient of its own shape."""
+    try:
+        decay, write, start = torch.broadcast_tensors(decay, write, initial.unsqueeze(1))
+    except RuntimeError as error:
+        shapes = ", ".join(str(list(x.shape)) for x in (decay, write, initial))
+        raise InputError(
+            f"linear_scan takes decay and write [batch, pos, ...] and initial [batch, ...]; {shapes} do not fit together."
+        ) from error
+    return decay, write, start[:, 0]
 
 
 @torch.library.custom_op(
@@ -129,9 +161,15 @@ def _scan_backward(run: Any, decay: Tensor, initial: Tensor, states: Tensor, gra
 
 
 def readout(states: Float[Tensor, ...], read: Float[Tensor, "... state"] | None) -> Float[Tensor, ...]:
-    """scan_t[c] = sum_n read_t[n] * state_t[c, n]; the state itself when `read` is None."""
+    """scan_t[c] = sum_n read_t[n] * state_t[c, n]; the state itself when `read` is None.
+
+    A read of as many axes as the states is one of each channel: sum_n read_t[c, n] * state_t[c, n].
+    """
     if read is None:
         return states
+    apart = read.ndim == states.ndim
+    if apart or is_on(states):  # autocast leaves products and sums as they are, in backward too
+        return (states * (read if apart else read.unsqueeze(-2)).to(states.dtype)).sum(-1)
     if states.stride(-1) == 1:
         return torch.matmul(states, read.to(states.dtype).unsqueeze(-1)).squeeze(-1)
     return torch.matmul(read.to(states.dtype).unsqueeze(-2), states.mT).squeeze(-2)  # channels lie innermost
@@ -174,15 +212,16 @@ class SegmentedScan(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint recomputes them for one reader
+        tensors, starts = saved[: -len(ctx.slices)], saved[-len(ctx.slices) :]
+        if torch.is_grad_enabled() or transformed() or has_old_axis(*grads):  # in one piece, without buffers
+
+            def run(initial: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+                return _explicit(ctx.terms, tensors[: ctx.n], tensors[ctx.n :], initial)
+
+            return None, None, *gradients(run, (starts[0], *tensors), grads)
         grad_scan, grad_state = grads
-        tensors, starts = ctx.saved_tensors[: -len(ctx.slices)], ctx.saved_tensors[-len(ctx.slices) :]
         sequences, constants = tensors[: ctx.n], tensors[ctx.n :]
-        if torch.is_grad_enabled():  # somebody differentiates the gradient: take the differentiable road, whole
-            initial = starts[0]
-            needed = [t for t in (initial, *tensors) if t.requires_grad]
-            outs = _explicit(ctx.terms, sequences, constants, initial)
-            flow = iter(torch.autograd.grad(outs, needed, grads, create_graph=True, allow_unused=True))
-            return None, None, *(next(flow) if t.requires_grad else None for t in (initial, *tensors))
         into: list[Any] = [] if len(ctx.slices) == 1 else [torch.empty_like(s) for s in sequences]
         total: list[Any] = [torch.zeros_like(c) for c in constants]
         for part, start in zip(reversed(ctx.slices), reversed(starts), strict=True):
@@ -214,8 +253,8 @@ def scan(
     tensors = (initial, *sequences, *constants)
     if torch.compiler.is_compiling():
         return _compiled(terms, sequences, constants, initial)
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        return _explicit(terms, sequences, constants, initial)  # forward mode and torch.func see through this road only
+    if transformed():
+        return _explicit(terms, sequences, constants, initial)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return SegmentedScan.apply(terms, len(sequences), initial, *sequences, *constants)
     return _lean(terms, sequences, constants, initial)

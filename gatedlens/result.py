@@ -12,6 +12,9 @@ What sweeps, knockouts, traces and attributions give back. It also stands wherev
 
 from __future__ import annotations
 
+import csv
+import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,9 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from gatedlens.errors import InputError, did_you_mean
-from gatedlens.saved import read_json, write_json
+from gatedlens.rounding import figures
+from gatedlens.saved import Fields, is_number, read_json, write_json, write_whole
 from gatedlens.tensorlike import Tensorlike
 
 FORMAT = 1  # of the JSON
@@ -115,11 +120,11 @@ class Result(Tensorlike):
 
     def top(self, n: int = 10, signed: bool = False) -> list[dict[str, Any]]:
         """The `n` cells that are farthest from the baseline (0 if there is none; or, `signed`, above it), best first; NaN (not
-        measured) is left out."""
+        measured) is left out. What agrees in five figures, as what differs by rounding does, stands in the order of the cells."""
         flat = self.values.detach().double().flatten() - self.baseline
-        order = (flat if signed else flat.abs()).nan_to_num(-torch.inf).argsort(descending=True)
-        order = order[~flat[order].isnan()][:n]
-        return [self._cell(int(i)) for i in order]
+        size = figures(flat if signed else flat.abs())
+        best = size.nan_to_num(-torch.inf, torch.inf, -torch.inf).argsort(descending=True, stable=True)
+        return [self._cell(int(i)) for i in best[~flat[best].isnan()][:n]]
 
     def _cell(self, flat: int) -> dict[str, Any]:
         cell: dict[str, Any] = {}
@@ -152,22 +157,51 @@ class Result(Tensorlike):
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Result:
-        """The Result of a `to_dict()`; its values are float64."""
-        if data.get("format") != FORMAT:
-            raise InputError(f"This is no saved result: format is {data.get('format')!r}, expected {FORMAT}.")
-        values = torch.tensor([torch.nan if v is None else v for v in data["values"]], dtype=torch.float64)
-        values = values.reshape(data["shape"])
-        return cls(values, tuple(data["axes"]), data["labels"], data["title"], data["value"], data["facts"])
+    def from_dict(cls, data: Any, where: str | Path = "This") -> Self:
+        """The Result of a `to_dict()`; its values are float64. InputError names the field that is not as it should be."""
+        fields = Fields(data, "result", where)
+        fields.format(FORMAT)
+        shape, numbers, axes = fields.sizes("shape"), fields.numbers("values"), fields.words("axes")
+        fields.check(len(numbers) == math.prod(shape), "values", f"{math.prod(shape)} numbers, for the shape {shape}")
+        fields.check(len(axes) == len(shape), "axes", f"a name for each of the {len(shape)} dims of the shape {shape}")
+        labels = fields.fields("labels")
+        for axis, size in labels.items():
+            fits = axis in axes and isinstance(size, list) and len(size) == shape[axes.index(axis)]
+            fields.check(fits, "labels", f"for some of the axes {axes} as many labels as the shape {shape} has entries")
+        facts = fields.fields("facts")
+        fields.check(is_number(facts.get("baseline", 0.0)), "facts", "a number as its baseline")
+        values = torch.tensor([torch.nan if v is None else v for v in numbers], dtype=torch.float64).reshape(shape)
+        return cls(values, tuple(axes), dict(labels), fields.word("title"), fields.word("value"), dict(facts))
 
     def save(self, path: str | Path) -> Path:
-        """Write JSON, and return the path."""
-        return write_json(path, self.to_dict())
+        """Write it, and return the path: `.json` (all of it, what `load` reads) or `.csv` (its cells, as `to_dataframe`)."""
+        suffix = Path(path).suffix.lower()
+        if suffix not in ("", ".json", ".csv"):
+            raise InputError(
+                f"save({str(path)!r}): a result is written as .json (what `load` reads) or .csv, not {suffix}."
+            )
+        return self._write_cells(Path(path)) if suffix == ".csv" else write_json(path, self.to_dict())
+
+    def _write_cells(self, path: Path) -> Path:
+        columns = [name for axis in self.axes for name in ((axis, f"{axis}_label") if axis in self.labels else (axis,))]
+        text = io.StringIO(newline="")
+        rows = csv.DictWriter(text, [*columns, "value"])
+        rows.writeheader()
+        for i in range(self.values.numel()):
+            cell = self._cell(i)
+            rows.writerow(
+                {
+                    **{name: cell.get(name, cell.get(name.removesuffix("_label"))) for name in columns},
+                    "value": cell["value"],
+                }
+            )
+        write_whole(path, text.getvalue().encode())
+        return path
 
     @classmethod
     def load(cls, path: str | Path) -> Result:
-        """What `save` wrote."""
-        return cls.from_dict(read_json(path, "result"))
+        """What `save` wrote as JSON."""
+        return cls.from_dict(read_json(path, "result"), path)
 
     def plot(self, ax: Any = None) -> Any:
         """A matplotlib Figure: bars for one axis, a heat map for two, one heat map an entry of the first for three."""

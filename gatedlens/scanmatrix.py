@@ -13,14 +13,14 @@ Differences of `time` are taken in float64: a long cumulative sum would lose the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import einsum, rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gatedlens.halving import Desk, Halving, Near, Pieces, Slate, followed
+from gatedlens.halving import Desk, Halving, Near, Pieces, desk_for, raised
 from gatedlens.matrix import ScanMatrix
 from gatedlens.recurrence import scan
 
@@ -51,7 +51,12 @@ class DecayScan(ScanMatrix):
     def select(self, channels: Tensor | slice | list[int]) -> DecayScan:
         """The scan of some channels."""
         time, amount = self.time[:, :, channels], self.amount[:, :, channels]
-        return DecayScan(time, self.rate[channels], self.read, amount, self.key, self.document)
+        return replace(self, time=time, rate=self.rate[channels], amount=amount)
+
+    def undecayed(self, own: Bool[Tensor, "batch pos"]) -> DecayScan:
+        """With exp(rate * (time_{i - 1} - time_j)) in the rows i of `own`; it is meant for these rows alone."""
+        before = torch.cat([self.time[:, :1], self.time[:, :-1]], dim=1)
+        return replace(self, time=torch.where(own.unsqueeze(-1), before, self.time))
 
     def decay(
         self, later: Float[Tensor, "... channel"], earlier: Float[Tensor, "... channel"]
@@ -135,11 +140,11 @@ class DecayScan(ScanMatrix):
         halving = Halving(self.length, taps.shape[1])
         size = max(1, CHUNK_ELEMENTS // (left.shape[0] * halving.padded * self.rate.shape[1]))
         desk = self._desk(left, right, taps)
-        up, left, right = self._lifted(desk, left, right)
+        scan, left, right, taps, up = self._lifted(desk, left, right, taps)
         near, products = halving.zeros(left)
         for start in range(0, self.channels, size):
             some = slice(start, start + size)
-            pieces = self.select(some)._pieces(halving, left[..., some], right[..., some], taps[some], desk)
+            pieces = scan.select(some)._pieces(halving, left[..., some], right[..., some], taps[some], desk)
             _add_contracted(pieces, near, products)
         return self._within_documents(halving.place(near, products, up))
 
@@ -152,8 +157,8 @@ class DecayScan(ScanMatrix):
         """What `summed` sums, channel by channel."""
         halving = Halving(self.length, taps.shape[1])
         desk = self._desk(left, right, taps)
-        up, left, right = self._lifted(desk, left, right)
-        parts = _apart(self._pieces(halving, left, right, taps, desk))
+        scan, left, right, taps, up = self._lifted(desk, left, right, taps)
+        parts = _apart(scan._pieces(halving, left, right, taps, desk))
         return self._within_documents(halving.place(parts[0], parts[1:], up))
 
     def dense(self) -> Float[Tensor, "batch channel dst src"]:
@@ -162,15 +167,19 @@ class DecayScan(ScanMatrix):
         return self.folded(ones, ones, ones.new_ones(self.channels, 1))
 
     def _lifted(
-        self, desk: Desk, left: Float[Tensor, "batch pos channel"], right: Float[Tensor, "batch pos channel"]
-    ) -> tuple[float, Float[Tensor, "batch pos channel"], Float[Tensor, "batch pos channel"]]:
-        """left and right times powers of two, and the product of these."""
-        ahead, behind = desk.lift(left, self.read), desk.lift(right, self.amount, self.key)
-        return ahead * behind, left * ahead, right * behind
+        self, desk: Desk, left: Tensor, right: Tensor, taps: Tensor
+    ) -> tuple[DecayScan, Tensor, Tensor, Tensor, int]:
+        """The scan and its weights, each times a power of two by which no product of them leaves the dtype's range, and
+        the power of two by which the result is too large."""
+        given = (self.read, self.amount, self.key, taps, left, right)
+        powers = [desk.power(x) for x in given]
+        powers[-2] += desk.headroom
+        powers[-1] += desk.headroom
+        read, amount, key, taps, left, right = (raised(x, power) for x, power in zip(given, powers, strict=True))
+        return replace(self, read=read, amount=amount, key=key), left, right, taps, sum(powers)
 
     def _desk(self, *others: Tensor) -> Desk:
-        tensors = (self.time, self.rate, self.read, self.amount, self.key, *others)
-        return (Desk if followed(*tensors) else Slate)(self.rate)
+        return desk_for(self.rate, self.time, self.read, self.amount, self.key, *others)
 
     def _pieces(self, halving: Halving, left: Tensor, right: Tensor, taps: Tensor, desk: Desk) -> Pieces:
         cut, over = halving.tiles, halving.padded - halving.length

@@ -14,21 +14,38 @@ A layer's operator is derived from the cache when it is asked for, and not kept.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, SupportsIndex, overload
+from functools import reduce
+from typing import Any, overload
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gatedlens.attention import ImplicitAttention, implicit_attention
+from gatedlens.attention import (
+    ABS_MEAN,
+    AT_ONCE,
+    DENSE_LIMIT,
+    MEAN,
+    Check,
+    ImplicitAttention,
+    implicit_attention,
+    worst,
+)
+from gatedlens.autocast import exact
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError
 from gatedlens.factors import NAMES
+from gatedlens.labelled import labelled, with_label
+from gatedlens.layers import START, layer_of, layers_of
+from gatedlens.positions import is_number
 from gatedlens.profiles import Profile, induction, of_layer
+
+INSTEAD = (
+    "Ask for fewer layers (`stack[2:5]`), for `stack[layer].row(i)` or `@ x`, for fewer positions, or raise max_bytes."
+)
 
 
 @dataclass(frozen=True)
@@ -52,25 +69,25 @@ class AttentionStack:
     def __getitem__(self, layer: slice | Sequence[int]) -> AttentionStack: ...
 
     def __getitem__(self, layer: Any) -> ImplicitAttention | AttentionStack:
-        """`stack[3]`: layer 3 of the model (-1: its last); a slice or a sequence of layers: the stack of these."""
-        n = self.cache.model.cfg.n_layers
-        if isinstance(layer, SupportsIndex):  # a Python or numpy integer, or a tensor of one
-            return self._operator(self._known(operator.index(layer)))
-        asked = [i for i in range(n)[layer] if i in self.layers] if isinstance(layer, slice) else layer
-        chosen = [self._known(i) for i in asked]
-        if not chosen:
+        """`stack[3]`: layer 3 of the model (-1: its last); several, as `layers.py` reads them: the stack of these."""
+        asked = layers_of(self.cache.model, layer)
+        if is_number(layer):
+            return self._operator(self._known(asked[0]))
+        # A pattern passes over layers that the stack does not hold; a number asks for one.
+        if isinstance(layer, slice | str | None):
+            asked = tuple(one for one in asked if one in self.layers)
+        if not asked:
             raise InputError(f"stack[{layer!r}] holds no layer; this stack holds {self._held}.")
-        return replace(self, layers=tuple(sorted(set(chosen))))
+        return replace(self, layers=tuple(self._known(one) for one in asked))
 
     @property
     def _held(self) -> str:
         return f"the layers {', '.join(map(str, self.layers))}"
 
     def _known(self, layer: int) -> int:
-        n = self.cache.model.cfg.n_layers
-        if not -n <= layer < n or layer % n not in self.layers:
+        if layer not in self.layers:
             raise InputError(f"stack[{layer}]: this stack of {self.cache.model.cfg.model_name} holds {self._held}.")
-        return layer % n
+        return layer
 
     def _operator(self, layer: int) -> ImplicitAttention:
         return implicit_attention(self.cache, layer=layer).only(*self.parts)
@@ -104,39 +121,59 @@ class AttentionStack:
         for attention in tqdm(self, total=len(self), disable=not progress, desc=what, unit="layer"):
             yield matrix(attention)
 
-    def mean(self, progress: bool = True) -> Float[Tensor, "layer batch dst src"]:
-        """Each layer's signed mean over channels."""
-        return torch.stack(list(self.each(ImplicitAttention.mean, "mean", progress)))
+    @labelled(MEAN)
+    def mean(self, progress: bool = True, max_bytes: int | None = DENSE_LIMIT) -> Float[Tensor, "layer batch dst src"]:
+        """Each layer's signed mean over channels. Refuses what takes more than `max_bytes` on the way, as all here does."""
+        self._afford("mean()", 2 * len(self), max_bytes)
+        return torch.stack(list(self.each(_mean, "mean", progress)))
 
-    def abs_mean(self, progress: bool = True) -> Float[Tensor, "layer batch dst src"]:
+    @labelled(ABS_MEAN)
+    def abs_mean(
+        self, progress: bool = True, max_bytes: int | None = DENSE_LIMIT
+    ) -> Float[Tensor, "layer batch dst src"]:
         """Each layer's mean over channels of absolute values."""
-        return torch.stack(list(self.each(ImplicitAttention.abs_mean, "abs_mean", progress)))
+        self._afford("abs_mean()", 2 * len(self), max_bytes)
+        return torch.stack(list(self.each(_abs_mean, "abs_mean", progress)))
 
-    def layer_mean(self, absolute: bool = False, progress: bool = True) -> Float[Tensor, "batch dst src"]:
+    def layer_mean(
+        self, absolute: bool = False, progress: bool = True, max_bytes: int | None = DENSE_LIMIT
+    ) -> Float[Tensor, "batch dst src"]:
         """The mean over layers of `mean()`, or of `abs_mean()`: HA's "raw attention" before its row is picked."""
-        matrix = ImplicitAttention.abs_mean if absolute else ImplicitAttention.mean
-        total = sum(self.each(matrix, "layer mean", progress))
-        return total / len(self)  # type: ignore[return-value]
+        self._afford("layer_mean()", 2, max_bytes)
+        total = reduce(torch.add, self.each(_abs_mean if absolute else _mean, "layer mean", progress))
+        said = "|attention|" if absolute else "attention"
+        mean: Tensor = with_label(total / len(self), f"{said} (mean over channels and layers)")
+        return mean
 
-    def rollout(self, start_layer: int | None = None, progress: bool = True) -> Float[Tensor, "batch dst src"]:
+    def check(self) -> Check:
+        """The largest errors of `ImplicitAttention.check` over the layers."""
+        return worst(attention.check() for attention in self)
+
+    def _afford(self, what: str, matrices: int, max_bytes: int | None) -> None:
+        """TooLargeError if a layer's matrix and `matrices` more of its size are too much."""
+        if max_bytes is not None:
+            self._operator(self.layers[0]).afford(
+                f"{what} of {len(self)} layers", AT_ONCE + matrices, max_bytes, INSTEAD
+            )
+
+    @labelled("rollout of the attention (mean over channels)")
+    def rollout(
+        self, start_layer: int | None = None, progress: bool = True, max_bytes: int | None = DENSE_LIMIT
+    ) -> Float[Tensor, "batch dst src"]:
         """(I + E_d A_last) ... (I + E_d A_start): signed, not normalised; I is the residual stream, E_d the channel mean.
 
         From `start_layer` (of the model; None: the stack's first) to the stack's last. Masked positions take no part:
         their rows and columns are zero. HA (arXiv 2403.01590), sec. 3.4, after Abnar and Zuidema 2020.
         """
-        layers = self if start_layer is None else self[self._start(start_layer) :]
+        layers = self if start_layer is None else self[layer_of(self.cache.model, start_layer, START) :]
+        layers._afford("rollout()", 4, max_bytes)
         total: Tensor | None = None
-        for matrix in layers.each(ImplicitAttention.mean, "rollout", progress):
+        for matrix in layers.each(_mean, "rollout", progress):
             step = matrix + self._identity(matrix)
-            total = step if total is None else step @ total
+            with exact(step):
+                total = step if total is None else step @ total
         assert total is not None
         return total
-
-    def _start(self, layer: int) -> int:
-        n = self.cache.model.cfg.n_layers
-        if not -n <= layer < n:
-            raise InputError(f"start_layer={layer}: {self.cache.model.cfg.model_name} has layers 0 to {n - 1}.")
-        return layer % n
 
     def _identity(self, like: Float[Tensor, "batch dst src"]) -> Float[Tensor, "batch dst src"]:
         """1 on the diagonal of real positions."""
@@ -145,13 +182,25 @@ class AttentionStack:
 
     # -- profiles ------------------------------------------------------------------------------------------------
 
-    def profiles(self, progress: bool = True) -> Profile:
+    def profiles(self, progress: bool = True, max_bytes: int | None = DENSE_LIMIT) -> Profile:
         """How far and how sharply each layer looks: `profiles.of_layer` with a layer axis in front."""
-        found = [of_layer(a) for a in tqdm(self, total=len(self), disable=not progress, desc="profiles", unit="layer")]
+        bar = tqdm(self, total=len(self), disable=not progress, desc="profiles", unit="layer")
+        found = [of_layer(attention, max_bytes) for attention in bar]
         return Profile(*(torch.stack(values) for values in zip(*found, strict=True)))
 
     def induction(
-        self, tokens: Int[Tensor, "batch pos"] | None = None, progress: bool = True
+        self,
+        tokens: Int[Tensor, "batch pos"] | None = None,
+        progress: bool = True,
+        max_bytes: int | None = DENSE_LIMIT,
     ) -> Float[Tensor, "layer batch"]:
         """How much of each layer's attention goes to what followed earlier: `profiles.induction`."""
-        return torch.stack(list(self.each(lambda a: induction(a, tokens).score, "induction", progress)))
+        return torch.stack(list(self.each(lambda a: induction(a, tokens, max_bytes).score, "induction", progress)))
+
+
+def _mean(attention: ImplicitAttention) -> Tensor:
+    return attention.mean(max_bytes=None)
+
+
+def _abs_mean(attention: ImplicitAttention) -> Tensor:
+    return attention.abs_mean(max_bytes=None)

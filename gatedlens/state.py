@@ -11,6 +11,7 @@ it was given.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -119,5 +120,20 @@ class RecurrentState:
         if meta.get("gatedlens") != "state" or "seen" not in tensors:
             raise CheckpointError(f"{path} is no saved RecurrentState: it holds {', '.join(list(tensors)[:5])}, ...")
         seen = tensors.pop("seen")
+        if seen.dtype != torch.int64 or seen.ndim != 1 or bool((seen < 0).any()):
+            raise CheckpointError(
+                f"{path} is no saved RecurrentState: seen is {seen.dtype} {list(seen.shape)}; expected how many tokens each "
+                "row has read, int64 [batch]."
+            )
+        for key, tensor in tensors.items():
+            if not re.fullmatch(r"blocks\.\d{1,6}\.\w+", key):
+                raise CheckpointError(
+                    f"{path} is no saved RecurrentState: it holds {key!r}; expected names blocks.N.part."
+                )
+            if tensor.ndim == 0 or len(tensor) != len(seen):
+                raise CheckpointError(
+                    f"{path} is no saved RecurrentState: {key} has shape {list(tensor.shape)}; expected {len(seen)} rows, "
+                    "as seen has."
+                )
         order = sorted(tensors, key=lambda k: (int(k.split(".")[1]), k))
         return RecurrentState({k: tensors[k] for k in order}, seen, meta.get("model", ""))

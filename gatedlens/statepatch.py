@@ -101,13 +101,8 @@ class Setting:
     def _entries(self, tensor: Tensor, hook: HookPoint) -> Tensor:
         """True at the position of each row, in the channels that are meant."""
         rows, length = tensor.shape[:2]
-        pos = one_a_row(self.patch.pos, "pos", rows, length, tensor.device)
         mask = self.model.current().padding.mask
-        if mask is not None and not bool(mask.gather(1, pos.unsqueeze(1)).all()):
-            row = int((~mask.gather(1, pos.unsqueeze(1))).nonzero()[0, 0])
-            raise InputError(
-                f"pos={int(pos[row])} is padding in row {row}: the state passes through, there is none to set."
-            )
+        pos = one_a_row(self.patch.pos, "pos", _everywhere(tensor) if mask is None else mask).to(tensor.device)
         at = torch.arange(length, device=tensor.device) == pos.unsqueeze(1)
         chosen = Where((), self.patch.index).entries(tensor.shape, hook.point, tensor.device)
         return at.reshape(rows, length, *[1] * (tensor.ndim - 2)) & chosen
@@ -127,7 +122,9 @@ class Setting:
             given = self.patch.pos if self.patch.source_pos is None else self.patch.source_pos
             if len(new) not in (1, rows):
                 raise InputError(f"The source's {self.stem}hook_state has {len(new)} rows; the run has {rows}.")
-            place = one_a_row(given, "source_pos", rows, new.shape[1], new.device)
+            mask = self.patch.source.mask if isinstance(self.patch.source, ActivationCache) else None
+            real = (_everywhere(new) if mask is None else mask.bool()).expand(rows, -1)
+            place = one_a_row(given, "source_pos", real).to(new.device)
             new = new.expand(rows, *new.shape[1:])[torch.arange(rows, device=new.device), place]
         wanted = (rows, *write.shape[2:])
         if tuple(new.shape) != wanted and tuple(new.shape) != (1, *wanted[1:]):
@@ -135,3 +132,8 @@ class Setting:
                 f"The new state of {self.stem}hook_state has shape {list(new.shape)}; it must be {list(wanted)}."
             )
         return new.expand(wanted)
+
+
+def _everywhere(x: Tensor) -> Tensor:
+    """The positions of an activation without padding."""
+    return torch.ones(x.shape[:2], dtype=torch.bool)

@@ -33,9 +33,10 @@ from gatedlens import inputs
 from gatedlens.ablation import Intervention, edit
 from gatedlens.errors import CheckpointError, InputError, PointError
 from gatedlens.hookpoint import HookPoint
-from gatedlens.saved import read_tensors
+from gatedlens.positions import mask_of, one_a_row
+from gatedlens.saved import Fields, read_tensors
 
-Position = int | slice | Sequence[int] | Tensor | None
+Position = int | slice | str | Sequence[Any] | Tensor | None
 STATE = ".hook_state"
 WRITE = ".hook_write"
 
@@ -67,7 +68,7 @@ def _mean(model: Any, given: Any, name: str, pos: int | None) -> tuple[Tensor, i
         kept = x.masked_fill(~real.reshape(*real.shape, *[1] * (x.ndim - 2)), 0)
         rows = kept.sum(1) / real.sum(1).reshape(-1, *[1] * (x.ndim - 2))
     else:
-        rows = x[torch.arange(len(x), device=x.device), inputs.places(pos, real)]
+        rows = x[torch.arange(len(x), device=x.device), one_a_row(pos, "pos", real).to(x.device)]
     return rows.mean(0), len(rows)
 
 
@@ -174,7 +175,19 @@ class SteeringVector:
         tensors, meta = read_tensors(path)
         if meta.get("gatedlens") != "steering" or "vector" not in tensors:
             raise CheckpointError(f"{path} is no saved SteeringVector: it holds {', '.join(list(tensors)[:5])}.")
-        return SteeringVector(meta["name"], tensors["vector"], json.loads(meta["facts"]))
+        fields = Fields(meta, "SteeringVector", path, CheckpointError)
+        name = fields.get("name", "the name of a hook point", lambda v: v != "")
+        facts = fields.get("facts", "JSON of what it was made from", _is_json_object)
+        if not tensors["vector"].is_floating_point():
+            raise CheckpointError(f"{path} is no saved SteeringVector: its vector holds {tensors['vector'].dtype}.")
+        return SteeringVector(name, tensors["vector"], json.loads(facts))
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 class Calls:
@@ -210,17 +223,6 @@ class Calls:
         if pos is None:
             return self.real
         if self.goes_on:
-            on = isinstance(pos, slice) and pos.stop is None
+            on = pos == "*" if isinstance(pos, str) else isinstance(pos, slice) and pos.stop is None
             return self.real if on else torch.zeros_like(self.real)
-        if isinstance(pos, slice):
-            return self._sliced(pos)
-        chosen = torch.zeros_like(self.real)
-        for one in list(pos) if isinstance(pos, Sequence) else [pos]:
-            chosen[torch.arange(len(chosen)), inputs.places(one, self.real)] = True
-        return chosen
-
-    def _sliced(self, pos: slice) -> Bool[Tensor, "batch pos"]:
-        chosen = torch.zeros_like(self.real)
-        for row, real in zip(chosen, self.real, strict=True):
-            row[real.nonzero().flatten()[pos]] = True
-        return chosen
+        return mask_of(pos, "pos", self.real)

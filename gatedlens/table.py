@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gatedlens.errors import in_bytes
+from gatedlens.errors import PointError, did_you_mean, in_bytes
 from gatedlens.points import Point
 
 COLUMNS = ("name", "axes", "shape", "equation", "source", "lazy", "bytes_per_token")
@@ -31,7 +31,11 @@ class HookTable:
 
     def __getitem__(self, name: str) -> dict[str, Any]:
         """The row of one point by its full name."""
-        return next(row for row in self.rows if row["name"] == name)
+        found = next((row for row in self.rows if row["name"] == name), None)
+        if found is None:
+            known = [row["name"] for row in self.rows]
+            raise PointError(f"{name!r} is no row of this table.{did_you_mean(str(name), known)}")
+        return found
 
     def to_dataframe(self) -> Any:
         """A pandas DataFrame, one row a point."""

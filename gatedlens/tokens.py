@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from gatedlens.errors import InputError
+from gatedlens.transforms import anywhere, plain
 
 Text = str | Sequence[str]
 SIDES = ("left", "right")
@@ -20,13 +21,38 @@ def encode(tokenizer: Any, text: str, prepend_bos: bool) -> list[int]:
     try:
         ids = list(tokenizer.encode(text, add_special_tokens=False))
     except Exception as error:  # the tokenizers library raises no narrower class
-        words = sorted(tokenizer.get_vocab())
-        knows = f" It knows only: {' '.join(words)}." if len(words) <= 64 else ""
-        raise InputError(f"The tokenizer cannot encode {text!r} ({error}).{knows}") from error
+        raise InputError(f"The tokenizer cannot encode {text!r} ({error}).{_knows(tokenizer)}") from error
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is not None and unknown in ids and _knows(tokenizer):  # a list of words, and this is none of them
+        raise InputError(f"The tokenizer does not know all words of {text!r}.{_knows(tokenizer)}")
     bos = tokenizer.bos_token_id
     if prepend_bos and bos is None:
         raise InputError("prepend_bos=True, but the tokenizer has no BOS token; pass prepend_bos=False.")
     return [bos, *ids] if prepend_bos and ids[:1] != [bos] else ids
+
+
+class Inherited(str):
+    """The padding side that a tokenizer came with: as good as any str, and known to be nobody's choice."""
+
+
+def forget_side(tokenizer: Any) -> None:
+    """Mark the padding side of a tokenizer as the one that it came with. A side that is set later is its user's."""
+    side = getattr(tokenizer, "padding_side", None)
+    if side in SIDES:
+        tokenizer.padding_side = Inherited(side)
+
+
+def side_of(tokenizer: Any) -> str | None:
+    """The padding side that a user set on a tokenizer; None if it is the one that it came with, or it has none."""
+    side = getattr(tokenizer, "padding_side", None)
+    return None if isinstance(side, Inherited) else side
+
+
+def _knows(tokenizer: Any) -> str:
+    """What a tokenizer of a few words knows, for messages; empty for one of many."""
+    unknown = getattr(tokenizer, "unk_token", None)
+    words = sorted(word for word in tokenizer.get_vocab() if word != unknown)
+    return f" It knows only: {' '.join(words)}." if 0 < len(words) <= 64 else ""
 
 
 def pad(rows: list[list[int]], side: str, pad_id: int) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
@@ -56,10 +82,11 @@ def check(tokens: Shaped[Tensor, ...], d_vocab: int) -> Int[Tensor, "batch pos"]
     if tokens.ndim != 2:
         raise InputError(f"Tokens have shape [batch, pos]; these have shape {list(tokens.shape)}.")
     wrong = (tokens < 0) | (tokens >= d_vocab)
-    if bool(wrong.any()):
-        row, pos = wrong.nonzero()[0].tolist()
+    if anywhere(wrong):
+        place = tuple(plain(wrong).nonzero()[0].tolist())
+        row, pos = place[-2:]
         raise InputError(
-            f"Token id {int(tokens[row, pos])} at row {row}, position {pos} is out of range: the model knows ids 0 to "
+            f"Token id {int(plain(tokens)[place])} at row {row}, position {pos} is out of range: the model knows ids 0 to "
             f"{d_vocab - 1}. Was the text encoded by another model's tokenizer?"
         )
     return tokens.long()
@@ -74,10 +101,11 @@ def check_mask(mask: Shaped[Tensor, "*batch pos"], shape: tuple[int, int]) -> Bo
         raise InputError(
             f"attention_mask has shape {list(mask.shape)}; the input has shape {list(shape)} [batch, pos]."
         )
-    if not bool(((mask == 0) | (mask == 1)).all()):
+    if anywhere((mask != 0) & (mask != 1)):
         raise InputError("attention_mask holds values other than 0 (padding) and 1 (a token).")
     mask = mask.bool()
-    if not bool(mask.any(dim=1).all()):
-        row = int((~mask.any(dim=1)).nonzero()[0])
+    empty = ~mask.any(dim=1)
+    if anywhere(empty):
+        row = int(plain(empty).nonzero()[0, -1])
         raise InputError(f"attention_mask masks all of row {row}: give every row at least one token.")
     return mask

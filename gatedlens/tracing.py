@@ -16,25 +16,28 @@ layer and position on at which they are made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from gatedlens import inputs
 from gatedlens.corruption import EMBED, Corruption, marked_by
 from gatedlens.errors import InputError, PointError
 from gatedlens.hooking import Batch
-from gatedlens.metrics import Metric
+from gatedlens.metrics import Logits, Metric
+from gatedlens.padding import Padding
+from gatedlens.positions import columns as columns_of
+from gatedlens.positions import listed, one_a_row
 from gatedlens.result import Result
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Cell, Plan, PutByRow
 from gatedlens.runs.engine import Effort, Question, answer
 from gatedlens.runs.meter import Meter
 
-Positions = Sequence[int] | range | Mapping[str, Any] | None
+Positions = Any  # see `causal_trace`
 
 
 @torch.no_grad()
@@ -63,12 +66,12 @@ def causal_trace(
     counterfactual input, of the same shape. subject: the positions that are noised (see `positions.py`): the same in
     all rows, a tensor [batch] for one a row, a mask [batch, pos], ...; a counterfactual's are those where it differs.
     point: what is restored: a point of a block ("mixer.hook_scan") or its short name; layers that lack it are left
-    out. window: so many layers at once. positions: which to restore (all), or a mapping of labels to a position, or
-    to one a row, counted among its real ones: {"key": key_pos, "last": -1}. noise: its standard deviation, as a
-    multiple of the embeddings'; samples: draws of it, the same for all cells. attention_mask: of inputs that are no
-    pairs. max_rows: rows in one forward at most (memory), max_bytes: about how many bytes. results: as in every sweep,
-    `gl.patching.Options`: a path to which results are written as they come, or an interrupted Result. Facts of the
-    result: `clean` and `corrupted` (the metric), `total_effect`, what was corrupted and how.
+    out. window: so many layers at once. positions: which to restore (all), each by itself (a row that lacks it takes no
+    part in it), or a mapping of labels to a position, or to one a row: {"key": key_pos, "last": -1}. noise: its standard
+    deviation, as a multiple of the embeddings'; samples: draws of it, the same for all cells. attention_mask: of inputs
+    that are no pairs. max_rows: rows in one forward at most (memory), max_bytes: about how many bytes. results: as in
+    every sweep, `gl.patching.Options`: a path to which results are written as they come, or an interrupted Result. Facts
+    of the result: `clean` and `corrupted` (the metric), `total_effect`, what was corrupted and how.
     """
     _check_numbers(window, samples, max_rows, noise)
     batch = inputs.ready(model, clean, attention_mask=attention_mask)
@@ -85,28 +88,31 @@ def causal_trace(
             )
         other = inputs.ready(model, corrupt, attention_mask=attention_mask)
         corruption = Corruption.counterfactual(model, batch, cache[EMBED], other)
-    places, names = _places(positions, real, inputs.labels(model, batch), corruption.marked)
-    values = {layer: cache[name] for layer, name in layers.items()}
-    edits = {layer: _restoring(model, name, values[layer]) for layer, name in layers.items()}
+    columns = _columns(positions, real)
+    names = [
+        _name(label, mask, real, inputs.labels(model, batch), corruption.marked) for label, mask in columns.items()
+    ]
+    padding = Padding.of(batch.mask)
+    edits = {layer: _restoring(model, name, cache[name], padding) for layer, name in layers.items()}
     windows = [_window(layer, window, list(layers)) for layer in layers]
     cells = [
-        Cell((row, column), tuple(edits[one](at) for one in chosen))
+        Cell((row, column), tuple(edits[one](mask) for one in chosen))
         for row, chosen in enumerate(windows)
-        for column, at in enumerate(places)
+        for column, mask in enumerate(columns.values())
     ]
     what = f"{point} restored" + (f", {window} layers at once" if window > 1 else "")
     labels: dict[str, list[Any]] = {"layer": list(layers), "pos": names}
-    plan = Plan(("layer", "pos"), labels, (len(windows), len(places)), tuple(cells), f"Causal trace: {what}")
+    plan = Plan(("layer", "pos"), labels, (len(windows), len(columns)), tuple(cells), f"Causal trace: {what}")
 
     meter = Meter(metric, "none", len(batch.value))
-    good = float(meter(out, "In the clean run").mean())
+    good = float(meter(Logits.of(out, batch.mask), "In the clean run").mean())
     runs = _runs(model, corruption, max_rows)
     changing = set().union(*(run.prepare(cells) for run in runs))
     bad = torch.cat([meter(run.logits, "In the corrupted run") for run in runs], dim=1)
-    there = torch.stack([real.gather(1, at.unsqueeze(1)).squeeze(1) for at in places]).to(bad)  # place, batch
+    there = torch.stack([mask.any(1) for mask in columns.values()]).to(bad)  # place, batch
 
     def effect(cell: Cell, value: Tensor) -> Tensor:
-        """The mean over samples, and over the rows that have the position; NaN where every row has padding there."""
+        """The mean over samples, and over the rows that have the position."""
         weights = there[cell.place[1]]
         by_row = (value - bad).reshape(-1, len(batch.value)).mean(0)
         return (by_row * weights).sum() / weights.sum()
@@ -135,11 +141,12 @@ def _runs(model: Any, corruption: Corruption, max_rows: int) -> list[Baseline]:
     return found
 
 
-def _restoring(model: Any, name: str, clean: Tensor) -> Callable[[Tensor], PutByRow]:
-    """What puts the clean values of a point back at one position a row."""
+def _restoring(model: Any, name: str, clean: Tensor, padding: Padding) -> Callable[[Tensor], PutByRow]:
+    """What puts the clean values of a point back at some positions of the input."""
     dims = model.names.points[name].dims
     local = all(dim in ("batch", "pos") or dim in model.cfg.sizes for dim in dims)  # else it shows where a run starts
-    return lambda at: PutByRow(name, dims.index("pos"), at, clean, local)
+    source = padding.by_number(clean, dims)
+    return lambda mask: PutByRow(name, dims.index("pos"), padding.pack(mask), source, local)
 
 
 def _check_numbers(window: Any, samples: Any, max_rows: Any, noise: int | float) -> None:
@@ -175,20 +182,22 @@ def _window(layer: int, window: int, layers: list[int]) -> list[int]:
     return [one for one in range(layer - window // 2, layer - (-window // 2)) if one in layers]
 
 
-def _places(
-    positions: Positions, real: Tensor, labels: list[Any], marked: Tensor
-) -> tuple[list[Int[Tensor, " batch"]], list[str]]:
-    """The position of each row for each column of the result, and the column's label: a * for the subject."""
-    rows, length = real.shape
-    if isinstance(positions, Mapping):
-        asked = [(str(label), inputs.places(given, real)) for label, given in positions.items()]
-    else:
-        chosen = range(length) if positions is None else positions
-        if any(not -length <= p < length for p in chosen):
-            raise InputError(f"positions={list(chosen)} are out of range: there are {length} positions.")
-        everywhere = torch.arange(length, device=real.device).unsqueeze(1).expand(-1, rows)
-        asked = [(str(labels[p]), everywhere[p]) for p in chosen]
-    if not asked:
+def _columns(positions: Positions, real: Tensor) -> dict[Any, Bool[Tensor, "batch pos"]]:
+    """The position of each row for each column of the result, by its number or label."""
+    if not isinstance(positions, Mapping):
+        return columns_of(positions, "positions", real)
+    if not positions:
         raise InputError("positions is empty: name at least one position to restore.")
-    names = [label + "*" * bool(marked.gather(1, at.unsqueeze(1)).all()) for label, at in asked]
-    return [at for _, at in asked], names
+    length = real.shape[1]
+    return {
+        str(label): torch.nn.functional.one_hot(one_a_row(given, f"positions {label!r}", real), length).bool()
+        for label, given in positions.items()
+    }
+
+
+def _name(label: Any, mask: Tensor, real: Tensor, labels: list[Any], marked: Tensor) -> str:
+    """What a column is called: its label, or what stands there; with a * if it is the subject in every row."""
+    if not isinstance(label, str):
+        numbers = {number for row in listed(mask, real) for number in row}
+        label = labels[numbers.pop()] if len(numbers) == 1 else label
+    return str(label) + "*" * bool(marked[mask].all())

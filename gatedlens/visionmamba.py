@@ -19,12 +19,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gatedlens import fields
+from gatedlens.checkpoint import depth, shape_of
 from gatedlens.errors import CheckpointError, did_you_mean
-from gatedlens.hooks.mamba import layer_parameters
+from gatedlens.fields import EPS, FLAG, NUMBER, PAIR, POSITIVE, SIZE, TEXT, layers_of, listed, one_of, table
+from gatedlens.hooks.mamba import SSM_FIELDS, layer_parameters
 
 BACKWARD = {  # what the backward direction calls Mamba's parameters
     "v1": {"A_log": "A_b_log"},
     "v2": {"conv1d": "conv1d_b", "x_proj": "x_proj_b", "dt_proj": "dt_proj_b", "A_log": "A_b_log", "D": "D_b"},
+}
+FIELDS = {  # the constructor's arguments that say what is built and how it runs
+    "img_size": PAIR,
+    "patch_size": PAIR,
+    "stride": SIZE,
+    "depth": layers_of(9),
+    "embed_dim": SIZE,
+    "d_state": SIZE,
+    "channels": SIZE,
+    "num_classes": SIZE,
+    "ssm_cfg": table(**SSM_FIELDS).or_null(),
+    "norm_epsilon": EPS,
+    "rms_norm": FLAG,
+    "residual_in_fp32": FLAG,
+    "if_bidirectional": FLAG,
+    "final_pool_type": TEXT,
+    "if_abs_pos_embed": FLAG,
+    "if_rope": FLAG,
+    "flip_img_sequences_ratio": NUMBER,
+    "if_bimamba": FLAG,
+    "bimamba_type": one_of("v1", "v2", "none"),
+    "if_cls_token": FLAG,
+    "if_divide_out": FLAG.or_null(),
+    "if_devide_out": FLAG,
+    "init_layer_scale": NUMBER.or_null(),
+    "use_double_cls_token": FLAG,
+    "use_middle_cls_token": FLAG,
+    "use_end_cls_token": FLAG,
+    "image_mean": listed(NUMBER, low=1),
+    "image_std": listed(POSITIVE, low=1),
 }
 
 
@@ -112,8 +145,9 @@ class VisionMamba(nn.Module):
         use_end_cls_token: bool = False,
         **others: Any,
     ):
-        super().__init__()
         given = {k: v for k, v in locals().items() if k not in ("self", "others", "__class__")}
+        fields.check({**given, **others}, FIELDS, "The config")
+        super().__init__()
         self.config = {**{k: v for k, v in given.items() if v is not None}, **others}
         self.residual_in_fp32 = residual_in_fp32
         self.if_bidirectional = if_bidirectional
@@ -129,10 +163,11 @@ class VisionMamba(nn.Module):
         if use_end_cls_token and (use_middle_cls_token or use_double_cls_token):
             raise CheckpointError("use_end_cls_token=True: set use_middle_cls_token and use_double_cls_token to False.")
         kind = "v1" if if_bimamba else bimamba_type
-        if kind not in ("none", "v1", "v2"):
-            raise CheckpointError(f"bimamba_type={kind!r}; supported are 'v2', 'v1' and 'none'.")
-        if num_classes < 1:
-            raise CheckpointError(f"num_classes={num_classes}: a ViM without its head is not supported.")
+        for name in ("image_mean", "image_std"):
+            if name in others and len(others[name]) != channels:
+                raise CheckpointError(
+                    f"{name} is {others[name]!r:.80}; expected are {channels} numbers, one a channel."
+                )
 
         self.patch_embed = PatchEmbed(img_size, patch_size, stride, channels, embed_dim)
         names = () if not if_cls_token else ("_head", "_tail") if use_double_cls_token else ("",)
@@ -231,40 +266,40 @@ def variant_config(name: str) -> dict[str, Any]:
     return dict(SHORT[short])
 
 
-def config_from_shapes(state: Mapping[str, Tensor], variant: dict[str, Any], input_size: int | None) -> dict[str, Any]:
+def config_from_shapes(state: Mapping[str, Tensor], variant: dict[str, Any], input_size: Any) -> dict[str, Any]:
     """The variant's arguments with the sizes that the tensors have; the image's size follows from the positions."""
-    mixer, patch = "layers.0.mixer.", state["patch_embed.proj.weight"]
-    inner, d_state = state[f"{mixer}A_log"].shape
-    dt_rank, d_conv = state[f"{mixer}dt_proj.weight"].shape[1], state[f"{mixer}conv1d.weight"].shape[-1]
+    mixer = "layers.0.mixer."
+    embed_dim, channels, _, patch_size = shape_of(state, "patch_embed.proj.weight", 4)
+    inner, d_state = shape_of(state, f"{mixer}A_log", 2)
+    dt_rank, d_conv = shape_of(state, f"{mixer}dt_proj.weight", 2)[1], shape_of(state, f"{mixer}conv1d.weight", 3)[-1]
+    if input_size is not None and not SIZE.fits(input_size):
+        raise CheckpointError(f"args.input_size is {input_size!r:.80}; expected is {SIZE.expected}.")
     kind = "v2" if f"{mixer}conv1d_b.weight" in state else "v1" if f"{mixer}A_b_log" in state else "none"
     config = {
         **variant,
-        "patch_size": patch.shape[-1],
-        "depth": 1 + max(int(key.split(".")[1]) for key in state if key.startswith("layers.")),
-        "embed_dim": patch.shape[0],
+        "patch_size": patch_size,
+        "depth": depth(state, "layers."),
+        "embed_dim": embed_dim,
         "d_state": d_state,
-        "channels": patch.shape[1],
-        "num_classes": state["head.weight"].shape[0],
-        "ssm_cfg": {"d_conv": d_conv, "expand": inner / patch.shape[0], "dt_rank": dt_rank},
+        "channels": channels,
+        "num_classes": shape_of(state, "head.weight", 2)[0],
+        "ssm_cfg": {"d_conv": d_conv, "expand": inner / embed_dim, "dt_rank": dt_rank},
         "rms_norm": "norm_f.bias" not in state,
         "bimamba_type": kind,
         "if_cls_token": any(key.startswith("cls_token") for key in state),
         "use_double_cls_token": "cls_token_head" in state,
-        "if_abs_pos_embed": "pos_embed" in state,
         "init_layer_scale": 1.0 if f"{mixer}gamma" in state else None,
     }
-    config["stride"] = config["patch_size"] * variant["stride"] // variant["patch_size"]
-    config["img_size"] = int(input_size or variant["img_size"])
+    config["stride"] = max(1, patch_size * variant["stride"] // variant["patch_size"])
+    config["img_size"] = input_size or variant["img_size"]
     _check_positions(state, config)
     return config
 
 
 def _check_positions(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """CheckpointError unless an image of this size has as many patches as the file has positions."""
-    if "pos_embed" not in state:
-        return
     size, patch, stride = config["img_size"], config["patch_size"], config["stride"]
-    have = state["pos_embed"].shape[1] - sum(key.startswith("cls_token") for key in state)
+    have = shape_of(state, "pos_embed", 3)[1] - sum(key.startswith("cls_token") for key in state)
     want = ((size - patch) // stride + 1) ** 2
     if have != want:
         raise CheckpointError(

@@ -27,6 +27,7 @@ from torch.autograd.function import Function
 
 from gatedlens.errors import InputError
 from gatedlens.recurrence import SEGMENT_ELEMENTS, SEGMENT_ELEMENTS_GRAD, _segments, linear_scan
+from gatedlens.transforms import anywhere, gradients, has_old_axis, transformed
 
 NOTHING = -1e38  # the maximum of an empty past
 LARGEST_KEY = 700.0  # e^700 is still a float64
@@ -92,8 +93,7 @@ def _segment(
     writes, log_decay = k, w.expand_as(k)
     if mask is not None:
         writes, log_decay = k.masked_fill(~mask.unsqueeze(-1), -torch.inf), w * mask.unsqueeze(-1)
-    with torch.no_grad():
-        maxima = _running_max(log_decay, writes, top)
+    maxima = _running_max(log_decay.detach(), writes.detach(), top.detach())
     before = _behind(top, maxima)
     decay = torch.exp(before + log_decay - maxima)
     weight = torch.exp(writes - maxima)
@@ -109,8 +109,7 @@ def _segment(
 
 def _exponentials(top: Tensor, bonus: Tensor) -> tuple[Tensor, Tensor]:
     """e^top and e^bonus, relative to the larger."""
-    with torch.no_grad():
-        largest = torch.maximum(top, bonus)
+    largest = torch.maximum(top.detach(), bonus.detach())
     return torch.exp(top - largest), torch.exp(bonus - largest)
 
 
@@ -155,28 +154,28 @@ class SegmentedWkv(Function):
             pieces = _segment(_part(mask, part), k[:, part], v[:, part], w, u, *carry)
             scan[:, part] = pieces.scan
             carry = [t.clone() for t in pieces.carry]  # a view would keep the segment's states alive
-        ctx.mask, ctx.slices = mask, slices
-        ctx.save_for_backward(k, v, w, u, *starts)
+        ctx.slices = slices
+        ctx.save_for_backward(mask, k, v, w, u, *starts)
         ctx.mark_non_differentiable(carry[2])
         return scan, *carry
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        whole, k, v, w, u, *starts = ctx.saved_tensors
+        if torch.is_grad_enabled() or transformed() or has_old_axis(*grads):  # in one piece, without buffers
+
+            def run(*given: Tensor) -> tuple[Tensor, ...]:
+                pieces = _segment(whole, *given)
+                return pieces.scan, *pieces.carry[:2]
+
+            return None, *gradients(run, (k, v, w, u, *starts[:3]), grads[:3])
         grad_scan, grad_num, grad_den, _ = grads
-        k, v, w, u, *starts = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody differentiates the gradient: take the differentiable road, whole
-            given = (k, v, w, u, *starts[:3])
-            needed = [t for t in given if t.requires_grad]
-            pieces = _segment(ctx.mask, *given)
-            outs = (pieces.scan, *pieces.carry[:2])
-            found = iter(torch.autograd.grad(outs, needed, grads[:3], create_graph=True, allow_unused=True))
-            return None, *(next(found) if t.requires_grad else None for t in given)
         grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
         grad_w, grad_u = torch.zeros_like(w), torch.zeros_like(u)
         grad_state, grad_top = torch.stack([grad_num, grad_den], dim=1), None
         for i in reversed(range(len(ctx.slices))):
             part = ctx.slices[i]
-            mask, k_part, v_part = _part(ctx.mask, part), k[:, part], v[:, part]
+            mask, k_part, v_part = _part(whole, part), k[:, part], v[:, part]
             pieces = _segment(mask, k_part, v_part, w, u, *starts[3 * i : 3 * i + 3])
             # The gradient of an inner maximum is dropped: it is held fixed. That of the first one is the carry's.
             grad_v[:, part], bonus, written, decay, grad_state, grad_top = _backward(
@@ -201,14 +200,16 @@ def wkv(
     carry: Carry,
 ) -> tuple[Float[Tensor, "batch pos channel"], Carry]:
     """`scan, carry = wkv(k, v, w, u, mask, carry)`; O(b c) memory beyond inputs and output without gradients."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (k, v, w, u, *carry)):
-        if torch.compiler.is_compiling():
-            pieces = _segment(mask, k, v, w, u, *carry)
-            return pieces.scan, Carry(*(t.clone() for t in pieces.carry))
-        scan, *rest = SegmentedWkv.apply(mask, k, v, w, u, *carry)
-        return scan, Carry(*rest)
-    if torch.compiler.is_compiling():
+    compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
+    followed = grad and any(t.requires_grad for t in (k, v, w, u, *carry))
+    if followed if compiling else transformed():
+        pieces = _segment(mask, k, v, w, u, *carry)
+        return pieces.scan, Carry(*(t.clone() for t in pieces.carry))
+    if compiling:
         scan, *rest = _wkv(k, v, w, u, mask, *carry)
+        return scan, Carry(*rest)
+    if followed:
+        scan, *rest = SegmentedWkv.apply(mask, k, v, w, u, *carry)
         return scan, Carry(*rest)
     return _lean(k, v, w, u, mask, carry)
 
@@ -270,7 +271,7 @@ class OpenWkv:
 
     def _true(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """e^x, or an error where float64 does not hold it."""
-        if bool((x > LARGEST_KEY).any()):
+        if anywhere(x > LARGEST_KEY):
             raise InputError(
                 f"A key is {float(x.detach().max()):.4g}; the points inside the scan (hook_write, hook_state, ...) need exp(key)"
                 f" in float64, up to exp({LARGEST_KEY:g}). hook_k, hook_u and hook_scan have no limit: hook those."

@@ -109,21 +109,18 @@ class WkvScan(ScanMatrix):
             right = torch.exp(risen[:, lo:mid] - top)
             yield lo, mid, hi, left.to(self.k.dtype), right.to(self.k.dtype)
 
-    def summed(
-        self,
-        left: Float[Tensor, "batch pos channel"],
-        right: Float[Tensor, "batch pos channel"],
-        taps: Float[Tensor, "channel one"],
+    def contracted(
+        self, left: Float[Tensor, "batch pos channel"], right: Float[Tensor, "batch pos channel"]
     ) -> Float[Tensor, "batch dst src"]:
-        """sum_c left_i[c] * S[i, j][c] * right_j[c] * taps[c]: RWKV has no conv, so there is one tap."""
+        """sum_c left_i[c] * S[i, j][c] * right_j[c], block by block."""
         total = left.new_zeros(left.shape[0], self.length, self.length)
         size = max(1, CHUNK_ELEMENTS // (left.shape[0] * self.length))
         for first in range(0, left.shape[2], size):
             some = slice(first, first + size)
-            self.select(some)._add_summed(total, left[..., some], right[..., some] * taps[some, 0])
+            self.select(some)._add_contracted(total, left[..., some], right[..., some])
         return total
 
-    def _add_summed(
+    def _add_contracted(
         self,
         total: Float[Tensor, "batch pos pos"],
         left: Float[Tensor, "batch pos channel"],

@@ -8,6 +8,7 @@ from jaxtyping import install_import_hook
 install_import_hook("gatedlens", "beartype.beartype")
 
 import copy  # noqa: E402
+import os  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
@@ -18,7 +19,7 @@ import gatedlens as gl  # noqa: E402
 from gatedlens.hooks import architectures  # noqa: E402
 from tests.helpers import example  # noqa: E402
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 settings.register_profile("gatedlens", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("gatedlens")
 

@@ -184,7 +184,13 @@ def test_mistakes_of_amplify_are_explained(recall_model, call, message):
 
 def test_a_slow_tokenizer_is_explained():
     class Slow:
-        bos_token_id = None
+        bos_token_id = eos_token_id = pad_token_id = None
+
+        def encode(self, text, add_special_tokens=True):
+            return [1]
+
+        def decode(self, ids):
+            return "a"
 
     model = gl.HookedMamba.tiny()
     model.set_tokenizer(Slow())

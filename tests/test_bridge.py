@@ -137,3 +137,53 @@ def test_a_model_that_exists(registered):
     bridge = TransformerBridge.boot_transformers("falcon", hf_model=model, tokenizer=tokenizer, device="cpu")
     logits, cache = bridge.run_with_cache(TOKENS, names_filter="blocks.1.mixer.hook_state")
     assert relative(logits, want) < 1e-5 and cache["blocks.1.mixer.hook_state"].shape == (2, 6, 32, 4)
+
+
+@pytest.mark.parametrize("name", ["mamba-recall", "griffin-recall", "rwkv-recall"])
+def test_the_recall_models_boot(registered, name):
+    bridge = TransformerBridge.boot_transformers(str(BUNDLED / name), device="cpu")
+    with torch.no_grad():
+        want = gl.from_pretrained(f"gatedlens/{name}", device="cpu")("D 3 A 7 ? A")
+        assert relative(bridge("D 3 A 7 ? A"), want) < 1e-5
+
+
+def test_hooks_are_told_the_name_that_they_asked_for(pair):
+    bridge, _ = pair
+    told: list[str] = []
+    names = ["blocks.0.hook_out", "blocks.1.hook_in", "embed.hook_out", "blocks.0.hook_resid_post"]
+    with torch.no_grad(), bridge.hooks(fwd_hooks=[(name, lambda x, hook: told.append(hook.name)) for name in names]):
+        bridge(TOKENS)
+    assert sorted(told) == sorted(names)
+    assert not any(point.fwd_hooks for point in bridge.gated.hook_dict.values()), "hooks are taken off"
+    bridge.add_hook("blocks.0.hook_out", lambda x, hook: x * 0)
+    with torch.no_grad():
+        edited = bridge(TOKENS)
+        bridge.reset_hooks()
+        assert not torch.equal(bridge(TOKENS), edited)
+
+
+def test_transformer_lens_s_jacobian_lens_is_the_mean_jacobian(pair):
+    from transformer_lens.tools.analysis import JacobianLens
+
+    bridge, ours = pair
+    text, skipped = "Call me Ishmael.", 3
+    lens = JacobianLens.fit(
+        bridge, [text], corpus="a line", source_layers=[0], skip_first_positions=skipped, show_progress=False
+    )
+    tokens = bridge.to_tokens(text)
+    stream = ours(tokens, stop_at_layer=1).detach()
+    real = range(skipped, tokens.shape[1] - 1)
+
+    def last(resid):  # summed over the positions that read: causality leaves out those before
+        out: list[torch.Tensor] = []
+        ours.run_with_hooks(
+            resid,
+            start_at_layer=1,
+            return_type="logits",
+            fwd_hooks=[(f"blocks.{ours.cfg.n_layers - 1}.hook_resid_post", lambda x, hook: out.append(x))],
+        )
+        return out[0][0, list(real)].sum(0)
+
+    rows = torch.autograd.functional.jacobian(last, stream)[:, 0]  # d_model pos d_model
+    want = rows[:, list(real)].mean(1)
+    assert relative(lens.jacobians[0].double(), want) < 1e-6

@@ -191,3 +191,171 @@ def test_ctrl_c_is_one_line_and_code_130(monkeypatch, capsys):
     monkeypatch.setattr("gatedlens.demo.compare", stop)
     assert cli.main(["compare"]) == 130
     assert "stopped" in capsys.readouterr().err
+
+
+# -- every command with every wrong kind of argument ----------------------------------------------------------------
+
+MOBY, RECALL, VIM = "gatedlens/mamba-moby", "gatedlens/mamba-recall", "gatedlens/vim-digits"
+HUGE = "9" * 30
+RUNS = {
+    "demo": ["demo", "--model", RECALL],
+    "attention": ["attention", "--model", RECALL],
+    "patch": ["patch", "--model", RECALL],
+    "compare": ["compare"],
+    "evaluate": ["evaluate", "--model", RECALL, "--data", "recall", "--limit", "1", "--methods", "random", "--quiet"],
+    "harvest": ["harvest", "--model", MOBY, "--data", "corpus.jsonl", "--names", "hook_embed", "--quiet"],
+    "table": ["table", RECALL],
+    "picture": ["attention", "--model", VIM],
+}
+PROMPTS = ["--clean", "D 3 dog A 7 hay ? D", "--corrupted", "D 5 dog A 7 hay ? D"]
+FILES = ["", "text", "binary", "folder", "zero", "broken.jsonl", "latin.jsonl", "cut.png", "no\0name", "n" * 400]
+WRONG = {
+    **{
+        name: [["--layer", layer] for layer in (HUGE, f"-{HUGE}", "-99", "2")]
+        for name in ("demo", "attention", "table")
+    },
+    "patch": [
+        *[["--point", point] for point in ("", "[[", "nope")],
+        *[["--axes", axes] for axes in ("", "layer,,", "layer,layer", "batch", "layer,nope")],
+        ["--clean", "D"],
+        [*PROMPTS, "--answer", "", "--wrong", "5"],
+        [*PROMPTS, "--answer", "3 5", "--wrong", "5"],
+        [*PROMPTS, "--answer", "\udcff", "--wrong", "5"],
+        [*PROMPTS[:3], "D 5", "--answer", "3", "--wrong", "5"],
+        ["--model", VIM],
+        ["--model", MOBY],
+    ],
+    "evaluate": [
+        *[["--limit", limit] for limit in ("-1", "0")],
+        *[["--seed", seed] for seed in (HUGE, f"-{HUGE}")],
+        *[["--batch-size", size] for size in ("0", "-3")],
+        *[["--nothing", "nope"]],
+        *[["--methods", m] for m in ("", "lpr", "random:x", "::", "rollout:sign=abc", "occlusion:nope=1")],
+        ["--methods", "gradient_attention:mode=1"],
+        *[["--data", file] for file in FILES],
+    ],
+    "harvest": [
+        *[[option, "0"] for option in ("--batch-size", "--context", "--max-tokens")],
+        *[[option, HUGE] for option in ("--batch-size", "--context", "--max-tokens")],
+        *[["--positions", positions] for positions in ("x", "mask")],
+        *[["--dtype", dtype] for dtype in ("float8", "")],
+        *[["--reduce", reduce] for reduce in ("nope", "sample(0)")],
+        *[["--engine", engine] for engine in ("", "x")],
+        *[["--names", name] for name in ("", "[[", "hook_nope", "blocks.9.hook_resid_pre")],
+        ["--field", "nope"],
+        *[["--data", file] for file in FILES if file != "text"],
+    ],
+    "picture": [
+        *[["--image", file] for file in [*FILES, "cut.jpg", "cut.gif", "cut.bmp"]],
+        ["--image", "whole.png", "--text", "x"],
+    ],
+    "compare": [],
+}
+for _name in set(WRONG) - {"table"}:
+    WRONG[_name] = [
+        *WRONG[_name],
+        *[["--out", out] for out in ("text", "text/x", "/dev/null/x", "no\0name", "n" * 300)],
+    ]
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A folder with files of every wrong kind."""
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    Path("corpus.jsonl").write_text('{"text": "Call me Ishmael."}\n' * 3)
+    Path("text").write_text("nothing of ours")
+    Path("binary").write_bytes(bytes(range(256)) * 4)
+    Path("zero").touch()
+    Path("broken.jsonl").write_text('{"text": "a"}\n{broken\n')
+    Path("latin.jsonl").write_bytes(b'{"text": "\xe9"}\n')
+    noise = Image.effect_noise((8, 8), 60).resize((64, 64))
+    noise.save("whole.png")
+    for suffix in ("png", "jpg", "gif", "bmp"):
+        noise.save(f"cut.{suffix}")
+        Path(f"cut.{suffix}").write_bytes(Path(f"cut.{suffix}").read_bytes()[:300])
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_every_wrong_argument_is_one_line(name, files, capsys):
+    """Code 2 and one line of our own, whatever is wrong; nothing else is said."""
+    for arguments in WRONG[name]:
+        line = (
+            [*RUNS[name], *arguments]
+            if "--out" in arguments or name == "table"
+            else [*RUNS[name], "--out", "out", *arguments]
+        )
+        assert cli.main(line) == 2, line
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1 and said.startswith(f"gatedlens {RUNS[name][0]}: "), (line, said)
+
+
+def test_json_has_no_nan(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "models", lambda args: {"a": float("nan"), "b": [float("inf"), 1.5], "c": Path("x")})
+    assert cli.main(["models", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"a": None, "b": [None, 1.5], "c": "x"}
+
+
+def run(arguments, **options):
+    import os
+    import subprocess
+    import sys
+
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(gl.__file__).parent.parent)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "gatedlens.cli", *arguments], env=env, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def test_sigterm_ends_as_ctrl_c_does(tmp_path):
+    """One line, how to go on, and the same command does go on."""
+    import signal
+    import time
+
+    lines = [json.dumps({"text": f"Some years ago, never mind how long precisely, number {i}."}) for i in range(3000)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
+    command = ["harvest", "--model", MOBY, "--data", str(tmp_path / "corpus.jsonl"), "--names", "hook_embed", "--quiet"]
+    command += ["--out", str(tmp_path / "out"), "--batch-size", "1"]
+    started = run(command, stdout=-3)
+    journal = tmp_path / "out" / "journal.jsonl"
+    while started.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 2):
+        time.sleep(0.01)
+    started.send_signal(signal.SIGTERM)
+    said = started.communicate(timeout=120)[1]
+    assert started.returncode == 143 and len(said.splitlines()) == 1
+    assert said.startswith("gatedlens harvest: stopped; ") and "go on when the same command is given again" in said
+    store = gl.store.open(tmp_path / "out")
+    assert len(store) > 2 and not store.is_finished and len(store["hook_embed"][0])
+
+
+def test_a_signal_handler_is_put_back(monkeypatch, capsys):
+    import signal
+    import threading
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["models"]) == 0 and signal.getsignal(signal.SIGTERM) is before
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(cli.main(["models"])))
+    thread.start()
+    thread.join()
+    assert codes == [0], "no handler can be set outside the main thread"
+
+
+def test_nobody_reads_and_nothing_can_be_written():
+    """A broken pipe is silent; a full disk behind the output is one line."""
+    import os
+
+    for arguments in (["models"], ["models", "--json"], ["table", RECALL]):
+        read, write = os.pipe()
+        os.close(read)
+        started = run(arguments, stdout=write)
+        os.close(write)
+        assert started.communicate(timeout=120)[1] == "" and started.returncode == 1
+    if Path("/dev/full").exists():
+        with open("/dev/full", "w") as full:
+            started = run(["models"], stdout=full)
+            said = started.communicate(timeout=120)[1]
+        assert "gatedlens models: No space left on device." in said and "Traceback" not in said

@@ -45,6 +45,7 @@ from tests import (
     test_steering,
     test_tracing,
     test_transformer_lens,
+    test_transforms,
 )
 from tests.attribution import test_attention as test_attribution_by_attention
 from tests.attribution import test_attribution as test_attributions
@@ -124,6 +125,7 @@ GENERAL = [
     test_protocol,
     test_measurement,
     test_amplify,
+    test_transforms,
 ]
 if importlib.util.find_spec("nnsight") is not None:
     from tests import test_nnsight, test_traced

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
+from gatedlens.halving import raised, steps
 from gatedlens.scanmatrix import DecayScan
 from tests.helpers import relative
 
@@ -97,3 +101,63 @@ def test_a_row_of_its_own_in_each_batch_element():
     rows = scan.seen(places)
     for b, i in enumerate(places.tolist()):
         assert torch.allclose(rows[b], dense[b, :, i].mT, atol=1e-13)
+
+
+# -- factors of any size ----------------------------------------------------------------------------------------------
+
+
+def sized(scan: DecayScan, dtype: torch.dtype, **powers: float) -> DecayScan:
+    """The scan with some factors times powers of ten."""
+    return replace(scan, **{name: getattr(scan, name).to(dtype) * 10.0**power for name, power in powers.items()})
+
+
+SIZES = [
+    {"left": -26},
+    {"left": -36},
+    {"amount": -31},
+    {"left": -20, "right": -15},
+    {"key": -25, "read": 20},
+    {"left": 30, "amount": -30},
+    {"left": 15, "right": 15},
+    {"left": 37},
+    {"taps": -30, "right": 28},
+    {"left": 30, "right": 30, "key": -30, "read": -30},
+]
+
+
+@pytest.mark.parametrize("followed", [False, True])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_very_small_and_very_large_factors_in_float32(sizes, followed):
+    scan = scan_of(21, torch.float32)
+    factors = dict(zip(("left", "right", "taps"), factors_of(scan), strict=True))
+    scan = sized(scan, torch.float32, **{name: power for name, power in sizes.items() if name not in factors})
+    factors = {name: x * 10.0 ** sizes.get(name, 0) for name, x in factors.items()}
+    size = 10.0 ** -sum(sizes.values())
+    wanted = literal(scan, *(x.double() for x in factors.values())) * size
+    left, right, taps = (x.requires_grad_(followed) for x in factors.values())
+    for got, want in ((scan.folded(left, right, taps), wanted), (scan.summed(left, right, taps), wanted.sum(1))):
+        assert got.isfinite().all() and relative(got.detach().double() * size, want) < 1e-5
+        if followed:
+            (slope,) = torch.autograd.grad(got.sum() * size, right)
+            assert slope.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"left": -250}, {"left": 250, "amount": -250}, {"amount": -300}, {"left": 150, "key": 140}]
+)
+def test_very_small_and_very_large_factors_in_float64(sizes):
+    scan = scan_of(21)
+    left, right, taps = factors_of(scan)
+    scan = sized(scan, torch.float64, **{name: power for name, power in sizes.items() if name != "left"})
+    left, size = left * 10.0 ** sizes.get("left", 0), 10.0 ** -sum(sizes.values())
+    wanted = literal(scan_of(21), *factors_of(scan))
+    assert relative(scan.folded(left, right, taps) * size, wanted) < 1e-12
+    assert relative(scan.summed(left, right, taps) * size, wanted.sum(1)) < 1e-12
+
+
+def test_powers_beyond_what_a_number_holds_go_in_steps():
+    for power, dtype in ((0, torch.float32), (-200, torch.float32), (149, torch.float32), (1100, torch.float64)):
+        parts = steps(power, dtype)
+        assert sum(math.log2(part) for part in parts) == power
+        assert all(0 < torch.tensor(part, dtype=dtype) < math.inf for part in parts)
+    assert raised(torch.tensor([2.0**-149]), 149) == 1

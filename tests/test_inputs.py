@@ -34,20 +34,14 @@ def test_ids_with_a_mask(lm):
         inputs.ready(lm, (tokens, mask), attention_mask=mask)
 
 
-def test_places_count_real_positions():
-    real = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 0, 0, 0]], dtype=torch.bool)
-    assert inputs.places(-1, real).tolist() == [4, 1]
-    assert inputs.places(0, real).tolist() == [1, 0]
-    assert inputs.places([2, -2], real).tolist() == [4, 0]
-    for pos, message in ((2, r"rows have \[3, 2\]"), (0.5, "whole number"), ([1, 1, 1], "3 entries and the batch 2")):
-        with pytest.raises(gl.InputError, match=message):
-            inputs.places(pos, real)
-
-
 def test_labels_are_tokens_where_rows_agree(recall_model, hooked):
     batch = inputs.ready(recall_model, ["A 3 and ? A", "A 4 and ? A"])
     assert inputs.labels(recall_model, batch) == ["<bos>", "A", 2, "and", "?", "A"]
     assert inputs.labels(recall_model, batch, row=1) == ["<bos>", "A", "4", "and", "?", "A"]
+    for side in ("left", "right"):  # rows of unequal length: position k of each, where those that have it agree
+        batch = inputs.ready(recall_model, ["A 3 and", "A 4 and ? A"], padding_side=side)
+        assert inputs.labels(recall_model, batch) == ["<bos>", "A", 2, "and", "?", "A"]
+        assert inputs.labels(recall_model, batch, row=0) == ["<bos>", "A", "3", "and"]
     model = hooked.tiny()
     ready = inputs.ready(model, example(model).to(torch.float32) if model.pooling() is not None else example(model))
     own = inputs.labels(model, ready, row=0)

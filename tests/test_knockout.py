@@ -14,7 +14,7 @@ from tests.helpers import example, padded
 
 LENGTH = 9
 CASES = ["plain", "state", "left", "right"]
-EDGES = [(1, 5), (1, 6), (2, 5), (2, 6)]  # (source, target): real tokens in every case
+EDGES = [(1, 5), (1, 6), (2, 5), (2, 6)]  # (source, target), counted among a row's real positions
 SRC, DST = [1, 2], [5, 6]
 
 
@@ -57,13 +57,21 @@ def close_on_real(a, b, cache):
     return same(a[real], b[real])
 
 
+def places(mask, like):
+    """Row by row, where in the input its real positions are."""
+    return [
+        list(range(like.shape[-1])) if mask is None else mask[i].nonzero().flatten().tolist() for i in range(len(like))
+    ]
+
+
 def by_matrix(cache, layer, edges, channels=slice(None)):
     """A' x + r with those entries of the dense matrix zeroed; edges as (source, target)."""
     A = gl.implicit_attention(cache, layer=layer)
     dense, first = A.dense().clone(), A.branches[0]
     x = A.padding.spread(first.x)
-    for src, dst in edges:
-        dense[:, channels, dst, src] = 0
+    for row, where in zip(dense, places(cache.mask, dense), strict=True):
+        for src, dst in edges:
+            row[channels, where[dst], where[src]] = 0
     return torch.einsum("bcij,bjc->bic", dense, x) + A.bias
 
 
@@ -82,10 +90,12 @@ def test_cut_is_the_matrix_with_those_entries_zeroed(model, kind):
         cache = run(model, knockout.cut(SRC, DST, layers=layer), input, options)
         o = o_of(cache, model, layer)
         assert close_on_real(o, by_matrix(clean, layer, EDGES), clean)
-        changed = (o - o_of(clean, model, layer)).abs().amax((0, 2))
-        assert changed[DST].min() > 1e-6
-        untouched = [i for i in range(o.shape[1]) if i not in DST]
-        assert changed[untouched].max() == 0, "another target was changed"
+        changed = (o - o_of(clean, model, layer)).abs().amax(2)
+        for row, where in zip(changed, places(cache.mask, changed), strict=True):
+            targets = [where[dst] for dst in DST]
+            assert row[targets].min() > 1e-6
+            untouched = [i for i in range(o.shape[1]) if i not in targets]
+            assert row[untouched].max() == 0, "another target was changed"
 
 
 def test_in_several_layers_each_sees_what_the_cuts_before_it_left(model):
@@ -156,10 +166,13 @@ def test_cut_renormalised_in_attention_is_scores_of_minus_infinity():
         input, options = given(model, case)
         layer = model.cfg.layer_types.index("attention")
 
-        def block(scores, point):
+        mask = options.get("attention_mask")
+
+        def block(scores, point, mask=mask):
             scores, carried = scores.clone(), scores.shape[-1] - scores.shape[-2]
-            for src, dst in EDGES:
-                scores[:, :, dst, carried + src] = -torch.inf
+            for row, where in zip(scores, places(mask, scores[..., carried:]), strict=True):
+                for src, dst in EDGES:
+                    row[:, where[dst], carried + where[src]] = -torch.inf
             return scores
 
         want = run(model, ablation.edit(f"blocks.{layer}.attn.hook_attn_scores", block), input, options)
@@ -378,11 +391,16 @@ def test_what_cannot_be_seen_or_is_padding_is_said(lm):
         (5, 3, "src=5 has no edge in row 0: it stands after the target 3"),
         ([1, 6], [4, 5], "src=6 has no edge in row 0: it stands after the targets 4, 5"),
         ([4, 5], [1, 6], "dst=1 has no edge in row 0: it stands before the sources 4, 5"),
-        (1, 8, "src 1 of row 1 is padding"),
+        (1, 8, "dst=8 is out of range: row 1 has 6 positions"),
+        (
+            torch.tensor([[True] + [False] * 8, [True] + [False] * 8]),
+            -1,
+            "src: the mask marks nothing but padding in row 1",
+        ),
     ]:
         with pytest.raises(gl.InputError, match=message), knockout.cut(src, dst, layers=0).on(lm):
             lm(tokens, attention_mask=mask)
-    with knockout.cut([[1], [4]], 8, layers=0).on(lm):
+    with knockout.cut([[1], [4]], -1, layers=0).on(lm):
         lm(tokens, attention_mask=mask)
     with pytest.raises(gl.InputError, match="has one scan: leave `scan` out"):
         knockout.cut(1, 4, scan="fwd").hooks(lm)
@@ -436,18 +454,21 @@ def test_a_sweep_under_hooks_of_the_users_own(model):
 
 
 def test_a_sweep_over_positions_under_padding(lm):
-    tokens, options = given(lm, "right")
-    last = options["attention_mask"].sum(1) - 1
-    metric = gl.metrics.log_probability(3, pos=last)
-    result = knockout.sweep(lm, tokens, metric, dst=last, layers=[0], how=knockout.cut_scan, progress=False, **options)
-    assert result.shape == (1, LENGTH) and result.values.isfinite().all()
-    with torch.no_grad():
-        clean = metric(lm(tokens, **options)).mean()
-        alone = []
-        for row in range(2):
-            with knockout.cut_scan(2, int(last[row]), layers=0).on(lm):
-                alone.append(lm(tokens[row : row + 1, : int(last[row]) + 1])[0, -1].log_softmax(-1)[3])
-    assert abs(result[0, 2] - (torch.stack(alone).mean() - clean) / clean.abs()) < 1e-9
+    metric = gl.metrics.log_probability(3)
+    for side in ("left", "right"):
+        tokens, options = given(lm, side)
+        result = knockout.sweep(
+            lm, tokens, metric, dst=-1, layers=[0], how=knockout.cut_scan, progress=False, **options
+        )
+        assert result.shape == (1, LENGTH) and result.values.isfinite().all() and result.facts["dst"] == [[8], [7]]
+        rows = [tokens[i, mask].unsqueeze(0) for i, mask in enumerate(options["attention_mask"])]
+        with torch.no_grad():
+            clean = torch.stack([metric(lm(row))[0] for row in rows]).mean()
+            alone = []
+            for row in rows:
+                with knockout.cut_scan(2, -1, layers=0).on(lm):
+                    alone.append(metric(lm(row))[0])
+        assert abs(result[0, 2] - (torch.stack(alone).mean() - clean) / clean.abs()) < 1e-9
 
 
 @torch.no_grad()
@@ -467,7 +488,7 @@ def test_mistakes_in_sweeps(lm):
     for options, message in [
         ({"window": 0}, "window=0: give 1 to"),
         ({"window": 99}, "window=99: give 1 to"),
-        ({"src": {}}, "src names no source"),
+        ({"src": {}}, "src is empty: give positions"),
         ({"src": {"x": 99}}, "src 'x'=99 is out of range"),
     ]:
         with pytest.raises(gl.InputError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -350,3 +351,24 @@ def test_bad_text_options_are_explained(moby_model):
         moby_model(["a", "bc"], padding_side="middle")
     with pytest.raises(gl.InputError, match="has no tokens"):
         moby_model("", prepend_bos=False)
+
+
+def test_the_side_that_texts_are_padded_on():
+    """The argument, else what was set on the model's tokenizer, else the left; what a tokenizer comes with is no choice."""
+    model = gl.from_pretrained("gatedlens/mamba-moby", device="cpu")
+
+    def side(**options):
+        mask = model.to_tokens_and_mask(["Call", "Call me"], **options)[1]
+        return "left" if mask[0, -1] else "right"
+
+    assert model.tokenizer.padding_side == "right" and side() == "left"
+    assert side(padding_side="right") == "right"
+    for chosen, other in (("right", "left"), ("left", "right")):
+        model.tokenizer.padding_side = chosen
+        assert side() == chosen and side(padding_side=other) == other
+        assert model.generate(["Call", "Call me"], max_new_tokens=1, return_type="tokens", verbose=False).shape[1] == 9
+    model.set_tokenizer(model.tokenizer)
+    assert side() == "left" and copy.deepcopy(model.tokenizer).padding_side == "left"
+    model.tokenizer.padding_side = "middle"
+    with pytest.raises(gl.InputError, match="padding_side='middle'"):
+        side()

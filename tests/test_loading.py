@@ -178,7 +178,7 @@ def test_missing_extra_and_misshapen_weights_of_an_original_are_named(original_f
 def test_truncated_safetensors(hf_folder, cut):
     path = hf_folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(gl.CheckpointError, match="cannot be loaded"):
+    with pytest.raises(gl.CheckpointError, match="model.safetensors is damaged or cut short"):
         gl.from_pretrained(hf_folder)
 
 
@@ -287,3 +287,117 @@ def test_names_and_models_are_told_apart():
         gl.from_pretrained(hf_model())
     with pytest.raises(gl.CheckpointError, match="gl.from_pretrained"):
         gl.wrap("state-spaces/mamba-130m-hf")
+
+
+# -- what stands around a model, or instead of one ------------------------------------------------------------------
+
+
+def test_what_is_around_a_model_points_at_it(hooked):
+    inner = hooked.tiny().wrapped
+    kind = type(inner).__name__
+    with pytest.raises(gl.CheckpointError, match=rf"DataParallel is around a {kind}: gl.wrap\(model.module\)"):
+        gl.wrap(torch.nn.DataParallel(inner))
+    with pytest.raises(gl.CheckpointError, match=r"gl.wrap\(model._orig_mod\)"):
+        gl.wrap(torch.compile(inner))
+
+    class Lightning(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.ModuleDict({"inner": inner})
+
+    with pytest.raises(gl.CheckpointError, match=rf"Lightning is around a {kind}: gl.wrap\(model.net.inner\)"):
+        gl.wrap(Lightning())
+
+
+def test_namesakes_are_told_what_to_do():
+    class Mamba(torch.nn.Module):
+        pass
+
+    with pytest.raises(gl.CheckpointError, match=r"mambapy's or mamba-minimal's .*backbone.embedding.weight"):
+        gl.wrap(Mamba())
+
+    class MambaForCausalLM(torch.nn.Module):
+        pass
+
+    with pytest.raises(gl.CheckpointError, match="MambaForCausalLM.* is not built as Mamba is: .*backbone"):
+        gl.wrap(MambaForCausalLM())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_models_are_refused(hooked):
+    model = torch.ao.quantization.quantize_dynamic(hooked.tiny().wrapped, {torch.nn.Linear})
+    with pytest.raises(gl.CheckpointError, match="without quantisation"):
+        gl.wrap(model)
+
+    class QuantLinear(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("qweight", torch.zeros(2, 2, dtype=torch.int32))
+
+    model = hooked.tiny().wrapped
+    model.more = QuantLinear()
+    with pytest.raises(gl.CheckpointError, match="without quantisation"):
+        gl.wrap(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.bool])
+def test_weights_that_are_no_floats_are_refused(hooked, dtype):
+    wrapped = hooked.tiny().wrapped
+    name, p = next(iter(wrapped.named_parameters()))
+    owner = wrapped.get_submodule(name.rpartition(".")[0])
+    setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(p.to(dtype), requires_grad=False))
+    with pytest.raises(gl.CheckpointError, match=f"{name} is .*expected are floats"):
+        gl.wrap(wrapped)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_told(hooked, value):
+    wrapped = hooked.tiny().wrapped
+    name, p = list(wrapped.named_parameters())[1]
+    with torch.no_grad():
+        p.flatten()[0] = value
+    with pytest.warns(UserWarning, match=f"{name} hold NaN or infinite numbers"):
+        gl.wrap(wrapped)
+
+
+def test_values_of_a_config_are_checked_when_a_model_is_wrapped(hooked):
+    wrapped = hooked.tiny().wrapped
+    config = wrapped.config if isinstance(wrapped.config, dict) else vars(wrapped.config)
+    known = hooked.original_fields if isinstance(wrapped.config, dict) else hooked.hub_fields
+    for key in known:
+        if key in config:
+            before = config[key]
+            config[key] = object()
+            with pytest.raises(
+                gl.CheckpointError, match=rf"(config|attributes): {key} is .*expected is|is not built as"
+            ):
+                gl.wrap(wrapped)
+            config[key] = before
+    gl.wrap(wrapped)
+    if "residual_in_fp32" in config:
+        config["residual_in_fp32"] = "no"
+        with pytest.raises(gl.CheckpointError, match="residual_in_fp32 is 'no'; expected is true or false"):
+            gl.wrap(wrapped)
+
+
+def test_options_of_other_tools():
+    folding = {"fold_ln": False, "center_writing_weights": False, "center_unembed": False, "fold_value_biases": False}
+    model = gl.from_pretrained("gatedlens/mamba-recall", device="cpu", **folding)
+    assert torch.equal(model.W_U, gl.from_pretrained("gatedlens/mamba-recall", device="cpu").W_U)
+    for name in (*folding, "refactor_factored_attn_matrices"):
+        with pytest.raises(gl.CheckpointError, match=f"{name}=True: gatedlens folds nothing"):
+            gl.from_pretrained("gatedlens/mamba-recall", **{name: True})
+    with pytest.raises(gl.CheckpointError, match=r"hf_model is no option of gl.from_pretrained: gl.wrap"):
+        gl.from_pretrained("gatedlens/mamba-recall", hf_model=hf_model())
+    for name in ("gatedlens/mamba-recall", "gatedlens/vim-digits"):
+        with pytest.raises(gl.CheckpointError, match="revison"):
+            gl.from_pretrained(name, revison="main")
+        for device in ("gpu", "cuda:77", "cpu:x"):
+            with pytest.raises(gl.CheckpointError, match=f"device='{device}': expected is a device of this machine"):
+                gl.from_pretrained(name, device=device)
+
+
+@pytest.mark.parametrize("name", [None, 3, "", " ", b"x", [], "a" * 5000, "a\0b", "."])
+def test_what_is_no_name(name):
+    with pytest.raises(gl.CheckpointError):
+        gl.from_pretrained(name, local_files_only=True)

@@ -77,7 +77,7 @@ def test_what_is_true_or_a_whole_number_is_measured_too():
     [
         (lambda: metrics.logit(7)(LOGITS), r"token=7 is out of range: the logits have 7 entries \(0 to 6\)"),
         (lambda: metrics.logit([1, 2])(LOGITS), "the logits have 3 rows: give one for all, or one a row"),
-        (lambda: metrics.logit(1, pos=5)(LOGITS), "pos=5 is out of range: the logits have 5 positions"),
+        (lambda: metrics.logit(1, pos=5)(LOGITS), "pos=5 is out of range: row 0 has 5 positions"),
         (lambda: metrics.logit(torch.tensor(1.0))(LOGITS), "whole numbers"),
         (lambda: metrics.kl(OTHER[:2])(LOGITS), "kl compares with logits"),
         (lambda: metrics.loss(torch.zeros(2, 2, dtype=torch.long))(LOGITS), "loss needs logits"),

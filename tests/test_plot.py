@@ -8,6 +8,7 @@ import torch
 
 import gatedlens as gl
 from gatedlens.page import attention_page
+from tests.helpers import example
 
 matplotlib.use("agg")
 TOKENS = ["<bos>", " a", "\n", "<b>", "&"]
@@ -135,3 +136,199 @@ def test_an_activation_is_titled_by_its_row():
         gl.plot.activation(cache, ("B", 0), ["a", "b"])
     _, cache = model.run_with_cache([[1, 2, 3]], names_filter="blocks.0.mixer.hook_state_start", remove_batch_dim=False)
     assert gl.plot.activation(cache, "blocks.0.mixer.hook_state_start").axes[0].get_ylabel() == "channel"
+
+
+# -- signs that stand for themselves, numbers that are none ---------------------------------------------------------
+
+SIGNS = [
+    "$$",
+    "$x$",
+    "$\\frac{$",
+    "a$b",
+    "\\$",
+    "_^{",
+    "$\\alpha",
+    "%&#~",
+    "\x00",
+    "\x1b[31m",
+    "\udcff",
+    "",
+    "<!--",
+    "</script>",
+]
+
+
+def save(figure):
+    import io
+
+    figure.savefig(io.BytesIO(), format="png", dpi=20)
+    return figure
+
+
+@pytest.mark.parametrize("sign", ["$$", "$\\frac{$ a_^{ %&#~ \udcff\x00 <!-- \\$"])
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_every_sign_stands_for_itself_everywhere(sign, tmp_path):
+    """In tokens, titles, labels, axis names, words in cells: nothing is read as mathematics."""
+    from gatedlens import figures
+    from gatedlens.evaluation.curve import AXES, Curve
+
+    shown = gl.plot.label(sign)
+    tokens, matrix = [*SIGNS[:-1], sign], torch.rand(len(SIGNS), len(SIGNS))
+    figure = save(gl.plot.heatmap(matrix, tokens, title=shown, value=shown))
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == [*map(gl.plot.label, tokens)]
+    assert not any(t.get_parse_math() for t in [*figure.axes[0].get_xticklabels(), figure.axes[0].title])
+    assert not figure.axes[1].yaxis.label.get_parse_math()
+    save(gl.plot.layers({shown: matrix, 1: matrix}, tokens, title=shown, value=shown))
+    save(gl.plot.image(torch.rand(3, 4, 4), title=shown))
+    grid = grid_of()
+    save(gl.plot.over_image(torch.rand(10), torch.rand(3, 12, 12), grid, title=shown, value=shown))
+    for values, axes in ((matrix[0], ("a",)), (matrix[:3], ("a", shown)), (torch.rand(2, 3, 3), (shown, "a", "b"))):
+        labels = {axis: [sign] * size for axis, size in zip(axes, values.shape, strict=True)}
+        found = gl.Result(values, axes, labels, title=shown, value=shown)
+        save(found.plot())
+    save(figures.words(gl.Result(matrix[:3, :3], ("a", "b"), title=shown), [[sign] * 3] * 3))
+    _, cache = gl.HookedMamba.tiny().run_with_cache([[1, 2, 3]], names_filter="blocks.0.mixer.hook_B")
+    save(gl.plot.activation(cache, ("B", 0), tokens[:3]))
+    figure = Curve(torch.rand(2, 3), AXES, {"share": [0.1, 0.5, 0.9]}, shown, shown, {"baseline": 0.0}).plot()
+    figure.axes[0].legend()  # a legend is the caller's
+    save(figure)
+    for html in (gl.plot.text(matrix[0], tokens, title=sign), attention_page({sign: matrix}, tokens, sign)):
+        html.save(tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_an_axes_of_the_callers_is_plain_too():
+    import matplotlib.pyplot as plt
+
+    _, ax = plt.subplots()
+    save(gl.plot.heatmap(torch.rand(2, 2), ["$$", "$"], title="$$", value="$$", ax=ax))
+
+
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_no_number_is_no_trouble(odd, tmp_path):
+    import json
+    import re
+
+    matrix = torch.rand(3, 3)
+    matrix[1, 0] = odd
+    ax = save(gl.plot.heatmap(matrix)).axes[0]
+    assert ax.images[0].get_clim()[1] == matrix[matrix.isfinite()].max()
+    save(gl.plot.heatmap(torch.full((2, 2), odd)))
+    save(gl.plot.image(matrix.expand(3, 3, 3)))
+    for values, axes in ((matrix[1], ("a",)), (matrix, ("a", "b")), (matrix.expand(2, 3, 3), ("a", "b", "c"))):
+        save(gl.Result(values, axes).plot())
+    body = gl.plot.text(matrix[1], ["a", "b", "c"]).body
+    assert "rgba(214,40,40,nan)" not in body and body.count("<span") == 3
+    page = attention_page({"l": matrix}, ["<!--", "<script>", "c"], "t").page()
+    payload = re.search(r"id='gl-data'>(.*?)</script>", page, re.S)[1]
+    assert "<" not in payload and "NaN" not in payload and "Infinity" not in payload
+    data = json.loads(payload, parse_constant=lambda name: pytest.fail(name))
+    assert data["tokens"] == ["<!--", "<script>", "c"] and data["layers"]["l"][1][0] is None
+
+
+def test_the_reports_pictures_and_curves_take_what_is_no_number():
+    from gatedlens.evaluation.charts import curves, heat, png
+    from gatedlens.evaluation.estimate import Estimate
+
+    scores = torch.tensor([[1.0, torch.nan], [-torch.inf, -2.0]])
+    shown = heat(scores)
+    assert shown.isfinite().all() and shown[0, 1].eq(0.6).all() and png(scores).startswith("data:image/png")
+    nothing, some = Estimate(torch.nan, torch.nan, torch.nan), Estimate(torch.inf, 0.1, 0.2)
+    for steps in ([nothing, nothing], [some, nothing], [some, some]):
+        said = curves({"a<b": steps}, (0.1, 0.9), "T<")
+        assert "nan" not in said and "inf" not in said.replace("info", "") and "a&lt;b" in said
+
+
+# -- what an attention is drawn as ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stack(model):
+    return gl.implicit_attention(model, example(model, 1))
+
+
+def test_an_attention_is_drawn_as_its_mean(stack):
+    A = stack[0]
+    ax, bar = gl.plot.heatmap(A).axes
+    assert (
+        torch.allclose(torch.as_tensor(ax.images[0].get_array().data), A.mean()[0].float())
+        and bar.get_ylabel() == A.mean().label
+    )
+    assert len(ax.get_xticklabels()) == A.shape[1]
+    for given in (
+        stack,
+        dict(enumerate(stack)),
+        dict(zip(stack.layers, stack.mean(progress=False)[:, 0], strict=True)),
+    ):
+        figure = gl.plot.layers(given)
+        drawn = [ax for ax in figure.axes if ax.images and ax.get_xlabel()]
+        assert [ax.get_title() for ax in drawn] == [f"layer {i}" for i in stack.layers]
+        assert torch.allclose(torch.as_tensor(drawn[-1].images[0].get_array().data), stack[-1].mean()[0].float())
+    assert len(gl.plot.layers(A).axes) == 2
+    for call, said in (
+        (lambda: gl.plot.heatmap(stack), r"gl.plot.layers\(stack\)"),
+        (lambda: gl.plot.heatmap(A.contributions()), "contributions.norms"),
+        (lambda: gl.plot.heatmap("a text"), "draws numbers, not a str"),
+        (lambda: gl.plot.heatmap(None), "draws numbers, not a NoneType"),
+        (lambda: gl.plot.layers(torch.rand(2, 3, 3)), "a stack or a matrix by layer"),
+        (lambda: gl.plot.text(stack, ["a"]), "gl.plot.layers"),
+        (lambda: gl.plot.heatmap(torch.zeros(0, 0)), r"shape \[0, 0\]"),
+    ):
+        with pytest.raises(gl.InputError, match=said):
+            call()
+
+
+def test_a_batch_of_rows_asks_for_one():
+    A = gl.implicit_attention(gl.HookedMamba.tiny(), [[1, 2], [3, 4]], layer=0)
+    with pytest.raises(gl.InputError, match="Pick a row of the batch"):
+        gl.plot.heatmap(A)
+
+
+def test_views_carry_their_own_label(stack):
+    A = stack[0]
+    direction = torch.ones(A.model.cfg.d_model)
+    views = {
+        "attention (mean over channels)": [A.mean(), stack.mean(progress=False)[0]],
+        "|attention| (mean over channels)": [A.abs_mean(), stack.abs_mean(progress=False)[-1]],
+        "attention (weighted over channels)": [A.weighted(torch.ones(A.shape[2]))],
+        "attention (mean over a group of channels)": [A.grouped([[0, 1]])[:, 0]],
+        "attention (of one channel)": [A.dense([0])[:, 0]],
+        "|attention| (mean over channels and layers)": [stack.layer_mean(absolute=True, progress=False)],
+        "rollout of the attention (mean over channels)": [stack.rollout(progress=False)],
+        "norm of the contribution": [A.contributions().norms()],
+        "contribution along the direction": [A.contributions().along(direction)],
+    }
+    for label, several in views.items():
+        for view in several:
+            for one in (view, view[0], view[0].detach().float().cpu(), next(iter(view))):
+                assert gl.plot.heatmap(one).axes[1].get_ylabel() == label
+    for computed in (
+        A.abs_mean()[0] - A.mean()[0],
+        A.abs_mean()[0].log1p(),
+        A.mean()[0].T @ A.mean()[0],
+        torch.rand(3, 3),
+    ):
+        assert type(computed) is torch.Tensor and gl.plot.heatmap(computed).axes[1].get_ylabel() == "attention"
+    assert gl.plot.heatmap(A.abs_mean()[0], value="mine").axes[1].get_ylabel() == "mine"
+
+
+def test_a_labelled_tensor_is_a_tensor_like_any_other(tmp_path):
+    import copy
+    import pickle
+
+    from safetensors.torch import load_file, save_file
+
+    A = gl.implicit_attention(gl.HookedMamba.tiny(), [[1, 2, 3]], layer=0)
+    view, want = A.mean(), A.dense().mean(1)
+    assert (
+        torch.allclose(view, want, atol=1e-6) and repr(view).startswith("tensor(") and torch.equal(view, view.clone())
+    )
+    assert type(pickle.loads(pickle.dumps(view))) is torch.Tensor and copy.deepcopy(view).label == view.label
+    torch.save(view, tmp_path / "a.pt")
+    assert torch.equal(torch.load(tmp_path / "a.pt", weights_only=True), view)
+    save_file({"a": view.contiguous()}, tmp_path / "a.safetensors")
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], view)
+    assert view.numpy().shape == (1, 3, 3) and type(torch.stack([view, view])) is torch.Tensor
+    weights = torch.ones(A.shape[2])
+    wanted = torch.func.jacrev(lambda w: sum(w[c] * A.dense([c])[:, 0] for c in range(len(w))))(weights)
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        assert torch.allclose(transform(A.weighted)(weights), wanted, atol=1e-6)

@@ -8,6 +8,7 @@ import torch
 from gatedlens import recurrence
 from gatedlens.hooks.mamba import mamba_terms
 from gatedlens.recurrence import linear_scan, readout, scan
+from gatedlens.wkv import Carry, wkv
 
 
 def inputs(length=9, channels=3, state=2, batch=2, grad=True):
@@ -71,8 +72,64 @@ def test_gradients_twice(segments):
 def test_the_linear_scan_passes_torchs_own_gradient_checks():
     decay, write, start = (torch.rand(2, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
     start = start[:, 0]
-    assert torch.autograd.gradcheck(linear_scan, (decay, write, start), check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(linear_scan, (decay, write, start))
+    check_everything(linear_scan, (decay, write, start))
+
+
+def check_everything(function, inputs):
+    """torch's own checks: backward and forward, batched, and of second order."""
+    batched = {"check_batched_grad": True}
+    assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True, check_batched_forward_grad=True, **batched)
+    assert torch.autograd.gradgradcheck(function, inputs, check_fwd_over_rev=True, check_rev_over_rev=True, **batched)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_the_scans_pass_torchs_own_gradient_checks(segments):
+    sequences, A, initial = inputs(5, channels=1, batch=1)
+    check_everything(lambda *given: scan(mamba_terms, given[:4], given[4:5], given[5]), (*sequences, A, initial))
+
+    def mean(k, v, w, u, num, den, top):
+        out, carry = wkv(k, v, -w, u, mask, Carry(num, den, top))
+        return out, carry.num / carry.den  # which no gauge moves
+
+    mask = torch.tensor([[True, False, True, True, True]])
+    k, v = (torch.rand(1, 5, 1, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    w, u = (torch.rand(1, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    carry = [torch.rand(1, 1, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    check_everything(mean, (k, v, w, u, *carry))
+
+
+def test_inputs_that_depend_on_one_another_count_once(segments):
+    """As in the models, where dt, B and C are made of u: with create_graph no gradient flows twice."""
+    (dt, B, C, u), A, initial = inputs(9)
+
+    def selective():
+        own = dt * u.tanh()
+        return scan(
+            mamba_terms, (own, B + own.sum(-1, keepdim=True), C * B, u * own), (A * 2,), initial + own[:, 0, :, None]
+        )
+
+    def averaged():
+        k = dt * u
+        return wkv(k, k.sin(), A[:, 0], A[:, 1] + A[:, 0], None, Carry(k[:, 0], k[:, 1].exp(), k[:, 0]))[:1]
+
+    for run in (selective, averaged):
+        for among in ((dt, u, A), (u,), (A,)):
+            want = torch.autograd.grad(sum(out.square().sum() for out in run()), among)
+            got = torch.autograd.grad(sum(out.square().sum() for out in run()), among, create_graph=True)
+            for a, b in zip(got, want, strict=True):
+                assert torch.allclose(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_a_second_derivative_where_the_last_state_needs_none():
+    (dt, B, C, u), A, initial = inputs(7, grad=False)
+    C.requires_grad_()
+    (first,) = torch.autograd.grad(
+        scan(mamba_terms, (dt, B, C, u), (A,), initial)[0].square().sum(), C, create_graph=True
+    )
+    (second,) = torch.autograd.grad(first.square().sum(), C)
+    twice = literal((dt, B, C, u), A, initial)[0].square().sum()
+    (want,) = torch.autograd.grad(twice, C, create_graph=True)
+    assert torch.allclose(second, torch.autograd.grad(want.square().sum(), C)[0])
 
 
 def test_without_a_state_axis_the_state_itself_is_read():
@@ -120,3 +177,14 @@ def test_torch_func_and_forward_mode_see_through_the_scan():
     grad = torch.func.grad(total)(u)
     direction = torch.ones_like(u)
     assert torch.allclose(torch.func.jvp(total, (u,), (direction,))[1], (grad * direction).sum())
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr")
+def test_a_scan_is_linearised():
+    (dt, B, C, u), A, initial = inputs(6, grad=False)
+    A = torch.nn.Parameter(A)
+
+    def run(u):
+        return scan(mamba_terms, (dt, B, C, u), (A,), initial)[0]
+
+    assert torch.allclose(torch.func.linearize(run, u)[1](u), torch.func.jvp(run, (u,), (u,))[1])

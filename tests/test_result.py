@@ -119,3 +119,12 @@ def test_plots_have_titles_units_and_labels(result):
 def test_mistakes_are_explained(result, call, message):
     with pytest.raises(InputError, match=message):
         call(result)
+
+
+def test_the_strongest_do_not_hang_on_rounding():
+    """What agrees in five figures stands in the order of the cells; what is a million times smaller is still in order."""
+    values = torch.tensor([[1 - 1e-9, 1.0, 1 + 1e-9], [3e-7, 1e-7, 2e-7]], dtype=torch.float64)
+    result = Result(values, ("layer", "pos"))
+    assert [(c["layer"], c["pos"]) for c in result.top(6)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 2), (1, 1)]
+    assert [c["pos"] for c in Result(torch.tensor([0.0, torch.nan, -torch.inf, 2.0]), ("pos",)).top(9)] == [2, 3, 0]
+    assert Result(torch.zeros(0), ("pos",)).top() == []

@@ -114,7 +114,7 @@ def test_indexing_and_its_mistakes():
         gl.implicit_attention(model, tokens, layer=1, layers=[1])
     with pytest.raises(gl.InputError, match="names no layer"):
         gl.implicit_attention(model, tokens, layers=[])
-    with pytest.raises(gl.InputError, match="layer=7: .* has layers 0 to 3"):
+    with pytest.raises(gl.InputError, match="layers=7 does not exist; .* has layers 0 to 3"):
         gl.implicit_attention(model, tokens, layers=[7])
     with pytest.raises(gl.PointError, match="layer 1 needs points that this cache lacks"):
         gl.implicit_attention(gl.implicit_attention(model, tokens, layers=[0]).cache)[1]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 import gatedlens as gl
 from gatedlens import ablation, knockout, states
 from gatedlens.hooks import architectures
-from tests.helpers import example, padded
+from tests.helpers import example, padded, relative
 
 AT = 3  # a position in the middle
 
@@ -136,19 +138,18 @@ def test_one_entry_of_the_state_axis():
     assert same(patched[..., 1], clean["blocks.0.mixer.hook_state"][..., 1])
 
 
-def test_under_padding_a_patch_is_that_of_the_row_alone_and_padding_is_refused(lm):
+def test_under_padding_a_patch_is_that_of_the_row_alone(lm):
     rows = [torch.arange(1, 10), torch.arange(3, 9)]
     new = everything(lm, example(lm, 2, 5, seed=4))[f"{stems(lm, 0)[0]}hook_state"][:, -1]
-    for side, pos in (("left", torch.tensor([4, 5])), ("right", torch.tensor([4, 2]))):
+    for side, pos in itertools.product(("left", "right"), (torch.tensor([4, 2]), -1, 1)):
         tokens, mask = padded(rows, side)
         got = everything(lm, tokens, states.patch(new, pos, layers=0), attention_mask=mask)["hook_logits"]
         for row, alone in enumerate(rows):
-            own = int(pos[row]) - (len(tokens[row]) - len(alone) if side == "left" else 0)
+            own = int(pos[row]) if isinstance(pos, torch.Tensor) else pos
             want = everything(lm, alone.unsqueeze(0), states.patch(new[row : row + 1], own, layers=0))["hook_logits"]
             assert same(got[row][mask[row]], want[0])
-        hidden = 0 if side == "left" else -1
-        with pytest.raises(gl.InputError, match="is padding in row 1"):
-            everything(lm, tokens, states.patch(new, hidden, layers=0), attention_mask=mask)
+        with pytest.raises(gl.InputError, match="pos=7 is out of range: row 1 has 6 positions"):
+            everything(lm, tokens, states.patch(new, 7, layers=0), attention_mask=mask)
     assert not lm.list_hooks() and lm.running is None
 
 
@@ -255,7 +256,7 @@ def test_mistakes_in_patches_are_explained_and_leave_nothing_behind(lm):
     for make, error, message in [
         (lambda: states.patch(new, 20, layers=0), gl.InputError, "pos=20 is out of range: row 0 has 8 positions"),
         (lambda: states.patch(new, torch.tensor([1, 2, 3]), layers=0), gl.InputError, "has 3 rows; the batch has 2"),
-        (lambda: states.patch(new, [1, 2], layers=0), gl.InputError, "one position is meant in each row"),
+        (lambda: states.patch(new, [1, 2, 3], layers=0), gl.InputError, "one position is meant in each row"),
         (lambda: states.patch(cache, 3, source_pos=30), gl.InputError, "source_pos=30 is out of range"),
         (lambda: states.patch(new, 1, layers=9), gl.InputError, "layers=9 does not exist"),
         (lambda: states.patch(new, 1, layers=0, head=0), gl.PointError, "has no axis 'head'"),
@@ -330,3 +331,19 @@ def test_on_recall_the_state_before_the_question_holds_the_answer(name):
     assert recalled(other.answers, patch) > 0.7 > 0.3 > recalled(batch.answers, patch)
     everything_of_it = states.read_through(model, state, batch.tokens, at=batch.tokens.shape[1] - 2)
     assert (everything_of_it[:, -1].argmax(-1) == other.answers).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@torch.no_grad()
+def test_convs_of_one_and_two_taps_go_on_from_a_state(width):
+    """Logits at every split, and the implicit attention after each: no architecture needs a tail."""
+    griffin = gl.HookedGriffin.tiny(dtype=torch.float64, conv1d_width=width)
+    mamba = gl.HookedMamba.tiny(dtype=torch.float64, ssm_cfg={"d_state": 4, "d_conv": width})
+    for model in (griffin, mamba):
+        tokens = example(model, 2, 6)
+        whole = model(tokens)
+        for split in (1, 2, 5):
+            first, state = model(tokens[:, :split], return_state=True)
+            rest, cache = model.run_with_cache(tokens[:, split:], state=state)
+            assert relative(torch.cat([first, rest], 1), whole) < 1e-12
+            assert gl.implicit_attention(cache).check().relative < 1e-10

@@ -320,3 +320,40 @@ def test_without_nnsight_the_error_names_the_extra(monkeypatch):
     monkeypatch.delitem(sys.modules, "gatedlens.traced", raising=False)
     with pytest.raises(ImportError, match=r"pip install 'gatedlens\[nnsight\]'"):
         gl.HookedMamba.tiny().nnsight()
+
+
+@torch.no_grad()
+def test_a_list_of_texts_is_padded_on_the_left():
+    model = gl.from_pretrained("gatedlens/mamba-moby", device="cpu")
+    texts = ["Call me", "Call me Ishmael. Some years ago"]
+    want = [model(text)[0, -1] for text in texts]
+    traced = model.nnsight()
+    with traced.trace(texts):
+        out = traced.output.save()
+    assert all(relative(out[i, -1], want[i]) < 1e-5 for i in range(2))
+    with traced.trace() as tracer:
+        with tracer.invoke(texts[0]):
+            first = traced.output.save()
+        with tracer.invoke(texts[1]):
+            second = traced.output.save()
+    assert relative(first[0, -1], want[0]) < 1e-5 and relative(second[0, -1], want[1]) < 1e-5
+
+
+@torch.no_grad()
+def test_a_block_skipped_in_every_step_of_a_generation_needs_no_memory(lm):
+    model = type(lm).tiny(seed=0, dtype=torch.float64)
+    input, outs = example(model, 1), ["blocks.0.hook_mixer_out", *mlp_outs(model, 0)]
+    with model.hooks([(name, zero) for name in outs]):
+        want = model.generate(input, max_new_tokens=3, do_sample=False, verbose=False)
+    traced = model.nnsight()
+    with traced.generate(input, max_new_tokens=3, do_sample=False, verbose=False) as tracer:
+        found = nnsight.save([])
+        with tracer.iter[0:3]:
+            traced.blocks[0].skip(traced.blocks[0].input)
+            found.append(traced.hook_logits.output[:, -1].argmax(-1))
+    assert torch.equal(torch.stack(found, 1), want[:, -3:])
+    with (
+        pytest.raises(gl.InputError, match=r"holds no blocks\.0\.\w+: block 0, or that part of it, did not run"),
+        traced.generate(input, max_new_tokens=3, do_sample=False, verbose=False),
+    ):
+        traced.blocks[0].skip(traced.blocks[0].input)

@@ -179,18 +179,17 @@ def test_padding_takes_no_part_in_a_trace(lm, side):
     rows = [example(lm, 1, n, seed=n)[0] for n in (6, 4)]
     others = [example(lm, 1, n, seed=n + 10)[0] for n in (6, 4)]
     (tokens, mask), (corrupt, _) = padded(rows, side), padded(others, side)
-    last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
-    metric = gl.metrics.logit_difference([1, 4], 3, pos=last)
+    metric = gl.metrics.logit_difference([1, 4], 3)
     found = causal_trace(lm, (tokens, mask), metric, corrupt=(corrupt, mask), progress=False)
     at_end = causal_trace(
         lm, (tokens, mask), metric, corrupt=(corrupt, mask), positions={"last": -1, "third": 2}, progress=False
     )
     ends = 0
-    want, count = torch.zeros(found.shape, dtype=torch.float64), mask.sum(0)
+    want, count = torch.zeros(found.shape, dtype=torch.float64), torch.tensor([2, 2, 2, 2, 1, 1])
     for i, (row, other) in enumerate(zip(rows, others, strict=True)):
         lone = gl.metrics.logit_difference([1, 4][i], 3)
         alone = causal_trace(lm, row.unsqueeze(0), lone, corrupt=other.unsqueeze(0), progress=False)
-        want[:, mask[i]] += alone.values
+        want[:, : len(row)] += alone.values
         ends = ends + alone.values[:, [-1, 2]] / 2
     assert torch.allclose(at_end.values, ends, **CLOSE)
     assert torch.allclose(found.values, want / count, **CLOSE)
@@ -225,8 +224,16 @@ def test_a_trained_model_keeps_the_value_until_the_query(recall_model):
         ({"subject": "D"}, gl.InputError, "subject='D' is no position"),
         ({"subject": [1], "samples": 0}, gl.InputError, "samples=0"),
         ({"subject": [1], "noise": 0.0}, gl.InputError, "noise=0.0: it is more than 0"),
-        ({"subject": [1], "positions": [99]}, gl.InputError, r"positions=\[99\] are out of range"),
-        ({"subject": [1], "positions": {"a": [0, 1, 2]}}, gl.InputError, "pos has 3 entries and the batch 2 rows"),
+        (
+            {"subject": [1], "positions": [99]},
+            gl.InputError,
+            "positions 99 is out of range: the longest row has 7 positions",
+        ),
+        (
+            {"subject": [1], "positions": {"a": [0, 1, 2]}},
+            gl.InputError,
+            "positions 'a'=.*: one position is meant in each row",
+        ),
         ({"subject": [1], "positions": []}, gl.InputError, "positions is empty"),
         ({"subject": [1], "point": "resid_pots"}, gl.PointError, "Did you mean"),
         ({"subject": [1], "point": "mixer.hook_nothing"}, gl.PointError, "is not a hook point"),

@@ -85,8 +85,8 @@ def slowest(
 ) -> dict[str, list[int]]:
     """The channels that forget slowest: `share` of each mixer's (of each direction's), as an index `channel=...`.
 
-    By the mean decay over real positions of `batches` (see `means`) and over the state: the larger, the slower. At least
-    one channel; sorted by number.
+    By the mean decay over real positions of `batches` (see `means`) and over all axes besides `channel` (the state): the
+    larger, the slower. At least one channel; sorted by number. PointError where a decay has no axis `channel`.
     """
     return _ranked(model, share, batches, layers, progress, slow=True)
 
@@ -103,10 +103,10 @@ def _ranked(
 ) -> dict[str, list[int]]:
     if not 0 < share <= 1:
         raise InputError(f"share={share}: it is a share of the channels, in (0, 1].")
-    found = means(model, batches, DECAY.points(model, layers), progress=progress)
+    axes = {name: model.names.points[name].axis("channel") for name in DECAY.points(model, layers)}
     groups = {}
-    for name, value in found.items():
-        decay = value.flatten(3).mean(-1).flatten() if value.ndim > 3 else value.flatten()
+    for name, value in means(model, batches, list(axes), progress=progress).items():
+        decay = value.movedim(axes[name], 0).flatten(1).mean(1)
         order = decay.argsort(descending=slow, stable=True)
         groups[name.rpartition(".")[0]] = sorted(order[: max(1, round(share * len(decay)))].tolist())
     return groups

@@ -46,14 +46,15 @@ class EditStep:
             part, values = name.rpartition(".")[0], dict[str, Tensor]()
             needed = [model.names.find(f"{part}.{leaf}").name for leaf in self.reads]
             found += [(one, Capture(values)) for one in needed]
-            found.append((name, _hook(self.where, self.edit, values, needed)))
+            found.append((name, _hook(model, self.where, self.edit, values, needed)))
         return found
 
 
-def _hook(where: Where, edit: Edit, values: dict[str, Tensor], needed: list[str]) -> Callable[..., Tensor]:
+def _hook(model: Any, where: Where, edit: Edit, values: dict[str, Tensor], needed: list[str]) -> Callable[..., Tensor]:
     def hook(tensor: Tensor, hook: HookPoint) -> Tensor:
         value = edit(tensor, hook, *(values.pop(name) for name in needed))
-        mask = where.entries(tensor.shape, hook.point, tensor.device, hook.name or "")
+        real = model.current().padding.mask if "pos" in where.index else None
+        mask = where.entries(tensor.shape, hook.point, tensor.device, hook.name or "", real)
         return torch.where(mask, value.to(tensor.dtype), tensor)
 
     return hook

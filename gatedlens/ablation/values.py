@@ -23,6 +23,7 @@ from gatedlens.ablation.where import Where
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError
 from gatedlens.hookpoint import HookPoint
+from gatedlens.padding import Padding
 
 ROWS = ("batch",)
 
@@ -54,8 +55,12 @@ def noise(names: str | Sequence[str], std: int | float, seed: int = 0, **index: 
 
 
 def freeze(names: str | Sequence[str], source: Any, **index: Any) -> Intervention:
-    """What another run had there. A source with one row gives it to every row."""
-    return edit(names, lambda x, point: _fitting(_stored(source, point), x, point, source), **index)
+    """What another run had there. A source with one row gives it to every row. Of a padded cache each row's real positions."""
+
+    def other(x: Tensor, point: HookPoint) -> Tensor:
+        return _laid_out(_fitting(_by_number(_stored(source, point), point, source), x, point, source), point, source)
+
+    return edit(names, other, **index)
 
 
 def mean(names: str | Sequence[str], source: Any, over: Sequence[str] = ROWS, **index: Any) -> Intervention:
@@ -71,16 +76,18 @@ def mean(names: str | Sequence[str], source: Any, over: Sequence[str] = ROWS, **
                 )
             return _fitting(value, x, point, source)
         dims = [point.point.axis(axis) for axis in over]
+        value = _by_number(value, point, source)
         real = _real(source, point, value)
         if real is None:
-            return _fitting(value.mean(dims, keepdim=True), x, point, None)
+            return _laid_out(_fitting(value.mean(dims, keepdim=True), x, point, None), point, source)
         count = real.sum(dims, keepdim=True)
         if bool((count == 0).any()):
             raise InputError(
                 f"Some positions of the source are padding in every row: {point.name} has no mean there. Take the mean "
                 'over positions too, over=("batch", "pos").'
             )
-        return _fitting(value.masked_fill(~real, 0).sum(dims, keepdim=True) / count, x, point, None)
+        mean = _fitting(value.masked_fill(~real, 0).sum(dims, keepdim=True) / count, x, point, None)
+        return _laid_out(mean, point, source)
 
     return edit(names, average, **index)
 
@@ -164,12 +171,26 @@ def _stored(source: Any, point: HookPoint) -> Tensor:
     return value
 
 
+def _by_number(value: Tensor, point: HookPoint, source: Any) -> Tensor:
+    """What a cache holds, each row's real positions in front; of another source as it is."""
+    mask = source.mask if isinstance(source, ActivationCache) else None
+    return Padding.of(mask).by_number(value, point.point.dims)
+
+
+def _laid_out(value: Tensor, point: HookPoint, source: Any) -> Tensor:
+    """What stands by number, laid out as the run is padded that it goes to; of another source than a cache as it is."""
+    if not isinstance(source, ActivationCache):
+        return value
+    run = source.model.running  # None if another model runs: that is taken to be padded as the source was
+    return (Padding.of(source.mask) if run is None else run.padding).by_place(value, point.point.dims)
+
+
 def _real(source: Any, point: HookPoint, value: Tensor) -> Tensor | None:
-    """Where the source's positions are no padding, along the axes of a point; None where all are."""
+    """Where the source's positions are no padding, by their numbers, along the axes of a point; None where all are."""
     mask = source.mask if isinstance(source, ActivationCache) else None
     if mask is None or point.pos_dim is None or bool(mask.all()):
         return None
-    mask = mask.to(value.device).bool()
+    mask = Padding.of(mask).pack(mask).to(value.device).bool()
     shape = [len(mask), *[mask.shape[1] if d == point.pos_dim else 1 for d in range(1, value.ndim)]]
     return mask.reshape(shape)
 

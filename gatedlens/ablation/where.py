@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from gatedlens.errors import InputError, PointError
@@ -64,8 +65,8 @@ class Where:
     """Some entries of some points: `Where(("blocks.*.mixer.hook_write",), {"pos": 3})`.
 
     An index is a number, slice, list or boolean mask; or, where parts differ, a mapping of the parts of the model to these:
-    `{"blocks.0.mixer": [3, 5], ...}`. `pos` may go by row as well, a tensor [batch]: see `positions.py`; positions are
-    those of the call, padding included. `layers` replaces {l} in names.
+    `{"blocks.0.mixer": [3, 5], ...}`. `pos` may go by row as well, a tensor [batch]: see `positions.py`; positions are the
+    real ones of the call. `layers` replaces {l} in names.
     `others`: all entries but these.
     """
 
@@ -104,13 +105,24 @@ class Where:
         """The indices that a point has."""
         return {axis: _of_part(index, axis, name) for axis, index in self.index.items()}
 
-    def entries(self, shape: Sequence[int], point: Point, device: torch.device, name: str = "") -> Tensor:
-        """A boolean mask that broadcasts to an activation of `shape`: True at the entries that are meant."""
+    def entries(
+        self,
+        shape: Sequence[int],
+        point: Point,
+        device: torch.device,
+        name: str = "",
+        real: Bool[Tensor, "batch pos"] | None = None,
+    ) -> Tensor:
+        """A boolean mask that broadcasts to an activation of `shape`: True at the entries that are meant.
+
+        real: where the rows of the call are no padding (None: everywhere).
+        """
         mask = torch.ones([1] * len(shape), dtype=torch.bool, device=device)
         for axis, index in self.at(name).items():
             dim = point.axis(axis)
             if axis == "pos":
-                chosen, dims = mask_of(index, axis, shape[0], shape[dim], device), [0, dim]
+                own = torch.ones(shape[0], shape[dim], dtype=torch.bool) if real is None else real
+                chosen, dims = mask_of(index, axis, own).to(device), [0, dim]
             else:
                 chosen, dims = along(axis, index, shape[dim], "this activation").to(device), [dim]
             mask = mask & chosen.reshape([shape[d] if d in dims else 1 for d in range(len(shape))])

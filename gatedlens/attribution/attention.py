@@ -24,6 +24,7 @@ from gatedlens.attribution.attribution import Attribution
 from gatedlens.attribution.question import Question
 from gatedlens.attribution.reading import Reading, through
 from gatedlens.errors import InputError
+from gatedlens.rounding import total
 
 WEIGHTED = ("dst", "src")
 CENTRED = "LN"  # the normalization_type of norms that take the mean away
@@ -110,8 +111,9 @@ def gradient_attention(
     y_l[dst] does to the target times what src does to y_l[dst]; where the mean gradient at the position that is read is
     negative, relu leaves its row only negative attention. "src": as the papers' code has it. mode="official": that code.
 
-    Under LayerNorms (RWKV-4) the formula says nothing, and a warning says so: they take the mean of the stream away, so the
-    mean gradient over d_model is 0 and E grad y_l only rounding. mode="official" takes the largest channel instead.
+    Under LayerNorms (RWKV-4) the formula says nothing: they take the mean of the stream away, so the mean gradient over
+    d_model is 0. What is computed of it is rounding, which counts as 0 (`rounding.py`): every score is 0, and a warning says
+    so. mode="official" takes the largest channel instead.
     """
     if weighted not in (None, *WEIGHTED):
         raise InputError(f"weighted={weighted!r}: the gradient stands at 'dst' or 'src'.")
@@ -123,10 +125,11 @@ def gradient_attention(
     found = question.gradients(*names)
     gradients = [found[name].to(reading.read.dtype) for name in names]
     if reading.steps is None:
-        _tell_if_the_mean_is_rounding(question)
+        means = [total(g, found[name].dtype) / g.shape[-1] for name, g in zip(names, gradients, strict=True)]
+        _tell_if_the_mean_is_zero(question, means)
         q = reading.read
-        for g, A in reversed(list(zip(gradients, reading.stack, strict=True))):
-            weight = g.mean(-1).unsqueeze(2 if end == "dst" else 1)
+        for mean, A in reversed(list(zip(means, reading.stack, strict=True))):
+            weight = mean.unsqueeze(2 if end == "dst" else 1)
             q = q + through(q, (weight * reading.matrix(A)).clamp(min=0))
     else:
         q = official.broadcast_rollout(
@@ -138,11 +141,12 @@ def gradient_attention(
     return reading.answer(q, "gradient_attention", "gradient-weighted attention", weighted=end)
 
 
-def _tell_if_the_mean_is_rounding(question: Question) -> None:
+def _tell_if_the_mean_is_zero(question: Question, means: list[Tensor]) -> None:
     cfg = question.model.cfg
-    if cfg.normalization_type == CENTRED:
+    if not any(bool(mean.any()) for mean in means):
+        why = "has LayerNorms, under which" if cfg.normalization_type == CENTRED else "answers so that"
         warnings.warn(
-            f"gradient_attention: {cfg.model_name} has LayerNorms, under which the mean gradient of a layer's output is 0: "
-            'the formula weighs by rounding errors. mode="official" takes the largest channel instead.',
+            f"gradient_attention: {cfg.model_name} {why} the mean gradient of a layer's output is 0 but for rounding errors: "
+            'the formula weighs everything by 0. mode="official" takes the largest channel instead.',
             stacklevel=3,
         )

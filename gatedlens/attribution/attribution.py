@@ -4,7 +4,7 @@
     found.scores                     # batch pos, or batch row column for images; 0 at padding
     found.method, found.target, found.layers, found.facts
     found.explained                  # batch: the logit (or logit difference, or metric) that is explained
-    found.order(0), found.ranks      # positions of a row, most relevant first; the place of each in that order
+    found.order(0), found.ranks      # positions of a row, most relevant first; the place of each in that order: `rounding.py`
     found.plot()                     # the text, coloured; for an image a map over it
     found.save("found.json"); Attribution.load("found.json"); found.top(5); found.to_dataframe()
 
@@ -13,16 +13,21 @@ It is a Result (see `result.py`), so it stands wherever a tensor does.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import Self
 
 from gatedlens.errors import InputError
 from gatedlens.grid import Grid
 from gatedlens.result import Result
+from gatedlens.rounding import order
+from gatedlens.saved import Fields, is_number
 
 TEXT, IMAGE = ("batch", "pos"), ("batch", "row", "column")
 
@@ -61,11 +66,33 @@ class Attribution(Result):
         """The number that is explained, one a row."""
         return torch.tensor(self.facts["explained"], dtype=torch.float64)
 
+    @classmethod
+    def from_dict(cls, data: Any, where: str | Path = "This") -> Self:
+        """The Attribution of a `to_dict()`. InputError names the field that is not as it should be."""
+        found = super().from_dict(data, where)
+        shape = (found.shape[0], math.prod(found.shape[1:])) if found.axes else (1, 1)
+        facts = Fields(found.facts, "attribution", f"{where}, field 'facts',")
+        facts.word("method")
+        facts.get("target", "what is explained", lambda v: v is not None)
+        facts.get("layers", "a list of layer numbers", lambda v: _holds(v, int))
+        facts.get(
+            "explained",
+            f"{shape[0]} numbers, one a row",
+            lambda v: _listed(v, shape[0]) and all(map(is_number, v)),
+        )
+        every = f"for each of the {shape[0]} rows, {shape[1]}"
+        facts.get("real", f"null or, {every} of true and false", lambda v: v is None or _holds(v, bool, *shape))
+        if found.axes == TEXT:
+            facts.get("tokens", f"{every} texts", lambda v: _holds(v, str, *shape))
+        return found
+
     def order(self, row: int = 0) -> Int[Tensor, " some"]:
-        """Positions (of an image: patches, row by row) of a row of the batch, most relevant first, without padding."""
-        flat = self.scores[row].flatten()
-        found = flat.argsort(descending=True, stable=True)
-        real = self.facts["real"]
+        """Positions (of an image: patches, row by row) of a row of the batch, most relevant first, without padding.
+
+        Scores are compared in steps of a 130,000th of the row's largest, and equal ones stand in the order of positions:
+        neither batch nor processor decides.
+        """
+        found, real = order(self.scores[row].flatten()), self.facts["real"]
         return found if real is None else found[torch.tensor(real[row], device=found.device)[found]]
 
     @property
@@ -73,8 +100,8 @@ class Attribution(Result):
         """The place of each position in its row's `order`: 0 for the most relevant; -1 for padding."""
         ranks = torch.full((len(self.scores), self.scores[0].numel()), -1)
         for row, places in enumerate(ranks):
-            order = self.order(row).cpu()
-            places[order] = torch.arange(len(order))
+            found = self.order(row).cpu()
+            places[found] = torch.arange(len(found))
         return ranks
 
     def plot(self, ax: Any = None, row: int = 0) -> Any:
@@ -101,6 +128,15 @@ class Attribution(Result):
     def __repr__(self) -> str:
         sizes = ", ".join(f"{axis} {size}" for axis, size in zip(self.axes, self.values.shape, strict=True))
         return f"Attribution({self.method}, target {_short(self.target)}, layers {_short(list(self.layers))}; {sizes})"
+
+
+def _listed(value: Any, size: int | None = None) -> bool:
+    return isinstance(value, list) and size in (None, len(value))
+
+
+def _holds(value: Any, kind: type, size: int | None = None, *inner: int) -> bool:
+    """Whether it is a list of `size` things of a kind, or of lists of them."""
+    return _listed(value, size) and all(_holds(one, kind, *inner) if inner else isinstance(one, kind) for one in value)
 
 
 def _short(given: Any) -> str:

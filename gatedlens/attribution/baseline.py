@@ -20,19 +20,21 @@ from torch import Tensor
 
 from gatedlens.attribution.question import Question
 from gatedlens.errors import InputError, did_you_mean
+from gatedlens.rounding import moved
 
 COLOURS = ("black", "mean")
 NOTHING = ("mask_token_id", "unk_token_id", "pad_token_id")
 
 
 def baseline_of(question: Question, asked: Any) -> tuple[Float[Tensor, "batch place d_model"], str]:
-    """(features, what they are in words)."""
+    """(features, what they are in words). A place that holds the baseline already gets its own features, bit by bit."""
     if question.model.grid is None:
         one, said = _of_text(question, asked)
     else:
         pixels, said = _pixels(question, asked)
         one = question.features_of(pixels.unsqueeze(0))
-    return one.to(question.features).expand_as(question.features), said
+    one = one.to(question.features).expand_as(question.features)
+    return torch.where(moved(question.features, one).unsqueeze(-1), one, question.features), said
 
 
 def _of_text(question: Question, asked: Any) -> tuple[Tensor, str]:

@@ -19,6 +19,7 @@ from gatedlens.attribution.attribution import Attribution
 from gatedlens.attribution.baseline import baseline_of
 from gatedlens.attribution.question import Question
 from gatedlens.errors import InputError
+from gatedlens.rounding import total
 
 
 def _captum() -> Any:
@@ -34,7 +35,7 @@ def grad_x_input(model: Any, input: Any, target: Any = None, *, attention_mask: 
     captum = _captum()
     question = Question.of(model, input, target, attention_mask)
     gradient = _saliency(captum, question, question.features)
-    scores = ((question.features - question.zero) * gradient).sum(-1)
+    scores = total(question.content * gradient)
     return question.answer(scores, "grad_x_input", "gradient x input")
 
 
@@ -65,7 +66,7 @@ def integrated_gradients(
             n_steps=n_steps,
             internal_batch_size=rows * max(1, batch_size // rows),
         )
-    scores = found.detach().sum(-1)
+    scores = total(found.detach())
     with torch.no_grad():
         error = scores.sum(1) - (question.explained - question.measure(start))
     facts: dict[str, Any] = {"baseline": said, "n_steps": n_steps, "error": error.tolist()}
@@ -102,7 +103,7 @@ def smoothgrad(
             mean = tunnel.attribute(
                 x, nt_samples=n_samples, nt_samples_batch_size=min(batch_size, n_samples), stdevs=std, abs=False
             )
-        scores.append(((row.features - row.zero) * mean.detach()).sum(-1))
+        scores.append(total(row.content * mean.detach()))
     facts: dict[str, Any] = {"n_samples": n_samples, "noise": noise, "seed": seed}
     return question.answer(question.spread(scores), "smoothgrad", "smoothed gradient x input", **facts)
 

@@ -2,10 +2,11 @@
 
 l layer, v_l [batch src] one row for each layer, q the rollout's row, s the gradient by position.
 
-    rows      only the row of the class token is computed; of the backward direction what is behind the class token
+    rows      only the row of the class token is computed, the sum of both directions, neither halved
     s_l       relu of the gradient at the layer's output, its largest channel, min-maxed over positions
-    hidden    v_l = channel mean of the min-maxed relu of the row, times s_l          (HA, without the own column)
-    unified   v_l = min-max of (channel mean of the relu of the row, times s_l)       (UIA, with it)
+    hidden    v_l = channel mean of the min-maxed relu of the row, times s_l          (HA, without the own column, and
+              without the decay of the class token's own step: see below)
+    unified   v_l = min-max of (channel mean of the relu of the row, times s_l)       (UIA, with it, of both directions)
     rollout   v_l is added to *every* row of I, rows are normalised, matrices multiplied, and the class token's row read
 
 Since each matrix is (I + 1 v^T) / (1 + sum v), the product has a closed form: from the last layer to the first
@@ -13,9 +14,13 @@ q <- (q + v_l) / (1 + sum v_l), beginning with 0, is its row without what I leav
 take no part: of a model with two layers the last is left, whose gradient stands at the class token alone, so that nothing
 remains; give `start_layer=0` there.
 
+HA's code has no decay of the class token's own step: source j reaches the class token i through the steps j + 1 to i - 1,
+where the recurrence, and the paper, go to i. Each state decays at its own rate, so this is no factor of the row and no
+detail: it can turn a rollout's order round (on a random ViM the rank correlation of the two maps was -0.77). It is reproduced
+here, since the published numbers hang on it; mode="paper" has the matrix of the formula.
+
 HA is HiddenMambaAttn (arXiv 2403.01590), UIA UnifiedImplicitAttnRepr (arXiv 2405.16504). Min-max is over a row of the
-batch, as their batches of one are; a constant map becomes 0 (theirs divides 0 by 0). One thing is not reproduced: HA's
-code leaves the decay of the class token's own step out of its row.
+batch, as their batches of one are; a constant map becomes 0 (theirs divides 0 by 0).
 """
 
 from __future__ import annotations
@@ -28,13 +33,14 @@ from torch import Tensor
 
 from gatedlens.attention import ImplicitAttention
 from gatedlens.attribution.channels import rows
+from gatedlens.rounding import noise
 
 START = (15, 24)  # the first layer that takes part, of so many
 
 
 @dataclass(frozen=True)
 class Steps:
-    """own: the row keeps its own column (of the first direction); attention, product: what is min-maxed."""
+    """own: the row keeps its own column, and the decay of its own step; attention, product: what is min-maxed."""
 
     own: bool
     attention: bool
@@ -54,28 +60,29 @@ def start(n_layers: int) -> int:
 
 
 def official_rows(
-    attention: ImplicitAttention, read: Float[Tensor, "batch pos"], own: Bool[Tensor, "batch pos"], keep: bool
+    attention: ImplicitAttention, read: Float[Tensor, "batch pos"], own: Bool[Tensor, "batch pos"], steps: Steps
 ) -> Float[Tensor, "batch src channel"]:
-    """The row that is read, each direction as it is (not halved); its `own` column is the first one's, or 0."""
-    total = torch.zeros(attention.shape, dtype=attention.dtype, device=read.device)
-    for number, factors in enumerate(attention.branches):
-        one = rows(replace(attention, branches=(replace(factors, scale=1.0),)), read)
-        total = total + (one if keep and number == 0 else one.masked_fill(own.unsqueeze(-1), 0))
-    return total
+    """The row that is read, the directions as they are (not halved)."""
+    branches = tuple(replace(factors, scale=1.0) for factors in attention.branches)
+    if steps.own:
+        return rows(replace(attention, branches=branches), read)
+    packed = attention.padding.pack(own.unsqueeze(-1)).squeeze(-1)
+    bare = (replace(f, scan=f.scan.undecayed(packed.flip(1) if f.reverse else packed)) for f in branches)
+    return rows(replace(attention, branches=tuple(bare)), read).masked_fill(own.unsqueeze(-1), 0)
 
 
 def minmax(
     x: Float[Tensor, "batch pos *rest"], real: Bool[Tensor, "batch pos"] | None
 ) -> Float[Tensor, "batch pos *rest"]:
-    """(x - min) / (max - min) over all but the batch, padding left out; 0 where a row is constant."""
+    """(x - min) / (max - min) over all but the batch, padding left out; 0 where a row is constant, but for rounding."""
     hidden = torch.zeros_like(x, dtype=torch.bool)
     if real is not None:
         hidden = hidden | ~real.reshape(*real.shape, *[1] * (x.ndim - 2))
     dims = tuple(range(1, x.ndim))
     low = x.masked_fill(hidden, torch.inf).amin(dims, keepdim=True)
     high = x.masked_fill(hidden, -torch.inf).amax(dims, keepdim=True)
-    spread = (high - low).masked_fill(high == low, 1)
-    return ((x - low) / spread).masked_fill(hidden, 0)
+    constant = noise(high - low, torch.maximum(high.abs(), low.abs()), x.dtype)
+    return ((x - low) / (high - low).masked_fill(constant, 1)).masked_fill(hidden | constant, 0)
 
 
 def gradient_weight(

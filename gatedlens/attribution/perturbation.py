@@ -3,6 +3,7 @@
     gl.attribution.occlusion(model, "The cat sat on the mat", baseline="<unk>")
 
 scores[j] = number(x) - number(x with the baseline at j): exact, model-agnostic, and as many forwards as there are places.
+A place that holds the baseline already, and a loss that is rounding of the two numbers, score 0.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from gatedlens.attribution.attribution import Attribution
 from gatedlens.attribution.baseline import baseline_of
 from gatedlens.attribution.question import Question
 from gatedlens.errors import InputError
+from gatedlens.rounding import total
 
 
 @torch.no_grad()
@@ -43,5 +45,8 @@ def occlusion(
         without = question.features.repeat(len(places), 1, 1, 1).unflatten(0, (len(places), -1)).squeeze(1)
         for copy, place in zip(without, places, strict=True):
             copy[:, place] = nothing[:, place]
-        lost.append(question.explained - question.measure(without.flatten(0, 1)).unflatten(0, (len(places), rows)))
-    return question.answer(torch.cat(lost).T, "occlusion", "loss under occlusion", baseline=said)
+        left = question.measure(without.flatten(0, 1)).unflatten(0, (len(places), rows))
+        lost.append(total(torch.stack([question.explained.expand_as(left), -left], -1), question.logits.dtype))
+    there_already = (question.features == nothing).all(-1)
+    scores = torch.cat(lost).T.masked_fill(there_already, 0)
+    return question.answer(scores, "occlusion", "loss under occlusion", baseline=said)

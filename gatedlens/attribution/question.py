@@ -24,12 +24,14 @@ from torch import Tensor
 
 from gatedlens.attribution.attribution import IMAGE, TEXT, Attribution
 from gatedlens.attribution.target import Target
+from gatedlens.autocast import exact
 from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
 from gatedlens.hookpoint import Capture
-from gatedlens.metrics import per_row
+from gatedlens.metrics import Logits, per_row
 from gatedlens.model import HookedModel
 from gatedlens.recurrence import at_least_float32
+from gatedlens.rounding import moved
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Question:
         with torch.no_grad():
             logits, stored = model.run_with_cache(batch, names_filter=entrance, return_cache_object=False)
         read = model.reads_from(batch)
+        logits = Logits.of(logits, batch.mask)  # so that a metric of the user's counts real positions
         chosen = Target.of(target, model, logits, read.argmax(1))
         explained = per_row(chosen.metric, logits).detach()
         return Question(model, batch, chosen, stored[entrance], logits, explained, read)
@@ -86,6 +89,12 @@ class Question:
             return torch.zeros_like(self.features)
         return self.features_of(torch.zeros_like(self.batch.value[:1]))
 
+    @property
+    def content(self) -> Float[Tensor, "batch place d_model"]:
+        """What the features hold beyond those of nothing, exactly 0 where that is rounding."""
+        zero = self.zero
+        return (self.features - zero).masked_fill(~moved(self.features, zero).unsqueeze(-1), 0)
+
     def features_of(self, value: Tensor) -> Float[Tensor, "rows place d_model"]:
         """The features of other tokens or images."""
         with torch.no_grad():
@@ -104,7 +113,7 @@ class Question:
         batch = Batch(value, None if mask is None else mask.repeat(copies, 1))
         with self.model.hooks([(self.entrance, lambda x, hook: features.to(x))]):
             logits = self.model(batch)
-        return torch.cat([per_row(self.target.metric, part) for part in logits.chunk(copies)])
+        return torch.cat([per_row(self.target.metric, Logits.of(part, mask)) for part in logits.chunk(copies)])
 
     def gradients(self, *names: str) -> dict[str, Tensor]:
         """d number / d activation of some points, each row that of its own number. Parameters' .grad stay untouched."""
@@ -113,7 +122,8 @@ class Question:
             total = self.measure(self.features.clone().requires_grad_()).sum()
         if not total.requires_grad:
             raise InputError("The metric does not depend on the input: it has no gradient. Does it detach, or count?")
-        found = torch.autograd.grad(total, [values[name] for name in names], allow_unused=True)
+        with exact(total):
+            found = torch.autograd.grad(total, [values[name] for name in names], allow_unused=True)
         return {n: torch.zeros_like(values[n]) if g is None else g for n, g in zip(names, found, strict=True)}
 
     def gradient(self) -> Float[Tensor, "batch place d_model"]:

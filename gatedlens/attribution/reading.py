@@ -25,8 +25,10 @@ from gatedlens.attribution import channels as channels_
 from gatedlens.attribution import official
 from gatedlens.attribution.attribution import Attribution
 from gatedlens.attribution.question import Question
+from gatedlens.autocast import exact
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.factors import NAMES
+from gatedlens.layers import START, layer_of
 from gatedlens.recurrence import at_least_float32
 from gatedlens.stack import AttentionStack
 
@@ -105,7 +107,7 @@ class Reading:
 
     def official_row(self, attention: ImplicitAttention) -> Float[Tensor, "batch src channel"]:
         assert self.steps is not None
-        return official.official_rows(attention, self.read, self.question.own, self.steps.own)
+        return official.official_rows(attention, self.read, self.question.own, self.steps)
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -133,19 +135,16 @@ class Reading:
 
 def through(q: Float[Tensor, "batch dst"], matrix: Float[Tensor, "batch dst src"]) -> Float[Tensor, "batch src"]:
     """q^T matrix"""
-    return torch.einsum("bi,bij->bj", q, matrix)
+    with exact(matrix):
+        return torch.einsum("bi,bij->bj", q, matrix)
 
 
 def _operators(question: Question, layers: Any, start_layer: Any, default: int) -> AttentionStack:
     """The implicit attention of the layers that were asked for; from `default` on if none was."""
-    model, n = question.model, question.model.cfg.n_layers
+    model = question.model
     if layers is not None and start_layer is not None:
         raise InputError(f"layers={layers!r} and start_layer={start_layer}: give one of them.")
-    start = default if start_layer is None else start_layer
-    if isinstance(start, bool) or not isinstance(start, int):
-        raise InputError(f"start_layer={start!r}: a whole number is meant, of 0 to {n - 1}.")
-    if not -n <= start < n:
-        raise InputError(f"start_layer={start}: {model.cfg.model_name} has layers 0 to {n - 1}.")
+    start = default if start_layer is None else layer_of(model, start_layer, START)
     with torch.no_grad():
         return implicit_attention(model, question.batch, layers=slice(start, None) if layers is None else layers)
 

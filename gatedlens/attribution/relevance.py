@@ -24,6 +24,7 @@ from torch import Tensor
 from gatedlens.attribution.attribution import Attribution
 from gatedlens.attribution.question import Question
 from gatedlens.attribution.rules import Rules
+from gatedlens.rounding import total
 
 
 def lrp(
@@ -37,7 +38,7 @@ def lrp(
     question = Question.of(model, input, target, attention_mask)
     with Rules.of(model, gates).on(model):
         gradient = question.gradient()
-    scores = ((question.features - question.zero) * gradient).sum(-1).double()
+    scores = total(question.content * gradient).double()
     if question.real is not None:
         scores = scores.masked_fill(~question.real, 0)
     remainder = question.explained.double() - scores.sum(1)

@@ -4,8 +4,9 @@
     with rules.on(model):                     # under it, gradient x activation is the activation's relevance
         logits = model(tokens)
 
-    detached     weighs content and carries none: gets no relevance. Every norm's scale, whatever the scan is made of
-                 (dt, B, C; decays and input gates; keys; attention patterns), and gates that are sigmoids
+    flows        a mixer's relevance goes back through its operator, o = A x + r, with A held as it is: from its output point to
+                 what x is read from, and in equal parts to its gate where that has content. Nothing else inside gets any
+    detached     weighs content and carries none: gets no relevance. Every norm's scale, and a channel mixer's sigmoid
     shared       the relevance of a point goes in equal parts to the points that it reads, as if it were linear in each
 
 Norms, SiLU and the scan follow Jafari et al. 2024 (MambaLRP, arXiv 2406.07592). Of gates there are two kinds, so `gates` is a
@@ -17,53 +18,50 @@ weight alone, 1/2 where r is 0, so no share of the product is r's ("signal takes
                        is small its inputs get large shares of either sign, the biases among them
     gates="none"       none to any gate: all of it is the signal's
 
-Everything is read off the model: its norms, what its mixers name as `attention_points`, and the shared words
-for shared roles (u, y, gate, gated, pre, post), so an architecture that uses them needs no rule of its own.
+Everything is read off what a mixer declares: `output_point`, `attention_points` and its `branches`, whatever their points are
+called. Which of them a gate is read from is tried out, and whether that point has content its row's equation says:
+"SiLU(gate_pre)", "sigmoid(gate_pre)". A channel mixer goes by the shared words for shared roles (pre, pre_linear, post, kv, gate,
+gate_pre). What cannot be told is refused.
 
 x = x.detach() + (f - f.detach()) has the value of x and the gradient of f: it is how a hook puts a rule in.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gatedlens.autocast import exact
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.hookpoint import Capture
+from gatedlens.recurrence import at_least_float32
+from gatedlens.underway import underway, verify
 
-CONTENT = (
-    "hook_x",
-    "hook_v",
-    "hook_conv",
-    "hook_u",
-    "hook_gate",
-    "hook_gated",
-    "hook_z",
-)  # of a mixer's attention_points
 SIGMOID = "sigmoid("  # how the equation of a gate that only weighs begins
+ACTIVATION = re.compile(r"(\w+)\(([\w.]+)\)")  # the equation of a gate: an activation of one other point
+HAS_CONTENT = ("silu", "swish", "gelu", "gelu_tanh", "relu", "elu", "mish", "hardswish", "tanh")  # 0 at 0
+WEIGHS = ("sigmoid", "hardsigmoid", "softplus", "exp")  # not 0 at 0
 GATES = ("content", "half", "none")
 NORMED, LOGITS = "ln_final.hook_out", "hook_logits"
 
 
 @dataclass(frozen=True)
 class Share:
-    """`Share("hook_u", ("hook_conv",))`: the relevance of a point goes in equal parts to those that it reads."""
+    """`Share("hook_post", ("hook_pre",))`: the relevance of a point goes in equal parts to those that it reads."""
 
     point: str
     reads: tuple[str, ...]
 
 
-# In each part of a model, for each point the first row whose points are all there.
+# In each channel mixer, for each point the first row whose points are all there.
 SHARES = (
-    Share("hook_u", ("hook_conv",)),  # u = SiLU(c), or u = c
-    Share("hook_u", ("hook_x",)),  # without a conv
-    Share("hook_gated", ("hook_y", "hook_gate_pre")),  # y * act(gate_pre): half to each side
     Share("hook_mlp_out", ("mlp.hook_kv", "mlp.hook_gate_pre")),  # kv * act(gate_pre)
     Share("hook_post", ("hook_pre", "hook_pre_linear")),  # act(pre) * pre_linear
     Share("hook_post", ("hook_pre",)),  # act(pre)
@@ -71,25 +69,58 @@ SHARES = (
 
 
 @dataclass(frozen=True)
+class Gate:
+    """What a mixer's point that may be a gate says of itself: whether it only weighs, and what it is an activation of."""
+
+    weighs: bool
+    reads: str | None  # None: its equation is no activation of one other point
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The relevance of one mixer's output goes back through its operator: see the head of this file. All by full names."""
+
+    layer: int
+    output: str
+    points: tuple[str, ...]  # what A is derived from, the output aside
+    gates: Mapping[str, Gate]  # of those, the ones that may be gates
+
+    @property
+    def noted(self) -> tuple[str, ...]:
+        """The points whose activations it needs."""
+        return tuple(dict.fromkeys([*self.points, *(gate.reads for gate in self.gates.values() if gate.reads)]))
+
+
+@dataclass(frozen=True)
 class Rules:
-    """The points of a model that are detached, and the shares, by full names."""
+    """The points of a model that are detached, the shares, and the flow of every mixer, by full names."""
 
     detached: tuple[str, ...]
     shares: tuple[Share, ...]
+    flows: tuple[Flow, ...]
+    gates: str = "content"
 
     @staticmethod
     def of(model: Any, gates: str = "content") -> Rules:
         if gates not in GATES:
             raise InputError(f"gates={gates!r}: it is {', '.join(map(repr, GATES))}.{did_you_mean(str(gates), GATES)}")
-        scales = [name for name, point in model.names.points.items() if point.leaf == "hook_scale"]
-        weights = _weights(model, gates)
-        detached = dict.fromkeys([*scales, *_inside_scans(model), *weights])
-        return Rules(tuple(detached), tuple(_shares(model, set(weights))))
+        mixers = tuple(f"blocks.{layer}.{block.mixer.place}." for layer, block in enumerate(model.blocks))
+        outside = [name for name in model.names.points if not name.startswith(mixers)]
+        scales = [name for name in model.names.points if name.endswith(".hook_scale")]
+        weights = _weights(model, outside, gates)
+        shares = tuple(_shares(model, mixers, set(weights)))
+        _refuse_unknown(model, weights, shares)
+        flows = tuple(_flow(model, layer) for layer in range(len(mixers)))
+        return Rules(tuple(dict.fromkeys([*scales, *weights])), shares, flows, gates)
 
     def hooks(self, model: Any) -> list[tuple[str, Callable[..., Any]]]:
         """[(name, hook)] for one forward at a time."""
         values: dict[str, Tensor] = {}
         pairs: list[tuple[str, Callable[..., Any]]] = [(name, _detach) for name in self.detached]
+        for flow in self.flows:
+            through = Through(flow, model, self.gates)
+            pairs += [(name, through.notes) for name in flow.noted]
+            pairs.append((flow.output, through))
         for share in self.shares:
             pairs += [(name, Capture(values)) for name in share.reads]
             pairs.append((share.point, _sharing(values, share.reads)))
@@ -104,35 +135,68 @@ class Rules:
             yield model
 
 
-def _weights(model: Any, gates: str) -> list[str]:
-    """The gates that get no relevance."""
-    every = {name: point for name, point in model.names.points.items() if point.leaf == "hook_gate"}
+def _weights(model: Any, outside: list[str], gates: str) -> list[str]:
+    """The gates of channel mixers that get no relevance."""
+    every = [name for name in outside if name.endswith(".hook_gate")]
     if gates == "content":
-        return [name for name, point in every.items() if point.equation.startswith(SIGMOID)]
-    return [] if gates == "half" else list(every)
+        return [name for name in every if model.names.points[name].equation.startswith(SIGMOID)]
+    return [] if gates == "half" else every
 
 
-def _inside_scans(model: Any) -> Iterator[str]:
-    """What the scans are made of: the attention_points of each mixer that are no content."""
-    for layer, block in enumerate(model.blocks):
-        for name in block.mixer.attention_points:
-            if name.rpartition(".")[2] not in CONTENT:
-                yield f"blocks.{layer}.{block.mixer.place}.{name}"
-
-
-def _shares(model: Any, weights: set[str]) -> Iterator[Share]:
-    """The rows of SHARES that a model has, in each of its parts, by full names; other tools' names count."""
+def _shares(model: Any, mixers: tuple[str, ...], weights: set[str]) -> Iterator[Share]:
+    """The rows of SHARES that a model has, in each part outside its mixers, by full names; other tools' names count."""
     names: Mapping[str, str] = {**model.names.aliases, **{name: name for name in model.names.points}}
     done = set()
     for part in dict.fromkeys(name.rpartition(".")[0] for name in names):
         for row in SHARES:
             point, reads = (names.get(f"{part}.{row.point}"), [names.get(f"{part}.{name}") for name in row.reads])
-            if point is None or None in reads or point in done:
+            if point is None or None in reads or point in done or point.startswith(mixers):
                 continue
             if weights & {str(name).removesuffix("_pre") for name in reads}:
                 continue  # its gate only weighs: the product is linear in its other side
             done.add(point)
             yield Share(point, tuple(name for name in reads if name is not None))
+
+
+def _refuse_unknown(model: Any, weights: list[str], shares: tuple[Share, ...]) -> None:
+    """InputError for a channel mixer that no rule knows: its gradient would be no relevance."""
+    known = [*weights, *(share.point for share in shares)]
+    for layer in range(len(model.blocks)):
+        stem = f"blocks.{layer}."
+        if f"{stem}hook_mlp_out" in model.names.points and not any(name.startswith(stem) for name in known):
+            rows = "; ".join(f"{row.point} of {', '.join(row.reads)}" for row in SHARES)
+            raise InputError(
+                f"Relevance: no rule knows the channel mixer of layer {layer} of {model.title}, so what it passes on cannot be "
+                f"told. Give its points the shared words, one of: {rows}."
+            )
+
+
+def _flow(model: Any, layer: int) -> Flow:
+    """What the mixer of a layer declares."""
+    mixer = model.blocks[layer].mixer
+    stem = f"blocks.{layer}.{mixer.place}."
+    output = stem + mixer.output_point
+    points = tuple(stem + name for name in mixer.attention_points if stem + name != output)
+    if not points:
+        raise InputError(
+            f"Relevance goes through a mixer by its implicit attention, and that of layer {layer} of {model.title} declares "
+            f"none: give {type(mixer).__name__} `attention_points`, `output_point` and `factors`."
+        )
+    return Flow(layer, output, points, {name: _gate(model, layer, name) for name in points})
+
+
+def _gate(model: Any, layer: int, name: str) -> Gate:
+    """What a point says of itself by its equation: `SiLU(gate_pre)`, with names relative to its part or its block."""
+    points, (own, _, _) = model.names.points, name.rpartition(".")
+    found = ACTIVATION.fullmatch(points[name].equation)
+    act = found[1].lower() if found else points[name].equation.partition("(")[0].lower()
+    if found is None or act not in (*HAS_CONTENT, *WEIGHS):
+        return Gate(act in WEIGHS, None)
+    part, _, leaf = found[2].rpartition(".")
+    word = ".".join(filter(None, (part, leaf if leaf.startswith("hook_") else f"hook_{leaf}")))
+    known = (f"{stem}.{word}" for stem in (own, f"blocks.{layer}") if f"{stem}.{word}" in points)
+    reads = next((read for read in known if points[read].axes == points[name].axes), None)
+    return Gate(act in WEIGHS, reads)
 
 
 # -- the hooks ------------------------------------------------------------------------------------------------------
@@ -152,6 +216,70 @@ def ratio(value: Tensor, part: Tensor) -> Tensor:
     return torch.where(part == 0, 0, value.detach() / part.detach())
 
 
+class Through:
+    """The hook at a mixer's output point: its value, with the gradient of A x, A held fixed, and of what its gates read."""
+
+    def __init__(self, flow: Flow, model: Any, gates: str):
+        self.flow = flow
+        self.model = model
+        self.gates = gates
+        self.values: dict[str, Tensor] = {}
+        self.notes = Capture(self.values)
+
+    def __call__(self, tensor: Tensor, hook: Any) -> Tensor:
+        values = {**self.values, str(hook.name): tensor}
+        self.values.clear()
+        with exact(tensor):
+            flow = self._flow_of(values, tensor)
+        return with_gradient_of(tensor, flow.reshape(tensor.shape))
+
+    def _flow_of(self, values: Mapping[str, Tensor], o: Tensor) -> Tensor:
+        """A x + r; where a gate has content, half of it and half of what the gate reads, in proportion."""
+        layer = self.flow.layer
+        live = underway(self.model, layer, values)
+        fixed = underway(self.model, layer, {name: value.detach() for name, value in values.items()})
+        read, total, plain = self._read(values), [], []
+        for own, source, gate in zip(fixed.branches, live.branches, read, strict=True):
+            out = replace(fixed, branches=(replace(own, x=source.x),)).output()
+            plain.append(out)
+            if gate is not None:
+                pre = at_least_float32(values[gate].flatten(2))
+                out = (out + pre * ratio(out, pre)) / 2
+            total.append(out)
+        verify(fixed, torch.stack(plain).sum(0), o.detach(), "relevance")
+        return torch.stack(total).sum(0)
+
+    def _read(self, values: Mapping[str, Tensor]) -> list[str | None]:
+        """For each branch the point that gets its gate's share; None where a gate gets none."""
+        with torch.enable_grad():
+            leaves = {name: values[name].detach().requires_grad_() for name in (*self.flow.points, self.flow.output)}
+            gates = [factors.gate for factors in underway(self.model, self.flow.layer, leaves).branches]
+            return [self._content(_depends(gate, leaves)) for gate in gates]
+
+    def _content(self, names: list[str]) -> str | None:
+        """What gets the share of a gate that is derived from these points."""
+        if self.gates == "none" or not names:
+            return None
+        found = [self.flow.gates[name] for name in names]
+        if self.gates == "content" and all(gate.weighs for gate in found):
+            return None
+        if len(found) > 1 or found[0].reads is None:
+            rows = "; ".join(f"{name} = {self.model.names.points[name].equation}" for name in names)
+            raise InputError(
+                f"gates={self.gates!r}: what the gate of layer {self.flow.layer} is an activation of cannot be told from {rows}. "
+                "A row such as hook_gate = SiLU(gate_pre) says it; gates='none' gives no gate any relevance."
+            )
+        return found[0].reads
+
+
+def _depends(value: Tensor | None, leaves: Mapping[str, Tensor]) -> list[str]:
+    """The names of those that a value is computed from."""
+    if value is None or not value.requires_grad:
+        return []
+    found = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True)
+    return [name for name, gradient in zip(leaves, found, strict=True) if gradient is not None]
+
+
 def _sharing(values: Mapping[str, Tensor], reads: tuple[str, ...]) -> Callable[..., Tensor]:
     def share(value: Tensor, hook: Any) -> Tensor:
         parts = [values[name] for name in reads]
@@ -166,7 +294,8 @@ def _uncapped(values: Mapping[str, Tensor], model: Any) -> Callable[..., Tensor]
 
     def through(value: Tensor, hook: Any) -> Tensor:
         weight = model.W_U.T
-        raw = F.linear(values[NORMED].to(weight.dtype), weight, model.b_U).to(value.dtype)
+        with exact(weight):
+            raw = F.linear(values[NORMED].to(weight.dtype), weight, model.b_U).to(value.dtype)
         return with_gradient_of(value, raw * ratio(value, raw))
 
     return through

@@ -28,7 +28,7 @@ from gatedlens.metrics import Metric, at_position, logit, logit_difference
 
 @dataclass(frozen=True)
 class Target:
-    """The logit of `right` (minus that of `wrong`, if given) at the positions `pos`; or the metric `custom`."""
+    """The logit of `right` (minus that of `wrong`, if given) at the places `pos` of the input; or the metric `custom`."""
 
     pos: Int[Tensor, " batch"]
     right: Int[Tensor, " batch"] | None = None
@@ -41,7 +41,7 @@ class Target:
         if callable(asked):
             return Target(pos, custom=asked)
         if asked is None:
-            return Target(pos, right=at_position(logits, pos).argmax(-1))
+            return Target(pos, right=at_position(logits.as_subclass(Tensor), pos).argmax(-1))
         if isinstance(asked, tuple):
             if len(asked) != 2:
                 raise InputError(
@@ -57,9 +57,9 @@ class Target:
         if self.custom is not None:
             return self.custom
         assert self.right is not None
-        if self.wrong is None:
-            return logit(self.right, self.pos)
-        return logit_difference(self.right, self.wrong, self.pos)
+        right, wrong = self.right, self.wrong
+        read = logit(right, self.pos) if wrong is None else logit_difference(right, wrong, self.pos)
+        return lambda logits: read(logits.as_subclass(Tensor))  # `pos` are places in the input, padding included
 
     @property
     def said(self) -> Any:

@@ -163,14 +163,14 @@ TASKS: dict[str, tuple[Any, Any, Any, int]] = {
 
 
 def word_tokenizer() -> Any:
-    """One id a word of the recall vocabulary, split at spaces."""
+    """One id a word of the recall vocabulary, split at spaces; <unk>, which the model cannot read, behind them all."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {word: i for i, word in enumerate(VOCABULARY)}
-    inner = Tokenizer(models.WordLevel(vocab, unk_token=None))
+    vocab = {word: i for i, word in enumerate((*VOCABULARY, "<unk>"))}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", unk_token="<unk>")
 
 
 def byte_tokenizer() -> Any:
@@ -188,6 +188,12 @@ def byte_tokenizer() -> Any:
 
 
 TOKENIZERS = {"recall": word_tokenizer, "moby": byte_tokenizer}
+
+
+def save_tokenizer(recipe: Recipe, folder: Path) -> None:
+    """Write the tokenizer of a recipe's task, if it has one, beside the model."""
+    if recipe.task in TOKENIZERS:
+        TOKENIZERS[recipe.task]().save_pretrained(folder)
 
 
 # -- training -------------------------------------------------------------------------------------------------------
@@ -226,8 +232,7 @@ def train(recipe: Recipe, out: Path, verbose: bool = True) -> dict[str, Any]:
     folder = out / recipe.name
     save: Any = wrapped.save_pretrained
     save(folder)
-    if recipe.task in TOKENIZERS:
-        TOKENIZERS[recipe.task]().save_pretrained(folder)
+    save_tokenizer(recipe, folder)
     (folder / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 
@@ -237,10 +242,13 @@ def main() -> None:
     parser.add_argument("name", choices=[r.name for r in RECIPES] + ["all"])
     parser.add_argument("--out", type=Path, default=BUNDLED)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tokenizer", action="store_true", help="write the tokenizer alone; the weights stay")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for recipe in RECIPES:
-        if args.name in (recipe.name, "all"):
+        if args.name in (recipe.name, "all") and args.tokenizer:
+            save_tokenizer(recipe, args.out / recipe.name)
+        elif args.name in (recipe.name, "all"):
             print(json.dumps(train(recipe, args.out)))
 
 

@@ -6,7 +6,8 @@
 
     score = (clean - corrupted) * d metric / d activation ~ metric(patched) - metric(corrupted)
 
-summed over the axes that are not kept (patching a cell patches all of it) and averaged over rows. The gradient is that
+summed over the axes that are not kept (patching a cell patches all of it) and averaged over rows (a row that is too short
+for a position counts with 0 there). The gradient is that
 of the corrupted run; the variants with `ig` (integrated gradients) average it along a straight line.
 """
 
@@ -58,7 +59,7 @@ def attribution_patch(
     """
     pair, points = Pair.of(model, clean, corrupted, options), _Points(model, names, keep)
     base, store = pair.cached(pair.clean, points.names, max_bytes)
-    scores = _Scores(points, store, 1)
+    scores = _Scores(pair, points, store, 1)
     value = listen(pair, metric, scores.listeners(), subtracting(store))
     return points.results(scores, "Attribution patching", pair, _baselines(metric, base, value))
 
@@ -85,7 +86,7 @@ def attribution_patch_ig(
     pair, points = Pair.of(model, clean, corrupted, options), _Points(model, names, keep)
     steps_of(steps)
     store = pair.differences(points.names, max_bytes)
-    scores = _Scores(points, store, steps)
+    scores = _Scores(pair, points, store, steps)
     along_input(pair, metric, scores.listeners(), steps, progress)
     return points.results(scores, "Attribution patching, integrated over the input", pair, {"steps": steps})
 
@@ -110,7 +111,7 @@ def attribution_patch_ig_activations(
     """
     pair, points, shares = Pair.of(model, clean, corrupted, options), _Points(model, names, keep), steps_of(steps)
     store = pair.differences(points.names, max_bytes)
-    scores = _Scores(points, store, steps)
+    scores = _Scores(pair, points, store, steps)
     for name, listener in tqdm(scores.listeners().items(), disable=not progress, desc="attribution", unit="point"):
         for share in shares:
             shift = [(name, lambda x, hook, way=store[name], share=share: x.detach() + share * way)]
@@ -200,7 +201,8 @@ def _layer(name: str) -> int | None:
 class _Scores:
     """The sums of difference * gradient, point by point, of `runs` backward passes."""
 
-    def __init__(self, points: _Points, store: dict[str, Tensor], runs: int):
+    def __init__(self, pair: Pair, points: _Points, store: dict[str, Tensor], runs: int):
+        self.pair = pair
         self.points = points
         self.store = store
         self.runs = runs
@@ -212,15 +214,19 @@ class _Scores:
     def _listener(self, name: str) -> Callable[[Tensor], None]:
         def listener(gradient: Tensor) -> None:
             product = at_least_float32(self.store[name]) * at_least_float32(gradient)
-            score = self.points.reduced(name, product) / self.runs
+            score = self._reduced(name, product) / self.runs
             self.totals[name] = self.totals[name] + score if name in self.totals else score
 
         return listener
 
+    def _reduced(self, name: str, product: Tensor) -> Tensor:
+        """By the numbers of real positions, so that position k of one row meets position k of another."""
+        return self.points.reduced(name, self.pair.by_number(product, self.points.point(name).dims))
+
     def total(self, name: str) -> Tensor:
         """The score; zeros where the metric does not depend on the point."""
         if name not in self.totals:
-            return self.points.reduced(name, torch.zeros_like(self.store[name]))
+            return self._reduced(name, torch.zeros_like(self.store[name]))
         if bool(self.totals[name].isnan().any()):
             raise InputError(
                 f"The gradient of the metric at {name} is NaN: does the metric divide by zero, or take its root?"

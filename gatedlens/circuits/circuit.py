@@ -12,7 +12,7 @@ says which edges are in the circuit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from gatedlens.circuits.graph import Edge
 from gatedlens.errors import InputError
 from gatedlens.metrics import Metric
 from gatedlens.result import Result
-from gatedlens.saved import read_json, write_json
+from gatedlens.saved import Fields, read_json, write_json
 
 FORMAT = 1  # of the JSON
 
@@ -70,19 +70,24 @@ class Circuit:
 
     def __repr__(self) -> str:
         shown = "".join(f", {edge} ({self.score(*edge):+.3g})" for edge in self.edges[:3])
+        idle = len(self) - len(self.pruned())
         count = f"{len(self)} of {int((~self.scores.values.isnan()).sum())} edges"
+        count += f" ({idle} on no path from embed to logits)" if idle else ""
         return f"Circuit({self.scores.title}: {count}, {len(self.nodes)} of {len(self.graph)} nodes{shown})"
 
     # -- circuits with fewer edges -------------------------------------------------------------------------------
 
     def top(self, n: int) -> Circuit:
-        """Its `n` edges of the largest |score|, less those that lie on no path from embed to logits."""
+        """Its `n` edges of the largest |score|; `top(n).pruned()` leaves out those on no path from embed to logits.
+
+        Such edges change nothing in a run: what they carry is corrupted anyway, or nobody reads it.
+        """
         if isinstance(n, bool) or not isinstance(n, int) or n < 0:
             raise InputError(f"top({n!r}): give how many edges to keep, a whole number.")
         kept = torch.zeros_like(self.kept)
         for place in self._strongest(self.kept)[:n]:
             kept[place] = True
-        return Circuit(self.scores, kept).pruned()
+        return Circuit(self.scores, kept)
 
     def keep(self, edges: Iterable[Sequence[Any]]) -> Circuit:
         """`circuit.keep([("embed", "0.mixer"), ("0.mixer", "logits")])`: these edges, whatever their scores."""
@@ -160,7 +165,7 @@ class Circuit:
         patch = EdgePatch.of(model, clean, corrupted, options, self.graph)
         kept = tqdm([c.kept for c in circuits], disable=not progress, desc="faithfulness", unit="circuit")
         values = torch.tensor(patch.faithfulness(metric, kept), dtype=torch.float64)
-        facts = {**self.scores.facts, "edges_on_paths": [len(circuit) for circuit in circuits]}
+        facts = {**self.scores.facts, "edges_on_paths": [len(circuit.pruned()) for circuit in circuits]}
         return Result(values, ("edges",), {"edges": chosen}, f"Circuits by {self.scores.title}", "faithfulness", facts)
 
     # -- as something else ---------------------------------------------------------------------------------------
@@ -171,16 +176,24 @@ class Circuit:
         return {"format": FORMAT, "kept": places, "nodes": list(self.nodes), "scores": self.scores.to_dict()}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Circuit:
-        """The Circuit of a `to_dict()`."""
-        if data.get("format") != FORMAT or "kept" not in data:
-            raise InputError(
-                f"This is no saved circuit: format is {data.get('format')!r} (expected {FORMAT}), and it holds "
-                f"{', '.join(map(str, data))}."
-            )
-        scores = Result.from_dict(data["scores"])
+    def from_dict(cls, data: Any, where: str | Path = "This") -> Circuit:
+        """The Circuit of a `to_dict()`. InputError names the field that is not as it should be."""
+        fields = Fields(data, "circuit", where)
+        fields.format(FORMAT)
+        scores = Result.from_dict(fields.fields("scores"), f"{where}, field 'scores',")
+        fields.check(
+            scores.axes[:2] == ("sender", "receiver") and scores.axes[2:] in ((), ("pos",)),
+            "scores",
+            "a result with the axes sender, receiver (and pos)",
+        )
+        named = all(isinstance(label, str) for axis in ("sender", "receiver") for label in scores[axis])
+        fields.check(named, "scores", "nodes that are named: labels of sender and receiver that are texts")
+        there = {tuple(place) for place in (~scores.values.isnan()).nonzero().tolist()}
+        expected = f"places [sender, receiver{', pos' * (scores.ndim == 3)}] at which there is a score"
+        places = fields.get("kept", expected, lambda v: isinstance(v, list) and all(isinstance(p, list) for p in v))
         kept = torch.zeros(scores.shape, dtype=torch.bool)
-        for place in data["kept"]:
+        for place in places:
+            fields.check(all(type(i) is int for i in place) and tuple(place) in there, "kept", expected)
             kept[tuple(place)] = True
         return cls(scores, kept)
 
@@ -191,7 +204,7 @@ class Circuit:
     @classmethod
     def load(cls, path: str | Path) -> Circuit:
         """What `save` wrote."""
-        return cls.from_dict(read_json(path, "circuit"))
+        return cls.from_dict(read_json(path, "circuit"), path)
 
     def plot(self, ax: Any = None) -> Any:
         """A matplotlib Figure: nodes from embed to logits, edges as wide as their scores are large, red for positive."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from gatedlens.circuits.circuit import Circuit
-from gatedlens.plot import panels
+from gatedlens.plot import panels, plain
 
 HEIGHT = {"mixer": 1.0, "mlp": -1.0}  # by the last word of a node's name; embed and logits lie between
 RED, BLUE, GREY = "#b2182b", "#2166ac", "#bdbdbd"
@@ -30,12 +30,13 @@ def draw(circuit: Circuit, ax: Any = None) -> Any:
     for name, (x, y) in places.items():
         colour = "black" if name in joined else GREY
         box = {"boxstyle": "round", "facecolor": "white", "edgecolor": colour}
-        ax.text(x, y, name, ha="center", va="center", fontsize=9, color=colour, bbox=box, zorder=3)
+        plain(ax.text(x, y, name, ha="center", va="center", fontsize=9, color=colour, bbox=box, zorder=3))
     ax.set_xlim(-0.7, len(places) - 0.3)
     lowest = min(y for _, y in places.values())
     ax.set_ylim(lowest - (0.4 if lowest == 0 else 1.2), 2.2)
     ax.set_axis_off()
-    ax.set_title(f"{circuit.scores.title}: {len(circuit)} edges (red raises the metric, blue lowers it)", fontsize=10)
+    said = f"{circuit.scores.title}: {len(circuit)} edges (red raises the metric, blue lowers it)"
+    plain(ax.set_title(said, fontsize=10))
     return ax.figure
 
 

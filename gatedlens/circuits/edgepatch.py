@@ -24,6 +24,7 @@ from gatedlens.circuits.graph import Graph, Node
 from gatedlens.errors import InputError
 from gatedlens.hookpoint import Capture
 from gatedlens.metrics import Metric, per_row
+from gatedlens.padding import Padding
 from gatedlens.runs.pair import Pair
 
 
@@ -33,6 +34,7 @@ class EdgePatch:
     def __init__(self, pair: Pair, graph: Graph):
         self.pair = pair
         self.graph = graph
+        self.padding = Padding.of(pair.clean.mask)
         self.corrupted_logits, self.corrupted = pair.cached(pair.corrupted, (node.writes for node in graph.senders))
 
     @classmethod
@@ -57,8 +59,9 @@ class EdgePatch:
     def logits(self, kept: Bool[Tensor, "sender receiver ..."]) -> Float[Tensor, "batch ..."]:
         """The clean input's logits; edges [sender, receiver] or [sender, receiver, pos] that are not kept are cut."""
         some = next(iter(self.corrupted.values()))
-        if kept.ndim == 3 and kept.shape[2] != some.shape[1]:
-            raise InputError(f"The circuit tells {kept.shape[2]} positions apart; this input has {some.shape[1]}.")
+        longest = self.padding.longest(some.shape[1])
+        if kept.ndim == 3 and kept.shape[2] != longest:
+            raise InputError(f"The circuit tells {kept.shape[2]} positions apart; this input has {longest}.")
         live: dict[str, Tensor] = {}
         cut = ~kept.reshape(*kept.shape[:2], -1).to(some.device)  # sender receiver pos, or 1 for all of them
         writing = [(node.writes, Capture(live)) for node in self.graph.senders]
@@ -73,10 +76,20 @@ class EdgePatch:
 
         def hook(x: Tensor, hook: Any) -> Tensor:
             for node, gone in senders:
-                x = x - gone.unsqueeze(-1) * (live[node.writes] - self.corrupted[node.writes])
+                here = self._laid_out(gone, x).unsqueeze(-1)
+                x = x - here * (live[node.writes] - self.corrupted[node.writes])
             return x
 
         return hook
+
+    def _laid_out(
+        self, gone: Bool[Tensor, " pos"], x: Float[Tensor, "batch pos d_model"]
+    ) -> Bool[Tensor, "#batch pos"]:
+        """Where a sender is cut in each row, of the positions by their numbers (or 1 for all of them)."""
+        if self.padding.mask is None or len(gone) == 1:
+            return gone.unsqueeze(0)
+        by_number = torch.nn.functional.pad(gone, (0, x.shape[1] - len(gone)))
+        return self.padding.by_place(by_number.expand(len(x), -1), ("batch", "pos"))
 
     def faithfulness(self, metric: Metric, circuits: Iterable[Tensor]) -> list[float]:
         """(m(circuit) - m(corrupted)) / (m(clean) - m(corrupted)) of each set of kept edges, m the mean over rows."""

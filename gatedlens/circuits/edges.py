@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.circuits.circuit import Circuit
@@ -43,7 +44,7 @@ def eap(model: Any, clean: Any, corrupted: Any, metric: Metric, positions: bool 
     """
     pair, graph = Pair.of(model, clean, corrupted, options), Graph.of(model)
     _, store = pair.cached(pair.clean, (node.writes for node in graph.senders))
-    scores = _Scores(graph, store, positions, 1)
+    scores = _Scores(pair, graph, store, positions, 1)
     listen(pair, metric, scores.listeners(), subtracting(store))
     return _circuit(model, graph, scores.total(), "EAP", {})
 
@@ -65,7 +66,7 @@ def eap_ig(
     """
     pair, graph = Pair.of(model, clean, corrupted, options), Graph.of(model)
     steps_of(steps)
-    scores = _Scores(graph, pair.differences(node.writes for node in graph.senders), positions, steps)
+    scores = _Scores(pair, graph, pair.differences(node.writes for node in graph.senders), positions, steps)
     along_input(pair, metric, scores.listeners(), steps, progress)
     return _circuit(model, graph, scores.total(), "EAP-IG", {"steps": steps})
 
@@ -103,13 +104,14 @@ def edge_patch(
 class _Scores:
     """The sums of sender difference * receiver gradient, receiver by receiver, of `runs` backward passes."""
 
-    def __init__(self, graph: Graph, store: dict[str, Tensor], positions: bool, runs: int):
+    def __init__(self, pair: Pair, graph: Graph, store: dict[str, Tensor], positions: bool, runs: int):
+        self.pair = pair
         self.graph = graph
         self.store = store
         self.positions = positions
         self.runs = runs
-        length = next(iter(store.values())).shape[1]
-        self.found = _empty(graph, *([length] if positions else []))
+        some = next(iter(store.values()))[..., 0]
+        self.found = _empty(graph, *([self._by_number(some).shape[1]] if positions else []))
         self.found[~self.found.isnan()] = 0
 
     def listeners(self) -> dict[str, Listener]:
@@ -121,10 +123,14 @@ class _Scores:
         def listener(gradient: Tensor) -> None:
             wide = at_least_float32(gradient)
             for row, sender in enumerate(self.graph.before(receiver)):
-                by_pos = (at_least_float32(self.store[sender.writes]) * wide).sum(-1).mean(0) / self.runs
+                product = (at_least_float32(self.store[sender.writes]) * wide).sum(-1)
+                by_pos = self._by_number(product).mean(0) / self.runs
                 self.found[row, column] += (by_pos if self.positions else by_pos.sum()).to(self.found)
 
         return listener
+
+    def _by_number(self, x: Float[Tensor, "batch pos"]) -> Float[Tensor, "batch some"]:
+        return self.pair.by_number(x, ("batch", "pos"))
 
     def total(self) -> Tensor:
         if self.found.isnan().sum() > _empty(self.graph, *self.found.shape[2:]).isnan().sum():

@@ -18,9 +18,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from gatedlens import inputs
 from gatedlens.circuits.graph import Graph, Node
 from gatedlens.errors import InputError
 from gatedlens.metrics import Metric
@@ -96,14 +97,16 @@ class Paths:
     @torch.no_grad()
     def __init__(self, pair: Pair, metric: Metric, senders: Sequence[Node], receivers: Sequence[Node]):
         self.run = Baseline(pair.model, pair.corrupted, options=pair.options)
+        self.real = inputs.real(pair.model, pair.clean)
         self.meter = Meter(metric, "none", self.run.rows)
         self.written = pair.differences(node.writes for node in senders)
         _, self.frozen = pair.cached(pair.corrupted, dict.fromkeys(node.reads for node in receivers))
 
     def cell(self, place: tuple[int, ...], sender: Node, receivers: Sequence[Node], pos: Any = None) -> Cell:
         """The run in which each receiver reads what it does while all but the sender are frozen."""
-        said = at_positions(self.written[sender.writes], pos)
-        return Cell(place, tuple(Add(node.reads, self.frozen[node.reads], said) for node in receivers))
+        pack = self.run.padding.pack
+        said = pack(at_positions(self.written[sender.writes], pos, self.real))
+        return Cell(place, tuple(Add(node.reads, pack(self.frozen[node.reads]), said) for node in receivers))
 
     @torch.no_grad()
     def rises(self, plan: Plan, facts: Mapping[str, Any], effort: Effort, by_row: bool = False) -> Result:
@@ -120,8 +123,8 @@ class Paths:
         return answer(question, [self.run], changing, base, effort)
 
 
-def at_positions(x: Float[Tensor, "batch pos d_model"], pos: Any) -> Float[Tensor, "batch pos d_model"]:
+def at_positions(
+    x: Float[Tensor, "batch pos d_model"], pos: Any, real: Bool[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos d_model"]:
     """`x` at some positions, zero at the others."""
-    if pos is None:
-        return x
-    return x * mask_of(pos, "pos", x.shape[0], x.shape[1], x.device).unsqueeze(-1)
+    return x if pos is None else x * mask_of(pos, "pos", real).to(x.device).unsqueeze(-1)

@@ -24,6 +24,7 @@ from gatedlens.hooking import Batch
 from gatedlens.metrics import at_position
 from gatedlens.model import HookedModel
 from gatedlens.result import Result
+from gatedlens.rounding import order
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,18 @@ class Case:
     def logits(
         self, values: Shaped[Tensor, "row channel place"], rows: Int[Tensor, " row"]
     ) -> Float[Tensor, "row answer"]:
-        """What the model answers to changed inputs of some rows of the batch, in float64."""
-        mask = None if self.batch.mask is None else self.batch.mask[rows]
-        changed = Batch(values.reshape(len(rows), *self.batch.value.shape[1:]), mask)
-        return _answers(self.model, changed, None if self.among is None else self.among[rows])
+        """What the model answers to changed inputs of some rows of the batch, in float64.
+
+        An input in which nothing changed gets the clean answer itself: in another batch it would differ by rounding.
+        """
+        answers = self.clean[rows]
+        changed = (values != self.values[rows]).flatten(1).any(1)
+        if bool(changed.any()):
+            values, rows = values[changed], rows[changed]
+            mask = None if self.batch.mask is None else self.batch.mask[rows]
+            batch = Batch(values.reshape(len(rows), *self.batch.value.shape[1:]), mask)
+            answers[changed] = _answers(self.model, batch, None if self.among is None else self.among[rows])
+        return answers
 
     def counts(self, shares: tuple[float, ...]) -> Int[Tensor, "batch share"]:
         """How many places each share is: of pixels rounded down, of tokens up, as the papers' code does."""
@@ -86,14 +95,13 @@ class Case:
         return (exact.ceil() if self.model.grid is None else exact.floor()).long().to(self.free.device)
 
     def ranks(self, scores: Any, most_first: bool, absolute: bool = False) -> Int[Tensor, "batch place"]:
-        """The place of each in the order of its scores (or of their sizes); of equal ones the first comes first. What is
-        not free comes last."""
+        """The place of each in the order of its scores (or of their sizes), compared in steps of a 130,000th of the largest
+        that is free; of equal ones the first comes first. What is not free comes last."""
         flat = self.spread(scores)
         flat = flat.abs() if absolute else flat
-        flat = (-flat if most_first else flat).masked_fill(~self.free, torch.inf)
-        order = flat.argsort(dim=1, stable=True)
-        return torch.empty_like(order).scatter_(
-            1, order, torch.arange(flat.shape[1], device=flat.device).expand_as(order)
+        found = order(flat if most_first else -flat, self.free)
+        return torch.empty_like(found).scatter_(
+            1, found, torch.arange(flat.shape[1], device=flat.device).expand_as(found)
         )
 
     def spread(self, scores: Any) -> Float[Tensor, "batch place"]:

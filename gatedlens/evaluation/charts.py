@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import html
+import math
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -33,19 +34,21 @@ def dash_of(i: int) -> str:
 
 def curves(lines: Mapping[str, Sequence[Estimate]], shares: Sequence[float], title: str) -> str:
     """One chart: shares across, values up; hover a line for its method."""
-    ends = [v for steps in lines.values() for step in steps for v in (step.value, step.low, step.high) if v == v]
-    low, high = min(0.0, *ends), max(1e-12, *ends)
+    ends = [v for steps in lines.values() for one in steps for v in (one.value, one.low, one.high) if math.isfinite(v)]
+    low, high = min([0.0, *ends]), max([1e-12, *ends])
+    width = (shares[-1] - shares[0]) or 1.0
 
     def at(share: float, value: float) -> str:
-        x = MARGIN + (share - shares[0]) / (shares[-1] - shares[0]) * (WIDTH - MARGIN - 10)
+        x = MARGIN + (share - shares[0]) / width * (WIDTH - MARGIN - 10)
         y = HEIGHT - MARGIN + 12 - (value - low) / (high - low) * (HEIGHT - MARGIN - 20)
         return f"{x:.1f},{y:.1f}"
 
     body = "".join(_grid(at, shares, low, high))
     for i, (name, steps) in enumerate(lines.items()):
-        band = [at(s, e.low) for s, e in zip(shares, steps, strict=True) if e.low == e.low]
-        band += [at(s, e.high) for s, e in zip(reversed(shares), reversed(steps), strict=True) if e.high == e.high]
-        points = " ".join(at(s, e.value) for s, e in zip(shares, steps, strict=True))
+        known = list(zip(shares, steps, strict=True))
+        band = [at(s, e.low) for s, e in known if math.isfinite(e.low)]
+        band += [at(s, e.high) for s, e in reversed(known) if math.isfinite(e.high)]
+        points = " ".join(at(s, e.value) for s, e in known if math.isfinite(e.value))
         said = f"<title>{html.escape(name)}</title>"
         body += f"<polygon points='{' '.join(band)}' fill='{colour_of(i)}' opacity='.08'>{said}</polygon>"
         body += f"<polyline points='{points}' fill='none' stroke='{colour_of(i)}' stroke-width='2' {dash_of(i)}>{said}</polyline>"
@@ -75,8 +78,8 @@ def legend(names: Sequence[str]) -> str:
 
 
 def png(values: Float[Tensor, "height width *colour"]) -> str:
-    """A PNG as a data URI; values beyond 0 and 1 are cut off."""
-    pixels = (values.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).contiguous()
+    """A PNG as a data URI; values beyond 0 and 1 are cut off, what is no number is 0."""
+    pixels = (values.detach().float().cpu().nan_to_num(0, 1, 0).clamp(0, 1) * 255).round().to(torch.uint8).contiguous()
     height, width = pixels.shape[:2]
     raw = b"".join(b"\0" + bytes(row.flatten().tolist()) for row in pixels)
     header = struct.pack(">IIBBBBB", width, height, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
@@ -90,7 +93,10 @@ def _chunk(name: bytes, content: bytes) -> bytes:
 
 
 def heat(scores: Float[Tensor, "row column"]) -> Float[Tensor, "row column 3"]:
-    """Red above zero, blue below, white at it; the largest size is full colour."""
+    """Red above zero, blue below, white at it; the largest size is full colour. What is no finite number is grey."""
+    odd = ~scores.isfinite().unsqueeze(-1)
+    scores = scores.nan_to_num(0, 0, 0)
     share = (scores / scores.abs().max().clamp(min=1e-30)).unsqueeze(-1)
     red, blue = torch.tensor([0.84, 0.16, 0.16]), torch.tensor([0.11, 0.31, 0.85])
-    return 1 + share.clamp(min=0).to(red) * (red - 1) + (-share).clamp(min=0).to(red) * (blue - 1)
+    shown = 1 + share.clamp(min=0).to(red) * (red - 1) + (-share).clamp(min=0).to(red) * (blue - 1)
+    return shown.masked_fill(odd, 0.6)

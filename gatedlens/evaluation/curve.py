@@ -75,17 +75,15 @@ class Curve(Result):
         """The mean over samples, with its interval as a band. Returns the matplotlib Figure."""
         if self.axes != AXES:
             return super().plot(ax)
-        from gatedlens.plot import panels
+        from gatedlens.plot import panels, plain
 
         if ax is None:
             _, axes = panels(1, 1)
             ax = axes[0][0]
-        steps = self.steps()
-        ax.plot(self.shares, [step.value for step in steps], marker=".", label=self.title)
+        steps, said = self.steps(), self.title.replace("$", r"\$")  # a legend is the caller's, its math text may be on
+        ax.plot(self.shares, [step.value for step in steps], marker=".", label=said)
         ax.fill_between(self.shares, [step.low for step in steps], [step.high for step in steps], alpha=0.2)
-        ax.set_xlabel("share")
-        ax.set_ylabel(self.value)
-        ax.set_title(self.title)
+        plain(ax.set_xlabel("share"), ax.set_ylabel(self.value), ax.set_title(self.title))
         return ax.figure
 
     def __repr__(self) -> str:

@@ -9,6 +9,7 @@ prompt's parts are encoded one by one, so that it is known which tokens may be t
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from gatedlens.errors import InputError
 from gatedlens.evaluation.pictures import pixels, squeezed
 from gatedlens.evaluation.sample import Prompt, Sample
+from gatedlens.fingerprint import checksum
 from gatedlens.tokens import encode, pad
 
 
@@ -33,6 +35,15 @@ class Item:
     mask: Tensor | None = None
     content: Tensor | None = None
     choices: tuple[int, ...] | None = None
+
+    @property
+    def checksum(self) -> str:
+        """Of all that decides what is measured of it."""
+        said = (self.label, self.choices, self.sample.truth)
+        total = zlib.crc32(repr(said).encode())
+        for part in (self.value, self.mask, self.content):
+            total = zlib.crc32(b"none", total) if part is None else checksum(part, total)
+        return f"{total:08x}"
 
     @staticmethod
     def of(model: Any, sample: Sample) -> Item:

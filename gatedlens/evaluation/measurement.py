@@ -5,13 +5,15 @@
 What is measured: of images the positive and negative perturbation, deletion and insertion, and with masks the segmentation; of
 tokens the positive and negative perturbation, activation and pruning; and, where it is known which tokens hold the
 answer, their rank and mass. What is explained is the label; where there is none, the answer that the model gives. With `out` each
-record is kept as it is made, and the same call goes on where it stopped. A method is a name with options: see
-`explainer.py`.
+record is kept as it is made, and the same call goes on where it stopped: of the same model, data, samples and "nothing", which
+are compared (records of more samples or other methods may join). A method is a name with options: see `explainer.py`.
+
+In which batch a sample is measured decides its last digits alone: orders are those of rounded scores (`rounding.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,12 @@ from gatedlens.evaluation.explainer import NEEDS_NOTHING, Explainer, explainer
 from gatedlens.evaluation.item import Item, Items, alike
 from gatedlens.evaluation.opening import open_samples
 from gatedlens.evaluation.protocol import PROTOCOLS, measured
-from gatedlens.evaluation.record import Records, checksum, fingerprint
+from gatedlens.evaluation.record import Records
 from gatedlens.evaluation.sample import Samples, chosen
 from gatedlens.evaluation.segmentation import segmentation
 from gatedlens.evaluation.truth import located
+from gatedlens.fingerprint import checksum, fingerprint, settings
+from gatedlens.version import __version__
 
 OF_IMAGES = ("positive", "negative", "deletion", "insertion")
 OF_TOKENS = ("positive", "negative", "activation", "pruning")
@@ -68,6 +72,7 @@ def evaluate(
         raise InputError(f"{samples.title}: two samples have one name; names tell samples apart.")
     run = _run(model, samples, nothing)
     records = Records.open(out, run)
+    _check(model, samples, names, records, progress)
     missing = [i for i in indices if any((names[i], one.name) not in records for one in explainers)]
     shown = set(indices[:SHOWN])
     done = (len(indices) - len(missing)) * len(explainers)
@@ -90,10 +95,31 @@ def _run(model: Any, samples: Samples, nothing: Any) -> dict[str, Any]:
     return {
         "model": model.cfg.model_name,
         "weights": fingerprint(model),
+        "settings": settings(model),
+        "hooks": sorted(model.list_hooks()) or None,
+        "gatedlens": __version__,
         "data": samples.title,
         "samples": len(samples),
         "nothing": f"a tensor, {checksum(nothing):08x}" if isinstance(nothing, Tensor) else nothing,
     }
+
+
+def _check(model: Any, samples: Samples, names: Mapping[int, str], records: Records, progress: bool) -> None:
+    """InputError unless the samples that were measured are what they were, and the model is without hooks."""
+    hooked = sorted(model.list_hooks())
+    if len(records) and hooked:
+        raise InputError(
+            f"{records.folder} holds records, and the model has hooks at {', '.join(hooked[:4])}: whether they do what they did "
+            "then is not known. Give another folder, or take the hooks off."
+        )
+    before = records.items
+    done = {index: name for index, name in names.items() if name in before}
+    for index, name in tqdm(done.items(), disable=not progress or not done, desc="compare", unit="sample"):
+        if before[name] != {Item.of(model, samples[index]).checksum}:
+            raise InputError(
+                f"{records.folder} holds another {name}: the sample is not what it was when it was measured. Give another "
+                "folder, or empty this one."
+            )
 
 
 def _batches(model: Any, samples: Samples, indices: Sequence[int], batch_size: int) -> Iterator[dict[int, Item]]:
@@ -127,6 +153,7 @@ def _measure(
         row: dict[str, Any] = {
             "sample": item.sample.name,
             "method": one.name,
+            "item": item.checksum,
             "explained": int(target[r]),
             "correct": bool(case.clean[r].argmax() == case.labels[r]),
             "nothing": {name: cases[name].said for name in protocols},

@@ -19,6 +19,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from gatedlens.attribution.baseline import NOTHING
+from gatedlens.autocast import exact
 from gatedlens.errors import InputError, did_you_mean
 
 BUNDLED = {"-recall": "and", "-moby": " "}  # a word without content in the vocabulary of each task
@@ -76,5 +77,6 @@ def blurred(images: Float[Tensor, "batch channels height width"]) -> Float[Tenso
     flat = images.flatten(0, 1).unsqueeze(1)
     half = KERNEL // 2
     wide = F.pad(flat, (half,) * 4, mode="replicate")
-    out = F.conv2d(F.conv2d(wide, line.reshape(1, 1, 1, -1)), line.reshape(1, 1, -1, 1))
+    with exact(wide):
+        out = F.conv2d(F.conv2d(wide, line.reshape(1, 1, 1, -1)), line.reshape(1, 1, -1, 1))
     return out.reshape(images.shape)

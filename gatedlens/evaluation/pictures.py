@@ -1,6 +1,5 @@
-"""Pictures: image files, and how they become what a model reads.
+"""Pictures: how images become what a model reads.
 
-    picture("n01440764/ILSVRC2012_val_00000293.JPEG")      # a PIL image in RGB, or an error that names the file
     pixels(model, image)                                   # as the model's evaluation prepares it: resized, cropped
     squeezed(model, image, mask)                           # for segmentation: image and mask scaled to the model's size
 
@@ -11,7 +10,6 @@ as in Chefer et al. 2021.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,19 +27,6 @@ def _pillow() -> Any:
     except ImportError as error:
         raise ImportError("Images need Pillow: pip install 'gatedlens[data]'.") from error
     return PIL.Image
-
-
-def picture(path: Path) -> Any:
-    """The image of a file, wholly read."""
-    pillow = _pillow()
-    try:
-        image = pillow.open(path)
-        image.load()
-    except FileNotFoundError as error:
-        raise InputError(f"There is no file {path}.") from error
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
-        raise InputError(f"{path} is damaged, or no image that Pillow reads: {error}.") from error
-    return image
 
 
 def pixels(model: Any, image: Any) -> Float[Tensor, "channels height width"]:

@@ -4,8 +4,8 @@
     records.add({"sample": "test/3", "method": "lrp", ...})
     ("test/3", "lrp") in records
 
-`run.json` says what was run, `records.jsonl` holds a line a sample and method. A folder of another run is refused. A last line
-that was cut off when the run was stopped is measured anew.
+`run.json` says what was run, `records.jsonl` holds a line a sample and method, with a checksum. A folder of another run is
+refused, and so is a line that is not as it was written. A last line that was cut off when the run was stopped is measured anew.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from gatedlens.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 RUN, LINES = "run.json", "records.jsonl"
+CHECK = "crc32"
 
 
 class Records:
@@ -78,13 +77,21 @@ class Records:
         self.held[row["sample"], row["method"]] = row
         if self.folder is not None:
             with (self.folder / LINES).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(_line(row) + "\n")
 
     def __contains__(self, key: tuple[str, str]) -> bool:
         return key in self.held
 
     def __getitem__(self, key: tuple[str, str]) -> dict[str, Any]:
         return self.held[key]
+
+    @property
+    def items(self) -> dict[str, set[str]]:
+        """The checksums of what was measured, by the sample's name: one, unless it was changed in between."""
+        out: dict[str, set[str]] = {}
+        for (name, _), row in self.held.items():
+            out.setdefault(name, set()).add(row.get("item", ""))
+        return out
 
     def __len__(self) -> int:
         return len(self.held)
@@ -93,25 +100,24 @@ class Records:
         return iter(self.held.values())
 
 
+def _line(row: Mapping[str, Any]) -> str:
+    """A record as JSON, with the checksum of all else as its last key."""
+    return json.dumps({**row, CHECK: _checked(row)})
+
+
+def _checked(row: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(row).encode()):08x}"
+
+
 def _record(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-        if isinstance(row, dict) and {"sample", "method"} <= row.keys():
+        if not isinstance(row, dict) or not {"sample", "method"} <= row.keys():
+            why = "it is no record"
+        elif row.pop(CHECK, None) != _checked(row):
+            why = "it is not as it was written"
+        else:
             return row
-        why = "it is no record"
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         why = str(error)
     raise InputError(f"{where} is broken: {why}. Delete that line to have it measured anew.")
-
-
-def fingerprint(model: Any) -> str:
-    """A checksum of the beginning of every parameter: another checkpoint of one name is another model."""
-    total = 0
-    for parameter in model.wrapped.parameters():
-        total = checksum(parameter.flatten()[:1024], total)
-    return f"{total:08x}"
-
-
-def checksum(values: Tensor, total: int = 0) -> int:
-    """Of the numbers of a tensor; `total` is that of what came before."""
-    return zlib.crc32(values.detach().double().cpu().numpy().tobytes(), total)

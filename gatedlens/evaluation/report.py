@@ -15,7 +15,7 @@ from gatedlens.evaluation.charts import curves, heat, legend, png
 from gatedlens.evaluation.evaluation import MEASURED, Evaluation
 from gatedlens.evaluation.item import Item
 from gatedlens.evaluation.protocol import PROTOCOLS
-from gatedlens.plot import Html, text
+from gatedlens.plot import Html, text, visible
 
 PICTURE = "width:96px;height:96px;image-rendering:pixelated;border:1px solid #ccc"
 SAID = {"down": "down is better", "up": "up is better"}
@@ -88,6 +88,5 @@ def _answer(answer: int, model: Any) -> str:
 
 
 def _picture(value: Tensor) -> str:
-    pixels = value.float()
-    pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp(min=1e-12)
+    pixels = visible(value.detach().float().cpu())
     return png(pixels[0] if len(pixels) == 1 else pixels.movedim(0, -1))

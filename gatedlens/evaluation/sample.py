@@ -97,5 +97,7 @@ def chosen(samples: Samples, limit: int | None, seed: int) -> list[int]:
         return list(range(len(samples)))
     if limit < 1:
         raise InputError(f"limit={limit}: give at least 1.")
+    if not -(2**63) <= seed < 2**64:
+        raise InputError(f"seed={seed}: it is a number of 64 bits.")
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
     return sorted(order[:limit].tolist())

@@ -9,7 +9,12 @@
     mAP              average precision of the scores [1 - R, R] for [background, foreground] of an image; mean over images
 
 As in Chefer et al. 2021 (arXiv 2012.09838) and HA (arXiv 2403.01590). Masks hold 1 for the object, 0 for the rest, -1 for
-pixels that do not count. A constant map says nothing: no foreground, and R = 1/2 everywhere.
+pixels that do not count. A constant map says nothing: no foreground, and R = 1/2 everywhere. What differs by less than a
+130,000th of a map's largest is constant, and numbers of R that differ by rounding are equal.
+
+A mask is in the frame of what the model read. `model.preprocess(image)` cuts the centre out of an image; its mask is cut alike by
+`model.preprocess_mask(mask)`. One of another aspect ratio is refused; a mask of a whole square image has the right one, and
+only you can tell that it was not cut.
 """
 
 from __future__ import annotations
@@ -21,12 +26,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from gatedlens.attribution import Attribution
 from gatedlens.errors import InputError
 from gatedlens.evaluation.case import scaled
 from gatedlens.evaluation.estimate import Estimate, estimate
 from gatedlens.result import Result
+from gatedlens.rounding import STEP
 
 VOID = -1
+FINE = 2.0**-30  # of R, which is from 0 to 1: scaling a map rounds equal pixels some 1e-16 apart
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,8 @@ class Segmentation:
 
 
 def segmentation(scores: Any, masks: Any) -> Segmentation:
-    """scores: an Attribution, or maps [batch, row, column]; masks: [batch, height, width] of 1, 0 and -1, or booleans."""
+    """scores: an Attribution, or maps [batch, row, column]; masks: [batch, height, width] of 1, 0 and -1, or booleans, of the
+    aspect ratio of the images (where there is no Attribution with its images: of the maps, to a cell)."""
     maps = torch.as_tensor(scores.values if isinstance(scores, Result) else scores).detach().double().cpu()
     truth = torch.as_tensor(masks).cpu()
     truth = truth.long() if truth.dtype == torch.bool else truth
@@ -72,20 +81,37 @@ def segmentation(scores: Any, masks: Any) -> Segmentation:
         raise InputError(f"A mask holds 0, 1 and -1 (does not count); this one also {_strange(truth)}.")
     if not bool(maps.isfinite().all()):
         raise InputError("The scores hold values that are not finite.")
+    _one_frame(scores, maps, (truth.shape[1], truth.shape[2]))
     R = normalised(scaled(maps, (truth.shape[1], truth.shape[2])))
     return _compared(R, truth.long())
 
 
+def _one_frame(scores: Any, maps: Float[Tensor, "batch row column"], mask: tuple[int, int]) -> None:
+    """InputError for masks of another aspect ratio than what was scored: off by a pixel of the images; of maps whose images
+    are not known by a cell, since patches may leave out a border of less than one."""
+    images = scores.images if isinstance(scores, Attribution) else None
+    height, width = maps.shape[1:] if images is None else images.shape[2:]
+    off = (abs(mask[0] - mask[1] * height / width), abs(mask[1] - mask[0] * width / height))
+    free = (1.0, 1.0) if images is not None else (max(1.0, mask[0] / height), max(1.0, mask[1] / width))
+    if all(by >= most for by, most in zip(off, free, strict=True)):
+        read = f"maps [{height}, {width}]" if images is None else f"images [{height}, {width}]"
+        raise InputError(
+            f"The masks are [{mask[0]}, {mask[1]}] and the {read}: of another aspect ratio, so a mask would be stretched over "
+            "what the model did not see. Cut a mask as its image was cut, model.preprocess_mask(mask); of an image that was "
+            "squeezed to the model's size, squeeze it as well."
+        )
+
+
 def normalised(maps: Float[Tensor, "batch row column"]) -> Float[Tensor, "batch row column"]:
-    """Each map from 0 to 1; 1/2 where it is constant."""
+    """Each map from 0 to 1; 1/2 where it is constant, but for rounding."""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    constant = high == low
+    constant = high - low <= STEP * torch.maximum(high.abs(), low.abs())
     return torch.where(constant, 0.5, (maps - low) / (high - low).masked_fill(constant, 1))
 
 
 def foreground(R: Float[Tensor, "batch row column"]) -> Bool[Tensor, "batch row column"]:
-    """What is above its map's mean; nothing of a constant map, whose mean is 1/2 exactly."""
-    return R.gt(R.mean((1, 2), keepdim=True))
+    """What is above its map's mean, by more than rounding; nothing of a constant map, whose mean is 1/2 exactly."""
+    return ((R - R.mean((1, 2), keepdim=True)) / FINE).round().gt(0)
 
 
 def _compared(R: Float[Tensor, "batch row column"], truth: Int[Tensor, "batch row column"]) -> Segmentation:
@@ -106,9 +132,10 @@ def _compared(R: Float[Tensor, "batch row column"], truth: Int[Tensor, "batch ro
 
 
 def average_precision(scores: Float[Tensor, "*any"], truth: Bool[Tensor, "*any"]) -> float:
-    """sum over thresholds of (recall - recall before) * precision, equal scores at one threshold."""
-    order = scores.flatten().argsort(descending=True, stable=True)
-    found, hits = scores.flatten()[order], truth.flatten()[order].double().cumsum(0)
+    """sum over thresholds of (recall - recall before) * precision, equal scores (but for rounding) at one threshold."""
+    scores = (scores.flatten() / FINE).round()
+    order = scores.argsort(descending=True, stable=True)
+    found, hits = scores[order], truth.flatten()[order].double().cumsum(0)
     last = torch.ones_like(found, dtype=torch.bool)
     last[:-1] = found[1:] != found[:-1]
     taken = torch.arange(1, len(found) + 1)[last]

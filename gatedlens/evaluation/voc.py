@@ -16,9 +16,9 @@ from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.evaluation.listing import listed
-from gatedlens.evaluation.pictures import picture
 from gatedlens.evaluation.sample import Sample, Samples
 from gatedlens.evaluation.segmentation import VOID
+from gatedlens.images import picture
 
 LISTS = ("val.txt", "trainval.txt", "train.txt")
 BORDER = 255

@@ -16,7 +16,7 @@ Wraps transformers' RecurrentGemmaForCausalLM; `renamed` reads the original chec
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -26,11 +26,26 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
+from gatedlens import fields
 from gatedlens.block import Mixer, MlpBlock, Norm, Run, mlp_residual_rows, norm_rows
 from gatedlens.config import HookedConfig
 from gatedlens.documentrun import DocumentRun
 from gatedlens.errors import CheckpointError
-from gatedlens.factors import Factors
+from gatedlens.factors import Factors, reach
+from gatedlens.fields import (
+    COUNT,
+    EPS,
+    FLAG,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    SIZE,
+    TEXT,
+    layers_of,
+    listed,
+    one_of,
+    table,
+)
 from gatedlens.hooking import Batch
 from gatedlens.hookpoint import Part, rows_of
 from gatedlens.language import HookedLanguageModel
@@ -40,6 +55,7 @@ from gatedlens.points import Point, block_aliases, block_rows
 from gatedlens.recurrence import at_least_float32
 from gatedlens.scanmatrix import DecayScan
 from gatedlens.state import CARRIED, Carried, RecurrentState
+from gatedlens.transforms import transformed
 
 PAPER = "Griffin, arXiv 2402.19427"
 UIA = "UIA, arXiv 2405.16504"
@@ -107,31 +123,22 @@ ATTENTION_BLOCK = _rows("attn", ATTENTION_ROWS, "o_proj(z)")
 # -- the recurrent block's mixer ------------------------------------------------------------------------------------
 
 MAX_SQRT_SLOPE = 1000.0
+STEEP = 1 / (4 * MAX_SQRT_SLOPE**2)  # below it a square root is steeper
 FORGOTTEN = -1000.0  # a log decay that leaves nothing, and is finite
 
 
 class BoundedSqrt(Function):
-    """sqrt(max(x, 0)); its slope is 1 / (2 sqrt(x)), at most MAX_SQRT_SLOPE, and 0 below 0."""
+    """`bounded_sqrt`, in two operations each way."""
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
         return x.clamp(min=0).sqrt()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (x,) = ctx.saved_tensors
-        return grads[0] * BoundedSqrt.slope(x)
-
-    @staticmethod
-    def slope(x: Tensor) -> Tensor:
-        return (0.5 * x.clamp(min=1 / (4 * MAX_SQRT_SLOPE**2)).rsqrt()).masked_fill(x < 0, 0)
-
-    jvp = backward  # one number in, one out: the derivative is the same both ways
+        return grads[0] * (0.5 * x.clamp(min=STEEP).rsqrt()).masked_fill(x < 0, 0)
 
 
 def bounded_sqrt(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
@@ -139,10 +146,11 @@ def bounded_sqrt(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
 
     Below 0, which only an edit that makes a decay exceed 1 can bring about, it is 0 and flat.
     """
-    if torch.compiler.is_compiling():  # which cannot trace a Function that has a jvp: the same value and slope
-        slope = BoundedSqrt.slope(x.detach())
-        return x.detach().clamp(min=0).sqrt() + slope * (x - x.detach())
-    return BoundedSqrt.apply(x)
+    if not (torch.compiler.is_compiling() or transformed()):
+        return BoundedSqrt.apply(x)
+    here = x.detach()
+    line = here.clamp(min=0).sqrt() + MAX_SQRT_SLOPE * (x - here)
+    return torch.where(x < STEEP, line.masked_fill(x < 0, 0), x.clamp(min=STEEP).sqrt())
 
 
 def block_diagonal(
@@ -204,19 +212,15 @@ class GriffinMixer(Mixer):
             padding.pack(at_least_float32(cached(name))) for name in self.attention_points
         )
         document = (reset.squeeze(-1) == 1).long().cumsum(1)  # 0: the one that a carried state began
-        weight, bias = self.weights.conv_1d.weight.to(x.dtype), self.weights.conv_1d.bias.to(x.dtype)
-        drift, start, width = bias * padding.packed_mask(x), None, weight.shape[-1]
+        taps, bias = self.weights.conv_1d.weight.to(x.dtype).squeeze(1), self.weights.conv_1d.bias.to(x.dtype)
+        drift, start = bias * padding.packed_mask(x), None
         if state is not None:
-            tail = state["conv", self.layer].to(x)
-            reach = F.conv1d(F.pad(tail.mT, (0, width - 1)), weight, groups=weight.shape[0]).mT
-            reach = F.pad(reach, (0, 0, 0, x.shape[1]))[:, : x.shape[1]]
-            drift = drift + reach * (document == 0).unsqueeze(-1)
+            drift = drift + reach(state["conv", self.layer], x, taps) * (document == 0).unsqueeze(-1)
             start = state["scan", self.layer].to(x).unsqueeze(-1)
         kept = torch.log1p(-reset.double()).clamp(min=FORGOTTEN)
         one = x.new_ones(*x.shape[:2], 1)
         packed = document if bool((reset[:, 1:] == 1).any()) else None
         scan = DecayScan((log_a.double() + kept).cumsum(1), x.new_ones(x.shape[2], 1), one, m * i, one, packed)
-        taps = weight.squeeze(1)
         return Factors(x=x, o=o, scan=scan, gate=gate, taps=taps, drift=drift, document=packed, start=start)
 
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
@@ -317,6 +321,43 @@ ALIASES = block_aliases(
 )
 
 
+# -- configs --------------------------------------------------------------------------------------------------------
+
+KINDS = listed(one_of("recurrent", "attention"), low=1)
+HUB_FIELDS = {
+    **fields.TRANSFORMERS,
+    "vocab_size": SIZE,
+    "hidden_size": SIZE,
+    "intermediate_size": SIZE,
+    "num_hidden_layers": layers_of(11),
+    "num_attention_heads": SIZE,
+    "num_key_value_heads": SIZE.or_null(),
+    "head_dim": SIZE,
+    "lru_width": SIZE.or_null(),
+    "conv1d_width": SIZE,
+    "block_types": KINDS,
+    "attention_window_size": SIZE,
+    "attention_bias": FLAG,
+    "logits_soft_cap": NOT_NEGATIVE.or_null(),
+    "rms_norm_eps": EPS,
+    "hidden_activation": TEXT,
+    "rope_theta": POSITIVE,
+    "partial_rotary_factor": SHARE,
+    "rope_parameters": table(rope_type=TEXT, rope_theta=POSITIVE, partial_rotary_factor=SHARE).or_null(),
+}
+ORIGINAL_FIELDS = {
+    "vocab_size": SIZE,
+    "width": SIZE,
+    "mlp_expanded_width": SIZE,
+    "num_heads": SIZE,
+    "lru_width": SIZE.or_null(),
+    "block_types": replace(KINDS, layer_tensors=11),
+    "embeddings_scale_by_sqrt_dim": FLAG,
+    "attention_window_size": COUNT,
+    "logits_soft_cap": NOT_NEGATIVE.or_null(),
+}
+
+
 # -- the model ------------------------------------------------------------------------------------------------------
 
 
@@ -377,6 +418,8 @@ class HookedGriffin(HookedLanguageModel):
     }
     wraps = ("RecurrentGemmaForCausalLM",)
     hub_types = ("recurrent_gemma",)
+    hub_fields = HUB_FIELDS
+    original_fields = ORIGINAL_FIELDS
     block_points = (*RECURRENT_BLOCK, *block_rows("attn", ATTENTION_ROWS))  # of either kind; see rows_for
     final_points = norm_rows("ln_final", "blocks.-1.hook_resid_post", "the final norm", NORMED)
     first_points = (Point("hook_embed", "batch pos d_model", "sqrt(d_model) * embedding[token]", "the embedding"),)
@@ -398,6 +441,9 @@ class HookedGriffin(HookedLanguageModel):
     def describe(cls, wrapped: Any, model_name: str) -> GriffinConfig:
         """The cfg of a wrapped model, from the shapes of its parameters and the few numbers that shapes do not tell."""
         config, layers = wrapped.config, wrapped.model.layers
+        fields.check(config.to_dict(), cls.hub_fields, f"{model_name}'s config")
+        if len(layers) == 0:
+            raise CheckpointError(f"{model_name} has no layers.")
         if config.hidden_activation != "gelu_pytorch_tanh":
             raise CheckpointError(
                 f"{model_name} has hidden_activation={config.hidden_activation!r}; supported is 'gelu_pytorch_tanh'."
@@ -508,10 +554,11 @@ class HookedGriffin(HookedLanguageModel):
     @classmethod
     def is_original(cls, config: dict[str, Any]) -> bool:
         """The arguments of recurrentgemma's GriffinConfig."""
-        return {"width", "mlp_expanded_width", "num_heads", "block_types"} <= set(config)
+        return {"width", "mlp_expanded_width", "num_heads", "block_types"} <= set(config) and "model_type" not in config
 
     @classmethod
     def empty(cls, config: dict[str, Any]) -> nn.Module:
+        fields.check(config, ORIGINAL_FIELDS, "The config", required=("vocab_size",))
         return _wrapped(
             vocab_size=config["vocab_size"],
             hidden_size=config["width"],
@@ -589,27 +636,33 @@ RENAMES = {
     "embedder.input_embedding": "model.embed_tokens.weight",
     "final_norm": "model.final_norm",
 }
+AXES = {
+    "ffw_up.w": "2 d_model d_mlp",
+    "ffw_up.b": "2 1 1 d_mlp",
+    "conv_1d.w": "tap channel",
+}  # of what changes its shape
 
 
 def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """recurrentgemma's parameters under transformers' names: `blocks.0.recurrent_block.conv_1d.w` [tap, channel] is
     `model.layers.0.temporal_block.conv_1d.weight` [channel, 1, tap], and so on."""
-    out = {}
+    out: dict[str, Tensor] = {}
     for name, value in state.items():
         new = name
         for theirs, ours in RENAMES.items():
             new = new.replace(theirs, ours)
-        if name.endswith("ffw_up.w"):  # [2, d_model, d_mlp]: the gate, then what it gates
-            gate, up = value.transpose(1, 2)
-            kind = "weight"
-        elif name.endswith("ffw_up.b"):
-            gate, up = value.flatten(1)
-            kind = "bias"
+        axes = next((axes for end, axes in AXES.items() if name.endswith(end)), None)
+        if axes is not None and (value.ndim != len(axes.split()) or ("2" in axes and value.shape[0] != 2)):
+            raise CheckpointError(f"{name} has shape {list(value.shape)}; expected is [{axes.replace(' ', ', ')}].")
+        if "ffw_up." in name and axes is not None:  # the gate, then what it gates
+            gate, up = value.transpose(1, 2) if name.endswith("w") else value.flatten(1)
+            stem, kind = new.rpartition("ffw_up")[0], "weight" if name.endswith("w") else "bias"
+            found = {f"{stem}gate_proj.{kind}": gate.contiguous(), f"{stem}up_proj.{kind}": up.contiguous()}
         else:
-            out[new] = value.t().unsqueeze(1).contiguous() if name.endswith("conv_1d.w") else value
-            continue
-        stem = new.rpartition("ffw_up")[0]
-        out |= {f"{stem}gate_proj.{kind}": gate.contiguous(), f"{stem}up_proj.{kind}": up.contiguous()}
+            found = {new: value.t().unsqueeze(1).contiguous() if name.endswith("conv_1d.w") else value}
+        if twice := set(found) & set(out):
+            raise CheckpointError(f"{name} is one of two tensors that are {', '.join(sorted(twice))} here.")
+        out |= found
     return out
 
 

@@ -24,11 +24,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatedlens import fused
+from gatedlens import fields, fused
 from gatedlens.block import Block, Mixer, Norm, Run, norm_rows, residual_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError
-from gatedlens.factors import Factors
+from gatedlens.factors import Factors, reach
+from gatedlens.fields import COUNT, EPS, FLAG, INTEGER, NUMBER, POSITIVE, SIZE, TEXT, layers_of, listed, one_of, table
 from gatedlens.hookpoint import rows_of
 from gatedlens.language import HookedLanguageModel
 from gatedlens.padding import Padding, windows
@@ -36,6 +37,7 @@ from gatedlens.points import Alias, Point, View, block_aliases, block_rows
 from gatedlens.recurrence import at_least_float32, linear_scan
 from gatedlens.scanmatrix import DecayScan
 from gatedlens.state import RecurrentState
+from gatedlens.transforms import forward_mode
 
 PAPER = "Mamba, arXiv 2312.00752"
 UIA = "UIA, arXiv 2405.16504"
@@ -88,9 +90,8 @@ def mamba_terms(
 
     The tensors are [b, l, c, n] and lie in memory with channels innermost: states are few, and a processor likes long rows.
     """
-    decay = (
-        (dt.unsqueeze(-2) * A.mT).exp_().mT
-    )  # in place: a second tensor of this size costs more than the exponential
+    exp = torch.exp if forward_mode() else torch.exp_  # a second tensor of this size costs more than the exponential
+    decay = exp(dt.unsqueeze(-2) * A.mT).mT
     write = ((dt * u).unsqueeze(-2) * B.unsqueeze(-1)).mT
     return decay, write, C
 
@@ -140,28 +141,22 @@ class SelectiveScan(Mixer):
 
         Positions are in the order of the scan (`along`), so S and M look back.
         """
-        names = (name.removeprefix("hook_") for name in self.attention_points)
-        c = {name: self.along(padding.pack(at_least_float32(cached(f"hook_{name}")))) for name in names}
-        x = c["x"]
-        weight = self.weights.conv1d.weight.to(x.dtype)
-        bias = self.weights.conv1d.bias
-        taps, drift, start = weight.squeeze(1), torch.zeros_like(x), None
+        x, conv, dt, B, C, gate, o = (
+            self.along(padding.pack(at_least_float32(cached(name)))) for name in self.attention_points
+        )
+        taps, bias = self.weights.conv1d.weight.to(x.dtype).squeeze(1), self.weights.conv1d.bias
+        drift, start = torch.zeros_like(x), None
         if state is not None:
-            tail = state["conv", self.layer].to(x)
-            width = tail.shape[1]  # K - 1
-            reach = F.conv1d(F.pad(tail.mT, (0, width + 1)), weight, groups=len(taps)).mT[
-                :, :width
-            ]  # what it still brings
-            drift[:, :width] += reach[:, : x.shape[1]]
+            drift = reach(state["conv", self.layer], x, taps)
             start = state["scan", self.layer].to(x)
         real = padding.packed_mask(x)
         return Factors(
             x=x,
-            o=c["gated"],
-            scan=DecayScan(c["dt"].double().cumsum(1), self.A.to(x.dtype), c["C"], c["dt"], c["B"]),
-            gate=c["gate"],
+            o=o,
+            scan=DecayScan(dt.double().cumsum(1), self.A.to(x.dtype), read=C, amount=dt, key=B),
+            gate=gate,
             skip=at_least_float32(self.weights.D).to(x.dtype),
-            act=torch.sigmoid(c["conv"]) * real,
+            act=torch.sigmoid(conv) * real,
             taps=taps,
             drift=drift if bias is None else drift + bias.to(x.dtype) * real,
             start=start,
@@ -370,6 +365,54 @@ VIEWS = (
 )
 
 
+# -- configs --------------------------------------------------------------------------------------------------------
+
+HUB_FIELDS = {
+    **fields.TRANSFORMERS,
+    "vocab_size": SIZE,
+    "hidden_size": SIZE,
+    "num_hidden_layers": layers_of(9),
+    "state_size": SIZE,
+    "conv_kernel": SIZE,
+    "expand": POSITIVE,
+    "time_step_rank": SIZE | one_of("auto"),
+    "layer_norm_epsilon": EPS,
+    "mixer_rms_eps": EPS,
+    "hidden_act": TEXT,
+    "residual_in_fp32": FLAG,
+    "use_bias": FLAG,
+    "use_conv_bias": FLAG,
+}
+SSM_FIELDS = {
+    "layer": TEXT,
+    "d_state": SIZE,
+    "d_conv": SIZE,
+    "expand": POSITIVE,
+    "dt_rank": SIZE | one_of("auto"),
+    "bias": FLAG,
+    "conv_bias": FLAG,
+    "dt_min": POSITIVE,
+    "dt_max": POSITIVE,
+    "dt_init_floor": POSITIVE,
+    "dt_scale": NUMBER,
+    "dt_init": TEXT,
+    "use_fast_path": FLAG,
+}
+ORIGINAL_FIELDS = {
+    "d_model": SIZE,
+    "n_layer": layers_of(9),
+    "vocab_size": SIZE,
+    "d_intermediate": COUNT,
+    "ssm_cfg": table(**SSM_FIELDS).or_null(),
+    "attn_layer_idx": listed(INTEGER).or_null(),
+    "rms_norm": FLAG,
+    "residual_in_fp32": FLAG,
+    "norm_epsilon": EPS,
+    "pad_vocab_size_multiple": SIZE,
+    "tie_embeddings": FLAG,
+}
+
+
 # -- the model ------------------------------------------------------------------------------------------------------
 
 
@@ -421,6 +464,8 @@ class HookedMamba(HookedLanguageModel):
     }
     wraps = ("MambaForCausalLM", "FalconMambaForCausalLM", "MambaLMHeadModel", "Weights")
     hub_types = ("mamba", "falcon_mamba")
+    hub_fields = HUB_FIELDS
+    original_fields = ORIGINAL_FIELDS
     block_points = BLOCK_ROWS
     aliases = ALIASES
     views = VIEWS
@@ -430,8 +475,11 @@ class HookedMamba(HookedLanguageModel):
     def describe(cls, wrapped: Any, model_name: str) -> MambaConfig:
         """The cfg of a wrapped model, from the shapes of its parameters and the few numbers that shapes do not tell."""
         backbone, config = wrapped.backbone, wrapped.config
+        if len(backbone.layers) == 0:
+            raise CheckpointError(f"{model_name} has no layers.")
         first = backbone.layers[0]
         given: Any = config if isinstance(config, dict) else config.to_dict() if _is_hf(config) else vars(config)
+        fields.check(given, cls.hub_fields if _is_hf(config) else cls.original_fields, f"{model_name}'s config")
         if given.get("attn_layer_idx") or given.get("d_intermediate"):
             raise CheckpointError(
                 f"{model_name} mixes Mamba with attention or MLP layers (attn_layer_idx={given.get('attn_layer_idx')}, "
@@ -542,6 +590,7 @@ class Weights(nn.Module):
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()
+        fields.check(config, ORIGINAL_FIELDS, "The config", required=("d_model", "n_layer", "vocab_size"))
         self.config = dict(config)
         ssm = dict(config.get("ssm_cfg") or {})
         kind = ssm.pop("layer", "Mamba1")

@@ -23,7 +23,7 @@ Wraps transformers' RwkvForCausalLM; the official .pth key layout is renamed to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -32,10 +32,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gatedlens import fields
 from gatedlens.block import MlpBlock, Norm, Run, TokenMixing, mlp_residual_rows, norm_rows
+from gatedlens.checkpoint import depth, shape_of
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError
 from gatedlens.factors import Factors
+from gatedlens.fields import COUNT, EPS, INTEGER, SIZE, layers_of
 from gatedlens.hookpoint import Part, rows_of
 from gatedlens.language import HookedLanguageModel
 from gatedlens.padding import Padding
@@ -319,6 +322,39 @@ ALIASES = (
 )
 
 
+# -- configs --------------------------------------------------------------------------------------------------------
+
+HUB_FIELDS = {
+    **fields.TRANSFORMERS,
+    "vocab_size": SIZE,
+    "hidden_size": SIZE,
+    "num_hidden_layers": layers_of(18),
+    "attention_hidden_size": SIZE.or_null(),
+    "intermediate_size": SIZE.or_null(),
+    "context_length": SIZE,
+    "layer_norm_epsilon": EPS,
+    "rescale_every": INTEGER,
+}
+ORIGINAL_FIELDS = {
+    "vocab_size": SIZE,
+    "n_embd": SIZE,
+    "n_layer": layers_of(18),
+    "dim_att": COUNT.or_null(),  # 0: as RWKV-LM has it by default
+    "dim_ffn": COUNT.or_null(),
+    "ctx_len": SIZE,
+    "rescale_layer": INTEGER,
+}
+MARKS = {"7": ("att.x_r", "att.r_k"), "6": ("att.time_maa_",), "5": ("att.ln_x.", "att.time_faaaa", "att.gate.")}
+
+
+def check_version(names: Iterable[str]) -> None:
+    """CheckpointError for the tensors of a later RWKV, by names that RWKV-4 does not have."""
+    for version, marks in MARKS.items():
+        found = next((name for name in names if any(mark in name for mark in marks)), None)
+        if found is not None:
+            raise CheckpointError(f"This is RWKV-{version} (it has {found}); gatedlens supports RWKV-4.")
+
+
 # -- the model ------------------------------------------------------------------------------------------------------
 
 
@@ -363,6 +399,8 @@ class HookedRWKV(HookedLanguageModel):
     }
     wraps = ("RwkvForCausalLM",)
     hub_types = ("rwkv",)
+    hub_fields = HUB_FIELDS
+    original_fields = ORIGINAL_FIELDS
     block_points = BLOCK_ROWS
     final_points = _layer_norm_rows("ln_final", "blocks.-1.hook_resid_post")
     aliases = ALIASES
@@ -376,6 +414,9 @@ class HookedRWKV(HookedLanguageModel):
     @classmethod
     def describe(cls, wrapped: Any, model_name: str) -> RWKVConfig:
         """The cfg of a wrapped model, from the shapes of its parameters and its config."""
+        fields.check(wrapped.config.to_dict(), cls.hub_fields, f"{model_name}'s config")
+        if len(wrapped.rwkv.blocks) == 0:
+            raise CheckpointError(f"{model_name} has no layers.")
         first, config = wrapped.rwkv.blocks[0], wrapped.config
         weight = wrapped.rwkv.embeddings.weight
         return RWKVConfig(
@@ -455,20 +496,28 @@ class HookedRWKV(HookedLanguageModel):
         cls, state: Mapping[str, Tensor], told: Mapping[str, Any], variant: str | None
     ) -> dict[str, Any] | None:
         """The arguments behind an official RWKV-4 .pth, read off its shapes; None if it is not one."""
-        if not {"emb.weight", "blocks.0.att.time_mix_k", "blocks.0.ffn.key.weight"} <= set(state):
+        if "emb.weight" not in state or not any(name.startswith("blocks.") and ".att." in name for name in state):
             return None
+        check_version(state)
+        vocab_size, width = shape_of(state, "emb.weight", 2)
         return {
-            "vocab_size": state["emb.weight"].shape[0],
-            "n_embd": state["emb.weight"].shape[1],
-            "n_layer": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
-            "dim_att": state["blocks.0.att.key.weight"].shape[0],
-            "dim_ffn": state["blocks.0.ffn.key.weight"].shape[0],
+            "vocab_size": vocab_size,
+            "n_embd": width,
+            "n_layer": depth(state, "blocks."),
+            "dim_att": shape_of(state, "blocks.0.att.key.weight", 2)[0],
+            "dim_ffn": shape_of(state, "blocks.0.ffn.key.weight", 2)[0],
         }
 
     @classmethod
     def rename(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """`blocks.0.att.time_mix_k` is `rwkv.blocks.0.attention.time_mix_key`: official names to transformers'."""
-        return {_renamed(name): tensor for name, tensor in state.items()}
+        check_version(state)
+        out: dict[str, Tensor] = {}
+        for name, tensor in state.items():
+            if _renamed(name) in out:
+                raise CheckpointError(f"{name} is one of two tensors that are {_renamed(name)} here.")
+            out[_renamed(name)] = tensor
+        return out
 
     @classmethod
     def empty(cls, config: dict[str, Any]) -> nn.Module:
@@ -477,14 +526,15 @@ class HookedRWKV(HookedLanguageModel):
 
         if config.get("version", 4) not in (4, "4"):
             raise CheckpointError(f"The config says RWKV version {config['version']!r}; gatedlens supports RWKV-4.")
+        fields.check(config, ORIGINAL_FIELDS, "The config")
         return _uninitialised(
             RwkvForCausalLM,
             RwkvConfig(
                 vocab_size=config["vocab_size"],
                 hidden_size=config["n_embd"],
                 num_hidden_layers=config["n_layer"],
-                attention_hidden_size=config.get("dim_att"),
-                intermediate_size=config.get("dim_ffn"),
+                attention_hidden_size=config.get("dim_att") or None,
+                intermediate_size=config.get("dim_ffn") or None,
                 context_length=config.get("ctx_len", 1024),
                 rescale_every=config.get("rescale_layer", 6),
             ),
@@ -533,7 +583,7 @@ def _uninitialised(kind: Any, config: Any) -> nn.Module:
     """A model without values: transformers' initialisation is slow, draws random numbers and divides by n_layer - 1."""
     with torch.device("meta"):
         model = kind(config)
-    model.to_empty(device="cpu").tie_weights()
+    model.to_empty(device=torch.get_default_device()).tie_weights()  # meta, for who asks for shapes alone
     return model.eval()
 
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gatedlens import placement
+from gatedlens import fields, placement
 from gatedlens.block import Block, Norm, Run, TokenMixing, norm_rows, residual_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError, InputError, did_you_mean
@@ -36,15 +36,17 @@ from gatedlens.grid import Grid
 from gatedlens.hooking import Batch
 from gatedlens.hookpoint import rows_of
 from gatedlens.hooks.mamba import ALIASES, MIXER_ROWS, RMSNORM, SelectiveScan
-from gatedlens.images import IMAGENET_MEAN, IMAGENET_STD, preprocess
+from gatedlens.images import IMAGENET_MEAN, IMAGENET_STD, preprocess, preprocess_mask
 from gatedlens.model import HookedModel
 from gatedlens.output import Output, check_return_type
 from gatedlens.padding import Padding
 from gatedlens.points import Point, View, block_rows
 from gatedlens.recurrence import at_least_float32
 from gatedlens.state import RecurrentState
+from gatedlens.transforms import anywhere, plain
 from gatedlens.visionmamba import (
     BACKWARD,
+    FIELDS,
     SHORT,
     VisionMamba,
     check_supported,
@@ -314,6 +316,7 @@ class HookedViM(HookedModel):
         "r": "scale * (gate * (S + D) * act * conv1d.bias), summed over directions",
     }
     wraps = ("VisionMamba",)
+    original_fields = FIELDS
     block_points = BLOCK_ROWS
     first_points = (
         Point("hook_patch_embed", "batch patch d_model", "patch_embed.proj(image), row by row", f"{PAPER}, eq. 3"),
@@ -343,7 +346,11 @@ class HookedViM(HookedModel):
     def describe(cls, wrapped: Any, model_name: str) -> ViMConfig:
         """The cfg of a VisionMamba, ours or the official: sizes from its parameters, the rest from its attributes."""
         told = vars(wrapped)
+        fields.check(told.get("config", {}), FIELDS, f"{model_name}'s config")
+        fields.check(told, FIELDS, f"{model_name}'s attributes")
         check_supported(told, model_name)
+        if len(wrapped.layers) == 0:
+            raise CheckpointError(f"{model_name} has no layers.")
         patch, first = wrapped.patch_embed, wrapped.layers[0].mixer
         d_inner, d_state = first.A_log.shape
         channels = patch.proj.weight.shape[1]
@@ -422,6 +429,10 @@ class HookedViM(HookedModel):
         """`model.preprocess(Image.open(path))`: a PIL image as the official evaluation prepares it."""
         return preprocess(image, self.cfg.image_size, self.cfg.image_mean, self.cfg.image_std)
 
+    def preprocess_mask(self, mask: Any) -> Int[Tensor, "height width"]:
+        """`model.preprocess_mask(mask)`: what the model sees of an image's mask [height, width], cut as `preprocess` cuts."""
+        return preprocess_mask(mask, self.cfg.image_size)
+
     # -- forward -------------------------------------------------------------------------------------------------
 
     def prepare(
@@ -499,13 +510,17 @@ class HookedViM(HookedModel):
         check_return_type(return_type)
         batch, _ = self.prepare(input, return_type, labels, start_at_layer=start_at_layer, **unsupported)
         run = self.begin(batch, None, False)
-        resid = batch.value if batch.is_resid else self.embed(batch.value)
-        resid = self.through_blocks(resid, run, start_at_layer if batch.is_resid else None, stop_at_layer)
-        if stop_at_layer is not None:
-            return resid
-        if return_type is None:
-            return None
-        logits = self.classify(self.there(self.ln_final.weights, self.ln_final, resid))
+        outer, self.running = self.running, run
+        try:
+            resid = batch.value if batch.is_resid else self.embed(batch.value)
+            resid = self.through_blocks(resid, run, start_at_layer if batch.is_resid else None, stop_at_layer)
+            if stop_at_layer is not None:
+                return resid
+            if return_type is None:
+                return None
+            logits = self.classify(self.there(self.ln_final.weights, self.ln_final, resid))
+        finally:
+            self.running = outer
         if return_type == "logits":
             return logits
         loss = F.cross_entropy(logits, self._check_labels(labels, logits.shape[0]).to(logits.device))
@@ -537,7 +552,7 @@ class HookedViM(HookedModel):
     def classify(self, normed: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch class"]:
         """Logits, at least float32, of what the class token (or, without one, the pool) reads off."""
         if self.grid.cls:
-            features = normed[:, list(self.grid.cls)].mean(1)
+            features = torch.stack([normed[:, place] for place in self.grid.cls], dim=1).mean(1)
         else:
             features = normed.mean(1) if self.cfg.pool == "mean" else normed[:, -1]
         return self.hook_logits(self.there(self.wrapped.head, self.unembed, self.hook_features(features)))
@@ -562,9 +577,10 @@ class HookedViM(HookedModel):
             raise InputError(
                 f"labels are one class number an image, [{rows}]; these are {labels.dtype} {list(labels.shape)}."
             )
-        if labels.min() < 0 or labels.max() >= self.cfg.num_classes:
+        if anywhere((labels < 0) | (labels >= self.cfg.num_classes)):
+            given = plain(labels)
             raise InputError(
-                f"labels run from {labels.min()} to {labels.max()}; the classes are 0 to {self.cfg.num_classes - 1}."
+                f"labels run from {given.min()} to {given.max()}; the classes are 0 to {self.cfg.num_classes - 1}."
             )
         return labels.long()
 

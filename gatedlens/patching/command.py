@@ -19,6 +19,7 @@ from gatedlens import metrics, tasks
 from gatedlens.errors import InputError, PointError, did_you_mean
 from gatedlens.language import HookedLanguageModel
 from gatedlens.loading import from_pretrained
+from gatedlens.outfolder import out_folder
 from gatedlens.patching import family
 from gatedlens.patching.sweep import carried, copied, sweep
 from gatedlens.result import Result
@@ -72,6 +73,7 @@ def patch(
     clean, corrupted, answer, wrong = _prompts(model, model_name, clean, corrupted, answer, wrong)
     points, edits = _points(model, point)
     names = tuple(axis.strip() for axis in axes.split(","))
+    folder = out_folder(out)
     _, cache = model.run_with_cache(clean, names_filter=[points, "hook_logits"])
     ids = [_single(model, text, option) for text, option in ((answer, "--answer"), (wrong, "--wrong"))]
     metric = metrics.logit_difference(ids[0], ids[1])
@@ -79,7 +81,7 @@ def patch(
         model, corrupted, cache, metric, points, names, edits=edits, normalised=True, progress=progress,
         title=f"{model_name}: patching {point}",
     )  # fmt: skip
-    files = _write(found, model_name, point, out)
+    files = _write(found, model_name, point, folder)
     facts = found.facts
     return Patched(
         model_name, clean, corrupted, answer, wrong, points, names, tuple(found.shape), facts["clean"],
@@ -128,10 +130,8 @@ def _single(model: Any, text: str, option: str) -> int:
         raise InputError(f"{option}: {error}") from error
 
 
-def _write(found: Result, model_name: str, point: str, out: str | Path) -> list[str]:
+def _write(found: Result, model_name: str, point: str, folder: Path) -> list[str]:
     """The paths of the picture and of the numbers."""
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"{Path(model_name).name}-patch-{re.sub(r'[^A-Za-z0-9_]+', '-', point).strip('-')}"
     found.plot().savefig(f"{stem}.png", dpi=110, bbox_inches="tight")
     return [f"{stem}.png", str(found.save(f"{stem}.json"))]

@@ -39,8 +39,9 @@ def generic_activation_patch(
     activation_name: a point's word ("resid_pre", "gate") or its name within the block ("mixer.hook_gate"); the first
     entry of an index is its layer. index_axis_names: every combination along these axes ("layer" first, then pos, head,
     src_pos, dest_pos or any axis of the point); or index_df, a data frame with one index a row: the Result then has the
-    one axis "patch". options: those of every sweep, `Options`. Returns a Result, with return_index_df a pair with the
-    data frame.
+    one axis "patch". The setter gets both activations with each row's real positions in front, so that position k of a
+    padded batch is each row's own. options: those of every sweep, `Options`. Returns a Result, with return_index_df a
+    pair with the data frame.
     """
     chosen = Options.of(options)
     if (index_axis_names is None) == (index_df is None):
@@ -90,7 +91,7 @@ def _size(run: Baseline, name: str, axis: str) -> int:
     if axis == "layer":
         return int(cfg.n_layers)
     if axis in POSITIONS:
-        return run.length
+        return run.longest
     if axis in HEADS:
         return int(cfg.n_heads)
     if axis not in point.dims or axis not in cfg.sizes:

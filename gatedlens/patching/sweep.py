@@ -8,7 +8,7 @@
 An axis is "layer" or any of the point's own but batch. What is not named is patched whole: without "layer" all layers at
 once, without "pos" all positions. Layers that lack the point (Griffin's attention layers have no gate) are not on the
 axis: its labels say which layers there are. Where the pattern names several points of a layer (fwd and bwd of Vision
-Mamba) they get an axis "point" in front.
+Mamba) they get an axis "point" in front. Position k is each row's k-th real one; a row without it is left unpatched.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gatedlens import inputs
+from gatedlens import inputs, positions
 from gatedlens.errors import InputError, PointError
 from gatedlens.patching.measuring import Options, measure_cells
 from gatedlens.result import Result
@@ -27,6 +27,7 @@ from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Cell, Edit, Index, Plan, Put
 from gatedlens.runs.pair import Clean
 
+Places = tuple[Mapping[str, Index], ...]  # what an entry of an axis means: all of these indices together
 Edits = Callable[[str, Clean], list[tuple[str, Tensor | None]]]
 
 
@@ -64,9 +65,9 @@ def sweep(
     corrupted: what the model reads: text(s), ids, a pair (ids, mask), images. clean_cache: the clean run's, with the
     points to patch in it. metric: logits -> one number a row, or a scalar; or a dict of several by name. points: a
     name, alias or glob, or a list of them. groups: how an axis is divided, for channels that are patched together: a
-    number of equal groups, or a dict of label -> indices. edits: what is put where: `copied`, or `carried` for
-    states. options: see `Options`. Returns a Result on the axes; `facts` hold the metric of the clean and of the
-    corrupted run.
+    number of equal groups, or a dict of label -> indices (of positions: see `positions.py`). edits: what is put where:
+    `copied`, or `carried` for states. options: see `Options`. Returns a Result on the axes; `facts` hold the metric of the
+    clean and of the corrupted run.
     """
     chosen = Options.of(options)
     run = Baseline(model, corrupted, chosen.attention_mask)
@@ -97,9 +98,14 @@ class Spread:
         self._check(groups)
         first = self.run.model.names.points[self.names[0]]
         shape = clean[self.names[0]].shape
-        self.entries = {
-            axis: _entries(axis, shape[first.axis(axis)], groups.get(axis)) for axis in axes if axis != "layer"
-        }
+        self.grouped = set(groups)
+        self.entries: dict[str, list[tuple[Any, Places]]] = {}
+        for axis in axes:
+            if axis == "pos":
+                self.entries[axis] = _at_positions(run, groups.get(axis))
+            elif axis != "layer":
+                each = _entries(axis, shape[first.axis(axis)], groups.get(axis))
+                self.entries[axis] = [(label, ({axis: index},)) for label, index in each]
 
     def _check(self, groups: Mapping[str, Any]) -> None:
         points = self.run.model.names.points
@@ -124,9 +130,10 @@ class Spread:
         for kind, *places in product(range(len(self.kinds)), *along):
             at = dict(zip(self.axes, places, strict=True))
             names = self._names(self.kinds[kind], at)
-            index = {axis: self.entries[axis][at[axis]][1] for axis in self.axes if axis != "layer"}
+            some = product(*(self.entries[axis][at[axis]][1] for axis in self.axes if axis != "layer"))
+            indices = [{axis: index for part in parts for axis, index in part.items()} for parts in some]
             if names:
-                edits = tuple(edit for name in names for edit in self._edits(name, index))
+                edits = tuple(edit for name in names for index in indices for edit in self._edits(name, index))
                 cells.append(Cell((*((kind,) if several else ()), *places), edits))
         sizes = (*((len(self.kinds),) if several else ()), *map(len, along))
         axes = (*(("point",) if several else ()), *self.axes)
@@ -158,7 +165,7 @@ class Spread:
         for axis in self.axes:
             if axis == "layer":
                 labels[axis] = list(self.layers)
-            elif axis == "pos" and len(self.entries["pos"]) == self.run.length:
+            elif axis == "pos" and axis not in self.grouped:
                 labels[axis] = inputs.labels(self.run.model, self.run.batch)
             else:
                 labels[axis] = [label for label, _ in self.entries[axis]]
@@ -190,6 +197,22 @@ def _layer(name: str) -> int | None:
 def _rest(name: str) -> str:
     """`mixer.hook_gate` of `blocks.3.mixer.hook_gate`."""
     return name.split(".", 2)[2] if name.startswith("blocks.") else name
+
+
+def _at_positions(run: Baseline, groups: Any) -> list[tuple[Any, Places]]:
+    """(label, places) of each position by itself, or in groups that `positions.py` reads; row by row where rows differ."""
+    if not isinstance(groups, Mapping) or not groups:
+        return [(label, ({"pos": index},)) for label, index in _entries("pos", run.longest, groups)]
+    found: list[tuple[Any, Places]] = []
+    for label, given in groups.items():
+        rows = positions.listed(
+            run.mask_of(given, f"groups={{'pos': {{{label!r}: ...}}}}"), inputs.real(run.model, run.batch)
+        )
+        if all(row == rows[0] for row in rows):
+            found.append((label, ({"pos": rows[0]},)))
+        else:
+            found.append((label, tuple({"batch": [r], "pos": row} for r, row in enumerate(rows) if row)))
+    return found
 
 
 def _entries(axis: str, size: int, groups: Any) -> list[tuple[Any, Index]]:

@@ -2,9 +2,10 @@
 
     corrupted = Baseline(model, tokens)
     changing = corrupted.prepare(cells)                # the run itself, once; which cells change anything at all
-    corrupted.logits                                   # of the run itself
+    corrupted.logits                                   # of the run itself, as a metric reads them
     corrupted.advance(16)                              # from here on runs start at position 16
     corrupted.run(cells)                               # [cell batch pos d_vocab]: each cell's logits, in one batch
+    corrupted.whole(logits)                            # one cell's, as a metric reads them
 
 Only what an edit can change is run: blocks from the edited one on, from the residual stream that this run had there, and
 in a causal model positions from the edited one on, from the recurrent state that it had there (conv tails, shift tails,
@@ -13,6 +14,10 @@ scan states and attention windows: `RecurrentState`). An edit that changes nothi
 Under hooks of the user's own each cell is a whole run by itself: what they do may depend on the position, the row or
 the batch (an ablation at pos=3, another row's activation), and part of a run, or many in one batch, would not be theirs.
 So it is under options of the forward that go by row or position (a state, position_ids).
+
+Cells count real positions. A padded batch is run with its rows' real positions in front, so that the k-th of each stands at
+k, on whatever side the input was padded; a metric gets the logits as the input was laid out. Where each cell is a whole run
+by itself the input stays as it is, and the activation that a cell edits is turned instead.
 """
 
 from __future__ import annotations
@@ -21,13 +26,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from gatedlens import inputs
+from gatedlens import inputs, positions
 from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
 from gatedlens.language import HookedLanguageModel
+from gatedlens.metrics import Logits
+from gatedlens.padding import Padding
 from gatedlens.runs.cells import Cell, by_name
 from gatedlens.state import RecurrentState
 
@@ -36,9 +43,10 @@ ALIKE = frozenset(("return_type", "loss_per_token"))  # options of the forward t
 
 
 class Baseline:
-    """`input`: what the model reads (text, tokens, images); `rows` and `length` its batch and positions.
+    """`input`: what the model reads (text, tokens, images); `rows` and `length` its batch and positions, `longest` how many
+    of them are real in the longest row.
 
-    options: of the forward, beside the input's own. noise: what is added to the embeddings.
+    options: of the forward, beside the input's own. noise: what is added to the embeddings. Both as the input is laid out.
     """
 
     def __init__(
@@ -52,17 +60,51 @@ class Baseline:
         if model.training:
             raise InputError("The model is in training mode, where dropout may differ from run to run: model.eval().")
         self.model = model
-        self.batch = inputs.ready(model, input, attention_mask=attention_mask)
+        self.given = inputs.ready(model, input, attention_mask=attention_mask)
         self.options = {name: given for name, given in (options or {}).items() if given is not None}
-        self.noise = noise
-        self.rows, self.length = len(self.batch.value), model.positions(self.batch)
-        self.causal = isinstance(model, HookedLanguageModel)
+        self.padding = Padding.of(self.given.mask)
         self.alone = model.is_hooked() or not ALIKE.issuperset(self.options)
+        self.batch = self._laid_out(self.given)
+        self.noise = None if noise is None else self.as_run(noise)
+        self.rows, self.length = len(self.batch.value), model.positions(self.batch)
+        self.longest = self.padding.longest(self.length)
+        self.causal = isinstance(model, HookedLanguageModel)
         self.order = {name: i for i, name in enumerate(model.names)}
         self.start = 0
         self.state: RecurrentState | None = None
         self.resid: dict[int, Tensor] = {}
-        self.logits = torch.empty(0)
+        self.base = torch.empty(0)  # the run's own logits, laid out as it is run
+
+    # -- padding -------------------------------------------------------------------------------------------------
+
+    def _laid_out(self, batch: Batch) -> Batch:
+        mask = None if batch.mask is None else self.as_run(batch.mask)
+        return Batch(self.as_run(batch.value), mask, batch.is_resid)
+
+    def as_run(self, x: Shaped[Tensor, "batch pos ..."]) -> Shaped[Tensor, "batch pos ..."]:
+        """Something of the input's positions, laid out as it is run."""
+        return x if self.alone else self.padding.pack(x)
+
+    def mask_of(self, given: Any, what: str) -> Bool[Tensor, "batch pos"]:
+        """Positions of the input that a user means, laid out as it is run."""
+        return self.as_run(positions.mask_of(given, what, inputs.real(self.model, self.given)))
+
+    def by_number(self, x: Tensor, dims: Sequence[str]) -> Tensor:
+        """An activation of this run as cells see it: the rows' real positions in front."""
+        return self.padding.by_number(x, dims) if self.alone else x
+
+    def by_place(self, x: Tensor, dims: Sequence[str]) -> Tensor:
+        """The way back from `by_number`."""
+        return self.padding.by_place(x, dims) if self.alone else x
+
+    @property
+    def logits(self) -> Tensor:
+        """The run's own logits, as a metric reads them."""
+        return self._as_given(self.base)
+
+    def _as_given(self, logits: Tensor) -> Tensor:
+        """Logits laid out as the input was, which know where it is real."""
+        return Logits.of(logits if self.alone else self.padding.spread(logits), self.padding.mask)
 
     # -- where a run begins --------------------------------------------------------------------------------------
 
@@ -99,17 +141,18 @@ class Baseline:
         watch = by_name(cells)
 
         def compare(x: Tensor, hook: Any) -> None:
+            x = self.by_number(x, hook.point.dims)
             changing.update(i for i, edit in watch[hook.name] if i not in changing and edit.changes(x))
 
         with self.model.hooks([*self._noisy(0, self.length), *((name, compare) for name in watch)]):
             if streams:
                 wanted = list(streams.values())
-                self.logits, cache = self.model.run_with_cache(
+                self.base, cache = self.model.run_with_cache(
                     self.batch, names_filter=wanted, max_bytes=None, **self.options
                 )
                 self.resid = {layer: cache[name] for layer, name in streams.items()}
             else:
-                self.logits = self.model(self.batch, **self.options)
+                self.base = self.model(self.batch, **self.options)
         return changing
 
     def advance(self, start: int) -> None:
@@ -169,8 +212,8 @@ class Baseline:
         return {} if self.state is None else {"state": self.state.rows(rows)}
 
     def whole(self, logits: Tensor) -> Tensor:
-        """One cell's logits with this run's own before the position at which it started."""
-        return torch.cat([self.logits[:, : self.start], logits], dim=1) if self.start else logits
+        """One cell's logits as a metric reads them, with this run's own before the position at which it started."""
+        return self._as_given(torch.cat([self.base[:, : self.start], logits], dim=1) if self.start else logits)
 
 
 def _behind(layer: int) -> str:

@@ -1,12 +1,13 @@
 """Cells: what a sweep does, as data. A cell is one edited run, an edit is what it does at one point.
 
     Put("blocks.3.mixer.hook_gate", dims, {"pos": slice(5, 6)}, clean)     the clean values at position 5
-    PutByRow("blocks.3.mixer.hook_gate", 1, at, clean)                     those of one position a row
+    PutByRow("blocks.3.mixer.hook_gate", 1, where, clean)                  those of each row's own positions
     Add("blocks.3.hook_mixer_in", own, said)                               what the run has there, and something more
     Call("blocks.3.hook_resid_pre", setter, [3, 5], clean)                 whatever TransformerLens's patch_setter does
     Cell((3, 5), (edit, ...))                                              where its number stands in the result
 
-Each edit changes the rows of its own cell in a batch of many. `first` is the earliest position that it touches: in a
+Positions are real ones: each row's are in front, padding is behind them (`Baseline`). Each edit changes the rows of its own
+cell in a batch of many. `first` is the earliest position that it touches: in a
 causal model nothing before it changes. A run that starts at position `start` has positions from there on only.
 """
 
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gatedlens.errors import HookError
@@ -111,27 +112,29 @@ class Call:
 
 @dataclass(frozen=True)
 class PutByRow:
-    """The entries at position `at` of each row get `source`'s. Runs of several samples repeat the rows of `source`.
+    """The entries at the positions `where` of each row get `source`'s. Runs of several samples repeat the rows of both.
 
     dim: which axis of the point the positions are. local: whether a run may start at the first of them.
     """
 
     name: str
     dim: int
-    at: Int[Tensor, " batch"]
+    where: Bool[Tensor, "batch pos"]
     source: Tensor
     local: bool = True
 
     @property
     def first(self) -> int:
-        return int(self.at.min()) if self.local else 0
+        return int(self.where.any(0).nonzero()[0]) if self.local else 0
 
     def _here(self, rows: Tensor, start: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         """The rows with positions in front, the index of what is edited there, and its value."""
-        row = torch.arange(len(rows), device=rows.device)
-        own, at = row % len(self.at), self.at.to(rows.device)
-        value = self.source.movedim(self.dim, 1)[own.to(self.source.device), at[own].to(self.source.device)]
-        return rows.movedim(self.dim, 1), (row, at[own] - start), value.to(rows)
+        own, pos = self.where.to(self.source.device).nonzero(as_tuple=True)
+        value = self.source.movedim(self.dim, 1)[own, pos].to(rows)
+        samples = len(rows) // len(self.where)
+        row = torch.cat([own + sample * len(self.where) for sample in range(samples)])
+        here = (row.to(rows.device), (pos - start).repeat(samples).to(rows.device))
+        return rows.movedim(self.dim, 1), here, torch.cat([value] * samples)
 
     def apply(self, rows: Tensor, start: int) -> None:
         moved, here, value = self._here(rows, start)
@@ -191,9 +194,10 @@ class Cell:
         edits = by_name(cells)
 
         def apply(x: Tensor, hook: Any) -> Tensor:
+            turned = run.by_number(x, hook.point.dims)
             for i, edit in edits[hook.name]:
-                edit.apply(x[i * run.rows : (i + 1) * run.rows], run.start)
-            return x
+                edit.apply(turned[i * run.rows : (i + 1) * run.rows], run.start)
+            return run.by_place(turned, hook.point.dims)
 
         return [(name, apply) for name in edits]
 

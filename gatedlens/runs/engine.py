@@ -178,7 +178,7 @@ def identity(question: Question, runs: Sequence[Baseline]) -> dict[str, Any]:
     """Everything that decides the numbers, as JSON holds it; by the names that a refusal gives it."""
     run = runs[0]
     config = {name: str(one) for name, one in asdict(run.model.cfg).items() if name not in ("device", "tokenizer_name")}
-    given = Digest().add([(one.batch.value, one.batch.mask, one.noise, one.options) for one in runs])
+    given = Digest().add([(one.given.value, one.given.mask, one.noise, one.options) for one in runs])
     what = Digest().add([(cell.place, cell) for cell in question.plan.cells])
     hooked = {name: point for name, point in run.model.hook_dict.items() if point.hooked() and not point.only_saved()}
     users = [handle.user_hook for point in hooked.values() for handle in (*point.fwd_hooks, *point.bwd_hooks)]

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 from tqdm.auto import tqdm
 
+from gatedlens.autocast import exact
 from gatedlens.errors import InputError
 from gatedlens.hookpoint import Saver
 from gatedlens.metrics import Metric, per_row
@@ -73,7 +74,8 @@ def listen(pair: Pair, metric: Metric, listeners: Mapping[str, Listener], hooks:
                 "The metric has no gradient: it does not depend on the logits, or goes through argmax, a comparison, "
                 "detach() or item(). A logit difference, a log probability or a KL divergence has one."
             )
-        torch.autograd.grad(value.sum(), anchor, allow_unused=True)
+        with exact(anchor):
+            torch.autograd.grad(value.sum(), anchor, allow_unused=True)
     return value.detach()
 
 

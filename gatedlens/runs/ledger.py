@@ -22,7 +22,7 @@ from torch import Tensor
 from gatedlens.errors import InputError
 from gatedlens.result import Result
 from gatedlens.runs.stopping import NotSaved
-from gatedlens.saved import write_whole
+from gatedlens.saved import as_json, write_whole
 
 AGAIN = "Give another path, or results=None to begin anew."
 
@@ -121,7 +121,7 @@ class Ledger:
         if self.path is None or self._saved == len(self.done):
             return
         found = self.resumable()
-        text = json.dumps(found.to_dict()) if len(self.done) < self.n_cells else json.dumps(found.to_dict(), indent=1)
+        text = as_json(self.path, found.to_dict(), None if len(self.done) < self.n_cells else 1)
         try:
             write_whole(self.path, text.encode())
         except OSError as error:

@@ -3,7 +3,8 @@
     meter = Meter(metric, "mean", rows=2)              # one metric, or a dict of several by name
     meter(logits, "With layer 3 patched")              # [metric, 1]; with "none" [metric, rows]
 
-A metric that compares with answers of its own rows works as it does outside: it gets a cell's rows alone.
+A metric that compares with answers of its own rows works as it does outside: it gets a cell's rows alone, laid out as the
+input was, and is told where they are real (`Logits`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.metrics import measure
+from gatedlens.metrics import by_rows, measure
 
 
 class Meter:
@@ -43,7 +44,7 @@ class Meter:
             raise InputError(f"{where}: {error}") from error
 
     def _all(self, metric: Any, logits: Tensor) -> Tensor:
-        return torch.cat([self._value(metric, sample) for sample in logits.split(self.rows)])
+        return torch.cat([self._value(metric, sample) for sample in by_rows(logits, self.rows)])
 
     def _value(self, metric: Any, logits: Tensor) -> Tensor:
         value = measure(metric, logits).detach()

@@ -22,19 +22,24 @@ from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError
 from gatedlens.hooking import CACHE_LIMIT, Batch
 from gatedlens.hookpoint import Saver
+from gatedlens.metrics import Logits
+from gatedlens.padding import Padding
 from gatedlens.runs.baseline import Baseline
 
 WHOLE = ("return_type", "start_at_layer", "stop_at_layer", "return_state")  # options that would cut a run short
 
 
 class Clean:
-    """`Clean(cache, corrupted)[name]`: a cached activation; `cache` is an ActivationCache, or a dict of full names."""
+    """`Clean(cache, corrupted)[name]`: a cached activation, each row's real positions in front; `cache` is an
+    ActivationCache, or a dict of full names."""
 
     def __init__(self, cache: Any, corrupted: Baseline):
         self.cache = cache
         self.corrupted = corrupted
         self.model = corrupted.model
+        self.padding = corrupted.padding  # of a dict: it is taken to be laid out as the corrupted input
         if isinstance(cache, ActivationCache):
+            self.padding = Padding.of(cache.mask)
             self._check(cache)
         elif not isinstance(cache, Mapping):
             raise InputError(
@@ -58,9 +63,10 @@ class Clean:
             raise InputError(
                 f"The clean cache has {rows} rows and the corrupted input {corrupted.rows}: give a clean row for each."
             )
-        if not _same_padding(cache.mask, corrupted.batch.mask):
+        like = cache.tokens
+        if not torch.equal(self.padding.counts(like).cpu(), corrupted.padding.counts(like).cpu()):
             raise InputError(
-                "Clean and corrupted prompts are padded in different places: the two of a pair must be equally long."
+                "Clean and corrupted prompts are padded in different places: row by row, the two must be equally long."
             )
 
     def __getitem__(self, name: str) -> Tensor:
@@ -79,7 +85,7 @@ class Clean:
         sizes = {**self.model.cfg.sizes, "batch": corrupted.rows, "pos": corrupted.length, "key_pos": corrupted.length}
         wanted = [sizes[dim] for dim in point.dims]
         if list(value.shape) == wanted:
-            return value
+            return self.padding.by_number(value, point.dims)
         whose = ""
         if isinstance(self.cache, ActivationCache) and self.cache.model is not self.model:
             whose = f" It is a cache of {self.cache.model.cfg.model_name}."
@@ -88,12 +94,14 @@ class Clean:
         )
 
     def logits(self) -> Tensor | None:
-        """The clean run's logits: from the cache, or by running its tokens again; None where neither is possible."""
+        """The clean run's logits, as a metric reads them: from the cache, or by running its tokens again; None where
+        neither is possible."""
         if "hook_logits" in self.cache:
-            return self["hook_logits"]
+            dims = self.model.names.points["hook_logits"].dims
+            return Logits.of(self.padding.by_place(self["hook_logits"], dims), self.padding.mask)
         if not isinstance(self.cache, ActivationCache) or self.cache.tokens is None or self.cache.state is not None:
             return None
-        return self.cache.model(Batch(self.cache.tokens, self.cache.mask))
+        return Logits.of(self.cache.model(Batch(self.cache.tokens, self.cache.mask)), self.padding.mask)
 
 
 @dataclass(frozen=True)
@@ -126,17 +134,26 @@ class Pair:
         return cls(model, good, bad, rest)
 
     def run(self, batch: Batch, hooks: Sequence[Any] = (), **options: Any) -> Tensor:
-        """Logits under some hooks, which are gone afterwards."""
+        """Logits under some hooks, which are gone afterwards; as a metric reads them."""
         with self.model.hooks(list(hooks)):
-            return self.model(batch, **{**self.options, **options})
+            return Logits.of(self.model(batch, **{**self.options, **options}), batch.mask)
 
     @torch.no_grad()
     def cached(
         self, batch: Batch, names: Iterable[str], max_bytes: int | None = CACHE_LIMIT
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits, and what some points held."""
+        """Logits, as a metric reads them, and what some points held."""
         wanted: dict[str, Any] = {"names_filter": list(names), "max_bytes": max_bytes, "return_cache_object": False}
-        return self.model.run_with_cache(batch, **wanted, **self.options)
+        logits, store = self.model.run_with_cache(batch, **wanted, **self.options)
+        return Logits.of(logits, batch.mask), store
+
+    def by_number(self, x: Tensor, dims: Sequence[str]) -> Tensor:
+        """What a point held, by the numbers of real positions: each row's in front, as many as the longest row has."""
+        padding, length = Padding.of(self.clean.mask), self.clean.value.shape[1]
+        x = padding.by_number(x, dims)
+        return (
+            x.narrow(dims.index("pos"), 0, padding.longest(length)) if padding.mask is not None and "pos" in dims else x
+        )
 
     @torch.no_grad()
     def differences(self, names: Iterable[str], max_bytes: int | None = CACHE_LIMIT) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Arrow: the rows of a store as record batches, in the layout of SAELens.
 
     data = Columns(layouts, length=128, is_text=True).encode(rows, tensors)      # the bytes of one batch
-    read = batch_reader(mapped); values, ends = read(offset, name, layout)       # and back, without a copy
+    read = batch_reader(mapped, columns.schema); values, ends = read(offset, name, layout)       # and back, without a copy
 
 A row is a sample. Beside a column for each hook name, Array2D(context, d), there are `token_ids` (of a language model),
 `positions` (which of the row's positions are kept) and `documents` (which document each is of), each as long as the row.
@@ -10,7 +10,7 @@ A row is a sample. Beside a column for each hook name, Array2D(context, d), ther
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,11 @@ class Columns:
             features[layout.name] = datasets.Array2D(shape=shape, dtype=dtype)
         self.features = datasets.Features(features)
         self.schema = self.features.arrow_schema
+
+    @staticmethod
+    def of(settings: Mapping[str, Any], layouts: Sequence[Layout]) -> Columns:
+        """Those of a store, from its settings and all its points."""
+        return Columns([one for one in layouts if one.stored == "column"], settings["length"], settings["text"])
 
     def encode(self, rows: Rows, tensors: dict[str, Tensor]) -> memoryview:
         ends = torch.cat([torch.zeros(1, dtype=torch.long), rows.counts.cumsum(0)])
@@ -99,15 +104,26 @@ class Columns:
         return {name: json.dumps(value, indent=1).encode() for name, value in told.items()}
 
 
-def batch_reader(file: Tensor) -> Callable[[int, str, Layout | None], tuple[Tensor, list[int]]]:
+def batch_reader(file: Tensor, schema: Any) -> Callable[[int, str, Layout | None], tuple[Tensor, list[int]]]:
     """`read(offset, name, layout)`: (entries of a column of the batch there, where its rows begin), within `file`.
 
-    file: the bytes of a shard, mapped; what is read shares them.
+    file: the bytes of a shard, mapped; what is read shares them. schema: what its head must hold; ValueError if it does not.
     """
     pa = optional("pyarrow", "store")
-    optional("datasets", "store")  # it registers the type Array2D
     source = pa.BufferReader(pa.py_buffer(file.numpy()))
-    schema = pa.ipc.open_stream(source).schema
+    try:
+        held = pa.ipc.open_stream(source).schema
+    except (
+        pa.ArrowException,
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+    ) as error:  # pyarrow's, and datasets' of its types
+        raise ValueError(f"its head is no schema of Arrow ({error})") from error
+    if not held.equals(schema):
+        told = [", ".join(f"{one.name} {one.type}" for one in some) for some in (held, schema)]
+        raise ValueError(f"its columns are {told[0]}, expected {told[1]}")
     last: dict[int, Any] = {}  # the batch that was read last
 
     def read(offset: int, name: str, layout: Layout | None) -> tuple[Tensor, list[int]]:

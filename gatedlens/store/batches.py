@@ -25,6 +25,7 @@ from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
 from gatedlens.language import HookedLanguageModel
 from gatedlens.store.corpus import Corpus, Document
+from gatedlens.store.form import is_whole
 
 POSITIONS = ("all", "last", "mask")
 
@@ -68,8 +69,9 @@ class Rows:
         return self.keep.numel() if self.mask is None else int(self.mask.sum())
 
     def checksum(self) -> int:
-        """Tells this batch from another: of what the model reads, and what is kept."""
-        parts = [self.value, self.keep.to(torch.uint8)]
+        """Tells this batch from another: of what the model reads, and what is kept, and of which documents."""
+        parts = [self.value, self.keep.to(torch.uint8), self.documents]
+        parts += [] if self.mask is None else [self.mask.to(torch.uint8)]
         total = 0
         for part in parts:
             total = zlib.crc32(part.cpu().contiguous().flatten().view(torch.uint8).numpy().data, total)
@@ -103,7 +105,7 @@ class Batches:
             raise InputError(f"positions={self.positions!r}: it is {', '.join(map(repr, POSITIONS))}.")
         for name in ("batch_size", "context", "max_tokens"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and not is_whole(value, least=1):
                 raise InputError(
                     f"{name}={value!r}: it is a number of at least 1{'' if name == 'batch_size' else ', or None'}."
                 )

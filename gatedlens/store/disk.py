@@ -1,7 +1,7 @@
 """Writing so that a crash at any moment leaves either the old or the new, and a full disk is said to be full.
 
 with locked(folder): ...           # one run a folder; the lock goes when its process does, however it ends
-with explained(path): ...          # an OSError of the disk becomes a StoreError
+with explained(path): ...          # an OSError of the disk becomes a StoreError; explained_reading(path) where it is read
 """
 
 from __future__ import annotations
@@ -25,7 +25,18 @@ def explained(path: Path, safe: str = "") -> Iterator[None]:
         raise
     except OSError as error:
         reason = error.strerror or str(error)
-        raise StoreError(f"{path} cannot be written: {reason}. {safe}".rstrip()) from error
+        raise StoreError(f"{error.filename or path} cannot be written: {reason}. {safe}".rstrip()) from error
+
+
+@contextmanager
+def explained_reading(path: Path) -> Iterator[None]:
+    """StoreError in place of what the operating system says when it shall read `path`."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror or error}; expected a file of the store.") from error
 
 
 @contextmanager

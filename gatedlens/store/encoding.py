@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gatedlens import tokens as tokens_
 from gatedlens.errors import InputError
+from gatedlens.images import picture
 
 FIELDS = ("ids", "input_ids", "token_ids", "tokens", "text", "image")  # where a record's content is looked for, in turn
 
@@ -109,13 +110,9 @@ class Pixels:
 
 def _image(content: Any, where: str) -> Any:
     """The PIL image of a path, or the image itself."""
-    from PIL import Image, UnidentifiedImageError
-
     if not isinstance(content, str | Path):
         return content
     try:
-        image = Image.open(content)
-        image.load()
-    except (OSError, UnidentifiedImageError) as error:
-        raise InputError(f"{where} is no image that Pillow can read: {error}.") from error
-    return image
+        return picture(content)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error

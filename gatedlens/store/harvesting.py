@@ -34,6 +34,7 @@ from gatedlens.store.plan import plan
 from gatedlens.store.reading import Store
 from gatedlens.store.reading import open as open_store
 from gatedlens.store.reductions import Reduction, chosen
+from gatedlens.store.shards import card, checksum, fits
 from gatedlens.store.sinks import Sink, StatisticsSink, TensorSink
 from gatedlens.store.sizes import Estimate, estimate_of
 from gatedlens.store.sources import read
@@ -79,6 +80,8 @@ def harvest(
     batches = Batches(read(dataset, model, field), model, batch_size, context, max_tokens, positions)
     layouts = plan(batches, names, kept)
     folder = Path(out).expanduser()
+    if "\0" in str(folder):
+        raise StoreError(f"{str(folder)!r} is no name of a folder: it holds a null character.")
     settings = {
         "batch_size": batch_size,
         "context": context,
@@ -162,23 +165,22 @@ def _written(folder: Path) -> int:
 
 def _sink(folder: Path, told: dict[str, Any], layouts: list[Layout], reductions: tuple[Reduction, ...]) -> Sink:
     if reductions:
-        return StatisticsSink(folder, reductions)
-    return TensorSink(folder, columns_of(told, layouts), layouts, told["settings"]["shard_bytes"])
-
-
-def columns_of(told: dict[str, Any], layouts: list[Layout]) -> Columns:
-    settings = told["settings"]
-    in_arrow = [layout for layout in layouts if layout.stored == "column"]
-    return Columns(in_arrow, settings["length"], settings["text"])
+        return StatisticsSink(folder, reductions, manifest.identity(told))
+    return TensorSink(folder, Columns.of(told["settings"], layouts), layouts, told["settings"]["shard_bytes"])
 
 
 def _is_whole(sink: Sink, old: dict[str, Any] | None) -> bool:
     """Whether nothing is left to do."""
     if old is None or old["finished"] is None or sink.damaged:
         return False
-    if old["finished"]["batches"] == sink.done and sink.is_sealed():
+    finished = old["finished"]
+    bad = [one["name"] for one in finished["besides"] if not fits(one, sink.folder)]
+    if finished["batches"] == sink.done and sink.is_sealed() and not bad:
         return True
-    log.warning("%s is damaged: %d of its %d batches are left.", sink.folder, sink.done, old["finished"]["batches"])
+    log.warning(
+        "%s is damaged (%s): %d of its %d batches are left.",
+        sink.folder, ", ".join(bad) or "the end of a file", sink.done, finished["batches"],
+    )  # fmt: skip
     return False
 
 
@@ -243,6 +245,7 @@ def _finish(folder: Path, told: dict[str, Any], sink: Sink, batches: Batches) ->
         "read": sum(entry.read for entry in entries),
         "notes": batches.notes,
         "files": sink.cards(),
+        "besides": [card(path, folder, checksum(path)) for path in sink.besides()],
     }
     with explained(folder, sink.safe):
         manifest.save(folder, told)

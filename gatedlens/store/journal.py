@@ -16,6 +16,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from gatedlens.errors import StoreError
+from gatedlens.store.disk import explained_reading
+from gatedlens.store.form import CHECKSUM, COUNT, Kind, is_whole, misfit
+
+EXTENT = Kind(
+    "a list [shard, offset, length, crc32]",
+    lambda value: isinstance(value, list) and len(value) == 4 and all(map(is_whole, value)) and value[3] < 2**32,
+)
+AGAIN = "The same call of `gl.store.harvest` mends it: what is not whole is done again."
+FORM = {"batch": COUNT, "rows": COUNT, "tokens": COUNT, "read": COUNT, "input": CHECKSUM, "at": [EXTENT]}
+
 
 class Extent(NamedTuple):
     """Where a batch lies in a stream: the shard's number, bytes from its start, and a checksum of them."""
@@ -42,13 +53,20 @@ class Entry:
         return b"%08x %s\n" % (zlib.crc32(text), text)
 
     @staticmethod
-    def of(line: bytes) -> Entry | None:
-        """The entry of a line; None if it is torn or damaged."""
+    def of(line: bytes) -> Entry:
+        """The entry of a line; ValueError with the reason if it is torn or damaged."""
         stamp, _, text = line.rstrip(b"\n").partition(b" ")
-        if not line.endswith(b"\n") or stamp != b"%08x" % zlib.crc32(text):
-            return None
+        if not line.endswith(b"\n"):
+            raise ValueError("it has no end")
+        if stamp != b"%08x" % zlib.crc32(text):
+            raise ValueError(
+                f"its checksum is {stamp[:16].decode(errors='replace')!r}, expected '{zlib.crc32(text):08x}'"
+            )
         told = json.loads(text)
-        return Entry(**{**told, "at": [Extent(*extent) for extent in told["at"]]})
+        said = misfit(told, FORM)
+        if said:
+            raise ValueError(said)
+        return Entry(**{key: told[key] for key in FORM if key != "at"}, at=[Extent(*extent) for extent in told["at"]])
 
 
 def entries(path: Path) -> Iterator[Entry]:
@@ -57,10 +75,35 @@ def entries(path: Path) -> Iterator[Entry]:
         return
     with path.open("rb") as file:
         for number, line in enumerate(file):
-            entry = Entry.of(line)
-            if entry is None or entry.batch != number:
+            try:
+                entry = Entry.of(line)
+            except (ValueError, RecursionError):
+                return
+            if entry.batch != number:
                 return
             yield entry
+
+
+def read(path: Path) -> list[Entry]:
+    """All committed batches; StoreError for a line that is damaged or out of turn. A last line that has no end is the batch
+    under way."""
+    lines: list[bytes] = []
+    with explained_reading(path):
+        if path.exists():
+            with path.open("rb") as file:
+                lines = file.readlines()
+    found: list[Entry] = []
+    for number, line in enumerate(lines):
+        if number == len(lines) - 1 and not line.endswith(b"\n"):
+            break
+        where = f"{path} is damaged: line {number + 1}"
+        try:
+            found.append(Entry.of(line))
+        except (ValueError, RecursionError) as error:
+            raise StoreError(f"{where}: {error}. {AGAIN}") from error
+        if found[-1].batch != number:
+            raise StoreError(f"{where}: batch is {found[-1].batch}, expected {number}. {AGAIN}")
+    return found
 
 
 class Journal:

@@ -10,7 +10,7 @@ column of the Arrow folder, Array2D(context, d); what has more is a tensor in sa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from gatedlens.errors import InputError, PointError
 from gatedlens.points import NamesFilter, Point
 
+DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64", "int64": "I64", "bool": "BOOL"}
 ARROW_DTYPES = {torch.float16: "float16", torch.float32: "float32", torch.float64: "float64", torch.int64: "int64"}
 
 
@@ -46,6 +47,17 @@ class Layout:
         return self.numbers * self.dtype.itemsize
 
     @property
+    def fitting_per(self) -> str:
+        """What there is one entry of: a point with a position has one a token."""
+        return "token" if "pos" in self.axes.split() else "row"
+
+    @property
+    def fitting_stored(self) -> str:
+        """Where entries of this shape lie: see the head of this file."""
+        is_column = len(self.shape) == 1 or (self.fitting_per == "row" and len(self.shape) == 2)
+        return "column" if is_column and self.dtype in ARROW_DTYPES else "tensor"
+
+    @property
     def pos_dim(self) -> int | None:
         dims = self.axes.split()
         return dims.index("pos") if "pos" in dims else None
@@ -64,7 +76,8 @@ class Layout:
 
     @staticmethod
     def from_dict(told: Mapping[str, Any]) -> Layout:
-        return Layout(**{**told, "dtype": getattr(torch, told["dtype"]), "shape": tuple(told["shape"])})
+        known = {field.name: told[field.name] for field in fields(Layout)}
+        return Layout(**{**known, "dtype": getattr(torch, told["dtype"]), "shape": tuple(told["shape"])})
 
     @staticmethod
     def of(point: Point, name: str, example: Tensor, dtype: torch.dtype | None, context: int | None) -> Layout:
@@ -80,13 +93,11 @@ class Layout:
             context if dim == "key_pos" and context else size
             for dim, size in zip(_without_pos(dims), sizes, strict=True)
         ]
-        per = "token" if "pos" in dims else "row"
-        is_column = len(sizes) == 1 or (per == "row" and len(sizes) == 2)
         kept = example.dtype if dtype is None else dtype
-        if is_column and kept not in ARROW_DTYPES:
-            kept = torch.float32  # Arrow has no bfloat16; float32 holds it exactly
-        stored = "column" if is_column else "tensor"
-        return Layout(name, point.axes, point.equation, per, stored, tuple(sizes), kept)
+        found = Layout(name, point.axes, point.equation, "", "", tuple(sizes), torch.float32)
+        found = replace(found, per=found.fitting_per, stored=found.fitting_stored)
+        # Arrow has no bfloat16; float32 holds it exactly.
+        return replace(found, dtype=torch.float32 if found.stored == "column" and kept not in ARROW_DTYPES else kept)
 
 
 def _without_pos(dims: tuple[str, ...]) -> list[str]:

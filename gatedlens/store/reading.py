@@ -10,6 +10,9 @@
 
 A sample is a row of the harvest (with context=None a document); positions count the sample's tokens from 0, and with
 positions="last" or "mask" only some are there. A store under way can be read up to its last committed batch.
+
+What is read is what was written, or a StoreError names the file: manifest and journal are compared when the store is
+opened, the checksum of a batch when it is first read; `verify` reads all there is.
 """
 
 from __future__ import annotations
@@ -19,21 +22,30 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gatedlens.errors import InputError, PointError, StoreError, did_you_mean
-from gatedlens.store import manifest
-from gatedlens.store.arrow import batch_reader
+from gatedlens.store import journal, manifest
+from gatedlens.store.arrow import Columns, batch_reader
 from gatedlens.store.column import Column
 from gatedlens.store.feeding import Activations, Labelled
-from gatedlens.store.journal import Entry, entries
+from gatedlens.store.journal import AGAIN, Entry
 from gatedlens.store.layout import Layout
-from gatedlens.store.shards import checksum
+from gatedlens.store.mapped import Mapped
+from gatedlens.store.reductions import by_name, misfit
+from gatedlens.store.shards import HEAD, SafetensorsFormat, fits
 from gatedlens.store.statistics import Statistics
 from gatedlens.store.statisticsfile import read_statistics
+
+STATISTICS = "statistics.safetensors"
+KEPT = ("activations", "tensors", STATISTICS)  # what a batch is committed to
+
+
+def _file(name: str | None, shard: int) -> str:
+    """The file of a point that is a tensor; of None, of all that are columns."""
+    return f"activations/data-{shard:05}.arrow" if name is None else f"tensors/{name}-{shard:05}.safetensors"
 
 
 def open(path: str | Path) -> Store:
@@ -54,18 +66,58 @@ class Store:
         self.folder = folder
         self.manifest: dict[str, Any] = told
         self.layouts = {layout["name"]: Layout.from_dict(layout) for layout in told["points"]}
-        self.batches: list[Entry] = list(entries(folder / "journal.jsonl"))
+        self.batches: list[Entry] = journal.read(folder / "journal.jsonl")
         self.first_row = [0, *accumulate(entry.rows for entry in self.batches)]
         self.first_token = [0, *accumulate(entry.tokens for entry in self.batches)]
-        self._maps: dict[str, Tensor] = {}
+        self._streams = [None, *(name for name, layout in self.layouts.items() if layout.stored == "tensor")]
+        self._files = Mapped(folder)
         self._readers: dict[str, Any] = {}
+        self._compare()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_maps": {},
-            "_readers": {},
-        }  # mapped files do not travel to the workers of a DataLoader
+        return {**self.__dict__, "_readers": {}}  # mapped files do not travel to the workers of a DataLoader
+
+    def _compare(self) -> None:
+        """StoreError where the manifest and the journal are at odds."""
+        path = self.folder / "journal.jsonl"
+        streams = 0 if self.manifest["settings"]["reduce"] else len(self._streams)
+        for entry in self.batches:
+            if len(entry.at) != streams:
+                raise StoreError(
+                    f"{path} is damaged: line {entry.batch + 1}: at has {len(entry.at)} places, expected {streams}, one for "
+                    f"each kind of file. {AGAIN}"
+                )
+        finished = self.manifest["finished"]
+        if finished is None:
+            held = sorted(one.name for one in self.folder.iterdir() if one.name in KEPT)
+            if held and not path.exists():
+                raise StoreError(f"{path} is missing, and {self.folder} holds {', '.join(held)}. {AGAIN}")
+            return
+        counted = {"batches": len(self.batches)}
+        counted |= {key: sum(getattr(one, key) for one in self.batches) for key in ("rows", "tokens", "read")}
+        for key, count in counted.items():
+            if finished[key] != count:
+                raise StoreError(
+                    f"{self.folder} is damaged: finished.{key} is {finished[key]} in manifest.json, and journal.jsonl "
+                    f"{'has' if path.exists() else 'is missing, with'} {count}. {AGAIN}"
+                )
+        told, names = sorted(card["name"] for card in finished["files"]), sorted(self._names())
+        if told != names:
+            raise StoreError(
+                f"{self.folder} is damaged: finished.files in manifest.json names {', '.join(told) or 'none'}, and the batches "
+                f"of journal.jsonl lie in {', '.join(names) or 'none'}."
+            )
+        for card in finished.get("besides", []):
+            if card["name"] == path.name and not fits(card, self.folder):
+                raise StoreError(
+                    f"{path} is damaged: its checksum is not {card['crc32']}, as in manifest.json. {AGAIN}"
+                )
+
+    def _names(self) -> set[str]:
+        """The files that hold what is committed."""
+        if self.manifest["settings"]["reduce"]:
+            return {STATISTICS}
+        return {_file(name, entry.at[at].shard) for entry in self.batches for at, name in enumerate(self._streams)}
 
     def __len__(self) -> int:
         return self.first_row[-1]
@@ -144,11 +196,27 @@ class Store:
         reductions = self.manifest["settings"]["reduce"]
         if not reductions:
             raise InputError(f"{self.folder} holds activations and no statistics: harvest with reduce=[...] for these.")
-        _, parts = read_statistics(self.folder / "statistics.safetensors")
-        if not parts:
-            raise StoreError(f"{self.folder} holds no statistics yet, or its file is damaged: run the harvest again.")
-        keys = [f"{name}/{reduction}" for name in self.names for reduction in reductions]
-        return Statistics({key: parts[key] for key in keys}, self.find)
+        if not self.batches:
+            raise StoreError(f"{self.folder} holds no statistics yet: run the harvest again.")
+        path, finished = self.folder / STATISTICS, self.manifest["finished"]
+        held = read_statistics(path)
+        if held.batches not in (
+            len(self.batches),
+            len(self.batches) - (finished is None),
+        ):  # the journal's line comes first
+            raise StoreError(
+                f"{path} is damaged: it is of {held.batches} batches, expected {len(self.batches)}. {AGAIN}"
+            )
+        if finished is not None and not fits(finished["files"][0], self.folder):
+            raise StoreError(
+                f"{path} is damaged: its checksum is not {finished['files'][0]['crc32']}, as in manifest.json."
+            )
+        said = misfit(
+            held.parts, {(name, by_name(one)): layout for name, layout in self.layouts.items() for one in reductions}
+        )
+        if said:
+            raise StoreError(f"{path} is damaged: {said}. {AGAIN}")
+        return Statistics(held.parts, self.find)
 
     # -- samples -------------------------------------------------------------------------------------------------
 
@@ -182,28 +250,54 @@ class Store:
         layout = self.layouts.get(name)
         if layout is None or layout.stored == "column":
             return self._arrow(batch, name)
-        extent = self.batches[batch].at[1 + [x.name for x in self.layouts.values() if x.stored == "tensor"].index(name)]
-        raw = self._mapped(f"tensors/{name}-{extent.shard:05}.safetensors")[
-            extent.offset : extent.offset + extent.length
-        ]
-        values = raw.view(layout.dtype).view(-1, *layout.shape)
+        entry = self.batches[batch]
+        at = self._streams.index(name)
+        file = _file(name, entry.at[at].shard)
+        raw = self._files.batch(file, entry.at[at], batch)
+        self._check_head(file, layout)
+        n = entry.tokens if layout.per == "token" else entry.rows
+        if len(raw) != n * layout.bytes or raw.storage_offset() % layout.dtype.itemsize:
+            raise StoreError(
+                f"{self.folder} is damaged: batch {batch} of {file} has {len(raw)} bytes at {entry.at[at].offset} in "
+                f"journal.jsonl, expected {n} times {layout.bytes}, as shape and dtype in manifest.json say."
+            )
+        values = raw.view(layout.dtype).view(n, *layout.shape)
         if layout.per == "row":
-            return values, list(range(len(values) + 1))
+            return values, list(range(n + 1))
         return values, self._arrow(batch, "positions")[1]
 
-    def _arrow(self, batch: int, name: str) -> tuple[Tensor, list[int]]:
-        extent = self.batches[batch].at[0]
-        path = f"activations/data-{extent.shard:05}.arrow"
-        if path not in self._readers:
-            self._readers[path] = batch_reader(self._mapped(path))
-        return self._readers[path](extent.offset, name, self.layouts.get(name))
+    def _check_head(self, file: str, layout: Layout) -> None:
+        """StoreError if a shard's own head tells of another point, shape or dtype than the manifest."""
+        if file in self._readers:
+            return
+        format, whole = SafetensorsFormat(layout), self._files[file]
+        heads = {format.head(0), format.head(max(0, len(whole) - HEAD))}  # of one under way, and of one that is closed
+        if bytes(whole[:HEAD].numpy()) not in heads:
+            raise StoreError(
+                f"{self.folder / file} is damaged: its head is not that of {layout.name}, {layout.dtype} {list(layout.shape)} "
+                f"{len(whole) - HEAD} bytes long, as in manifest.json. {AGAIN}"
+            )
+        self._readers[file] = None
 
-    def _mapped(self, name: str) -> Tensor:
-        """A file as bytes, mapped."""
-        if name not in self._maps:
-            path = self.folder / name
-            self._maps[name] = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-        return self._maps[name]
+    def _arrow(self, batch: int, name: str) -> tuple[Tensor, list[int]]:
+        entry = self.batches[batch]
+        file = _file(None, entry.at[0].shard)
+        layout = self.layouts.get(name)
+        try:
+            if file not in self._readers:
+                schema = Columns.of(self.manifest["settings"], list(self.layouts.values())).schema
+                self._readers[file] = batch_reader(self._files[file], schema)
+            self._files.batch(file, entry.at[0], batch)
+            values, ends = self._readers[file](entry.at[0].offset, name, layout)
+        except (ValueError, RuntimeError) as error:
+            raise StoreError(f"{self.folder / file} is damaged: {error}. {AGAIN}") from error
+        n = entry.rows if layout is not None and layout.per == "row" else entry.tokens
+        if len(ends) != entry.rows + 1 or len(values) != n:
+            raise StoreError(
+                f"{self.folder} is damaged: batch {batch} of {file} has {len(ends) - 1} rows and {len(values)} entries of "
+                f"{name}, expected {entry.rows} and {n}, as in line {batch + 1} of journal.jsonl."
+            )
+        return values, ends
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -225,12 +319,7 @@ class Store:
 
     def verify(self) -> list[str]:
         """The files that are not what was written, by the checksums of the manifest (once the store is finished)."""
-        if not self.is_finished:
+        finished = self.manifest["finished"]
+        if finished is None:
             raise StoreError(f"{self.folder} is not finished: `gl.store.harvest` checks it before it goes on.")
-        told = self.manifest["finished"]["files"]
-        paths = {file["name"]: self.folder / file["name"] for file in told}
-        return [
-            file["name"]
-            for file in told
-            if not paths[file["name"]].exists() or checksum(paths[file["name"]]) != file["crc32"]
-        ]
+        return [one["name"] for one in [*finished["files"], *finished.get("besides", [])] if not fits(one, self.folder)]

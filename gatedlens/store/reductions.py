@@ -11,7 +11,7 @@ n entries, mean, M2 = sum (x - mean)^2, M3, M4 likewise, C = sum (x - mean)(x - 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gatedlens.errors import InputError, did_you_mean
+from gatedlens.store.layout import Layout
 
 Part = dict[str, Tensor]
 
@@ -145,6 +146,24 @@ def _merge_samples(size: int, a: Part, b: Part) -> Part:
 def _smallest(size: int, part: Part) -> Part:
     order = part["key"].argsort(stable=True)[:size]
     return {name: value[order] for name, value in part.items()}
+
+
+def misfit(parts: Mapping[str, Part], wanted: Mapping[tuple[str, Reduction], Layout]) -> str | None:
+    """Which field of some parts, {"point/reduction": {field: tensor}}, is not as it is made; None if all are."""
+    for (name, reduction), layout in wanted.items():
+        examples = [reduction.of(torch.zeros(n, *layout.shape, dtype=layout.dtype), 0) for n in (1, 2)]
+        part = parts.get(f"{name}/{reduction.name}", {})
+        for field, one in examples[0].items():
+            # A sample has as many entries as it has: where one entry and two differ, any number is right.
+            shape = [a if a == b else None for a, b in zip(one.shape, examples[1][field].shape, strict=True)]
+            where, found = f"{name}/{reduction.name}/{field}", part.get(field)
+            if found is None:
+                return f"{where} is missing"
+            fits = len(shape) == found.ndim and all(a in (None, b) for a, b in zip(shape, found.shape, strict=True))
+            if found.dtype != one.dtype or not fits:
+                return f"{where} is {found.dtype} {list(found.shape)}, expected {one.dtype} {shape}"
+    strange = set(parts) - {f"{name}/{reduction.name}" for name, reduction in wanted}
+    return f"{min(strange)} is no part of this store" if strange else None
 
 
 # -- by name --------------------------------------------------------------------------------------------------------

@@ -24,10 +24,9 @@ from torch import Tensor
 
 from gatedlens.store.crc import Piece, joined
 from gatedlens.store.journal import Extent
-from gatedlens.store.layout import Layout
+from gatedlens.store.layout import DTYPES, Layout
 
 HEAD = 1024  # bytes of a safetensors header, length included
-DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64", "int64": "I64", "bool": "BOOL"}
 
 
 class Format:
@@ -134,15 +133,15 @@ class Stream:
 
     def is_whole(self, extent: Extent) -> bool:
         """Whether the bytes of a batch are those that were written."""
-        path = self.path(extent.shard)
-        if not path.exists():
+        try:
+            with self.path(extent.shard).open("rb") as file:
+                file.seek(extent.offset)
+                left, total = extent.length, 0
+                while left and (piece := file.read(min(left, 1 << 20))):
+                    total = zlib.crc32(piece, total)
+                    left -= len(piece)
+        except OSError:  # it is not there, or is a folder
             return False
-        with path.open("rb") as file:
-            file.seek(extent.offset)
-            left, total = extent.length, 0
-            while left and (piece := file.read(min(left, 1 << 20))):
-                total = zlib.crc32(piece, total)
-                left -= len(piece)
         return not left and total == extent.crc32
 
     def rewrite(self, extent: Extent, data: memoryview) -> Extent:
@@ -173,10 +172,13 @@ class Stream:
         """Whether a shard has the head and the foot that `seal` gives it."""
         path = self.path(shard)
         head, foot = self.format.head(end - len(self.format.head(0))), self.format.foot()
-        if not path.exists() or path.stat().st_size != end + len(foot):
+        try:
+            if path.stat().st_size != end + len(foot):
+                return False
+            with path.open("rb") as file:
+                return file.read(len(head)) == head and file.seek(end) == end and file.read() == foot
+        except OSError:
             return False
-        with path.open("rb") as file:
-            return file.read(len(head)) == head and file.seek(end) == end and file.read() == foot
 
     def sync(self) -> None:
         os.fsync(self.file.fileno())
@@ -206,3 +208,17 @@ def checksum(path: Path) -> int:
         while piece := file.read(1 << 20):
             total = zlib.crc32(piece, total)
     return total
+
+
+def card(path: Path, folder: Path, crc32: int) -> dict[str, Any]:
+    """A file in the manifest."""
+    return {"bytes": path.stat().st_size, "crc32": crc32, "name": path.relative_to(folder).as_posix()}
+
+
+def fits(told: dict[str, Any], folder: Path) -> bool:
+    """Whether the file of a card is what was written."""
+    path = folder / told["name"]
+    try:
+        return path.stat().st_size == told["bytes"] and checksum(path) == told["crc32"]
+    except OSError:
+        return False

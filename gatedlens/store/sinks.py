@@ -10,7 +10,9 @@ is cut off by the next run. When the machine itself stops, the last seconds may 
 
 from __future__ import annotations
 
+import logging
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,10 @@ from gatedlens.store.disk import explained
 from gatedlens.store.journal import Entry, Extent, Journal
 from gatedlens.store.layout import Layout
 from gatedlens.store.reductions import Part, Reduction
-from gatedlens.store.shards import ArrowFormat, Format, SafetensorsFormat, Stream, bytes_of, checksum
-from gatedlens.store.statisticsfile import read_statistics, unflattened, write_statistics
+from gatedlens.store.shards import ArrowFormat, Format, SafetensorsFormat, Stream, bytes_of, card, checksum
+from gatedlens.store.statisticsfile import Held, read_statistics, unflattened, write_statistics
 
+log = logging.getLogger(__name__)
 SYNC_SECONDS = 5.0  # how often data are brought to the disk: what a power cut may cost
 
 
@@ -74,7 +77,7 @@ class Sink:
 
     def is_sealed(self) -> bool:
         """Whether the files are whole files of their formats."""
-        raise NotImplementedError
+        return True
 
     def begin(self) -> None:
         """Make ready to commit; before that, nothing is written."""
@@ -90,6 +93,10 @@ class Sink:
         """The files that hold what is committed, with their bytes and checksums, for the manifest."""
         raise NotImplementedError
 
+    def besides(self) -> list[Path]:
+        """The files that say what lies where."""
+        return [self.folder / "journal.jsonl"]
+
     def close(self) -> None:
         self.journal.close()
 
@@ -102,6 +109,8 @@ class TensorSink(Sink):
         self.columns = columns
         self.tensors = [layout for layout in layouts if layout.stored == "tensor"]
         formats: list[Format] = [ArrowFormat(columns.schema), *map(SafetensorsFormat, self.tensors)]
+        strange = [entry.batch for entry in self.journal.entries if len(entry.at) != len(formats)]
+        self.journal.keep(min(strange, default=self.done))
         committed = [[entry.at[i] for entry in self.journal.entries] for i in range(len(formats))]
         pairs = zip(formats, committed, strict=True)
         self.streams = [Stream(folder, format, shard_bytes, extents) for format, extents in pairs]
@@ -158,14 +167,22 @@ class TensorSink(Sink):
             for stream, shard, end in self._shards():
                 if not stream.is_sealed(shard, end):
                     stream.seal(shard, end)
-            files = [stream.path(shard).name for stream, shard, _ in self._shards() if stream is self.streams[0]]
-            total = sum(entry.input for entry in self.journal.entries)
-            for name, data in self.columns.info(files, f"{total & (2**64 - 1):016x}").items():
-                write_whole(self.folder / "activations" / name, data)
+            for path, data in self._info().items():
+                write_whole(path, data)
             self.sync()
 
     def is_sealed(self) -> bool:
         return all(stream.is_sealed(shard, end) for stream, shard, end in self._shards())
+
+    def _info(self) -> dict[Path, bytes]:
+        """The files that make the Arrow folder one of `datasets`."""
+        files = [stream.path(shard).name for stream, shard, _ in self._shards() if stream is self.streams[0]]
+        total = sum(entry.input for entry in self.journal.entries)
+        told = self.columns.info(files, f"{total & (2**64 - 1):016x}")
+        return {self.folder / "activations" / name: data for name, data in told.items()}
+
+    def besides(self) -> list[Path]:
+        return [*super().besides(), *self._info()]
 
     def cards(self) -> list[dict[str, Any]]:
         """From the journal: what was written is not read again."""
@@ -192,17 +209,31 @@ class TensorSink(Sink):
 
 
 class StatisticsSink(Sink):
-    """Reductions: one small file, replaced whole at each batch."""
+    """Reductions: one small file, replaced whole at each batch. `harvest` tells this one from others: a checksum."""
 
-    def __init__(self, folder: Path, reductions: Sequence[Reduction]):
+    def __init__(self, folder: Path, reductions: Sequence[Reduction], harvest: int):
         super().__init__(folder)
         self.reductions = {reduction.name: reduction for reduction in reductions}
         self.path = folder / "statistics.safetensors"
+        self.inputs = [harvest]  # a checksum of the harvest and the input of its first 0, 1, 2, ... batches
         self.parts: dict[str, Part] = {}
-        done, self.parts = read_statistics(self.path) if self.done else (0, {})
-        if self.done and not self.parts:
-            self.damaged = dict.fromkeys(range(self.done), str(self.path))
-        self.journal.keep(min(done, self.done))
+        done = 0
+        for entry in self.journal.entries:
+            self._follow(entry)
+        if self.done:
+            try:
+                held = read_statistics(self.path)
+                if held.batches > self.done or held.identity != self.inputs[held.batches]:
+                    raise StoreError(f"{self.path} is damaged: it is of other batches than journal.jsonl.")
+                done, self.parts = held.batches, held.parts
+            except StoreError as error:
+                log.warning("%s The harvest begins anew.", error)
+                self.damaged = dict.fromkeys(range(self.done), str(self.path))
+        self.journal.keep(done)
+        del self.inputs[done + 1 :]
+
+    def _follow(self, entry: Entry) -> None:
+        self.inputs.append(zlib.crc32(entry.input.to_bytes(4, "little"), self.inputs[-1]))
 
     def verify(self) -> None:
         """A statistics file that cannot be read was found when it was opened: the harvest begins anew."""
@@ -214,18 +245,11 @@ class StatisticsSink(Sink):
             self.parts[key] = merge(self.parts[key], part) if key in self.parts else part
         with explained(self.folder, self.safe):
             self.journal.add(self.entry(rows))
-            write_statistics(self.path, self.done, self.parts)
-
-    def is_sealed(self) -> bool:
-        return True
+            self._follow(self.journal.entries[-1])
+            write_statistics(self.path, Held(self.done, self.inputs[-1], self.parts))
 
     def seal(self) -> None:
         sync_folder(self.folder)
 
     def cards(self) -> list[dict[str, Any]]:
         return [card(self.path, self.folder, checksum(self.path))]
-
-
-def card(path: Path, folder: Path, crc32: int) -> dict[str, Any]:
-    """A file in the manifest."""
-    return {"bytes": path.stat().st_size, "crc32": crc32, "name": str(path.relative_to(folder))}

@@ -12,6 +12,7 @@ from gatedlens import attribution
 from gatedlens.attribution import official
 from gatedlens.hooks.mamba import HookedMamba
 from gatedlens.hooks.vim import HookedViM
+from gatedlens.scanmatrix import DecayScan
 from tests.helpers import example, padded
 
 
@@ -112,8 +113,10 @@ def test_gradient_attention_is_the_papers_formula(model, weighted):
     for b, i in enumerate(at):
         rows[b][i] = 0
     got = attribution.gradient_attention(model, input, 3, weighted=weighted, **options(mask))
-    assert got.scores.abs().max() > 0
     assert torch.allclose(got.scores, shaped(model, rows), atol=1e-12)
+    assert bool(got.scores.any()) == (
+        model.cfg.normalization_type != "LN"
+    )  # under LayerNorms all weights are exactly 0
 
 
 # -- the papers' code -----------------------------------------------------------------------------------------------
@@ -122,19 +125,74 @@ def test_gradient_attention_is_the_papers_formula(model, weighted):
 def class_row(model, layer, input, mask, b, i, factors):
     """[channel, src]: the row of position i as the papers' code assembles it from its directions, neither halved.
 
-    Before the class token the forward direction's, behind it the backward one's; its own column is the forward one's
-    (in HA, which stops before it, nothing).
+    unified: their sum. hidden: theirs stops before position i, and has no decay of its own step.
     """
     with torch.no_grad():
         A = gl.implicit_attention(model, input, layer=layer, **options(mask)).paper(factors)
-    scale = 0.5 if len(A.branches) == 2 else 1.0
-    directions = [type(A)(**{**vars(A), "branches": (branch,)}).dense()[b, :, i] / scale for branch in A.branches]
-    row = directions[0].clone()
-    if len(directions) == 2:
-        row[:, i + 1 :] = directions[1][:, i + 1 :]
-    if factors == "hidden":
-        row[:, i] = 0
+    if factors == "unified":
+        return A.dense()[b, :, i] / A.branches[0].scale
+    row = torch.zeros(A.shape[2], A.shape[1], dtype=torch.float64)
+    kept = torch.arange(A.shape[1]) if mask is None else mask[b].nonzero()[:, 0]
+    for branch in A.branches:
+        places = kept.flip(0) if branch.reverse else kept
+        at = places.tolist().index(i)
+        row[:, places[:at]] += undecayed_row(branch.scan, b, at)[:, :at]
     return row
+
+
+def undecayed_row(scan, b, at):
+    """[channel, src]: row `at` of a scan, the decay of step `at` left out; state by state."""
+    if not isinstance(scan, DecayScan):
+        return scan.dense()[b, :, at]  # RWKV's own step has no decay, an attention layer none at all
+    out = torch.zeros(scan.channels, scan.length, dtype=torch.float64)
+    for j in range(at):
+        decay = torch.exp((scan.time[b, at - 1] - scan.time[b, j])[:, None] * scan.rate)
+        out[:, j] = (decay * scan.read[b, at] * scan.key[b, j]).sum(-1) * scan.amount[b, j]
+    return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bimamba_type", ["v1", "v2"])
+def test_the_rows_of_the_papers_code_step_by_step(bimamba_type):
+    """Vision Mamba from dt, A, B, C and nothing else: HA's row stops before the class token and never decays by its step;
+    UIA's is the whole row of both directions, the conv included."""
+    model = HookedViM.tiny(bimamba_type=bimamba_type, dtype=torch.float64)
+    images = example(model)
+    (cls,) = model.grid.cls
+    _, cache = model.run_with_cache(images, names_filter=lambda name: True)
+    stack = gl.implicit_attention(cache)
+    read = model.reads_from(model.prepare(images)[0]).double()
+    for layer, A in enumerate(stack):
+        length = A.shape[1]
+        hidden = torch.zeros(*A.shape, dtype=torch.float64)
+        for name, factors in zip(("fwd", "bwd"), A.branches, strict=True):
+            dt, B, C = (cache[f"blocks.{layer}.mixer.{name}.hook_{part}"] for part in ("dt", "B", "C"))
+            order = list(range(length))[:: -1 if factors.reverse else 1]
+            at = order.index(cls)
+            for j in range(at):
+                decay = torch.ones(*dt.shape[::2], factors.scan.rate.shape[1], dtype=torch.float64)
+                for k in range(j + 1, at):
+                    decay = decay * torch.exp(dt[:, order[k], :, None] * factors.scan.rate)
+                step = dt[:, order[j], :, None] * B[:, order[j], None]
+                hidden[:, order[j]] += (decay * step * C[:, cls, None]).sum(-1)
+        got = official.official_rows(A.paper("hidden"), read, read > 0, official.HIDDEN)
+        assert torch.allclose(got, hidden, atol=1e-13)
+        unified = A.paper("unified").row(cls).mT / A.branches[0].scale
+        got = official.official_rows(A.paper("unified"), read, read > 0, official.UNIFIED)
+        assert torch.allclose(got, unified, atol=1e-13)
+
+
+def test_a_scan_without_its_own_decay_is_the_scan_elsewhere(model):
+    """Only the rows that are named change, and only if there is such a decay."""
+    input, _ = case(model)
+    with torch.no_grad():
+        for A in gl.implicit_attention(model, input):
+            for branch in A.branches:
+                own = torch.zeros(A.shape[:2], dtype=torch.bool)
+                own[:, -1] = True
+                before, after = branch.scan.dense(), branch.scan.undecayed(own).dense()
+                assert torch.allclose(before[:, :, :-1], after[:, :, :-1], atol=1e-14)
+                assert isinstance(branch.scan, DecayScan) != torch.allclose(before, after, atol=1e-14)
 
 
 def stretched(x):
@@ -277,8 +335,11 @@ def test_the_mean_gradient_under_layernorms_is_rounding_and_said_to_be():
     input = example(model)
     for g in output_gradients(model, input, None):
         assert g.mean(-1).abs().max() < 1e-14 * g.abs().max() * g.shape[-1]
-    with pytest.warns(UserWarning, match="LayerNorms.*rounding errors"):
-        attribution.gradient_attention(model, input)
+    for given in ({}, {"weighted": "src"}, {"sign": "abs"}, {"channels": "max"}):
+        with pytest.warns(UserWarning, match="LayerNorms.*rounding errors"):
+            found = attribution.gradient_attention(model, input, **given)
+        assert not found.scores.any(), "rounding is no score"
+        assert found.order(0).tolist() == list(range(7)), "and ranks nothing"
     quiet = [(model, {"mode": "official"}), (gl.HookedMamba.tiny(dtype=torch.float64), {})]
     for other, given in quiet:
         with warnings.catch_warnings():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -83,11 +85,10 @@ def test_relevance_of_x_is_its_share_of_the_gate_times_a_transposed_g(model, gat
         sigmoid = any(equation.startswith("sigmoid(") for equation in gate)
         shared = bool(gate) and {"content": not sigmoid, "half": True, "none": False}[gates]
         inside = [name for name in mixer.attention_points if name.rpartition(".")[2] in ("hook_x", "hook_v")]
-        outside = [name for name in mixer.attention_points if name.rpartition(".")[2] in ("hook_gated", "hook_z")]
-        found = through_rules(model, input, [stem + name for name in inside + outside], weight, gates)
-        for branch, x, o in zip(A.branches, inside, outside, strict=True):
-            one = type(A)(**{**vars(A), "branches": (type(branch)(**{**vars(branch), "scale": 1.0}),)})
-            g = found[stem + o][1].flatten(2)
+        found = through_rules(model, input, [stem + name for name in (*inside, mixer.output_point)], weight, gates)
+        for branch, x in zip(A.branches, inside, strict=True):
+            one = replace(A, branches=(branch,))
+            g = found[stem + mixer.output_point][1].flatten(2)
             back = (one.T @ g) * (0.5 if shared else 1.0)
             value, gradient = found[stem + x]
             if value.ndim == 4:  # heads that share their values: each value gets what all of them send
@@ -110,20 +111,24 @@ def test_which_points_follow_which_rule():
     mamba, griffin, rwkv, vim = (
         hooked.tiny() for hooked in (HookedMamba, gl.HookedGriffin, gl.HookedRWKV, gl.HookedViM)
     )
-    assert detached(mamba) == {"ln1.hook_scale", "mixer.hook_dt", "mixer.hook_B", "mixer.hook_C"}
-    assert shares(mamba) == {
-        "mixer.hook_u": ["mixer.hook_conv"],
-        "mixer.hook_gated": ["mixer.hook_y", "mixer.hook_gate_pre"],
-    }
-    assert (
-        "mixer.hook_k" in detached(rwkv) and "mixer.hook_gate" in detached(rwkv) and "mlp.hook_gate" in detached(rwkv)
-    )
-    assert shares(rwkv) == {"mixer.hook_u": ["mixer.hook_x"], "mlp.hook_k_act": ["mlp.hook_k"]}
-    assert {"mixer.hook_log_decay", "mixer.hook_input_gate", "mixer.hook_multiplier"} < detached(griffin)
-    assert shares(griffin)["mlp.hook_post"] == ["mlp.hook_pre", "mlp.hook_pre_linear"]
-    assert "blocks.2.attn.hook_pattern" in Rules.of(griffin).detached
-    assert "mixer.hook_gated" not in shares(vim)  # there it is a sum
-    assert shares(vim)["mixer.bwd.hook_gated"] == ["mixer.bwd.hook_y", "mixer.bwd.hook_gate_pre"]
+
+    def gates(model, layer=1):
+        flow, stem = Rules.of(model).flows[layer], f"blocks.{layer}."
+        assert flow.output == f"{stem}{model.blocks[layer].mixer.place}.{model.blocks[layer].mixer.output_point}"
+        return {
+            name.removeprefix(stem): (gate.weighs, gate.reads.removeprefix(stem))
+            for name, gate in flow.gates.items()
+            if gate.reads is not None
+        }
+
+    assert detached(mamba) == {"ln1.hook_scale"} and shares(mamba) == {}
+    assert gates(mamba)["mixer.hook_gate"] == (False, "mixer.hook_gate_pre")
+    assert detached(rwkv) == {"ln1.hook_scale", "ln2.hook_scale", "mlp.hook_gate"}
+    assert shares(rwkv) == {"mlp.hook_k_act": ["mlp.hook_k"]}
+    assert gates(rwkv)["mixer.hook_gate"] == (True, "mixer.hook_gate_pre")
+    assert shares(griffin) == {"mlp.hook_post": ["mlp.hook_pre", "mlp.hook_pre_linear"]}
+    assert gates(griffin)["mixer.hook_gate"] == (False, "mixer.hook_gate_pre") and gates(griffin, 2) == {}
+    assert gates(vim)["mixer.bwd.hook_gate"] == (False, "mixer.bwd.hook_gate_pre") and shares(vim) == {}
 
 
 def test_half_of_a_sigmoid_gate_by_hand():

@@ -81,8 +81,8 @@ def test_padding_takes_no_part_in_an_attribution(lm):
             lm, row[None], ((row + 3) % lm.cfg.d_vocab)[None], METRIC, names, keep=("batch", "pos")
         )
         for name, result in both.items():
-            assert torch.allclose(result[:, i, -len(row) :], alone[name][:, 0], atol=1e-10)
-            assert (result[:, i, : -len(row)] == 0).all()
+            assert torch.allclose(result[:, i, : len(row)], alone[name][:, 0], atol=1e-10)
+            assert (result[:, i, len(row) :] == 0).all()
 
 
 def test_integrated_over_the_input_is_the_mean_of_gradients_along_it(model):

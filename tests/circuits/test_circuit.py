@@ -98,17 +98,32 @@ def test_faithfulness_and_its_curve_of_circuits(model, circuit):
         circuit.faithfulness(model, clean, clean, METRIC)
 
 
-def test_top_takes_the_strongest_edges_that_lie_on_paths():
+def test_top_takes_the_strongest_edges():
     whole = made(CHAIN, [5.0, 1.0, 0.1, -4.0, 2.0, 3.0])
     assert [str(edge) for edge in whole.edges[:3]] == ["embed -> 0.mixer", "0.mixer -> 1.mixer", "1.mixer -> logits"]
-    assert whole.top(1).edges == [] and whole.top(2).edges == []
-    assert whole.top(3).nodes == tuple(CHAIN) and len(whole.top(3)) == 3
-    assert len(whole.top(100)) == len(whole) == 6
-    dead = made(CHAIN, [5.0, 0.0, 1.0, 4.0, 0.0, 0.0]).top(3)
+    assert [len(whole.top(n)) for n in range(8)] == [0, 1, 2, 3, 4, 5, 6, 6]
+    assert whole.top(2).edges == whole.edges[:2] and "(2 on no path from embed to logits)" in repr(whole.top(2))
+    assert whole.top(3).nodes == tuple(CHAIN) and "on no path" not in repr(whole.top(3))
+
+
+def test_pruned_leaves_out_what_lies_on_no_path():
+    whole = made(CHAIN, [5.0, 1.0, 0.1, -4.0, 2.0, 3.0])
+    assert whole.top(1).pruned().edges == [] and whole.top(2).pruned().edges == []
+    assert whole.top(3).pruned().edges == whole.top(3).edges
+    dead = made(CHAIN, [5.0, 0.0, 1.0, 4.0, 0.0, 0.0]).top(3).pruned()
     assert dead.edges == [Edge("embed", "logits")], "what no path to the logits holds is gone"
     assert dead.nodes == ("embed", "logits")
-    by_pos = made(CHAIN, [5.0, 0.0, 1.0, 4.0, 0.0, 0.0], pos=True)
-    assert by_pos.top(6).edges == [Edge("embed", "logits", 0), Edge("embed", "logits", 1)]
+    by_pos = made(CHAIN, [5.0, 0.0, 1.0, 4.0, 0.0, 0.0], pos=True).top(6).pruned()
+    assert by_pos.edges == [Edge("embed", "logits", 0), Edge("embed", "logits", 1)]
+
+
+def test_edges_on_no_path_change_nothing(model, circuit):
+    clean, corrupted = two(model)
+    for n in range(len(circuit)):
+        some = circuit.top(n)
+        assert len(some) == n
+        want, got = some.run(model, clean, corrupted), some.pruned().run(model, clean, corrupted)
+        assert torch.allclose(got, want, rtol=0, atol=1e-10)
 
 
 def test_edges_are_told_by_their_names():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import time
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import gatedlens as gl
 from gatedlens import attribution, evaluation
 from gatedlens.evaluation import Listed, Prompt, Sample, ScoreTable, evaluate, explainer, measurement, report
 from gatedlens.evaluation.record import LINES, RUN
+from gatedlens.fingerprint import checksum, fingerprint, settings
 from tests.helpers import example
 
 METHODS = ["lrp", "rollout:factors=hidden,sign=abs"]
@@ -116,6 +119,135 @@ def test_another_run_is_refused(tmp_path):
         run(model, out=tmp_path)
     with pytest.raises(gl.InputError, match="is a file"):
         run(model, out=tmp_path / LINES)
+
+
+def edited(records, line, *edits):
+    """The folder's records with one line edited."""
+    lines = records.read_text().splitlines(keepends=True)
+    for old, new in edits:
+        assert old in lines[line]
+        lines[line] = lines[line].replace(old, new, 1)
+    records.write_text("".join(lines))
+
+
+def test_every_number_of_the_weights_is_compared(hooked):
+    """The first and the last of every parameter and buffer, and what a module computes by besides them."""
+    model = hooked.tiny(seed=0)
+    before, same = fingerprint(model), settings(model)
+    assert fingerprint(hooked.tiny(seed=0)) == before and settings(hooked.tiny(seed=0)) == same
+    for tensor in [*model.wrapped.parameters(), *model.wrapped.buffers()]:
+        for place in (0, -1):
+            flat = tensor.detach().reshape(-1)
+            if not tensor.is_floating_point() or flat.data_ptr() != tensor.data_ptr():
+                continue
+            kept = flat[place].clone()
+            flat[place] = kept + 1
+            assert fingerprint(model) != before
+            flat[place] = kept
+    assert fingerprint(model) == before
+    assert fingerprint(hooked.tiny(seed=0, dtype=torch.float64)) != before
+    found = {
+        name: module
+        for name, module in model.wrapped.named_modules()
+        if {"eps", "variance_epsilon"} & vars(module).keys()
+    }
+    name, module = next(iter(found.items()))
+    eps = "eps" if "eps" in vars(module) else "variance_epsilon"
+    vars(module)[eps] *= 2
+    assert settings(model) != same and fingerprint(model) == before
+    vars(module)[eps] /= 2
+    assert settings(model) == same
+    holder, _, last = name.rpartition(".")
+    setattr(model.wrapped.get_submodule(holder), last, torch.nn.Identity())
+    assert settings(model) != same
+
+
+def test_a_large_model_is_compared_in_no_time():
+    weights = torch.zeros(30_000_000)
+    start = time.perf_counter()
+    one = checksum(weights)
+    assert time.perf_counter() - start < 2
+    weights[29_999_999] = 1e-30
+    assert checksum(weights) != one != checksum(weights.reshape(2, -1)) and checksum(weights[:0]) != one
+    assert checksum(torch.tensor(1.0)) != checksum(torch.tensor([1.0])) != checksum(torch.tensor([1.0]).bfloat16())
+
+
+def test_another_model_data_or_record_is_refused(tmp_path):
+    """Whatever decides the numbers: all of the weights, settings, hooks, the version, the samples, the records themselves."""
+    model = gl.HookedMamba.tiny(seed=0)
+    run(model, out=tmp_path, methods=["random"])
+    assert len(run(model, out=tmp_path, methods=["random"]).table()) == 1
+
+    hooks = [("blocks.0.hook_mixer_out", lambda x, hook: x * 2)]
+    with (
+        model.hooks(hooks),
+        pytest.raises(gl.InputError, match=r"hooks was None and is now \['blocks.0.hook_mixer_out'\]"),
+    ):
+        run(model, out=tmp_path, methods=["random"])
+    with model.hooks(hooks):
+        run(model, out=tmp_path / "hooked", methods=["random"])
+        with pytest.raises(gl.InputError, match="hooks at blocks.0.hook_mixer_out: whether they do what they did"):
+            run(model, out=tmp_path / "hooked", methods=["random"])
+    with torch.no_grad():
+        model.W_U[-1, -1] += 1
+    with pytest.raises(gl.InputError, match="weights was"):
+        run(model, out=tmp_path, methods=["random"])
+    with torch.no_grad():
+        model.W_U[-1, -1] -= 1
+    held = samples_of(model).samples
+    for change in (
+        {"input": [*held[1].input[:-1], (held[1].input[-1] + 1) % model.cfg.d_vocab]},
+        {"label": 5},
+        {"truth": (2,)},
+    ):
+        other = Listed("mine", [held[0], dataclasses.replace(held[1], **change), held[2]])
+        with pytest.raises(gl.InputError, match="holds another s1: the sample is not what it was"):
+            run(model, other, out=tmp_path, methods=["random"])
+    assert len(run(model, out=tmp_path, methods=["random", "lrp"]).table()) == 2, "the refused calls spoilt nothing"
+
+    edited(tmp_path / LINES, 1, ('"correct": false', '"correct":  true'))
+    with pytest.raises(gl.InputError, match=r"records\.jsonl, line 2 is broken: it is not as it was written"):
+        run(model, out=tmp_path, methods=["random"])
+    edited(tmp_path / LINES, 1, ('"correct":  true', '"correct": false'))
+    for key, value in (
+        ("gatedlens", "0.0.1"),
+        ("format", 1),
+        ("settings", "0"),
+        ("hooks", ["blocks.0.hook_mixer_out"]),
+    ):
+        text = (tmp_path / RUN).read_text()
+        (tmp_path / RUN).write_text(json.dumps({**json.loads(text), key: value}))
+        with pytest.raises(gl.InputError, match=f"holds another run: {key} was"):
+            run(model, out=tmp_path, methods=["random"])
+        (tmp_path / RUN).write_text(text)
+
+
+def test_another_image_or_mask_of_one_name_is_refused(tmp_path):
+    model = gl.HookedViM.tiny(seed=0)
+    run(model, out=tmp_path, methods=["random"])
+    held = samples_of(model).samples
+    for change in ({"input": held[1].input + 1e-9}, {"mask": 1 - held[1].mask}):
+        other = Listed("mine", [held[0], dataclasses.replace(held[1], **change), held[2]])
+        with pytest.raises(gl.InputError, match="holds another s1"):
+            run(model, other, out=tmp_path, methods=["random"])
+
+
+@pytest.mark.parametrize("cut", [1, 2, 4, 5])
+def test_it_goes_on_in_other_batches(model, cut, tmp_path):
+    """Stopped after any record, and continued in batches of another size: the same numbers."""
+    methods = ["lrp", "gradient_attention"]
+    want = run(model, methods=methods, batch_size=3)
+    run(model, methods=methods, out=tmp_path, batch_size=1)
+    lines = (tmp_path / LINES).read_text().splitlines(keepends=True)
+    (tmp_path / LINES).write_text("".join(lines[:cut]))
+    found = run(model, methods=methods, out=tmp_path)
+    assert found.to_dict()["samples"] == want.to_dict()["samples"]
+    for method in methods:
+        for protocol in found.protocols:
+            a, b = (one.curve(method, protocol).values for one in (found, want))
+            assert torch.allclose(a, b, rtol=2e-5, atol=1e-12), "six figures are kept"
+            clean = {"pruning": 0, "deletion": 0, "activation": -1, "insertion": -1}.get(protocol)
+            assert clean is None or torch.equal(a[:, clean], b[:, clean]), "an unchanged input is no other input"
 
 
 def test_a_call_that_measured_nothing_binds_nobody(tmp_path):

@@ -161,6 +161,30 @@ def test_ties_go_to_the_first_place(model):
     assert case.ranks(one.reshape(flat.shape), True, absolute=True).argsort(1)[0, 0] == 2
 
 
+def test_orders_do_not_hang_on_rounding(model):
+    """Scores that differ in their last digits give one order, at the level of pixels too."""
+    input = example(model)
+    case = Case.of(model, input, **nothing_of(model, ""))
+    scores = scores_of(model, input).round()  # many ties
+    for seed in range(5):
+        noisy = scores * 0.3 + 1e-15 * scores_of(model, input, seed=seed)
+        for choice in ({"most_first": True}, {"most_first": False}, {"most_first": False, "absolute": True}):
+            assert torch.equal(case.ranks(scores, **choice), case.ranks(noisy, **choice))
+
+
+def test_an_input_in_which_nothing_changed_answers_as_before(model):
+    """To the last bit, in whatever batch: its squared error is 0 and no rounding."""
+    input = example(model, 3)
+    case = Case.of(model, input, **nothing_of(model, ""))
+    rows = torch.tensor([2, 0, 1, 0])
+    values = case.values[rows].clone()
+    values[2] = case.nothing[0]
+    found = case.logits(values, rows)
+    assert torch.equal(found[[0, 1, 3]], case.clean[[2, 0, 0]]) and not torch.equal(found[2], case.clean[1])
+    assert torch.equal(case.logits(case.values, torch.arange(3)), case.clean)
+    assert (measured(model, "pruning", input, scores_of(model, input), batch_size=3).values[:, 0] == 0).all()
+
+
 def test_padding_and_kept_places_stay(lm):
     rows = [example(lm, 1, n, seed=n)[0] for n in (7, 4)]
     for side in ("left", "right"):

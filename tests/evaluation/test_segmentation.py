@@ -144,3 +144,59 @@ def test_an_attribution_is_a_map():
 def test_mistakes_are_explained(maps, masks, message):
     with pytest.raises(gl.InputError, match=message):
         segmentation(maps, masks)
+
+
+def test_a_mask_of_another_frame_is_refused():
+    """A wide image's own mask is not that of the square that was cut out of it."""
+    scores = torch.zeros(1, 14, 14)
+    scores[:, :, :7] = 1
+    wide = torch.zeros(1, 100, 300)
+    wide[:, :, 100:150] = 1
+    for mask in (wide, wide.mT, wide[:, :, :133], wide[:, :, :120]):
+        with pytest.raises(gl.InputError, match=r"another aspect ratio.*model.preprocess_mask\(mask\)"):
+            segmentation(scores, mask)
+    assert segmentation(scores, wide[:, :, 100:200]).mean_iou.value == 1
+    model = gl.HookedViM.tiny()
+    found = gl.attribution.random(model, torch.randn(1, *model.image_shape))
+    with pytest.raises(gl.InputError, match=r"\[24, 26\] and the images \[12, 12\]"):
+        segmentation(found, torch.zeros(1, 24, 26))
+    assert segmentation(found, torch.zeros(1, 24, 24)).pixel_accuracy.value >= 0
+
+
+def test_a_mask_is_cut_as_its_image_is():
+    """A mask that is the image itself, in black and white, stays so; what does not count stays that."""
+    image_module = pytest.importorskip("PIL.Image")
+    model = gl.HookedViM.tiny(img_size=64, patch_size=16, stride=16)
+    for height, width in ((100, 300), (90, 70), (64, 64), (73, 73)):
+        mask = torch.zeros(height, width, dtype=torch.long)
+        mask[: height // 2, width // 2 - 20 : width // 2] = 1
+        image = image_module.fromarray((mask * 255).to(torch.uint8).numpy()).convert("RGB")
+        seen = model.preprocess(image)
+        bright = (seen[0] - seen[0].min()) / (seen[0].max() - seen[0].min()) > 0.5
+        cut = model.preprocess_mask(mask)
+        assert cut.shape == (64, 64) and float((cut == bright).double().mean()) > 0.97
+        assert torch.equal(model.preprocess_mask(mask == 1), cut)
+        assert torch.equal(model.preprocess_mask(-mask), -cut)
+    small = gl.HookedViM.tiny()
+    exact = (draw(12, 12) > 0.5).long() - (draw(12, 12, seed=1) > 0.8).long()
+    assert torch.equal(small.preprocess_mask(exact), exact)
+    for wrong, message in (
+        (torch.zeros(1, 12, 12), r"\[height, width\].*shape \[1, 12, 12\]"),
+        (torch.full((12, 12), 255), "1 .the object., 0 and -1"),
+        (torch.zeros(13, 12), "The image is 12 x 13"),
+    ):
+        with pytest.raises(gl.InputError, match=message):
+            small.preprocess_mask(wrong)
+
+
+def test_numbers_do_not_hang_on_rounding():
+    """Maps that differ in their last digits, with values that are equal and one that is the mean: the same numbers."""
+    maps = torch.tensor([[[0.1, 0.3, 0.5], [0.3, 0.5, 0.7], [0.5, 0.7, 0.9]], [[0.2] * 3] * 3], dtype=torch.float64)
+    masks = torch.cat([(draw(1, 9, 9) > 0.5), (draw(1, 9, 9, seed=1) > 0.5)]).long()
+    want = segmentation(maps, masks)
+    assert not foreground(normalised(maps))[0].diagonal().flip(0)[1], "the mean is not above the mean"
+    for seed in range(5):
+        noise = torch.randn(maps.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        found = segmentation(maps * 3 + 1e-15 * noise, masks)
+        for name, values in vars(want).items():
+            assert torch.allclose(vars(found)[name], values, atol=1e-12), name

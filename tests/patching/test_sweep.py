@@ -161,7 +161,8 @@ def test_a_padded_batch(lm):
         (clean, mask), (corrupted, _) = padded(rows, side), padded(others, side)
         cache = caches(lm, clean, attention_mask=mask)
         for point in ("resid_pre", "mixer_out"):
-            measure = lambda logits, side=side: logits[:, 2 if side == "right" else -1, 3]  # noqa: E731
+            third = mask.long().argmax(1) + 2  # where each row's position 2 is in the input
+            measure = lambda logits, at=third: logits[torch.arange(3), at, 3]  # noqa: E731
             function = getattr(patching, f"get_act_patch_{point}")
             found = function(
                 lm, corrupted, cache, measure, attention_mask=mask, max_bytes=60_000, reduce="none", **QUIET
@@ -171,7 +172,9 @@ def test_a_padded_batch(lm):
                     name = f"blocks.{layer}.hook_{point}"
 
                     def patch(x, hook, pos=pos, clean=cache[name]):
-                        x[:, pos] = clean[:, pos]
+                        for row, own, real in zip(x, clean, mask, strict=True):  # noqa: B023
+                            places = real.nonzero().flatten()[pos : pos + 1]
+                            row[places] = own[places]
 
                     with torch.no_grad():
                         logits = lm.run_with_hooks(corrupted, fwd_hooks=[(name, patch)], attention_mask=mask)

@@ -1,0 +1,108 @@
+"""Options: what a user passes, held against the function's own annotations before anything runs.
+
+@checked
+def generate(model, input, max_new_tokens: int = 10, temperature: float = 1.0): ...
+
+generate(model, text, max_new_tokens="ten")   # InputError: generate(max_new_tokens='ten'): expected a whole number.
+
+The annotation is the one place where a kind is said. What it says in words that are not in `KINDS` (shapes, our own
+classes, what may be many things) is left to the function, which knows more of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any, ParamSpec, TypeVar
+
+from torch import Tensor
+
+from gatedlens.errors import InputError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it counts: an int, numpy's or torch's too, and no bool."""
+    if isinstance(value, bool):
+        return False
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
+
+
+def is_number(value: Any) -> bool:
+    """Whether it measures: a real number that is no bool and not NaN."""
+    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+
+
+# What each word of an annotation asks of a value, and how an error says it.
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "int": (is_whole, "a whole number"),
+    "float": (is_number, "a number"),
+    "bool": (lambda value: isinstance(value, bool), "True or False"),
+    "str": (lambda value: isinstance(value, str), "text"),
+    "None": (lambda value: value is None, "None"),
+    "slice": (lambda value: isinstance(value, slice), "a slice"),
+    "range": (lambda value: isinstance(value, range), "a range"),
+    "list": (lambda value: isinstance(value, list), "a list"),
+    "tuple": (lambda value: isinstance(value, tuple), "a tuple"),
+    "dict": (lambda value: isinstance(value, dict), "a dict"),
+    "Sequence": (lambda value: isinstance(value, Sequence) and not isinstance(value, str), "a list"),
+    "Iterable": (lambda value: isinstance(value, Iterable) and not isinstance(value, str), "a list"),
+    "Mapping": (lambda value: isinstance(value, Mapping), "a dict"),
+    "Callable": (callable, "a function"),
+    "Tensor": (lambda value: isinstance(value, Tensor), "a tensor"),
+    "Float": (lambda value: isinstance(value, Tensor), "a tensor"),
+    "Int": (lambda value: isinstance(value, Tensor), "a tensor"),
+    "Bool": (lambda value: isinstance(value, Tensor), "a tensor"),
+    "Shaped": (lambda value: isinstance(value, Tensor), "a tensor"),
+}
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """`@checked`: InputError, before the function runs, for an option that is not of the kind its annotation says."""
+    parameters = inspect.signature(function).parameters.values()
+    kinds = {parameter.name: kind for parameter in parameters if (kind := _kinds_of(parameter.annotation))}
+    names = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL]
+
+    @functools.wraps(function)
+    def asked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+            if name in kinds and not any(fits(value) for fits, _ in kinds[name]):
+                expected = " or ".join(dict.fromkeys(said for _, said in kinds[name]))
+                raise InputError(f"{function.__qualname__}({name}={_told(value)}): expected {expected}.")
+        return function(*args, **kwargs)
+
+    return asked
+
+
+def _kinds_of(annotation: Any) -> list[tuple[Callable[[Any], bool], str]]:
+    """What the words of an annotation ask; nothing, if one of them is not known here."""
+    words = [word.partition("[")[0].strip() for word in _alternatives(str(annotation))]
+    return [KINDS[word] for word in words] if all(word in KINDS for word in words) else []
+
+
+def _alternatives(annotation: str) -> list[str]:
+    """`int | list[int | str]` as `int`, `list[int | str]`: split at the bars that stand in no brackets."""
+    parts, depth = [""], 0
+    for sign in annotation:
+        depth += (sign == "[") - (sign == "]")
+        if sign == "|" and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return parts
+
+
+def _told(value: Any) -> str:
+    """A value as an error shows it: a tensor by its dtype and shape, and not all of what is long."""
+    said = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) and value.ndim else repr(value)
+    return said if len(said) <= 80 else f"{said[:77]}..."

@@ -1,0 +1,175 @@
+"""Tokenizers that are not transformers' work behind the same words or are named; broken files of them are named, too."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers.implementations import ByteLevelBPETokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import gatedlens as gl
+from gatedlens.hooks.mamba import HookedMamba
+from gatedlens.loading import BUNDLED
+
+RECALL, MOBY = BUNDLED / "mamba-recall", BUNDLED / "mamba-moby"
+WORDS = ("<s>", "a", "b", "c", "</s>")
+
+
+class Trie:
+    """As rwkv's TRIE_TOKENIZER: encode and decode, no options, no special ids."""
+
+    def encode(self, src):
+        return [WORDS.index(word) for word in src.split()]
+
+    def decode(self, tokens):
+        return " ".join(WORDS[i] for i in tokens)
+
+
+class Pieces(Trie):
+    """As sentencepiece's processor: special ids are methods, -1 for none."""
+
+    def bos_id(self):
+        return 0
+
+    def eos_id(self):
+        return 4
+
+    def pad_id(self):
+        return -1
+
+
+class Tiktoken(Trie):
+    """As tiktoken's Encoding: options of its own, a name, and only an end of text, which is looked up."""
+
+    name = "words"
+
+    def encode(self, text, *, allowed_special=frozenset()):
+        assert allowed_special == "all", "special tokens that are written out in a text are read"
+        return super().encode(text)
+
+    @property
+    def eot_token(self):
+        return {"</s>": 4}["</s>"]
+
+
+Tiktoken.__module__ = "tiktoken.core"
+
+
+class Nameless(Trie):
+    @property
+    def eot_token(self):
+        raise KeyError("<|endoftext|>")
+
+
+def words():
+    """A `tokenizers.Tokenizer` of WORDS, whose special tokens are named as usual."""
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="a"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    return inner
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "bos", "eos"),
+    [(Trie(), None, None), (Pieces(), 0, 4), (Tiktoken(), None, 4), (Nameless(), None, None), (words(), 0, 4)],
+)
+def test_other_tokenizers_work(tokenizer, bos, eos):
+    model = HookedMamba.tiny()
+    model.set_tokenizer(tokenizer)
+    assert (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id) == (bos, eos)
+    assert model.to_tokens("a b c").tolist() == [[1, 2, 3] if bos is None else [0, 1, 2, 3]]
+    assert model.to_str_tokens("a b", prepend_bos=False) == ["a", "b"] and model.to_single_token("c") == 3
+    assert model.to_string([1, 2]) == "a b"
+    assert model.tokenizer.decode([0, 1, 2, 4], skip_special_tokens=True).split() == [
+        word for i, word in enumerate(WORDS) if i in (0, 1, 2, 4) and i not in (bos, eos)
+    ]
+    assert model(["a b c", "a"]).shape[0] == 2, "rows of unequal length are padded"
+    ids = model.generate(torch.tensor([[1, 2]]), max_new_tokens=2, verbose=False)
+    assert ids.shape[1] <= 4
+    with pytest.raises(gl.InputError, match="cannot encode"):
+        model.set_tokenizer(Trie())
+        model.to_tokens("unknown")
+
+
+def test_the_tokenizers_library():
+    """Its Tokenizer becomes transformers' fast one, which also tells places; its ready-made ones work."""
+    own = gl.wrap(HookedMamba.tiny().wrapped, words()).tokenizer
+    assert isinstance(own, PreTrainedTokenizerFast) and own("a b", return_offsets_mapping=True)["offset_mapping"]
+    model = HookedMamba.tiny(vocab_size=300)
+    made = ByteLevelBPETokenizer()
+    made.train_from_iterator(["a b c"], vocab_size=260)
+    model.set_tokenizer(made)
+    assert model.to_string(model.to_tokens("b a")[0]) == "b a"
+    real = AutoTokenizer.from_pretrained(MOBY)
+    model.set_tokenizer(real)
+    assert model.tokenizer is real, "transformers' stay what they are"
+
+
+@pytest.mark.parametrize("wrong", [3, object(), Trie, lambda text: [1], ["a", "b"], {"a": 1}])
+def test_what_is_no_tokenizer_is_named(wrong):
+    with pytest.raises(gl.InputError, match=r"tokenizer is .*encode\(text\) and decode\(ids\)"):
+        gl.wrap(HookedMamba.tiny().wrapped, wrong)
+
+    class Processor:
+        tokenizer = wrong
+
+    with pytest.raises(gl.InputError, match="pass its `.tokenizer`"):
+        HookedMamba.tiny().set_tokenizer(Processor())
+
+
+def test_folders_of_tokenizers(tmp_path):
+    for tokenizer in (str(MOBY), MOBY):
+        model = gl.from_pretrained("gatedlens/mamba-recall", tokenizer=tokenizer, device="cpu")
+        assert model.tokenizer.bos_token_id == 256
+        assert gl.wrap(model.wrapped, tokenizer).tokenizer.bos_token_id == 256
+    for wrong in (tmp_path, tmp_path / "nowhere", MOBY / "tokenizer.json", MOBY.parent / "vim-digits"):
+        with pytest.raises(gl.CheckpointError, match=str(wrong)):
+            gl.from_pretrained("gatedlens/mamba-recall", tokenizer=str(wrong), device="cpu", local_files_only=True)
+
+
+def test_an_unknown_word_is_no_word():
+    """The recall models' tokenizer has an unknown token, so that other tools can boot it; here it stays an error."""
+    inner = AutoTokenizer.from_pretrained(RECALL)
+    assert inner.encode("whale") == [30] and inner.unk_token == "<unk>", "the model reads ids 0 to 29"
+    model = gl.from_pretrained("gatedlens/mamba-recall", device="cpu")
+    assert model.cfg.d_vocab == 30 and model.to_tokens("A 3 ? A").tolist() == [[0, 2, 16, 1, 2]]
+    with pytest.raises(gl.InputError, match=r"does not know all words of 'A whale'. It knows only: 1 2 3"):
+        model.to_tokens("A whale")
+
+
+def test_broken_files_are_named(tmp_path):
+    """Each key of each file dropped, nulled and retyped, bytes cut and flipped: it loads, or the file is named."""
+    whole = shutil.copytree(MOBY, tmp_path / "model")
+    wrongs = 0
+
+    def loads():
+        try:
+            gl.from_pretrained(whole, device="cpu")
+        except gl.CheckpointError as error:
+            assert str(whole) in str(error)
+            return False
+        return True
+
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = whole / name
+        held = path.read_bytes()
+        said = json.loads(held)
+        for key in said:
+            for value in (None, [3]):
+                path.write_text(json.dumps({**said, key: value}))
+                wrongs += not loads()
+            path.write_text(json.dumps({k: v for k, v in said.items() if k != key}))
+            wrongs += not loads()
+        for text in (b"", b"{", b"[]", b"\xff\xfe", held[: len(held) // 2], b'{"a": 1, "a": 2}'):
+            path.write_bytes(text)
+            assert not loads(), (name, text[:20])
+        path.unlink()
+        path.mkdir()
+        assert not loads()
+        path.rmdir()
+        path.write_bytes(held)
+    assert loads() and wrongs > 5
