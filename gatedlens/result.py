@@ -18,11 +18,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.rounding import figures
@@ -30,6 +29,7 @@ from gatedlens.saved import Fields, is_number, read_json, write_json, write_whol
 from gatedlens.tensorlike import Tensorlike
 
 FORMAT = 1  # of the JSON
+R = TypeVar("R", bound="Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +157,7 @@ class Result(Tensorlike):
         }
 
     @classmethod
-    def from_dict(cls, data: Any, where: str | Path = "This") -> Self:
+    def from_dict(cls: type[R], data: Any, where: str | Path = "This") -> R:
         """The Result of a `to_dict()`; its values are float64. InputError names the field that is not as it should be."""
         fields = Fields(data, "result", where)
         fields.format(FORMAT)
@@ -199,7 +199,7 @@ class Result(Tensorlike):
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> Result:
+    def load(cls: type[R], path: str | Path) -> R:
         """What `save` wrote as JSON."""
         return cls.from_dict(read_json(path, "result"), path)
 

@@ -142,7 +142,8 @@ class Fields:
     def numbers(self, name: str) -> list[float | None]:
         """Numbers, with null for those that were not measured."""
         expected = "a list of numbers (null: not measured)"
-        return self.get(name, expected, lambda v: isinstance(v, list) and all(n is None or is_number(n) for n in v))
+        found = self.get(name, expected, lambda v: isinstance(v, list) and all(n is None or is_number(n) for n in v))
+        return [None if n is None else float(n) for n in found]
 
     def fields(self, name: str) -> Mapping[str, Any]:
         """Fields within the field."""

@@ -16,12 +16,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from typing_extensions import Self
 
 from gatedlens.errors import InputError
 from gatedlens.grid import Grid
@@ -29,6 +28,7 @@ from gatedlens.result import Result
 from gatedlens.rounding import order
 from gatedlens.saved import Fields, is_number
 
+R = TypeVar("R", bound="Attribution")
 TEXT, IMAGE = ("batch", "pos"), ("batch", "row", "column")
 
 
@@ -67,7 +67,7 @@ class Attribution(Result):
         return torch.tensor(self.facts["explained"], dtype=torch.float64)
 
     @classmethod
-    def from_dict(cls, data: Any, where: str | Path = "This") -> Self:
+    def from_dict(cls: type[R], data: Any, where: str | Path = "This") -> R:
         """The Attribution of a `to_dict()`. InputError names the field that is not as it should be."""
         found = super().from_dict(data, where)
         shape = (found.shape[0], math.prod(found.shape[1:])) if found.axes else (1, 1)
