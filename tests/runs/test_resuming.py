@@ -36,11 +36,14 @@ class Stops:
 class Tools:
     """Every tool on one model, each called alike: tools["patching"](metric, results=...) gives a Result."""
 
-    def __init__(self, model):
+    def __init__(self, model, mask=None):
         self.model = model
-        self.clean, self.corrupted = example(model, 2), example(model, 2, seed=1)
+        self.clean, self.corrupted = clean, _ = example(model, 2), example(model, 2, seed=1)
+        if mask is not None:
+            self.clean, self.corrupted = (self.clean, mask), (self.corrupted, mask)
+        points, options = ["blocks.*.hook_*", "hook_logits"], {} if mask is None else {"attention_mask": mask}
         with torch.no_grad():
-            self.cache = model.run_with_cache(self.clean, names_filter=["blocks.*.hook_*", "hook_logits"])[1]
+            self.cache = model.run_with_cache(clean, names_filter=points, **options)[1]
 
     def patching(self, metric, point="blocks.*.hook_mixer_out", **options):
         return patching.sweep(
@@ -84,7 +87,23 @@ def equal(found, want):
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_every_tool_goes_on_where_it_was_stopped(model, name, tmp_path):
-    run, path = Tools(model)[name], tmp_path / "results.json"
+    _goes_on(Tools(model)[name], name, tmp_path / "results.json")
+    assert not model.list_hooks()
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_so_does_every_tool_in_padded_rows(small, name, tmp_path):
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[1, 6] = False
+    run = Tools(small.model, mask)[name]
+    _goes_on(run, name, tmp_path / "results.json")
+    with pytest.raises(patching.Interrupted):
+        run(Stops(TOOLS[name]), results=tmp_path / "left.json")
+    with pytest.raises(gl.InputError, match="another sweep"):
+        Tools(small.model, mask.flip(1))[name](METRIC, results=tmp_path / "left.json")
+
+
+def _goes_on(run, name, path):
     want = run(METRIC)
     with pytest.raises(patching.Interrupted, match="measured and saved; the same call with results=") as stop:
         run(Stops(TOOLS[name]), results=path)
@@ -93,7 +112,6 @@ def test_every_tool_goes_on_where_it_was_stopped(model, name, tmp_path):
     assert torch.equal(part.values.isnan(), stop.value.results.values.cpu().isnan())
     done = ~part.values.isnan()
     assert torch.allclose(part.values[done], want.values.double()[done], rtol=1e-9, atol=1e-10)
-    assert not model.list_hooks()
     calls = Stops(10**9)
     assert equal(run(calls, results=path), want)
     again = Stops(10**9)
