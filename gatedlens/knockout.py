@@ -25,26 +25,27 @@ transformers (Geva et al. 2023, arXiv 2304.14767) is `cut_renormalised`; in Mamb
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from gatedlens import inputs
 from gatedlens.ablation import Index, Intervention
 from gatedlens.cutting import Cut, Way, share, token, write
 from gatedlens.edges import Edges
 from gatedlens.errors import InputError
-from gatedlens.hooking import Batch
 from gatedlens.layers import layers_of
-from gatedlens.metrics import Metric, measure
-from gatedlens.patching.baseline import Baseline
+from gatedlens.metrics import Metric
 from gatedlens.positions import columns, listed
 from gatedlens.result import Result
+from gatedlens.runs.baseline import Baseline
+from gatedlens.runs.cells import Cell, Plan
+from gatedlens.runs.engine import Effort, Question, answer
+from gatedlens.runs.meter import Meter
 
 How = Callable[..., Intervention]
 
@@ -99,6 +100,7 @@ def _cut(way: Way, src: Any, dst: Any, layers: Any, scan: str | None, index: Map
 # -- sweeping -------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def sweep(
     model: Any,
     input: Any,
@@ -112,6 +114,8 @@ def sweep(
     attention_mask: Tensor | None = None,
     max_rows: int = 64,
     progress: bool = True,
+    results: Any = None,
+    max_bytes: int | None = None,
     **index: Index,
 ) -> Result:
     """`sweep(model, tokens, metric, dst=-1, src={"subject": subject_pos, "rest": [5, 6]}, window=3).plot()`
@@ -120,38 +124,55 @@ def sweep(
     of `window` of the `layers` around the layer (shorter at the ends). -1: all of the metric is gone; 0: nothing
     happened, also where a target cannot see the source, or in a row that is too short to have it. src: None for every
     position by itself, a dict of names to positions, or a list of positions. how: `cut`, `cut_scan` or `cut_renormalised`.
-    Many cells run in one batch of at most `max_rows` rows (or one cell), from the first layer of their window on. Geva et
-    al. 2023 (arXiv 2304.14767).
+    Many cells run in one batch of at most `max_rows` rows (or one cell), from the first layer of their window on. results,
+    max_bytes: as in every sweep, `gl.patching.Options`: a path to which results are written as they come and from which an
+    interrupted sweep goes on, or an interrupted Result; about how much a batch may take. Geva et al. 2023 (arXiv
+    2304.14767).
     """
     chosen = layers_of(model, layers)
     if not 1 <= window <= len(chosen):
         raise InputError(f"window={window}: give 1 to {len(chosen)}, the number of layers.")
     windows = [chosen[max(0, c - window // 2) : c + (window + 1) // 2] for c in range(len(chosen))]
-    cells = _Cells(Baseline(model, input, attention_mask), metric, dst, partial(how, scan=scan, **index))
-    groups = _sources(cells.run, src)
-    size = 1 if cells.run.alone else max(1, max_rows // cells.run.rows)
-    values = torch.zeros(len(windows), len(groups), dtype=torch.float64)
-    with torch.no_grad(), tqdm(total=values.numel(), desc="knockout", disable=not progress) as bar:
-        streams, clean = cells.clean({some[0] for some in windows})
-        for row, some in zip(values, windows, strict=True):
-            for first in range(0, len(groups), size):
-                part = slice(first, first + size)
-                row[part] = cells.cut(streams[some[0]], some, list(groups.values())[part], verify=first == 0)
-                bar.update(len(row[part]))
+    run = Baseline(model, input, attention_mask)
+    groups = _sources(run, src)
+    targets = run.mask_of(dst, "dst")
+    made = partial(how, scan=scan, **index)
+    cells = [
+        _Cell((row, column), (), some, sources, targets, made)
+        for row, some in enumerate(windows)
+        for column, sources in enumerate(groups.values())
+    ]
+    labels: dict[str, list[Any]] = {
+        "layer": list(chosen),
+        "src": inputs.labels(model, run.batch) if src is None else list(groups),
+    }
+    where = f" to {dst}" if isinstance(dst, int) else ""
+    title = f"Knockout ({how.__name__}): source{where}, window {window}"
+    plan = Plan(("layer", "src"), labels, (len(windows), len(groups)), tuple(cells), title)
+
+    meter = Meter(metric, "mean", run.rows)
+    changing = run.prepare(cells)
+    low = meter(run.logits, "Without a cut").double().cpu()
+    clean = float(low)
+    if abs(clean) < 1e-12:
+        raise InputError(f"The metric is {clean:.3g} without a cut: a change cannot be put in relation to it.")
     facts = {
         "model": model.cfg.model_name,
         "clean": clean,
         "window": window,
-        "dst": listed(cells.dst, inputs.real(model, cells.run.batch)),
+        "dst": listed(targets, inputs.real(model, run.batch)),
         "how": how.__name__,
     }
-    labels: dict[str, list[Any]] = {
-        "layer": list(chosen),
-        "src": inputs.labels(model, cells.run.batch) if src is None else list(groups),
-    }
-    where = f" to {dst}" if isinstance(dst, int) else ""
-    title = f"Knockout ({how.__name__}): source{where}, window {window}"
-    return Result((values - clean) / abs(clean), ("layer", "src"), labels, title, "(metric - clean) / |clean|", facts)
+    question = Question(
+        plan,
+        meter,
+        lambda cell, value: (value.double() - clean) / abs(clean),
+        value="(metric - clean) / |clean|",
+        verb="cut",
+        facts=facts,
+        unit=abs(clean),
+    )
+    return answer(question, [run], changing, low, Effort(results, max_bytes, max_rows, progress))
 
 
 def _sources(run: Baseline, src: Any) -> dict[Any, Bool[Tensor, "batch pos"]]:
@@ -160,41 +181,28 @@ def _sources(run: Baseline, src: Any) -> dict[Any, Bool[Tensor, "batch pos"]]:
     return {name: run.as_run(mask) for name, mask in found.items()}
 
 
-class _Cells:
-    """The cells of a sweep over one run: `how(src, dst, layers)` makes the cut of each."""
+@dataclass(frozen=True)
+class _Cell(Cell):
+    """All edges from `src` to `dst` cut in `layers`; `how(src, dst, layers)` makes the cut."""
 
-    def __init__(self, run: Baseline, metric: Metric, dst: Any, how: How):
-        self.run = run
-        self.metric = metric
-        self.how = how
-        self.dst = run.mask_of(dst, "dst")
+    layers: Sequence[int]
+    src: Bool[Tensor, "batch pos"]
+    dst: Bool[Tensor, "batch pos"]
+    how: How
 
-    def clean(self, layers: set[int]) -> tuple[dict[int, Tensor], float]:
-        """(the residual stream before each of `layers`, the metric) without a cut; runs then go on from the first target."""
-        run, names = self.run, {layer: f"blocks.{layer}.hook_resid_pre" for layer in layers}
-        run.base, cache = run.model.run_with_cache(run.batch, names_filter=list(names.values()))
-        value = float(measure(self.metric, run.logits).double().mean())
-        if abs(value) < 1e-12:
-            raise InputError(f"The metric is {value:.3g} without a cut: a change cannot be put in relation to it.")
-        run.advance(run.earliest(int(self.dst.any(0).nonzero()[0])))
-        return {layer: cache[name] for layer, name in names.items()}, value
+    @cached_property
+    def first(self) -> int:
+        return int(self.dst.any(0).nonzero()[0])
 
-    def cut(
-        self, stream: Tensor, layers: Sequence[int], sources: Sequence[Tensor], verify: bool
-    ) -> Float[Tensor, " cell"]:
-        """The metric of each cell, all in one batch."""
-        edges = Edges(((torch.cat(list(sources)), self.dst.repeat(len(sources), 1)),), strict=False)
-        cuts = _with(self.how(0, 0, layers=layers), edges=edges, verify=verify)
-        logits = self._logits(cuts, stream.repeat(len(sources), 1, 1), layers)
-        return torch.stack([measure(self.metric, self.run.whole(own)).double().mean() for own in logits]).cpu()
+    def entry(self, run: Baseline) -> int:
+        return self.layers[0]
 
-    def _logits(self, cuts: Intervention, streams: Tensor, layers: Sequence[int]) -> Tensor:
-        """[cell batch ...], from the run's start on."""
-        run, behind = self.run, layers[-1] + 1
-        with cuts.on(run.model):
-            if run.alone:
-                return run.model(run.batch).unsqueeze(0)
-            mask = run.batch.mask
-            many = Batch(streams, None if mask is None else mask.repeat(len(streams) // run.rows, 1), is_resid=True)
-            streams = run.model(many, start_at_layer=layers[0], stop_at_layer=behind)
-        return run.onward(streams, behind)
+    def behind(self, run: Baseline) -> int:
+        """What a target reads stands before it, so the layers that are cut have all their positions."""
+        return self.layers[-1] + 1
+
+    def hooks(self, cells: Sequence[Any], run: Baseline) -> list[tuple[str, Any]]:
+        """One cut in the rows of all of them. The first source's batch of a window verifies that a cut is exact."""
+        edges = Edges(((torch.cat([cell.src for cell in cells]), self.dst.repeat(len(cells), 1)),), strict=False)
+        cuts = _with(self.how(0, 0, layers=self.layers), edges=edges, verify=self.place[-1] == 0)
+        return cuts.hooks(run.model)

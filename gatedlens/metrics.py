@@ -87,6 +87,12 @@ def real_positions(logits: Float[Tensor, "batch pos d_vocab"]) -> Bool[Tensor, "
     return logits.rows.real
 
 
+def by_rows(logits: Float[Tensor, "many ..."], rows: int) -> list[Tensor]:
+    """The parts of `rows` rows each, which know what the whole knew."""
+    parts, mask = logits.split(rows), _mask(logits)
+    return [*parts] if mask is None else [Logits.of(*one) for one in zip(parts, mask.split(rows), strict=True)]
+
+
 def _tell_of_padding(logits: Tensor) -> None:
     """A warning if a metric read right-padded rows and never asked where they end."""
     if isinstance(logits, Logits) and not logits.rows.asked and not bool(logits.rows.real[:, -1].all()):

@@ -75,11 +75,15 @@ def columns(given: Any, what: str, real: Bool[Tensor, "batch pos"]) -> dict[Any,
         given = given.tolist()
     elif isinstance(given, SupportsIndex):
         given = [operator.index(given)]
-    if not isinstance(given, Mapping):
+    named = isinstance(given, Mapping)
+    if not named:
         given = {operator.index(one) if is_number(one) else str(one): one for one in given}
     if not given:
         raise InputError(f"{what} is empty: give positions, a dict of names to positions, or None for all.")
-    return {name: _column(one, f"{what} {name!r}", real, longest) for name, one in given.items()}
+    return {
+        name: _column(one, f"{what} {name!r}" + (f"={one!r}" if named and is_number(one) else ""), real, longest)
+        for name, one in given.items()
+    }
 
 
 def _column(given: Any, what: str, real: Tensor, longest: int) -> Bool[Tensor, "batch pos"]:
@@ -87,7 +91,7 @@ def _column(given: Any, what: str, real: Tensor, longest: int) -> Bool[Tensor, "
         return mask_of(given, what, real)
     number = operator.index(given)
     if not -longest <= number < longest:
-        raise InputError(f"{what}={number} is out of range: the longest row has {longest} positions.")
+        raise InputError(f"{what} is out of range: the longest row has {longest} positions.")
     counts = real.sum(1, keepdim=True)
     return real & (real.cumsum(1) - 1 == (number if number >= 0 else counts + number))
 

@@ -13,6 +13,7 @@ What sweeps, knockouts, traces and attributions give back. It also stands wherev
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.rounding import figures
-from gatedlens.saved import Fields, is_number, read_json, write_json
+from gatedlens.saved import Fields, is_number, read_json, write_json, write_whole
 from gatedlens.tensorlike import Tensorlike
 
 FORMAT = 1  # of the JSON
@@ -183,17 +184,18 @@ class Result(Tensorlike):
 
     def _write_cells(self, path: Path) -> Path:
         columns = [name for axis in self.axes for name in ((axis, f"{axis}_label") if axis in self.labels else (axis,))]
-        with path.open("w", newline="", encoding="utf-8") as file:
-            rows = csv.DictWriter(file, [*columns, "value"])
-            rows.writeheader()
-            for i in range(self.values.numel()):
-                cell = self._cell(i)
-                rows.writerow(
-                    {
-                        **{name: cell.get(name, cell.get(name.removesuffix("_label"))) for name in columns},
-                        "value": cell["value"],
-                    }
-                )
+        text = io.StringIO(newline="")
+        rows = csv.DictWriter(text, [*columns, "value"])
+        rows.writeheader()
+        for i in range(self.values.numel()):
+            cell = self._cell(i)
+            rows.writerow(
+                {
+                    **{name: cell.get(name, cell.get(name.removesuffix("_label"))) for name in columns},
+                    "value": cell["value"],
+                }
+            )
+        write_whole(path, text.getvalue().encode())
         return path
 
     @classmethod

@@ -1,6 +1,7 @@
 """Saved files: what a user's values are written to and read from; what is no such file is explained.
 
 write_json(path, value.to_dict()); data = read_json(path, "result")
+write_whole(path, data)            # a file that is replaced: all or nothing, whatever stops it
 tensors, meta = read_tensors(path)
 fields = Fields(data, "result", path); fields.words("axes")      # each field by its kind, or an error that names it
 """
@@ -8,7 +9,10 @@ fields = Fields(data, "result", path); fields.words("axes")      # each field by
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +25,55 @@ MISSING: Any = object()  # in place of a field that is not there
 
 
 def write_json(path: str | Path, data: Mapping[str, Any]) -> Path:
-    """Write JSON, and return the path; InputError, and nothing is written, for what JSON cannot hold."""
-    Path(path).write_text(as_json(path, data), encoding="utf-8")
+    """Write JSON, and return the path; a file that was there is replaced whole, or not at all.
+
+    InputError, and nothing is written, for what JSON cannot hold.
+    """
+    write_whole(Path(path), as_json(path, data).encode())
     return Path(path)
 
 
-def as_json(path: str | Path, data: Mapping[str, Any]) -> str:
-    """`data` as JSON; InputError that names the field which JSON cannot hold."""
-    return "{\n" + ",\n".join(f"{json.dumps(name)}: {_json_of(path, name, data[name])}" for name in data) + "\n}"
-
-
-def _json_of(path: str | Path, name: str, value: Any) -> str:
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`, all or nothing, also when the machine stops."""
+    path = path.resolve()  # behind a link lies the file that is meant
+    if path.exists() and not path.is_file():  # a pipe, a device
+        path.write_bytes(data)
+        return
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        return json.dumps(value, indent=1)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder last; Windows knows no such thing."""
+    if sys.platform == "win32":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def as_json(path: str | Path, data: Mapping[str, Any], indent: int | None = 1) -> str:
+    """`data` as JSON; InputError that names the field which JSON cannot hold. indent=None is faster to write."""
+    return (
+        "{\n" + ",\n".join(f"{json.dumps(name)}: {_json_of(path, name, data[name], indent)}" for name in data) + "\n}"
+    )
+
+
+def _json_of(path: str | Path, name: str, value: Any, indent: int | None) -> str:
+    try:
+        return json.dumps(value, indent=indent)
     except (TypeError, ValueError) as error:
         raise InputError(f"{path} is not written: JSON cannot hold the field {name!r} ({error}).") from error
 

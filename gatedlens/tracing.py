@@ -10,29 +10,32 @@
                    - metric(corrupted)
 
 the indirect effect, mean over noise samples and rows; windows end where the model does. Meng et al. 2022 (arXiv
-2202.05262); for Mamba Sharma, Atkinson and Bau 2024 (arXiv 2404.03646). Many restorations run in one batch.
+2202.05262); for Mamba Sharma, Atkinson and Bau 2024 (arXiv 2404.03646). Many restorations run in one batch, from the
+layer and position on at which they are made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from gatedlens import inputs
 from gatedlens.corruption import EMBED, Corruption, marked_by
 from gatedlens.errors import InputError, PointError
 from gatedlens.hooking import Batch
-from gatedlens.hookpoint import HookPoint
-from gatedlens.metrics import Logits, Metric, per_row
+from gatedlens.metrics import Logits, Metric
+from gatedlens.padding import Padding
 from gatedlens.positions import columns as columns_of
 from gatedlens.positions import listed, one_a_row
 from gatedlens.result import Result
+from gatedlens.runs.baseline import Baseline
+from gatedlens.runs.cells import Cell, Plan, PutByRow
+from gatedlens.runs.engine import Effort, Question, answer
+from gatedlens.runs.meter import Meter
 
 Positions = Any  # see `causal_trace`
 
@@ -54,6 +57,8 @@ def causal_trace(
     attention_mask: Tensor | None = None,
     max_rows: int = 64,
     progress: bool = True,
+    results: Any = None,
+    max_bytes: int | None = None,
 ) -> Result:
     """The indirect effect of every (layer, position), a Result layer x pos; see the head of this file.
 
@@ -64,8 +69,9 @@ def causal_trace(
     out. window: so many layers at once. positions: which to restore (all), each by itself (a row that lacks it takes no
     part in it), or a mapping of labels to a position, or to one a row: {"key": key_pos, "last": -1}. noise: its standard
     deviation, as a multiple of the embeddings'; samples: draws of it, the same for all cells. attention_mask: of inputs
-    that are no pairs. max_rows: rows in one forward at most (memory). Facts of the result: `clean` and `corrupted` (the
-    metric), `total_effect`, what was corrupted and how.
+    that are no pairs. max_rows: rows in one forward at most (memory), max_bytes: about how many bytes. results: as in
+    every sweep, `gl.patching.Options`: a path to which results are written as they come, or an interrupted Result. Facts
+    of the result: `clean` and `corrupted` (the metric), `total_effect`, what was corrupted and how.
     """
     _check_numbers(window, samples, max_rows, noise)
     batch = inputs.ready(model, clean, attention_mask=attention_mask)
@@ -82,85 +88,65 @@ def causal_trace(
             )
         other = inputs.ready(model, corrupt, attention_mask=attention_mask)
         corruption = Corruption.counterfactual(model, batch, cache[EMBED], other)
-    runs = Runs(model, metric, corruption, {layer: cache[name] for layer, name in layers.items()}, layers)
     columns = _columns(positions, real)
     names = [
         _name(label, mask, real, inputs.labels(model, batch), corruption.marked) for label, mask in columns.items()
     ]
-    places = [mask.long().argmax(1) for mask in columns.values()]  # of a row without it the first, which does not count
+    padding = Padding.of(batch.mask)
+    edits = {layer: _restoring(model, name, cache[name], padding) for layer, name in layers.items()}
     windows = [_window(layer, window, list(layers)) for layer in layers]
-    cells = [(chosen, place) for chosen in windows for place in places]
-
-    good, bad = per_row(metric, Logits.of(out, batch.mask)), runs.corrupted(max_rows)  # [batch], [sample, batch]
-    effects = runs.restored(cells, max_rows, progress) - bad  # cell, sample, batch
-    there = torch.stack([mask.any(1) for mask in columns.values()])  # place, batch
-    effects = effects.reshape(len(windows), len(places), *effects.shape[1:]).mean(2)
-    weights = there.to(effects)
-    values = (effects * weights).sum(-1) / weights.sum(-1)  # the mean over the rows that have the position
-    facts = {
-        "model": model.cfg.model_name, "point": point, "window": window, "clean": float(good.mean()),
-        "corrupted": float(bad.mean()), "total_effect": float(good.mean() - bad.mean()), **corruption.facts,
-    }  # fmt: skip
+    cells = [
+        Cell((row, column), tuple(edits[one](mask) for one in chosen))
+        for row, chosen in enumerate(windows)
+        for column, mask in enumerate(columns.values())
+    ]
     what = f"{point} restored" + (f", {window} layers at once" if window > 1 else "")
     labels: dict[str, list[Any]] = {"layer": list(layers), "pos": names}
-    return Result(values, ("layer", "pos"), labels, f"Causal trace: {what}", "indirect effect", facts)
+    plan = Plan(("layer", "pos"), labels, (len(windows), len(columns)), tuple(cells), f"Causal trace: {what}")
+
+    meter = Meter(metric, "none", len(batch.value))
+    good = float(meter(Logits.of(out, batch.mask), "In the clean run").mean())
+    runs = _runs(model, corruption, max_rows)
+    changing = set().union(*(run.prepare(cells) for run in runs))
+    bad = torch.cat([meter(run.logits, "In the corrupted run") for run in runs], dim=1)
+    there = torch.stack([mask.any(1) for mask in columns.values()]).to(bad)  # place, batch
+
+    def effect(cell: Cell, value: Tensor) -> Tensor:
+        """The mean over samples, and over the rows that have the position."""
+        weights = there[cell.place[1]]
+        by_row = (value - bad).reshape(-1, len(batch.value)).mean(0)
+        return (by_row * weights).sum() / weights.sum()
+
+    low = float(bad.mean())
+    facts = {
+        "model": model.cfg.model_name, "point": point, "window": window, "clean": good, "corrupted": low,
+        "total_effect": good - low, **corruption.facts,
+    }  # fmt: skip
+    question = Question(plan, meter, effect, value="indirect effect", verb="restored", facts=facts)
+    return answer(question, runs, changing, bad, Effort(results, max_bytes, max_rows, progress))
 
 
-@dataclass(frozen=True, eq=False)
-class Runs:
-    """Corrupted forwards with something restored, many in one batch. A unit is a whole batch of rows: (cell, sample)."""
+def _runs(model: Any, corruption: Corruption, max_rows: int) -> list[Baseline]:
+    """The corrupted runs: as many samples of the noise in one as `max_rows` allow."""
+    batch, added = corruption.batch, corruption.added
+    if added is None:
+        return [Baseline(model, batch)]
+    # Hooks of the user's own may depend on the rows of the batch: then each sample is a run by itself.
+    size = 1 if model.is_hooked() else max(1, max_rows // len(batch.value))
+    found = []
+    for noise in added.split(size):
+        mask = None if batch.mask is None else torch.cat([batch.mask] * len(noise))
+        repeated = Batch(torch.cat([batch.value] * len(noise)), mask)
+        found.append(Baseline(model, repeated, noise=noise.flatten(0, 1)))
+    return found
 
-    model: Any
-    metric: Metric
-    corruption: Corruption
-    clean: Mapping[int, Tensor]  # what is restored, by layer
-    names: Mapping[int, str]
 
-    def corrupted(self, max_rows: int) -> Float[Tensor, "sample batch"]:
-        """The metric with nothing restored."""
-        return self.restored([((), torch.zeros(0, dtype=torch.long))], max_rows, False)[0]
-
-    def restored(
-        self, cells: Sequence[tuple[Sequence[int], Int[Tensor, " some"]]], max_rows: int, progress: bool
-    ) -> Float[Tensor, "cell sample batch"]:
-        """The metric of every (layers, position of each row)."""
-        samples = self.corruption.samples
-        units = [(cell, sample) for cell in cells for sample in range(samples)]
-        # Hooks of the user's own may depend on the rows of the batch: then each unit is a run by itself.
-        size = 1 if self.model.is_hooked() else max(1, max_rows // len(self.corruption.batch.value))
-        starts = tqdm(range(0, len(units), size), disable=not progress, desc="causal trace", unit="batch")
-        values = [value for start in starts for value in self._together(units[start : start + size])]
-        return torch.stack(values).reshape(len(cells), samples, -1)
-
-    def _together(self, units: Sequence[Any]) -> Iterator[Tensor]:
-        """The metric of some units [batch] each, by one forward."""
-        batch, n = self.corruption.batch, len(units)
-        mask = None if batch.mask is None else torch.cat([batch.mask] * n)
-        repeated = Batch(torch.cat([batch.value] * n), mask)
-        hooks: list[tuple[str, Callable[..., Tensor]]] = []
-        if self.corruption.added is not None:
-            added = torch.cat([self.corruption.added[sample] for _, sample in units])
-            hooks.append((EMBED, lambda x, hook: x + added))
-        chosen = sorted({layer for (layers, _), _ in units for layer in layers})
-        hooks += [(self.names[layer], self._restore(layer, units)) for layer in chosen]
-        with self.model.hooks(hooks):
-            logits = self.model(repeated)
-        for part in logits.chunk(n):
-            yield per_row(self.metric, Logits.of(part, batch.mask))
-
-    def _restore(self, layer: int, units: Sequence[Any]) -> Callable[..., Tensor]:
-        """A hook that puts the clean values of a layer back, at each unit's position in each of its rows."""
-        clean = self.clean[layer]
-        rows = len(clean)
-        here = [(unit, at) for unit, ((layers, at), _) in enumerate(units) if layer in layers]
-        row = torch.cat([unit * rows + torch.arange(rows) for unit, _ in here]).to(clean.device)
-        pos = torch.cat([at for _, at in here]).to(clean.device)
-
-        def restore(x: Tensor, hook: HookPoint) -> Tensor:
-            x.movedim(hook.pos_dim or 1, 1)[row, pos] = clean.movedim(hook.pos_dim or 1, 1)[row % rows, pos]
-            return x
-
-        return restore
+def _restoring(model: Any, name: str, clean: Tensor, padding: Padding) -> Callable[[Tensor], PutByRow]:
+    """What puts the clean values of a point back at some positions of the input."""
+    dims = model.names.points[name].dims
+    local = all(dim in ("batch", "pos") or dim in model.cfg.sizes for dim in dims)  # else it shows where a run starts
+    source = padding.by_number(clean, dims)
+    return lambda mask: PutByRow(name, dims.index("pos"), padding.pack(mask), source, local)
 
 
 def _check_numbers(window: Any, samples: Any, max_rows: Any, noise: int | float) -> None:

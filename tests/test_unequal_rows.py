@@ -109,6 +109,12 @@ def _path_patching(case, pos):
     )
 
 
+def _path_patching_under_hooks(case, pos):
+    """Each cell a run by itself, of the input as it is laid out."""
+    with ablation.scale("blocks.0.hook_mixer_out", 0.5, pos=-1).on(case.model):
+        return _path_patching(case, pos)
+
+
 def _row_of_attention(case, pos):
     found = gl.implicit_attention(case.cache(case.input), layer=0)
     both = [found.row(pos(case)), found.column(pos(case))]
@@ -140,6 +146,7 @@ AT_A_POSITION = {
     "states": _states,
     "steering": _steering,
     "path patching": _path_patching,
+    "path patching under hooks": _path_patching_under_hooks,
     "attention": _row_of_attention,
     "contributions": _row_of_contributions,
     "logit attribution": _logit_attribution,
@@ -159,7 +166,15 @@ SEVERAL = {
     "several by row": lambda case: torch.tensor([[[0, 2], [1, -1], [3, 4]][row] for row in case.rows]),
     "all": lambda case: "*",
 }
-TAKES_SEVERAL = ("ablation", "freeze", "ablation outside the blocks", "knockout", "steering", "path patching")
+TAKES_SEVERAL = (
+    "ablation",
+    "freeze",
+    "ablation outside the blocks",
+    "knockout",
+    "steering",
+    "path patching",
+    "path patching under hooks",
+)
 
 
 @torch.no_grad()
@@ -250,7 +265,7 @@ def test_over_positions(lm, tool, side):
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_means_over_rows(lm, side):
-    """Knockout sweeps, traces, edges by position and sweeps of named positions give means over rows."""
+    """Knockout sweeps, traces, edges, paths and sweeps of named positions give means over rows."""
     batch, alone = cases(lm, side)
 
     def knocked(case):
@@ -275,7 +290,19 @@ def test_means_over_rows(lm, side):
             lm, case.input, cache, case.metric(), "blocks.*.hook_resid_pre", groups=groups, **QUIET
         ).values
 
-    for tool in (knocked, traced, edges, grouped):
+    def patched(case):
+        mask = {"attention_mask": case.input[1], **QUIET}
+        exact = circuits.edge_patch(lm, case.other[0], case.input[0], case.metric(), **mask).scores.values
+        into = circuits.path_patch_senders(
+            lm, case.other[0], case.input[0], case.metric(), "logits", case.by_row(3, 1, 2), **mask
+        )
+        return torch.cat([exact.flatten().nan_to_num(), into.values])
+
+    def under_hooks(case):
+        with ablation.scale("blocks.0.hook_mixer_out", 0.5, pos=-1).on(lm):
+            return torch.cat([tool(case).flatten() for tool in (knocked, traced, patched)])
+
+    for tool in (knocked, traced, edges, grouped, patched, under_hooks):
         want = torch.stack([tool(case) for case in alone]).mean(0)
         assert torch.allclose(tool(batch), want, rtol=1e-8, atol=1e-9), tool.__name__
 

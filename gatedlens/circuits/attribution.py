@@ -22,14 +22,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gatedlens import inputs
-from gatedlens.circuits.pair import Pair, steps_of, subtracting
-from gatedlens.circuits.sensitivity import Listener, along_input, listen
 from gatedlens.errors import InputError, PointError
 from gatedlens.hooking import CACHE_LIMIT
 from gatedlens.metrics import Metric, per_row
 from gatedlens.points import NamesFilter, Point
 from gatedlens.recurrence import at_least_float32
 from gatedlens.result import Result
+from gatedlens.runs.gradients import Listener, along_input, listen
+from gatedlens.runs.pair import Pair, steps_of, subtracting
 
 
 def attribution_patch(

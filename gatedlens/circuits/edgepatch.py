@@ -21,11 +21,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gatedlens.circuits.graph import Graph, Node
-from gatedlens.circuits.pair import Pair
 from gatedlens.errors import InputError
 from gatedlens.hookpoint import Capture
 from gatedlens.metrics import Metric, per_row
 from gatedlens.padding import Padding
+from gatedlens.runs.pair import Pair
 
 
 class EdgePatch:
@@ -83,7 +83,7 @@ class EdgePatch:
         return hook
 
     def _laid_out(
-        self, gone: Bool[Tensor, " pos"], x: Float[Tensor, "batch pos d_model"]
+        self, gone: Bool[Tensor, " some"], x: Float[Tensor, "batch pos d_model"]
     ) -> Bool[Tensor, "#batch pos"]:
         """Where a sender is cut in each row, of the positions by their numbers (or 1 for all of them)."""
         if self.padding.mask is None or len(gone) == 1:

@@ -14,24 +14,26 @@ bundled recall models (6 edges in Mamba, 28 in Griffin, 15 in RWKV) with a linea
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from gatedlens.circuits.circuit import Circuit
 from gatedlens.circuits.graph import Graph, Node
-from gatedlens.circuits.pair import Pair, steps_of, subtracting
 from gatedlens.circuits.paths import Paths
-from gatedlens.circuits.sensitivity import Listener, along_input, listen
 from gatedlens.errors import InputError
 from gatedlens.metrics import Metric
 from gatedlens.recurrence import at_least_float32
 from gatedlens.result import Result
+from gatedlens.runs.cells import Plan
+from gatedlens.runs.engine import Effort
+from gatedlens.runs.gradients import Listener, along_input, listen
+from gatedlens.runs.pair import Pair, steps_of, subtracting
 
-APPROXIMATE, EXACT = "approximate rise of the metric", "rise of the metric"
+APPROXIMATE = "approximate rise of the metric"
 
 
 def eap(model: Any, clean: Any, corrupted: Any, metric: Metric, positions: bool = False, **options: Any) -> Circuit:
@@ -44,7 +46,7 @@ def eap(model: Any, clean: Any, corrupted: Any, metric: Metric, positions: bool 
     _, store = pair.cached(pair.clean, (node.writes for node in graph.senders))
     scores = _Scores(pair, graph, store, positions, 1)
     listen(pair, metric, scores.listeners(), subtracting(store))
-    return _circuit(model, graph, scores.total(), "EAP", APPROXIMATE, {})
+    return _circuit(model, graph, scores.total(), "EAP", {})
 
 
 def eap_ig(
@@ -66,22 +68,37 @@ def eap_ig(
     steps_of(steps)
     scores = _Scores(pair, graph, pair.differences(node.writes for node in graph.senders), positions, steps)
     along_input(pair, metric, scores.listeners(), steps, progress)
-    return _circuit(model, graph, scores.total(), "EAP-IG", APPROXIMATE, {"steps": steps})
+    return _circuit(model, graph, scores.total(), "EAP-IG", {"steps": steps})
 
 
 def edge_patch(
-    model: Any, clean: Any, corrupted: Any, metric: Metric, progress: bool = True, **options: Any
+    model: Any,
+    clean: Any,
+    corrupted: Any,
+    metric: Metric,
+    progress: bool = True,
+    results: Any = None,
+    max_bytes: int | None = None,
+    max_rows: int | None = None,
+    **options: Any,
 ) -> Circuit:
-    """The exact score of every edge: metric(patched) - metric(corrupted), the edge alone patched; one forward an edge.
+    """The exact score of every edge: metric(patched) - metric(corrupted), the edge alone patched; many edges a batch.
 
-    What `path_patch(sender, receiver)` is, for all of them: the truth that EAP and EAP-IG approximate.
+    What `path_patch(sender, receiver)` is, for all of them: the truth that EAP and EAP-IG approximate. results, max_bytes,
+    max_rows: as in every sweep, `gl.patching.Options`; what is written and taken up is a Result, the circuit's `scores`.
     """
     pair, graph = Pair.of(model, clean, corrupted, options), Graph.of(model)
-    paths, total = Paths(pair, metric, graph.senders, graph.receivers), _empty(graph)
-    for edge in tqdm(graph.edges(), disable=not progress, desc="edge patching", unit="edge"):
-        sender, receiver = graph.find(edge.sender), graph.find(edge.receiver)
-        total[graph.place(sender), graph.place(receiver) - 1] = paths.effect(sender, [receiver]).mean()
-    return _circuit(model, graph, total, "Edge patching", EXACT, {})
+    paths = Paths(pair, metric, graph.senders, graph.receivers)
+    cells = [
+        paths.cell((graph.place(sender), graph.place(receiver) - 1), sender, [receiver])
+        for receiver in graph.receivers
+        for sender in graph.before(receiver)
+    ]
+    size = (len(graph.senders), len(graph.receivers))
+    plan = Plan(("sender", "receiver"), _labels(graph), size, tuple(cells), "Edge patching")
+    effort = Effort(results, max_bytes, max_rows, progress)
+    found = paths.rises(plan, {"model": model.cfg.model_name}, effort)
+    return Circuit.of(replace(found, values=found.values.double().cpu()))
 
 
 class _Scores:
@@ -129,7 +146,12 @@ def _empty(graph: Graph, *length: int) -> Tensor:
     return scores.reshape(size, size, *(1 for _ in length)).expand(size, size, *length).clone()
 
 
-def _circuit(model: Any, graph: Graph, scores: Tensor, title: str, value: str, facts: dict[str, Any]) -> Circuit:
-    labels = {"sender": [n.name for n in graph.senders], "receiver": [n.name for n in graph.receivers]}
+def _circuit(model: Any, graph: Graph, scores: Tensor, title: str, facts: dict[str, Any]) -> Circuit:
     axes = ("sender", "receiver", "pos")[: scores.ndim]
-    return Circuit.of(Result(scores, axes, labels, title, value, {"model": model.cfg.model_name, **facts}))
+    return Circuit.of(
+        Result(scores, axes, _labels(graph), title, APPROXIMATE, {"model": model.cfg.model_name, **facts})
+    )
+
+
+def _labels(graph: Graph) -> dict[str, list[str]]:
+    return {"sender": [node.name for node in graph.senders], "receiver": [node.name for node in graph.receivers]}

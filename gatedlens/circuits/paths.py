@@ -14,22 +14,24 @@ and without a run of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from gatedlens import inputs
 from gatedlens.circuits.graph import Graph, Node
-from gatedlens.circuits.pair import Pair
 from gatedlens.errors import InputError
-from gatedlens.hooking import Batch
-from gatedlens.metrics import Metric, per_row
+from gatedlens.metrics import Metric
 from gatedlens.positions import mask_of
 from gatedlens.result import Result
+from gatedlens.runs.baseline import Baseline
+from gatedlens.runs.cells import Add, Cell, Plan
+from gatedlens.runs.engine import Effort, Question, answer
+from gatedlens.runs.meter import Meter
+from gatedlens.runs.pair import Pair
 
 
 def path_patch(
@@ -53,7 +55,9 @@ def path_patch(
     graph = Graph.of(model)
     source, chosen = graph.sender(sender), graph.some(receivers)
     graph.check_order(source, chosen)
-    return Paths(Pair.of(model, clean, corrupted, options), metric, [source], chosen).effect(source, chosen, pos)
+    paths = Paths(Pair.of(model, clean, corrupted, options), metric, [source], chosen)
+    plan = Plan((), {}, (), (paths.cell((), source, chosen, pos),), f"Path patching from {source.name}")
+    return paths.rises(plan, {}, Effort(progress=False), by_row=True).values
 
 
 def path_patch_senders(
@@ -64,21 +68,27 @@ def path_patch_senders(
     receivers: str | Sequence[str] = "logits",
     pos: Any = None,
     progress: bool = True,
+    results: Any = None,
+    max_bytes: int | None = None,
+    max_rows: int | None = None,
     **options: Any,
 ) -> Result:
-    """`path_patch` of every sender that comes before the receivers: a Result with one axis, sender; means over rows."""
+    """`path_patch` of every sender that comes before the receivers: a Result with one axis, sender; means over rows.
+
+    results, max_bytes, max_rows: as in every sweep, `gl.patching.Options`.
+    """
     graph = Graph.of(model)
     chosen = graph.some(receivers)
     senders = graph.before(chosen[0])
     if not senders:
         raise InputError(f"Nothing is written before {chosen[0].name!r}: it receives nothing.")
     paths = Paths(Pair.of(model, clean, corrupted, options), metric, senders, chosen)
-    bar = tqdm(senders, disable=not progress, desc="path patching", unit="sender")
-    values = torch.stack([paths.effect(sender, chosen, pos).mean() for sender in bar])
+    cells = [paths.cell((i,), sender, chosen, pos) for i, sender in enumerate(senders)]
     into = ", ".join(node.name for node in chosen)
     labels = {"sender": [node.name for node in senders]}
+    plan = Plan(("sender",), labels, (len(cells),), tuple(cells), f"Path patching into {into}")
     facts = {"model": model.cfg.model_name, "receivers": [node.name for node in chosen]}
-    return Result(values, ("sender",), labels, f"Path patching into {into}", "rise of the metric", facts)
+    return paths.rises(plan, facts, Effort(results, max_bytes, max_rows, progress))
 
 
 class Paths:
@@ -86,29 +96,31 @@ class Paths:
 
     @torch.no_grad()
     def __init__(self, pair: Pair, metric: Metric, senders: Sequence[Node], receivers: Sequence[Node]):
-        self.pair = pair
-        self.metric = metric
+        self.run = Baseline(pair.model, pair.corrupted, options=pair.options)
+        self.real = inputs.real(pair.model, pair.clean)
+        self.meter = Meter(metric, "none", self.run.rows)
         self.written = pair.differences(node.writes for node in senders)
-        needed = [name for node in receivers for name in (_start(node.layer), node.reads)]
-        logits, self.frozen = pair.cached(pair.corrupted, dict.fromkeys(needed))
-        self.base = per_row(metric, logits)
+        _, self.frozen = pair.cached(pair.corrupted, dict.fromkeys(node.reads for node in receivers))
+
+    def cell(self, place: tuple[int, ...], sender: Node, receivers: Sequence[Node], pos: Any = None) -> Cell:
+        """The run in which each receiver reads what it does while all but the sender are frozen."""
+        pack = self.run.padding.pack
+        said = pack(at_positions(self.written[sender.writes], pos, self.real))
+        return Cell(place, tuple(Add(node.reads, pack(self.frozen[node.reads]), said) for node in receivers))
 
     @torch.no_grad()
-    def effect(self, sender: Node, receivers: Sequence[Node], pos: Any = None) -> Float[Tensor, " batch"]:
-        """metric(patched) - metric(corrupted), run from the first receiver's block on; the sender comes before them all."""
-        said = at_positions(self.written[sender.writes], pos, inputs.real(self.pair.model, self.pair.clean))
-        hooks = [(node.reads, _reading(self.frozen[node.reads] + said)) for node in receivers]
-        layer = min(node.layer for node in receivers)
-        start = Batch(self.frozen[_start(layer)], self.pair.corrupted.mask, is_resid=True)
-        return per_row(self.metric, self.pair.run(start, hooks, start_at_layer=layer)) - self.base
+    def rises(self, plan: Plan, facts: Mapping[str, Any], effort: Effort, by_row: bool = False) -> Result:
+        """metric(patched) - metric(corrupted) of each cell; means over rows, unless rows stay apart."""
+        changing = self.run.prepare(plan.cells)
+        base = self.meter(self.run.logits, "In the corrupted run")
 
+        def rise(cell: Cell, value: Tensor) -> Tensor:
+            return value - base if by_row else (value - base).mean()
 
-def _start(layer: int) -> str:
-    return f"blocks.{layer}.hook_resid_pre"
-
-
-def _reading(value: Tensor) -> Any:
-    return lambda x, hook: value.to(x.dtype)
+        question = Question(
+            plan, self.meter, rise, value="rise of the metric", verb="patched", facts=facts, by_row=by_row
+        )
+        return answer(question, [self.run], changing, base, effort)
 
 
 def at_positions(

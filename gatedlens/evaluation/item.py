@@ -19,8 +19,8 @@ from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.evaluation.pictures import pixels, squeezed
-from gatedlens.evaluation.record import checksum
 from gatedlens.evaluation.sample import Prompt, Sample
+from gatedlens.fingerprint import checksum
 from gatedlens.tokens import encode, pad
 
 

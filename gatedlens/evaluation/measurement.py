@@ -29,10 +29,11 @@ from gatedlens.evaluation.explainer import NEEDS_NOTHING, Explainer, explainer
 from gatedlens.evaluation.item import Item, Items, alike
 from gatedlens.evaluation.opening import open_samples
 from gatedlens.evaluation.protocol import PROTOCOLS, measured
-from gatedlens.evaluation.record import Records, checksum, fingerprint, settings
+from gatedlens.evaluation.record import Records
 from gatedlens.evaluation.sample import Samples, chosen
 from gatedlens.evaluation.segmentation import segmentation
 from gatedlens.evaluation.truth import located
+from gatedlens.fingerprint import checksum, fingerprint, settings
 from gatedlens.version import __version__
 
 OF_IMAGES = ("positive", "negative", "deletion", "insertion")

@@ -16,17 +16,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from gatedlens.errors import InputError
-from gatedlens.placement import at_hand
 
 FORMAT = 2
 RUN, LINES = "run.json", "records.jsonl"
 CHECK = "crc32"
-PLAIN = (bool, int, float)
-ELSEWHERE = ("model_name", "device")  # of a config: compared by itself; decides no number
 
 
 class Records:
@@ -127,34 +121,3 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         why = str(error)
     raise InputError(f"{where} is broken: {why}. Delete that line to have it measured anew.")
-
-
-# -- what decides the numbers of a model ------------------------------------------------------------------------------
-
-
-def fingerprint(model: Any) -> str:
-    """A checksum of all of every parameter and buffer of the wrapped model: another checkpoint of one name is another model."""
-    total = 0
-    for place, module in model.wrapped.named_modules():
-        with at_hand([module]):
-            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            for name, tensor in own:
-                total = checksum(tensor, zlib.crc32(f"{place}.{name}".encode(), total))
-    return f"{total:08x}"
-
-
-def settings(model: Any) -> str:
-    """A checksum of what a model computes by besides its weights: its config, its modules' classes and numbers (an eps)."""
-    config = {key: value for key, value in model.cfg.to_dict().items() if key not in ELSEWHERE}
-    modules = [
-        (name, type(module).__qualname__, sorted((k, v) for k, v in vars(module).items() if type(v) in PLAIN))
-        for name, module in model.wrapped.named_modules()
-    ]
-    return f"{zlib.crc32(repr((sorted(config.items()), modules)).encode()):08x}"
-
-
-def checksum(values: Tensor, total: int = 0) -> int:
-    """crc32 of a tensor's dtype, shape and bytes; `total` is that of what came before."""
-    plain = values.detach().cpu().contiguous()
-    total = zlib.crc32(f"{plain.dtype} {list(plain.shape)}".encode(), total)
-    return zlib.crc32(plain.reshape(-1).view(torch.uint8).numpy().data, total)

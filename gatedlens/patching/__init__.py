@@ -9,8 +9,6 @@ TransformerLens's functions with its arguments and direction, on any hook point 
 only what a patch can change. Each gives a Result, which stands where TransformerLens's tensor did.
 """
 
-from gatedlens.patching.cells import Cell, Plan, Put
-from gatedlens.patching.engine import Interrupted, Options
 from gatedlens.patching.family import (
     get_act_patch_attn_out,
     get_act_patch_block_every,
@@ -27,11 +25,15 @@ from gatedlens.patching.family import (
     get_act_patch_state,
 )
 from gatedlens.patching.generic import generic_activation_patch
+from gatedlens.patching.measuring import Options
 from gatedlens.patching.sweep import carried, copied, sweep
+from gatedlens.runs.cells import Cell, Plan, Put
+from gatedlens.runs.stopping import Interrupted, NotSaved
 
 __all__ = [
     "Cell",
     "Interrupted",
+    "NotSaved",
     "Options",
     "Plan",
     "Put",

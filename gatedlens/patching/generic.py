@@ -14,11 +14,10 @@ from typing import Any
 
 from gatedlens import inputs
 from gatedlens.errors import InputError, PointError, did_you_mean
-from gatedlens.patching.baseline import Baseline
-from gatedlens.patching.cells import Call, Cell, Plan
-from gatedlens.patching.clean import Clean
-from gatedlens.patching.engine import Options, measure_cells
-from gatedlens.result import Result
+from gatedlens.patching.measuring import Options, measure_cells
+from gatedlens.runs.baseline import Baseline
+from gatedlens.runs.cells import Call, Cell, Plan
+from gatedlens.runs.pair import Clean
 
 HEADS, POSITIONS = ("head", "head_index"), ("pos", "src_pos", "dest_pos")  # TransformerLens's words for axes
 
@@ -70,7 +69,7 @@ def generic_activation_patch(
         labels = {"patch": [", ".join(f"{a} {i}" for a, i in zip(names, index, strict=True)) for index in indices]}
     plan = Plan(axes, labels, tuple(sizes), tuple(cells), f"Patching {activation_name}, clean into corrupted")
     facts = {"model": model.cfg.model_name, "points": activation_name, "batch": run.rows}
-    found: Result = measure_cells(run, clean, plan, patching_metric, chosen.told(facts))
+    found = measure_cells(run, clean, plan, patching_metric, chosen, facts)
     return (found, _frame(names, indices) if index_df is None else index_df) if return_index_df else found
 
 

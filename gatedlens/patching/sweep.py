@@ -21,11 +21,11 @@ from torch import Tensor
 
 from gatedlens import inputs, positions
 from gatedlens.errors import InputError, PointError
-from gatedlens.patching.baseline import Baseline
-from gatedlens.patching.cells import Cell, Edit, Index, Plan, Put
-from gatedlens.patching.clean import Clean
-from gatedlens.patching.engine import Options, measure_cells
+from gatedlens.patching.measuring import Options, measure_cells
 from gatedlens.result import Result
+from gatedlens.runs.baseline import Baseline
+from gatedlens.runs.cells import Cell, Edit, Index, Plan, Put
+from gatedlens.runs.pair import Clean
 
 Places = tuple[Mapping[str, Index], ...]  # what an entry of an axis means: all of these indices together
 Edits = Callable[[str, Clean], list[tuple[str, Tensor | None]]]
@@ -75,7 +75,7 @@ def sweep(
     named = (axes,) if isinstance(axes, str) else tuple(axes)
     spread = Spread(run, clean, points, named, dict(groups or {}), edits)
     facts = {"model": model.cfg.model_name, "points": spread.names, "batch": run.rows}
-    return measure_cells(run, clean, spread.plan(title), metric, chosen.told(facts))
+    return measure_cells(run, clean, spread.plan(title), metric, chosen, facts)
 
 
 class Spread:

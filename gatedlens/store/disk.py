@@ -1,6 +1,5 @@
 """Writing so that a crash at any moment leaves either the old or the new, and a full disk is said to be full.
 
-write_whole(path, data)            # a file that is replaced: temporary file, fsync, rename
 with locked(folder): ...           # one run a folder; the lock goes when its process does, however it ends
 with explained(path): ...          # an OSError of the disk becomes a StoreError; explained_reading(path) where it is read
 """
@@ -10,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,33 +37,6 @@ def explained_reading(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror or error}; expected a file of the store.") from error
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`, all or nothing, also when the machine stops."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last; Windows knows no such thing."""
-    if sys.platform == "win32":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

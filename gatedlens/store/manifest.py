@@ -16,12 +16,11 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from gatedlens.errors import StoreError
+from gatedlens.fingerprint import bytes_checksum
+from gatedlens.saved import write_whole
 from gatedlens.store.batches import POSITIONS
-from gatedlens.store.disk import explained_reading, write_whole
+from gatedlens.store.disk import explained_reading
 from gatedlens.store.form import CHECKSUM, COUNT, FLAG, OBJECT, TEXT, TEXTS, Kind, Maybe, is_whole, misfit, one_of
 from gatedlens.store.layout import DTYPES, Layout
 
@@ -112,18 +111,13 @@ def fingerprint(model: Any) -> str:
     found = 0
     for name, tensor in sorted(model.wrapped.state_dict().items()):
         found = zlib.crc32(f"{name} {list(tensor.shape)} {tensor.dtype}".encode(), found)
-        found = found if tensor.is_meta else _crc32(tensor, found)
+        found = bytes_checksum(tensor, found)
     for name, module in model.wrapped.named_modules():
         held = {
             key: value for key, value in sorted(vars(module).items()) if type(value) in (float, bool) and key[0] != "_"
         }
         found = zlib.crc32(f"{name} {held}".encode(), found)
     return f"{found:08x}"
-
-
-def _crc32(tensor: Tensor, found: int) -> int:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy().data, found) if flat.numel() else found
 
 
 def packages() -> dict[str, str]:

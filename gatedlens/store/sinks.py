@@ -20,10 +20,11 @@ from typing import Any
 from torch import Tensor
 
 from gatedlens.errors import StoreError
+from gatedlens.saved import sync_folder, write_whole
 from gatedlens.store.arrow import Columns
 from gatedlens.store.batches import Rows
 from gatedlens.store.crc import Piece
-from gatedlens.store.disk import explained, sync_folder, write_whole
+from gatedlens.store.disk import explained
 from gatedlens.store.journal import Entry, Extent, Journal
 from gatedlens.store.layout import Layout
 from gatedlens.store.reductions import Part, Reduction

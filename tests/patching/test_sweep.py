@@ -8,9 +8,9 @@ import torch
 import gatedlens as gl
 from gatedlens import patching
 from gatedlens.hookpoint import Saver
-from gatedlens.patching.baseline import Baseline
-from gatedlens.patching.engine import Sizes
 from gatedlens.result import Result
+from gatedlens.runs.baseline import Baseline
+from gatedlens.runs.engine import Effort, Sizes
 from tests.helpers import example, padded
 
 QUIET = {"progress": False}
@@ -332,7 +332,7 @@ def test_batches_keep_to_their_bytes(model):
     for limit in (1, 60_000, 10**9):
         with model.hooks([("ln_final.hook_out", lambda x, hook: rows.append(len(x)))]):
             patching.get_act_patch_mixer_out(model, corrupted, caches(model, clean), metric, max_bytes=limit, **QUIET)
-        size = Sizes(run, [], limit)
+        size = Sizes(run, [], Effort(max_bytes=limit))
         assert max(rows) <= max(2, 2 * (limit // (size.per_position * 1)))
         if limit == 1:
             assert max(rows) == 2, "one patch at a time"

@@ -18,10 +18,10 @@ from torch.autograd.function import Function
 from tqdm.auto import tqdm
 
 from gatedlens.autocast import exact
-from gatedlens.circuits.pair import Pair, steps_of
 from gatedlens.errors import InputError
 from gatedlens.hookpoint import Saver
 from gatedlens.metrics import Metric, per_row
+from gatedlens.runs.pair import Pair, steps_of
 
 EMBED = "hook_embed"  # where an input enters, in every architecture
 Listener = Callable[[Tensor], None]

@@ -1,0 +1,61 @@
+"""Meter: the metrics of a sweep, called on the logits of one cell at a time.
+
+    meter = Meter(metric, "mean", rows=2)              # one metric, or a dict of several by name
+    meter(logits, "With layer 3 patched")              # [metric, 1]; with "none" [metric, rows]
+
+A metric that compares with answers of its own rows works as it does outside: it gets a cell's rows alone, laid out as the
+input was, and is told where they are real (`Logits`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gatedlens.errors import InputError
+from gatedlens.metrics import by_rows, measure
+
+
+class Meter:
+    """reduce: "mean" over rows, "none" (a number a row), "scalar" (the metric gives one number).
+
+    rows: how many the metric is asked about at once; runs of several samples have a multiple of it.
+    """
+
+    def __init__(self, metric: Any, reduce: str, rows: int):
+        self.names = list(metric) if isinstance(metric, Mapping) else None
+        self.metrics = list(metric.values()) if isinstance(metric, Mapping) else [metric]
+        self.reduce = reduce
+        self.rows = rows
+        if not self.metrics or not all(map(callable, self.metrics)):
+            raise InputError(
+                f"The metric is {metric!r}; it is a function of logits: gl.metrics.logit_difference(...), say, or a dict "
+                "of such functions by name."
+            )
+
+    def __call__(self, logits: Tensor, where: str) -> Float[Tensor, "metric rows"]:
+        try:
+            return torch.stack([self._all(metric, logits) for metric in self.metrics])
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+
+    def _all(self, metric: Any, logits: Tensor) -> Tensor:
+        return torch.cat([self._value(metric, sample) for sample in by_rows(logits, self.rows)])
+
+    def _value(self, metric: Any, logits: Tensor) -> Tensor:
+        value = measure(metric, logits).detach()
+        if self.reduce == "scalar" and value.ndim:
+            raise InputError(
+                f"The metric returned {list(value.shape)}; with reduce='scalar' it must return one scalar."
+            )
+        if self.reduce != "none":
+            return value.mean().reshape(1)
+        if value.ndim == 0 and len(logits) > 1:
+            raise InputError(
+                f"The metric returned one number for {len(logits)} rows; here each row needs its own: leave out its mean."
+            )
+        return value.reshape(-1)
