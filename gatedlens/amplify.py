@@ -32,6 +32,7 @@ from gatedlens.attribution import method as method_of
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.language import HookedLanguageModel
 from gatedlens.metrics import at_position
+from gatedlens.options import checked
 from gatedlens.recurrence import at_least_float32
 from gatedlens.rounding import order
 
@@ -57,6 +58,7 @@ class Shot:
     label: str
     words: tuple[str, ...] = ()
 
+    @checked
     def rationale(self, template: str = RATIONALE, comma: str = COMMA) -> str:
         """The template filled, with `comma` between words; empty if there are none."""
         return fill(template, words=comma.join(self.words), label=self.label) if self.words else ""
@@ -65,6 +67,7 @@ class Shot:
 # -- which examples -------------------------------------------------------------------------------------------------
 
 
+@checked
 @torch.no_grad()
 def probabilities(
     model: Any, texts: Sequence[str], labels: Labels, ask: str = ASK, batch_size: int = 16, progress: bool = True
@@ -83,6 +86,7 @@ def probabilities(
     return torch.cat(rows)
 
 
+@checked
 def misclassification(p: Float[Tensor, "text label"], right: Sequence[int]) -> Float[Tensor, " text"]:
     """The misclassification confidence score: the largest p of a wrong label minus p of the right one, -1 to 1."""
     right = [int(y) for y in right]
@@ -92,6 +96,7 @@ def misclassification(p: Float[Tensor, "text label"], right: Sequence[int]) -> F
     return p.scatter(1, chosen, -torch.inf).amax(1) - p.gather(1, chosen).squeeze(1)
 
 
+@checked
 def select(
     p: Float[Tensor, "text label"], right: Sequence[int], n: int, among: Sequence[int] | None = None
 ) -> list[int]:
@@ -109,6 +114,7 @@ def select(
 # -- which words ----------------------------------------------------------------------------------------------------
 
 
+@checked
 def explain(
     model: Any,
     text: str,
@@ -134,6 +140,7 @@ def explain(
     return Shot(text, label, key_words(word_scores(text, spans, found.scores[0].tolist(), merge), k))
 
 
+@checked
 def token_spans(model: Any, text: str) -> list[tuple[int, int]]:
     """Where each token of `model.to_tokens(text)` stands in the text, as characters [start, end); empty for special ones."""
     if not getattr(model.tokenizer, "is_fast", False):
@@ -143,6 +150,7 @@ def token_spans(model: Any, text: str) -> list[tuple[int, int]]:
     return [(0, 0)] * special + [(int(start), int(end)) for start, end in spans]
 
 
+@checked
 def word_scores(text: str, spans: Spans, scores: Sequence[float], merge: str = "mean") -> list[tuple[str, float]]:
     """[(word, score)] in the order of the text, of the scores of its tokens.
 
@@ -162,6 +170,7 @@ def word_scores(text: str, spans: Spans, scores: Sequence[float], merge: str = "
     return [(word.group(), MERGES[merge](some)) for word, some in zip(words, given, strict=True) if some]
 
 
+@checked
 def key_words(scored: Sequence[tuple[str, float]], k: int) -> tuple[str, ...]:
     """The `k` words with the highest scores, highest first; a word that stands more than once (in any case) counts once."""
     if k < 1:
@@ -175,6 +184,7 @@ def key_words(scored: Sequence[tuple[str, float]], k: int) -> tuple[str, ...]:
 # -- the prompt -----------------------------------------------------------------------------------------------------
 
 
+@checked
 def prompt(
     shots: Sequence[Shot],
     text: str,
@@ -192,6 +202,7 @@ def prompt(
     return between.join([*filled, fill(ask, text=text)])
 
 
+@checked
 def fill(template: str, **values: str) -> str:
     """The template with {name} replaced by its value, once: braces in a value are text."""
 

@@ -35,7 +35,7 @@ from gatedlens.labelled import labelled
 from gatedlens.layers import layer_of, layers_of
 from gatedlens.memory import afford
 from gatedlens.model import HookedModel
-from gatedlens.options import tensor_of
+from gatedlens.options import checked, tensor_of
 from gatedlens.padding import Padding
 from gatedlens.positions import one_a_row
 
@@ -158,6 +158,7 @@ class ImplicitAttention:
         """The operator with these factors replaced by the identity (the skip, or the scan, by zero)."""
         return replace(self, parts=tuple(name for name in self.parts if name not in self._known(parts)))
 
+    @checked
     def paper(self, which: str) -> ImplicitAttention:
         """The matrices of the papers: "unified" is gate S act conv (UIA), "hidden" is S (HA). Both leave out the skip."""
         if which not in PAPERS:
@@ -271,11 +272,13 @@ class ImplicitAttention:
         """
         return self.at(self.place(i, "row"))
 
+    @checked
     def place(self, pos: Any, what: str) -> Int[Tensor, " batch"]:
         """Where in the input a position of each row is."""
         mask, x = self.padding.mask, self.branches[0].x
         return one_a_row(pos, what, torch.ones(self.shape[:2], dtype=torch.bool) if mask is None else mask).to(x.device)
 
+    @checked
     def at(self, place: Int[Tensor, " batch"]) -> Float[Tensor, "batch channel src"]:
         """A[i, :] of a place of each row in the input; zero where it is padding."""
         return rearrange(self._column(place) if self.transposed else self._row(place), "b p c -> b c p")
@@ -302,12 +305,14 @@ class ImplicitAttention:
         """A[:, j] for every channel: where position j's input goes; j as in `row`."""
         return self.T.at(self.place(j, "column"))
 
+    @checked
     def afford(self, what: str, matrices: int, max_bytes: int | None, instead: str = INSTEAD) -> None:
         """TooLargeError if so many matrices [batch, dst, src] are more than `max_bytes`; None: whatever it takes."""
         batch, length, _ = self.shape
         size = matrices * batch * length * length * self.branches[0].x.element_size()
         afford(f"{what} at {length} positions", size, max_bytes, instead)
 
+    @checked
     @labelled("attention (of one channel)")
     def dense(
         self, channels: Any = None, max_bytes: int | None = DENSE_LIMIT
@@ -319,6 +324,7 @@ class ImplicitAttention:
         whole = self._unpack_both(self._sum(lambda branch, turn: _turn_both(branch.dense(chosen), turn)))
         return whole.mT if self.transposed else whole
 
+    @checked
     @labelled("attention (weighted over channels)")
     def weighted(
         self, weights: Float[Tensor, " weight"], max_bytes: int | None = DENSE_LIMIT
@@ -335,6 +341,7 @@ class ImplicitAttention:
         total = self._unpack_both(total).squeeze(1)
         return total.mT if self.transposed else total
 
+    @checked
     @labelled(MEAN)
     def mean(self, max_bytes: int | None = DENSE_LIMIT) -> Float[Tensor, "batch dst src"]:
         """The mean over channels, signed."""
@@ -342,6 +349,7 @@ class ImplicitAttention:
         channels = self.shape[2]
         return self.weighted(self.branches[0].x.new_full((channels,), 1 / channels), max_bytes=None)
 
+    @checked
     @labelled(ABS_MEAN)
     def abs_mean(self, max_bytes: int | None = DENSE_LIMIT) -> Float[Tensor, "batch dst src"]:
         """The mean over channels of absolute values, channel chunk by channel chunk."""
@@ -359,6 +367,7 @@ class ImplicitAttention:
         chosen = _channels(channels, self.shape[2])
         return replace(self, branches=tuple(factors.select(chosen) for factors in self.branches))
 
+    @checked
     @labelled("attention (mean over a group of channels)")
     def grouped(
         self, groups: Sequence[Any], max_bytes: int | None = DENSE_LIMIT
@@ -390,6 +399,7 @@ def _off(got: Tensor, wanted: Tensor) -> Check:
     return Check(error, error / max(wanted.abs().max().item(), torch.finfo(wanted.dtype).tiny))
 
 
+@checked
 def worst(checks: Iterable[Check]) -> Check:
     """The largest errors; NaN is the largest of all."""
     return Check(*torch.tensor(list(checks), dtype=torch.float64).amax(0).tolist())

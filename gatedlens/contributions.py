@@ -32,6 +32,7 @@ from gatedlens.branch import Branch
 from gatedlens.errors import InputError
 from gatedlens.factors import NAMES, Factors
 from gatedlens.labelled import labelled
+from gatedlens.options import checked
 
 BLOCK_ELEMENTS = 1 << 24  # numbers in one block of vectors [batch, rows, src, d_model]
 INSTEAD = "Ask for row(i) or column(j), which grow with the positions alone, for fewer positions, or raise max_bytes."
@@ -79,6 +80,7 @@ class Contributions:
         """F[i, :]: what every place writes at position i; i counts real positions, as in `ImplicitAttention.row`."""
         return self.at(self.attention.place(i, "row"))
 
+    @checked
     def at(self, place: Int[Tensor, " batch"]) -> Float[Tensor, "batch src d_model"]:
         """F[i, :] of a place of each row in the input."""
         return self._write(rearrange(A.at(place), "b c j -> b j c") * x for A, x in self._branches())
@@ -103,12 +105,14 @@ class Contributions:
 
     # -- all pairs -----------------------------------------------------------------------------------------------
 
+    @checked
     @labelled("norm of the contribution")
     def norms(self, progress: bool = False, max_bytes: int | None = DENSE_LIMIT) -> Float[Tensor, "batch dst src"]:
         """|F[i, j]| for all pairs, a block of destinations at a time. Refuses what takes more than `max_bytes` on the way."""
         self.attention.afford("contributions().norms()", AT_ONCE + 2, max_bytes, INSTEAD)
         return torch.cat([block.norm(dim=-1) for block in self.blocks(progress, max_bytes=None)], dim=1)
 
+    @checked
     def blocks(
         self, progress: bool = False, max_bytes: int | None = DENSE_LIMIT
     ) -> Iterator[Float[Tensor, "batch rows src d_model"]]:
@@ -131,6 +135,7 @@ class Contributions:
                         total = total + part @ self.weight[:, some].T
             yield total
 
+    @checked
     @labelled("contribution along the direction")
     def along(
         self, direction: Float[Tensor, " d_model"], max_bytes: int | None = DENSE_LIMIT
@@ -162,6 +167,7 @@ class Contributions:
         """How many tokens the conv of this operator reads: 1 where there is none, or it was left out."""
         return max(Branch(factors, self.attention.parts).taps.shape[1] for factors in self.attention.branches)
 
+    @checked
     def tap(self, back: int) -> Contributions:
         """The contributions that pass the conv's tap `back` tokens before (0: the token itself).
 

@@ -10,8 +10,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gatedlens.errors import InputError
+from gatedlens.options import checked
 
 
+@checked
 def sample(
     logits: Float[Tensor, "batch d_vocab"],
     temperature: int | float = 1.0,
@@ -46,6 +48,7 @@ def _check(max_new_tokens: int, temperature: int | float, top_k: int | None, top
         raise InputError(f"top_p={top_p}: it lies in (0, 1].")
 
 
+@checked
 @torch.no_grad()
 def generate(
     self: Any,

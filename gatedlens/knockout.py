@@ -40,6 +40,7 @@ from gatedlens.edges import Edges
 from gatedlens.errors import InputError
 from gatedlens.layers import layers_of
 from gatedlens.metrics import Metric
+from gatedlens.options import checked
 from gatedlens.positions import columns, listed
 from gatedlens.result import Result
 from gatedlens.runs.baseline import Baseline
@@ -50,6 +51,7 @@ from gatedlens.runs.meter import Meter
 How = Callable[..., Intervention]
 
 
+@checked
 def cut(src: Any, dst: Any, layers: Any = None, scan: str | None = None, **index: Index) -> Intervention:
     """`cut(src=[2, 3], dst=-1, layers=range(4, 8), channel=slow)`: A[i, j] = 0 for every source j and target i.
 
@@ -64,16 +66,19 @@ def cut(src: Any, dst: Any, layers: Any = None, scan: str | None = None, **index
     return _cut(token, src, dst, layers, scan, index)
 
 
+@checked
 def cut_scan(src: Any, dst: Any, layers: Any = None, scan: str | None = None, **index: Index) -> Intervention:
     """`cut_scan(3, -1)`: the readout of i loses what the state carries of position j's write, C_i prod(decay) write_j."""
     return _cut(write, src, dst, layers, scan, index)
 
 
+@checked
 def cut_renormalised(src: Any, dst: Any, layers: Any = None, scan: str | None = None, **index: Index) -> Intervention:
     """`cut_renormalised(3, -1, layers=2)`: S[i, j] = 0, the row renormalised; attention layers and RWKV."""
     return _cut(share, src, dst, layers, scan, index)
 
 
+@checked
 def pairs(
     edges: Sequence[tuple[Any, Any]],
     how: How = cut,
@@ -100,6 +105,7 @@ def _cut(way: Way, src: Any, dst: Any, layers: Any, scan: str | None, index: Map
 # -- sweeping -------------------------------------------------------------------------------------------------------
 
 
+@checked
 @torch.no_grad()
 def sweep(
     model: Any,

@@ -27,6 +27,7 @@ from gatedlens.autocast import exact
 from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
 from gatedlens.logitattribution import logit_attribution, token_attribution
+from gatedlens.options import checked
 from gatedlens.positions import is_number
 from gatedlens.result import Result
 
@@ -59,6 +60,7 @@ class LogitLens:
         """What the depths are called: "embed", then each layer's number."""
         return [EMBED, *range(self.model.cfg.n_layers)]
 
+    @checked
     @torch.no_grad()
     def logits(self, layer: int | str = -1) -> Float[Tensor, "batch pos d_vocab"]:
         """The logits after a layer (negative: from the last), or before the first: "embed"."""
@@ -77,27 +79,32 @@ class LogitLens:
 
     # -- one row, layer by real position ------------------------------------------------------------------------------
 
+    @checked
     def top(self, row: int = 0) -> Result:
         """The probability of the likeliest token: layer x pos."""
         return self._result(row, "probability of the likeliest token", lambda p: p.amax(-1))
 
+    @checked
     def probability(self, token: int | str, row: int = 0) -> Result:
         """softmax(logits)[token]: layer x pos."""
         chosen = self._token(token)
         return self._result(row, f"probability of {inputs.word(self.model, chosen)!r}", lambda p: p[:, chosen])
 
+    @checked
     def rank(self, token: int | str, row: int = 0) -> Result:
         """How many tokens are likelier (0: it is the likeliest): layer x pos."""
         chosen = self._token(token)
         title = f"rank of {inputs.word(self.model, chosen)!r}"
         return self._result(row, title, lambda p: (p > p[:, chosen, None]).sum(-1).to(p.dtype))
 
+    @checked
     def words(self, row: int = 0) -> list[list[str]]:
         """The likeliest token of each cell, layer by layer."""
         real = self._real(row)
         best = [self.logits(layer)[row].argmax(-1).cpu()[real].tolist() for layer in self.layers]
         return [[inputs.word(self.model, token) for token in tokens] for tokens in best]
 
+    @checked
     def plot(self, row: int = 0, ax: Any = None) -> Any:
         """A matplotlib Figure: the likeliest token in each cell, coloured by its probability."""
         from gatedlens import figures

@@ -29,6 +29,7 @@ from gatedlens.checkpoint import about, reading
 from gatedlens.errors import CheckpointError, did_you_mean
 from gatedlens.hooks import architectures
 from gatedlens.model import HookedModel
+from gatedlens.options import checked
 from gatedlens.watch import check_plain
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ def supported() -> str:
 # -- a model that exists --------------------------------------------------------------------------------------------
 
 
+@checked
 def wrap(model: Any, tokenizer: Any = None, *, model_name: str | None = None) -> Any:
     """`gl.wrap(MambaForCausalLM(...))`: hook points around a model's own parameters, which are shared, not copied.
 
@@ -138,6 +140,7 @@ def _tell_nonfinite(name: str, model: nn.Module) -> None:
 # -- a model that is named ------------------------------------------------------------------------------------------
 
 
+@checked
 def from_pretrained(
     name_or_path: Any,
     *,

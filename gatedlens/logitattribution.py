@@ -29,7 +29,7 @@ from gatedlens.autocast import exact
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
-from gatedlens.options import tensor_of
+from gatedlens.options import checked, tensor_of
 from gatedlens.padding import Padding
 from gatedlens.positions import listed, one_a_row
 from gatedlens.result import Result
@@ -122,14 +122,17 @@ class Reading:
                 if f"blocks.{layer}.hook_{kind}" in self.model.names:
                     yield f"{layer}_{kind}", self.cache[f"blocks.{layer}.hook_{kind}"]
 
+    @checked
     def of_stream(self, value: Tensor) -> Float[Tensor, " batch"]:
         return (value.double() * self.direction).sum((1, 2))
 
+    @checked
     def in_place(self, value: Tensor) -> Float[Tensor, "batch src"]:
         """By the position at which it stands; no remainder."""
         own = (value.double() * self.direction).sum(2)
         return torch.cat([own, own.new_zeros(len(own), 1)], dim=1)
 
+    @checked
     def of_mixer(self, layer: int) -> Float[Tensor, "batch src"]:
         """By the position from which the mixer brought it, and the remainder."""
         given = implicit_attention(self.cache, layer=layer).contributions()
@@ -139,6 +142,7 @@ class Reading:
             total = total + torch.einsum("bjd,bd->bj", given.at(place).double(), self.direction[:, i])
         return torch.cat([total, self.of_stream(given.remainder()).unsqueeze(1)], dim=1)
 
+    @checked
     def result(self, values: Tensor, axes: tuple[str, ...], labels: dict[str, Any]) -> Result:
         """The Result, with how far its sum is from the logit (rounding, unless hooks edited the streams)."""
         error = (values.flatten(1).sum(1) - self.logit).abs().max().item()

@@ -29,6 +29,7 @@ from gatedlens.grid import Grid
 from gatedlens.hooking import Batch, Hooking
 from gatedlens.hookpoint import HookPoint, rows_of, same
 from gatedlens.layers import layer_of
+from gatedlens.options import checked
 from gatedlens.padding import Padding
 from gatedlens.points import Alias, Names, Point, View
 from gatedlens.state import CARRIED, Carried, RecurrentState
@@ -256,6 +257,7 @@ class HookedModel(Hooking):
         titles = [other.title for other in _architectures() if leaf in {row.leaf for row in other.block_points}]
         return list(dict.fromkeys(titles))
 
+    @checked
     def hook_table(self, layer: int | None = 0) -> HookTable:
         """Every hook point as a table: name, axes, shape in this model, equation, source, lazy, bytes per token.
 

@@ -28,6 +28,7 @@ from gatedlens.contributions import Contributions
 from gatedlens.errors import InputError
 from gatedlens.grid import Grid
 from gatedlens.labelled import label_of
+from gatedlens.options import checked
 from gatedlens.stack import AttentionStack
 
 BODY = "font-family:system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em"
@@ -56,23 +57,27 @@ def plain(*texts: Any) -> None:
         one.set(parse_math=False, usetex=False)
 
 
+@checked
 def label_axis(ticks: Any, names: Sequence[str], places: Sequence[int] | None = None, **style: Any) -> None:
     """`label_axis(ax.set_xticks, names)`: a label at each place (0, 1, ...), every sign of it for itself."""
     ticks(range(len(names)) if places is None else places, names, parse_math=False, usetex=False, **style)
 
 
+@checked
 def colour_bar(shown: Any, ax: Any, value: str, shrink: float = 0.8) -> None:
     """The bar of a picture, which says what a number is."""
     bar = ax.figure.colorbar(shown, ax=ax, shrink=shrink)
     bar.set_label(value, parse_math=False, usetex=False)
 
 
+@checked
 def farthest(values: Tensor) -> float:
     """How far the farthest number is from 0; what is no number counts for nothing."""
     finite = values[values.isfinite()]
     return max(float(finite.abs().max()), 1e-12) if finite.numel() else 1.0
 
 
+@checked
 def labels_of(attention: ImplicitAttention | AttentionStack, row: int = 0) -> list[str]:
     """The tokens that an attention is of as strings, where there are any; else the positions' numbers."""
     source = attention.cache if isinstance(attention, AttentionStack) else attention
@@ -113,6 +118,7 @@ def _matrix(matrix: Any, tokens: Sequence[str] | None) -> Tensor:
     return data
 
 
+@checked
 def heatmap(
     matrix: Any,
     tokens: Sequence[str] | None = None,
@@ -143,6 +149,7 @@ def heatmap(
     return ax.figure
 
 
+@checked
 def layers(
     matrices: Any,
     tokens: Sequence[str] | None = None,
@@ -183,6 +190,7 @@ def layers(
     return figure
 
 
+@checked
 def panels(rows: int, columns: int, size: float = 5.0) -> tuple[Any, Any]:
     """(figure, axes [rows, columns]): an empty figure of square panels, for the `ax` of the others."""
     return _pyplot().subplots(
@@ -190,6 +198,7 @@ def panels(rows: int, columns: int, size: float = 5.0) -> tuple[Any, Any]:
     )
 
 
+@checked
 def image(pixels: Any, title: str = "", ax: Any = None) -> Any:
     """`gl.plot.image(images[0])`: an image [channel height width] as a model reads it, stretched to its own range.
 
@@ -207,6 +216,7 @@ def image(pixels: Any, title: str = "", ax: Any = None) -> Any:
     return ax.figure
 
 
+@checked
 def over_image(
     row: Any,
     image: Any,
@@ -286,6 +296,7 @@ def _picture(image: Any, grid: Grid) -> Tensor:
     return visible(pixels)
 
 
+@checked
 def visible(pixels: Tensor) -> Tensor:
     """The numbers of an image stretched to 0..1; what is no number is 0."""
     finite = pixels[pixels.isfinite()]
@@ -293,6 +304,7 @@ def visible(pixels: Tensor) -> Tensor:
     return ((pixels - low) / max(float(high - low), 1e-12)).nan_to_num(0, 0, 0)
 
 
+@checked
 def activation(
     cache: ActivationCache, key: Any, tokens: Sequence[str] | None = None, row: int = 0, ax: Any = None
 ) -> Any:
@@ -340,12 +352,14 @@ class Html:
         head = f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(self.title)}</title></head>"
         return f"{head}<body style='{BODY}'>{self.body}</body></html>"
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Write a self-contained page and return its path."""
         Path(path).write_text(self.page(), encoding="utf-8", errors="xmlcharrefreplace")
         return Path(path)
 
 
+@checked
 def colour(share: float) -> str:
     """A background for a value in [-1, 1]: red above zero, blue below, none for what is no number."""
     share = share if share == share else 0.0
@@ -353,6 +367,7 @@ def colour(share: float) -> str:
     return f"rgba({r},{g},{b},{min(abs(share), 1):.3f})"
 
 
+@checked
 def text(scores: Any, tokens: Sequence[str], title: str = "Scores by token") -> Html:
     """`gl.plot.text(A.mean()[0, -1], tokens)`: the text with each token coloured by its score; hover for the number."""
     data = _numbers(scores, "text()").detach().float().cpu()

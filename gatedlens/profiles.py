@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gatedlens.attention import AT_ONCE, DENSE_LIMIT, ImplicitAttention
 from gatedlens.errors import InputError
+from gatedlens.options import checked
 
 CHUNK_ELEMENTS = 1 << 22  # numbers in one chunk of dense matrices
 
@@ -52,6 +53,7 @@ class Induction(NamedTuple):
     chance: Float[Tensor, "*some"]
 
 
+@checked
 def of_layer(attention: ImplicitAttention, max_bytes: int | None = DENSE_LIMIT) -> Profile:
     """The profile of |A| averaged over channels; every field [batch]. Refuses what takes more than `max_bytes` on the way."""
     _afford("profile", attention, max_bytes)
@@ -59,6 +61,7 @@ def of_layer(attention: ImplicitAttention, max_bytes: int | None = DENSE_LIMIT) 
     return Profile(*(field.squeeze(1) for field in _profile(weights, attention)))
 
 
+@checked
 def of_channels(
     attention: ImplicitAttention,
     channels: int | slice | list[int] | None = None,
@@ -69,6 +72,7 @@ def of_channels(
     return Profile(*_by_channel(attention, channels, lambda weights: _profile(weights, attention)))
 
 
+@checked
 def induction(
     attention: ImplicitAttention,
     tokens: Int[Tensor, "batch pos"] | None = None,
@@ -85,6 +89,7 @@ def induction(
     return Induction(*(f.squeeze(1) for f in _induction(weights, attention, tokens)))
 
 
+@checked
 def induction_of_channels(
     attention: ImplicitAttention,
     channels: int | slice | list[int] | None = None,
@@ -99,6 +104,7 @@ def induction_of_channels(
 # -- the definitions ------------------------------------------------------------------------------------------------
 
 
+@checked
 def shares(weights: Float[Tensor, "batch some dst src"]) -> Float[Tensor, "batch some dst src"]:
     """p: each row of |weights| divided by its sum; a row of zeros stays one."""
     size = weights.abs()

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from gatedlens.errors import InputError, did_you_mean
+from gatedlens.options import checked
 from gatedlens.rounding import figures
 from gatedlens.saved import Fields, is_number, read_json, write_json, write_whole
 from gatedlens.tensorlike import Tensorlike
@@ -68,15 +69,18 @@ class Result(Tensorlike):
 
     # -- by name -------------------------------------------------------------------------------------------------
 
+    @checked
     def dim(self, axis: str) -> int:
         """Which dim of `values` an axis is."""
         if axis not in self.axes:
             raise InputError(f"This result has no axis {axis!r}; its axes are {', '.join(self.axes)}.")
         return self.axes.index(axis)
 
+    @checked
     def size(self, axis: str) -> int:
         return self.values.shape[self.dim(axis)]
 
+    @checked
     def place(self, axis: str, label: Any) -> int:
         """The index of a label; a number that is no label is an index, negative ones from the end.
 
@@ -118,6 +122,7 @@ class Result(Tensorlike):
         """What a number would be if nothing had been done."""
         return float(self.facts.get("baseline", 0.0))
 
+    @checked
     def top(self, n: int = 10, signed: bool = False) -> list[dict[str, Any]]:
         """The `n` cells that are farthest from the baseline (0 if there is none; or, `signed`, above it), best first; NaN (not
         measured) is left out. What agrees in five figures, as what differs by rounding does, stands in the order of the cells."""
@@ -157,6 +162,7 @@ class Result(Tensorlike):
         }
 
     @classmethod
+    @checked
     def from_dict(cls: type[R], data: Any, where: str | Path = "This") -> R:
         """The Result of a `to_dict()`; its values are float64. InputError names the field that is not as it should be."""
         fields = Fields(data, "result", where)
@@ -173,6 +179,7 @@ class Result(Tensorlike):
         values = torch.tensor([torch.nan if v is None else v for v in numbers], dtype=torch.float64).reshape(shape)
         return cls(values, tuple(axes), dict(labels), fields.word("title"), fields.word("value"), dict(facts))
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Write it, and return the path: `.json` (all of it, what `load` reads) or `.csv` (its cells, as `to_dataframe`)."""
         suffix = Path(path).suffix.lower()
@@ -199,6 +206,7 @@ class Result(Tensorlike):
         return path
 
     @classmethod
+    @checked
     def load(cls: type[R], path: str | Path) -> R:
         """What `save` wrote as JSON."""
         return cls.from_dict(read_json(path, "result"), path)

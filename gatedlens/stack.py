@@ -40,6 +40,7 @@ from gatedlens.errors import InputError
 from gatedlens.factors import NAMES
 from gatedlens.labelled import labelled, with_label
 from gatedlens.layers import START, layer_of, layers_of
+from gatedlens.options import checked
 from gatedlens.positions import is_number
 from gatedlens.profiles import Profile, induction, of_layer
 
@@ -105,12 +106,14 @@ class AttentionStack:
         """Every layer's operator without these factors; see `ImplicitAttention.without`."""
         return replace(self, parts=self._operator(self.layers[0]).without(*parts).parts)
 
+    @checked
     def paper(self, which: str) -> AttentionStack:
         """The matrices of the papers, "unified" or "hidden"; see `ImplicitAttention.paper`."""
         return replace(self, parts=self._operator(self.layers[0]).paper(which).parts)
 
     # -- layer by layer ------------------------------------------------------------------------------------------
 
+    @checked
     def each(
         self,
         matrix: Callable[[ImplicitAttention], Float[Tensor, "batch ..."]],
@@ -121,12 +124,14 @@ class AttentionStack:
         for attention in tqdm(self, total=len(self), disable=not progress, desc=what, unit="layer"):
             yield matrix(attention)
 
+    @checked
     @labelled(MEAN)
     def mean(self, progress: bool = True, max_bytes: int | None = DENSE_LIMIT) -> Float[Tensor, "layer batch dst src"]:
         """Each layer's signed mean over channels. Refuses what takes more than `max_bytes` on the way, as all here does."""
         self._afford("mean()", 2 * len(self), max_bytes)
         return torch.stack(list(self.each(_mean, "mean", progress)))
 
+    @checked
     @labelled(ABS_MEAN)
     def abs_mean(
         self, progress: bool = True, max_bytes: int | None = DENSE_LIMIT
@@ -135,6 +140,7 @@ class AttentionStack:
         self._afford("abs_mean()", 2 * len(self), max_bytes)
         return torch.stack(list(self.each(_abs_mean, "abs_mean", progress)))
 
+    @checked
     def layer_mean(
         self, absolute: bool = False, progress: bool = True, max_bytes: int | None = DENSE_LIMIT
     ) -> Float[Tensor, "batch dst src"]:
@@ -156,6 +162,7 @@ class AttentionStack:
                 f"{what} of {len(self)} layers", AT_ONCE + matrices, max_bytes, INSTEAD
             )
 
+    @checked
     @labelled("rollout of the attention (mean over channels)")
     def rollout(
         self, start_layer: int | None = None, progress: bool = True, max_bytes: int | None = DENSE_LIMIT
@@ -182,12 +189,14 @@ class AttentionStack:
 
     # -- profiles ------------------------------------------------------------------------------------------------
 
+    @checked
     def profiles(self, progress: bool = True, max_bytes: int | None = DENSE_LIMIT) -> Profile:
         """How far and how sharply each layer looks: `profiles.of_layer` with a layer axis in front."""
         bar = tqdm(self, total=len(self), disable=not progress, desc="profiles", unit="layer")
         found = [of_layer(attention, max_bytes) for attention in bar]
         return Profile(*(torch.stack(values) for values in zip(*found, strict=True)))
 
+    @checked
     def induction(
         self,
         tokens: Int[Tensor, "batch pos"] | None = None,

@@ -26,6 +26,7 @@ from torch import Tensor
 from gatedlens.ablation import Index, Intervention, Where
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.layers import layers_of
+from gatedlens.options import checked
 from gatedlens.points import Point
 from gatedlens.state import Carried, RecurrentState
 from gatedlens.statepatch import StatePatch
@@ -33,6 +34,7 @@ from gatedlens.statepatch import StatePatch
 # -- in the middle of a run -----------------------------------------------------------------------------------------
 
 
+@checked
 def patch(
     source: Any, pos: Any, layers: Any = None, source_pos: Any = None, scan: str | None = None, **index: Index
 ) -> Intervention:
@@ -53,6 +55,7 @@ def patch(
 # -- between two calls ----------------------------------------------------------------------------------------------
 
 
+@checked
 def splice(
     model: Any,
     into: Any,
@@ -91,6 +94,7 @@ def splice(
     return out
 
 
+@checked
 def swap(
     model: Any, a: Any, b: Any, layers: Any = None, parts: str | Sequence[str] | None = None, **index: Index
 ) -> tuple[RecurrentState, RecurrentState]:
@@ -143,6 +147,7 @@ def _check_window(into: RecurrentState, source: RecurrentState, key: str) -> Non
         )
 
 
+@checked
 @torch.no_grad()
 def read_through(
     model: Any,

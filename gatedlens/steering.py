@@ -33,6 +33,7 @@ from gatedlens import inputs
 from gatedlens.ablation import Intervention, edit
 from gatedlens.errors import CheckpointError, InputError, PointError
 from gatedlens.hookpoint import HookPoint
+from gatedlens.options import checked
 from gatedlens.positions import mask_of, one_a_row
 from gatedlens.saved import Fields, read_tensors
 
@@ -41,6 +42,7 @@ STATE = ".hook_state"
 WRITE = ".hook_write"
 
 
+@checked
 @torch.no_grad()
 def vector(model: Any, positive: Any, negative: Any, name: str, pos: int | None = -1) -> SteeringVector:
     """mean over `positive` - mean over `negative` of what stands at the point `name`: a SteeringVector.
@@ -90,6 +92,7 @@ class SteeringVector:
         """Its Euclidean length."""
         return float(self.vector.norm())
 
+    @checked
     def normalised(self, norm: int | float = 1.0) -> SteeringVector:
         """The same direction with this length."""
         if self.norm == 0:
@@ -113,10 +116,12 @@ class SteeringVector:
         """The point that it is added to: its own, or hook_write for a state."""
         return self.name.removesuffix(STATE) + WRITE if self.name.endswith(STATE) else self.name
 
+    @checked
     def intervention(self, scale: int | float = 1.0, **index: Any) -> Intervention:
         """The value: `scale` times the vector added at every position of every call (or at `pos=...` of each call)."""
         return edit(self.target, lambda x, point: x + self._shaped(x, point, scale), **index)
 
+    @checked
     @contextmanager
     def on(self, model: Any, scale: int | float = 1.0, pos: Position = None) -> Iterator[Any]:
         """`with steering.on(model, scale=4, pos=-1): ...`: added while the block lasts.
@@ -163,6 +168,7 @@ class SteeringVector:
 
     # -- on disk -------------------------------------------------------------------------------------------------
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file, and return the path."""
         meta = {"gatedlens": "steering", "name": self.name, "facts": json.dumps(self.facts)}

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from gatedlens.options import checked
+
 KEYS = tuple("ABCDEFGHIJKL")
 VALUES = tuple("12345678")
 NOISE = ("and", "but", "cod", "dog", "elm", "fig", "gnu", "hay")
@@ -38,6 +40,7 @@ class Recall:
     def key_pos(self) -> Int[Tensor, " batch"]:
         return self.answer_pos - 1
 
+    @checked
     def with_answer(self, answers: Int[Tensor, " batch"]) -> Recall:
         """The same prompts with other values at the queried keys: the counterfactual of activation patching."""
         tokens = self.tokens.clone()
@@ -45,11 +48,13 @@ class Recall:
         return Recall(tokens, answers, self.answer_pos, self.pair_pos)
 
 
+@checked
 def ids(words: tuple[str, ...]) -> Int[Tensor, " words"]:
     """The token ids of some words of the vocabulary."""
     return torch.tensor([VOCABULARY.index(word) for word in words])
 
 
+@checked
 def recall(n: int, seed: int = 0) -> Recall:
     """`n` prompts: 4 distinct keys, each followed by one of 8 values, 10 noise words between, `?` and one of the keys."""
     generator = torch.Generator().manual_seed(seed)

@@ -28,6 +28,7 @@ from gatedlens.corruption import EMBED, Corruption, marked_by
 from gatedlens.errors import InputError, PointError
 from gatedlens.hooking import Batch
 from gatedlens.metrics import Logits, Metric
+from gatedlens.options import checked
 from gatedlens.padding import Padding
 from gatedlens.positions import columns as columns_of
 from gatedlens.positions import listed, one_a_row
@@ -40,6 +41,7 @@ from gatedlens.runs.meter import Meter
 Positions = Any  # see `causal_trace`
 
 
+@checked
 @torch.no_grad()
 def causal_trace(
     model: Any,

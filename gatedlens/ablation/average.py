@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from gatedlens import inputs
 from gatedlens.errors import InputError, PointError, did_you_mean
 from gatedlens.hookpoint import HookPoint, Saver
+from gatedlens.options import checked
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Sums(Saver):
         self.totals[name], self.counts[name] = total, count
 
 
+@checked
 @torch.no_grad()
 def means(
     model: Any,

@@ -23,6 +23,7 @@ from gatedlens.ablation.intervention import Edit, EditStep, Intervention
 from gatedlens.ablation.where import Component, Layers, Where
 from gatedlens.errors import InputError
 from gatedlens.hookpoint import HookPoint
+from gatedlens.options import checked
 
 GATE = Component("gate", "hook_gate", "gate")
 SCAN = Component("scan", "hook_scan", "decay")
@@ -65,6 +66,7 @@ def no_conv_bias(layers: Layers = "*", **index: Any) -> Intervention:
     return _step(CONV, without, layers, index, "hook_conv_taps")
 
 
+@checked
 def only_tap(tap: int, layers: Layers = "*") -> Intervention:
     """The conv keeps one tap (-1: the token itself) and its bias."""
     where = Where((TAPS,), {"tap": tap}, layers, others=True)
@@ -80,6 +82,7 @@ def remove_layer(layers: Layers) -> Intervention:
 # -- groups of channels by how fast they forget ---------------------------------------------------------------------
 
 
+@checked
 def slowest(
     model: Any, share: int | float, batches: Iterable[Any], layers: Layers = "*", progress: bool = True
 ) -> dict[str, list[int]]:
@@ -91,6 +94,7 @@ def slowest(
     return _ranked(model, share, batches, layers, progress, slow=True)
 
 
+@checked
 def fastest(
     model: Any, share: int | float, batches: Iterable[Any], layers: Layers = "*", progress: bool = True
 ) -> dict[str, list[int]]:

@@ -23,26 +23,31 @@ from gatedlens.ablation.where import Where
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError
 from gatedlens.hookpoint import HookPoint
+from gatedlens.options import checked
 from gatedlens.padding import Padding
 
 ROWS = ("batch",)
 
 
+@checked
 def constant(names: str | Sequence[str], value: int | float, **index: Any) -> Intervention:
     """A number: `constant("blocks.*.mixer.hook_gate", 1)` opens every gate."""
     return edit(names, lambda x, point: torch.full_like(x, value), **index)
 
 
+@checked
 def zero(names: str | Sequence[str], **index: Any) -> Intervention:
     """Zero."""
     return constant(names, 0.0, **index)
 
 
+@checked
 def scale(names: str | Sequence[str], factor: int | float, **index: Any) -> Intervention:
     """The activation times a factor."""
     return edit(names, lambda x, point: x * factor, **index)
 
 
+@checked
 def noise(names: str | Sequence[str], std: int | float, seed: int = 0, **index: Any) -> Intervention:
     """The activation plus Gaussian noise, of its own at every point, row and entry; the same at every call for one seed
     (so also at every step of `generate`)."""
@@ -54,6 +59,7 @@ def noise(names: str | Sequence[str], std: int | float, seed: int = 0, **index: 
     return edit(names, add, **index)
 
 
+@checked
 def freeze(names: str | Sequence[str], source: Any, **index: Any) -> Intervention:
     """What another run had there. A source with one row gives it to every row. Of a padded cache each row's real positions."""
 
@@ -63,6 +69,7 @@ def freeze(names: str | Sequence[str], source: Any, **index: Any) -> Interventio
     return edit(names, other, **index)
 
 
+@checked
 def mean(names: str | Sequence[str], source: Any, over: Sequence[str] = ROWS, **index: Any) -> Intervention:
     """The mean of a cache over some axes (`over`): its rows, or `("batch", "pos")` for one vector per point; padding is
     left out. Of `means` of a data set the means as they are."""
@@ -92,6 +99,7 @@ def mean(names: str | Sequence[str], source: Any, over: Sequence[str] = ROWS, **
     return edit(names, average, **index)
 
 
+@checked
 def resample(names: str | Sequence[str], source: Any = None, seed: int = 0, **index: Any) -> Intervention:
     """Another row's activation: of the same batch, or of a cache's rows, drawn at random; the same at every point.
 

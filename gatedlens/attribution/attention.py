@@ -24,12 +24,14 @@ from gatedlens.attribution.attribution import Attribution
 from gatedlens.attribution.question import Question
 from gatedlens.attribution.reading import Reading, through
 from gatedlens.errors import InputError
+from gatedlens.options import checked
 from gatedlens.rounding import total
 
 WEIGHTED = ("dst", "src")
 CENTRED = "LN"  # the normalization_type of norms that take the mean away
 
 
+@checked
 def raw_attention(
     model: Any,
     input: Any,
@@ -59,6 +61,7 @@ def raw_attention(
     return reading.answer(torch.stack(rows).mean(0), "raw_attention", "attention")
 
 
+@checked
 def rollout(
     model: Any,
     input: Any,
@@ -90,6 +93,7 @@ def rollout(
     return reading.answer(q, "rollout", "attention rollout")
 
 
+@checked
 def gradient_attention(
     model: Any,
     input: Any,

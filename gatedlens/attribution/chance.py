@@ -13,8 +13,10 @@ from torch import Tensor
 
 from gatedlens.attribution.attribution import Attribution
 from gatedlens.attribution.question import Question
+from gatedlens.options import checked
 
 
+@checked
 def random(
     model: Any, input: Any, target: Any = None, *, seed: int = 0, attention_mask: Tensor | None = None
 ) -> Attribution:

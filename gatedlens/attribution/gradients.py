@@ -19,6 +19,7 @@ from gatedlens.attribution.attribution import Attribution
 from gatedlens.attribution.baseline import baseline_of
 from gatedlens.attribution.question import Question
 from gatedlens.errors import InputError
+from gatedlens.options import checked
 from gatedlens.rounding import total
 
 
@@ -30,6 +31,7 @@ def _captum() -> Any:
     return captum.attr
 
 
+@checked
 def grad_x_input(model: Any, input: Any, target: Any = None, *, attention_mask: Tensor | None = None) -> Attribution:
     """x . d number / d x: the first-order share of each token. Shrikumar et al. 2016 (arXiv 1605.01713)."""
     captum = _captum()
@@ -39,6 +41,7 @@ def grad_x_input(model: Any, input: Any, target: Any = None, *, attention_mask: 
     return question.answer(scores, "grad_x_input", "gradient x input")
 
 
+@checked
 def integrated_gradients(
     model: Any,
     input: Any,
@@ -73,6 +76,7 @@ def integrated_gradients(
     return question.answer(scores, "integrated_gradients", "integrated gradients", **facts)
 
 
+@checked
 def smoothgrad(
     model: Any,
     input: Any,

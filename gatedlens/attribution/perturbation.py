@@ -18,9 +18,11 @@ from gatedlens.attribution.attribution import Attribution
 from gatedlens.attribution.baseline import baseline_of
 from gatedlens.attribution.question import Question
 from gatedlens.errors import InputError
+from gatedlens.options import checked
 from gatedlens.rounding import total
 
 
+@checked
 @torch.no_grad()
 def occlusion(
     model: Any,

@@ -24,9 +24,11 @@ from torch import Tensor
 from gatedlens.attribution.attribution import Attribution
 from gatedlens.attribution.question import Question
 from gatedlens.attribution.rules import Rules
+from gatedlens.options import checked
 from gatedlens.rounding import total
 
 
+@checked
 def lrp(
     model: Any, input: Any, target: Any = None, *, gates: str = "content", attention_mask: Tensor | None = None
 ) -> Attribution:

@@ -25,6 +25,7 @@ from gatedlens import inputs
 from gatedlens.errors import InputError, PointError
 from gatedlens.hooking import CACHE_LIMIT
 from gatedlens.metrics import Metric, per_row
+from gatedlens.options import checked
 from gatedlens.points import NamesFilter, Point
 from gatedlens.recurrence import at_least_float32
 from gatedlens.result import Result
@@ -32,6 +33,7 @@ from gatedlens.runs.gradients import Listener, along_input, listen
 from gatedlens.runs.pair import Pair, steps_of, subtracting
 
 
+@checked
 def attribution_patch(
     model: Any,
     clean: Any,
@@ -64,6 +66,7 @@ def attribution_patch(
     return points.results(scores, "Attribution patching", pair, _baselines(metric, base, value))
 
 
+@checked
 def attribution_patch_ig(
     model: Any,
     clean: Any,
@@ -91,6 +94,7 @@ def attribution_patch_ig(
     return points.results(scores, "Attribution patching, integrated over the input", pair, {"steps": steps})
 
 
+@checked
 def attribution_patch_ig_activations(
     model: Any,
     clean: Any,

@@ -26,6 +26,7 @@ from gatedlens.circuits.edgepatch import EdgePatch
 from gatedlens.circuits.graph import Edge
 from gatedlens.errors import InputError
 from gatedlens.metrics import Metric
+from gatedlens.options import checked
 from gatedlens.result import Result
 from gatedlens.saved import Fields, read_json, write_json
 
@@ -64,6 +65,7 @@ class Circuit:
     def __len__(self) -> int:
         return int(self.kept.sum())
 
+    @checked
     def score(self, sender: str, receiver: str, pos: int | None = None) -> float:
         """`circuit.score("embed", "1.mixer")`"""
         return float(self.scores.values[self._place(Edge(sender, receiver, pos))])
@@ -77,6 +79,7 @@ class Circuit:
 
     # -- circuits with fewer edges -------------------------------------------------------------------------------
 
+    @checked
     def top(self, n: int) -> Circuit:
         """Its `n` edges of the largest |score|; `top(n).pruned()` leaves out those on no path from embed to logits.
 
@@ -89,6 +92,7 @@ class Circuit:
             kept[place] = True
         return Circuit(self.scores, kept)
 
+    @checked
     def keep(self, edges: Iterable[Sequence[Any]]) -> Circuit:
         """`circuit.keep([("embed", "0.mixer"), ("0.mixer", "logits")])`: these edges, whatever their scores."""
         kept = torch.zeros_like(self.kept)
@@ -147,6 +151,7 @@ class Circuit:
         """
         return EdgePatch.of(model, clean, corrupted, options, self.graph).faithfulness(metric, [self.kept])[0]
 
+    @checked
     def curve(
         self,
         model: Any,
@@ -176,6 +181,7 @@ class Circuit:
         return {"format": FORMAT, "kept": places, "nodes": list(self.nodes), "scores": self.scores.to_dict()}
 
     @classmethod
+    @checked
     def from_dict(cls, data: Any, where: str | Path = "This") -> Circuit:
         """The Circuit of a `to_dict()`. InputError names the field that is not as it should be."""
         fields = Fields(data, "circuit", where)
@@ -197,11 +203,13 @@ class Circuit:
             kept[tuple(place)] = True
         return cls(scores, kept)
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Write JSON, and return the path."""
         return write_json(path, self.to_dict())
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> Circuit:
         """What `save` wrote."""
         return cls.from_dict(read_json(path, "circuit"), path)

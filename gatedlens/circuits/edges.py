@@ -26,6 +26,7 @@ from gatedlens.circuits.graph import Graph, Node
 from gatedlens.circuits.paths import Paths
 from gatedlens.errors import InputError
 from gatedlens.metrics import Metric
+from gatedlens.options import checked
 from gatedlens.recurrence import at_least_float32
 from gatedlens.result import Result
 from gatedlens.runs.cells import Plan
@@ -36,6 +37,7 @@ from gatedlens.runs.pair import Pair, steps_of, subtracting
 APPROXIMATE = "approximate rise of the metric"
 
 
+@checked
 def eap(model: Any, clean: Any, corrupted: Any, metric: Metric, positions: bool = False, **options: Any) -> Circuit:
     """Edge attribution patching: two forwards and one backward for all edges. Syed et al. 2023 (arXiv 2310.10348), eq. 3.
 
@@ -49,6 +51,7 @@ def eap(model: Any, clean: Any, corrupted: Any, metric: Metric, positions: bool 
     return _circuit(model, graph, scores.total(), "EAP", {})
 
 
+@checked
 def eap_ig(
     model: Any,
     clean: Any,
@@ -71,6 +74,7 @@ def eap_ig(
     return _circuit(model, graph, scores.total(), "EAP-IG", {"steps": steps})
 
 
+@checked
 def edge_patch(
     model: Any,
     clean: Any,

@@ -25,6 +25,7 @@ from gatedlens import inputs
 from gatedlens.circuits.graph import Graph, Node
 from gatedlens.errors import InputError
 from gatedlens.metrics import Metric
+from gatedlens.options import checked
 from gatedlens.positions import mask_of
 from gatedlens.result import Result
 from gatedlens.runs.baseline import Baseline
@@ -34,6 +35,7 @@ from gatedlens.runs.meter import Meter
 from gatedlens.runs.pair import Pair
 
 
+@checked
 def path_patch(
     model: Any,
     clean: Any,
@@ -60,6 +62,7 @@ def path_patch(
     return paths.rises(plan, {}, Effort(progress=False), by_row=True).values
 
 
+@checked
 def path_patch_senders(
     model: Any,
     clean: Any,
@@ -102,12 +105,14 @@ class Paths:
         self.written = pair.differences(node.writes for node in senders)
         _, self.frozen = pair.cached(pair.corrupted, dict.fromkeys(node.reads for node in receivers))
 
+    @checked
     def cell(self, place: tuple[int, ...], sender: Node, receivers: Sequence[Node], pos: Any = None) -> Cell:
         """The run in which each receiver reads what it does while all but the sender are frozen."""
         pack = self.run.padding.pack
         said = pack(at_positions(self.written[sender.writes], pos, self.real))
         return Cell(place, tuple(Add(node.reads, pack(self.frozen[node.reads]), said) for node in receivers))
 
+    @checked
     @torch.no_grad()
     def rises(self, plan: Plan, facts: Mapping[str, Any], effort: Effort, by_row: bool = False) -> Result:
         """metric(patched) - metric(corrupted) of each cell; means over rows, unless rows stay apart."""
@@ -123,6 +128,7 @@ class Paths:
         return answer(question, [self.run], changing, base, effort)
 
 
+@checked
 def at_positions(
     x: Float[Tensor, "batch pos d_model"], pos: Any, real: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos d_model"]:

@@ -34,6 +34,7 @@ from gatedlens.evaluation.sample import Samples, chosen
 from gatedlens.evaluation.segmentation import segmentation
 from gatedlens.evaluation.truth import located
 from gatedlens.fingerprint import checksum, fingerprint, settings
+from gatedlens.options import checked
 from gatedlens.version import __version__
 
 OF_IMAGES = ("positive", "negative", "deletion", "insertion")
@@ -42,6 +43,7 @@ SHOWN = 6  # samples whose scores are kept
 DIGITS = 6  # of a number that is kept
 
 
+@checked
 def evaluate(
     model: Any,
     data: Any,

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gatedlens.options import checked
 from gatedlens.patching.sweep import Edits, carried, copied, sweep
 from gatedlens.result import Result
 
@@ -47,6 +48,7 @@ get_act_patch_scan = Kind("blocks.*.mixer.*hook_scan")
 get_act_patch_state = Kind("blocks.*.mixer.*hook_state", edits=carried)  # what later positions go on from
 
 
+@checked
 def get_act_patch_by_tap(
     model: Any,
     corrupted_tokens: Any,
@@ -61,6 +63,7 @@ def get_act_patch_by_tap(
     return sweep(model, corrupted_tokens, clean_cache, patching_metric, points, axes, **options)
 
 
+@checked
 def get_act_patch_by_channel_group(
     model: Any,
     corrupted_tokens: Any,

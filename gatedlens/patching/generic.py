@@ -14,6 +14,7 @@ from typing import Any
 
 from gatedlens import inputs
 from gatedlens.errors import InputError, PointError, did_you_mean
+from gatedlens.options import checked
 from gatedlens.patching.measuring import Options, measure_cells
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Call, Cell, Plan
@@ -22,6 +23,7 @@ from gatedlens.runs.pair import Clean
 HEADS, POSITIONS = ("head", "head_index"), ("pos", "src_pos", "dest_pos")  # TransformerLens's words for axes
 
 
+@checked
 def generic_activation_patch(
     model: Any,
     corrupted_tokens: Any,

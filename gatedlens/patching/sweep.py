@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gatedlens import inputs, positions
 from gatedlens.errors import InputError, PointError
+from gatedlens.options import checked
 from gatedlens.patching.measuring import Options, measure_cells
 from gatedlens.result import Result
 from gatedlens.runs.baseline import Baseline
@@ -31,11 +32,13 @@ Places = tuple[Mapping[str, Index], ...]  # what an entry of an axis means: all 
 Edits = Callable[[str, Clean], list[tuple[str, Tensor | None]]]
 
 
+@checked
 def copied(name: str, clean: Clean) -> list[tuple[str, Tensor | None]]:
     """The point itself gets what it held in the clean run."""
     return [(name, clean[name])]
 
 
+@checked
 def carried(name: str, clean: Clean) -> list[tuple[str, Tensor | None]]:
     """The clean state, which later positions go on from: decay[pos] = 0, write[pos] = clean state[pos].
 
@@ -47,6 +50,7 @@ def carried(name: str, clean: Clean) -> list[tuple[str, Tensor | None]]:
     return [(f"{stem}hook_decay", None), (f"{stem}hook_write", clean[name])]
 
 
+@checked
 def sweep(
     model: Any,
     corrupted: Any,
@@ -122,6 +126,7 @@ class Spread:
             if axis not in self.axes or axis == "layer":
                 raise InputError(f"groups={{{axis!r}: ...}} divides an axis that is not swept: axes are {self.axes}.")
 
+    @checked
     def plan(self, title: str) -> Plan:
         """Every cell at its place."""
         several = len(self.kinds) > 1

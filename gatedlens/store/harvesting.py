@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from gatedlens import dtypes
 from gatedlens.errors import InputError, StoreError
+from gatedlens.options import checked
 from gatedlens.points import NamesFilter
 from gatedlens.store import manifest
 from gatedlens.store.arrow import Columns
@@ -44,6 +45,7 @@ log = logging.getLogger(__name__)
 SHARD_BYTES = 2**30
 
 
+@checked
 def harvest(
     model: Any,
     dataset: Any,
@@ -127,6 +129,7 @@ def harvest(
     return open_store(folder)
 
 
+@checked
 def estimate(
     model: Any,
     dataset: Any,

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gatedlens.errors import InputError, PointError, StoreError, did_you_mean
+from gatedlens.options import checked
 from gatedlens.store import journal, manifest
 from gatedlens.store.arrow import Columns, batch_reader
 from gatedlens.store.column import Column
@@ -48,6 +49,7 @@ def _file(name: str | None, shard: int) -> str:
     return f"activations/data-{shard:05}.arrow" if name is None else f"tensors/{name}-{shard:05}.safetensors"
 
 
+@checked
 def open(path: str | Path) -> Store:
     """`gl.store.open("out")`: the store in a folder."""
     return Store(Path(path).expanduser())
@@ -220,14 +222,17 @@ class Store:
 
     # -- samples -------------------------------------------------------------------------------------------------
 
+    @checked
     def tokens(self, sample: int) -> Int[Tensor, " pos"]:
         """The ids at the stored positions of a sample."""
         return self._counted("token_ids", sample)
 
+    @checked
     def positions(self, sample: int) -> Int[Tensor, " pos"]:
         """Which positions of a sample are stored."""
         return self._counted("positions", sample)
 
+    @checked
     def documents(self, sample: int) -> Int[Tensor, " pos"]:
         """The document (a line, a file, a row, an image) that each stored position of a sample is of."""
         return self._counted("documents", sample)
@@ -237,6 +242,7 @@ class Store:
         flat, ends = self.batch_of(name, batch)
         return flat[ends[row] : ends[row + 1]]
 
+    @checked
     def place(self, sample: int) -> tuple[int, int]:
         """(batch, row in it) of a sample."""
         if not -len(self) <= sample < len(self):
@@ -245,6 +251,7 @@ class Store:
         batch = bisect.bisect_right(self.first_row, sample) - 1
         return batch, sample - self.first_row[batch]
 
+    @checked
     def batch_of(self, name: str, batch: int) -> tuple[Shaped[Tensor, "entry ..."], list[int]]:
         """(entries of one batch, where each of its rows begins and the last ends), mapped from the file."""
         layout = self.layouts.get(name)
@@ -305,10 +312,12 @@ class Store:
         """A torch Dataset of the entries at one point, or at a list of points."""
         return Activations(self, keys)
 
+    @checked
     def loader(self, keys: Any, batch_size: int, shuffle: bool = False, seed: int = 0, **options: Any) -> DataLoader:
         """A torch DataLoader of the entries at one point ([batch, ...]) or at a list of points ({name: [batch, ...]})."""
         return self.dataset(keys).loader(batch_size, shuffle, seed, **options)
 
+    @checked
     def with_labels(self, labels: Any, per: str = "token") -> Labelled:
         """The store with a label for each entry, for a probe.
 
