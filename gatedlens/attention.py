@@ -199,8 +199,9 @@ class ImplicitAttention:
 
     def __matmul__(self, x: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
         """A @ x, or A.T @ g for the transpose: linear in pos."""
-        if tuple(x.shape) != self.shape:
-            raise InputError(f"The operator takes [batch, pos, channel] = {list(self.shape)}; this is {list(x.shape)}.")
+        if not isinstance(x, Tensor) or tuple(x.shape) != self.shape:
+            this = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise InputError(f"The operator takes [batch, pos, channel] = {list(self.shape)}; this is {this}.")
         return self._apply(x.to(self.dtype), self.transposed)
 
     def _apply(self, x: Tensor, transposed: bool) -> Tensor:

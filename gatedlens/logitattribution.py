@@ -185,7 +185,12 @@ def _ids(model: Any, tokens: Tokens, rows: int, what: str) -> Tensor:
     elif isinstance(tokens, Sequence):
         tokens = [model.to_single_token(token) if isinstance(token, str) else token for token in tokens]
     ids, size = tensor_of(tokens, "The token", device=model.W_U.device), model.W_U.shape[1]
-    if ids.is_floating_point() or ids.ndim > 1 or (ids.ndim == 1 and len(ids) not in (1, rows)):
+    if (
+        ids.is_floating_point()
+        or ids.dtype == torch.bool
+        or ids.ndim > 1
+        or (ids.ndim == 1 and len(ids) not in (1, rows))
+    ):
         raise InputError(f"{what}={_said(tokens)}: give one id for all {rows} rows, or one a row.")
     if bool(((ids < 0) | (ids >= size)).any()):
         raise InputError(f"{what}={_said(tokens)} is out of range: the logits have {size} entries (0 to {size - 1}).")

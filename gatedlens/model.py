@@ -29,7 +29,7 @@ from gatedlens.grid import Grid
 from gatedlens.hooking import Batch, Hooking
 from gatedlens.hookpoint import HookPoint, rows_of, same
 from gatedlens.layers import layer_of
-from gatedlens.options import checked
+from gatedlens.options import checked, is_whole
 from gatedlens.padding import Padding
 from gatedlens.points import Alias, Names, Point, View
 from gatedlens.state import CARRIED, Carried, RecurrentState
@@ -333,8 +333,8 @@ class HookedModel(Hooking):
 
     def _layer(self, layer: int | None, option: str) -> int | None:
         n = self.cfg.n_layers
-        if layer is not None and not -n <= layer <= n:
-            raise InputError(f"{option}={layer}: {self.cfg.model_name} has {n} layers; give -{n} to {n}.")
+        if layer is not None and not (is_whole(layer) and -n <= layer <= n):
+            raise InputError(f"{option}={layer!r}: {self.cfg.model_name} has {n} layers; give -{n} to {n}.")
         return layer
 
     def begin(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -271,7 +271,7 @@ class Names:
             if not chosen:
                 raise PointError(f"names_filter {names_filter!r} is false for every hook point of {self.model}.")
             return [chosen]
-        if not isinstance(names_filter, Iterable) or not all(isinstance(name, str) for name in names_filter):
+        if not isinstance(names_filter, Sequence | Set | Mapping) or not all(isinstance(name, str) for name in names_filter):
             raise PointError(
                 f"names_filter is {names_filter!r:.80}; give a name, a list of names, a function of names, or None for all."
             )

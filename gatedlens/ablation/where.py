@@ -87,6 +87,8 @@ class Where:
     def _named(self, model: Any, name: str | Component) -> list[str]:
         if isinstance(name, Component):
             return name.points(model, self.layers)
+        if not isinstance(name, str):
+            raise PointError(f"{name!r:.80} is no point: name one, or a list of names.")
         asked = [name]
         if "{l}" in name:
             asked = [name.replace("{l}", str(layer)) for layer in layers_of(model, self.layers)]

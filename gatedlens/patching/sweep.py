@@ -181,6 +181,8 @@ def _find(model: Any, points: str | Sequence[str]) -> list[str]:
     """The full names that are meant, in the order in which they fire."""
     found: dict[str, None] = {}
     for name in (points,) if isinstance(points, str) else tuple(points):
+        if not isinstance(name, str):
+            raise PointError(f"{name!r:.80} is no point: name one, or a list of names.")
         try:
             hits = model.names.hooked(name)
         except PointError as error:
