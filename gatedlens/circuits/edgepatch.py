@@ -84,7 +84,7 @@ class EdgePatch:
 
     def _laid_out(
         self, gone: Bool[Tensor, " some"], x: Float[Tensor, "batch pos d_model"]
-    ) -> Bool[Tensor, "#batch pos"]:
+    ) -> Bool[Tensor, "#batch #pos"]:
         """Where a sender is cut in each row, of the positions by their numbers (or 1 for all of them)."""
         if self.padding.mask is None or len(gone) == 1:
             return gone.unsqueeze(0)
