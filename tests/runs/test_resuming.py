@@ -176,7 +176,11 @@ def test_what_a_sweep_was_told_is_compared(small, options, named, tmp_path):
         small.patching(METRIC, **{"point": POINT, **options}, results=path)
 
 
-@pytest.mark.parametrize("options", [{"dst": 4}, {"how": knockout.cut_scan}, {"channel": [1]}, {"window": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"dst": 4}, {"how": knockout.cut_scan}, {"channel": [1]}, {"window": 2}],
+    ids=["dst", "how", "channel", "window"],
+)
 def test_what_a_knockout_was_told_is_compared(small, options, tmp_path):
     with pytest.raises(patching.Interrupted):
         small.knockout(Stops(6), results=tmp_path / "k.json")
@@ -184,7 +188,11 @@ def test_what_a_knockout_was_told_is_compared(small, options, tmp_path):
         small.knockout(METRIC, results=tmp_path / "k.json", **options)
 
 
-@pytest.mark.parametrize("options", [{"seed": 3}, {"noise": 2.0}, {"subject": [2]}, {"point": "mixer_out"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"seed": 3}, {"noise": 2.0}, {"subject": [2]}, {"point": "mixer_out"}],
+    ids=["seed", "noise", "subject", "point"],
+)
 def test_what_a_trace_was_told_is_compared(small, options, tmp_path):
     with pytest.raises(patching.Interrupted):
         small.tracing(Stops(9), results=tmp_path / "t.json")
