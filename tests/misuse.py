@@ -1,0 +1,149 @@
+"""Misused options: `python -m tests.misuse` passes each of some wrong values to each option and prints whatever raises an error
+that is not ours. In a process of its own: where tests run, beartype refuses wrong types before our own checks do."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+import torch
+
+import gatedlens as gl
+
+WRONG = (
+    None, True, -1, 0, 99, 1.5, float("nan"), "x", "", [], [None], {}, object(), torch.tensor(3.5), (1, 2, 3),
+)  # fmt: skip
+METRIC = gl.metrics.logit_difference(1, 2)
+
+
+class Given:
+    """A bundled model with an input and its cache."""
+
+    def __init__(self) -> None:
+        matplotlib.use("agg")
+        self.model = gl.from_pretrained("gatedlens/mamba-recall", device="cpu")
+        self.tokens = gl.tasks.recall(2, seed=0).tokens
+        self.logits, self.cache = self.model.run_with_cache(self.tokens, names_filter="*")
+        self.attention = gl.implicit_attention(self.cache, layer=0)
+
+    def under(self, intervention: Any) -> Any:
+        return self.model.run_with_hooks(self.tokens, fwd_hooks=intervention.hooks(self.model))
+
+
+def options(names: str, call: Callable[..., Any]) -> dict[str, Callable[[Given, Any], Any]]:
+    """For each name, the call with that option alone."""
+    return {name: lambda g, wrong, name=name: call(g, **{name: wrong}) for name in names.split()}
+
+
+CALLS: dict[str, dict[str, Callable[[Given, Any], Any]]] = {
+    "model": options(
+        "return_type loss_per_token prepend_bos padding_side start_at_layer stop_at_layer attention_mask state return_state"
+        " tokens position_ids",
+        lambda g, **option: g.model(g.tokens, **option),
+    ),
+    "input": {"model": lambda g, x: g.model(x), "lens": lambda g, x: gl.lens.logit_lens(g.model, x)},
+    "run_with_cache": options(
+        "names_filter device remove_batch_dim incl_bwd pos_slice max_bytes",
+        lambda g, **option: g.model.run_with_cache(g.tokens, **option),
+    ),
+    "run_with_hooks": options("fwd_hooks bwd_hooks", lambda g, **option: g.model.run_with_hooks(g.tokens, **option)),
+    "add_hook": {
+        "name": lambda g, x: g.model.add_hook(x, lambda a, hook: a),
+        "hook": lambda g, x: g.model.add_hook("hook_embed", x),
+        "dir": lambda g, x: g.model.add_hook("hook_embed", lambda a, hook: a, dir=x),
+    },
+    "generate": options(
+        "temperature top_k top_p seed stop_at_eos do_sample eos_token_id",
+        lambda g, **option: g.model.generate(g.tokens[:1], max_new_tokens=1, verbose=False, **option),
+    ),
+    "new tokens": {
+        "number": lambda g, x: g.model.generate(g.tokens[:1], max_new_tokens=0 if x == 99 else x, verbose=False)
+    },
+    "hook_table": options("layer", lambda g, **option: g.model.hook_table(**option)),
+    "implicit_attention": options("layer", lambda g, **option: gl.implicit_attention(g.model, g.tokens, **option)),
+    "views": {
+        name: lambda g, x, name=name: getattr(g.attention, name)(x)
+        for name in ("row", "column", "dense", "weighted", "grouped", "without", "only", "paper", "__matmul__")
+    },
+    "cache": {"key": lambda g, x: g.cache[x], "layer": lambda g, x: g.cache["dt", x]},
+    "ablation": {
+        "points": lambda g, x: g.under(gl.ablation.zero(x)),
+        "scale": lambda g, x: g.under(gl.ablation.scale(x, 2.0)),
+        "pos": lambda g, x: g.under(gl.ablation.zero("blocks.0.mixer.hook_x", pos=x)),
+        "layers": lambda g, x: g.under(gl.ablation.open_gate(layers=x)),
+    },
+    "knockout": {
+        "src": lambda g, x: g.under(gl.knockout.cut(x, -1)),
+        "layers": lambda g, x: g.under(gl.knockout.cut(0, -1, layers=x)),
+    },
+    "states": {"pos": lambda g, x: g.under(gl.states.patch(g.cache, pos=x))},
+    "sweep": {
+        "points": lambda g, x: gl.patching.sweep(g.model, g.tokens, g.cache, METRIC, x, progress=False),
+        "metric": lambda g, x: gl.patching.sweep(
+            g.model, g.tokens, g.cache, x, "blocks.0.hook_resid_pre", progress=False
+        ),
+        "axes": lambda g, x: gl.patching.sweep(
+            g.model, g.tokens, g.cache, METRIC, "blocks.0.hook_resid_pre", x, progress=False
+        ),
+        "clean": lambda g, x: gl.patching.sweep(
+            g.model, g.tokens, x, METRIC, "blocks.0.hook_resid_pre", progress=False
+        ),
+    },
+    "steering": {
+        "pos": lambda g, x: gl.steering.vector(g.model, g.tokens, g.tokens, "blocks.0.hook_resid_post", pos=x),
+        "name": lambda g, x: gl.steering.vector(g.model, g.tokens, g.tokens, x),
+    },
+    "analyses": {
+        "logit_attribution": lambda g, x: gl.lens.logit_attribution(g.model, g.tokens, x),
+        "subject": lambda g, x: gl.tracing.causal_trace(
+            g.model, g.tokens, METRIC, subject=x, samples=1, positions=[-1], progress=False
+        ),
+        "eap": lambda g, x: gl.circuits.eap(g.model, g.tokens[:1], g.tokens[1:], x),
+        "path_patch": lambda g, x: gl.circuits.path_patch(g.model, g.tokens[:1], g.tokens[1:], METRIC, x, "logits"),
+        "lrp": lambda g, x: gl.attribution.lrp(g.model, g.tokens, target=x),
+        "raw_attention": lambda g, x: gl.attribution.raw_attention(g.model, g.tokens, layers=x),
+        "heatmap": lambda g, x: gl.plot.heatmap(x),
+        "metric": lambda g, x: gl.metrics.logit(x)(torch.zeros(2, 3, 30)),
+    },
+    "loading": {
+        "from_pretrained": lambda g, x: gl.from_pretrained(x) if x != "x" else None,  # a name would ask the hub
+        "wrap": lambda g, x: gl.wrap(x),
+    },
+}
+
+
+def unnamed(given: Given, option: str, call: Callable[[Given, Any], Any], wrong: Any) -> str:
+    """What is wrong with the error, if there is one; empty if it is one of ours, or there is none."""
+    try:
+        call(given, wrong)
+    except gl.GatedlensError as error:
+        return "" if str(error) else f"{option}={wrong!r:.30}: {type(error).__name__} without a word"
+    except Exception as error:
+        return f"{option}={wrong!r:.30}: {type(error).__name__}: {error!s:.90}"
+    finally:
+        given.model.reset_hooks()
+    return ""
+
+
+def main() -> int:
+    """Print what is not named, and return how many there are."""
+    warnings.simplefilter("ignore")
+    given = Given()
+    before = {name: p.detach().clone() for name, p in given.model.wrapped.named_parameters()}
+    tried = [
+        unnamed(given, f"{kind}: {option}", call, wrong)
+        for kind, calls in CALLS.items()
+        for option, call in calls.items()
+        for wrong in WRONG
+    ]
+    found = [line for line in tried if line]
+    left = [name for name, p in given.model.wrapped.named_parameters() if not torch.equal(before[name], p)]
+    found += [f"{name} was changed" for name in left] + [f"{hook} was left" for hook in given.model.list_hooks()]
+    print("\n".join([*found, f"{len(tried)} tried, {len(found)} wrong"]))
+    return len(found)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
