@@ -79,15 +79,16 @@ def columns(given: Any, what: str, real: Bool[Tensor, "batch pos"]) -> dict[Any,
         given = {operator.index(one) if is_number(one) else str(one): one for one in given}
     if not given:
         raise InputError(f"{what} is empty: give positions, a dict of names to positions, or None for all.")
-    return {name: _column(one, f"{what} {name!r}", real, longest) for name, one in given.items()}
+    return {name: _column(one, name, f"{what} {name!r}", real, longest) for name, one in given.items()}
 
 
-def _column(given: Any, what: str, real: Tensor, longest: int) -> Bool[Tensor, "batch pos"]:
+def _column(given: Any, name: Any, what: str, real: Tensor, longest: int) -> Bool[Tensor, "batch pos"]:
     if not is_number(given):
         return mask_of(given, what, real)
     number = operator.index(given)
     if not -longest <= number < longest:
-        raise InputError(f"{what} is out of range: the longest row has {longest} positions.")
+        said = "" if name == number else f"={number}"
+        raise InputError(f"{what}{said} is out of range: the longest row has {longest} positions.")
     counts = real.sum(1, keepdim=True)
     return real & (real.cumsum(1) - 1 == (number if number >= 0 else counts + number))
 
