@@ -18,7 +18,7 @@ from transformer_lens.utilities import Slice
 from gatedlens.autocast import exact
 from gatedlens.errors import PointError, did_you_mean
 from gatedlens.hookpoint import HookPoint, Saver
-from gatedlens.points import Found
+from gatedlens.points import SHORTHAND, Found
 from gatedlens.residual import ResidualCache
 
 
@@ -51,7 +51,7 @@ class ActivationCache(ResidualCache):
         names = self.model.names
         if isinstance(key, str):
             plain = re.fullmatch(r"(?!hook_)[A-Za-z_0-9]+", key)
-            return names.short(key) if plain else names.find(key)
+            return names.short(key) if plain and not SHORTHAND.fullmatch(key) else names.find(key)
         if not isinstance(key, tuple) or not 1 <= len(key) <= 3:
             raise PointError(f"{key!r} is no key of a cache: use a name, or (word, layer), or (word, layer, part).")
         return names.short(*key)

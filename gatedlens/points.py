@@ -19,6 +19,9 @@ from typing import Any
 
 from gatedlens.errors import PointError, did_you_mean
 
+# TransformerLens's shorthand in one word, "scale1ln1": the word, the layer, the part of the block.
+SHORTHAND = re.compile(r"(?!hook_)(?P<word>[A-Za-z_]+?)(?P<layer>\d+)(?P<part>[A-Za-z]\w*)?")
+ATTENDED = ("hook_pattern", "hook_attn_scores")  # where other models hold what a layer attends to
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 
@@ -208,6 +211,9 @@ class Names:
                 params = {key: int(value) for key, value in match.groupdict().items()}
                 if params["l"] < self.n_layers and all(_fill(n, params) in self.points for n in view.needs + view.at):
                     return Found(name, name, view, params)
+        if told := SHORTHAND.fullmatch(name):
+            found = self.short(told["word"], int(told["layer"]), told["part"])
+            return replace(found, asked=name)
         raise self.unknown(name)
 
     def short(self, word: str, layer: int | None = None, part: str | None = None) -> Found:
@@ -252,6 +258,8 @@ class Names:
         others = self.elsewhere(name.rpartition(".")[2])
         if others:
             message += f" {' and '.join(others)} {'has' if len(others) == 1 else 'have'} such a point."
+        if name.endswith(ATTENDED):
+            hint += " What a recurrent layer attends to is derived: gl.implicit_attention(cache, layer)."
         return PointError(message + (hint or " `model.hook_table()` lists them all."))
 
     # -- many names ----------------------------------------------------------------------------------------------
@@ -271,7 +279,9 @@ class Names:
             if not chosen:
                 raise PointError(f"names_filter {names_filter!r} is false for every hook point of {self.model}.")
             return [chosen]
-        if not isinstance(names_filter, Sequence | Set | Mapping) or not all(isinstance(name, str) for name in names_filter):
+        if not isinstance(names_filter, Sequence | Set | Mapping) or not all(
+            isinstance(name, str) for name in names_filter
+        ):
             raise PointError(
                 f"names_filter is {names_filter!r:.80}; give a name, a list of names, a function of names, or None for all."
             )

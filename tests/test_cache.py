@@ -206,3 +206,22 @@ def test_any_shape_runs_and_caches_its_shape(batch, pos, seed):
     assert logits.shape == (batch, pos, 40)
     assert cache["state", 1].shape == (batch, pos, 32, 4)
     assert torch.equal(cache.tokens, tokens)
+
+
+def test_transformer_lens_s_shorthand_is_one_word():
+    """`get_act_name("scale1ln1")` is a name there, and so in a cache, a filter and a hook here."""
+    from transformer_lens.utilities import get_act_name
+
+    model = gl.from_pretrained("gatedlens/griffin-moby", device="cpu")
+    tokens = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens)
+        for word in ("scale1ln1", "pre2", "resid_pre1", "normalized0ln2"):
+            wanted = {"resid_pre1": "blocks.1.hook_resid_pre"}.get(word) or get_act_name(word)
+            assert torch.equal(cache[word], cache[wanted]), word
+            assert list(model.run_with_cache(tokens, names_filter=word)[1]) == [wanted]
+    with pytest.raises(gl.PointError, match="layer 9 does not exist"):
+        cache["scale9ln1"]
+    mamba = gl.from_pretrained("gatedlens/mamba-recall", device="cpu")
+    with pytest.raises(gl.PointError, match=r"gl.implicit_attention\(cache, layer\)"):
+        mamba.run_with_cache(tokens)[1]["pattern", 1]

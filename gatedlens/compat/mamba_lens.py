@@ -149,9 +149,18 @@ class HookedMamba(mamba.HookedMamba):
         return chosen
 
     def run_with_cache(
-        self, input: Any = None, *args: Any, names_filter: Any = None, **options: Any
+        self,
+        input: Any = None,
+        *args: Any,
+        names_filter: Any = None,
+        fwd_hooks: Any = (),
+        bwd_hooks: Any = (),
+        **options: Any,
     ) -> tuple[Any, Any]:
-        """As gatedlens's; without names_filter every point is kept, lazy ones too, as MambaLens does."""
+        """As gatedlens's; without names_filter every point is kept, lazy ones too, and hooks may be on, as in MambaLens."""
+        if fwd_hooks or bwd_hooks:
+            with self.hooks(*(self._spelled(hooks, input, options) for hooks in (fwd_hooks, bwd_hooks))):
+                return self.run_with_cache(input, *args, names_filter=names_filter, **options)
         if names_filter is None:
             names_filter = list(self.names)
         elif callable(names_filter):
@@ -160,12 +169,14 @@ class HookedMamba(mamba.HookedMamba):
 
     def run_with_hooks(self, *args: Any, fwd_hooks: Any = (), bwd_hooks: Any = (), **options: Any) -> Any:
         """As gatedlens's; a predicate stands for the names of MambaLens that it picks."""
+        given = args[0] if args else options.get("input")
+        forward, backward = (self._spelled(hooks, given, options) for hooks in (fwd_hooks, bwd_hooks))
+        return super().run_with_hooks(*args, fwd_hooks=forward, bwd_hooks=backward, **options)
 
-        def spelled(hooks: Any) -> list[Any]:
-            chosen = [(self._chosen(n, args[0], options) if callable(n) else [n], hook) for n, hook in hooks]
-            return [(name, hook) for names, hook in chosen for name in names]
-
-        return super().run_with_hooks(*args, fwd_hooks=spelled(fwd_hooks), bwd_hooks=spelled(bwd_hooks), **options)
+    def _spelled(self, hooks: Any, input: Any, options: Mapping[str, Any]) -> list[Any]:
+        """Hooks by names, where a predicate stood."""
+        chosen = [(self._chosen(n, input, options) if callable(n) else [n], hook) for n, hook in hooks]
+        return [(name, hook) for names, hook in chosen for name in names]
 
     @contextmanager
     def input_dependent_hooks_context(self, fwd_hooks: Any = (), bwd_hooks: Any = (), **_: Any) -> Iterator[Any]:

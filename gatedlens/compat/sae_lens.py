@@ -3,8 +3,8 @@
     runner = sae_lens.LanguageModelSAETrainingRunner(config, override_dataset=data, override_model=model)
 
 A hooked model is a valid `override_model` at any point whose last axis is the SAE's. But SAELens imports names that
-TransformerLens 4.0 removed: versions to 6.51 install beside it and fail on import, later ones refuse to be installed
-(`pip install "sae-lens<6.52"`). `load` puts stand-ins where the removed names were, imports SAELens and returns it; what
+TransformerLens 4.0 removed: version 6.51 installs beside it and fails on import; later ones refuse to be installed
+(`pip install "sae-lens==6.51.*"`). `load` puts stand-ins where the removed names were, imports SAELens and returns it; what
 needs the old HookedTransformer itself (SAELens's own model loading, HookedSAETransformer) stays out of reach.
 
 A store that `gl.store.harvest` made with `context=` is in SAELens's layout: `use_cached_activations=True,
@@ -43,7 +43,7 @@ def stand_ins() -> dict[str, ModuleType]:
 def load() -> Any:
     """The module `sae_lens`; ImportError if it is not installed."""
     if importlib.util.find_spec("sae_lens") is None:
-        raise ImportError("SAELens is not installed: pip install 'sae-lens<6.52'.")
+        raise ImportError("SAELens is not installed: pip install 'sae-lens==6.51.*'.")
     for name, module in stand_ins().items():
         sys.modules.setdefault(name, module)
     vars(transformer_lens).setdefault(

@@ -230,3 +230,13 @@ def test_loading_from_a_folder_of_transformers_and_saving(tmp_path, moby):
 def test_other_architectures_are_told_apart_once():
     with pytest.raises(gl.PointError, match=r"tiny-griffin\. Mamba and Vision Mamba have such a point"):
         gl.HookedGriffin.tiny().names.find("blocks.0.mixer.hook_dt_rank")
+
+
+@torch.no_grad()
+def test_a_cache_is_taken_under_hooks(tiny):
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    zero = [(lambda name: name == "blocks.0.hook_h.2", lambda h, hook: h * 0)]
+    logits, cache = tiny.run_with_cache(tokens, fwd_hooks=zero)
+    assert torch.equal(logits, tiny.run_with_hooks(tokens, fwd_hooks=zero))
+    assert not cache["blocks.0.hook_h.2"].any() and cache["blocks.0.hook_h.1"].any()
+    assert not tiny.list_hooks()
