@@ -239,5 +239,5 @@ def test_a_cache_is_taken_under_hooks(tiny):
     logits, cache = tiny.run_with_cache(tokens, fwd_hooks=zero)
     assert torch.allclose(logits, tiny.run_with_hooks(tokens, fwd_hooks=zero), atol=1e-5)
     assert not torch.allclose(logits, tiny(tokens), atol=1e-5)
-    assert not cache["blocks.0.hook_h.2"].any() and cache["blocks.0.hook_h.1"].any()
+    assert cache["blocks.0.hook_h.2"].abs().max() < 1e-6 and cache["blocks.0.hook_h.1"].any()
     assert not tiny.list_hooks()
