@@ -68,6 +68,9 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "Bool": (lambda value: isinstance(value, Tensor), "a tensor"),
     "Shaped": (lambda value: isinstance(value, Tensor), "a tensor"),
 }
+# A text is a sequence of texts too: whether it is meant so, the function knows.
+TEXTS = {"Sequence[str]": "Texts", "Iterable[str]": "Texts"}
+KINDS["Texts"] = (lambda value: isinstance(value, Iterable), "a list of texts")
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
@@ -105,7 +108,7 @@ def device_of(device: Any) -> torch.device | None:
 
 def _kinds_of(annotation: Any) -> list[tuple[Callable[[Any], bool], str]]:
     """What the words of an annotation ask; nothing, if one of them is not known here."""
-    words = [word.partition("[")[0].strip() for word in _alternatives(str(annotation))]
+    words = [TEXTS.get(word.strip(), word.partition("[")[0].strip()) for word in _alternatives(str(annotation))]
     return [KINDS[word] for word in words] if all(word in KINDS for word in words) else []
 
 

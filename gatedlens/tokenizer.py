@@ -19,6 +19,7 @@ from gatedlens.errors import CheckpointError, InputError
 log = logging.getLogger(__name__)
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+MISSING: Any = object()  # what a tokenizer lacks
 IDS = {  # what each special id is called: an attribute, or a method as in sentencepiece
     "bos_token_id": ("bos_token_id", "bos_id"),
     "eos_token_id": ("eos_token_id", "eos_id", "eot_token"),
@@ -60,7 +61,7 @@ def tokenizer_of(given: Any) -> Any:
             f"tokenizer is {named}; expected is one of transformers' tokenizers, a folder of one, or an object with "
             f"encode(text) and decode(ids).{hint}"
         )
-    return given if set(IDS) <= set(dir(given)) else Adapter(given)
+    return given if all(getattr(given, word, MISSING) is not MISSING for word in IDS) else Adapter(given)
 
 
 def _fast(inner: Any) -> Any:

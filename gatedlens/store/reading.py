@@ -218,7 +218,9 @@ class Store:
         )
         if said:
             raise StoreError(f"{path} is damaged: {said}. {AGAIN}")
-        return Statistics(held.parts, self.find)
+        order = {name: number for number, name in enumerate(self.layouts)}
+        parts = sorted(held.parts.items(), key=lambda item: order[item[0].partition("/")[0]])
+        return Statistics(dict(parts), self.find)
 
     # -- samples -------------------------------------------------------------------------------------------------
 
