@@ -346,7 +346,7 @@ def test_bad_questions_are_explained():
         A.without("gat")
     with pytest.raises(gl.InputError, match="'unified' or 'hidden'"):
         A.paper("uia")
-    with pytest.raises(gl.InputError, match="Position 7 is out of range"):
+    with pytest.raises(gl.InputError, match="row=7 is out of range"):
         A.row(7)
     with pytest.raises(gl.InputError, match="Channel 32 is out of range"):
         A.dense(channels=[32])
