@@ -74,7 +74,9 @@ def show(
     attention = implicit_attention(model, input, layer=layer)
     if position is None:
         position = -1 if isinstance(model, HookedLanguageModel) or not model.grid.cls else model.grid.cls[0]
-    row = with_label(attention.row(position).mean(1)[0], MEAN)  # an InputError if there is no such position
+    row = with_label(
+        attention.at(attention.place(position, "position")).mean(1)[0], MEAN
+    )  # an InputError if there is no such position
     values = row if reduce == "row" else (attention.mean() if reduce == "mean" else attention.abs_mean())[0]
     own = row if reduce == "row" else values[position]
     best = order(own.abs())[:5].tolist()

@@ -160,7 +160,7 @@ def test_evaluate_writes_a_report_and_goes_on(tmp_path, capsys):
         (["demo", "--model", "gatedlens/mamba-recall", "--text", "D 3 unknownword"], "It knows only: 1 2 3"),
         (["attention", "--model", "gatedlens/mamba-moby", "--layer", "9"], "has layers 0 to"),
         (["attention", "--model", "gatedlens/mamba-moby", "--reduce", "men"], "Did you mean 'mean'"),
-        (["attention", "--model", "gatedlens/mamba-moby", "--position", "900"], "Position 900 is out of range"),
+        (["attention", "--model", "gatedlens/mamba-moby", "--position", "900"], "position=900 is out of range"),
         (["attention", "--model", "gatedlens/mamba-moby", "--image", "x.png"], "reads text"),
         (["attention", "--model", "gatedlens/vim-digits", "--text", "x"], "reads images: pass --image"),
         (["attention", "--model", "gatedlens/vim-digits"], "reads images: pass --image"),
