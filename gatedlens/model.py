@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -178,16 +178,22 @@ class HookedModel(Hooking):
     def _described(self, model_name: str) -> Any:
         """The cfg of the wrapped model; CheckpointError if it lacks what this architecture reads."""
         try:
-            for what, (module, kind) in self.ends().items():
-                if type(module).forward is not kind.forward:
-                    raise CheckpointError(
-                        f"The {what} of {model_name} is a {type(module).__name__}; gatedlens reads the weight of a "
-                        f"{kind.__name__} there, so what this one computes would be lost. Give the model a {kind.__name__}, "
-                        "or read the residual stream (stop_at_layer, hook_resid_post) and call your own module on it."
-                    )
-            return self.describe(self.wrapped, model_name)
+            told = self.describe(self.wrapped, model_name)
         except (AttributeError, IndexError, KeyError) as error:
+            with suppress(AttributeError, IndexError, KeyError):  # a head of another kind says more than what it lacks
+                self._check_ends(model_name)
             raise CheckpointError(f"{model_name} is not built as {self.title} is: {error}.") from error
+        self._check_ends(model_name)
+        return told
+
+    def _check_ends(self, model_name: str) -> None:
+        for what, (module, kind) in self.ends().items():
+            if type(module).forward is not kind.forward:
+                raise CheckpointError(
+                    f"The {what} of {model_name} is a {type(module).__name__}; gatedlens reads the weight of a "
+                    f"{kind.__name__} there, so what this one computes would be lost. Give the model a {kind.__name__}, "
+                    "or read the residual stream (stop_at_layer, hook_resid_post) and call your own module on it."
+                )
 
     def follow(self) -> None:
         """See what has changed in the wrapped model since the last call: modules, numbers, sizes.

@@ -63,7 +63,6 @@ def label_axis(ticks: Any, names: Sequence[str], places: Sequence[int] | None = 
     ticks(range(len(names)) if places is None else places, names, parse_math=False, usetex=False, **style)
 
 
-@checked
 def colour_bar(shown: Any, ax: Any, value: str, shrink: float = 0.8) -> None:
     """The bar of a picture, which says what a number is."""
     bar = ax.figure.colorbar(shown, ax=ax, shrink=shrink)
@@ -359,7 +358,6 @@ class Html:
         return Path(path)
 
 
-@checked
 def colour(share: float) -> str:
     """A background for a value in [-1, 1]: red above zero, blue below, none for what is no number."""
     share = share if share == share else 0.0

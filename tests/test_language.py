@@ -37,7 +37,7 @@ def test_text_to_tokens_and_back(moby_model):
 def test_text_runs_as_its_tokens_do(moby_model):
     assert torch.equal(moby_model("Call me"), moby_model(moby_model.to_tokens("Call me")))
     both = moby_model(["Call me", "It"])
-    assert relative(both[1, :3], moby_model("It")[0]) < 1e-5
+    assert relative(both[1, -3:], moby_model("It")[0]) < 1e-5
 
 
 def test_without_a_tokenizer_text_is_refused():

@@ -311,6 +311,7 @@ def test_views_carry_their_own_label(stack):
     assert gl.plot.heatmap(A.abs_mean()[0], value="mine").axes[1].get_ylabel() == "mine"
 
 
+@torch.no_grad()
 def test_a_labelled_tensor_is_a_tensor_like_any_other(tmp_path):
     import copy
     import pickle
