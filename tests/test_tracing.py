@@ -199,14 +199,14 @@ def test_padding_takes_no_part_in_a_trace(lm, side):
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("hooked", [False, True])
-def test_noise_in_padded_rows_is_one_forward_a_sample(lm, side, hooked):
+@pytest.mark.parametrize("under_hooks", [False, True])
+def test_noise_in_padded_rows_is_one_forward_a_sample(lm, side, under_hooks):
     """Samples of a padded batch together, one at a time, and under hooks of the user's own: as written out by hand."""
     tokens, mask = padded([example(lm, 1, n, seed=n)[0] for n in (3, 5, 4)], side)
     metric, ends = gl.metrics.logit_difference([1, 4, 2], 3), mask.long().cumsum(1).argmax(1)
     name, start = "blocks.1.hook_resid_post", mask.long().argmax(1)
     options = {"subject": 1, "samples": 2, "attention_mask": mask, "positions": [1, 3, -1], "progress": False}
-    with gl.ablation.scale("blocks.0.hook_mixer_out", 0.5, pos=-1).on(lm) if hooked else nullcontext():
+    with gl.ablation.scale("blocks.0.hook_mixer_out", 0.5, pos=-1).on(lm) if under_hooks else nullcontext():
         found = [causal_trace(lm, tokens, metric, **options, max_rows=n) for n in (64, 4)]
         hand = {"attention_mask": mask}
         _, cache = lm.run_with_cache(tokens, names_filter=["hook_embed", name], **hand)
