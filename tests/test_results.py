@@ -78,7 +78,9 @@ def test_the_reading_is_what_the_numbers_say(held):
         )
         for method in results.PAPER:
             for column in ("positive ↓", "negative ↑", "activation ↑"):
-                assert verdicts(name, f"{method}:sign=abs: unified", column) == [1]
+                # under RWKV's LayerNorms the formula's gradient is 0, and so are all of its scores
+                nothing = method == "gradient_attention" and name == RECALL[2]
+                assert verdicts(name, f"{method}:sign=abs: unified", column) == [0 if nothing else 1]
     mamba, griffin, rwkv = RECALL
     for method in ("raw_attention", "rollout"):
         assert number(held, mamba, method, "rank").low > number(held, mamba, "random", "rank").high

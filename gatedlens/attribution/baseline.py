@@ -44,7 +44,8 @@ def _of_text(question: Question, asked: Any) -> tuple[Tensor, str]:
             raise InputError(f"baseline has shape {list(asked.shape)}; an embedding of this model is [{width}].")
         return asked, "an embedding"
     if asked is None:
-        asked = next((i for i in (getattr(model.tokenizer, name, None) for name in NOTHING) if i is not None), None)
+        ids = (getattr(model.tokenizer, name, None) for name in NOTHING)
+        asked = next((i for i in ids if i is not None and i < model.cfg.d_vocab), None)  # one that the model reads
         if asked is None:
             every = torch.arange(model.cfg.d_vocab, device=question.batch.value.device).unsqueeze(0)
             with torch.no_grad():
