@@ -47,6 +47,9 @@ class LabelledTensor(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> Any:  # type: ignore[override]
         return repr(self.as_subclass(Tensor))
 
+    def __format__(self, spec: str) -> str:
+        return format(self.as_subclass(Tensor), spec)
+
     def __deepcopy__(self, memo: Any) -> Any:
         return with_label(copy.deepcopy(self.as_subclass(Tensor), memo), self.label)
 
