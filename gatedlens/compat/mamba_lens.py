@@ -159,7 +159,8 @@ class HookedMamba(mamba.HookedMamba):
     ) -> tuple[Any, Any]:
         """As gatedlens's; without names_filter every point is kept, lazy ones too, and hooks may be on, as in MambaLens."""
         if fwd_hooks or bwd_hooks:
-            with self.hooks(*(self._spelled(hooks, input, options) for hooks in (fwd_hooks, bwd_hooks))):
+            forward, backward = (self._spelled(hooks, input, options) for hooks in (fwd_hooks, bwd_hooks))
+            with self.hooks(forward, backward):
                 return self.run_with_cache(input, *args, names_filter=names_filter, **options)
         if names_filter is None:
             names_filter = list(self.names)
