@@ -11,7 +11,7 @@ silently missing, and hooks undone on exceptions too.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ from gatedlens.cache import ActivationCache, Keep, KeepLive, gradients
 from gatedlens.config import HookedConfig
 from gatedlens.errors import InputError, PointError, TooLargeError, in_bytes
 from gatedlens.hookpoint import Capture, HookPoint, Saver
-from gatedlens.options import checked, device_of
+from gatedlens.options import checked, device_of, is_many
 from gatedlens.points import Names, NamesFilter
 from gatedlens.turns import Turns
 from gatedlens.visit import Visit
@@ -258,7 +258,7 @@ class Hooking(transformer_lens.HookedRootModule):
 def _pairs(*lists: Any) -> list[Any]:
     """The hooks of some lists, each checked to be a (name, hook) pair."""
     for hooks in lists:
-        if isinstance(hooks, str | Tensor) or not isinstance(hooks, Iterable):
+        if isinstance(hooks, str | Tensor) or not is_many(hooks):
             raise InputError(f"Hooks are a list of pairs [(name, hook), ...]; this is {hooks!r:.80}.")
     pairs = [pair for hooks in lists for pair in hooks]
     for pair in pairs:

@@ -16,7 +16,7 @@ import numpy
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.positions import is_number
+from gatedlens.options import is_whole
 
 ONE = ("layer={!r}", "layer={!r}:")  # how a refusal begins: of what is no number, of what is out of range
 START = ("start_layer={!r}: a whole number is meant; it", "start_layer={!r}:")
@@ -45,14 +45,14 @@ def _meant(model: Any, layers: Any) -> Sequence[int]:
         return [layer for layer, meant in zip(every, layers, strict=True) if meant]
     if isinstance(layers, Iterable):
         return [layer for one in layers for layer in _meant(model, one)]
-    if is_number(layers):
+    if is_whole(layers):
         return [layer_of(model, layers, SEVERAL)]
     raise InputError(f"layers={layers!r}: give a number, a slice, a sequence of numbers, a glob, or None for all.")
 
 
 def layer_of(model: Any, layer: Any, words: tuple[str, str] = ONE) -> int:
     """The number of one layer, negative ones from the end; an InputError for one that the model lacks."""
-    if not is_number(layer):
+    if not is_whole(layer):
         raise InputError(f"{words[0].format(layer)} is no layer number.")
     index, n = operator.index(layer), model.cfg.n_layers
     if not -n <= index < n:

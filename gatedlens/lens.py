@@ -27,8 +27,7 @@ from gatedlens.autocast import exact
 from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
 from gatedlens.logitattribution import logit_attribution, token_attribution
-from gatedlens.options import checked
-from gatedlens.positions import is_number
+from gatedlens.options import checked, is_whole
 from gatedlens.result import Result
 
 __all__ = ["LogitLens", "logit_attribution", "logit_lens", "token_attribution"]
@@ -73,7 +72,7 @@ class LogitLens:
         if isinstance(layer, str) and layer == EMBED:
             return 0
         n = self.model.cfg.n_layers
-        if not is_number(layer) or not -n <= int(layer) < n:
+        if not is_whole(layer) or not -n <= int(layer) < n:
             raise InputError(f"layer={layer!r}: {self.model.cfg.model_name} has layers 0 to {n - 1}, and 'embed'.")
         return int(layer) % n + 1
 

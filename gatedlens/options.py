@@ -15,7 +15,7 @@ import functools
 import inspect
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from os import PathLike
 from typing import Any, ParamSpec, TypeVar
@@ -30,8 +30,8 @@ R = TypeVar("R")
 
 
 def is_whole(value: Any) -> bool:
-    """Whether it counts: an int, numpy's or torch's too, and no bool."""
-    if isinstance(value, bool):
+    """Whether it is one whole number: an int, numpy's or a tensor of one too, and no bool."""
+    if isinstance(value, bool) or getattr(value, "ndim", 0) or getattr(value, "dtype", None) == torch.bool:
         return False
     try:
         operator.index(value)
@@ -43,6 +43,15 @@ def is_whole(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether it measures: a real number that is no bool and not NaN."""
     return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def is_many(value: Any) -> bool:
+    """Whether it can be walked through: no tensor or array of no axes, which only its type lets pass for a list."""
+    try:
+        iter(value)
+    except TypeError:
+        return False
+    return True
 
 
 # What each word of an annotation asks of a value, and how an error says it.
@@ -59,7 +68,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tuple": (lambda value: isinstance(value, tuple), "a tuple"),
     "dict": (lambda value: isinstance(value, dict), "a dict"),
     "Sequence": (lambda value: isinstance(value, Sequence) and not isinstance(value, str), "a list"),
-    "Iterable": (lambda value: isinstance(value, Iterable) and not isinstance(value, str), "a list"),
+    "Iterable": (lambda value: is_many(value) and not isinstance(value, str), "a list"),
     "Mapping": (lambda value: isinstance(value, Mapping), "a dict"),
     "Callable": (callable, "a function"),
     "Tensor": (lambda value: isinstance(value, Tensor), "a tensor"),
@@ -70,7 +79,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 # A text is a sequence of texts too: whether it is meant so, the function knows.
 TEXTS = {"Sequence[str]": "Texts", "Iterable[str]": "Texts"}
-KINDS["Texts"] = (lambda value: isinstance(value, Iterable), "a list of texts")
+KINDS["Texts"] = (is_many, "a list of texts")
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:

@@ -212,19 +212,19 @@ class Names:
                 if params["l"] < self.n_layers and all(_fill(n, params) in self.points for n in view.needs + view.at):
                     return Found(name, name, view, params)
         if told := SHORTHAND.fullmatch(name):
-            found = self.short(told["word"], int(told["layer"]), told["part"])
+            found = self.short(told["word"], int(told["layer"]), told["part"], asked=repr(name))
             return replace(found, asked=name)
         raise self.unknown(name)
 
-    def short(self, word: str, layer: int | None = None, part: str | None = None) -> Found:
+    def short(self, word: str, layer: int | None = None, part: str | None = None, asked: str | None = None) -> Found:
         """TransformerLens's shorthand: `short("decay", 3)` is `blocks.3.mixer.hook_decay`.
 
         Negative layers count from the end. A word that several parts of the block know goes to the block itself, then
-        to its mixer; otherwise it is ambiguous and the error names the candidates.
+        to its mixer; otherwise it is ambiguous and the error names the candidates. asked: how an error repeats the question.
         """
         if not isinstance(word, str) or not (layer is None or isinstance(layer, int)):
             raise PointError(f'{(word, layer)!r:.80} is no point: give a name and a layer, ("dt", 3).')
-        asked = repr(word) if layer is None else repr((word, layer) if part is None else (word, layer, part))
+        asked = asked or repr(word if layer is None else (word, layer) if part is None else (word, layer, part))
         if layer is None:
             prefix = ""
         else:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import fnmatch
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy
 import torch
@@ -26,6 +26,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from gatedlens.errors import InputError
+from gatedlens.options import is_whole
 
 
 def mask_of(given: Any, what: str, real: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
@@ -49,7 +50,7 @@ def one_a_row(given: Any, what: str, real: Bool[Tensor, "batch pos"]) -> Int[Ten
     if isinstance(given, Tensor) and given.dtype == torch.bool:
         rows = listed(_masked(given, what, real), real)
     else:
-        if isinstance(given, Sequence) and len(given) == len(real) and all(is_number(one) for one in given):
+        if isinstance(given, Sequence) and len(given) == len(real) and all(is_whole(one) for one in given):
             given = torch.tensor([operator.index(one) for one in given])
         rows = _by_row(given, what, real.sum(1).tolist())
     if any(len(places) != 1 for places in rows):
@@ -73,21 +74,21 @@ def columns(given: Any, what: str, real: Bool[Tensor, "batch pos"]) -> dict[Any,
         given = _numbers(given, longest)
     elif isinstance(given, Tensor) and given.ndim == 1:
         given = given.tolist()
-    elif isinstance(given, SupportsIndex):
+    elif is_whole(given):
         given = [operator.index(given)]
     named = isinstance(given, Mapping)
     if not named:
-        given = {operator.index(one) if is_number(one) else str(one): one for one in given}
+        given = {operator.index(one) if is_whole(one) else str(one): one for one in given}
     if not given:
         raise InputError(f"{what} is empty: give positions, a dict of names to positions, or None for all.")
     return {
-        name: _column(one, f"{what} {name!r}" + (f"={one!r}" if named and is_number(one) else ""), real, longest)
+        name: _column(one, f"{what} {name!r}" + (f"={one!r}" if named and is_whole(one) else ""), real, longest)
         for name, one in given.items()
     }
 
 
 def _column(given: Any, what: str, real: Tensor, longest: int) -> Bool[Tensor, "batch pos"]:
-    if not is_number(given):
+    if not is_whole(given):
         return mask_of(given, what, real)
     number = operator.index(given)
     if not -longest <= number < longest:
@@ -184,15 +185,8 @@ def _is_several(given: Any) -> bool:
     return bool(given.ndim) if isinstance(given, Tensor) else isinstance(given, Sequence) and not isinstance(given, str)
 
 
-def is_number(given: Any) -> bool:
-    """Whether it is one whole number: Python's, numpy's, or a tensor of one."""
-    if isinstance(given, Tensor):
-        return given.ndim == 0 and not given.is_floating_point() and given.dtype != torch.bool
-    return isinstance(given, SupportsIndex) and not isinstance(given, bool)
-
-
 def _number(given: Any, what: str) -> int:
-    if not is_number(given):
+    if not is_whole(given):
         raise InputError(f"{what}={given!r} is no position: a whole number, a slice, a list or a tensor.")
     return operator.index(given)
 

@@ -40,8 +40,7 @@ from gatedlens.errors import InputError
 from gatedlens.factors import NAMES
 from gatedlens.labelled import labelled, with_label
 from gatedlens.layers import START, layer_of, layers_of
-from gatedlens.options import checked
-from gatedlens.positions import is_number
+from gatedlens.options import checked, is_whole
 from gatedlens.profiles import Profile, induction, of_layer
 
 INSTEAD = (
@@ -72,7 +71,7 @@ class AttentionStack:
     def __getitem__(self, layer: Any) -> ImplicitAttention | AttentionStack:
         """`stack[3]`: layer 3 of the model (-1: its last); several, as `layers.py` reads them: the stack of these."""
         asked = layers_of(self.cache.model, layer)
-        if is_number(layer):
+        if is_whole(layer):
             return self._operator(self._known(asked[0]))
         # A pattern passes over layers that the stack does not hold; a number asks for one.
         if isinstance(layer, slice | str | None):

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import matplotlib
+import numpy
 import torch
 
 import gatedlens as gl
 
 WRONG = (
-    None, True, -1, 0, 99, 1.5, float("nan"), "x", "", [], [None], {}, object(), torch.tensor(3.5), (1, 2, 3),
+    None, True, -1, 0, 99, 1.5, float("nan"), "x", "", [], [None], {}, object(), torch.tensor(3.5), numpy.array(3.5), (1, 2, 3),
 )  # fmt: skip
 METRIC = gl.metrics.logit_difference(1, 2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import example as example_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -189,6 +190,9 @@ MODEL = HookedMamba.tiny()
 
 
 @given(st.text("blocks.0123*?[]hook_mixerdtuABC-", max_size=30))
+@example_of("A0")
+@example_of("dt0mixer")
+@example_of("y99")
 def test_any_string_as_filter_selects_or_raises_a_point_error(text):
     try:
         groups = MODEL.names.select(text)

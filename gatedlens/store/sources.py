@@ -23,6 +23,7 @@ from torch import Tensor
 from gatedlens.errors import InputError, TooLargeError, in_bytes
 from gatedlens.language import HookedLanguageModel
 from gatedlens.optional import optional
+from gatedlens.options import is_many
 from gatedlens.store.corpus import Corpus
 from gatedlens.store.encoding import Item, Pixels, Tokens
 from gatedlens.store.replay import Replay
@@ -47,7 +48,7 @@ def read(data: Any, model: Any, field: str | None = None) -> Corpus:
         return _read_columns(data, encode)
     if isinstance(data, Tensor):
         return _read_tensor(data, is_text, encode)
-    if not isinstance(data, Iterable):
+    if not is_many(data):
         raise InputError(
             f"A corpus is a path, ids, or an iterable of texts, ids or images; this is {type(data).__name__}."
         )
