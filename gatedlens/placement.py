@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedlens.errors import CheckpointError
-from gatedlens.optional import optional
+from gatedlens.files import optional
 
 
 def is_placed(wrapped: nn.Module) -> bool:

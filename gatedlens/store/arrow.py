@@ -18,7 +18,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from gatedlens.errors import TooLargeError
-from gatedlens.optional import optional
+from gatedlens.files import optional
 from gatedlens.store.batches import Rows
 from gatedlens.store.layout import ARROW_DTYPES, Layout
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gatedlens.errors import InputError, did_you_mean
-from gatedlens.optional import optional
+from gatedlens.files import optional
 from gatedlens.store.batches import Rows
 
 Job = Callable[[Rows], dict[str, Tensor]]
