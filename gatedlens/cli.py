@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from gatedlens.errors import GatedlensError, in_bytes
-from gatedlens.jsontext import to_json
+from gatedlens.files import to_json
 
 DEMO = """examples:
   gatedlens demo

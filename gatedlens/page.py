@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.jsontext import in_page
+from gatedlens.files import in_page
 from gatedlens.plot import Html, label
 
 SCRIPT = """

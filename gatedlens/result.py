@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from gatedlens.errors import InputError, did_you_mean
+from gatedlens.files import Fields, is_number, read_json, write_json, write_whole
 from gatedlens.options import checked
 from gatedlens.rounding import figures
-from gatedlens.saved import Fields, is_number, read_json, write_json, write_whole
 from gatedlens.tensorlike import Tensorlike
 
 FORMAT = 1  # of the JSON

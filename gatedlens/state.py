@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gatedlens.errors import CheckpointError, InputError, did_you_mean
-from gatedlens.saved import read_tensors
+from gatedlens.files import read_tensors
 
 
 class Carried(NamedTuple):

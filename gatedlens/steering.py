@@ -32,10 +32,10 @@ from torch import Tensor
 from gatedlens import inputs
 from gatedlens.ablation import Intervention, edit
 from gatedlens.errors import CheckpointError, InputError, PointError
+from gatedlens.files import Fields, read_tensors
 from gatedlens.hookpoint import HookPoint
 from gatedlens.options import checked
 from gatedlens.positions import mask_of, one_a_row
-from gatedlens.saved import Fields, read_tensors
 
 Position = int | slice | str | Sequence[Any] | Tensor | None
 STATE = ".hook_state"

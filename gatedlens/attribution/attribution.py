@@ -23,10 +23,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gatedlens.errors import InputError
+from gatedlens.files import Fields, is_number
 from gatedlens.grid import Grid
 from gatedlens.result import Result
 from gatedlens.rounding import order
-from gatedlens.saved import Fields, is_number
 
 R = TypeVar("R", bound="Attribution")
 TEXT, IMAGE = ("batch", "pos"), ("batch", "row", "column")

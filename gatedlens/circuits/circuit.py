@@ -25,10 +25,10 @@ from tqdm.auto import tqdm
 from gatedlens.circuits.edgepatch import EdgePatch
 from gatedlens.circuits.graph import Edge
 from gatedlens.errors import InputError
+from gatedlens.files import Fields, read_json, write_json
 from gatedlens.metrics import Metric
 from gatedlens.options import checked
 from gatedlens.result import Result
-from gatedlens.saved import Fields, read_json, write_json
 
 FORMAT = 1  # of the JSON
 

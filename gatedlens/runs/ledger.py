@@ -20,9 +20,9 @@ from typing import Any
 from torch import Tensor
 
 from gatedlens.errors import InputError
+from gatedlens.files import as_json, write_whole
 from gatedlens.result import Result
 from gatedlens.runs.stopping import NotSaved
-from gatedlens.saved import as_json, write_whole
 
 AGAIN = "Give another path, or results=None to begin anew."
 

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from gatedlens.errors import StoreError
-from gatedlens.saved import sync_folder, write_whole
+from gatedlens.files import sync_folder, write_whole
 from gatedlens.store.arrow import Columns
 from gatedlens.store.batches import Rows
 from gatedlens.store.crc import Piece

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gatedlens.errors import StoreError
-from gatedlens.saved import write_whole
+from gatedlens.files import write_whole
 from gatedlens.store.disk import explained_reading
 from gatedlens.store.journal import AGAIN
 from gatedlens.store.reductions import Part
