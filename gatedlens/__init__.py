@@ -19,6 +19,8 @@ from gatedlens import (
 )
 # isort: on
 # fmt: on
+from gatedlens.address.names import Alias, Point, View
+from gatedlens.address.table import HookTable
 from gatedlens.attention import ImplicitAttention, implicit_attention
 from gatedlens.cache import ActivationCache
 from gatedlens.config import HookedConfig
@@ -40,11 +42,9 @@ from gatedlens.hooks.vim import HookedViM
 from gatedlens.language import HookedLanguageModel
 from gatedlens.loading import bundled_models, from_pretrained, wrap
 from gatedlens.model import HookedModel
-from gatedlens.points import Alias, Point, View
 from gatedlens.result import Result
 from gatedlens.stack import AttentionStack
 from gatedlens.state import RecurrentState
-from gatedlens.table import HookTable
 from gatedlens.version import __version__
 
 # fmt: off

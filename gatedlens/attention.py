@@ -26,18 +26,18 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gatedlens.address.layers import layer_of, layers_of
+from gatedlens.address.positions import one_a_row
 from gatedlens.autocast import exact
 from gatedlens.branch import Branch, branch_of
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError, did_you_mean
 from gatedlens.factors import NAMES, Factors
 from gatedlens.labelled import labelled
-from gatedlens.layers import layer_of, layers_of
 from gatedlens.memory import afford
 from gatedlens.model import HookedModel
 from gatedlens.options import checked, tensor_of
 from gatedlens.padding import Padding
-from gatedlens.positions import one_a_row
 
 if TYPE_CHECKING:
     from gatedlens.contributions import Contributions

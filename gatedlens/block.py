@@ -18,11 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gatedlens import fused
+from gatedlens.address.names import Point
 from gatedlens.errors import InputError
 from gatedlens.factors import Factors
 from gatedlens.hookpoint import Part
 from gatedlens.padding import Padding
-from gatedlens.points import Point
 from gatedlens.recurrence import Terms, at_least_float32, linear_scan, readout, scan
 from gatedlens.state import RecurrentState
 from gatedlens.watch import NORMS

@@ -12,9 +12,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from gatedlens.address.names import Point
 from gatedlens.errors import in_bytes
 from gatedlens.hooks import architectures
-from gatedlens.points import Point
 
 FOLDER = Path(__file__).parent.parent / "hooks"
 

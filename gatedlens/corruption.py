@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gatedlens import inputs
+from gatedlens.address.positions import listed, mask_of
 from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
-from gatedlens.positions import listed, mask_of
 
 EMBED = "hook_embed"
 

@@ -15,14 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatedlens.ablation import Index, Where
+from gatedlens.address.entries import Index, Where
+from gatedlens.address.layers import layers_of, scans_of
 from gatedlens.attention import ImplicitAttention
 from gatedlens.autocast import exact
 from gatedlens.branch import Branch, branch_of
 from gatedlens.edges import Edges, alike, visible
 from gatedlens.errors import InputError
 from gatedlens.hookpoint import Capture, HookPoint
-from gatedlens.layers import layers_of, scans_of
 from gatedlens.recurrence import at_least_float32
 from gatedlens.underway import underway, verify
 

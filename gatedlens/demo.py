@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from gatedlens import plot
+from gatedlens.address.layers import layer_of
 from gatedlens.attention import implicit_attention
 from gatedlens.data import digits
 from gatedlens.errors import InputError
 from gatedlens.labelled import label_of
 from gatedlens.language import HookedLanguageModel
-from gatedlens.layers import layer_of
 from gatedlens.loading import BUNDLED, from_pretrained
 from gatedlens.outfolder import out_folder
 from gatedlens.page import attention_page

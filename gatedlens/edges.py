@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from gatedlens.address.positions import listed, mask_of
 from gatedlens.errors import InputError
 from gatedlens.factors import Factors
-from gatedlens.positions import listed, mask_of
 
 
 @dataclass(frozen=True)

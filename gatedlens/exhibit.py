@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gatedlens import plot
+from gatedlens.address.layers import layer_of
 from gatedlens.attention import MEAN, ImplicitAttention, implicit_attention
 from gatedlens.demo import default_text
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.images import picture
 from gatedlens.labelled import with_label
 from gatedlens.language import HookedLanguageModel
-from gatedlens.layers import layer_of
 from gatedlens.loading import from_pretrained
 from gatedlens.outfolder import out_folder
 from gatedlens.rounding import order

@@ -21,12 +21,12 @@ import transformer_lens
 from torch import Tensor
 from transformer_lens.utilities import Slice
 
+from gatedlens.address.names import Names, NamesFilter
 from gatedlens.cache import ActivationCache, Keep, KeepLive, gradients
 from gatedlens.config import HookedConfig
 from gatedlens.errors import InputError, PointError, TooLargeError, in_bytes
 from gatedlens.hookpoint import Capture, HookPoint, Saver
 from gatedlens.options import checked, device_of, is_many
-from gatedlens.points import Names, NamesFilter
 from gatedlens.turns import Turns
 from gatedlens.visit import Visit
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.modules import module as torch_module
 from transformer_lens.hook_points import LensHandle
 
+from gatedlens.address.names import Point
 from gatedlens.errors import CheckpointError, HookError, InputError
-from gatedlens.points import Point
 from gatedlens.transforms import transformed
 from gatedlens.watch import AGAIN
 

@@ -34,14 +34,15 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from gatedlens import inputs
-from gatedlens.ablation import Index, Intervention
+from gatedlens.address.entries import Index
+from gatedlens.address.layers import layers_of
+from gatedlens.address.positions import columns, listed
 from gatedlens.cutting import Cut, Way, share, token, write
 from gatedlens.edges import Edges
 from gatedlens.errors import InputError
-from gatedlens.layers import layers_of
 from gatedlens.metrics import Metric
+from gatedlens.model.intervention import Intervention
 from gatedlens.options import checked
-from gatedlens.positions import columns, listed
 from gatedlens.result import Result
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Cell, Plan

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from gatedlens import placement
 from gatedlens import tokens as tokens_
+from gatedlens.address.names import Point
 from gatedlens.errors import InputError
 from gatedlens.generation import generate
 from gatedlens.hooking import Batch
 from gatedlens.model import HookedModel
 from gatedlens.output import Output, check_return_type
 from gatedlens.padding import Padding
-from gatedlens.points import Point
 from gatedlens.state import RecurrentState
 from gatedlens.tokenizer import tokenizer_of
 from gatedlens.transforms import anywhere

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from gatedlens.address.names import Point
 from gatedlens.block import TokenMixing
 from gatedlens.documentrun import DocumentRun
 from gatedlens.factors import Factors
 from gatedlens.memory import SMALL, afford, free
 from gatedlens.padding import Padding
 from gatedlens.patternmatrix import PatternScan
-from gatedlens.points import Point
 from gatedlens.recurrence import at_least_float32
 from gatedlens.state import RecurrentState
 

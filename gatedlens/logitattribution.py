@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens import inputs
+from gatedlens.address.positions import listed, one_a_row
 from gatedlens.attention import implicit_attention
 from gatedlens.autocast import exact
 from gatedlens.cache import ActivationCache
@@ -31,7 +32,6 @@ from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
 from gatedlens.options import checked, tensor_of
 from gatedlens.padding import Padding
-from gatedlens.positions import listed, one_a_row
 from gatedlens.result import Result
 
 Tokens = int | str | Sequence[int] | Sequence[str] | Tensor

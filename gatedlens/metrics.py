@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from gatedlens.address.positions import one_a_row
 from gatedlens.errors import InputError
 from gatedlens.language import next_token_loss
-from gatedlens.positions import one_a_row
 
 Metric = Callable[[Tensor], Tensor]
 Tokens = Any  # a whole number, or a sequence or tensor of one a row; what is neither is explained

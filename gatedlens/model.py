@@ -21,6 +21,9 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from gatedlens import placement
+from gatedlens.address.layers import layer_of
+from gatedlens.address.names import Alias, Names, Point, View
+from gatedlens.address.table import HookTable
 from gatedlens.block import Norm, Run, norm_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError, InputError
@@ -28,12 +31,9 @@ from gatedlens.fields import Field
 from gatedlens.grid import Grid
 from gatedlens.hooking import Batch, Hooking
 from gatedlens.hookpoint import HookPoint, rows_of, same
-from gatedlens.layers import layer_of
 from gatedlens.options import checked, is_whole
 from gatedlens.padding import Padding
-from gatedlens.points import Alias, Names, Point, View
 from gatedlens.state import CARRIED, Carried, RecurrentState
-from gatedlens.table import HookTable
 from gatedlens.turns import Turns
 from gatedlens.watch import AGAIN, Watch, check_plain
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from gatedlens import positions
+from gatedlens.address import positions
 from gatedlens.transforms import anywhere
 
 

@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from gatedlens.address.layers import START, layer_of, layers_of
 from gatedlens.attention import (
     ABS_MEAN,
     AT_ONCE,
@@ -39,7 +40,6 @@ from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError
 from gatedlens.factors import NAMES
 from gatedlens.labelled import labelled, with_label
-from gatedlens.layers import START, layer_of, layers_of
 from gatedlens.options import checked, is_whole
 from gatedlens.profiles import Profile, induction, of_layer
 

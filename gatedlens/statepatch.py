@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatedlens.ablation import Index, Where
+from gatedlens.address.entries import Index, Where
+from gatedlens.address.layers import layers_of, scans_of
+from gatedlens.address.positions import one_a_row
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError
 from gatedlens.hookpoint import HookPoint
-from gatedlens.layers import layers_of, scans_of
-from gatedlens.positions import one_a_row
 from gatedlens.state import RecurrentState
 
 

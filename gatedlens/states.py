@@ -23,11 +23,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatedlens.ablation import Index, Intervention, Where
+from gatedlens.address.entries import Index, Where
+from gatedlens.address.layers import layers_of
+from gatedlens.address.names import Point
 from gatedlens.errors import InputError, did_you_mean
-from gatedlens.layers import layers_of
+from gatedlens.model.intervention import Intervention
 from gatedlens.options import checked
-from gatedlens.points import Point
 from gatedlens.state import Carried, RecurrentState
 from gatedlens.statepatch import StatePatch
 

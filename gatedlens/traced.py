@@ -29,10 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gatedlens.address.names import NamesFilter
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError
 from gatedlens.hooking import Batch
-from gatedlens.points import NamesFilter
 
 try:
     import nnsight

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from gatedlens.address.names import Found
 from gatedlens.errors import HookError, PointError
 from gatedlens.hookpoint import Capture
-from gatedlens.points import Found
 
 
 @dataclass

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import gatedlens as gl
+from gatedlens.address.names import Names
 from gatedlens.hooks.mamba import HookedMamba
-from gatedlens.points import Names
 
 MODEL = HookedMamba.tiny()
 

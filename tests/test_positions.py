@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gatedlens as gl
-from gatedlens.positions import columns, listed, mask_of, one_a_row
+from gatedlens.address.positions import columns, listed, mask_of, one_a_row
 
 WHOLE = torch.ones(2, 5, dtype=torch.bool)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import gatedlens as gl
+from gatedlens.address.names import Point
 from gatedlens.attention import ImplicitAttention
 from gatedlens.block import MlpBlock, mlp_residual_rows, norm_rows
 from gatedlens.branch import branch_of
@@ -18,7 +19,6 @@ from gatedlens.hooks import mamba
 from gatedlens.matrix import ScanMatrix
 from gatedlens.padding import Padding
 from gatedlens.patternmatrix import PatternScan
-from gatedlens.points import Point
 from gatedlens.recurrence import scan
 from gatedlens.scanmatrix import DecayScan
 from gatedlens.wkvmatrix import WkvScan

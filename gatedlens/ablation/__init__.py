@@ -25,7 +25,7 @@ from gatedlens.ablation.components import (
 )
 from gatedlens.ablation.intervention import Edit, EditStep, Intervention, Step, edit
 from gatedlens.ablation.values import constant, freeze, mean, noise, resample, scale, zero
-from gatedlens.ablation.where import Component, Index, Layers, Where
+from gatedlens.address.entries import Component, Index, Layers, Where
 
 # fmt: off
 __all__ = [

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gatedlens.ablation.average import means
 from gatedlens.ablation.intervention import Edit, EditStep, Intervention
-from gatedlens.ablation.where import Component, Layers, Where
+from gatedlens.address.entries import Component, Layers, Where
 from gatedlens.errors import InputError
 from gatedlens.hookpoint import HookPoint
 from gatedlens.options import checked

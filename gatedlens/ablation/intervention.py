@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from gatedlens.ablation.where import Where
+from gatedlens.address.entries import Where
 from gatedlens.hookpoint import Capture, HookPoint
 
 Edit = Callable[..., Tensor]

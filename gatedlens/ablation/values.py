@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gatedlens.ablation.average import Means
 from gatedlens.ablation.intervention import EditStep, Intervention, edit
-from gatedlens.ablation.where import Where
+from gatedlens.address.entries import Where
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError
 from gatedlens.hookpoint import HookPoint

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gatedlens.address.layers import START, layer_of
 from gatedlens.attention import PAPERS, ImplicitAttention, implicit_attention
 from gatedlens.attribution import channels as channels_
 from gatedlens.attribution import official
@@ -28,7 +29,6 @@ from gatedlens.attribution.question import Question
 from gatedlens.autocast import exact
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.factors import NAMES
-from gatedlens.layers import START, layer_of
 from gatedlens.recurrence import at_least_float32
 from gatedlens.stack import AttentionStack
 

@@ -22,11 +22,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gatedlens import inputs
+from gatedlens.address.names import NamesFilter, Point
 from gatedlens.errors import InputError, PointError
 from gatedlens.hooking import CACHE_LIMIT
 from gatedlens.metrics import Metric, per_row
 from gatedlens.options import checked
-from gatedlens.points import NamesFilter, Point
 from gatedlens.recurrence import at_least_float32
 from gatedlens.result import Result
 from gatedlens.runs.gradients import Listener, along_input, listen

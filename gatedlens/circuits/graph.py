@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from gatedlens.address.names import is_glob
 from gatedlens.errors import InputError, PointError, did_you_mean
-from gatedlens.points import is_glob
 
 BRANCHES = ("mixer", "mlp")  # what a block may have beside its residual stream, in running order
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from gatedlens import fields
+from gatedlens.address.names import Point, block_aliases, block_rows
 from gatedlens.block import Mixer, MlpBlock, Norm, Run, mlp_residual_rows, norm_rows
 from gatedlens.config import HookedConfig
 from gatedlens.documentrun import DocumentRun
@@ -51,7 +52,6 @@ from gatedlens.hookpoint import Part, rows_of
 from gatedlens.language import HookedLanguageModel
 from gatedlens.localattention import LocalAttention
 from gatedlens.padding import Padding, windows
-from gatedlens.points import Point, block_aliases, block_rows
 from gatedlens.recurrence import at_least_float32
 from gatedlens.scanmatrix import DecayScan
 from gatedlens.state import CARRIED, Carried, RecurrentState

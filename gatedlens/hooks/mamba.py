@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatedlens import fields, fused
+from gatedlens.address.names import Alias, Point, View, block_aliases, block_rows
 from gatedlens.block import Block, Mixer, Norm, Run, eps_of, norm_rows, residual_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError
@@ -33,7 +34,6 @@ from gatedlens.fields import COUNT, EPS, FLAG, INTEGER, NUMBER, POSITIVE, SIZE, 
 from gatedlens.hookpoint import rows_of
 from gatedlens.language import HookedLanguageModel
 from gatedlens.padding import Padding, windows
-from gatedlens.points import Alias, Point, View, block_aliases, block_rows
 from gatedlens.recurrence import at_least_float32, linear_scan
 from gatedlens.scanmatrix import DecayScan
 from gatedlens.state import RecurrentState

@@ -33,6 +33,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatedlens import fields
+from gatedlens.address.names import Alias, Point, block_aliases, block_rows
 from gatedlens.block import MlpBlock, Norm, Run, TokenMixing, eps_of, mlp_residual_rows, norm_rows
 from gatedlens.checkpoint import depth, shape_of
 from gatedlens.config import HookedConfig
@@ -42,7 +43,6 @@ from gatedlens.fields import COUNT, EPS, INTEGER, SIZE, layers_of
 from gatedlens.hookpoint import Part, rows_of
 from gatedlens.language import HookedLanguageModel
 from gatedlens.padding import Padding
-from gatedlens.points import Alias, Point, block_aliases, block_rows
 from gatedlens.recurrence import at_least_float32
 from gatedlens.state import Carried, RecurrentState
 from gatedlens.wkv import NOTHING, Carry, OpenWkv, wkv

@@ -28,6 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gatedlens import fields, placement
+from gatedlens.address.names import Point, View, block_rows
 from gatedlens.block import Block, Norm, Run, TokenMixing, norm_rows, residual_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError, InputError, did_you_mean
@@ -40,7 +41,6 @@ from gatedlens.images import IMAGENET_MEAN, IMAGENET_STD, preprocess, preprocess
 from gatedlens.model import HookedModel
 from gatedlens.output import Output, check_return_type
 from gatedlens.padding import Padding
-from gatedlens.points import Point, View, block_rows
 from gatedlens.recurrence import at_least_float32
 from gatedlens.state import RecurrentState
 from gatedlens.transforms import anywhere, plain

@@ -19,7 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gatedlens import inputs, positions
+from gatedlens import inputs
+from gatedlens.address import positions
 from gatedlens.errors import InputError, PointError
 from gatedlens.options import checked
 from gatedlens.patching.measuring import Options, measure_cells

@@ -29,7 +29,8 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from gatedlens import inputs, positions
+from gatedlens import inputs
+from gatedlens.address import positions
 from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
 from gatedlens.language import HookedLanguageModel

@@ -22,9 +22,9 @@ import torch
 from tqdm import tqdm
 
 from gatedlens import dtypes
+from gatedlens.address.names import NamesFilter
 from gatedlens.errors import InputError, StoreError
 from gatedlens.options import checked
-from gatedlens.points import NamesFilter
 from gatedlens.store import manifest
 from gatedlens.store.arrow import Columns
 from gatedlens.store.batches import Batches, Rows

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
+from gatedlens.address.names import NamesFilter, Point
 from gatedlens.errors import InputError, PointError
-from gatedlens.points import NamesFilter, Point
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64", "int64": "I64", "bool": "BOOL"}
 ARROW_DTYPES = {torch.float16: "float16", torch.float32: "float32", torch.float64: "float64", torch.int64: "int64"}

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from gatedlens.address.names import NamesFilter
 from gatedlens.errors import InputError
-from gatedlens.points import NamesFilter
 from gatedlens.store.batches import Batches, Rows
 from gatedlens.store.layout import Layout, resolve
 from gatedlens.store.work import activations

@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from gatedlens.address.layers import layers_of
+from gatedlens.address.names import Point
+from gatedlens.address.positions import mask_of
 from gatedlens.errors import InputError, PointError
-from gatedlens.layers import layers_of
-from gatedlens.points import Point
-from gatedlens.positions import mask_of
 
 Index = int | slice | Sequence[int] | Tensor
 Layers = str | int | slice | Sequence[int] | None

@@ -1,0 +1,22 @@
+"""What a user means: which hook points, which layers, which positions, which entries.
+
+    names.find("blocks.3.mixer.hook_dt"); names.select("blocks.*.mixer.*")       # names.py: points, aliases, views, globs
+    layers_of(model, "[01]"); layer_of(model, -1)                                # layers.py: the one `layers=`
+    mask_of(slice(4, 8), "pos", real); one_a_row([3, 5], "pos", real)            # positions.py: the one `pos=`
+    Where(("blocks.*.mixer.hook_write",), {"pos": 3})                            # entries.py: some entries of some points
+
+Nothing here knows a model's forward; points and names do without torch.
+"""
+
+from gatedlens.address.entries import Component, Index, Layers, Where
+from gatedlens.address.layers import layer_of, layers_of
+from gatedlens.address.names import Alias, Found, Names, NamesFilter, Point, View, block_rows
+from gatedlens.address.positions import columns, listed, mask_of, one_a_row, order
+from gatedlens.address.table import HookTable
+
+# fmt: off
+__all__ = [
+    "Alias", "Component", "Found", "HookTable", "Index", "Layers", "Names", "NamesFilter", "Point", "View", "Where",
+    "block_rows", "columns", "layer_of", "layers_of", "listed", "mask_of", "one_a_row", "order",
+]
+# fmt: on
