@@ -148,7 +148,7 @@ def _plain_scan(A: Any) -> Callable[[], Tensor]:
     import torch.nn.functional as F
 
     from gatedlens.hooks.mamba import mamba_terms
-    from gatedlens.recurrence import scan
+    from gatedlens.recurrence.scanning import scan
 
     f = A.factors
     sequences, start = (f.scan.amount, f.scan.key, f.scan.read), f.x.new_zeros(1, f.x.shape[2], f.scan.rate.shape[1])

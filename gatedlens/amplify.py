@@ -33,7 +33,7 @@ from gatedlens.errors import InputError, did_you_mean
 from gatedlens.language import HookedLanguageModel
 from gatedlens.metrics import at_position
 from gatedlens.options import checked
-from gatedlens.recurrence import at_least_float32
+from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.rounding import order
 
 ASK = "{text}\nAnswer:"

@@ -28,16 +28,16 @@ from torch import Tensor
 
 from gatedlens.address.layers import layer_of, layers_of
 from gatedlens.address.positions import one_a_row
-from gatedlens.autocast import exact
-from gatedlens.branch import Branch, branch_of
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError, did_you_mean
-from gatedlens.factors import NAMES, Factors
 from gatedlens.labelled import labelled
 from gatedlens.memory import afford
 from gatedlens.model import HookedModel
 from gatedlens.options import checked, tensor_of
 from gatedlens.padding import Padding
+from gatedlens.recurrence.autocast import exact
+from gatedlens.recurrence.factors import NAMES, Factors
+from gatedlens.recurrence.operator import Branch, branch_of
 
 if TYPE_CHECKING:
     from gatedlens.contributions import Contributions

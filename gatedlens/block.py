@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from gatedlens import fused
 from gatedlens.address.names import Point
 from gatedlens.errors import InputError
-from gatedlens.factors import Factors
 from gatedlens.hookpoint import Part
 from gatedlens.padding import Padding
-from gatedlens.recurrence import Terms, at_least_float32, linear_scan, readout, scan
+from gatedlens.recurrence.factors import Factors
+from gatedlens.recurrence.scanning import Terms, at_least_float32, linear_scan, readout, scan
 from gatedlens.state import RecurrentState
 from gatedlens.watch import NORMS
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformer_lens.utilities import Slice
 
 from gatedlens.address.names import SHORTHAND, Found
-from gatedlens.autocast import exact
 from gatedlens.errors import PointError, did_you_mean
 from gatedlens.hookpoint import HookPoint, Saver
+from gatedlens.recurrence.autocast import exact
 from gatedlens.residual import ResidualCache
 
 

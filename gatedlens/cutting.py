@@ -18,12 +18,12 @@ from torch import Tensor
 from gatedlens.address.entries import Index, Where
 from gatedlens.address.layers import layers_of, scans_of
 from gatedlens.attention import ImplicitAttention
-from gatedlens.autocast import exact
-from gatedlens.branch import Branch, branch_of
 from gatedlens.edges import Edges, alike, visible
 from gatedlens.errors import InputError
 from gatedlens.hookpoint import Capture, HookPoint
-from gatedlens.recurrence import at_least_float32
+from gatedlens.recurrence.autocast import exact
+from gatedlens.recurrence.operator import Branch, branch_of
+from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.underway import underway, verify
 
 Way = Callable[[Branch, Tensor, Tensor], Tensor]

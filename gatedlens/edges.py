@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gatedlens.address.positions import listed, mask_of
 from gatedlens.errors import InputError
-from gatedlens.factors import Factors
+from gatedlens.recurrence.factors import Factors
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from gatedlens.transforms import transformed
+from gatedlens.recurrence.transforms import transformed
 
 log = logging.getLogger("gatedlens")
 DEVICES = ("cuda",)

@@ -26,9 +26,9 @@ from gatedlens.hooking import Batch
 from gatedlens.model import HookedModel
 from gatedlens.output import Output, check_return_type
 from gatedlens.padding import Padding
+from gatedlens.recurrence.transforms import anywhere
 from gatedlens.state import RecurrentState
 from gatedlens.tokenizer import tokenizer_of
-from gatedlens.transforms import anywhere
 
 
 def next_token_loss(

@@ -23,11 +23,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gatedlens import inputs
-from gatedlens.autocast import exact
 from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
 from gatedlens.logitattribution import logit_attribution, token_attribution
 from gatedlens.options import checked, is_whole
+from gatedlens.recurrence.autocast import exact
 from gatedlens.result import Result
 
 __all__ = ["LogitLens", "logit_attribution", "logit_lens", "token_attribution"]

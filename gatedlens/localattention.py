@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from gatedlens.address.names import Point
 from gatedlens.block import TokenMixing
 from gatedlens.documentrun import DocumentRun
-from gatedlens.factors import Factors
 from gatedlens.memory import SMALL, afford, free
 from gatedlens.padding import Padding
-from gatedlens.patternmatrix import PatternScan
-from gatedlens.recurrence import at_least_float32
+from gatedlens.recurrence.factors import Factors
+from gatedlens.recurrence.pattern_matrix import PatternScan
+from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.state import RecurrentState
 
 

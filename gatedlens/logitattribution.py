@@ -26,12 +26,12 @@ from torch import Tensor
 from gatedlens import inputs
 from gatedlens.address.positions import listed, one_a_row
 from gatedlens.attention import implicit_attention
-from gatedlens.autocast import exact
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError
 from gatedlens.hooking import Batch
 from gatedlens.options import checked, tensor_of
 from gatedlens.padding import Padding
+from gatedlens.recurrence.autocast import exact
 from gatedlens.result import Result
 
 Tokens = int | str | Sequence[int] | Sequence[str] | Tensor

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from gatedlens.address import positions
-from gatedlens.transforms import anywhere
+from gatedlens.recurrence.transforms import anywhere
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.options import tensor_of
-from gatedlens.transforms import anywhere, plain
+from gatedlens.recurrence.transforms import anywhere, plain
 
 Text = str | Sequence[str]
 SIDES = ("left", "right")

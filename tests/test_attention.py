@@ -9,7 +9,7 @@ import torch
 
 import gatedlens as gl
 from gatedlens.hooks.mamba import HookedMamba
-from gatedlens.scanmatrix import DecayScan, blocks
+from gatedlens.recurrence.decay_matrix import DecayScan, blocks
 from tests.helpers import at_real, example, padded, relative
 
 LENGTH = 11

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import gatedlens as gl
-from gatedlens.autocast import exact, is_on
-from gatedlens.recurrence import readout
+from gatedlens.recurrence.autocast import exact, is_on
+from gatedlens.recurrence.scanning import readout
 from tests.helpers import example
 
 VIEWS = {

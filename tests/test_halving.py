@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gatedlens.halving import raised, steps
-from gatedlens.scanmatrix import DecayScan
+from gatedlens.recurrence.decay_blocks import raised, steps
+from gatedlens.recurrence.decay_matrix import DecayScan
 from tests.helpers import relative
 
 LENGTHS = [1, 2, 4, 5, 7, 8, 13, 16, 21, 36]

@@ -10,11 +10,11 @@ import torch
 
 import gatedlens as gl
 from gatedlens import profiles
-from gatedlens.factors import Factors
 from gatedlens.hooks.griffin import HookedGriffin
 from gatedlens.hooks.mamba import HookedMamba
 from gatedlens.hooks.vim import HookedViM
-from gatedlens.patternmatrix import PatternScan
+from gatedlens.recurrence.factors import Factors
+from gatedlens.recurrence.pattern_matrix import PatternScan
 from tests.helpers import example, padded
 from tests.test_attention import cached
 

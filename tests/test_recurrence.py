@@ -7,8 +7,8 @@ import torch
 
 from gatedlens import recurrence
 from gatedlens.hooks.mamba import mamba_terms
-from gatedlens.recurrence import linear_scan, readout, scan
-from gatedlens.wkv import Carry, wkv
+from gatedlens.recurrence.scanning import linear_scan, readout, scan
+from gatedlens.recurrence.wkv_scan import Carry, wkv
 
 
 def inputs(length=9, channels=3, state=2, batch=2, grad=True):

@@ -12,16 +12,16 @@ import gatedlens as gl
 from gatedlens.address.names import Point
 from gatedlens.attention import ImplicitAttention
 from gatedlens.block import MlpBlock, mlp_residual_rows, norm_rows
-from gatedlens.branch import branch_of
-from gatedlens.factors import Factors
 from gatedlens.hookpoint import Part
 from gatedlens.hooks import mamba
-from gatedlens.matrix import ScanMatrix
 from gatedlens.padding import Padding
-from gatedlens.patternmatrix import PatternScan
-from gatedlens.recurrence import scan
-from gatedlens.scanmatrix import DecayScan
-from gatedlens.wkvmatrix import WkvScan
+from gatedlens.recurrence.decay_matrix import DecayScan
+from gatedlens.recurrence.factors import Factors
+from gatedlens.recurrence.matrix import ScanMatrix
+from gatedlens.recurrence.operator import branch_of
+from gatedlens.recurrence.pattern_matrix import PatternScan
+from gatedlens.recurrence.scanning import scan
+from gatedlens.recurrence.wkv_matrix import WkvScan
 from tests.helpers import example, relative
 
 BATCH, LENGTH, CHANNELS = 2, 7, 5

@@ -19,7 +19,7 @@ import gatedlens as gl
 from gatedlens.block import Block
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import HookError, InputError
-from gatedlens.transforms import plain
+from gatedlens.recurrence.transforms import plain
 from tests.helpers import example, relative
 
 pytestmark = [

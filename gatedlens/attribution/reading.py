@@ -26,10 +26,10 @@ from gatedlens.attribution import channels as channels_
 from gatedlens.attribution import official
 from gatedlens.attribution.attribution import Attribution
 from gatedlens.attribution.question import Question
-from gatedlens.autocast import exact
 from gatedlens.errors import InputError, did_you_mean
-from gatedlens.factors import NAMES
-from gatedlens.recurrence import at_least_float32
+from gatedlens.recurrence.autocast import exact
+from gatedlens.recurrence.factors import NAMES
+from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.stack import AttentionStack
 
 MODES = ("paper", "official")

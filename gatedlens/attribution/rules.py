@@ -38,10 +38,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gatedlens.autocast import exact
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.hookpoint import Capture
-from gatedlens.recurrence import at_least_float32
+from gatedlens.recurrence.autocast import exact
+from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.underway import underway, verify
 
 SIGMOID = "sigmoid("  # how the equation of a gate that only weighs begins

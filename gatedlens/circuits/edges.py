@@ -27,7 +27,7 @@ from gatedlens.circuits.paths import Paths
 from gatedlens.errors import InputError
 from gatedlens.metrics import Metric
 from gatedlens.options import checked
-from gatedlens.recurrence import at_least_float32
+from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result import Result
 from gatedlens.runs.cells import Plan
 from gatedlens.runs.engine import Effort

@@ -19,8 +19,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from gatedlens.attribution.baseline import NOTHING
-from gatedlens.autocast import exact
 from gatedlens.errors import InputError, did_you_mean
+from gatedlens.recurrence.autocast import exact
 
 BUNDLED = {"-recall": "and", "-moby": " "}  # a word without content in the vocabulary of each task
 COLOURS = ("black", "mean", "blur")

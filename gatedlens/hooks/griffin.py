@@ -32,7 +32,6 @@ from gatedlens.block import Mixer, MlpBlock, Norm, Run, mlp_residual_rows, norm_
 from gatedlens.config import HookedConfig
 from gatedlens.documentrun import DocumentRun
 from gatedlens.errors import CheckpointError
-from gatedlens.factors import Factors, reach
 from gatedlens.fields import (
     COUNT,
     EPS,
@@ -52,10 +51,11 @@ from gatedlens.hookpoint import Part, rows_of
 from gatedlens.language import HookedLanguageModel
 from gatedlens.localattention import LocalAttention
 from gatedlens.padding import Padding, windows
-from gatedlens.recurrence import at_least_float32
-from gatedlens.scanmatrix import DecayScan
+from gatedlens.recurrence.decay_matrix import DecayScan
+from gatedlens.recurrence.factors import Factors, reach
+from gatedlens.recurrence.scanning import at_least_float32
+from gatedlens.recurrence.transforms import transformed
 from gatedlens.state import CARRIED, Carried, RecurrentState
-from gatedlens.transforms import transformed
 
 PAPER = "Griffin, arXiv 2402.19427"
 UIA = "UIA, arXiv 2405.16504"

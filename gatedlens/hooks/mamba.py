@@ -29,15 +29,15 @@ from gatedlens.address.names import Alias, Point, View, block_aliases, block_row
 from gatedlens.block import Block, Mixer, Norm, Run, eps_of, norm_rows, residual_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError
-from gatedlens.factors import Factors, reach
 from gatedlens.fields import COUNT, EPS, FLAG, INTEGER, NUMBER, POSITIVE, SIZE, TEXT, layers_of, listed, one_of, table
 from gatedlens.hookpoint import rows_of
 from gatedlens.language import HookedLanguageModel
 from gatedlens.padding import Padding, windows
-from gatedlens.recurrence import at_least_float32, linear_scan
-from gatedlens.scanmatrix import DecayScan
+from gatedlens.recurrence.decay_matrix import DecayScan
+from gatedlens.recurrence.factors import Factors, reach
+from gatedlens.recurrence.scanning import at_least_float32, linear_scan
+from gatedlens.recurrence.transforms import forward_mode
 from gatedlens.state import RecurrentState
-from gatedlens.transforms import forward_mode
 
 PAPER = "Mamba, arXiv 2312.00752"
 UIA = "UIA, arXiv 2405.16504"

@@ -38,15 +38,15 @@ from gatedlens.block import MlpBlock, Norm, Run, TokenMixing, eps_of, mlp_residu
 from gatedlens.checkpoint import depth, shape_of
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError
-from gatedlens.factors import Factors
 from gatedlens.fields import COUNT, EPS, INTEGER, SIZE, layers_of
 from gatedlens.hookpoint import Part, rows_of
 from gatedlens.language import HookedLanguageModel
 from gatedlens.padding import Padding
-from gatedlens.recurrence import at_least_float32
+from gatedlens.recurrence.factors import Factors
+from gatedlens.recurrence.scanning import at_least_float32
+from gatedlens.recurrence.wkv_matrix import WkvScan
+from gatedlens.recurrence.wkv_scan import NOTHING, Carry, OpenWkv, wkv
 from gatedlens.state import Carried, RecurrentState
-from gatedlens.wkv import NOTHING, Carry, OpenWkv, wkv
-from gatedlens.wkvmatrix import WkvScan
 
 PAPER = "RWKV, arXiv 2305.13048"
 EQ16 = f"{PAPER}, eq. 16; numerator and denominator as they are, in float64"

@@ -32,7 +32,6 @@ from gatedlens.address.names import Point, View, block_rows
 from gatedlens.block import Block, Norm, Run, TokenMixing, norm_rows, residual_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError, InputError, did_you_mean
-from gatedlens.factors import Factors
 from gatedlens.grid import Grid
 from gatedlens.hooking import Batch
 from gatedlens.hookpoint import rows_of
@@ -41,9 +40,10 @@ from gatedlens.images import IMAGENET_MEAN, IMAGENET_STD, preprocess, preprocess
 from gatedlens.model import HookedModel
 from gatedlens.output import Output, check_return_type
 from gatedlens.padding import Padding
-from gatedlens.recurrence import at_least_float32
+from gatedlens.recurrence.factors import Factors
+from gatedlens.recurrence.scanning import at_least_float32
+from gatedlens.recurrence.transforms import anywhere, plain
 from gatedlens.state import RecurrentState
-from gatedlens.transforms import anywhere, plain
 from gatedlens.visionmamba import (
     BACKWARD,
     FIELDS,

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.autograd.function import Function
 from tqdm.auto import tqdm
 
-from gatedlens.autocast import exact
 from gatedlens.errors import InputError
 from gatedlens.hookpoint import Saver
 from gatedlens.metrics import Metric, per_row
+from gatedlens.recurrence.autocast import exact
 from gatedlens.runs.pair import Pair, steps_of
 
 EMBED = "hook_embed"  # where an input enters, in every architecture

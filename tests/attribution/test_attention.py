@@ -12,7 +12,7 @@ from gatedlens import attribution
 from gatedlens.attribution import official
 from gatedlens.hooks.mamba import HookedMamba
 from gatedlens.hooks.vim import HookedViM
-from gatedlens.scanmatrix import DecayScan
+from gatedlens.recurrence.decay_matrix import DecayScan
 from tests.helpers import example, padded
 
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import gatedlens as gl
-from gatedlens import wkv as wkv_module
 from gatedlens.errors import CheckpointError, HookError, InputError, PointError
 from gatedlens.hooks.rwkv import INSIDE, HookedRWKV
-from gatedlens.wkv import NOTHING, Carry, OpenWkv, wkv
+from gatedlens.recurrence import wkv_scan as wkv_module
+from gatedlens.recurrence.wkv_scan import NOTHING, Carry, OpenWkv, wkv
 
 torch.set_num_threads(1)
 LAZY = tuple(f"hook_{name}" for name in INSIDE)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gatedlens.matrix import ScanMatrix
+from gatedlens.recurrence.matrix import ScanMatrix
 
 NAMES = ("gate", "scan", "skip", "act", "conv")
 

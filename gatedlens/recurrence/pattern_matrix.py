@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gatedlens.matrix import ScanMatrix
+from gatedlens.recurrence.matrix import ScanMatrix
 
 
 @dataclass(frozen=True)

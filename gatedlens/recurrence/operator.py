@@ -15,8 +15,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gatedlens import documents
-from gatedlens.factors import NAMES, Factors
+from gatedlens.recurrence import convolution as documents
+from gatedlens.recurrence.factors import NAMES, Factors
 
 
 @dataclass(frozen=True)

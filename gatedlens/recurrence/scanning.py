@@ -23,9 +23,9 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import Function
 
-from gatedlens.autocast import is_on
 from gatedlens.errors import InputError
-from gatedlens.transforms import forward_mode, gradients, has_old_axis, transformed
+from gatedlens.recurrence.autocast import is_on
+from gatedlens.recurrence.transforms import forward_mode, gradients, has_old_axis, transformed
 
 Terms = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 

@@ -21,9 +21,9 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gatedlens.matrix import ScanMatrix
-from gatedlens.scanmatrix import CHUNK_ELEMENTS, NARROW, blocks
-from gatedlens.wkv import TINY, Carry, wkv
+from gatedlens.recurrence.decay_matrix import CHUNK_ELEMENTS, NARROW, blocks
+from gatedlens.recurrence.matrix import ScanMatrix
+from gatedlens.recurrence.wkv_scan import TINY, Carry, wkv
 
 
 @dataclass(frozen=True)

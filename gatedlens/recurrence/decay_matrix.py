@@ -20,9 +20,9 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gatedlens.halving import Desk, Halving, Near, Pieces, desk_for, raised
-from gatedlens.matrix import ScanMatrix
-from gatedlens.recurrence import scan
+from gatedlens.recurrence.decay_blocks import Desk, Halving, Near, Pieces, desk_for, raised
+from gatedlens.recurrence.matrix import ScanMatrix
+from gatedlens.recurrence.scanning import scan
 
 NARROW = 4  # blocks of this many positions go by diagonals
 ROW_ELEMENTS = 1 << 18  # likewise for a single row

@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from gatedlens.errors import InputError
-from gatedlens.recurrence import SEGMENT_ELEMENTS, SEGMENT_ELEMENTS_GRAD, _segments, linear_scan
-from gatedlens.transforms import anywhere, gradients, has_old_axis, transformed
+from gatedlens.recurrence.scanning import SEGMENT_ELEMENTS, SEGMENT_ELEMENTS_GRAD, _segments, linear_scan
+from gatedlens.recurrence.transforms import anywhere, gradients, has_old_axis, transformed
 
 NOTHING = -1e38  # the maximum of an empty past
 LARGEST_KEY = 700.0  # e^700 is still a float64

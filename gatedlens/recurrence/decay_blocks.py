@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from gatedlens.transforms import transformed
+from gatedlens.recurrence.transforms import transformed
 
 TILE = 4
 

@@ -1,0 +1,19 @@
+"""The one recurrence, as a scan and as a matrix. It knows no model, no hook point, and of padding a mask at most.
+
+state_t = decay_t * state_{t-1} + write_t            scan_t = sum over state of read_t * state_t
+
+scan(terms, sequences, constants, state)     # scanning.py: forward and backward, segment by segment
+wkv_scan.py                                  # RWKV-4's normalised scan
+DecayMatrix(decay, write, read) @ x          # decay_matrix.py: the same as a matrix, its tiles in decay_blocks.py
+WkvMatrix, PatternMatrix                     # the matrix of the normalised scan, of softmax attention
+Factors, Branch                              # factors.py, operator.py: A = diag(gate) (S + diag(skip)) diag(act) M
+convolution.py, autocast.py, transforms.py   # within documents; under autocast; under torch.func
+"""
+
+from gatedlens.recurrence.scanning import LinearScan, SegmentedScan, Terms, at_least_float32, linear_scan, readout, scan
+
+# fmt: off
+__all__ = [
+    "LinearScan", "SegmentedScan", "Terms", "at_least_float32", "linear_scan", "readout", "scan",
+]
+# fmt: on
