@@ -42,7 +42,7 @@ from gatedlens.hooks.vim import HookedViM
 from gatedlens.language import HookedLanguageModel
 from gatedlens.loading import bundled_models, from_pretrained, wrap
 from gatedlens.model import HookedModel
-from gatedlens.result import Result
+from gatedlens.result.result import Result
 from gatedlens.stack import AttentionStack
 from gatedlens.state import RecurrentState
 from gatedlens.version import __version__

@@ -34,7 +34,7 @@ from gatedlens.language import HookedLanguageModel
 from gatedlens.metrics import at_position
 from gatedlens.options import checked
 from gatedlens.recurrence.scanning import at_least_float32
-from gatedlens.rounding import order
+from gatedlens.result.rounding import order
 
 ASK = "{text}\nAnswer:"
 SHOT = "{text}\n{rationale}Answer: {label}"

@@ -30,7 +30,6 @@ from gatedlens.address.layers import layer_of, layers_of
 from gatedlens.address.positions import one_a_row
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError, did_you_mean
-from gatedlens.labelled import labelled
 from gatedlens.memory import afford
 from gatedlens.model import HookedModel
 from gatedlens.options import checked, tensor_of
@@ -38,6 +37,7 @@ from gatedlens.padding import Padding
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.factors import NAMES, Factors
 from gatedlens.recurrence.operator import Branch, branch_of
+from gatedlens.result.labelled_tensor import labelled
 
 if TYPE_CHECKING:
     from gatedlens.contributions import Contributions

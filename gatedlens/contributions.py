@@ -28,11 +28,11 @@ from tqdm.auto import tqdm
 
 from gatedlens.attention import AT_ONCE, DENSE_LIMIT, ImplicitAttention
 from gatedlens.errors import InputError
-from gatedlens.labelled import labelled
 from gatedlens.options import checked
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.factors import NAMES, Factors
 from gatedlens.recurrence.operator import Branch
+from gatedlens.result.labelled_tensor import labelled
 
 BLOCK_ELEMENTS = 1 << 24  # numbers in one block of vectors [batch, rows, src, d_model]
 INSTEAD = "Ask for row(i) or column(j), which grow with the positions alone, for fewer positions, or raise max_bytes."

@@ -18,12 +18,12 @@ from gatedlens.address.layers import layer_of
 from gatedlens.attention import implicit_attention
 from gatedlens.data import digits
 from gatedlens.errors import InputError
-from gatedlens.labelled import label_of
 from gatedlens.language import HookedLanguageModel
 from gatedlens.loading import BUNDLED, from_pretrained
 from gatedlens.outfolder import out_folder
 from gatedlens.page import attention_page
-from gatedlens.rounding import order
+from gatedlens.result.labelled_tensor import label_of
+from gatedlens.result.rounding import order
 from gatedlens.tasks import VOCABULARY, recall
 
 FOUR = {

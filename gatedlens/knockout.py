@@ -43,7 +43,7 @@ from gatedlens.errors import InputError
 from gatedlens.metrics import Metric
 from gatedlens.model.intervention import Intervention
 from gatedlens.options import checked
-from gatedlens.result import Result
+from gatedlens.result.result import Result
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Cell, Plan
 from gatedlens.runs.engine import Effort, Question, answer

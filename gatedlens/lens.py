@@ -28,7 +28,7 @@ from gatedlens.hooking import Batch
 from gatedlens.logitattribution import logit_attribution, token_attribution
 from gatedlens.options import checked, is_whole
 from gatedlens.recurrence.autocast import exact
-from gatedlens.result import Result
+from gatedlens.result.result import Result
 
 __all__ = ["LogitLens", "logit_attribution", "logit_lens", "token_attribution"]
 EMBED = "embed"

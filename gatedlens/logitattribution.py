@@ -32,7 +32,7 @@ from gatedlens.hooking import Batch
 from gatedlens.options import checked, tensor_of
 from gatedlens.padding import Padding
 from gatedlens.recurrence.autocast import exact
-from gatedlens.result import Result
+from gatedlens.result.result import Result
 
 Tokens = int | str | Sequence[int] | Sequence[str] | Tensor
 SCALE = "ln_final.hook_scale"

@@ -27,8 +27,8 @@ from gatedlens.cache import ActivationCache
 from gatedlens.contributions import Contributions
 from gatedlens.errors import InputError
 from gatedlens.grid import Grid
-from gatedlens.labelled import label_of
 from gatedlens.options import checked
+from gatedlens.result.labelled_tensor import label_of
 from gatedlens.stack import AttentionStack
 
 BODY = "font-family:system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em"

@@ -37,11 +37,11 @@ from gatedlens.attention import (
 )
 from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError
-from gatedlens.labelled import labelled, with_label
 from gatedlens.options import checked, is_whole
 from gatedlens.profiles import Profile, induction, of_layer
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.factors import NAMES
+from gatedlens.result.labelled_tensor import labelled, with_label
 
 INSTEAD = (
     "Ask for fewer layers (`stack[2:5]`), for `stack[layer].row(i)` or `@ x`, for fewer positions, or raise max_bytes."

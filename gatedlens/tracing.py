@@ -32,7 +32,7 @@ from gatedlens.hooking import Batch
 from gatedlens.metrics import Logits, Metric
 from gatedlens.options import checked
 from gatedlens.padding import Padding
-from gatedlens.result import Result
+from gatedlens.result.result import Result
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Cell, Plan, PutByRow
 from gatedlens.runs.engine import Effort, Question, answer

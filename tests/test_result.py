@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gatedlens import InputError
-from gatedlens.result import Result
+from gatedlens.result.result import Result
 
 matplotlib.use("agg")
 VALUES = torch.tensor([[0.0, 1.0, -3.0], [0.5, torch.nan, 2.0]], dtype=torch.float64)

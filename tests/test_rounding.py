@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gatedlens.rounding import STEP, figures, levels, moved, order, total
+from gatedlens.result.rounding import STEP, figures, levels, moved, order, total
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -25,7 +25,7 @@ from gatedlens.attribution.question import Question
 from gatedlens.attribution.reading import Reading, through
 from gatedlens.errors import InputError
 from gatedlens.options import checked
-from gatedlens.rounding import total
+from gatedlens.result.rounding import total
 
 WEIGHTED = ("dst", "src")
 CENTRED = "LN"  # the normalization_type of norms that take the mean away

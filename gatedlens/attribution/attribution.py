@@ -25,8 +25,8 @@ from torch import Tensor
 from gatedlens.errors import InputError
 from gatedlens.files import Fields, is_number
 from gatedlens.grid import Grid
-from gatedlens.result import Result
-from gatedlens.rounding import order
+from gatedlens.result.result import Result
+from gatedlens.result.rounding import order
 
 R = TypeVar("R", bound="Attribution")
 TEXT, IMAGE = ("batch", "pos"), ("batch", "row", "column")

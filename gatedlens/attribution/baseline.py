@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gatedlens.attribution.question import Question
 from gatedlens.errors import InputError, did_you_mean
-from gatedlens.rounding import moved
+from gatedlens.result.rounding import moved
 
 COLOURS = ("black", "mean")
 NOTHING = ("mask_token_id", "unk_token_id", "pad_token_id")

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from gatedlens.attention import ImplicitAttention
 from gatedlens.attribution.channels import rows
-from gatedlens.rounding import noise
+from gatedlens.result.rounding import noise
 
 START = (15, 24)  # the first layer that takes part, of so many
 

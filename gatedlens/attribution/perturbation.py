@@ -19,7 +19,7 @@ from gatedlens.attribution.baseline import baseline_of
 from gatedlens.attribution.question import Question
 from gatedlens.errors import InputError
 from gatedlens.options import checked
-from gatedlens.rounding import total
+from gatedlens.result.rounding import total
 
 
 @checked

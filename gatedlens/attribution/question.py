@@ -31,7 +31,7 @@ from gatedlens.metrics import Logits, per_row
 from gatedlens.model import HookedModel
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.scanning import at_least_float32
-from gatedlens.rounding import moved
+from gatedlens.result.rounding import moved
 
 
 @dataclass(frozen=True)

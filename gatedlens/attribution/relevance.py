@@ -25,7 +25,7 @@ from gatedlens.attribution.attribution import Attribution
 from gatedlens.attribution.question import Question
 from gatedlens.attribution.rules import Rules
 from gatedlens.options import checked
-from gatedlens.rounding import total
+from gatedlens.result.rounding import total
 
 
 @checked

@@ -28,7 +28,7 @@ from gatedlens.hooking import CACHE_LIMIT
 from gatedlens.metrics import Metric, per_row
 from gatedlens.options import checked
 from gatedlens.recurrence.scanning import at_least_float32
-from gatedlens.result import Result
+from gatedlens.result.result import Result
 from gatedlens.runs.gradients import Listener, along_input, listen
 from gatedlens.runs.pair import Pair, steps_of, subtracting
 

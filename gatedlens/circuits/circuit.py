@@ -28,7 +28,7 @@ from gatedlens.errors import InputError
 from gatedlens.files import Fields, read_json, write_json
 from gatedlens.metrics import Metric
 from gatedlens.options import checked
-from gatedlens.result import Result
+from gatedlens.result.result import Result
 
 FORMAT = 1  # of the JSON
 

@@ -28,7 +28,7 @@ from gatedlens.errors import InputError
 from gatedlens.metrics import Metric
 from gatedlens.options import checked
 from gatedlens.recurrence.scanning import at_least_float32
-from gatedlens.result import Result
+from gatedlens.result.result import Result
 from gatedlens.runs.cells import Plan
 from gatedlens.runs.engine import Effort
 from gatedlens.runs.gradients import Listener, along_input, listen

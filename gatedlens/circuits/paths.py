@@ -27,7 +27,7 @@ from gatedlens.circuits.graph import Graph, Node
 from gatedlens.errors import InputError
 from gatedlens.metrics import Metric
 from gatedlens.options import checked
-from gatedlens.result import Result
+from gatedlens.result.result import Result
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Add, Cell, Plan
 from gatedlens.runs.engine import Effort, Question, answer

@@ -23,8 +23,8 @@ from gatedlens.evaluation import nothing as nothing_
 from gatedlens.hooking import Batch
 from gatedlens.metrics import at_position
 from gatedlens.model import HookedModel
-from gatedlens.result import Result
-from gatedlens.rounding import order
+from gatedlens.result.result import Result
+from gatedlens.result.rounding import order
 
 
 @dataclass(frozen=True)

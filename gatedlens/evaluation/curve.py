@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.evaluation.estimate import Estimate, estimate
-from gatedlens.result import Result
+from gatedlens.result.result import Result
 
 AXES = ("sample", "share")
 

@@ -30,8 +30,8 @@ from gatedlens.attribution import Attribution
 from gatedlens.errors import InputError
 from gatedlens.evaluation.case import scaled
 from gatedlens.evaluation.estimate import Estimate, estimate
-from gatedlens.result import Result
-from gatedlens.rounding import STEP
+from gatedlens.result.result import Result
+from gatedlens.result.rounding import STEP
 
 VOID = -1
 FINE = 2.0**-30  # of R, which is from 0 to 1: scaling a map rounds equal pixels some 1e-16 apart

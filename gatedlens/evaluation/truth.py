@@ -20,8 +20,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.result import Result
-from gatedlens.rounding import order
+from gatedlens.result.result import Result
+from gatedlens.result.rounding import order
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from gatedlens.loading import from_pretrained
 from gatedlens.outfolder import out_folder
 from gatedlens.patching import family
 from gatedlens.patching.sweep import carried, copied, sweep
-from gatedlens.result import Result
+from gatedlens.result.result import Result
 
 WORDS = {
     name.removeprefix("get_act_patch_"): kind.points

@@ -15,7 +15,7 @@ from typing import Any
 
 from gatedlens.options import checked
 from gatedlens.patching.sweep import Edits, carried, copied, sweep
-from gatedlens.result import Result
+from gatedlens.result.result import Result
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.errors import InputError, did_you_mean
-from gatedlens.result import Result
+from gatedlens.result.result import Result
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Plan
 from gatedlens.runs.engine import Effort, Question, answer

@@ -24,7 +24,7 @@ from gatedlens.address import positions
 from gatedlens.errors import InputError, PointError
 from gatedlens.options import checked
 from gatedlens.patching.measuring import Options, measure_cells
-from gatedlens.result import Result
+from gatedlens.result.result import Result
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Cell, Edit, Index, Plan, Put
 from gatedlens.runs.pair import Clean

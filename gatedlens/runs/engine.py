@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from gatedlens.errors import InputError
 from gatedlens.fingerprint import fingerprint
-from gatedlens.result import Result
+from gatedlens.result.result import Result
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Cell, Plan
 from gatedlens.runs.identity import Digest

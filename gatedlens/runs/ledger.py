@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.files import as_json, write_whole
-from gatedlens.result import Result
+from gatedlens.result.result import Result
 from gatedlens.runs.stopping import NotSaved
 
 AGAIN = "Give another path, or results=None to begin anew."

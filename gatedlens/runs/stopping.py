@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from gatedlens.errors import GatedlensError
-from gatedlens.result import Result
+from gatedlens.result.result import Result
 
 
 class Interrupted(KeyboardInterrupt):

@@ -9,7 +9,7 @@ import matplotlib
 import pytest
 
 from gatedlens import cli
-from gatedlens.result import Result
+from gatedlens.result.result import Result
 
 matplotlib.use("agg")
 PAIR = ["--clean", "D 3 dog A 7 hay ? D", "--corrupted", "D 5 dog A 7 hay ? D", "--answer", "3", "--wrong", "5"]

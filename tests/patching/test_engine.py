@@ -8,7 +8,7 @@ from transformer_lens import patching as theirs
 
 import gatedlens as gl
 from gatedlens import patching
-from gatedlens.result import Result
+from gatedlens.result.result import Result
 from tests.patching.test_sweep import QUIET, by_hand, caches, close, metric, pair
 
 

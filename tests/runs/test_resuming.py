@@ -13,7 +13,7 @@ import torch
 
 import gatedlens as gl
 from gatedlens import circuits, knockout, patching, tracing
-from gatedlens.result import Result
+from gatedlens.result.result import Result
 from tests.helpers import example
 
 QUIET = {"progress": False}

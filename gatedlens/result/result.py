@@ -26,8 +26,8 @@ from torch import Tensor
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.files import Fields, is_number, read_json, write_json, write_whole
 from gatedlens.options import checked
-from gatedlens.rounding import figures
-from gatedlens.tensorlike import Tensorlike
+from gatedlens.result.rounding import figures
+from gatedlens.result.tensorlike import Tensorlike
 
 FORMAT = 1  # of the JSON
 R = TypeVar("R", bound="Result")

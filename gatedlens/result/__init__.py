@@ -1,0 +1,16 @@
+"""Numbers on named axes: Result, tensors that carry labels, and what of a number is more than rounding.
+
+found = gl.patching.sweep(...)        # a Result
+found.top(3); found["layer", 2]; found.save("sweep.json"); Result.load("sweep.json")
+"""
+
+from gatedlens.result.labelled_tensor import KEEP, Function, LabelledTensor, label_of, labelled, with_label
+from gatedlens.result.result import Result
+from gatedlens.result.rounding import BITS, NOISE, STEP, figures, levels, moved, noise, order, total
+
+# fmt: off
+__all__ = [
+    "BITS", "Function", "KEEP", "LabelledTensor", "NOISE", "Result", "STEP", "figures", "label_of", "labelled", "levels",
+    "moved", "noise", "order", "total", "with_label",
+]
+# fmt: on
