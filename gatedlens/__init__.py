@@ -22,7 +22,6 @@ from gatedlens import (
 from gatedlens.address.names import Alias, Point, View
 from gatedlens.address.table import HookTable
 from gatedlens.attention import ImplicitAttention, implicit_attention
-from gatedlens.cache import ActivationCache
 from gatedlens.config import HookedConfig
 from gatedlens.contributions import Contributions
 from gatedlens.errors import (
@@ -34,17 +33,18 @@ from gatedlens.errors import (
     StoreError,
     TooLargeError,
 )
-from gatedlens.hookpoint import HookPoint
 from gatedlens.hooks.griffin import HookedGriffin
 from gatedlens.hooks.mamba import HookedMamba
 from gatedlens.hooks.rwkv import HookedRWKV
 from gatedlens.hooks.vim import HookedViM
-from gatedlens.language import HookedLanguageModel
 from gatedlens.loading import bundled_models, from_pretrained, wrap
-from gatedlens.model import HookedModel
+from gatedlens.model.base import HookedModel
+from gatedlens.model.cache import ActivationCache
+from gatedlens.model.hookpoint import HookPoint
+from gatedlens.model.language import HookedLanguageModel
+from gatedlens.model.state import RecurrentState
 from gatedlens.result.result import Result
 from gatedlens.stack import AttentionStack
-from gatedlens.state import RecurrentState
 from gatedlens.version import __version__
 
 # fmt: off

@@ -30,8 +30,8 @@ from tqdm.auto import tqdm
 from gatedlens.attribution import Attribution
 from gatedlens.attribution import method as method_of
 from gatedlens.errors import InputError, did_you_mean
-from gatedlens.language import HookedLanguageModel
 from gatedlens.metrics import at_position
+from gatedlens.model.language import HookedLanguageModel
 from gatedlens.options import checked
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.rounding import order

@@ -28,12 +28,12 @@ from torch import Tensor
 
 from gatedlens.address.layers import layer_of, layers_of
 from gatedlens.address.positions import one_a_row
-from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError, did_you_mean
-from gatedlens.memory import afford
-from gatedlens.model import HookedModel
+from gatedlens.model.base import HookedModel
+from gatedlens.model.cache import ActivationCache
+from gatedlens.model.memory import afford
+from gatedlens.model.padding import Padding
 from gatedlens.options import checked, tensor_of
-from gatedlens.padding import Padding
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.factors import NAMES, Factors
 from gatedlens.recurrence.operator import Branch, branch_of

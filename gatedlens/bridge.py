@@ -34,10 +34,10 @@ from transformer_lens.model_bridge.generalized_components import EmbeddingBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from gatedlens.errors import InputError
-from gatedlens.hookpoint import HookPoint
 from gatedlens.hooks import architectures
-from gatedlens.language import HookedLanguageModel
 from gatedlens.loading import wrap
+from gatedlens.model.hookpoint import HookPoint
+from gatedlens.model.language import HookedLanguageModel
 
 
 def bridged() -> list[str]:

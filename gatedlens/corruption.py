@@ -18,7 +18,7 @@ from torch import Tensor
 from gatedlens import inputs
 from gatedlens.address.positions import listed, mask_of
 from gatedlens.errors import InputError
-from gatedlens.hooking import Batch
+from gatedlens.model.hooking import Batch
 
 EMBED = "hook_embed"
 

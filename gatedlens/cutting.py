@@ -20,7 +20,7 @@ from gatedlens.address.layers import layers_of, scans_of
 from gatedlens.attention import ImplicitAttention
 from gatedlens.edges import Edges, alike, visible
 from gatedlens.errors import InputError
-from gatedlens.hookpoint import Capture, HookPoint
+from gatedlens.model.hookpoint import Capture, HookPoint
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.operator import Branch, branch_of
 from gatedlens.recurrence.scanning import at_least_float32

@@ -18,8 +18,8 @@ from gatedlens.address.layers import layer_of
 from gatedlens.attention import implicit_attention
 from gatedlens.data import digits
 from gatedlens.errors import InputError
-from gatedlens.language import HookedLanguageModel
 from gatedlens.loading import BUNDLED, from_pretrained
+from gatedlens.model.language import HookedLanguageModel
 from gatedlens.outfolder import out_folder
 from gatedlens.page import attention_page
 from gatedlens.result.labelled_tensor import label_of

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatedlens.placement import at_hand
+from gatedlens.model.placement import at_hand
 
 PLAIN = (bool, int, float)
 ELSEWHERE = ("model_name", "device")  # of a config: compared by itself; decides no number

@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError
-from gatedlens.hooking import Batch
+from gatedlens.model.cache import ActivationCache
+from gatedlens.model.hooking import Batch
 
 
 def ready(model: Any, input: Any, **options: Any) -> Batch:

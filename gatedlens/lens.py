@@ -24,8 +24,8 @@ from torch import Tensor
 
 from gatedlens import inputs
 from gatedlens.errors import InputError
-from gatedlens.hooking import Batch
 from gatedlens.logitattribution import logit_attribution, token_attribution
+from gatedlens.model.hooking import Batch
 from gatedlens.options import checked, is_whole
 from gatedlens.recurrence.autocast import exact
 from gatedlens.result.result import Result

@@ -23,14 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedlens import checkpoint, dtypes, fields, placement
-from gatedlens import tokenizer as tokenizers
-from gatedlens.checkpoint import about, reading
 from gatedlens.errors import CheckpointError, did_you_mean
 from gatedlens.hooks import architectures
-from gatedlens.model import HookedModel
+from gatedlens.model import checkpoint, fields, placement
+from gatedlens.model import config as dtypes
+from gatedlens.model import tokenizer as tokenizers
+from gatedlens.model.base import HookedModel
+from gatedlens.model.checkpoint import about, reading
+from gatedlens.model.watch import check_plain
 from gatedlens.options import checked
-from gatedlens.watch import check_plain
 
 log = logging.getLogger(__name__)
 BUNDLED = Path(__file__).parent / "bundled"

@@ -18,14 +18,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gatedlens.address.names import Point
-from gatedlens.block import TokenMixing
-from gatedlens.documentrun import DocumentRun
-from gatedlens.memory import SMALL, afford, free
-from gatedlens.padding import Padding
+from gatedlens.model.block import TokenMixing
+from gatedlens.model.memory import SMALL, afford, free
+from gatedlens.model.padding import Padding
+from gatedlens.model.run import DocumentRun
+from gatedlens.model.state import RecurrentState
 from gatedlens.recurrence.factors import Factors
 from gatedlens.recurrence.pattern_matrix import PatternScan
 from gatedlens.recurrence.scanning import at_least_float32
-from gatedlens.state import RecurrentState
 
 
 def rotate(

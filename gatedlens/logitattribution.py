@@ -26,11 +26,11 @@ from torch import Tensor
 from gatedlens import inputs
 from gatedlens.address.positions import listed, one_a_row
 from gatedlens.attention import implicit_attention
-from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError
-from gatedlens.hooking import Batch
+from gatedlens.model.cache import ActivationCache
+from gatedlens.model.hooking import Batch
+from gatedlens.model.padding import Padding
 from gatedlens.options import checked, tensor_of
-from gatedlens.padding import Padding
 from gatedlens.recurrence.autocast import exact
 from gatedlens.result.result import Result
 

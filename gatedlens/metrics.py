@@ -27,7 +27,7 @@ from torch import Tensor
 
 from gatedlens.address.positions import one_a_row
 from gatedlens.errors import InputError
-from gatedlens.language import next_token_loss
+from gatedlens.model.language import next_token_loss
 
 Metric = Callable[[Tensor], Tensor]
 Tokens = Any  # a whole number, or a sequence or tensor of one a row; what is neither is explained

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from gatedlens.attention import ImplicitAttention
-from gatedlens.cache import ActivationCache
 from gatedlens.contributions import Contributions
 from gatedlens.errors import InputError
-from gatedlens.grid import Grid
+from gatedlens.model.cache import ActivationCache
+from gatedlens.model.image import Grid
 from gatedlens.options import checked
 from gatedlens.result.labelled_tensor import label_of
 from gatedlens.stack import AttentionStack

@@ -35,8 +35,8 @@ from gatedlens.attention import (
     implicit_attention,
     worst,
 )
-from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError
+from gatedlens.model.cache import ActivationCache
 from gatedlens.options import checked, is_whole
 from gatedlens.profiles import Profile, induction, of_layer
 from gatedlens.recurrence.autocast import exact

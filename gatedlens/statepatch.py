@@ -15,10 +15,10 @@ from torch import Tensor
 from gatedlens.address.entries import Index, Where
 from gatedlens.address.layers import layers_of, scans_of
 from gatedlens.address.positions import one_a_row
-from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError
-from gatedlens.hookpoint import HookPoint
-from gatedlens.state import RecurrentState
+from gatedlens.model.cache import ActivationCache
+from gatedlens.model.hookpoint import HookPoint
+from gatedlens.model.state import RecurrentState
 
 
 @dataclass(frozen=True)

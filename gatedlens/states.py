@@ -28,8 +28,8 @@ from gatedlens.address.layers import layers_of
 from gatedlens.address.names import Point
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.model.intervention import Intervention
+from gatedlens.model.state import Carried, RecurrentState
 from gatedlens.options import checked
-from gatedlens.state import Carried, RecurrentState
 from gatedlens.statepatch import StatePatch
 
 # -- in the middle of a run -----------------------------------------------------------------------------------------

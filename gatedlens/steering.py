@@ -33,7 +33,7 @@ from gatedlens import inputs
 from gatedlens.address.positions import mask_of, one_a_row
 from gatedlens.errors import CheckpointError, InputError, PointError
 from gatedlens.files import Fields, read_tensors
-from gatedlens.hookpoint import HookPoint
+from gatedlens.model.hookpoint import HookPoint
 from gatedlens.model.intervention import Intervention, edit
 from gatedlens.options import checked
 

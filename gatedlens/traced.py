@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gatedlens.address.names import NamesFilter
-from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError
-from gatedlens.hooking import Batch
+from gatedlens.model.cache import ActivationCache
+from gatedlens.model.hooking import Batch
 
 try:
     import nnsight

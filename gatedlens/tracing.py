@@ -28,10 +28,10 @@ from gatedlens.address.positions import columns as columns_of
 from gatedlens.address.positions import listed, one_a_row
 from gatedlens.corruption import EMBED, Corruption, marked_by
 from gatedlens.errors import InputError, PointError
-from gatedlens.hooking import Batch
 from gatedlens.metrics import Logits, Metric
+from gatedlens.model.hooking import Batch
+from gatedlens.model.padding import Padding
 from gatedlens.options import checked
-from gatedlens.padding import Padding
 from gatedlens.result.result import Result
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Cell, Plan, PutByRow

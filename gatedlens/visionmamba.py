@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedlens import fields
-from gatedlens.checkpoint import depth, shape_of
 from gatedlens.errors import CheckpointError, did_you_mean
-from gatedlens.fields import EPS, FLAG, NUMBER, PAIR, POSITIVE, SIZE, TEXT, layers_of, listed, one_of, table
 from gatedlens.hooks.mamba import SSM_FIELDS, layer_parameters, with_eps
+from gatedlens.model import fields
+from gatedlens.model.checkpoint import depth, shape_of
+from gatedlens.model.fields import EPS, FLAG, NUMBER, PAIR, POSITIVE, SIZE, TEXT, layers_of, listed, one_of, table
 
 BACKWARD = {  # what the backward direction calls Mamba's parameters
     "v1": {"A_log": "A_b_log"},

@@ -9,8 +9,8 @@ import sys
 
 import torch
 
-from gatedlens.hooking import Batch
 from gatedlens.hooks import architectures
+from gatedlens.model.hooking import Batch
 from tests.helpers import example, relative
 
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gatedlens as gl
-from gatedlens.generation import sample
 from gatedlens.hooks.mamba import HookedMamba
+from gatedlens.model.generation import sample
 from tests.helpers import example, padded, relative
 
 # -- text -----------------------------------------------------------------------------------------------------------

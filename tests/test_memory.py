@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import gatedlens as gl
-from gatedlens import localattention, memory, profiles
+from gatedlens import localattention, profiles
+from gatedlens.model import memory
 from tests.helpers import example
 
 VIEWS = {

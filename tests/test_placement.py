@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import gatedlens as gl
-from gatedlens import placement
 from gatedlens import store as gl_store
+from gatedlens.model import placement
 from tests.helpers import example
 
 accelerate = pytest.importorskip("accelerate")

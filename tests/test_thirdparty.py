@@ -11,10 +11,10 @@ import torch
 import gatedlens as gl
 from gatedlens.address.names import Point
 from gatedlens.attention import ImplicitAttention
-from gatedlens.block import MlpBlock, mlp_residual_rows, norm_rows
-from gatedlens.hookpoint import Part
 from gatedlens.hooks import mamba
-from gatedlens.padding import Padding
+from gatedlens.model.block import MlpBlock, mlp_residual_rows, norm_rows
+from gatedlens.model.hookpoint import Part
+from gatedlens.model.padding import Padding
 from gatedlens.recurrence.decay_matrix import DecayScan
 from gatedlens.recurrence.factors import Factors
 from gatedlens.recurrence.matrix import ScanMatrix

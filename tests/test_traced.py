@@ -308,7 +308,7 @@ def test_what_cannot_be_traced_says_so(traced):
 
 
 def test_images_of_two_sizes_do_not_join():
-    from gatedlens.hooking import Batch
+    from gatedlens.model.hooking import Batch
     from gatedlens.traced import join
 
     with pytest.raises(gl.InputError, match=r"\[1, 3, 8, 8\], \[1, 3, 9, 9\]: only tokens can be padded"):

@@ -16,9 +16,9 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.utils.checkpoint import checkpoint
 
 import gatedlens as gl
-from gatedlens.block import Block
-from gatedlens.cache import ActivationCache
 from gatedlens.errors import HookError, InputError
+from gatedlens.model.block import Block
+from gatedlens.model.cache import ActivationCache
 from gatedlens.recurrence.transforms import plain
 from tests.helpers import example, relative
 

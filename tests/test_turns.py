@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gatedlens as gl
-from gatedlens import turns
+from gatedlens.model import turns
 from tests.helpers import example
 
 POINT = "blocks.0.hook_resid_post"

@@ -23,9 +23,9 @@ from gatedlens.ablation.components import (
     remove_layer,
     slowest,
 )
-from gatedlens.ablation.intervention import Edit, EditStep, Intervention, Step, edit
 from gatedlens.ablation.values import constant, freeze, mean, noise, resample, scale, zero
 from gatedlens.address.entries import Component, Index, Layers, Where
+from gatedlens.model.intervention import Edit, EditStep, Intervention, Step, edit
 
 # fmt: off
 __all__ = [

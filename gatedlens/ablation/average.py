@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from gatedlens import inputs
 from gatedlens.errors import InputError, PointError, did_you_mean
-from gatedlens.hookpoint import HookPoint, Saver
+from gatedlens.model.hookpoint import HookPoint, Saver
 from gatedlens.options import checked
 
 

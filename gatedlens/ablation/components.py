@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from gatedlens.ablation.average import means
-from gatedlens.ablation.intervention import Edit, EditStep, Intervention
 from gatedlens.address.entries import Component, Layers, Where
 from gatedlens.errors import InputError
-from gatedlens.hookpoint import HookPoint
+from gatedlens.model.hookpoint import HookPoint
+from gatedlens.model.intervention import Edit, EditStep, Intervention
 from gatedlens.options import checked
 
 GATE = Component("gate", "hook_gate", "gate")

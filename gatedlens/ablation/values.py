@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from gatedlens.ablation.average import Means
-from gatedlens.ablation.intervention import EditStep, Intervention, edit
 from gatedlens.address.entries import Where
-from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError
-from gatedlens.hookpoint import HookPoint
+from gatedlens.model.cache import ActivationCache
+from gatedlens.model.hookpoint import HookPoint
+from gatedlens.model.intervention import EditStep, Intervention, edit
+from gatedlens.model.padding import Padding
 from gatedlens.options import checked
-from gatedlens.padding import Padding
 
 ROWS = ("batch",)
 

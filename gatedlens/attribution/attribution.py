@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.files import Fields, is_number
-from gatedlens.grid import Grid
+from gatedlens.model.image import Grid
 from gatedlens.result.result import Result
 from gatedlens.result.rounding import order
 

@@ -25,10 +25,10 @@ from torch import Tensor
 from gatedlens.attribution.attribution import IMAGE, TEXT, Attribution
 from gatedlens.attribution.target import Target
 from gatedlens.errors import InputError
-from gatedlens.hooking import Batch
-from gatedlens.hookpoint import Capture
 from gatedlens.metrics import Logits, per_row
-from gatedlens.model import HookedModel
+from gatedlens.model.base import HookedModel
+from gatedlens.model.hooking import Batch
+from gatedlens.model.hookpoint import Capture
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.rounding import moved

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gatedlens.errors import InputError, did_you_mean
-from gatedlens.hookpoint import Capture
+from gatedlens.model.hookpoint import Capture
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.underway import underway, verify

@@ -22,8 +22,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.language import HookedLanguageModel
 from gatedlens.metrics import Metric, at_position, logit, logit_difference
+from gatedlens.model.language import HookedLanguageModel
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 from gatedlens import inputs
 from gatedlens.address.names import NamesFilter, Point
 from gatedlens.errors import InputError, PointError
-from gatedlens.hooking import CACHE_LIMIT
 from gatedlens.metrics import Metric, per_row
+from gatedlens.model.hooking import CACHE_LIMIT
 from gatedlens.options import checked
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.result import Result

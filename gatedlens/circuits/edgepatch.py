@@ -22,9 +22,9 @@ from torch import Tensor
 
 from gatedlens.circuits.graph import Graph, Node
 from gatedlens.errors import InputError
-from gatedlens.hookpoint import Capture
 from gatedlens.metrics import Metric, per_row
-from gatedlens.padding import Padding
+from gatedlens.model.hookpoint import Capture
+from gatedlens.model.padding import Padding
 from gatedlens.runs.pair import Pair
 
 

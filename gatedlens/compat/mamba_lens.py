@@ -22,7 +22,6 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatedlens.block import Norm, Run
 from gatedlens.compat.mamba_lens_format import (
     MambaCfg,
     MambaInitCfg,
@@ -35,6 +34,7 @@ from gatedlens.compat.mamba_lens_format import (
 from gatedlens.errors import InputError
 from gatedlens.hooks import mamba
 from gatedlens.loading import from_pretrained
+from gatedlens.model.block import Norm, Run
 
 __all__ = [
     "HookedMamba",

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.evaluation import nothing as nothing_
-from gatedlens.hooking import Batch
 from gatedlens.metrics import at_position
-from gatedlens.model import HookedModel
+from gatedlens.model.base import HookedModel
+from gatedlens.model.hooking import Batch
 from gatedlens.result.result import Result
 from gatedlens.result.rounding import order
 

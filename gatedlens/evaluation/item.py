@@ -21,7 +21,7 @@ from gatedlens.errors import InputError
 from gatedlens.evaluation.pictures import pixels, squeezed
 from gatedlens.evaluation.sample import Prompt, Sample
 from gatedlens.fingerprint import checksum
-from gatedlens.tokens import encode, pad
+from gatedlens.model.text import encode, pad
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,13 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
-from gatedlens import fields
 from gatedlens.address.names import Point, block_aliases, block_rows
-from gatedlens.block import Mixer, MlpBlock, Norm, Run, mlp_residual_rows, norm_rows
 from gatedlens.config import HookedConfig
-from gatedlens.documentrun import DocumentRun
 from gatedlens.errors import CheckpointError
-from gatedlens.fields import (
+from gatedlens.localattention import LocalAttention
+from gatedlens.model import fields
+from gatedlens.model.block import Mixer, MlpBlock, Norm, Run, mlp_residual_rows, norm_rows
+from gatedlens.model.fields import (
     COUNT,
     EPS,
     FLAG,
@@ -46,16 +46,16 @@ from gatedlens.fields import (
     one_of,
     table,
 )
-from gatedlens.hooking import Batch
-from gatedlens.hookpoint import Part, rows_of
-from gatedlens.language import HookedLanguageModel
-from gatedlens.localattention import LocalAttention
-from gatedlens.padding import Padding, windows
+from gatedlens.model.hooking import Batch
+from gatedlens.model.hookpoint import Part, rows_of
+from gatedlens.model.language import HookedLanguageModel
+from gatedlens.model.padding import Padding, windows
+from gatedlens.model.run import DocumentRun
+from gatedlens.model.state import CARRIED, Carried, RecurrentState
 from gatedlens.recurrence.decay_matrix import DecayScan
 from gatedlens.recurrence.factors import Factors, reach
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.transforms import transformed
-from gatedlens.state import CARRIED, Carried, RecurrentState
 
 PAPER = "Griffin, arXiv 2402.19427"
 UIA = "UIA, arXiv 2405.16504"

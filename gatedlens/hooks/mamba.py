@@ -24,20 +24,34 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatedlens import fields, fused
+from gatedlens import fused
 from gatedlens.address.names import Alias, Point, View, block_aliases, block_rows
-from gatedlens.block import Block, Mixer, Norm, Run, eps_of, norm_rows, residual_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError
-from gatedlens.fields import COUNT, EPS, FLAG, INTEGER, NUMBER, POSITIVE, SIZE, TEXT, layers_of, listed, one_of, table
-from gatedlens.hookpoint import rows_of
-from gatedlens.language import HookedLanguageModel
-from gatedlens.padding import Padding, windows
+from gatedlens.model import fields
+from gatedlens.model.block import Block, Mixer, Norm, Run, eps_of, norm_rows, residual_rows
+from gatedlens.model.fields import (
+    COUNT,
+    EPS,
+    FLAG,
+    INTEGER,
+    NUMBER,
+    POSITIVE,
+    SIZE,
+    TEXT,
+    layers_of,
+    listed,
+    one_of,
+    table,
+)
+from gatedlens.model.hookpoint import rows_of
+from gatedlens.model.language import HookedLanguageModel
+from gatedlens.model.padding import Padding, windows
+from gatedlens.model.state import RecurrentState
 from gatedlens.recurrence.decay_matrix import DecayScan
 from gatedlens.recurrence.factors import Factors, reach
 from gatedlens.recurrence.scanning import at_least_float32, linear_scan
 from gatedlens.recurrence.transforms import forward_mode
-from gatedlens.state import RecurrentState
 
 PAPER = "Mamba, arXiv 2312.00752"
 UIA = "UIA, arXiv 2405.16504"

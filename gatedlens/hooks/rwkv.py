@@ -32,21 +32,21 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatedlens import fields
 from gatedlens.address.names import Alias, Point, block_aliases, block_rows
-from gatedlens.block import MlpBlock, Norm, Run, TokenMixing, eps_of, mlp_residual_rows, norm_rows
-from gatedlens.checkpoint import depth, shape_of
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError
-from gatedlens.fields import COUNT, EPS, INTEGER, SIZE, layers_of
-from gatedlens.hookpoint import Part, rows_of
-from gatedlens.language import HookedLanguageModel
-from gatedlens.padding import Padding
+from gatedlens.model import fields
+from gatedlens.model.block import MlpBlock, Norm, Run, TokenMixing, eps_of, mlp_residual_rows, norm_rows
+from gatedlens.model.checkpoint import depth, shape_of
+from gatedlens.model.fields import COUNT, EPS, INTEGER, SIZE, layers_of
+from gatedlens.model.hookpoint import Part, rows_of
+from gatedlens.model.language import HookedLanguageModel
+from gatedlens.model.padding import Padding
+from gatedlens.model.state import Carried, RecurrentState
 from gatedlens.recurrence.factors import Factors
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.wkv_matrix import WkvScan
 from gatedlens.recurrence.wkv_scan import NOTHING, Carry, OpenWkv, wkv
-from gatedlens.state import Carried, RecurrentState
 
 PAPER = "RWKV, arXiv 2305.13048"
 EQ16 = f"{PAPER}, eq. 16; numerator and denominator as they are, in float64"

@@ -17,8 +17,8 @@ import torch
 
 from gatedlens import metrics, tasks
 from gatedlens.errors import InputError, PointError, did_you_mean
-from gatedlens.language import HookedLanguageModel
 from gatedlens.loading import from_pretrained
+from gatedlens.model.language import HookedLanguageModel
 from gatedlens.outfolder import out_folder
 from gatedlens.patching import family
 from gatedlens.patching.sweep import carried, copied, sweep

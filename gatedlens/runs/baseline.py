@@ -32,12 +32,12 @@ from torch import Tensor
 from gatedlens import inputs
 from gatedlens.address import positions
 from gatedlens.errors import InputError
-from gatedlens.hooking import Batch
-from gatedlens.language import HookedLanguageModel
 from gatedlens.metrics import Logits
-from gatedlens.padding import Padding
+from gatedlens.model.hooking import Batch
+from gatedlens.model.language import HookedLanguageModel
+from gatedlens.model.padding import Padding
+from gatedlens.model.state import RecurrentState
 from gatedlens.runs.cells import Cell, by_name
-from gatedlens.state import RecurrentState
 
 EMBED = "hook_embed"  # where an input enters, in every architecture
 ALIKE = frozenset(("return_type", "loss_per_token"))  # options of the forward that do not go by row or position

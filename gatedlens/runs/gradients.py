@@ -18,8 +18,8 @@ from torch.autograd.function import Function
 from tqdm.auto import tqdm
 
 from gatedlens.errors import InputError
-from gatedlens.hookpoint import Saver
 from gatedlens.metrics import Metric, per_row
+from gatedlens.model.hookpoint import Saver
 from gatedlens.recurrence.autocast import exact
 from gatedlens.runs.pair import Pair, steps_of
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from gatedlens import inputs
-from gatedlens.cache import ActivationCache
 from gatedlens.errors import InputError, PointError
-from gatedlens.hooking import CACHE_LIMIT, Batch
-from gatedlens.hookpoint import Saver
 from gatedlens.metrics import Logits
-from gatedlens.padding import Padding
+from gatedlens.model.cache import ActivationCache
+from gatedlens.model.hooking import CACHE_LIMIT, Batch
+from gatedlens.model.hookpoint import Saver
+from gatedlens.model.padding import Padding
 from gatedlens.runs.baseline import Baseline
 
 WHOLE = ("return_type", "start_at_layer", "stop_at_layer", "return_state")  # options that would cut a run short

@@ -22,8 +22,8 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.hooking import Batch
-from gatedlens.language import HookedLanguageModel
+from gatedlens.model.hooking import Batch
+from gatedlens.model.language import HookedLanguageModel
 from gatedlens.store.corpus import Corpus, Document
 from gatedlens.store.form import is_whole
 

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gatedlens import tokens as tokens_
 from gatedlens.errors import InputError
 from gatedlens.images import picture
+from gatedlens.model import text as tokens_
 
 FIELDS = ("ids", "input_ids", "token_ids", "tokens", "text", "image")  # where a record's content is looked for, in turn
 

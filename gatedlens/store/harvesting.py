@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from gatedlens import dtypes
 from gatedlens.address.names import NamesFilter
 from gatedlens.errors import InputError, StoreError
+from gatedlens.model import config as dtypes
 from gatedlens.options import checked
 from gatedlens.store import manifest
 from gatedlens.store.arrow import Columns

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gatedlens.errors import InputError, TooLargeError, in_bytes
 from gatedlens.files import optional
-from gatedlens.language import HookedLanguageModel
+from gatedlens.model.language import HookedLanguageModel
 from gatedlens.options import is_many
 from gatedlens.store.corpus import Corpus
 from gatedlens.store.encoding import Item, Pixels, Tokens

@@ -12,8 +12,8 @@ import gatedlens as gl
 from gatedlens import attribution
 from gatedlens.attribution import Rules
 from gatedlens.attribution.rules import GATES
-from gatedlens.hookpoint import Capture
 from gatedlens.hooks.mamba import HookedMamba
+from gatedlens.model.hookpoint import Capture
 from tests.helpers import example, padded, relative
 
 CONSTANTS = ("bias", "pos_embed", "cls_token")  # what parameters that are added to activations are named

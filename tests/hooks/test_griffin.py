@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import gatedlens as gl
-from gatedlens.documentrun import DocumentRun
 from gatedlens.errors import CheckpointError, InputError, PointError
-from gatedlens.hookpoint import rows_of
 from gatedlens.hooks.griffin import GriffinMixer, HookedGriffin, bounded_sqrt, renamed
-from gatedlens.padding import Padding
-from gatedlens.state import RecurrentState
+from gatedlens.model.hookpoint import rows_of
+from gatedlens.model.padding import Padding
+from gatedlens.model.run import DocumentRun
+from gatedlens.model.state import RecurrentState
 from tests.test_attention import check_views
 
 torch.set_num_threads(1)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
 
 import gatedlens as gl
-from gatedlens.block import Run
 from gatedlens.hooks.mamba import HookedMamba, Weights
+from gatedlens.model.block import Run
 from tests.helpers import golden, relative
 
 KINDS = {"Mamba": (MambaConfig, MambaForCausalLM), "FalconMamba": (FalconMambaConfig, FalconMambaForCausalLM)}

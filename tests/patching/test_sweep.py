@@ -7,7 +7,7 @@ import torch
 
 import gatedlens as gl
 from gatedlens import patching
-from gatedlens.hookpoint import Saver
+from gatedlens.model.hookpoint import Saver
 from gatedlens.result.result import Result
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.engine import Effort, Sizes

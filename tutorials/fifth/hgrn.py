@@ -26,15 +26,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatedlens.address.names import Alias, Point, block_rows
-from gatedlens.block import Mixer, MlpBlock, Norm, Run, mlp_residual_rows, norm_rows
 from gatedlens.config import HookedConfig
-from gatedlens.hookpoint import Part, rows_of
-from gatedlens.language import HookedLanguageModel
-from gatedlens.padding import Padding
+from gatedlens.model.block import Mixer, MlpBlock, Norm, Run, mlp_residual_rows, norm_rows
+from gatedlens.model.hookpoint import Part, rows_of
+from gatedlens.model.language import HookedLanguageModel
+from gatedlens.model.padding import Padding
+from gatedlens.model.state import RecurrentState
 from gatedlens.recurrence import at_least_float32
 from gatedlens.recurrence.decay_matrix import DecayScan
 from gatedlens.recurrence.factors import Factors
-from gatedlens.state import RecurrentState
 
 # -- rows -----------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from gatedlens.block import Run
+from gatedlens.model.block import Run
 
 
 @dataclass

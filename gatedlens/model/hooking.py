@@ -22,13 +22,13 @@ from torch import Tensor
 from transformer_lens.utilities import Slice
 
 from gatedlens.address.names import Names, NamesFilter
-from gatedlens.cache import ActivationCache, Keep, KeepLive, gradients
 from gatedlens.config import HookedConfig
 from gatedlens.errors import InputError, PointError, TooLargeError, in_bytes
-from gatedlens.hookpoint import Capture, HookPoint, Saver
+from gatedlens.model.cache import ActivationCache, Keep, KeepLive, gradients
+from gatedlens.model.hookpoint import Capture, HookPoint, Saver
+from gatedlens.model.turns import Turns
+from gatedlens.model.views import Visit
 from gatedlens.options import checked, device_of, is_many
-from gatedlens.turns import Turns
-from gatedlens.visit import Visit
 
 Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
 CACHE_LIMIT = 8 * 2**30  # bytes that run_with_cache takes without being told more

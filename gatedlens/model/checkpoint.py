@@ -23,8 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gatedlens import dtypes
 from gatedlens.errors import CheckpointError, GatedlensError
+from gatedlens.model import config as dtypes
 
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")  # what says where to look
 INDEX = ".index.json"

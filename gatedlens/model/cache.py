@@ -17,7 +17,7 @@ from transformer_lens.utilities import Slice
 
 from gatedlens.address.names import SHORTHAND, Found
 from gatedlens.errors import PointError, did_you_mean
-from gatedlens.hookpoint import HookPoint, Saver
+from gatedlens.model.hookpoint import HookPoint, Saver
 from gatedlens.recurrence.autocast import exact
 from gatedlens.residual import ResidualCache
 

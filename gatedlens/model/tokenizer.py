@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gatedlens.checkpoint import HUB, read_json, reading
 from gatedlens.errors import CheckpointError, InputError
+from gatedlens.model.checkpoint import HUB, read_json, reading
 
 log = logging.getLogger(__name__)
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")

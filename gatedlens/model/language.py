@@ -17,18 +17,18 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from gatedlens import placement
-from gatedlens import tokens as tokens_
 from gatedlens.address.names import Point
 from gatedlens.errors import InputError
-from gatedlens.generation import generate
-from gatedlens.hooking import Batch
-from gatedlens.model import HookedModel
-from gatedlens.output import Output, check_return_type
-from gatedlens.padding import Padding
+from gatedlens.model import placement
+from gatedlens.model import text as tokens_
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Output, check_return_type
+from gatedlens.model.generation import generate
+from gatedlens.model.hooking import Batch
+from gatedlens.model.padding import Padding
+from gatedlens.model.state import RecurrentState
+from gatedlens.model.tokenizer import tokenizer_of
 from gatedlens.recurrence.transforms import anywhere
-from gatedlens.state import RecurrentState
-from gatedlens.tokenizer import tokenizer_of
 
 
 def next_token_loss(

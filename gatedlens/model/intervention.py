@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gatedlens.address.entries import Where
-from gatedlens.hookpoint import Capture, HookPoint
+from gatedlens.model.hookpoint import Capture, HookPoint
 
 Edit = Callable[..., Tensor]
 

@@ -20,22 +20,22 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from gatedlens import placement
 from gatedlens.address.layers import layer_of
 from gatedlens.address.names import Alias, Names, Point, View
 from gatedlens.address.table import HookTable
-from gatedlens.block import Norm, Run, norm_rows
 from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError, InputError
-from gatedlens.fields import Field
-from gatedlens.grid import Grid
-from gatedlens.hooking import Batch, Hooking
-from gatedlens.hookpoint import HookPoint, rows_of, same
+from gatedlens.model import placement
+from gatedlens.model.block import Norm, Run, norm_rows
+from gatedlens.model.fields import Field
+from gatedlens.model.hooking import Batch, Hooking
+from gatedlens.model.hookpoint import HookPoint, rows_of, same
+from gatedlens.model.image import Grid
+from gatedlens.model.padding import Padding
+from gatedlens.model.state import CARRIED, Carried, RecurrentState
+from gatedlens.model.turns import Turns
+from gatedlens.model.watch import AGAIN, Watch, check_plain
 from gatedlens.options import checked, is_whole
-from gatedlens.padding import Padding
-from gatedlens.state import CARRIED, Carried, RecurrentState
-from gatedlens.turns import Turns
-from gatedlens.watch import AGAIN, Watch, check_plain
 
 
 class HookedModel(Hooking):

@@ -18,8 +18,8 @@ from transformer_lens.hook_points import LensHandle
 
 from gatedlens.address.names import Point
 from gatedlens.errors import CheckpointError, HookError, InputError
+from gatedlens.model.watch import AGAIN
 from gatedlens.recurrence.transforms import transformed
-from gatedlens.watch import AGAIN
 
 NNSIGHT = "__nnsight__"  # where nnsight 0.8 keeps a wrapped module's state
 

@@ -22,8 +22,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from gatedlens import dtypes
 from gatedlens.errors import CheckpointError
+from gatedlens.model import config as dtypes
 
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)  # the leaves whose weights are read
 NORMS = (nn.RMSNorm, nn.LayerNorm)  # whose mathematics is known, whatever norm they stand for

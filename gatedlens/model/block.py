@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from gatedlens import fused
 from gatedlens.address.names import Point
 from gatedlens.errors import InputError
-from gatedlens.hookpoint import Part
-from gatedlens.padding import Padding
+from gatedlens.model.hookpoint import Part
+from gatedlens.model.padding import Padding
+from gatedlens.model.state import RecurrentState
+from gatedlens.model.watch import NORMS
 from gatedlens.recurrence.factors import Factors
 from gatedlens.recurrence.scanning import Terms, at_least_float32, linear_scan, readout, scan
-from gatedlens.state import RecurrentState
-from gatedlens.watch import NORMS
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gatedlens.address.names import Found
 from gatedlens.errors import HookError, PointError
-from gatedlens.hookpoint import Capture
+from gatedlens.model.hookpoint import Capture
 
 
 @dataclass

@@ -1,0 +1,41 @@
+"""The open forward and whatever listens to it: models, blocks, hook points, hooks, caches, states, padding.
+
+    base.py        HookedModel: the forward, read down one page        hooking.py    hooks on and off, run_with_cache
+    language.py    tokens in, logits out                               views.py      other tools' names, served from our points
+    block.py       Block and Mixer: what an architecture fills in      cache.py      ActivationCache
+    hookpoint.py   one named place                                     state.py      what a layer hands to the next call
+    padding.py     rows of unequal length                              run.py        several documents in a row
+    text.py, image.py, batch.py, tokenizer.py, generation.py           config.py, fields.py, checkpoint.py, placement.py
+    intervention.py  edits as values                                   watch.py, turns.py, memory.py
+
+It knows no architecture and no analysis.
+"""
+
+from gatedlens.model.base import HookedModel
+from gatedlens.model.block import (
+    Block,
+    Mixer,
+    MlpBlock,
+    Norm,
+    Run,
+    TokenMixing,
+    eps_of,
+    mlp_residual_rows,
+    norm_rows,
+    residual_rows,
+)
+from gatedlens.model.cache import ActivationCache
+from gatedlens.model.config import HookedConfig
+from gatedlens.model.hookpoint import HookPoint
+from gatedlens.model.intervention import Edit, EditStep, Intervention, Step, edit
+from gatedlens.model.language import HookedLanguageModel
+from gatedlens.model.padding import Padding
+from gatedlens.model.state import RecurrentState
+
+# fmt: off
+__all__ = [
+    "ActivationCache", "Block", "Edit", "EditStep", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel",
+    "Intervention", "Mixer", "MlpBlock", "Norm", "Padding", "RecurrentState", "Run", "Step", "TokenMixing", "edit",
+    "eps_of", "mlp_residual_rows", "norm_rows", "residual_rows",
+]
+# fmt: on
