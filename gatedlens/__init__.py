@@ -22,7 +22,6 @@ from gatedlens import (
 from gatedlens.address.names import Alias, Point, View
 from gatedlens.address.table import HookTable
 from gatedlens.attention import ImplicitAttention, implicit_attention
-from gatedlens.config import HookedConfig
 from gatedlens.contributions import Contributions
 from gatedlens.errors import (
     CheckpointError,
@@ -40,6 +39,7 @@ from gatedlens.hooks.vim import HookedViM
 from gatedlens.loading import bundled_models, from_pretrained, wrap
 from gatedlens.model.base import HookedModel
 from gatedlens.model.cache import ActivationCache
+from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import HookPoint
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.state import RecurrentState

@@ -21,8 +21,8 @@ from gatedlens.address.layers import layer_of
 from gatedlens.attention import MEAN, ImplicitAttention, implicit_attention
 from gatedlens.demo import default_text
 from gatedlens.errors import InputError, did_you_mean
-from gatedlens.images import picture
 from gatedlens.loading import from_pretrained
+from gatedlens.model.image import picture
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.outfolder import out_folder
 from gatedlens.result.labelled_tensor import with_label

@@ -14,7 +14,7 @@ from pathlib import Path
 from gatedlens.errors import InputError
 from gatedlens.evaluation.listing import listed
 from gatedlens.evaluation.sample import Sample, Samples
-from gatedlens.images import picture
+from gatedlens.model.image import picture
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 LISTS = ("LOC_synset_mapping.txt", "synset_words.txt", "synsets.txt")

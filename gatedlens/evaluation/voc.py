@@ -18,7 +18,7 @@ from gatedlens.errors import InputError
 from gatedlens.evaluation.listing import listed
 from gatedlens.evaluation.sample import Sample, Samples
 from gatedlens.evaluation.segmentation import VOID
-from gatedlens.images import picture
+from gatedlens.model.image import picture
 
 LISTS = ("val.txt", "trainval.txt", "train.txt")
 BORDER = 255

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from gatedlens import fused
 from gatedlens.address.names import Alias, Point, View, block_aliases, block_rows
-from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError
 from gatedlens.model import fields
 from gatedlens.model.block import Block, Mixer, Norm, Run, eps_of, norm_rows, residual_rows
+from gatedlens.model.config import HookedConfig
 from gatedlens.model.fields import (
     COUNT,
     EPS,

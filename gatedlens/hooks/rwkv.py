@@ -33,11 +33,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatedlens.address.names import Alias, Point, block_aliases, block_rows
-from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError
 from gatedlens.model import fields
 from gatedlens.model.block import MlpBlock, Norm, Run, TokenMixing, eps_of, mlp_residual_rows, norm_rows
 from gatedlens.model.checkpoint import depth, shape_of
+from gatedlens.model.config import HookedConfig
 from gatedlens.model.fields import COUNT, EPS, INTEGER, SIZE, layers_of
 from gatedlens.model.hookpoint import Part, rows_of
 from gatedlens.model.language import HookedLanguageModel

@@ -28,17 +28,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gatedlens.address.names import Point, View, block_rows
-from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError, InputError, did_you_mean
 from gatedlens.hooks.mamba import ALIASES, MIXER_ROWS, RMSNORM, SelectiveScan
-from gatedlens.images import IMAGENET_MEAN, IMAGENET_STD, preprocess, preprocess_mask
 from gatedlens.model import fields, placement
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Output, check_return_type
 from gatedlens.model.block import Block, Norm, Run, TokenMixing, norm_rows, residual_rows
+from gatedlens.model.config import HookedConfig
 from gatedlens.model.hooking import Batch
 from gatedlens.model.hookpoint import rows_of
-from gatedlens.model.image import Grid
+from gatedlens.model.image import IMAGENET_MEAN, IMAGENET_STD, Grid, preprocess, preprocess_mask
 from gatedlens.model.padding import Padding
 from gatedlens.model.state import RecurrentState
 from gatedlens.recurrence.factors import Factors

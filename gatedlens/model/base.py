@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from gatedlens.address.layers import layer_of
 from gatedlens.address.names import Alias, Names, Point, View
 from gatedlens.address.table import HookTable
-from gatedlens.config import HookedConfig
 from gatedlens.errors import CheckpointError, InputError
 from gatedlens.model import placement
 from gatedlens.model.block import Norm, Run, norm_rows
+from gatedlens.model.config import HookedConfig
 from gatedlens.model.fields import Field
 from gatedlens.model.hooking import Batch, Hooking
 from gatedlens.model.hookpoint import HookPoint, rows_of, same

@@ -2,11 +2,59 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from gatedlens.errors import GatedlensError, InputError
+
+# HookedConfig: TransformerLens's words for a model's sizes, which each architecture extends with its own.
+
+
+@dataclass(kw_only=True)
+class HookedConfig:
+    """`model.cfg`. `n_heads` is 1 where a mixer has no heads; `n_ctx` bounds nothing in a recurrence, it is what the
+    model was trained on (or a nominal 2048). `sizes` maps axis names of hook points to numbers.
+    """
+
+    model_name: str
+    architecture: str
+    n_layers: int
+    d_model: int
+    d_vocab: int
+    n_ctx: int = 2048
+    n_heads: int = 1
+    act_fn: str = "silu"
+    normalization_type: str | None = "RMS"
+    eps: float = 1e-5
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    tokenizer_name: str | None = None
+    logits_soft_cap: float | None = None  # logits are cap * tanh(logits / cap); None: as they are
+    default_prepend_bos: bool = True
+    default_padding_side: str = "left"
+    d_vocab_out: int = -1
+    d_head: int = -1
+    d_mlp: int | None = None
+    attn_only: bool = True
+    positional_embedding_type: str = "none"
+    use_attn_result: bool = False
+    original_architecture: str | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        self.d_vocab_out = self.d_vocab if self.d_vocab_out == -1 else self.d_vocab_out
+        self.d_head = self.d_model if self.d_head == -1 else self.d_head
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each axis that does not depend on the input."""
+        return {"d_model": self.d_model, "d_vocab": self.d_vocab_out, "one": 1}
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from transformer_lens.utilities import Slice
 
 from gatedlens.address.names import Names, NamesFilter
-from gatedlens.config import HookedConfig
 from gatedlens.errors import InputError, PointError, TooLargeError, in_bytes
 from gatedlens.model.cache import ActivationCache, Keep, KeepLive, gradients
+from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import Capture, HookPoint, Saver
 from gatedlens.model.turns import Turns
 from gatedlens.model.views import Visit

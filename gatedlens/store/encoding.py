@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.images import picture
 from gatedlens.model import text as tokens_
+from gatedlens.model.image import picture
 
 FIELDS = ("ids", "input_ids", "token_ids", "tokens", "text", "image")  # where a record's content is looked for, in turn
 

@@ -26,8 +26,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatedlens.address.names import Alias, Point, block_rows
-from gatedlens.config import HookedConfig
 from gatedlens.model.block import Mixer, MlpBlock, Norm, Run, mlp_residual_rows, norm_rows
+from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import Part, rows_of
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.padding import Padding
