@@ -13,16 +13,15 @@ Zimerman, Ali and Wolf, "Explaining Modern Gated-Linear RNNs via a Unified Impli
 
 # fmt: off
 # isort: off
-from gatedlens import (
-    ablation, amplify, attribution, circuits, data, evaluation, fused, knockout, lens, metrics, patching, plot, profiles,
-    states, steering, store, tasks, tracing,
-)
+from gatedlens import (ablation, amplify, attribution, circuits, data, evaluation, fused, knockout, lens, metrics, patching, plot, states, steering, store, tasks, tracing)
+from gatedlens.attention import profiles
 # isort: on
 # fmt: on
 from gatedlens.address.names import Alias, Point, View
 from gatedlens.address.table import HookTable
-from gatedlens.attention import ImplicitAttention, implicit_attention
-from gatedlens.contributions import Contributions
+from gatedlens.attention.contributions import Contributions
+from gatedlens.attention.layer import ImplicitAttention, implicit_attention
+from gatedlens.attention.stack import AttentionStack
 from gatedlens.errors import (
     CheckpointError,
     GatedlensError,
@@ -44,7 +43,6 @@ from gatedlens.model.hookpoint import HookPoint
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.state import RecurrentState
 from gatedlens.result.result import Result
-from gatedlens.stack import AttentionStack
 from gatedlens.version import __version__
 
 # fmt: off

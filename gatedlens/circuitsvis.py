@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatedlens.attention import ImplicitAttention
+from gatedlens.attention.layer import ImplicitAttention
+from gatedlens.attention.stack import AttentionStack
 from gatedlens.errors import InputError
 from gatedlens.plot import labels_of
-from gatedlens.stack import AttentionStack
 
 
 def for_circuitsvis(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gatedlens import plot
 from gatedlens.address.layers import layer_of
-from gatedlens.attention import MEAN, ImplicitAttention, implicit_attention
+from gatedlens.attention.layer import MEAN, ImplicitAttention, implicit_attention
 from gatedlens.demo import default_text
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.loading import from_pretrained

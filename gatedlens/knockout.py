@@ -6,7 +6,7 @@
     (gl.knockout.cut(3, -1) + gl.ablation.open_gate()).on(model)            # composes with any intervention
     gl.knockout.sweep(model, tokens, metric, dst=-1, window=3)              # Result [layer, src], a heat map
 
-o = A x + r is what a layer's token mixing hands to its output projection (`attention.py`), i a target, j a source. A is that
+o = A x + r is what a layer's token mixing hands to its output projection (`layer.py`), i a target, j a source. A is that
 of the same run, with whatever was edited upstream. Three things can be cut:
 
     cut                 A[i, j] = 0: o_i loses all that comes from x_j, through conv, scan and skip

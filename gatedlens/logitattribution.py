@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gatedlens import inputs
 from gatedlens.address.positions import listed, one_a_row
-from gatedlens.attention import implicit_attention
+from gatedlens.attention.layer import implicit_attention
 from gatedlens.errors import InputError
 from gatedlens.model.cache import ActivationCache
 from gatedlens.model.hooking import Batch

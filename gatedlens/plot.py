@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatedlens.attention import ImplicitAttention
-from gatedlens.contributions import Contributions
+from gatedlens.attention.contributions import Contributions
+from gatedlens.attention.layer import ImplicitAttention
+from gatedlens.attention.stack import AttentionStack
 from gatedlens.errors import InputError
 from gatedlens.model.cache import ActivationCache
 from gatedlens.model.image import Grid
 from gatedlens.options import checked
 from gatedlens.result.labelled_tensor import label_of
-from gatedlens.stack import AttentionStack
 
 BODY = "font-family:system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em"
 UNSAID = "attention"  # what a number is where neither the caller nor the view says it

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gatedlens as gl
-from gatedlens import contributions
+from gatedlens.attention import contributions
 from gatedlens.hooks.griffin import HookedGriffin
 from gatedlens.hooks.mamba import HookedMamba
 from gatedlens.hooks.rwkv import HookedRWKV

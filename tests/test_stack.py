@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import gatedlens as gl
+from gatedlens.attention.stack import AttentionStack
 from gatedlens.hooks.mamba import HookedMamba
-from gatedlens.stack import AttentionStack
 from tests.helpers import example, relative
 from tests.test_attention import cached
 

@@ -10,7 +10,7 @@ import torch
 
 import gatedlens as gl
 from gatedlens.address.names import Point
-from gatedlens.attention import ImplicitAttention
+from gatedlens.attention.layer import ImplicitAttention
 from gatedlens.hooks import mamba
 from gatedlens.model.block import MlpBlock, mlp_residual_rows, norm_rows
 from gatedlens.model.hookpoint import Part

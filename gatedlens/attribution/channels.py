@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatedlens.attention import ABS_ELEMENTS, ImplicitAttention
+from gatedlens.attention.layer import ABS_ELEMENTS, ImplicitAttention
 from gatedlens.errors import InputError, did_you_mean
 
 

@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from gatedlens.attention import ImplicitAttention
+from gatedlens.attention.layer import ImplicitAttention
 from gatedlens.attribution.channels import rows
 from gatedlens.result.rounding import noise
 

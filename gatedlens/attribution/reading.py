@@ -21,7 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.address.layers import START, layer_of
-from gatedlens.attention import PAPERS, ImplicitAttention, implicit_attention
+from gatedlens.attention.layer import PAPERS, ImplicitAttention, implicit_attention
+from gatedlens.attention.stack import AttentionStack
 from gatedlens.attribution import channels as channels_
 from gatedlens.attribution import official
 from gatedlens.attribution.attribution import Attribution
@@ -30,7 +31,6 @@ from gatedlens.errors import InputError, did_you_mean
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.factors import NAMES
 from gatedlens.recurrence.scanning import at_least_float32
-from gatedlens.stack import AttentionStack
 
 MODES = ("paper", "official")
 

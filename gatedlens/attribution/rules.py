@@ -38,11 +38,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gatedlens.attention.in_progress import underway, verify
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.model.hookpoint import Capture
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.scanning import at_least_float32
-from gatedlens.underway import underway, verify
 
 SIGMOID = "sigmoid("  # how the equation of a gate that only weighs begins
 ACTIVATION = re.compile(r"(\w+)\(([\w.]+)\)")  # the equation of a gate: an activation of one other point

@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gatedlens.attention import AT_ONCE, DENSE_LIMIT, ImplicitAttention
+from gatedlens.attention.layer import AT_ONCE, DENSE_LIMIT, ImplicitAttention
 from gatedlens.errors import InputError
 from gatedlens.options import checked
 from gatedlens.recurrence.autocast import exact

@@ -40,8 +40,8 @@ from gatedlens.recurrence.operator import Branch, branch_of
 from gatedlens.result.labelled_tensor import labelled
 
 if TYPE_CHECKING:
-    from gatedlens.contributions import Contributions
-    from gatedlens.stack import AttentionStack
+    from gatedlens.attention.contributions import Contributions
+    from gatedlens.attention.stack import AttentionStack
 
 DENSE_LIMIT = 4 * 2**30  # bytes that dense(), mean() and all that hold a matrix take without being told more
 AT_ONCE = 4  # matrices [batch, dst, src] that mean() holds at its height
@@ -100,7 +100,7 @@ def implicit_attention(source: Any, input: Any = None, *, layer: Any = None, lay
             _, source = model.run_with_cache(input, names_filter=needed, stop_at_layer=max(chosen) + 1, **options)
     if layer is not None:
         return _from_cache(source, chosen[0])
-    from gatedlens.stack import AttentionStack  # a stack is made of what is in this file
+    from gatedlens.attention.stack import AttentionStack
 
     return AttentionStack(source, chosen)
 
@@ -260,7 +260,7 @@ class ImplicitAttention:
 
     def contributions(self) -> Contributions:
         """What each token writes into the residual stream through each other, in d_model: see `contributions.py`."""
-        from gatedlens.contributions import Contributions  # they are made of what is in this file
+        from gatedlens.attention.contributions import Contributions
 
         return Contributions(self)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gatedlens.address.layers import START, layer_of, layers_of
-from gatedlens.attention import (
+from gatedlens.attention.layer import (
     ABS_MEAN,
     AT_ONCE,
     DENSE_LIMIT,
@@ -35,10 +35,10 @@ from gatedlens.attention import (
     implicit_attention,
     worst,
 )
+from gatedlens.attention.profiles import Profile, induction, of_layer
 from gatedlens.errors import InputError
 from gatedlens.model.cache import ActivationCache
 from gatedlens.options import checked, is_whole
-from gatedlens.profiles import Profile, induction, of_layer
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.factors import NAMES
 from gatedlens.result.labelled_tensor import labelled, with_label

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gatedlens.attention import AT_ONCE, DENSE_LIMIT, ImplicitAttention
+from gatedlens.attention.layer import AT_ONCE, DENSE_LIMIT, ImplicitAttention
 from gatedlens.errors import InputError
 from gatedlens.options import checked
 

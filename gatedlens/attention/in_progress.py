@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatedlens.attention import ImplicitAttention
+from gatedlens.attention.layer import ImplicitAttention
 from gatedlens.errors import InputError
 
 
