@@ -20,7 +20,7 @@ from torch import Tensor
 from gatedlens.attention.layer import ImplicitAttention
 from gatedlens.attention.stack import AttentionStack
 from gatedlens.errors import InputError
-from gatedlens.plot import labels_of
+from gatedlens.plot.matrices import labels_of
 
 
 def for_circuitsvis(

@@ -64,7 +64,7 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
     from rich.table import Table
 
     from gatedlens.demo import run
-    from gatedlens.plot import label
+    from gatedlens.plot.matrices import label
 
     report = run(args.model, args.text, args.layer, args.out)
     if args.json:

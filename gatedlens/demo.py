@@ -21,7 +21,7 @@ from gatedlens.errors import InputError
 from gatedlens.loading import BUNDLED, from_pretrained
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.outfolder import out_folder
-from gatedlens.page import attention_page
+from gatedlens.plot.page import attention_page
 from gatedlens.result.labelled_tensor import label_of
 from gatedlens.result.rounding import order
 from gatedlens.tasks import VOCABULARY, recall

@@ -106,7 +106,7 @@ class LogitLens:
     @checked
     def plot(self, row: int = 0, ax: Any = None) -> Any:
         """A matplotlib Figure: the likeliest token in each cell, coloured by its probability."""
-        from gatedlens import figures
+        from gatedlens.plot import results as figures
 
         return figures.words(self.top(row), self.words(row), ax)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gatedlens as gl
-from gatedlens.page import attention_page
+from gatedlens.plot.page import attention_page
 from tests.helpers import example
 
 matplotlib.use("agg")
@@ -169,8 +169,8 @@ def save(figure):
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_every_sign_stands_for_itself_everywhere(sign, tmp_path):
     """In tokens, titles, labels, axis names, words in cells: nothing is read as mathematics."""
-    from gatedlens import figures
     from gatedlens.evaluation.curve import AXES, Curve
+    from gatedlens.plot import results as figures
 
     shown = gl.plot.label(sign)
     tokens, matrix = [*SIGNS[:-1], sign], torch.rand(len(SIGNS), len(SIGNS))

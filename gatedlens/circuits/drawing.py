@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from gatedlens.circuits.circuit import Circuit
-from gatedlens.plot import panels, plain
+from gatedlens.plot.matrices import panels, plain
 
 HEIGHT = {"mixer": 1.0, "mlp": -1.0}  # by the last word of a node's name; embed and logits lie between
 RED, BLUE, GREY = "#b2182b", "#2166ac", "#bdbdbd"

@@ -15,7 +15,7 @@ from gatedlens.evaluation.charts import curves, heat, legend, png
 from gatedlens.evaluation.evaluation import MEASURED, Evaluation
 from gatedlens.evaluation.item import Item
 from gatedlens.evaluation.protocol import PROTOCOLS
-from gatedlens.plot import Html, text, visible
+from gatedlens.plot.matrices import Html, text, visible
 
 PICTURE = "width:96px;height:96px;image-rendering:pixelated;border:1px solid #ccc"
 SAID = {"down": "down is better", "up": "up is better"}

@@ -213,7 +213,7 @@ class Result(Tensorlike):
 
     def plot(self, ax: Any = None) -> Any:
         """A matplotlib Figure: bars for one axis, a heat map for two, one heat map an entry of the first for three."""
-        from gatedlens import figures
+        from gatedlens.plot import results as figures
 
         return figures.result(self, ax)
 

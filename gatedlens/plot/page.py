@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.files import in_page
-from gatedlens.plot import Html, label
+from gatedlens.plot.matrices import Html, label
 
 SCRIPT = """
 const data = JSON.parse(document.getElementById('gl-data').textContent);

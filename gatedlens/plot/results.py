@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gatedlens.errors import InputError
-from gatedlens.plot import MAX_LABELS, colour_bar, farthest, label, label_axis, panels, plain
+from gatedlens.plot.matrices import MAX_LABELS, colour_bar, farthest, label, label_axis, panels, plain
 from gatedlens.result.result import Result
 
 MAX_PANELS = 24
