@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import gatedlens as gl
-from gatedlens import localattention
 from gatedlens.attention import profiles
+from gatedlens.hooks.griffin import local_attention as localattention
 from gatedlens.model import memory
 from tests.helpers import example
 

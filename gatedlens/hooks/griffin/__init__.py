@@ -28,7 +28,7 @@ from torch.autograd.function import Function
 
 from gatedlens.address.names import Point, block_aliases, block_rows
 from gatedlens.errors import CheckpointError
-from gatedlens.localattention import LocalAttention
+from gatedlens.hooks.griffin.local_attention import LocalAttention
 from gatedlens.model import fields
 from gatedlens.model.block import Mixer, MlpBlock, Norm, Run, mlp_residual_rows, norm_rows
 from gatedlens.model.config import HookedConfig

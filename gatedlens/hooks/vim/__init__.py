@@ -30,6 +30,17 @@ from torch import Tensor, nn
 from gatedlens.address.names import Point, View, block_rows
 from gatedlens.errors import CheckpointError, InputError, did_you_mean
 from gatedlens.hooks.mamba import ALIASES, MIXER_ROWS, RMSNORM, SelectiveScan
+from gatedlens.hooks.vim.checkpoint import (
+    BACKWARD,
+    FIELDS,
+    SHORT,
+    VisionMamba,
+    check_supported,
+    cls_place,
+    config_from_shapes,
+    pair,
+    variant_config,
+)
 from gatedlens.model import fields, placement
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Output, check_return_type
@@ -43,17 +54,6 @@ from gatedlens.model.state import RecurrentState
 from gatedlens.recurrence.factors import Factors
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.transforms import anywhere, plain
-from gatedlens.visionmamba import (
-    BACKWARD,
-    FIELDS,
-    SHORT,
-    VisionMamba,
-    check_supported,
-    cls_place,
-    config_from_shapes,
-    pair,
-    variant_config,
-)
 
 PAPER = "Vim, arXiv 2401.09417"
 
