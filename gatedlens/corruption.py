@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from gatedlens import inputs
 from gatedlens.address.positions import listed, mask_of
 from gatedlens.errors import InputError
 from gatedlens.model.hooking import Batch
+from gatedlens.runs import inputs
 
 EMBED = "hook_embed"
 

@@ -33,7 +33,6 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from gatedlens import inputs
 from gatedlens.address.entries import Index
 from gatedlens.address.layers import layers_of
 from gatedlens.address.positions import columns, listed
@@ -44,6 +43,7 @@ from gatedlens.metrics import Metric
 from gatedlens.model.intervention import Intervention
 from gatedlens.options import checked
 from gatedlens.result.result import Result
+from gatedlens.runs import inputs
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Cell, Plan
 from gatedlens.runs.engine import Effort, Question, answer

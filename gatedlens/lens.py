@@ -22,13 +22,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from gatedlens import inputs
 from gatedlens.errors import InputError
 from gatedlens.logitattribution import logit_attribution, token_attribution
 from gatedlens.model.hooking import Batch
 from gatedlens.options import checked, is_whole
 from gatedlens.recurrence.autocast import exact
 from gatedlens.result.result import Result
+from gatedlens.runs import inputs
 
 __all__ = ["LogitLens", "logit_attribution", "logit_lens", "token_attribution"]
 EMBED = "embed"

@@ -23,7 +23,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatedlens import inputs
 from gatedlens.address.positions import listed, one_a_row
 from gatedlens.attention.layer import implicit_attention
 from gatedlens.errors import InputError
@@ -33,6 +32,7 @@ from gatedlens.model.padding import Padding
 from gatedlens.options import checked, tensor_of
 from gatedlens.recurrence.autocast import exact
 from gatedlens.result.result import Result
+from gatedlens.runs import inputs
 
 Tokens = int | str | Sequence[int] | Sequence[str] | Tensor
 SCALE = "ln_final.hook_scale"

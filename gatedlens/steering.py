@@ -29,13 +29,13 @@ from jaxtyping import Bool
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gatedlens import inputs
 from gatedlens.address.positions import mask_of, one_a_row
 from gatedlens.errors import CheckpointError, InputError, PointError
 from gatedlens.files import Fields, read_tensors
 from gatedlens.model.hookpoint import HookPoint
 from gatedlens.model.intervention import Intervention, edit
 from gatedlens.options import checked
+from gatedlens.runs import inputs
 
 Position = int | slice | str | Sequence[Any] | Tensor | None
 STATE = ".hook_state"

@@ -23,7 +23,6 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from gatedlens import inputs
 from gatedlens.address.positions import columns as columns_of
 from gatedlens.address.positions import listed, one_a_row
 from gatedlens.corruption import EMBED, Corruption, marked_by
@@ -33,6 +32,7 @@ from gatedlens.model.hooking import Batch
 from gatedlens.model.padding import Padding
 from gatedlens.options import checked
 from gatedlens.result.result import Result
+from gatedlens.runs import inputs
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Cell, Plan, PutByRow
 from gatedlens.runs.engine import Effort, Question, answer

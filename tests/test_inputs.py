@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gatedlens as gl
-from gatedlens import inputs
+from gatedlens.runs import inputs
 from tests.helpers import example, padded
 
 

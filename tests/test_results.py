@@ -11,7 +11,7 @@ import gatedlens as gl
 from benchmarks import results
 from gatedlens import attribution
 from gatedlens.evaluation import Estimate
-from gatedlens.fingerprint import fingerprint
+from gatedlens.runs.fingerprints import fingerprint
 from tests.conftest import ROOT
 
 RECALL = [name for name, data in results.MODELS.items() if data == "recall"]

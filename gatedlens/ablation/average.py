@@ -18,10 +18,10 @@ from jaxtyping import Bool
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gatedlens import inputs
 from gatedlens.errors import InputError, PointError, did_you_mean
 from gatedlens.model.hookpoint import HookPoint, Saver
 from gatedlens.options import checked
+from gatedlens.runs import inputs
 
 
 @dataclass(frozen=True)

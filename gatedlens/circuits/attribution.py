@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gatedlens import inputs
 from gatedlens.address.names import NamesFilter, Point
 from gatedlens.errors import InputError, PointError
 from gatedlens.metrics import Metric, per_row
@@ -29,6 +28,7 @@ from gatedlens.model.hooking import CACHE_LIMIT
 from gatedlens.options import checked
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.result import Result
+from gatedlens.runs import inputs
 from gatedlens.runs.gradients import Listener, along_input, listen
 from gatedlens.runs.pair import Pair, steps_of, subtracting
 

@@ -21,13 +21,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from gatedlens import inputs
 from gatedlens.address.positions import mask_of
 from gatedlens.circuits.graph import Graph, Node
 from gatedlens.errors import InputError
 from gatedlens.metrics import Metric
 from gatedlens.options import checked
 from gatedlens.result.result import Result
+from gatedlens.runs import inputs
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Add, Cell, Plan
 from gatedlens.runs.engine import Effort, Question, answer

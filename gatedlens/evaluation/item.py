@@ -20,8 +20,8 @@ from torch import Tensor
 from gatedlens.errors import InputError
 from gatedlens.evaluation.pictures import pixels, squeezed
 from gatedlens.evaluation.sample import Prompt, Sample
-from gatedlens.fingerprint import checksum
 from gatedlens.model.text import encode, pad
+from gatedlens.runs.fingerprints import checksum
 
 
 @dataclass(frozen=True)

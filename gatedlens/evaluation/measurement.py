@@ -33,8 +33,8 @@ from gatedlens.evaluation.record import Records
 from gatedlens.evaluation.sample import Samples, chosen
 from gatedlens.evaluation.segmentation import segmentation
 from gatedlens.evaluation.truth import located
-from gatedlens.fingerprint import checksum, fingerprint, settings
 from gatedlens.options import checked
+from gatedlens.runs.fingerprints import checksum, fingerprint, settings
 from gatedlens.version import __version__
 
 OF_IMAGES = ("positive", "negative", "deletion", "insertion")

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
-from gatedlens import inputs
 from gatedlens.errors import InputError, PointError, did_you_mean
 from gatedlens.options import checked
 from gatedlens.patching.measuring import Options, measure_cells
+from gatedlens.runs import inputs
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Call, Cell, Plan
 from gatedlens.runs.pair import Clean

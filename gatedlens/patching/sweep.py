@@ -19,12 +19,12 @@ from typing import Any
 
 from torch import Tensor
 
-from gatedlens import inputs
 from gatedlens.address import positions
 from gatedlens.errors import InputError, PointError
 from gatedlens.options import checked
 from gatedlens.patching.measuring import Options, measure_cells
 from gatedlens.result.result import Result
+from gatedlens.runs import inputs
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Cell, Edit, Index, Plan, Put
 from gatedlens.runs.pair import Clean

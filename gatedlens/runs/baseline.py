@@ -29,7 +29,6 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from gatedlens import inputs
 from gatedlens.address import positions
 from gatedlens.errors import InputError
 from gatedlens.metrics import Logits
@@ -37,6 +36,7 @@ from gatedlens.model.hooking import Batch
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.padding import Padding
 from gatedlens.model.state import RecurrentState
+from gatedlens.runs import inputs
 from gatedlens.runs.cells import Cell, by_name
 
 EMBED = "hook_embed"  # where an input enters, in every architecture

@@ -23,10 +23,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gatedlens.errors import InputError
-from gatedlens.fingerprint import fingerprint
 from gatedlens.result.result import Result
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Cell, Plan
+from gatedlens.runs.fingerprints import fingerprint
 from gatedlens.runs.identity import Digest
 from gatedlens.runs.ledger import AGAIN, Ledger
 from gatedlens.runs.meter import Meter

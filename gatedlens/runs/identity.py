@@ -23,7 +23,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from gatedlens.fingerprint import checksum
+from gatedlens.runs.fingerprints import checksum
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, slice, range, torch.dtype, torch.device, numpy.generic)
 STORING = ("STORE_ATTR", "STORE_DEREF", "STORE_GLOBAL")  # what a function itself changes (a count of its calls)

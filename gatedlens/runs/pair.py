@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatedlens import inputs
 from gatedlens.errors import InputError, PointError
 from gatedlens.metrics import Logits
 from gatedlens.model.cache import ActivationCache
 from gatedlens.model.hooking import CACHE_LIMIT, Batch
 from gatedlens.model.hookpoint import Saver
 from gatedlens.model.padding import Padding
+from gatedlens.runs import inputs
 from gatedlens.runs.baseline import Baseline
 
 WHOLE = ("return_type", "start_at_layer", "stop_at_layer", "return_state")  # options that would cut a run short

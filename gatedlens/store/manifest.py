@@ -18,7 +18,7 @@ from typing import Any
 
 from gatedlens.errors import StoreError
 from gatedlens.files import write_whole
-from gatedlens.fingerprint import bytes_checksum
+from gatedlens.runs.fingerprints import bytes_checksum
 from gatedlens.store.batches import POSITIONS
 from gatedlens.store.disk import explained_reading
 from gatedlens.store.form import CHECKSUM, COUNT, FLAG, OBJECT, TEXT, TEXTS, Kind, Maybe, is_whole, misfit, one_of

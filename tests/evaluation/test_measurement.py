@@ -14,7 +14,7 @@ import gatedlens as gl
 from gatedlens import attribution, evaluation
 from gatedlens.evaluation import Listed, Prompt, Sample, ScoreTable, evaluate, explainer, measurement, report
 from gatedlens.evaluation.record import LINES, RUN
-from gatedlens.fingerprint import checksum, fingerprint, settings
+from gatedlens.runs.fingerprints import checksum, fingerprint, settings
 from tests.helpers import example
 
 METHODS = ["lrp", "rollout:factors=hidden,sign=abs"]
