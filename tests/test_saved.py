@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import gatedlens as gl
-from gatedlens.attribution.attribution import Attribution
+from gatedlens.attribution.scores import Attribution
 from gatedlens.circuits.circuit import Circuit
 from gatedlens.steering import SteeringVector
 

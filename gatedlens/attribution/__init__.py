@@ -13,14 +13,14 @@ method is and which options it has: its docstring. A method of your own is a fun
 
 from collections.abc import Callable
 
-from gatedlens.attribution.attention import gradient_attention, raw_attention, rollout
-from gatedlens.attribution.attribution import Attribution
-from gatedlens.attribution.chance import random
-from gatedlens.attribution.gradients import grad_x_input, integrated_gradients, smoothgrad
+from gatedlens.attribution.by_attention import gradient_attention, raw_attention, rollout
+from gatedlens.attribution.by_gradients import grad_x_input, integrated_gradients, smoothgrad
+from gatedlens.attribution.by_perturbation import random
+from gatedlens.attribution.by_relevance import lrp
 from gatedlens.attribution.perturbation import occlusion
 from gatedlens.attribution.question import Question
-from gatedlens.attribution.relevance import lrp
-from gatedlens.attribution.rules import Rules
+from gatedlens.attribution.relevance_rules import Rules
+from gatedlens.attribution.scores import Attribution
 from gatedlens.errors import InputError, did_you_mean
 
 Method = Callable[..., Attribution]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gatedlens.attribution.attribution import Attribution
-from gatedlens.attribution.baseline import baseline_of
+from gatedlens.attribution.empty_input import baseline_of
 from gatedlens.attribution.question import Question
+from gatedlens.attribution.scores import Attribution
 from gatedlens.errors import InputError
 from gatedlens.options import checked
 from gatedlens.result.rounding import total
@@ -34,7 +34,7 @@ def occlusion(
     progress: bool = True,
     attention_mask: Tensor | None = None,
 ) -> Attribution:
-    """What the number loses when a place holds the baseline (see `baseline.py`); `batch_size` inputs a forward."""
+    """What the number loses when a place holds the baseline (see `empty_input.py`); `batch_size` inputs a forward."""
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size}: give at least 1.")
     question = Question.of(model, input, target, attention_mask)

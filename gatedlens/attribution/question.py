@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from gatedlens.attribution.attribution import IMAGE, TEXT, Attribution
+from gatedlens.attribution.scores import IMAGE, TEXT, Attribution
 from gatedlens.attribution.target import Target
 from gatedlens.errors import InputError
 from gatedlens.metrics import Logits, per_row

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from gatedlens.attribution.baseline import NOTHING
+from gatedlens.attribution.empty_input import NOTHING
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.recurrence.autocast import exact
 

@@ -9,7 +9,7 @@ import torch
 
 import gatedlens as gl
 from gatedlens import attribution
-from gatedlens.attribution import official
+from gatedlens.attribution import official_code as official
 from gatedlens.hooks.mamba import HookedMamba
 from gatedlens.hooks.vim import HookedViM
 from gatedlens.recurrence.decay_matrix import DecayScan

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import gatedlens as gl
 from gatedlens import attribution
 from gatedlens.attribution import Rules
-from gatedlens.attribution.rules import GATES
+from gatedlens.attribution.relevance_rules import GATES
 from gatedlens.hooks.mamba import HookedMamba
 from gatedlens.model.hookpoint import Capture
 from tests.helpers import example, padded, relative

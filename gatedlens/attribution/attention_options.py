@@ -6,7 +6,7 @@ factors      "unified" (gate, scan, act, conv: the matrix of UIA), "hidden" (the
 channels     "mean", "max", "min", "product", and sign: "signed", "abs", "clamp" (see `channels.py`)
 own          whether the row that is read keeps its own column, which holds what the residual stream carries straight
              through; None: as the method does. (Class tokens stand in no image anyway.)
-mode         "paper": the formulas; "official": the papers' code (`official.py`), which has its own channels, sign and own
+mode         "paper": the formulas; "official": the papers' code (`official_code.py`), which has its own channels, sign and own
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from gatedlens.address.layers import START, layer_of
 from gatedlens.attention.layer import PAPERS, ImplicitAttention, implicit_attention
 from gatedlens.attention.stack import AttentionStack
 from gatedlens.attribution import channels as channels_
-from gatedlens.attribution import official
-from gatedlens.attribution.attribution import Attribution
+from gatedlens.attribution import official_code as official
 from gatedlens.attribution.question import Question
+from gatedlens.attribution.scores import Attribution
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.factors import NAMES

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatedlens.attribution.attribution import Attribution
-from gatedlens.attribution.baseline import baseline_of
+from gatedlens.attribution.empty_input import baseline_of
 from gatedlens.attribution.question import Question
+from gatedlens.attribution.scores import Attribution
 from gatedlens.errors import InputError
 from gatedlens.options import checked
 from gatedlens.result.rounding import total
@@ -55,7 +55,7 @@ def integrated_gradients(
     """(x - x0) . mean of d number / d x on the way from the baseline x0 to x. Sundararajan et al. 2017 (arXiv 1703.01365).
 
     Complete: the scores of a row sum to the number at x minus that at x0, up to facts["error"], which falls with `n_steps`.
-    baseline: see `baseline.py`. batch_size: how many inputs one forward holds.
+    baseline: see `empty_input.py`. batch_size: how many inputs one forward holds.
     """
     _positive(n_steps=n_steps, batch_size=batch_size)
     captum = _captum()

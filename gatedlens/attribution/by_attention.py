@@ -7,7 +7,7 @@
 
 A_l the implicit attention of layer l, E the mean over channels, y_l the mixer's output after its projection, its gradient
 that of the explained number. The row is that of the position that the prediction is read from: the last real token, the
-class token. HA (arXiv 2403.01590), sec. 3.4; UIA (arXiv 2405.16504), sec. 3.4. The options that all three have: `reading.py`.
+class token. HA (arXiv 2403.01590), sec. 3.4; UIA (arXiv 2405.16504), sec. 3.4. The options that all three have: `attention_options.py`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatedlens.attribution import official
-from gatedlens.attribution.attribution import Attribution
+from gatedlens.attribution import official_code as official
+from gatedlens.attribution.attention_options import Reading, through
 from gatedlens.attribution.question import Question
-from gatedlens.attribution.reading import Reading, through
+from gatedlens.attribution.scores import Attribution
 from gatedlens.errors import InputError
 from gatedlens.options import checked
 from gatedlens.result.rounding import total
@@ -80,7 +80,7 @@ def rollout(
     target plays no part in it.
 
     The signed mean costs no matrix: the row goes back through the layers, q <- q + E A_l^T q. mode="official": the
-    rollout of one broadcast row a layer (see `official.py`), negative scores cut off. Abnar and Zuidema 2020.
+    rollout of one broadcast row a layer (see `official_code.py`), negative scores cut off. Abnar and Zuidema 2020.
     """
     question = Question.of(model, input, target, attention_mask)
     reading = Reading.of(question, layers, start_layer, factors, channels, sign, bool(own), mode, {"own": own})

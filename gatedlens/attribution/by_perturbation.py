@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatedlens.attribution.attribution import Attribution
 from gatedlens.attribution.question import Question
+from gatedlens.attribution.scores import Attribution
 from gatedlens.options import checked
 
 

@@ -3,7 +3,7 @@
     gl.attribution.lrp(model, "The cat sat on the mat")
     gl.attribution.lrp(model, tokens, target=(7, 3)).facts["remainder"]     # what biases got, one number a row
 
-scores[j] = sum over d of x_j[d] * (d number / d x_j[d]) with the gradient of `rules.py`, x the embedded tokens (or an image's
+scores[j] = sum over d of x_j[d] * (d number / d x_j[d]) with the gradient of `relevance_rules.py`, x the embedded tokens (or an image's
 pixels, through their patches). Relevance is conserved: scores and remainder sum to the number that is explained, where the
 remainder is what additive constants get (biases; for images also positions, the class token). For a logit or a difference
 of logits; another metric's relevance sums to gradient x logits.
@@ -12,7 +12,7 @@ Seen from a layer's implicit attention A: what x passes on through the scan is x
 o, since half of it goes to the gate (x . A^T g where the gate is a sigmoid, as in RWKV, and in attention layers).
 
 Jafari et al. 2024 (MambaLRP, arXiv 2406.07592), extended to every architecture. What gates get is a choice, `gates`: see
-`rules.py`.
+`relevance_rules.py`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 
 from torch import Tensor
 
-from gatedlens.attribution.attribution import Attribution
 from gatedlens.attribution.question import Question
-from gatedlens.attribution.rules import Rules
+from gatedlens.attribution.relevance_rules import Rules
+from gatedlens.attribution.scores import Attribution
 from gatedlens.options import checked
 from gatedlens.result.rounding import total
 
