@@ -15,9 +15,8 @@ from collections.abc import Callable
 
 from gatedlens.attribution.by_attention import gradient_attention, raw_attention, rollout
 from gatedlens.attribution.by_gradients import grad_x_input, integrated_gradients, smoothgrad
-from gatedlens.attribution.by_perturbation import random
+from gatedlens.attribution.by_perturbation import occlusion, random
 from gatedlens.attribution.by_relevance import lrp
-from gatedlens.attribution.perturbation import occlusion
 from gatedlens.attribution.question import Question
 from gatedlens.attribution.relevance_rules import Rules
 from gatedlens.attribution.scores import Attribution
