@@ -18,15 +18,15 @@ how much the metric rises above the corrupted run's. Swap the inputs for the oth
     path_patch, path_patch_senders    a sender into chosen receivers, the rest frozen      (Goldowsky-Dill et al. 2023)
 """
 
-from gatedlens.circuits.attribution import (
+from gatedlens.circuits.attribution_patching import (
     attribution_patch,
     attribution_patch_ig,
     attribution_patch_ig_activations,
 )
 from gatedlens.circuits.circuit import Circuit
-from gatedlens.circuits.edges import eap, eap_ig, edge_patch
+from gatedlens.circuits.edge_scores import eap, eap_ig, edge_patch
 from gatedlens.circuits.graph import Edge, Graph, Node
-from gatedlens.circuits.paths import path_patch, path_patch_senders
+from gatedlens.circuits.path_patching import path_patch, path_patch_senders
 
 # fmt: off
 __all__ = [

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gatedlens.circuits.edgepatch import EdgePatch
+from gatedlens.circuits.faithfulness import EdgePatch
 from gatedlens.circuits.graph import Edge
 from gatedlens.errors import InputError
 from gatedlens.files import Fields, read_json, write_json

@@ -8,7 +8,7 @@ import torch
 import gatedlens as gl
 from gatedlens import circuits
 from gatedlens.circuits import Circuit, Edge, Graph
-from gatedlens.circuits.edgepatch import EdgePatch
+from gatedlens.circuits.faithfulness import EdgePatch
 from tests.circuits.helpers import METRIC, fired, measured, put, two
 from tests.helpers import padded
 

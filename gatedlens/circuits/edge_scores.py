@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gatedlens.circuits.circuit import Circuit
 from gatedlens.circuits.graph import Graph, Node
-from gatedlens.circuits.paths import Paths
+from gatedlens.circuits.path_patching import Paths
 from gatedlens.errors import InputError
 from gatedlens.metrics import Metric
 from gatedlens.options import checked
