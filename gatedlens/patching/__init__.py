@@ -9,7 +9,10 @@ TransformerLens's functions with its arguments and direction, on any hook point 
 only what a patch can change. Each gives a Result, which stands where TransformerLens's tensor did.
 """
 
-from gatedlens.patching.family import (
+from gatedlens.patching.generic import generic_activation_patch
+from gatedlens.patching.measuring import Options
+from gatedlens.patching.sweeping import carried, copied, sweep
+from gatedlens.patching.transformer_lens import (
     get_act_patch_attn_out,
     get_act_patch_block_every,
     get_act_patch_by_channel_group,
@@ -24,9 +27,6 @@ from gatedlens.patching.family import (
     get_act_patch_scan,
     get_act_patch_state,
 )
-from gatedlens.patching.generic import generic_activation_patch
-from gatedlens.patching.measuring import Options
-from gatedlens.patching.sweep import carried, copied, sweep
 from gatedlens.runs.cells import Cell, Plan, Put
 from gatedlens.runs.stopping import Interrupted, NotSaved
 

@@ -20,8 +20,8 @@ from gatedlens.errors import InputError, PointError, did_you_mean
 from gatedlens.loading import from_pretrained
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.outfolder import out_folder
-from gatedlens.patching import family
-from gatedlens.patching.sweep import carried, copied, sweep
+from gatedlens.patching import transformer_lens as family
+from gatedlens.patching.sweeping import carried, copied, sweep
 from gatedlens.result.result import Result
 
 WORDS = {

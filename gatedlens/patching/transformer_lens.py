@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gatedlens.options import checked
-from gatedlens.patching.sweep import Edits, carried, copied, sweep
+from gatedlens.patching.sweeping import Edits, carried, copied, sweep
 from gatedlens.result.result import Result
 
 
