@@ -9,10 +9,10 @@ TransformerLens's functions with its arguments and direction, on any hook point 
 only what a patch can change. Each gives a Result, which stands where TransformerLens's tensor did.
 """
 
-from gatedlens.patching.generic import generic_activation_patch
 from gatedlens.patching.measuring import Options
 from gatedlens.patching.sweeping import carried, copied, sweep
 from gatedlens.patching.transformer_lens import (
+    generic_activation_patch,
     get_act_patch_attn_out,
     get_act_patch_block_every,
     get_act_patch_by_channel_group,
