@@ -169,7 +169,7 @@ def save(figure):
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_every_sign_stands_for_itself_everywhere(sign, tmp_path):
     """In tokens, titles, labels, axis names, words in cells: nothing is read as mathematics."""
-    from gatedlens.evaluation.curve import AXES, Curve
+    from gatedlens.evaluation.curves import AXES, Curve
     from gatedlens.plot import results as figures
 
     shown = gl.plot.label(sign)
@@ -226,8 +226,8 @@ def test_what_is_no_number_is_no_trouble(odd, tmp_path):
 
 
 def test_the_reports_pictures_and_curves_take_what_is_no_number():
+    from gatedlens.evaluation.bootstrap import Estimate
     from gatedlens.evaluation.charts import curves, heat, png
-    from gatedlens.evaluation.estimate import Estimate
 
     scores = torch.tensor([[1.0, torch.nan], [-torch.inf, -2.0]])
     shown = heat(scores)

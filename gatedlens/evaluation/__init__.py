@@ -7,17 +7,18 @@
     found = gl.evaluation.evaluate(model, "digits", ["lrp", "rollout"], out="out")       # a data set, methods by name
     print(found.table())
 
-Protocols: `protocol.py`; data sets that are read: `opening.py`; intervals: `estimate.py`. On the command line:
+Protocols: `protocol.py`; data sets that are read: `opening.py`; intervals: `bootstrap.py`. On the command line:
 `gatedlens evaluate --model gatedlens/vim-digits --data digits --out out`.
 """
 
-from gatedlens.evaluation.curve import Curve
-from gatedlens.evaluation.estimate import Estimate, estimate
-from gatedlens.evaluation.evaluation import Evaluation
+from gatedlens.evaluation.bootstrap import Estimate, estimate
+from gatedlens.evaluation.curves import Curve
+from gatedlens.evaluation.data.opening import open_samples
+from gatedlens.evaluation.data.sample import Listed, Prompt, Sample, Samples
 from gatedlens.evaluation.explainer import Explainer, explainer
-from gatedlens.evaluation.measurement import evaluate
+from gatedlens.evaluation.known_truth import Located, located
 from gatedlens.evaluation.measures import MEASURES
-from gatedlens.evaluation.opening import open_samples
+from gatedlens.evaluation.overlap import Segmentation, segmentation
 from gatedlens.evaluation.protocol import (
     PROTOCOLS,
     Protocol,
@@ -29,11 +30,10 @@ from gatedlens.evaluation.protocol import (
     perturbation,
     pruning_curve,
 )
-from gatedlens.evaluation.report import report
-from gatedlens.evaluation.sample import Listed, Prompt, Sample, Samples
-from gatedlens.evaluation.scoretable import ScoreTable
-from gatedlens.evaluation.segmentation import Segmentation, segmentation
-from gatedlens.evaluation.truth import Located, located
+from gatedlens.evaluation.report_page import report
+from gatedlens.evaluation.result import Evaluation
+from gatedlens.evaluation.run import evaluate
+from gatedlens.evaluation.table import ScoreTable
 
 __all__ = [
     "MEASURES",

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.evaluation import nothing as nothing_
+from gatedlens.evaluation import removal as nothing_
 from gatedlens.metrics import at_position
 from gatedlens.model.base import HookedModel
 from gatedlens.model.hooking import Batch

@@ -3,7 +3,7 @@
     items = [Item.of(model, sample) for sample in samples]
     batch = Items.of(items)                 # input, attention_mask, labels, keep, among, masks
 
-An image is prepared as the model's evaluation does, or, with a mask, scaled to the model's size with it (`pictures.py`). A
+An image is prepared as the model's evaluation does, or, with a mask, scaled to the model's size with it (`image_files.py`). A
 prompt's parts are encoded one by one, so that it is known which tokens may be taken away.
 """
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.evaluation.pictures import pixels, squeezed
-from gatedlens.evaluation.sample import Prompt, Sample
+from gatedlens.evaluation.data.image_files import pixels, squeezed
+from gatedlens.evaluation.data.sample import Prompt, Sample
 from gatedlens.model.text import encode, pad
 from gatedlens.runs.fingerprints import checksum
 

@@ -11,7 +11,7 @@ All are `measured(case, scores, protocol, measures)`; one of your own is one mor
 Attribution, or numbers [batch, pos]; of images [batch, row, column] of patches or pixels) and `labels` (None: what the model
 predicts) each takes
 
-    measure          see `measures.py`          nothing       what is put in a place: see `nothing.py`
+    measure          see `measures.py`          nothing       what is put in a place: see `removal.py`
     shares           of the places              keep, among, attention_mask       see `case.py`
     batch_size       inputs in one forward      progress      a bar, or none
 
@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.evaluation.case import Case
-from gatedlens.evaluation.curve import AXES, Curve
+from gatedlens.evaluation.curves import AXES, Curve
 from gatedlens.evaluation.measures import MEASURES, check
 
 TENTHS = tuple(round(0.1 * i, 1) for i in range(11))

@@ -12,8 +12,10 @@ import torch
 
 import gatedlens as gl
 from gatedlens import attribution, evaluation
-from gatedlens.evaluation import Listed, Prompt, Sample, ScoreTable, evaluate, explainer, measurement, report
-from gatedlens.evaluation.record import LINES, RUN
+from gatedlens.evaluation import Listed, Prompt, Sample, ScoreTable, evaluate, explainer
+from gatedlens.evaluation import report_page as report
+from gatedlens.evaluation import run as measurement
+from gatedlens.evaluation.records import LINES, RUN
 from gatedlens.runs.fingerprints import checksum, fingerprint, settings
 from tests.helpers import example
 

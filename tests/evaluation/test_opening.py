@@ -13,11 +13,11 @@ from PIL import Image
 
 import gatedlens as gl
 from gatedlens.evaluation import Prompt, Sample, open_samples
-from gatedlens.evaluation.imagenet import ImageFolder
+from gatedlens.evaluation.data.image_files import squeezed
+from gatedlens.evaluation.data.imagenet import ImageFolder
+from gatedlens.evaluation.data.imdb_arc import JsonLines, SavedDataset
+from gatedlens.evaluation.data.sample import chosen
 from gatedlens.evaluation.item import Item, Items, alike
-from gatedlens.evaluation.pictures import squeezed
-from gatedlens.evaluation.questions import JsonLines, SavedDataset
-from gatedlens.evaluation.sample import chosen
 
 GREY, COLOUR = Image.linear_gradient("L"), Image.radial_gradient("L").convert("RGB")
 

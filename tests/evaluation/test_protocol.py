@@ -10,9 +10,9 @@ import torch
 
 import gatedlens as gl
 from gatedlens import attribution, evaluation
-from gatedlens.evaluation import nothing
+from gatedlens.evaluation import removal as nothing
 from gatedlens.evaluation.case import Case
-from gatedlens.evaluation.curve import Curve
+from gatedlens.evaluation.curves import Curve
 from gatedlens.evaluation.protocol import PROTOCOLS
 from tests.helpers import example, padded
 

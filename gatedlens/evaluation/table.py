@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gatedlens.errors import InputError, did_you_mean
-from gatedlens.evaluation.estimate import Estimate
+from gatedlens.evaluation.bootstrap import Estimate
 
 
 class ScoreTable:

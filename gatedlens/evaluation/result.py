@@ -3,7 +3,7 @@
     found = gl.evaluation.evaluate(model, "digits", ["lrp", "rollout"], limit=100, out="out")
     print(found.table()); found.curve("lrp", "positive", "probability").plot(); found.save("results.json")
 
-Areas of curves are trapezoids; intervals are 95 %, bootstrap over samples. How it is made: `measurement.py`.
+Areas of curves are trapezoids; intervals are 95 %, bootstrap over samples. How it is made: `run.py`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from gatedlens.errors import InputError, did_you_mean
-from gatedlens.evaluation.curve import Curve
-from gatedlens.evaluation.estimate import Estimate, estimate
+from gatedlens.evaluation.bootstrap import Estimate, estimate
+from gatedlens.evaluation.curves import Curve
+from gatedlens.evaluation.data.sample import Samples
+from gatedlens.evaluation.overlap import Segmentation
 from gatedlens.evaluation.protocol import PROTOCOLS, as_curve, difference
-from gatedlens.evaluation.record import Records
-from gatedlens.evaluation.sample import Samples
-from gatedlens.evaluation.scoretable import ScoreTable
-from gatedlens.evaluation.segmentation import Segmentation
+from gatedlens.evaluation.records import Records
+from gatedlens.evaluation.table import ScoreTable
 
 MEASURED = {"positive": ("accuracy", "probability"), "negative": ("accuracy", "probability"), "activation": ("probability",),
             "pruning": ("squared_error",), "deletion": ("probability",), "insertion": ("probability",)}  # fmt: skip

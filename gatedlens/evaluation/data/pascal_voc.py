@@ -15,9 +15,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from gatedlens.errors import InputError
+from gatedlens.evaluation.data.sample import Sample, Samples
 from gatedlens.evaluation.listing import listed
-from gatedlens.evaluation.sample import Sample, Samples
-from gatedlens.evaluation.segmentation import VOID
+from gatedlens.evaluation.overlap import VOID
 from gatedlens.model.image import picture
 
 LISTS = ("val.txt", "trainval.txt", "train.txt")

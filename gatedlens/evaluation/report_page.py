@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from gatedlens.evaluation.charts import curves, heat, legend, png
-from gatedlens.evaluation.evaluation import MEASURED, Evaluation
 from gatedlens.evaluation.item import Item
 from gatedlens.evaluation.protocol import PROTOCOLS
+from gatedlens.evaluation.result import MEASURED, Evaluation
 from gatedlens.plot.matrices import Html, text, visible
 
 PICTURE = "width:96px;height:96px;image-rendering:pixelated;border:1px solid #ccc"

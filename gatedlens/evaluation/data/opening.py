@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gatedlens.errors import InputError, did_you_mean
-from gatedlens.evaluation.bundledsets import BUNDLED
-from gatedlens.evaluation.gtsegs import SegmentedImages
-from gatedlens.evaluation.imagenet import ImageFolder
-from gatedlens.evaluation.questions import JsonLines, SavedDataset
-from gatedlens.evaluation.sample import Samples
-from gatedlens.evaluation.voc import VOC
+from gatedlens.evaluation.data.bundled import BUNDLED
+from gatedlens.evaluation.data.imagenet import ImageFolder
+from gatedlens.evaluation.data.imagenet_segmentation import SegmentedImages
+from gatedlens.evaluation.data.imdb_arc import JsonLines, SavedDataset
+from gatedlens.evaluation.data.pascal_voc import VOC
+from gatedlens.evaluation.data.sample import Samples
 
 
 @dataclass(frozen=True)

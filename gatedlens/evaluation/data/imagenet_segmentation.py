@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.evaluation.sample import Sample, Samples
+from gatedlens.evaluation.data.sample import Sample, Samples
 
 
 class SegmentedImages(Samples):

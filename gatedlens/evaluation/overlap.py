@@ -28,8 +28,8 @@ from torch import Tensor
 
 from gatedlens.attribution import Attribution
 from gatedlens.errors import InputError
+from gatedlens.evaluation.bootstrap import Estimate, estimate
 from gatedlens.evaluation.case import scaled
-from gatedlens.evaluation.estimate import Estimate, estimate
 from gatedlens.result.result import Result
 from gatedlens.result.rounding import STEP
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gatedlens.errors import InputError
-from gatedlens.evaluation.sample import Prompt, Sample, Samples
+from gatedlens.evaluation.data.sample import Prompt, Sample, Samples
 
 SPLITS = ("test", "validation", "dev", "train")
 

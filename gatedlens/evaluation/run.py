@@ -24,15 +24,15 @@ from tqdm.auto import tqdm
 from gatedlens.attribution import METHODS
 from gatedlens.errors import InputError
 from gatedlens.evaluation.case import Case
-from gatedlens.evaluation.evaluation import COUNTS, MEASURED, TRUTH, Evaluation
+from gatedlens.evaluation.data.opening import open_samples
+from gatedlens.evaluation.data.sample import Samples, chosen
 from gatedlens.evaluation.explainer import NEEDS_NOTHING, Explainer, explainer
 from gatedlens.evaluation.item import Item, Items, alike
-from gatedlens.evaluation.opening import open_samples
+from gatedlens.evaluation.known_truth import located
+from gatedlens.evaluation.overlap import segmentation
 from gatedlens.evaluation.protocol import PROTOCOLS, measured
-from gatedlens.evaluation.record import Records
-from gatedlens.evaluation.sample import Samples, chosen
-from gatedlens.evaluation.segmentation import segmentation
-from gatedlens.evaluation.truth import located
+from gatedlens.evaluation.records import Records
+from gatedlens.evaluation.result import COUNTS, MEASURED, TRUTH, Evaluation
 from gatedlens.options import checked
 from gatedlens.runs.fingerprints import checksum, fingerprint, settings
 from gatedlens.version import __version__
@@ -59,7 +59,7 @@ def evaluate(
     """`evaluate(model, "digits", ["lrp"])`: every protocol, every method (all if None).
 
     data: a name or path (`opening.py`), or `Samples`. limit: how many samples, drawn from `seed`; all if None. nothing: what
-    is put in the place of what is taken away (`nothing.py`), in methods that need it as well ("blur" of images excepted: they
+    is put in the place of what is taken away (`removal.py`), in methods that need it as well ("blur" of images excepted: they
     keep black). batch_size: samples that are explained together.
     """
     samples = data if isinstance(data, Samples) else open_samples(data)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from gatedlens.data import digits as load_digits
 from gatedlens.data import text as load_text
-from gatedlens.evaluation.sample import Listed, Sample
+from gatedlens.evaluation.data.sample import Listed, Sample
 from gatedlens.tasks import recall as make_recall
 
 INK = 0.0  # of pixels in [-1, 1]: 8 of 16 points
