@@ -133,8 +133,9 @@ def patch(args: argparse.Namespace) -> dict[str, Any]:
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Measure how faithful attribution methods are on a data set, and write a report; goes on where it was stopped."""
     from gatedlens.evaluation import evaluate as run
-    from gatedlens.evaluation import explainer, open_samples
+    from gatedlens.evaluation import open_samples
     from gatedlens.evaluation import report_page as report
+    from gatedlens.evaluation import run as explainer
     from gatedlens.loading import from_pretrained
     from gatedlens.outfolder import out_folder
 

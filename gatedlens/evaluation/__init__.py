@@ -15,11 +15,10 @@ from gatedlens.evaluation.bootstrap import Estimate, estimate
 from gatedlens.evaluation.curves import Curve
 from gatedlens.evaluation.data.opening import open_samples
 from gatedlens.evaluation.data.sample import Listed, Prompt, Sample, Samples
-from gatedlens.evaluation.explainer import Explainer, explainer
 from gatedlens.evaluation.known_truth import Located, located
-from gatedlens.evaluation.measures import MEASURES
 from gatedlens.evaluation.overlap import Segmentation, segmentation
 from gatedlens.evaluation.protocol import (
+    MEASURES,
     PROTOCOLS,
     Protocol,
     activation_curve,
@@ -32,7 +31,7 @@ from gatedlens.evaluation.protocol import (
 )
 from gatedlens.evaluation.report_page import report
 from gatedlens.evaluation.result import Evaluation
-from gatedlens.evaluation.run import evaluate
+from gatedlens.evaluation.run import Explainer, evaluate, explainer
 from gatedlens.evaluation.table import ScoreTable
 
 __all__ = [

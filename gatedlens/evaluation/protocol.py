@@ -11,7 +11,7 @@ All are `measured(case, scores, protocol, measures)`; one of your own is one mor
 Attribution, or numbers [batch, pos]; of images [batch, row, column] of patches or pixels) and `labels` (None: what the model
 predicts) each takes
 
-    measure          see `measures.py`          nothing       what is put in a place: see `removal.py`
+    measure          see `protocol.py`          nothing       what is put in a place: see `removal.py`
     shares           of the places              keep, among, attention_mask       see `case.py`
     batch_size       inputs in one forward      progress      a bar, or none
 
@@ -21,20 +21,67 @@ Perturbation as in HA (arXiv 2403.01590) and Chefer et al. 2021 (arXiv 2012.0983
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.evaluation.case import Case
 from gatedlens.evaluation.curves import AXES, Curve
-from gatedlens.evaluation.measures import MEASURES, check
+
+# Measures: what is left of an answer, one number a row.
+#
+#     MEASURES["probability"](logits, labels, clean)       # all [row, d_vocab], labels [row] -> [row]
+#
+# logits: of the changed input; clean: of the input as it was; labels: the right class or token. One more measure is one
+# more line.
+
+Measure = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def accuracy(
+    logits: Float[Tensor, "row d_vocab"], labels: Int[Tensor, " row"], clean: Float[Tensor, "row d_vocab"]
+) -> Float[Tensor, " row"]:
+    """1 where the label has the largest logit (the first of equal ones), else 0."""
+    return (logits.argmax(-1) == labels).to(logits)
+
+
+def probability(
+    logits: Float[Tensor, "row d_vocab"], labels: Int[Tensor, " row"], clean: Float[Tensor, "row d_vocab"]
+) -> Float[Tensor, " row"]:
+    """softmax(logits)[label]"""
+    return logits.softmax(-1).gather(1, labels.unsqueeze(1)).squeeze(1)
+
+
+def logit(
+    logits: Float[Tensor, "row d_vocab"], labels: Int[Tensor, " row"], clean: Float[Tensor, "row d_vocab"]
+) -> Float[Tensor, " row"]:
+    """logits[label]"""
+    return logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+
+
+def squared_error(
+    logits: Float[Tensor, "row d_vocab"], labels: Int[Tensor, " row"], clean: Float[Tensor, "row d_vocab"]
+) -> Float[Tensor, " row"]:
+    """mean over logits of (logits - clean)^2"""
+    return (logits - clean).square().mean(-1)
+
+
+MEASURES: dict[str, Measure] = {f.__name__: f for f in (accuracy, probability, logit, squared_error)}
+
+
+def check(name: str) -> str:
+    """The name, if there is such a measure."""
+    if name not in MEASURES:
+        raise InputError(f"measure={name!r}: it is {', '.join(MEASURES)}.{did_you_mean(name, MEASURES)}")
+    return name
+
 
 TENTHS = tuple(round(0.1 * i, 1) for i in range(11))
 TWENTIETHS = tuple(round(0.05 * i, 2) for i in range(21))

@@ -6,14 +6,17 @@ What is measured: of images the positive and negative perturbation, deletion and
 tokens the positive and negative perturbation, activation and pruning; and, where it is known which tokens hold the
 answer, their rank and mass. What is explained is the label; where there is none, the answer that the model gives. With `out` each
 record is kept as it is made, and the same call goes on where it stopped: of the same model, data, samples and "nothing", which
-are compared (records of more samples or other methods may join). A method is a name with options: see `explainer.py`.
+are compared (records of more samples or other methods may join). A method is a name with options: see `run.py`.
 
 In which batch a sample is measured decides its last digits alone: orders are those of rounded scores (`rounding.py`).
 """
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gatedlens.attribution import METHODS
-from gatedlens.errors import InputError
+from gatedlens.attribution import METHODS, Attribution, method
+from gatedlens.errors import InputError, did_you_mean
 from gatedlens.evaluation.case import Case
 from gatedlens.evaluation.data.opening import open_samples
 from gatedlens.evaluation.data.sample import Samples, chosen
-from gatedlens.evaluation.explainer import NEEDS_NOTHING, Explainer, explainer
 from gatedlens.evaluation.item import Item, Items, alike
 from gatedlens.evaluation.known_truth import located
 from gatedlens.evaluation.overlap import segmentation
@@ -36,6 +38,60 @@ from gatedlens.evaluation.result import COUNTS, MEASURED, TRUTH, Evaluation
 from gatedlens.options import checked
 from gatedlens.runs.fingerprints import checksum, fingerprint, settings
 from gatedlens.version import __version__
+
+# Explainer: an attribution method with options, by a name that says it all.
+#
+#     explainer("lrp"), explainer("gradient_attention:factors=hidden,mode=official")
+#     explainer("gradient_attention:factors=scan+act")(model, tokens, target=7).scores
+#
+# In a name, a number stands for itself, and several words of one option are joined by "+".
+
+NEEDS_NOTHING = "baseline"  # the option of methods that put "nothing" somewhere
+
+
+@dataclass(frozen=True)
+class Explainer:
+    """name: as it was given; method: one of `gl.attribution.METHODS`."""
+
+    name: str
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, model: Any, input: Any, target: Any = None, **more: Any) -> Attribution:
+        """The attribution; of `more` the method gets what it knows, but not what the name decided."""
+        known = inspect.signature(METHODS[self.method]).parameters
+        given = {key: value for key, value in more.items() if key in known}
+        return METHODS[self.method](model, input, target, **{**given, **self.options})
+
+
+def explainer(name: str) -> Explainer:
+    """The Explainer of a name; InputError for a method or an option that there is not."""
+    word, _, rest = name.partition(":")
+    known = [key for key in inspect.signature(method(word)).parameters if key not in ("model", "input", "target")]
+    options: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or key not in known:
+            raise InputError(
+                f"{name!r}: {word} has no option {key!r}; they are {', '.join(known)}.{did_you_mean(key, known)}"
+            )
+        options[key] = _value(value)
+    return Explainer(name, word, options)
+
+
+def _value(text: str) -> Any:
+    if "+" in text.rstrip("+"):
+        return tuple(_value(part) for part in text.split("+"))
+    if text.endswith("+"):  # a sequence of one: "scan+"
+        return (_value(text[:-1]),)
+    words = {"True": True, "False": False, "None": None}
+    if text in words:
+        return words[text]
+    try:
+        return json.loads(text)  # a number
+    except json.JSONDecodeError:
+        return text
+
 
 OF_IMAGES = ("positive", "negative", "deletion", "insertion")
 OF_TOKENS = ("positive", "negative", "activation", "pruning")

@@ -12,8 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gatedlens.errors import InputError
-from gatedlens.evaluation.data.sample import Sample, Samples
-from gatedlens.evaluation.listing import listed
+from gatedlens.evaluation.data.sample import Sample, Samples, listed
 from gatedlens.model.image import picture
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")

@@ -15,8 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.evaluation.data.sample import Sample, Samples
-from gatedlens.evaluation.listing import listed
+from gatedlens.evaluation.data.sample import Sample, Samples, listed
 from gatedlens.evaluation.overlap import VOID
 from gatedlens.model.image import picture
 
