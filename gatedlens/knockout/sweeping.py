@@ -36,9 +36,9 @@ from torch import Tensor
 from gatedlens.address.entries import Index
 from gatedlens.address.layers import layers_of
 from gatedlens.address.positions import columns, listed
-from gatedlens.cutting import Cut, Way, share, token, write
-from gatedlens.edges import Edges
 from gatedlens.errors import InputError
+from gatedlens.knockout.cutting import Cut, Way, share, token, write
+from gatedlens.knockout.token_edges import Edges
 from gatedlens.metrics import Metric
 from gatedlens.model.intervention import Intervention
 from gatedlens.options import checked

@@ -1,4 +1,4 @@
-"""Cutting: how a layer's output comes to lose what some positions brought it. `knockout.py` is its face.
+"""Cutting: how a layer's output comes to lose what some positions brought it. `sweeping.py` is its face.
 
     Cut(token, Edges(((src, dst),)), layers=None, scan=None, index={}).hooks(model)
 
@@ -19,8 +19,8 @@ from gatedlens.address.entries import Index, Where
 from gatedlens.address.layers import layers_of, scans_of
 from gatedlens.attention.in_progress import underway, verify
 from gatedlens.attention.layer import ImplicitAttention
-from gatedlens.edges import Edges, alike, visible
 from gatedlens.errors import InputError
+from gatedlens.knockout.token_edges import Edges, alike, visible
 from gatedlens.model.hookpoint import Capture, HookPoint
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.operator import Branch, branch_of
