@@ -10,7 +10,7 @@
 
 with the final norm computed anew from each residual stream, and with a soft cap where the model has one: the last layer's
 logits are the model's. A Vision Mamba reads classes off the class token only; here they are read off every patch.
-`logit_attribution` and `token_attribution` (see `logitattribution.py`) decompose a logit instead.
+`logit_attribution` and `token_attribution` (see `logit_shares.py`) decompose a logit instead.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.logitattribution import logit_attribution, token_attribution
+from gatedlens.lens.logit_shares import logit_attribution, token_attribution
 from gatedlens.model.hooking import Batch
 from gatedlens.options import checked, is_whole
 from gatedlens.recurrence.autocast import exact
