@@ -1,4 +1,4 @@
-"""StatePatch: the step of an intervention that sets the state of a recurrence. `states.py` is its face.
+"""StatePatch: the step of an intervention that sets the state of a recurrence. `surgery.py` is its face.
 
 decay[t] := 0,  write[t] := the new state        so state_t is the new state, and positions after t follow
 """

@@ -30,7 +30,7 @@ from gatedlens.errors import InputError, did_you_mean
 from gatedlens.model.intervention import Intervention
 from gatedlens.model.state import Carried, RecurrentState
 from gatedlens.options import checked
-from gatedlens.statepatch import StatePatch
+from gatedlens.states.state_patch import StatePatch
 
 # -- in the middle of a run -----------------------------------------------------------------------------------------
 
