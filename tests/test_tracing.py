@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gatedlens as gl
-from gatedlens.tracing import causal_trace
+from gatedlens.tracing.trace import causal_trace
 from tests.helpers import example, padded
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}

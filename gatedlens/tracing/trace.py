@@ -25,7 +25,6 @@ from torch import Tensor
 
 from gatedlens.address.positions import columns as columns_of
 from gatedlens.address.positions import listed, one_a_row
-from gatedlens.corruption import EMBED, Corruption, marked_by
 from gatedlens.errors import InputError, PointError
 from gatedlens.metrics import Logits, Metric
 from gatedlens.model.hooking import Batch
@@ -37,6 +36,7 @@ from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Cell, Plan, PutByRow
 from gatedlens.runs.engine import Effort, Question, answer
 from gatedlens.runs.meter import Meter
+from gatedlens.tracing.corruption import EMBED, Corruption, marked_by
 
 Positions = Any  # see `causal_trace`
 
