@@ -18,7 +18,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.store.layout import Layout
+from gatedlens.store.disk.layout import Layout
 
 
 class Column:

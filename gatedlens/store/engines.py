@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.files import optional
-from gatedlens.store.batches import Rows
+from gatedlens.store.corpus.batches import Rows
 
 Job = Callable[[Rows], dict[str, Tensor]]
 Engine = Callable[[Job, Iterable[Rows]], Iterator[tuple[Rows, dict[str, Tensor]]]]

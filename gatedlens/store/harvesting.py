@@ -25,20 +25,20 @@ from gatedlens.address.names import NamesFilter
 from gatedlens.errors import InputError, StoreError
 from gatedlens.model import config as dtypes
 from gatedlens.options import checked
-from gatedlens.store import manifest
-from gatedlens.store.arrow import Columns
-from gatedlens.store.batches import Batches, Rows
-from gatedlens.store.disk import explained, locked
+from gatedlens.store.corpus.batches import Batches, Rows
+from gatedlens.store.corpus.sources import read
+from gatedlens.store.disk import manifest
+from gatedlens.store.disk.arrow import Columns
+from gatedlens.store.disk.files import explained, locked
+from gatedlens.store.disk.layout import Layout, aliases
+from gatedlens.store.disk.shards import card, checksum, fits
+from gatedlens.store.disk.sinks import Sink, StatisticsSink, TensorSink
 from gatedlens.store.engines import engine as engine_of
-from gatedlens.store.layout import Layout, aliases
 from gatedlens.store.plan import plan
 from gatedlens.store.reading import Store
 from gatedlens.store.reading import open as open_store
 from gatedlens.store.reductions import Reduction, chosen
-from gatedlens.store.shards import card, checksum, fits
-from gatedlens.store.sinks import Sink, StatisticsSink, TensorSink
 from gatedlens.store.sizes import Estimate, estimate_of
-from gatedlens.store.sources import read
 from gatedlens.store.work import Reduce, Work
 
 log = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ import torch
 
 from gatedlens.address.names import NamesFilter
 from gatedlens.errors import InputError
-from gatedlens.store.batches import Batches, Rows
-from gatedlens.store.layout import Layout, resolve
+from gatedlens.store.corpus.batches import Batches, Rows
+from gatedlens.store.disk.layout import Layout, resolve
 from gatedlens.store.work import activations
 
 

@@ -28,17 +28,17 @@ from torch.utils.data import DataLoader
 
 from gatedlens.errors import InputError, PointError, StoreError, did_you_mean
 from gatedlens.options import checked
-from gatedlens.store import journal, manifest
-from gatedlens.store.arrow import Columns, batch_reader
 from gatedlens.store.column import Column
-from gatedlens.store.feeding import Activations, Labelled
-from gatedlens.store.journal import AGAIN, Entry
-from gatedlens.store.layout import Layout
-from gatedlens.store.mapped import Mapped
+from gatedlens.store.disk import journal, manifest
+from gatedlens.store.disk.arrow import Columns, batch_reader
+from gatedlens.store.disk.journal import AGAIN, Entry
+from gatedlens.store.disk.layout import Layout
+from gatedlens.store.disk.mapped import Mapped
+from gatedlens.store.disk.shards import HEAD, SafetensorsFormat, fits
+from gatedlens.store.disk.statistics_file import read_statistics
+from gatedlens.store.loaders import Activations, Labelled
 from gatedlens.store.reductions import by_name, misfit
-from gatedlens.store.shards import HEAD, SafetensorsFormat, fits
 from gatedlens.store.statistics import Statistics
-from gatedlens.store.statisticsfile import read_statistics
 
 STATISTICS = "statistics.safetensors"
 KEPT = ("activations", "tensors", STATISTICS)  # what a batch is committed to

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gatedlens.errors import InputError, did_you_mean
-from gatedlens.store.layout import Layout
+from gatedlens.store.disk.layout import Layout
 
 Part = dict[str, Tensor]
 

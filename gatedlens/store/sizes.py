@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gatedlens.errors import TooLargeError, in_bytes
-from gatedlens.store.batches import Batches
-from gatedlens.store.layout import Layout
+from gatedlens.store.corpus.batches import Batches
+from gatedlens.store.disk.layout import Layout
 from gatedlens.store.reductions import Reduction
 
 SPARE = 64 * 2**20  # bytes that a disk is left with

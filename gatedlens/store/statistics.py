@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.store.layout import Layout
+from gatedlens.store.disk.layout import Layout
 from gatedlens.store.reductions import Part, by_name
 
 

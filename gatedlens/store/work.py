@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatedlens.store.batches import Rows
-from gatedlens.store.layout import Layout, last_layer
+from gatedlens.store.corpus.batches import Rows
+from gatedlens.store.disk.layout import Layout, last_layer
 from gatedlens.store.reductions import Reduction
 
 

@@ -12,9 +12,9 @@ from PIL import Image
 import gatedlens as gl
 from gatedlens import store as gl_store
 from gatedlens.store import corpus as corpora
-from gatedlens.store import sources
-from gatedlens.store.batches import Batches
-from gatedlens.store.sources import read
+from gatedlens.store.corpus import sources
+from gatedlens.store.corpus.batches import Batches
+from gatedlens.store.corpus.sources import read
 
 TEXTS = ["Call me Ishmael.", "", "Some years ago, never mind how long", "precisely — having little"]
 

@@ -18,7 +18,8 @@ import torch
 
 import gatedlens as gl
 from gatedlens import store as gl_store
-from gatedlens.store import disk, journal, shards
+from gatedlens.store import disk
+from gatedlens.store.disk import journal, shards
 from tests.helpers import example
 
 NAMES = ["blocks.0.hook_mixer_out", "blocks.1.mixer.hook_state", "blocks.0.mixer.hook_dt"]

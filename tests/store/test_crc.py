@@ -8,7 +8,7 @@ import zlib
 import gatedlens as gl
 from gatedlens import store as gl_store
 from gatedlens.store.crc import Piece, joined
-from gatedlens.store.shards import checksum
+from gatedlens.store.disk.shards import checksum
 from tests.helpers import example
 
 

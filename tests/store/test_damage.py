@@ -18,7 +18,7 @@ import torch
 
 import gatedlens as gl
 from gatedlens import store as gl_store
-from gatedlens.store import journal, manifest
+from gatedlens.store.disk import journal, manifest
 from tests.helpers import example
 
 NAMES = ["blocks.0.mixer.hook_gated", "blocks.1.mixer.hook_state", "blocks.0.mixer.hook_state_start"]
@@ -276,7 +276,7 @@ def test_every_file_harmed_in_every_way(model, kind, name, stores, truth, tmp_pa
 
 
 def test_every_tensor_of_the_statistics(stores, truth, tmp_path):
-    from gatedlens.store import statisticsfile
+    from gatedlens.store.disk import statistics_file as statisticsfile
 
     folder = tmp_path / "store"
     shutil.copytree(stores["statistics"], folder)
@@ -337,7 +337,7 @@ def test_a_journal_that_is_gone_is_noticed_before_the_end(model, stores, tmp_pat
 
 
 def test_a_batch_is_compared_once(stores, monkeypatch):
-    from gatedlens.store import mapped
+    from gatedlens.store.disk import mapped
 
     store, counted = gl_store.open(stores["tensors"]), []
 

@@ -12,8 +12,8 @@ import torch
 import gatedlens as gl
 from gatedlens import store as gl_store
 from gatedlens.store import engines
-from gatedlens.store.batches import Batches
-from gatedlens.store.sources import read
+from gatedlens.store.corpus.batches import Batches
+from gatedlens.store.corpus.sources import read
 from tests.helpers import example
 from tests.store.test_crash import contents
 

@@ -24,8 +24,8 @@ from gatedlens.errors import InputError, TooLargeError, in_bytes
 from gatedlens.files import optional
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.options import is_many
-from gatedlens.store.corpus import Corpus
-from gatedlens.store.encoding import Item, Pixels, Tokens
+from gatedlens.store.corpus.corpus import Corpus
+from gatedlens.store.corpus.encoding import Item, Pixels, Tokens
 from gatedlens.store.replay import Replay
 
 TEXT_FILES = (".txt", ".md", ".text")

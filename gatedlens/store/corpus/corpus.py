@@ -14,7 +14,7 @@ from typing import Any
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
-from gatedlens.store.encoding import Item, Tokens
+from gatedlens.store.corpus.encoding import Item, Tokens
 
 SAMPLE = 64  # documents from which the length of a corpus is estimated
 

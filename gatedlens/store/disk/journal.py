@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gatedlens.errors import StoreError
-from gatedlens.store.disk import explained_reading
-from gatedlens.store.form import CHECKSUM, COUNT, Kind, is_whole, misfit
+from gatedlens.store.disk.files import explained_reading
+from gatedlens.store.disk.form import CHECKSUM, COUNT, Kind, is_whole, misfit
 
 EXTENT = Kind(
     "a list [shard, offset, length, crc32]",

@@ -16,8 +16,8 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from gatedlens.errors import StoreError
-from gatedlens.store.disk import explained_reading
-from gatedlens.store.journal import AGAIN, Extent
+from gatedlens.store.disk.files import explained_reading
+from gatedlens.store.disk.journal import AGAIN, Extent
 
 
 class Mapped:

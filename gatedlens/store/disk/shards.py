@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from gatedlens.store.crc import Piece, joined
-from gatedlens.store.journal import Extent
-from gatedlens.store.layout import DTYPES, Layout
+from gatedlens.store.disk.journal import Extent
+from gatedlens.store.disk.layout import DTYPES, Layout
 
 HEAD = 1024  # bytes of a safetensors header, length included
 

@@ -19,10 +19,10 @@ from typing import Any
 from gatedlens.errors import StoreError
 from gatedlens.files import write_whole
 from gatedlens.runs.fingerprints import bytes_checksum
-from gatedlens.store.batches import POSITIONS
-from gatedlens.store.disk import explained_reading
-from gatedlens.store.form import CHECKSUM, COUNT, FLAG, OBJECT, TEXT, TEXTS, Kind, Maybe, is_whole, misfit, one_of
-from gatedlens.store.layout import DTYPES, Layout
+from gatedlens.store.corpus.batches import POSITIONS
+from gatedlens.store.disk.files import explained_reading
+from gatedlens.store.disk.form import CHECKSUM, COUNT, FLAG, OBJECT, TEXT, TEXTS, Kind, Maybe, is_whole, misfit, one_of
+from gatedlens.store.disk.layout import DTYPES, Layout
 
 FIRST = "gatedlens activation store 1"  # of version 0.1.0, without checksum: it is read, and not gone on with
 FORMAT = "gatedlens activation store 2"

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from gatedlens.errors import TooLargeError
 from gatedlens.files import optional
-from gatedlens.store.batches import Rows
-from gatedlens.store.layout import ARROW_DTYPES, Layout
+from gatedlens.store.corpus.batches import Rows
+from gatedlens.store.disk.layout import ARROW_DTYPES, Layout
 
 LARGEST = 2**31 - 1  # numbers in one column of a batch: Arrow's lists count in 32 bits
 

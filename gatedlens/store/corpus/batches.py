@@ -24,8 +24,8 @@ from torch import Tensor
 from gatedlens.errors import InputError
 from gatedlens.model.hooking import Batch
 from gatedlens.model.language import HookedLanguageModel
-from gatedlens.store.corpus import Corpus, Document
-from gatedlens.store.form import is_whole
+from gatedlens.store.corpus.corpus import Corpus, Document
+from gatedlens.store.disk.form import is_whole
 
 POSITIONS = ("all", "last", "mask")
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from gatedlens.errors import StoreError
 from gatedlens.files import write_whole
-from gatedlens.store.disk import explained_reading
-from gatedlens.store.journal import AGAIN
+from gatedlens.store.disk.files import explained_reading
+from gatedlens.store.disk.journal import AGAIN
+from gatedlens.store.disk.shards import bytes_of
 from gatedlens.store.reductions import Part
-from gatedlens.store.shards import bytes_of
 
 
 def flattened(parts: dict[str, Part]) -> dict[str, Tensor]:
