@@ -12,12 +12,10 @@
 """
 
 from gatedlens.errors import StoreError
-from gatedlens.store.column import Column
 from gatedlens.store.harvesting import estimate, harvest
-from gatedlens.store.reading import Store, open
-from gatedlens.store.reductions import REDUCTIONS, Reduction, sample
+from gatedlens.store.reading import Column, Store, open
 from gatedlens.store.sizes import Estimate
-from gatedlens.store.statistics import Statistics
+from gatedlens.store.statistics import REDUCTIONS, Reduction, Statistics, sample
 
 # fmt: off
 __all__ = [

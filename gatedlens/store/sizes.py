@@ -14,7 +14,7 @@ from pathlib import Path
 from gatedlens.errors import TooLargeError, in_bytes
 from gatedlens.store.corpus.batches import Batches
 from gatedlens.store.disk.layout import Layout
-from gatedlens.store.reductions import Reduction
+from gatedlens.store.statistics import Reduction
 
 SPARE = 64 * 2**20  # bytes that a disk is left with
 

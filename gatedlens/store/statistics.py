@@ -7,14 +7,212 @@ both = statistics.merge(gl.store.open("other").statistics)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from gatedlens.errors import InputError
+from gatedlens.errors import InputError, did_you_mean
 from gatedlens.store.disk.layout import Layout
-from gatedlens.store.reductions import Part, by_name
+
+# Reductions: statistics of activations over a whole corpus, where the tensors themselves are not wanted.
+#
+#     gl.store.harvest(model, texts, names, out, reduce=["mean", "covariance", gl.store.sample(4096)])
+#
+# Each is three functions: `of` a batch of entries [n, ...], `merge` of two parts, `result`. A part is a dict of tensors, so
+# parts of batches, machines or corpora are put together in any way. Sums are never squared before they are centred
+# (Chan, Golub and LeVeque 1979; third and fourth moments: Pébay 2008, eq. 2.1): a mean of 1e6 with a deviation of 1 is no trouble.
+#
+# n entries, mean, M2 = sum (x - mean)^2, M3, M4 likewise, C = sum (x - mean)(x - mean)^T; float64 throughout.
+
+Part = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """`of(values, first)`, values [n, ...] with `first` entries before them; `merge(a, b)`; `result(part)`."""
+
+    name: str
+    of: Callable[[Tensor, int], Part]
+    merge: Callable[[Part, Part], Part]
+    result: Callable[[Part], Tensor]
+    bytes: Callable[[int], int]  # of a part, from the numbers in an entry
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by name: functions do not travel to other machines."""
+        return by_name, (self.name,)
+
+
+# -- moments --------------------------------------------------------------------------------------------------------
+
+
+def _moments(order: int) -> Callable[[Tensor, int], Part]:
+    def of(values: Tensor, first: int) -> Part:
+        x = values.double()
+        mean = x.mean(0)
+        centred = x - mean
+        sums = {f"M{power}": centred.pow(power).sum(0) for power in range(2, order + 1)}
+        return {"n": torch.tensor(float(len(x)), dtype=torch.float64), "mean": mean, **sums}
+
+    return of
+
+
+def _merge_moments(a: Part, b: Part) -> Part:
+    na, nb = a["n"], b["n"]
+    n, delta = na + nb, b["mean"] - a["mean"]
+    out = {"n": n, "mean": a["mean"] + delta * nb / n}
+    if "M2" in a:
+        out["M2"] = a["M2"] + b["M2"] + delta**2 * na * nb / n
+    if "M3" in a:
+        cross = delta**3 * na * nb * (na - nb) / n**2 + 3 * delta * (na * b["M2"] - nb * a["M2"]) / n
+        out["M3"] = a["M3"] + b["M3"] + cross
+    if "M4" in a:
+        cross = delta**4 * na * nb * (na**2 - na * nb + nb**2) / n**3
+        cross = cross + 6 * delta**2 * (na**2 * b["M2"] + nb**2 * a["M2"]) / n**2
+        out["M4"] = a["M4"] + b["M4"] + cross + 4 * delta * (na * b["M3"] - nb * a["M3"]) / n
+    return out
+
+
+def _comoments(values: Tensor, first: int) -> Part:
+    x = values.flatten(1).double()
+    mean = x.mean(0)
+    centred = x - mean
+    return {"n": torch.tensor(float(len(x)), dtype=torch.float64), "mean": mean, "C": centred.T @ centred}
+
+
+def _merge_comoments(a: Part, b: Part) -> Part:
+    na, nb = a["n"], b["n"]
+    n, delta = na + nb, b["mean"] - a["mean"]
+    return {
+        "n": n,
+        "mean": a["mean"] + delta * nb / n,
+        "C": a["C"] + b["C"] + torch.outer(delta, delta) * (na * nb / n),
+    }
+
+
+def _second_moment(part: Part) -> Tensor:
+    return part["C"] / part["n"] + torch.outer(part["mean"], part["mean"])
+
+
+def _maximum(values: Tensor, first: int) -> Part:
+    best = values.max(0)
+    return {"max": best.values, "at": best.indices + first}
+
+
+def _merge_maximum(a: Part, b: Part) -> Part:
+    wins = b["max"] > a["max"]
+    return {"max": torch.where(wins, b["max"], a["max"]), "at": torch.where(wins, b["at"], a["at"])}
+
+
+# -- a sample -------------------------------------------------------------------------------------------------------
+
+
+def _scrambled(index: Tensor, seed: int) -> Tensor:
+    """A random 63-bit number for each entry (splitmix64 of its place in the corpus): the same in every run."""
+    x = (index + 1) * -0x61C8864680B583EB + seed * 0x2545F4914F6CDD1D % (1 << 63)
+    x = _folded(x, 30) * -0x40A7B892E31B1A47
+    x = _folded(x, 27) * -0x6B2FB644ECCEEE15
+    return _folded(x, 31) & ((1 << 63) - 1)
+
+
+def _folded(x: Tensor, by: int) -> Tensor:
+    """x ^ (x >> by) of unsigned numbers: torch shifts the sign in."""
+    return x ^ ((x >> by) & ((1 << (64 - by)) - 1))
+
+
+def sample(size: int, seed: int = 0) -> Reduction:
+    """`gl.store.sample(4096)`: that many entries, drawn evenly from the whole corpus without replacement.
+
+    Each entry gets a random number from its place in the corpus, and the smallest `size` numbers stay: so a sample does
+    not depend on the batch size or on interruptions. Corpora that will be merged need seeds of their own.
+    """
+    if not isinstance(size, int) or size < 1:
+        raise InputError(f"sample({size!r}): a sample has at least 1 entry.")
+
+    of, merge = partial(_sampled, size, seed), partial(_merge_samples, size)
+    return Reduction(
+        f"sample({size}, seed={seed})", of, merge, lambda part: part["values"], lambda d: size * (8 * d + 16)
+    )
+
+
+def _sampled(size: int, seed: int, values: Tensor, first: int) -> Part:
+    at = torch.arange(first, first + len(values))
+    return _smallest(size, {"key": _scrambled(at, seed), "at": at, "values": values})
+
+
+def _merge_samples(size: int, a: Part, b: Part) -> Part:
+    if bool(torch.isin(a["key"], b["key"]).any()):
+        raise InputError("Two samples of one seed cannot be merged: their draws are the same. Give each its own seed.")
+    return _smallest(size, {name: torch.cat([a[name], b[name]]) for name in a})
+
+
+def _smallest(size: int, part: Part) -> Part:
+    order = part["key"].argsort(stable=True)[:size]
+    return {name: value[order] for name, value in part.items()}
+
+
+def misfit(parts: Mapping[str, Part], wanted: Mapping[tuple[str, Reduction], Layout]) -> str | None:
+    """Which field of some parts, {"point/reduction": {field: tensor}}, is not as it is made; None if all are."""
+    for (name, reduction), layout in wanted.items():
+        examples = [reduction.of(torch.zeros(n, *layout.shape, dtype=layout.dtype), 0) for n in (1, 2)]
+        part = parts.get(f"{name}/{reduction.name}", {})
+        for field, one in examples[0].items():
+            # A sample has as many entries as it has: where one entry and two differ, any number is right.
+            shape = [a if a == b else None for a, b in zip(one.shape, examples[1][field].shape, strict=True)]
+            where, found = f"{name}/{reduction.name}/{field}", part.get(field)
+            if found is None:
+                return f"{where} is missing"
+            fits = len(shape) == found.ndim and all(a in (None, b) for a, b in zip(shape, found.shape, strict=True))
+            if found.dtype != one.dtype or not fits:
+                return f"{where} is {found.dtype} {list(found.shape)}, expected {one.dtype} {shape}"
+    strange = set(parts) - {f"{name}/{reduction.name}" for name, reduction in wanted}
+    return f"{min(strange)} is no part of this store" if strange else None
+
+
+# -- by name --------------------------------------------------------------------------------------------------------
+
+
+def _each(d: int, fields: int) -> int:
+    return 8 * d * fields + 8
+
+
+REDUCTIONS = {
+    one.name: one
+    for one in (
+        Reduction("mean", _moments(1), _merge_moments, lambda p: p["mean"], lambda d: _each(d, 1)),
+        Reduction("variance", _moments(2), _merge_moments, lambda p: p["M2"] / p["n"], lambda d: _each(d, 2)),
+        Reduction(
+            "kurtosis", _moments(4), _merge_moments, lambda p: p["n"] * p["M4"] / p["M2"] ** 2, lambda d: _each(d, 4)
+        ),  # Pearson's: 3 for a normal distribution
+        Reduction("max", _maximum, _merge_maximum, lambda p: p["max"], lambda d: _each(d, 2)),
+        Reduction("covariance", _comoments, _merge_comoments, lambda p: p["C"] / p["n"], lambda d: _each(d, d + 1)),
+        Reduction("second_moment", _comoments, _merge_comoments, _second_moment, lambda d: _each(d, d + 1)),
+        sample(1024),
+    )
+}
+
+
+def chosen(reduce: Any) -> tuple[Reduction, ...]:
+    """The reductions that `reduce` names: a name, a Reduction, or a list of these."""
+    several: Sequence[Any] = [reduce] if isinstance(reduce, str | Reduction) else list(reduce)
+    if not several:
+        raise InputError("reduce=[] names no statistic; pass None for the activations themselves.")
+    return tuple(one if isinstance(one, Reduction) else by_name(one) for one in several)
+
+
+def by_name(name: str) -> Reduction:
+    """The reduction of this name; "sample" and "sample(4096, seed=1)" as well."""
+    if name in REDUCTIONS:
+        return REDUCTIONS[name]
+    if isinstance(name, str) and name.startswith("sample"):
+        words = name.removeprefix("sample").strip("()").replace("seed=", "").replace(",", " ").split()
+        if all(word.isdigit() for word in words) and len(words) <= 2:
+            return sample(*[int(word) for word in words] or [1024])
+    known = [*(one for one in REDUCTIONS if not one.startswith("sample")), "sample"]
+    raise InputError(f"reduce={name!r}: it is {', '.join(known)}, or a list of these.{did_you_mean(str(name), known)}")
 
 
 class Statistics:

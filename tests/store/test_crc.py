@@ -7,7 +7,7 @@ import zlib
 
 import gatedlens as gl
 from gatedlens import store as gl_store
-from gatedlens.store.crc import Piece, joined
+from gatedlens.store.disk.files import Piece, joined
 from gatedlens.store.disk.shards import checksum
 from tests.helpers import example
 

@@ -7,7 +7,7 @@ import torch
 
 import gatedlens as gl
 from gatedlens import store as gl_store
-from gatedlens.store.reductions import REDUCTIONS, by_name, sample
+from gatedlens.store.statistics import REDUCTIONS, by_name, sample
 from tests.helpers import example
 
 MOMENTS = ["mean", "variance", "kurtosis", "max", "covariance", "second_moment"]

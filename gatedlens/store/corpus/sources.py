@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,42 @@ from gatedlens.model.language import HookedLanguageModel
 from gatedlens.options import is_many
 from gatedlens.store.corpus.corpus import Corpus
 from gatedlens.store.corpus.encoding import Item, Pixels, Tokens
-from gatedlens.store.replay import Replay
+
+# Replay: an iterator whose beginning can be read several times, for estimates before the pass that counts.
+#
+# replay = Replay(documents)
+# first = list(islice(replay, 64)); again = list(islice(replay, 64))       # the same
+# replay.let_go()
+# for document in replay: ...                                              # all of them, once, and held no longer
+
+
+class Replay:
+    """`Replay(iterator)`: what was read before `let_go` is read again; the pass after it is the last."""
+
+    def __init__(self, data: Iterator[Any]):
+        self.data = data
+        self.held: deque[Any] = deque()
+        self.keeps = True
+
+    def let_go(self) -> None:
+        self.keeps = False
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self.keeps:
+            while self.held:
+                yield self.held.popleft()
+            yield from self.data
+            return
+        at = 0
+        while True:
+            if at == len(self.held):
+                try:
+                    self.held.append(next(self.data))
+                except StopIteration:
+                    return
+            yield self.held[at]
+            at += 1
+
 
 TEXT_FILES = (".txt", ".md", ".text")
 JSON_LINES = (".jsonl", ".ndjson")

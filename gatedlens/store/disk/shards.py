@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatedlens.store.crc import Piece, joined
+from gatedlens.store.disk.files import Piece, joined
 from gatedlens.store.disk.journal import Extent
 from gatedlens.store.disk.layout import DTYPES, Layout
 

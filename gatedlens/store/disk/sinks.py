@@ -22,14 +22,13 @@ from torch import Tensor
 from gatedlens.errors import StoreError
 from gatedlens.files import sync_folder, write_whole
 from gatedlens.store.corpus.batches import Rows
-from gatedlens.store.crc import Piece
 from gatedlens.store.disk.arrow import Columns
-from gatedlens.store.disk.files import explained
+from gatedlens.store.disk.files import Piece, explained
 from gatedlens.store.disk.journal import Entry, Extent, Journal
 from gatedlens.store.disk.layout import Layout
 from gatedlens.store.disk.shards import ArrowFormat, Format, SafetensorsFormat, Stream, bytes_of, card, checksum
 from gatedlens.store.disk.statistics_file import Held, read_statistics, unflattened, write_statistics
-from gatedlens.store.reductions import Part, Reduction
+from gatedlens.store.statistics import Part, Reduction
 
 log = logging.getLogger(__name__)
 SYNC_SECONDS = 5.0  # how often data are brought to the disk: what a power cut may cost

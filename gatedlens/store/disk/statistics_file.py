@@ -19,7 +19,7 @@ from gatedlens.files import write_whole
 from gatedlens.store.disk.files import explained_reading
 from gatedlens.store.disk.journal import AGAIN
 from gatedlens.store.disk.shards import bytes_of
-from gatedlens.store.reductions import Part
+from gatedlens.store.statistics import Part
 
 
 def flattened(parts: dict[str, Part]) -> dict[str, Tensor]:
