@@ -9,7 +9,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer, FalconMambaConfig, FalconMambaForCausalLM
 
 import gatedlens as gl
-from gatedlens import bridge as bridging
+from gatedlens.compat import transformer_bridge as bridging
 from gatedlens.loading import BUNDLED
 from tests.helpers import relative
 
@@ -19,7 +19,9 @@ TOKENS = torch.tensor([[67, 97, 108, 108, 32, 109], [101, 46, 32, 73, 115, 104]]
 
 @pytest.fixture(scope="module")
 def registered():
-    assert ArchitectureAdapterFactory._adapters == SUPPORTED_ARCHITECTURES, "importing gatedlens.bridge registered it"
+    assert ArchitectureAdapterFactory._adapters == SUPPORTED_ARCHITECTURES, (
+        "importing gatedlens.compat.transformer_bridge registered it"
+    )
     bridging.register()
     yield
     bridging.unregister()

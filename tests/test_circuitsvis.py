@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gatedlens as gl
-from gatedlens.circuitsvis import for_circuitsvis
+from gatedlens.compat.circuitsvis import for_circuitsvis
 from tests.helpers import example
 
 KEYS = ["attention", "tokens", "attention_head_names", "max_value", "min_value", "mask_upper_tri"]

@@ -188,7 +188,7 @@ def test_ctrl_c_is_one_line_and_code_130(monkeypatch, capsys):
     def stop(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gatedlens.demo.compare", stop)
+    monkeypatch.setattr("gatedlens.cli.demo.compare", stop)
     assert cli.main(["compare"]) == 130
     assert "stopped" in capsys.readouterr().err
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import gatedlens as gl
-from gatedlens import bridge
+from gatedlens.compat import transformer_bridge as bridge
 from tests.conftest import ROOT
 from tests.helpers import example, relative
 

@@ -308,8 +308,8 @@ def test_what_cannot_be_traced_says_so(traced):
 
 
 def test_images_of_two_sizes_do_not_join():
+    from gatedlens.compat.nnsight import join
     from gatedlens.model.hooking import Batch
-    from gatedlens.traced import join
 
     with pytest.raises(gl.InputError, match=r"\[1, 3, 8, 8\], \[1, 3, 9, 9\]: only tokens can be padded"):
         join([Batch(torch.zeros(1, 3, 8, 8)), Batch(torch.zeros(1, 3, 9, 9))])
@@ -317,7 +317,7 @@ def test_images_of_two_sizes_do_not_join():
 
 def test_without_nnsight_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "nnsight", None)
-    monkeypatch.delitem(sys.modules, "gatedlens.traced", raising=False)
+    monkeypatch.delitem(sys.modules, "gatedlens.compat.nnsight", raising=False)
     with pytest.raises(ImportError, match=r"pip install 'gatedlens\[nnsight\]'"):
         gl.HookedMamba.tiny().nnsight()
 

@@ -276,8 +276,8 @@ class HookedModel(Hooking):
         return HookTable(f"{self.cfg.model_name}: hook points ({self.title})", rows, self.cfg.sizes, itemsize)
 
     def nnsight(self) -> Any:
-        """`traced = model.nnsight()`: this model in nnsight's hands, a TracedModel; see `traced.py`."""
-        from gatedlens.traced import TracedModel
+        """`traced = model.nnsight()`: this model in nnsight's hands, a TracedModel; see `nnsight.py`."""
+        from gatedlens.compat.nnsight import TracedModel
 
         return TracedModel(self)
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from gatedlens import metrics, tasks
+from gatedlens.cli.outfolder import out_folder
 from gatedlens.errors import InputError, PointError, did_you_mean
 from gatedlens.loading import from_pretrained
 from gatedlens.model.language import HookedLanguageModel
-from gatedlens.outfolder import out_folder
 from gatedlens.patching import transformer_lens as family
 from gatedlens.patching.sweeping import carried, copied, sweep
 from gatedlens.result.result import Result

@@ -19,12 +19,12 @@ from torch import Tensor
 from gatedlens import plot
 from gatedlens.address.layers import layer_of
 from gatedlens.attention.layer import MEAN, ImplicitAttention, implicit_attention
-from gatedlens.demo import default_text
+from gatedlens.cli.demo import default_text
+from gatedlens.cli.outfolder import out_folder
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.loading import from_pretrained
 from gatedlens.model.image import picture
 from gatedlens.model.language import HookedLanguageModel
-from gatedlens.outfolder import out_folder
 from gatedlens.result.labelled_tensor import with_label
 from gatedlens.result.rounding import order
 

@@ -16,11 +16,11 @@ import torch
 from gatedlens import plot
 from gatedlens.address.layers import layer_of
 from gatedlens.attention.layer import implicit_attention
+from gatedlens.cli.outfolder import out_folder
 from gatedlens.data import digits
 from gatedlens.errors import InputError
 from gatedlens.loading import BUNDLED, from_pretrained
 from gatedlens.model.language import HookedLanguageModel
-from gatedlens.outfolder import out_folder
 from gatedlens.plot.page import attention_page
 from gatedlens.result.labelled_tensor import label_of
 from gatedlens.result.rounding import order
@@ -69,7 +69,7 @@ class Report:
 
 @torch.no_grad()
 def run(model_name: str, text: str | None = None, layer: int = -1, out: str | Path = "out") -> Report:
-    """`gatedlens.demo.run("gatedlens/mamba-moby")`: everything that `gatedlens demo` shows, as a Report."""
+    """`gatedlens.cli.demo.run("gatedlens/mamba-moby")`: everything that `gatedlens demo` shows, as a Report."""
     model = from_pretrained(model_name)
     text = default_text(model_name) if text is None else text
     if not isinstance(model, HookedLanguageModel):
@@ -125,7 +125,7 @@ class Comparison:
 
 @torch.no_grad()
 def compare(out: str | Path = "out", seed: int = 3, digit: int = 4) -> Comparison:
-    """`gatedlens.demo.compare()`: one prompt through Mamba, Griffin and RWKV, one handwritten digit through Vision Mamba,
+    """`gatedlens.cli.demo.compare()`: one prompt through Mamba, Griffin and RWKV, one handwritten digit through Vision Mamba,
     and one figure with an implicit attention map of each."""
     folder = out_folder(out)
     figure, axes = plot.panels(2, 3, size=5.2)

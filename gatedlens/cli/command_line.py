@@ -63,7 +63,7 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
     from rich.markup import escape
     from rich.table import Table
 
-    from gatedlens.demo import run
+    from gatedlens.cli.demo import run
     from gatedlens.plot.matrices import label
 
     report = run(args.model, args.text, args.layer, args.out)
@@ -96,7 +96,7 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
 
 def attention(args: argparse.Namespace) -> dict[str, Any]:
     """Draw and save the implicit attention of one layer for a text or an image."""
-    from gatedlens.exhibit import show
+    from gatedlens.cli.attention import show
 
     shown = show(args.model, args.text, args.image, args.layer, args.reduce, args.position, args.out)
     if args.json:
@@ -112,7 +112,7 @@ def attention(args: argparse.Namespace) -> dict[str, Any]:
 
 def patch(args: argparse.Namespace) -> dict[str, Any]:
     """Patch a clean prompt's activations into a corrupted one, one place at a time, and show what restores the answer."""
-    from gatedlens.patching.command import patch as run
+    from gatedlens.cli.patch import patch as run
 
     found = run(
         args.model, args.clean, args.corrupted, args.answer, args.wrong, args.point, args.axes, args.out,
@@ -132,12 +132,12 @@ def patch(args: argparse.Namespace) -> dict[str, Any]:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Measure how faithful attribution methods are on a data set, and write a report; goes on where it was stopped."""
+    from gatedlens.cli.outfolder import out_folder
     from gatedlens.evaluation import evaluate as run
     from gatedlens.evaluation import open_samples
     from gatedlens.evaluation import report_page as report
     from gatedlens.evaluation import run as explainer
     from gatedlens.loading import from_pretrained
-    from gatedlens.outfolder import out_folder
 
     for name in args.methods or ():
         explainer(name)
@@ -160,7 +160,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Show the four architectures side by side, on one prompt and one handwritten digit."""
     from rich.table import Table
 
-    from gatedlens.demo import compare as run
+    from gatedlens.cli.demo import compare as run
 
     found = run(args.out)
     if args.json:
