@@ -6,7 +6,7 @@ WORKERS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-OF_NUMBERS := tests/attribution tests/evaluation tests/circuits tests/patching tests/test_rounding.py
+OF_NUMBERS := tests/attribution tests/evaluation tests/circuits tests/patching tests/result/test_rounding.py
 
 .PHONY: demo test test-cpu test-matrix bench results check catalogue tutorials bundled format clean
 

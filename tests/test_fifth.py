@@ -47,22 +47,22 @@ from tests import (
     test_transformer_lens,
     test_transforms,
 )
+from tests.attention.test_layer import case  # noqa: F401  a fixture
 from tests.attribution import test_attention as test_attribution_by_attention
 from tests.attribution import test_attribution as test_attributions
 from tests.attribution import test_gradients, test_perturbation, test_question, test_relevance
 from tests.circuits import test_attribution, test_circuit, test_edges, test_graph, test_paths
 from tests.circuits.test_circuit import circuit  # noqa: F401  a fixture
+from tests.compat.test_transformer_lens import tuned, tuned_model  # noqa: F401  fixtures
 from tests.conftest import EVERY, ROOT
 from tests.evaluation import test_measurement, test_protocol
 from tests.helpers import example, relative
+from tests.knockout.test_sweeping import kind  # noqa: F401  a fixture
+from tests.model.test_turns import impatient  # noqa: F401  a fixture
+from tests.model.test_watch import own, speaking  # noqa: F401  fixtures
 from tests.patching import test_sweep
 from tests.store import test_harvest, test_reductions
 from tests.test_amplify import speaker  # noqa: F401  a fixture
-from tests.test_attention import case  # noqa: F401  a fixture
-from tests.test_knockout import kind  # noqa: F401  a fixture
-from tests.test_transformer_lens import tuned, tuned_model  # noqa: F401  fixtures
-from tests.test_turns import impatient  # noqa: F401  a fixture
-from tests.test_watch import own, speaking  # noqa: F401  fixtures
 
 FOLDER = ROOT / "tutorials" / "fifth"
 
@@ -131,8 +131,8 @@ GENERAL = [
 ]
 if importlib.util.find_spec("nnsight") is not None:
     from tests import test_nnsight, test_traced
-    from tests.test_nnsight import wrapped  # noqa: F401  a fixture
-    from tests.test_traced import traced  # noqa: F401  a fixture
+    from tests.compat.test_nnsight import wrapped  # noqa: F401  a fixture
+    from tests.compat.test_traced import traced  # noqa: F401  a fixture
 
     GENERAL += [test_nnsight, test_traced]
 if importlib.util.find_spec("captum") is not None:

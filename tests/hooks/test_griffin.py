@@ -18,7 +18,7 @@ from gatedlens.model.hookpoint import rows_of
 from gatedlens.model.padding import Padding
 from gatedlens.model.run import DocumentRun
 from gatedlens.model.state import RecurrentState
-from tests.test_attention import check_views
+from tests.attention.test_layer import check_views
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -475,7 +475,7 @@ def test_implicit_attention_of_a_direction(way):
 @pytest.mark.parametrize("kind", ["v1", "v2", "none"])
 def test_implicit_attention_of_every_kind_and_place_of_the_class_token(kind):
     """o = A x + r, and every view of A is the dense matrix, which is a full one but for kind "none"."""
-    from tests.test_attention import check_views
+    from tests.attention.test_layer import check_views
 
     for cls in CLS.values():
         model = tiny(kind, **cls)

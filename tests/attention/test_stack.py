@@ -8,8 +8,8 @@ import torch
 import gatedlens as gl
 from gatedlens.attention.stack import AttentionStack
 from gatedlens.hooks.mamba import HookedMamba
+from tests.attention.test_layer import cached
 from tests.helpers import example, relative
-from tests.test_attention import cached
 
 
 @pytest.fixture(params=["plain", "state", "right", "holes+state"])

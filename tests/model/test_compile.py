@@ -1,6 +1,6 @@
 """torch.compile: a block that nobody watches is one graph, with the same numbers and gradients, and no loop unrolled.
 
-Each check is a function of tests/compiled.py and runs in a process of its own: the tests' type checker cannot be traced.
+Each check is a function of tests/model/compiled.py and runs in a process of its own: the tests' type checker cannot be traced.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.conftest import EVERY, ROOT
 
 def run(what, name):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.compiled", what, name]
+    command = [sys.executable, "-m", "tests.model.compiled", what, name]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "fine", done.stderr[-3000:]
 

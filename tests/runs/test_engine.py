@@ -9,7 +9,7 @@ from transformer_lens import patching as theirs
 import gatedlens as gl
 from gatedlens import patching
 from gatedlens.result.result import Result
-from tests.patching.test_sweep import QUIET, by_hand, caches, close, metric, pair
+from tests.patching.test_sweeping import QUIET, by_hand, caches, close, metric, pair
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import torch
 
 import gatedlens as gl
 from gatedlens import ablation
+from tests.ablation.test_ablation import fired, same
 from tests.helpers import example
-from tests.test_ablation import fired, same
 
 
 def logits(model, intervention, x):

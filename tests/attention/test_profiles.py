@@ -15,8 +15,8 @@ from gatedlens.hooks.mamba import HookedMamba
 from gatedlens.hooks.vim import HookedViM
 from gatedlens.recurrence.factors import Factors
 from gatedlens.recurrence.pattern_matrix import PatternScan
+from tests.attention.test_layer import cached
 from tests.helpers import example, padded
-from tests.test_attention import cached
 
 
 def literal(weights, places, seen):

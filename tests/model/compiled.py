@@ -1,6 +1,6 @@
 """What test_compile.py runs in a process of its own, where no type checker is wrapped around the functions to compile.
 
-python -m tests.compiled block mamba | model mamba | default mamba
+python -m tests.model.compiled block mamba | model mamba | default mamba
 """
 
 from __future__ import annotations

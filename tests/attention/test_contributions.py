@@ -11,8 +11,8 @@ from gatedlens.hooks.griffin import HookedGriffin
 from gatedlens.hooks.mamba import HookedMamba
 from gatedlens.hooks.rwkv import HookedRWKV
 from gatedlens.hooks.vim import HookedViM
+from tests.attention.test_layer import CASES, VARIANTS, cached
 from tests.helpers import at_real, example, relative
-from tests.test_attention import CASES, VARIANTS, cached
 
 
 def of(cache, variant="all"):
