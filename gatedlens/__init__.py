@@ -13,8 +13,10 @@ Zimerman, Ali and Wolf, "Explaining Modern Gated-Linear RNNs via a Unified Impli
 
 # fmt: off
 # isort: off
-from gatedlens import (ablation, amplify, attribution, circuits, data, evaluation, fused, knockout, lens, metrics, patching, plot, states, steering, store, tasks, tracing)
-from gatedlens.attention import profiles
+from gatedlens import (
+    ablation, amplify, attribution, circuits, data, evaluation, fused, knockout, lens, metrics, patching, plot, profiles,
+    states, steering, store, tasks, tracing,
+)
 # isort: on
 # fmt: on
 from gatedlens.address.names import Alias, Point, View

@@ -23,46 +23,38 @@ import gatedlens as gl
 import gatedlens.hooks
 from gatedlens import catalogue
 from gatedlens.hooks import architectures
-from tests import (
-    test_ablation,
-    test_amplify,
-    test_attention,
-    test_cache,
-    test_circuitsvis,
-    test_components,
-    test_contributions,
-    test_hookpoint,
-    test_knockout,
-    test_language,
-    test_lens,
-    test_logitattribution,
-    test_metrics,
-    test_model,
-    test_points,
-    test_profiles,
-    test_stack,
-    test_states,
-    test_steering,
-    test_tracing,
-    test_transformer_lens,
-    test_transforms,
-)
+from tests import test_amplify, test_metrics, test_steering
+from tests.ablation import test_ablation, test_components
+from tests.address import test_names
+from tests.attention import test_contributions, test_layer, test_profiles, test_stack
 from tests.attention.test_layer import case  # noqa: F401  a fixture
-from tests.attribution import test_attention as test_attribution_by_attention
-from tests.attribution import test_attribution as test_attributions
-from tests.attribution import test_gradients, test_perturbation, test_question, test_relevance
-from tests.circuits import test_attribution, test_circuit, test_edges, test_graph, test_paths
+from tests.attribution import (
+    test_by_attention,
+    test_by_gradients,
+    test_by_perturbation,
+    test_by_relevance,
+    test_question,
+    test_scores,
+)
+from tests.circuits import test_attribution_patching, test_circuit, test_edge_scores, test_graph, test_path_patching
 from tests.circuits.test_circuit import circuit  # noqa: F401  a fixture
+from tests.compat import test_circuitsvis, test_transformer_lens
 from tests.compat.test_transformer_lens import tuned, tuned_model  # noqa: F401  fixtures
 from tests.conftest import EVERY, ROOT
-from tests.evaluation import test_measurement, test_protocol
+from tests.evaluation import test_protocol, test_run
 from tests.helpers import example, relative
+from tests.knockout import test_sweeping as test_knockout
 from tests.knockout.test_sweeping import kind  # noqa: F401  a fixture
+from tests.lens import test_early_logits, test_logit_shares
+from tests.model import test_base, test_cache, test_hookpoint, test_language
 from tests.model.test_turns import impatient  # noqa: F401  a fixture
 from tests.model.test_watch import own, speaking  # noqa: F401  fixtures
-from tests.patching import test_sweep
+from tests.patching import test_sweeping as test_patching
+from tests.recurrence import test_transforms
+from tests.states import test_surgery
 from tests.store import test_harvest, test_reductions
 from tests.test_amplify import speaker  # noqa: F401  a fixture
+from tests.tracing import test_trace
 
 FOLDER = ROOT / "tutorials" / "fifth"
 
@@ -90,53 +82,53 @@ def _language_model(_model):
 # -- every promise --------------------------------------------------------------------------------------------------
 
 GENERAL = [
-    test_attribution,
+    test_attribution_patching,
     test_circuit,
-    test_edges,
+    test_edge_scores,
     test_graph,
-    test_paths,
-    test_model,
+    test_path_patching,
+    test_base,
     test_ablation,
     test_hookpoint,
     test_knockout,
     test_language,
-    test_lens,
-    test_logitattribution,
+    test_early_logits,
+    test_logit_shares,
     test_metrics,
-    test_attention,
+    test_layer,
     test_cache,
     test_components,
     test_circuitsvis,
     test_contributions,
-    test_points,
+    test_names,
     test_profiles,
     test_stack,
-    test_states,
+    test_surgery,
     test_steering,
-    test_tracing,
-    test_sweep,
+    test_trace,
+    test_patching,
     test_transformer_lens,
     test_harvest,
     test_reductions,
-    test_attributions,
-    test_attribution_by_attention,
-    test_gradients,
-    test_perturbation,
+    test_scores,
+    test_by_attention,
+    test_by_gradients,
+    test_by_perturbation,
     test_question,
-    test_relevance,
+    test_by_relevance,
     test_protocol,
-    test_measurement,
+    test_run,
     test_amplify,
     test_transforms,
 ]
 if importlib.util.find_spec("nnsight") is not None:
-    from tests import test_nnsight, test_traced
+    from tests.compat import test_nnsight, test_traced
     from tests.compat.test_nnsight import wrapped  # noqa: F401  a fixture
     from tests.compat.test_traced import traced  # noqa: F401  a fixture
 
     GENERAL += [test_nnsight, test_traced]
 if importlib.util.find_spec("captum") is not None:
-    from tests import test_captum
+    from tests.compat import test_captum
 
     GENERAL.append(test_captum)
 

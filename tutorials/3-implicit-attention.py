@@ -9,7 +9,7 @@
 import torch
 
 import gatedlens as gl
-from gatedlens.attention import profiles
+from gatedlens import profiles
 
 torch.set_grad_enabled(False)
 model = gl.from_pretrained("gatedlens/mamba-recall")

@@ -7,7 +7,8 @@
 
 A_l the implicit attention of layer l, E the mean over channels, y_l the mixer's output after its projection, its gradient
 that of the explained number. The row is that of the position that the prediction is read from: the last real token, the
-class token. HA (arXiv 2403.01590), sec. 3.4; UIA (arXiv 2405.16504), sec. 3.4. The options that all three have: `attention_options.py`.
+class token. HA (arXiv 2403.01590), sec. 3.4; UIA (arXiv 2405.16504), sec. 3.4. The options that all three
+have: `attention_options.py`.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     gl.attribution.lrp(model, "The cat sat on the mat")
     gl.attribution.lrp(model, tokens, target=(7, 3)).facts["remainder"]     # what biases got, one number a row
 
-scores[j] = sum over d of x_j[d] * (d number / d x_j[d]) with the gradient of `relevance_rules.py`, x the embedded tokens (or an image's
-pixels, through their patches). Relevance is conserved: scores and remainder sum to the number that is explained, where the
-remainder is what additive constants get (biases; for images also positions, the class token). For a logit or a difference
-of logits; another metric's relevance sums to gradient x logits.
+scores[j] = sum over d of x_j[d] * (d number / d x_j[d]) with the gradient of `relevance_rules.py`, x the embedded tokens
+(or an image's pixels, through their patches). Relevance is conserved: scores and remainder sum to the number that is
+explained, where the remainder is what additive constants get (biases; for images also positions, the class token). For a
+logit or a difference of logits; another metric's relevance sums to gradient x logits.
 
 Seen from a layer's implicit attention A: what x passes on through the scan is x . A^T g / 2, g the gradient at the layer's
 o, since half of it goes to the gate (x . A^T g where the gate is a sigmoid, as in RWKV, and in attention layers).

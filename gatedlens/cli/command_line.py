@@ -365,7 +365,3 @@ def _let_go_of_stdout() -> None:
     """Else Python would try to write the rest when it ends, and complain."""
     with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,7 +1,7 @@
 """The bridge: our hook points for users of TransformerLens's TransformerBridge.
 
-    import gatedlens.compat.transformer_bridge
-    gatedlens.compat.transformer_bridge.register()                                    # opt-in; `unregister()` undoes it
+    import gatedlens.bridge
+    gatedlens.bridge.register()                                    # opt-in; `unregister()` undoes it
     bridge = TransformerBridge.boot_transformers("state-spaces/mamba-130m-hf")
     logits, cache = bridge.run_with_cache("Call me", names_filter="blocks.3.mixer.hook_decay")
     bridge.gated                                                   # the HookedMamba inside, and all that takes one

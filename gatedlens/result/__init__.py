@@ -10,7 +10,21 @@ from gatedlens.result.rounding import BITS, NOISE, STEP, figures, levels, moved,
 
 # fmt: off
 __all__ = [
-    "BITS", "Function", "KEEP", "LabelledTensor", "NOISE", "Result", "STEP", "figures", "label_of", "labelled", "levels",
-    "moved", "noise", "order", "total", "with_label",
+    "BITS",
+    "KEEP",
+    "NOISE",
+    "STEP",
+    "Function",
+    "LabelledTensor",
+    "Result",
+    "figures",
+    "label_of",
+    "labelled",
+    "levels",
+    "moved",
+    "noise",
+    "order",
+    "total",
+    "with_label",
 ]
 # fmt: on

@@ -24,7 +24,8 @@ from gatedlens.store.disk.layout import Layout
 #
 # Each is three functions: `of` a batch of entries [n, ...], `merge` of two parts, `result`. A part is a dict of tensors, so
 # parts of batches, machines or corpora are put together in any way. Sums are never squared before they are centred
-# (Chan, Golub and LeVeque 1979; third and fourth moments: Pébay 2008, eq. 2.1): a mean of 1e6 with a deviation of 1 is no trouble.
+# (Chan, Golub and LeVeque 1979; third and fourth moments: Pébay 2008, eq. 2.1): a mean of 1e6 with a deviation of 1 is no
+# trouble.
 #
 # n entries, mean, M2 = sum (x - mean)^2, M3, M4 likewise, C = sum (x - mean)(x - mean)^T; float64 throughout.
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gatedlens as gl
-from gatedlens.attention import profiles
+from gatedlens import profiles
 from gatedlens.hooks.griffin import HookedGriffin
 from gatedlens.hooks.mamba import HookedMamba
 from gatedlens.hooks.vim import HookedViM

@@ -294,7 +294,9 @@ def test_every_wrong_argument_is_one_line(name, files, capsys):
 
 
 def test_json_has_no_nan(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "models", lambda args: {"a": float("nan"), "b": [float("inf"), 1.5], "c": Path("x")})
+    monkeypatch.setattr(
+        "gatedlens.cli.command_line.models", lambda args: {"a": float("nan"), "b": [float("inf"), 1.5], "c": Path("x")}
+    )
     assert cli.main(["models", "--json"]) == 0
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"a": None, "b": [None, 1.5], "c": "x"}
 

@@ -19,9 +19,7 @@ TOKENS = torch.tensor([[67, 97, 108, 108, 32, 109], [101, 46, 32, 73, 115, 104]]
 
 @pytest.fixture(scope="module")
 def registered():
-    assert ArchitectureAdapterFactory._adapters == SUPPORTED_ARCHITECTURES, (
-        "importing gatedlens.compat.transformer_bridge registered it"
-    )
+    assert ArchitectureAdapterFactory._adapters == SUPPORTED_ARCHITECTURES, "importing gatedlens.bridge registered it"
     bridging.register()
     yield
     bridging.unregister()
