@@ -20,8 +20,7 @@ from typing import Any
 import torch
 
 import gatedlens as gl
-from gatedlens.evaluation import Estimate, Evaluation, ScoreTable, evaluate
-from gatedlens.evaluation import bootstrap as estimate
+from gatedlens.evaluation import Estimate, Evaluation, ScoreTable, estimate, evaluate
 from gatedlens.evaluation.protocol import PROTOCOLS
 from gatedlens.evaluation.table import cell
 

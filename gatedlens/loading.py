@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from gatedlens.errors import CheckpointError, did_you_mean
 from gatedlens.hooks import architectures
 from gatedlens.model import checkpoint, fields, placement
-from gatedlens.model import config as dtypes
 from gatedlens.model import tokenizer as tokenizers
 from gatedlens.model.base import HookedModel
 from gatedlens.model.checkpoint import about, reading
+from gatedlens.model.config import dtype_of
 from gatedlens.model.watch import check_plain
 from gatedlens.options import checked
 
@@ -173,7 +173,7 @@ def from_pretrained(
     if device is not None and hub.get("device_map") is not None:
         raise CheckpointError(f"device={device!r} and device_map={hub['device_map']!r}: give one of the two.")
     hub = _heard({"revision": revision, **hub} if revision is not None else hub)
-    dtype, device = dtypes.of(dtype, CheckpointError), _device(device)
+    dtype, device = dtype_of(dtype, CheckpointError), _device(device)
     name, path = str(name_or_path), Path(name_or_path).expanduser()
     file = _one_file(path)
     with about(name):

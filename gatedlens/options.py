@@ -31,7 +31,9 @@ R = TypeVar("R")
 
 def is_whole(value: Any) -> bool:
     """Whether it is one whole number: an int, numpy's or a tensor of one too, and no bool."""
-    if isinstance(value, bool) or getattr(value, "ndim", 0) or getattr(value, "dtype", None) == torch.bool:
+    if isinstance(value, bool):
+        return False
+    if getattr(value, "ndim", 0) or getattr(value, "dtype", None) == torch.bool:  # an array of one is no number
         return False
     try:
         operator.index(value)

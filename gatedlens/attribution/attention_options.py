@@ -24,7 +24,7 @@ from gatedlens.address.layers import START, layer_of
 from gatedlens.attention.layer import PAPERS, ImplicitAttention, implicit_attention
 from gatedlens.attention.stack import AttentionStack
 from gatedlens.attribution import channels as channels_
-from gatedlens.attribution import official_code as official
+from gatedlens.attribution import official_code
 from gatedlens.attribution.question import Question
 from gatedlens.attribution.scores import Attribution
 from gatedlens.errors import InputError, did_you_mean
@@ -45,7 +45,7 @@ class Reading:
     channels: str
     sign: str
     own: bool
-    steps: official.Steps | None
+    steps: official_code.Steps | None
 
     @staticmethod
     def of(
@@ -73,13 +73,13 @@ class Reading:
         if mode == "official" and told:
             raise InputError(f"mode='official' has its own steps: {' and '.join(told)} would be ignored.")
         is_official = mode == "official"
-        default = official.start(question.model.cfg.n_layers) if is_official else 0
+        default = official_code.start(question.model.cfg.n_layers) if is_official else 0
         stack = _operators(question, layers, start_layer, default)
         if isinstance(factors, str):
             stack = stack if factors == "all" else stack.paper(factors)
         else:
             stack, factors = stack.only(*factors), list(factors)
-        steps = official.steps(factors) if is_official else None
+        steps = official_code.steps(factors) if is_official else None
         return Reading(question, stack, factors, channels, sign, own and not is_official, steps)
 
     @property
@@ -107,7 +107,7 @@ class Reading:
 
     def official_row(self, attention: ImplicitAttention) -> Float[Tensor, "batch src channel"]:
         assert self.steps is not None
-        return official.official_rows(attention, self.read, self.question.own, self.steps)
+        return official_code.official_rows(attention, self.read, self.question.own, self.steps)
 
     # -- the end -------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatedlens.attribution import official_code as official
+from gatedlens.attribution import official_code
 from gatedlens.attribution.attention_options import Reading, through
 from gatedlens.attribution.question import Question
 from gatedlens.attribution.scores import Attribution
@@ -58,7 +58,7 @@ def raw_attention(
     if reading.steps is None:
         rows = [reading.row(A) for A in reading.stack]
     else:
-        rows = [official.minmax(reading.official_row(A), question.real).mean(-1) for A in reading.stack]
+        rows = [official_code.minmax(reading.official_row(A), question.real).mean(-1) for A in reading.stack]
     return reading.answer(torch.stack(rows).mean(0), "raw_attention", "attention")
 
 
@@ -90,7 +90,7 @@ def rollout(
         for A in reversed(list(reading.stack)):
             q = q + reading.back(q, A)
     else:
-        q = official.broadcast_rollout([reading.official_row(A).mean(-1) for A in reading.stack])
+        q = official_code.broadcast_rollout([reading.official_row(A).mean(-1) for A in reading.stack])
     return reading.answer(q, "rollout", "attention rollout")
 
 
@@ -137,9 +137,9 @@ def gradient_attention(
             weight = mean.unsqueeze(2 if end == "dst" else 1)
             q = q + through(q, (weight * reading.matrix(A)).clamp(min=0))
     else:
-        q = official.broadcast_rollout(
+        q = official_code.broadcast_rollout(
             [
-                official.weighted_row(reading.official_row(A), g, reading.steps, question.real)
+                official_code.weighted_row(reading.official_row(A), g, reading.steps, question.real)
                 for g, A in zip(gradients, reading.stack, strict=True)
             ]
         )

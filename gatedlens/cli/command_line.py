@@ -134,9 +134,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Measure how faithful attribution methods are on a data set, and write a report; goes on where it was stopped."""
     from gatedlens.cli.outfolder import out_folder
     from gatedlens.evaluation import evaluate as run
-    from gatedlens.evaluation import open_samples
-    from gatedlens.evaluation import report_page as report
-    from gatedlens.evaluation import run as explainer
+    from gatedlens.evaluation import explainer, open_samples, report
     from gatedlens.loading import from_pretrained
 
     for name in args.methods or ():

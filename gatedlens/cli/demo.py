@@ -21,6 +21,7 @@ from gatedlens.data import digits
 from gatedlens.errors import InputError
 from gatedlens.loading import BUNDLED, from_pretrained
 from gatedlens.model.language import HookedLanguageModel
+from gatedlens.plot.matrices import plain
 from gatedlens.plot.page import attention_page
 from gatedlens.result.labelled_tensor import label_of
 from gatedlens.result.rounding import order
@@ -159,7 +160,7 @@ def compare(out: str | Path = "out", seed: int = 3, digit: int = 4) -> Compariso
     where = "where the class token looks" if grid.cls else "where the positions look"
     plot.over_image(read, image[0], grid, title=where, value=label_of(attended), ax=axes[1][2])
     path = folder / "four-architectures.png"
-    plot.plain(figure.suptitle(f"Implicit attention, four architectures. Prompt: {' '.join(tokens[1:])}"))
+    plain(figure.suptitle(f"Implicit attention, four architectures. Prompt: {' '.join(tokens[1:])}"))
     figure.savefig(path, dpi=100)
     return Comparison(
         " ".join(tokens[1:]), recalled, (label, guess, float(probabilities[guess]), A.check().relative), path

@@ -20,14 +20,14 @@ from gatedlens.cli.outfolder import out_folder
 from gatedlens.errors import InputError, PointError, did_you_mean
 from gatedlens.loading import from_pretrained
 from gatedlens.model.language import HookedLanguageModel
-from gatedlens.patching import transformer_lens as family
+from gatedlens.patching import transformer_lens
 from gatedlens.patching.sweeping import carried, copied, sweep
 from gatedlens.result.result import Result
 
 WORDS = {
     name.removeprefix("get_act_patch_"): kind.points
-    for name, kind in vars(family).items()
-    if isinstance(kind, family.Kind)
+    for name, kind in vars(transformer_lens).items()
+    if isinstance(kind, transformer_lens.Kind)
 }
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.evaluation import removal as nothing_
+from gatedlens.evaluation import removal
 from gatedlens.metrics import at_position
 from gatedlens.model.base import HookedModel
 from gatedlens.model.hooking import Batch
@@ -60,10 +60,10 @@ class Case:
         batch, _ = model.prepare(input, attention_mask=attention_mask)
         value = batch.value
         if model.grid is None:
-            token, said = nothing_.of_tokens(model, nothing)
+            token, said = removal.of_tokens(model, nothing)
             flat, empty = value.unsqueeze(1), torch.full_like(value[:1], token).unsqueeze(1)
         else:
-            pixels, said = nothing_.of_pixels(model, value, nothing)
+            pixels, said = removal.of_pixels(model, value, nothing)
             flat, empty = value.flatten(2), pixels.flatten(2)
         free = _free(model, batch, flat.shape[-1], keep)
         chosen = None if among is None else _choices(model, among, len(flat))

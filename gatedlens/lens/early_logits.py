@@ -106,9 +106,9 @@ class LogitLens:
     @checked
     def plot(self, row: int = 0, ax: Any = None) -> Any:
         """A matplotlib Figure: the likeliest token in each cell, coloured by its probability."""
-        from gatedlens.plot import results as figures
+        from gatedlens.plot import results
 
-        return figures.words(self.top(row), self.words(row), ax)
+        return results.words(self.top(row), self.words(row), ax)
 
     def _real(self, row: int) -> Bool[Tensor, " pos"]:
         rows, length = self.resid[0].shape[:2]

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gatedlens.errors import CheckpointError, GatedlensError
-from gatedlens.model import config as dtypes
+from gatedlens.model.config import FLOATS, dtype_name
 
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")  # what says where to look
 INDEX = ".index.json"
@@ -225,8 +225,8 @@ def unpacked(path: Path, loaded: Any) -> tuple[dict[str, Tensor], dict[str, Any]
 
 def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
     """CheckpointError unless the file holds every number of `tensor`, and they are floats."""
-    if tensor.dtype not in dtypes.FLOATS:
-        raise _no_weight(path, name, dtypes.name(tensor.dtype))
+    if tensor.dtype not in FLOATS:
+        raise _no_weight(path, name, dtype_name(tensor.dtype))
     if tensor.layout != torch.strided or tensor.is_meta:
         raise CheckpointError(f"{path}: {name} is {tensor.layout} on {tensor.device}; expected is a dense tensor.")
     held = tensor.untyped_storage().nbytes()
@@ -238,7 +238,7 @@ def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
 
 
 def _no_weight(path: Path, name: str, dtype: str) -> CheckpointError:
-    floats = ", ".join(dtypes.name(one) for one in dtypes.FLOATS)
+    floats = ", ".join(dtype_name(one) for one in FLOATS)
     return CheckpointError(f"{path}: {name} is {dtype}; expected are floats ({floats}): quantised weights do not load.")
 
 

@@ -1,4 +1,8 @@
-"""Dtypes, however they are written: `of("bfloat16")`, `of("torch.bfloat16")`, `of(torch.bfloat16)`; None stays None."""
+"""HookedConfig: TransformerLens's words for a model's sizes, which each architecture extends with its own; and dtypes.
+
+model.cfg.d_model, model.cfg.sizes["channel"], model.cfg.to_dict()
+dtype_of("bfloat16"), dtype_of("torch.bfloat16"), dtype_of(torch.bfloat16); None stays None
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,6 @@ from typing import Any
 import torch
 
 from gatedlens.errors import GatedlensError, InputError
-
-# HookedConfig: TransformerLens's words for a model's sizes, which each architecture extends with its own.
 
 
 @dataclass(kw_only=True)
@@ -59,17 +61,17 @@ class HookedConfig:
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def of(dtype: Any, error: type[GatedlensError] = InputError) -> torch.dtype | None:
+def dtype_of(dtype: Any, error: type[GatedlensError] = InputError) -> torch.dtype | None:
     """The floating dtype; `error` for anything else."""
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if found is not None and found in FLOATS:
         return found
     if dtype is None:
         return None
-    names = ", ".join(name(one) for one in FLOATS)
+    names = ", ".join(dtype_name(one) for one in FLOATS)
     raise error(f"dtype={dtype!r}: it is {names} (a name or a torch.dtype), or None for what is there.")
 
 
-def name(dtype: torch.dtype) -> str:
-    """`name(torch.float16)`: "float16"."""
+def dtype_name(dtype: torch.dtype) -> str:
+    """`dtype_name(torch.float16)`: "float16"."""
     return str(dtype).removeprefix("torch.")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gatedlens.address.names import Point
 from gatedlens.errors import InputError
 from gatedlens.model import placement
-from gatedlens.model import text as tokens_
+from gatedlens.model import text as text_
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Output, check_return_type
 from gatedlens.model.generation import generate
@@ -133,7 +133,7 @@ class HookedLanguageModel(HookedModel):
             "start_at_layer": start_at_layer,
             **options,
         }
-        input, attention_mask = tokens_.encoded(input, input_ids, attention_mask, token_type_ids)
+        input, attention_mask = text_.encoded(input, input_ids, attention_mask, token_type_ids)
         if isinstance(input, Batch):
             return input, rest
         if start_at_layer is not None:
@@ -146,7 +146,7 @@ class HookedLanguageModel(HookedModel):
             value, mask = self._tokenize(input, prepend_bos, padding_side)
             is_resid = False
         if attention_mask is not None:
-            given = tokens_.check_mask(attention_mask, (value.shape[0], value.shape[1])).to(value.device)
+            given = text_.check_mask(attention_mask, (value.shape[0], value.shape[1])).to(value.device)
             mask = given if mask is None else given & mask
         return Batch(value, mask, is_resid), rest
 
@@ -161,7 +161,7 @@ class HookedLanguageModel(HookedModel):
     ) -> None:
         """Refuse options that the others would make vain: nothing is silently ignored."""
         check_return_type(return_type)
-        if side is not None and side not in tokens_.SIDES:
+        if side is not None and side not in text_.SIDES:
             raise InputError(f"padding_side={side!r}: it is 'left' or 'right'.")
         if options.get("stop_at_layer") is not None and return_type in ("loss", "both"):
             raise InputError(f"return_type={return_type!r} with stop_at_layer: a run that stops has no logits.")
@@ -217,7 +217,7 @@ class HookedLanguageModel(HookedModel):
         with self._carrying(run):
             if batch.is_resid:
                 known = self.embedding.weight.shape[0]
-                tokens = None if tokens is None else tokens_.check(torch.as_tensor(tokens), known)
+                tokens = None if tokens is None else text_.check(torch.as_tensor(tokens), known)
                 if tokens is not None and tokens.shape != batch.value.shape[:2]:
                     raise InputError(
                         f"tokens have shape {list(tokens.shape)}; the stream is {list(batch.value.shape[:2])}."
@@ -329,7 +329,7 @@ class HookedLanguageModel(HookedModel):
         with is its maker's default, the right nearly always, and counts for nothing.
         """
         self.tokenizer = tokenizer = tokenizer_of(tokenizer)
-        tokens_.forget_side(tokenizer)
+        text_.forget_side(tokenizer)
         self.cfg.tokenizer_name = None if tokenizer is None else (getattr(tokenizer, "name_or_path", "") or None)
         self.cfg.default_prepend_bos = tokenizer is not None and tokenizer.bos_token_id is not None
 
@@ -350,14 +350,14 @@ class HookedLanguageModel(HookedModel):
             tokenizer = self._need_tokenizer("Text")
             texts = [input] if isinstance(input, str) else list(input)
             bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
-            rows = [tokens_.encode(tokenizer, text, bos) for text in texts]
+            rows = [text_.encode(tokenizer, text, bos) for text in texts]
             for text, row in zip(texts, rows, strict=True):
                 if not row:
                     raise InputError(f"The text {text!r} has no tokens; give at least one (or prepend_bos=True).")
             pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-            side = side or tokens_.side_of(tokenizer) or self.cfg.default_padding_side
-            tokens, mask = tokens_.pad(rows, side, pad_id)
-            tokens = tokens_.check(tokens, self.embedding.weight.shape[0])
+            side = side or text_.side_of(tokenizer) or self.cfg.default_padding_side
+            tokens, mask = text_.pad(rows, side, pad_id)
+            tokens = text_.check(tokens, self.embedding.weight.shape[0])
             return tokens.to(device), None if bool(mask.all()) else mask.to(device)
         try:
             ids = torch.as_tensor(input)
@@ -365,7 +365,7 @@ class HookedLanguageModel(HookedModel):
             raise InputError(
                 f"The input is {type(input).__name__}, and neither text nor a rectangle of token ids: {error}."
             ) from error
-        ids = tokens_.check(ids, self.embedding.weight.shape[0]).to(device)
+        ids = text_.check(ids, self.embedding.weight.shape[0]).to(device)
         if prepend_bos:
             bos_id = self._need_tokenizer("prepend_bos=True").bos_token_id
             ids = torch.cat([torch.full_like(ids[:, :1], bos_id), ids], dim=1)
@@ -421,7 +421,7 @@ class HookedLanguageModel(HookedModel):
 
     def to_single_token(self, text: str) -> int:
         """The id of a text that is exactly one token."""
-        ids = tokens_.encode(self._need_tokenizer("to_single_token"), text, prepend_bos=False)
+        ids = text_.encode(self._need_tokenizer("to_single_token"), text, prepend_bos=False)
         if len(ids) != 1:
             raise InputError(f"{text!r} is {len(ids)} tokens ({ids}), not one.")
         return ids[0]

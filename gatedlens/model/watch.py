@@ -23,7 +23,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from gatedlens.errors import CheckpointError
-from gatedlens.model import config as dtypes
+from gatedlens.model.config import FLOATS, dtype_name
 
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)  # the leaves whose weights are read
 NORMS = (nn.RMSNorm, nn.LayerNorm)  # whose mathematics is known, whatever norm they stand for
@@ -103,9 +103,9 @@ def check_plain(wrapped: nn.Module) -> None:
                 f"{path} is a {type(module).__name__}, whose forward is its own; gatedlens reads its weight alone. {MERGE}"
             )
     for path, parameter in wrapped.named_parameters():
-        if parameter.dtype not in dtypes.FLOATS:
-            floats = ", ".join(map(dtypes.name, dtypes.FLOATS))
-            raise CheckpointError(f"{path} is {dtypes.name(parameter.dtype)}; expected are floats ({floats}). {MERGE}")
+        if parameter.dtype not in FLOATS:
+            floats = ", ".join(map(dtype_name, FLOATS))
+            raise CheckpointError(f"{path} is {dtype_name(parameter.dtype)}; expected are floats ({floats}). {MERGE}")
 
 
 def _is_own(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gatedlens.recurrence import convolution as documents
+from gatedlens.recurrence import convolution
 from gatedlens.recurrence.factors import NAMES, Factors
 
 
@@ -136,7 +136,7 @@ class Branch:
     def _within(self, matrix: Float[Tensor, "batch some dst src"]) -> Float[Tensor, "batch some dst src"]:
         """The matrix without its entries between documents."""
         document = self.factors.document
-        return matrix if document is None else documents.within(matrix, document)
+        return matrix if document is None else convolution.within(matrix, document)
 
 
 class AheadBranch(Branch):
@@ -187,7 +187,7 @@ def _later(matrix: Tensor, k: int) -> Tensor:
 def _conv(x: Tensor, taps: Tensor, document: Tensor | None) -> Tensor:
     """M x: the causal depthwise convolution without bias."""
     if document is not None:
-        return documents.conv(x, taps, document)
+        return convolution.conv(x, taps, document)
     width = taps.shape[1]
     return F.conv1d(F.pad(x.mT, (width - 1, 0)), taps.unsqueeze(1), groups=taps.shape[0]).mT
 
@@ -195,6 +195,6 @@ def _conv(x: Tensor, taps: Tensor, document: Tensor | None) -> Tensor:
 def _conv_transposed(g: Tensor, taps: Tensor, document: Tensor | None) -> Tensor:
     """M^T g."""
     if document is not None:
-        return documents.conv_transposed(g, taps, document)
+        return convolution.conv_transposed(g, taps, document)
     width = taps.shape[1]
     return F.conv1d(F.pad(g.mT, (0, width - 1)), taps.flip(1).unsqueeze(1), groups=taps.shape[0]).mT

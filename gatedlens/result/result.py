@@ -213,9 +213,9 @@ class Result(Tensorlike):
 
     def plot(self, ax: Any = None) -> Any:
         """A matplotlib Figure: bars for one axis, a heat map for two, one heat map an entry of the first for three."""
-        from gatedlens.plot import results as figures
+        from gatedlens.plot import results
 
-        return figures.result(self, ax)
+        return results.result(self, ax)
 
     def __repr__(self) -> str:
         axes = ", ".join(f"{axis} {size}" for axis, size in zip(self.axes, self.values.shape, strict=True))

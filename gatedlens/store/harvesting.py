@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from gatedlens.address.names import NamesFilter
 from gatedlens.errors import InputError, StoreError
-from gatedlens.model import config as dtypes
+from gatedlens.model.config import dtype_name, dtype_of
 from gatedlens.options import checked
 from gatedlens.store.corpus.batches import Batches, Rows
 from gatedlens.store.corpus.sources import read
@@ -103,7 +103,7 @@ def harvest(
 
     Raises TooLargeError if the disk lacks room, StoreError if the folder is in use, or holds another harvest.
     """
-    kept, reductions = dtypes.of(dtype), () if reduce is None else chosen(reduce)
+    kept, reductions = dtype_of(dtype), () if reduce is None else chosen(reduce)
     if not isinstance(shard_bytes, int) or shard_bytes < 1:
         raise InputError(f"shard_bytes={shard_bytes!r}: it is a number of bytes, at least 1.")
     batches = Batches(read(dataset, model, field), model, batch_size, context, max_tokens, positions)
@@ -116,7 +116,7 @@ def harvest(
         "context": context,
         "max_tokens": max_tokens,
         "positions": positions,
-        "dtype": None if kept is None else dtypes.name(kept),
+        "dtype": None if kept is None else dtype_name(kept),
         "reduce": [reduction.name for reduction in reductions] or None,
         "field": field,
         "shard_bytes": shard_bytes,
@@ -173,7 +173,7 @@ def estimate(
 ) -> Estimate:
     """How many tokens and bytes the same call of `harvest` would take, and what the disk of `out` has; runs one token."""
     batches = Batches(read(dataset, model, field), model, batch_size, context, max_tokens, positions)
-    layouts = plan(batches, names, dtypes.of(dtype))
+    layouts = plan(batches, names, dtype_of(dtype))
     return estimate_of(batches, layouts, () if reduce is None else chosen(reduce), Path(out).expanduser())
 
 

@@ -9,7 +9,7 @@ import torch
 
 import gatedlens as gl
 from gatedlens import attribution
-from gatedlens.attribution import official_code as official
+from gatedlens.attribution import official_code
 from gatedlens.hooks.mamba import HookedMamba
 from gatedlens.hooks.vim import HookedViM
 from gatedlens.recurrence.decay_matrix import DecayScan
@@ -175,10 +175,10 @@ def test_the_rows_of_the_papers_code_step_by_step(bimamba_type):
                     decay = decay * torch.exp(dt[:, order[k], :, None] * factors.scan.rate)
                 step = dt[:, order[j], :, None] * B[:, order[j], None]
                 hidden[:, order[j]] += (decay * step * C[:, cls, None]).sum(-1)
-        got = official.official_rows(A.paper("hidden"), read, read > 0, official.HIDDEN)
+        got = official_code.official_rows(A.paper("hidden"), read, read > 0, official_code.HIDDEN)
         assert torch.allclose(got, hidden, atol=1e-13)
         unified = A.paper("unified").row(cls).mT / A.branches[0].scale
-        got = official.official_rows(A.paper("unified"), read, read > 0, official.UNIFIED)
+        got = official_code.official_rows(A.paper("unified"), read, read > 0, official_code.UNIFIED)
         assert torch.allclose(got, unified, atol=1e-13)
 
 
@@ -258,7 +258,7 @@ def test_the_rollout_of_a_broadcast_row_has_a_closed_form():
     for v in rows:
         step = torch.eye(9, dtype=torch.float64) + v.unsqueeze(1)
         joint = step / step.sum(-1, keepdim=True) @ joint
-    q = official.broadcast_rollout(list(rows))
+    q = official_code.broadcast_rollout(list(rows))
     left = 1 / (1 + rows.sum(-1)).prod(0)  # what I leaves on the diagonal
     for i in range(9):
         want = q + left.unsqueeze(1) * torch.eye(9, dtype=torch.float64)[i]
@@ -267,15 +267,15 @@ def test_the_rollout_of_a_broadcast_row_has_a_closed_form():
 
 def test_constant_maps_and_padding_do_not_divide_by_zero():
     x = torch.tensor([[2.0, 2.0, 2.0], [1.0, 3.0, 9.0]])
-    assert official.minmax(x, None).tolist()[0] == [0, 0, 0]
+    assert official_code.minmax(x, None).tolist()[0] == [0, 0, 0]
     real = torch.tensor([[True, True, True], [True, True, False]])
-    assert official.minmax(x, real)[1].tolist() == [0, 1, 0]
-    channels = official.minmax(x.unsqueeze(-1).expand(-1, -1, 4), real)
+    assert official_code.minmax(x, real)[1].tolist() == [0, 1, 0]
+    channels = official_code.minmax(x.unsqueeze(-1).expand(-1, -1, 4), real)
     assert channels.shape == (2, 3, 4) and torch.isfinite(channels).all()
 
 
 def test_official_layers_begin_at_15_of_24():
-    assert [official.start(n) for n in (24, 2, 3, 12)] == [15, 1, 1, 7]
+    assert [official_code.start(n) for n in (24, 2, 3, 12)] == [15, 1, 1, 7]
     model = HookedViM.tiny(depth=5, dtype=torch.float64)
     found = attribution.gradient_attention(model, example(model), mode="official")
     assert found.layers == (3, 4)

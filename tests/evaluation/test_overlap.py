@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import gatedlens as gl
-from gatedlens.evaluation import bootstrap as estimate
-from gatedlens.evaluation import overlap as segmentation
+from gatedlens.evaluation import estimate, segmentation
 from gatedlens.evaluation.overlap import average_precision, foreground, normalised
 
 

@@ -10,7 +10,7 @@ import torch
 
 import gatedlens as gl
 from gatedlens import attribution, evaluation
-from gatedlens.evaluation import removal as nothing
+from gatedlens.evaluation import removal
 from gatedlens.evaluation.case import Case
 from gatedlens.evaluation.curves import Curve
 from gatedlens.evaluation.protocol import PROTOCOLS
@@ -44,7 +44,7 @@ def by_hand(model, name, input, scores, labels):
             places, given = list(range(input.shape[1] - 1)), scores[b]  # the last token is read from, and stays
         else:
             flat = input[b].flatten(1)
-            empty = nothing.blurred(input)[b].flatten(1) if name == "insertion" else black(model).expand_as(flat)
+            empty = removal.blurred(input)[b].flatten(1) if name == "insertion" else black(model).expand_as(flat)
             height, width = input.shape[2:]
             wide = torch.nn.functional.interpolate(scores[b][None, None], (height, width), mode="bilinear")
             places, given = list(range(flat.shape[1])), wide.flatten()
@@ -259,38 +259,38 @@ def test_on_trained_models_occlusion_beats_chance_and_its_opposite(recall_model)
 
 
 def test_what_is_put_in_a_place(recall_model, moby_model, lm):
-    assert nothing.of_tokens(recall_model, None) == (recall_model.to_single_token("and"), "token 'and'")
-    assert nothing.of_tokens(moby_model, None) == (32, "token ' '")
+    assert removal.of_tokens(recall_model, None) == (recall_model.to_single_token("and"), "token 'and'")
+    assert removal.of_tokens(moby_model, None) == (32, "token ' '")
     with pytest.raises(gl.InputError, match="pass nothing="):
-        nothing.of_tokens(lm, None)
+        removal.of_tokens(lm, None)
     with pytest.raises(gl.InputError, match="is no token"):
-        nothing.of_tokens(lm, 4000)
+        removal.of_tokens(lm, 4000)
     vim = gl.HookedViM.tiny()
     images = torch.rand(2, *vim.image_shape)
-    pixels, _ = nothing.of_pixels(vim, images, None)
+    pixels, _ = removal.of_pixels(vim, images, None)
     mean, std = (torch.tensor(t)[:, None, None] for t in (vim.cfg.image_mean, vim.cfg.image_std))
     assert torch.allclose(pixels * std + mean, torch.zeros(1), atol=1e-6)
-    assert torch.equal(nothing.of_pixels(vim, images, "mean")[0], torch.zeros_like(images[:1]))
-    assert float(nothing.of_pixels(vim, images, 0.25)[0].unique()) == 0.25
-    assert torch.equal(nothing.of_pixels(vim, images, images[1])[0][0], images[1])
+    assert torch.equal(removal.of_pixels(vim, images, "mean")[0], torch.zeros_like(images[:1]))
+    assert float(removal.of_pixels(vim, images, 0.25)[0].unique()) == 0.25
+    assert torch.equal(removal.of_pixels(vim, images, images[1])[0][0], images[1])
     for wrong, message in (
         ("blak", "Did you mean 'black'"),
         (torch.zeros(3, 2, 2), "images are"),
         ([1], "a number for every"),
     ):
         with pytest.raises(gl.InputError, match=message):
-            nothing.of_pixels(vim, images, wrong)
+            removal.of_pixels(vim, images, wrong)
 
 
 def test_the_blur_is_a_gaussian_of_eleven_pixels():
     spot = torch.zeros(1, 1, 31, 31, dtype=torch.float64)
     spot[0, 0, 15, 15] = 1
-    found = nothing.blurred(spot)[0, 0]
+    found = removal.blurred(spot)[0, 0]
     weights = torch.tensor([[math.exp(-(x * x + y * y) / 50) for x in range(-5, 6)] for y in range(-5, 6)])
     assert torch.allclose(found[10:21, 10:21].float(), (weights / weights.sum()).float(), atol=1e-7)
     assert float(found.sum()) == pytest.approx(1) and float(found[9].abs().max()) == 0
     flat = torch.full((1, 2, 4, 5), 0.7, dtype=torch.float64)
-    assert torch.allclose(nothing.blurred(flat), flat)
+    assert torch.allclose(removal.blurred(flat), flat)
 
 
 def test_a_curve_is_a_result(model, tmp_path):

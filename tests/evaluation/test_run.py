@@ -12,9 +12,7 @@ import torch
 
 import gatedlens as gl
 from gatedlens import attribution, evaluation
-from gatedlens.evaluation import Listed, Prompt, Sample, ScoreTable, evaluate
-from gatedlens.evaluation import report_page as report
-from gatedlens.evaluation import run as explainer
+from gatedlens.evaluation import Listed, Prompt, Sample, ScoreTable, evaluate, explainer, report
 from gatedlens.evaluation import run as measurement
 from gatedlens.evaluation.records import LINES, RUN
 from gatedlens.runs.fingerprints import checksum, fingerprint, settings

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import gatedlens as gl
 from gatedlens.errors import CheckpointError, HookError, InputError, PointError
 from gatedlens.hooks.rwkv import INSIDE, HookedRWKV
-from gatedlens.recurrence import wkv_scan as wkv_module
+from gatedlens.recurrence import wkv_scan
 from gatedlens.recurrence.wkv_scan import NOTHING, Carry, OpenWkv, wkv
 
 torch.set_num_threads(1)
@@ -694,8 +694,8 @@ def test_nnsight_reads_and_edits_inside_the_scan():
 
 @pytest.fixture
 def short_segments(monkeypatch):
-    monkeypatch.setattr(wkv_module, "SEGMENT_ELEMENTS", 12)
-    monkeypatch.setattr(wkv_module, "SEGMENT_ELEMENTS_GRAD", 12)
+    monkeypatch.setattr(wkv_scan, "SEGMENT_ELEMENTS", 12)
+    monkeypatch.setattr(wkv_scan, "SEGMENT_ELEMENTS_GRAD", 12)
 
 
 @pytest.mark.parametrize("masked", [False, True])

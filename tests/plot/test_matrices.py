@@ -170,7 +170,7 @@ def save(figure):
 def test_every_sign_stands_for_itself_everywhere(sign, tmp_path):
     """In tokens, titles, labels, axis names, words in cells: nothing is read as mathematics."""
     from gatedlens.evaluation.curves import AXES, Curve
-    from gatedlens.plot import results as figures
+    from gatedlens.plot import results
 
     shown = gl.plot.label(sign)
     tokens, matrix = [*SIGNS[:-1], sign], torch.rand(len(SIGNS), len(SIGNS))
@@ -186,7 +186,7 @@ def test_every_sign_stands_for_itself_everywhere(sign, tmp_path):
         labels = {axis: [sign] * size for axis, size in zip(axes, values.shape, strict=True)}
         found = gl.Result(values, axes, labels, title=shown, value=shown)
         save(found.plot())
-    save(figures.words(gl.Result(matrix[:3, :3], ("a", "b"), title=shown), [[sign] * 3] * 3))
+    save(results.words(gl.Result(matrix[:3, :3], ("a", "b"), title=shown), [[sign] * 3] * 3))
     _, cache = gl.HookedMamba.tiny().run_with_cache([[1, 2, 3]], names_filter="blocks.0.mixer.hook_B")
     save(gl.plot.activation(cache, ("B", 0), tokens[:3]))
     figure = Curve(torch.rand(2, 3), AXES, {"share": [0.1, 0.5, 0.9]}, shown, shown, {"baseline": 0.0}).plot()

@@ -276,12 +276,12 @@ def test_every_file_harmed_in_every_way(model, kind, name, stores, truth, tmp_pa
 
 
 def test_every_tensor_of_the_statistics(stores, truth, tmp_path):
-    from gatedlens.store.disk import statistics_file as statisticsfile
+    from gatedlens.store.disk import statistics_file
 
     folder = tmp_path / "store"
     shutil.copytree(stores["statistics"], folder)
     told = json.loads((folder / "manifest.json").read_text())
-    held = statisticsfile.read_statistics(folder / "statistics.safetensors")
+    held = statistics_file.read_statistics(folder / "statistics.safetensors")
     told["finished"] = None  # under way: no checksum of the whole file is known
     (folder / "manifest.json").write_text(json.dumps({**told, "checksum": manifest.checksum_of(told)}))
     assert same(everything(folder), truth["statistics"])
@@ -294,13 +294,13 @@ def test_every_tensor_of_the_statistics(stores, truth, tmp_path):
                 value.new_zeros(3, 7),
             ):
                 changed = {**part, field: new} if new is not None else {k: v for k, v in part.items() if k != field}
-                statisticsfile.write_statistics(
+                statistics_file.write_statistics(
                     folder / "statistics.safetensors", held._replace(parts={**held.parts, key: changed})
                 )
                 with pytest.raises(gl.StoreError, match=rf"statistics.safetensors is damaged: .*/{field} is"):
                     everything(folder)
     for batches in (0, 1, 9):
-        statisticsfile.write_statistics(folder / "statistics.safetensors", held._replace(batches=batches))
+        statistics_file.write_statistics(folder / "statistics.safetensors", held._replace(batches=batches))
         with pytest.raises(gl.StoreError, match=f"it is of {batches} batches, expected 4"):
             everything(folder)
 

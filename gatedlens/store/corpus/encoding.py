@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.model import text as tokens_
+from gatedlens.model import text as text_
 from gatedlens.model.image import picture
 
 FIELDS = ("ids", "input_ids", "token_ids", "tokens", "text", "image")  # where a record's content is looked for, in turn
@@ -79,7 +79,7 @@ class Tokens:
         if ids.ndim != 1:
             raise InputError(f"{item.where} has shape {list(ids.shape)}; a document's ids are a list, [pos].")
         try:
-            ids = tokens_.check(ids, self.model.cfg.d_vocab)[0]
+            ids = text_.check(ids, self.model.cfg.d_vocab)[0]
         except InputError as error:
             raise InputError(f"{item.where}: {error}") from error
         marked = None if mask is None else _marked(mask, item.where)
@@ -90,7 +90,7 @@ class Tokens:
     def _encode(self, text: str) -> Tensor:
         if not text:
             return torch.empty(0, dtype=torch.long)
-        ids = tokens_.encode(self.model._need_tokenizer("Text"), text, self.model.cfg.default_prepend_bos)
+        ids = text_.encode(self.model._need_tokenizer("Text"), text, self.model.cfg.default_prepend_bos)
         return torch.tensor(ids, dtype=torch.long)
 
 
