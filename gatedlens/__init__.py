@@ -57,3 +57,7 @@ __all__ = [
     "metrics", "patching", "plot", "profiles", "states", "steering", "store", "tasks", "tracing", "wrap",
 ]
 # fmt: on
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

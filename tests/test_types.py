@@ -1,0 +1,25 @@
+"""Types of what a user reaches: an editor completes what a call returns, and a type checker knows what it takes."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from tests.test_docstrings import REACHED
+
+
+def untyped(function: object) -> list[str]:
+    """What of a signature is Any, or says nothing: parameters by name, and "return"."""
+    signature = inspect.signature(inspect.unwrap(function))
+    said = {name: p.annotation for name, p in signature.parameters.items() if name not in ("self", "cls")}
+    if not inspect.isclass(function):
+        said["return"] = signature.return_annotation
+    return [
+        name for name, annotation in said.items() if annotation is inspect.Signature.empty or str(annotation) == "Any"
+    ]
+
+
+@pytest.mark.parametrize("said", [said for said, value in REACHED.items() if not inspect.isclass(value)])
+def test_nothing_that_a_user_reaches_is_any(said):
+    assert not untyped(REACHED[said])
