@@ -45,10 +45,8 @@ def walk(call: Callable[[], Any]) -> Walk:
         if event != "call" or code.co_name.startswith("<") or not code.co_filename.startswith(str(PACKAGE)):
             return
         file = str(Path(code.co_filename).relative_to(PACKAGE))
-        seen.setdefault(
-            (code.co_filename, code.co_firstlineno),
-            (file, code.co_qualname if sys.version_info >= (3, 11) else code.co_name),
-        )
+        name = code.co_qualname if sys.version_info >= (3, 11) else code.co_name
+        seen.setdefault((code.co_filename, code.co_firstlineno), (file, name))
 
     sys.setprofile(visit)
     try:

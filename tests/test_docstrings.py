@@ -1,4 +1,4 @@
-"""`help(...)` is enough: every callable that a user reaches shows a usage that fits its signature, and names parameters that it has.
+"""`help(...)` is enough: every callable that a user reaches shows a usage that fits its signature.
 
 What a user reaches: what `gl.<TAB>` and `gl.word.<TAB>` show, the public methods of these classes, and the doors.
 """
@@ -74,6 +74,14 @@ def usages(said: str, doc: str) -> list[str]:
     return found
 
 
+def tree_of(text: str) -> ast.AST:
+    """A piece of code, parsed; empty where it is none."""
+    try:
+        return ast.parse(text.replace("\n", " "), mode="eval")
+    except SyntaxError:
+        return ast.Module([], [])
+
+
 def fits(call: ast.Call, signature: inspect.Signature) -> bool:
     """Whether the arguments of a call fit; `...` stands for the rest."""
     if any(isinstance(arg, ast.Constant) and arg.value is ... for arg in call.args):
@@ -104,14 +112,7 @@ def wrong(said: str, value: Any) -> str:
     if inspect.isclass(value):
         return ""  # what it is; how it is made or loaded is its methods' matter
     signature = signature_of(said, value)
-    found = usages(said, doc)
-    parsed = []
-    for text in found:
-        try:
-            parsed.append(ast.parse(text.replace("\n", " "), mode="eval").body)
-        except SyntaxError:
-            continue
-    calls = [node for tree in parsed for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    calls = [node for text in usages(said, doc) for node in ast.walk(tree_of(text)) if isinstance(node, ast.Call)]
     name = said.rpartition(".")[2]
     own = [c for c in calls if getattr(c.func, "attr", getattr(c.func, "id", None)) == name]
     if not own:
