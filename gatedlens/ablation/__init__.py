@@ -24,7 +24,8 @@ from gatedlens.ablation.components import (
     slowest,
 )
 from gatedlens.ablation.values import constant, freeze, mean, noise, resample, scale, zero
-from gatedlens.address.entries import Component, Index, Layers, Where
+from gatedlens.address.entries import Component, Index, Where
+from gatedlens.address.layers import Layers
 from gatedlens.model.intervention import Edit, EditStep, Intervention, Step, edit
 
 # fmt: off

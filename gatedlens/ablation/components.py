@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from gatedlens.ablation.average import means
-from gatedlens.address.entries import Component, Layers, Where
+from gatedlens.address.entries import Component, Where
+from gatedlens.address.layers import Layers
 from gatedlens.errors import InputError
 from gatedlens.model.hookpoint import HookPoint
 from gatedlens.model.intervention import Edit, EditStep, Intervention

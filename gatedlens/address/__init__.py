@@ -8,15 +8,15 @@
 Nothing here knows a model's forward; points and names do without torch.
 """
 
-from gatedlens.address.entries import Component, Index, Layers, Where
-from gatedlens.address.layers import layer_of, layers_of
+from gatedlens.address.entries import Component, Index, Where
+from gatedlens.address.layers import Layers, layer_of, layers_of
 from gatedlens.address.names import Alias, Found, Names, NamesFilter, Point, View, block_rows
-from gatedlens.address.positions import columns, listed, mask_of, one_a_row, order
+from gatedlens.address.positions import Positions, columns, listed, mask_of, one_a_row, order
 from gatedlens.address.table import HookTable
 
 # fmt: off
 __all__ = [
-    "Alias", "Component", "Found", "HookTable", "Index", "Layers", "Names", "NamesFilter", "Point", "View", "Where",
+    "Alias", "Component", "Found", "HookTable", "Index", "Layers", "Names", "NamesFilter", "Point", "Positions", "View", "Where",
     "block_rows", "columns", "layer_of", "layers_of", "listed", "mask_of", "one_a_row", "order",
 ]
 # fmt: on

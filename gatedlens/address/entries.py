@@ -11,19 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from gatedlens.address.layers import layers_of
+from gatedlens.address.layers import Layers, layers_of
 from gatedlens.address.names import Point
 from gatedlens.address.positions import mask_of
 from gatedlens.errors import InputError, PointError
 
-Index = int | slice | Sequence[int] | Tensor
-Layers = str | int | slice | Sequence[int] | None
+# What `channel=`, `state=`, any axis takes, or a dict of the parts of a model to these; see `positions.Positions`.
+if TYPE_CHECKING:
+    Index: TypeAlias = int | slice | Sequence[Any] | numpy.ndarray[Any, Any] | Tensor | Mapping[str, Any]
+else:
+    Index = Any
 
 
 @dataclass(frozen=True)

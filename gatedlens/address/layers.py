@@ -10,13 +10,19 @@ from __future__ import annotations
 import fnmatch
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy
 from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.options import is_whole
+
+# What `layers=` takes; see `positions.Positions` for why it is said to type checkers alone.
+if TYPE_CHECKING:
+    Layers: TypeAlias = int | slice | str | Sequence[Any] | numpy.ndarray[Any, Any] | Tensor | None
+else:
+    Layers = Any
 
 ONE = ("layer={!r}", "layer={!r}:")  # how a refusal begins: of what is no number, of what is out of range
 START = ("start_layer={!r}: a whole number is meant; it", "start_layer={!r}:")

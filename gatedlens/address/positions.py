@@ -18,7 +18,7 @@ from __future__ import annotations
 import fnmatch
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy
 import torch
@@ -27,6 +27,12 @@ from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.options import is_whole
+
+# What `pos=` takes. For editors and type checkers: whoever passes something else gets the error of the functions below.
+if TYPE_CHECKING:
+    Positions: TypeAlias = int | slice | str | Sequence[Any] | numpy.ndarray[Any, Any] | Tensor | None
+else:
+    Positions = Any
 
 
 def mask_of(given: Any, what: str, real: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:

@@ -27,7 +27,7 @@ from gatedlens.attribution.target import Target
 from gatedlens.errors import InputError
 from gatedlens.metrics import Logits, per_row
 from gatedlens.model.base import HookedModel
-from gatedlens.model.hooking import Batch
+from gatedlens.model.batch import Batch
 from gatedlens.model.hookpoint import Capture
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.scanning import at_least_float32

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from gatedlens.address.names import NamesFilter
 from gatedlens.errors import InputError, PointError
+from gatedlens.model.batch import Batch
 from gatedlens.model.cache import ActivationCache
-from gatedlens.model.hooking import Batch
 
 try:
     import nnsight

@@ -22,7 +22,7 @@ from gatedlens.errors import InputError
 from gatedlens.evaluation import removal
 from gatedlens.metrics import at_position
 from gatedlens.model.base import HookedModel
-from gatedlens.model.hooking import Batch
+from gatedlens.model.batch import Batch
 from gatedlens.result.result import Result
 from gatedlens.result.rounding import order
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.lens.logit_shares import logit_attribution, token_attribution
-from gatedlens.model.hooking import Batch
+from gatedlens.model.batch import Batch
 from gatedlens.options import checked, is_whole
 from gatedlens.recurrence.autocast import exact
 from gatedlens.result.result import Result

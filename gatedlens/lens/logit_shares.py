@@ -26,8 +26,8 @@ from torch import Tensor
 from gatedlens.address.positions import listed, one_a_row
 from gatedlens.attention.layer import implicit_attention
 from gatedlens.errors import InputError
+from gatedlens.model.batch import Batch
 from gatedlens.model.cache import ActivationCache
-from gatedlens.model.hooking import Batch
 from gatedlens.model.padding import Padding
 from gatedlens.options import checked, tensor_of
 from gatedlens.recurrence.autocast import exact

@@ -25,10 +25,11 @@ from gatedlens.address.names import Alias, Names, Point, View
 from gatedlens.address.table import HookTable
 from gatedlens.errors import CheckpointError, InputError
 from gatedlens.model import placement
+from gatedlens.model.batch import Batch
 from gatedlens.model.block import Norm, Run, norm_rows
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.fields import Field
-from gatedlens.model.hooking import Batch, Hooking
+from gatedlens.model.hooking import Hooking
 from gatedlens.model.hookpoint import HookPoint, rows_of, same
 from gatedlens.model.image import Grid
 from gatedlens.model.padding import Padding

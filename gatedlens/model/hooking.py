@@ -13,7 +13,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from transformer_lens.utilities import Slice
 
 from gatedlens.address.names import Names, NamesFilter
 from gatedlens.errors import InputError, PointError, TooLargeError, in_bytes
+from gatedlens.model.batch import Batch
 from gatedlens.model.cache import ActivationCache, Keep, KeepLive, gradients
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import Capture, HookPoint, Saver
@@ -32,15 +32,6 @@ from gatedlens.options import checked, device_of, is_many
 
 Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
 CACHE_LIMIT = 8 * 2**30  # bytes that run_with_cache takes without being told more
-
-
-@dataclass
-class Batch:
-    """An input made ready: `value` is tokens [batch, pos] (or images), or the residual stream if `is_resid`."""
-
-    value: Tensor
-    mask: Tensor | None = None
-    is_resid: bool = False
 
 
 class Hooking(transformer_lens.HookedRootModule):

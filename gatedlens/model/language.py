@@ -22,9 +22,8 @@ from gatedlens.errors import InputError
 from gatedlens.model import placement
 from gatedlens.model import text as text_
 from gatedlens.model.base import HookedModel
-from gatedlens.model.batch import Output, check_return_type
+from gatedlens.model.batch import Batch, Output, check_return_type
 from gatedlens.model.generation import generate
-from gatedlens.model.hooking import Batch
 from gatedlens.model.padding import Padding
 from gatedlens.model.state import RecurrentState
 from gatedlens.model.tokenizer import tokenizer_of

@@ -32,7 +32,7 @@ from torch import Tensor
 from gatedlens.address import positions
 from gatedlens.errors import InputError
 from gatedlens.metrics import Logits
-from gatedlens.model.hooking import Batch
+from gatedlens.model.batch import Batch
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.padding import Padding
 from gatedlens.model.state import RecurrentState

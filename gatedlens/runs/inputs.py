@@ -16,8 +16,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from gatedlens.errors import InputError
+from gatedlens.model.batch import Batch
 from gatedlens.model.cache import ActivationCache
-from gatedlens.model.hooking import Batch
 
 
 def ready(model: Any, input: Any, **options: Any) -> Batch:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from gatedlens.errors import InputError, PointError
 from gatedlens.metrics import Logits
+from gatedlens.model.batch import Batch
 from gatedlens.model.cache import ActivationCache
-from gatedlens.model.hooking import CACHE_LIMIT, Batch
+from gatedlens.model.hooking import CACHE_LIMIT
 from gatedlens.model.hookpoint import Saver
 from gatedlens.model.padding import Padding
 from gatedlens.runs import inputs

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gatedlens.address.positions import listed, mask_of
 from gatedlens.errors import InputError
-from gatedlens.model.hooking import Batch
+from gatedlens.model.batch import Batch
 from gatedlens.runs import inputs
 
 EMBED = "hook_embed"

@@ -27,7 +27,7 @@ from gatedlens.address.positions import columns as columns_of
 from gatedlens.address.positions import listed, one_a_row
 from gatedlens.errors import InputError, PointError
 from gatedlens.metrics import Logits, Metric
-from gatedlens.model.hooking import Batch
+from gatedlens.model.batch import Batch
 from gatedlens.model.padding import Padding
 from gatedlens.options import checked
 from gatedlens.result.result import Result

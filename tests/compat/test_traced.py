@@ -309,7 +309,7 @@ def test_what_cannot_be_traced_says_so(traced):
 
 def test_images_of_two_sizes_do_not_join():
     from gatedlens.compat.nnsight import join
-    from gatedlens.model.hooking import Batch
+    from gatedlens.model.batch import Batch
 
     with pytest.raises(gl.InputError, match=r"\[1, 3, 8, 8\], \[1, 3, 9, 9\]: only tokens can be padded"):
         join([Batch(torch.zeros(1, 3, 8, 8)), Batch(torch.zeros(1, 3, 9, 9))])

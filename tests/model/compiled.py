@@ -10,7 +10,7 @@ import sys
 import torch
 
 from gatedlens.hooks import architectures
-from gatedlens.model.hooking import Batch
+from gatedlens.model.batch import Batch
 from tests.helpers import example, relative
 
 

@@ -235,7 +235,8 @@ def test_a_result_that_does_not_say_what_it_is_of_is_refused(small, tmp_path):
 # -- stopped from outside -------------------------------------------------------------------------------------------
 
 SWEEP = """
-import sys, time, torch, gatedlens as gl
+import signal, sys, time, torch, gatedlens as gl
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs deaf to it
 from gatedlens.hooks.mamba import HookedMamba
 model = HookedMamba.tiny(seed=0, n_layer=2)
 clean, corrupted = torch.arange(12)[None], torch.arange(12).flip(0)[None]

@@ -30,6 +30,7 @@ from gatedlens.address.names import Point, block_aliases, block_rows
 from gatedlens.errors import CheckpointError
 from gatedlens.hooks.griffin.local_attention import LocalAttention
 from gatedlens.model import fields
+from gatedlens.model.batch import Batch
 from gatedlens.model.block import Mixer, MlpBlock, Norm, Run, mlp_residual_rows, norm_rows
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.fields import (
@@ -46,7 +47,6 @@ from gatedlens.model.fields import (
     one_of,
     table,
 )
-from gatedlens.model.hooking import Batch
 from gatedlens.model.hookpoint import Part, rows_of
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.padding import Padding, windows

@@ -43,10 +43,9 @@ from gatedlens.hooks.vim.checkpoint import (
 )
 from gatedlens.model import fields, placement
 from gatedlens.model.base import HookedModel
-from gatedlens.model.batch import Output, check_return_type
+from gatedlens.model.batch import Batch, Output, check_return_type
 from gatedlens.model.block import Block, Norm, Run, TokenMixing, norm_rows, residual_rows
 from gatedlens.model.config import HookedConfig
-from gatedlens.model.hooking import Batch
 from gatedlens.model.hookpoint import rows_of
 from gatedlens.model.image import IMAGENET_MEAN, IMAGENET_STD, Grid, preprocess, preprocess_mask
 from gatedlens.model.padding import Padding

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.model.hooking import Batch
+from gatedlens.model.batch import Batch
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.store.corpus.corpus import Corpus, Document
 from gatedlens.store.disk.form import is_whole
