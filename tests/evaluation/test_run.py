@@ -317,7 +317,7 @@ def test_the_report_of_a_run_is_one_page(model, tmp_path):
     found = run(model)
     page = report(found, model).save(tmp_path / "r.html").read_text()
     assert "http" not in page and page.count("<polyline") == 2 * sum(
-        len(evaluation.evaluation.MEASURED[p]) for p in found.protocols
+        len(evaluation.result.MEASURED[p]) for p in found.protocols
     )
     assert "rollout:factors=hidden,sign=abs" in page and "nan" not in page.lower().replace("nanmean", "")
     assert "s1: explained is 1" in page
