@@ -10,6 +10,7 @@ import torch
 import gatedlens as gl
 from gatedlens import ablation, knockout
 from gatedlens.hooks import architectures
+from gatedlens.model.batch import Batch
 from tests.helpers import example, padded
 
 LENGTH = 9
@@ -361,7 +362,7 @@ def test_a_cut_in_half_precision_to_rounding(lm):
 def test_a_block_called_by_itself_is_refused(lm):
     resid = lm(example(lm), stop_at_layer=0).detach()
     with knockout.cut(1, 4, layers=0).on(lm), pytest.raises(gl.InputError, match="call the model, not a block"):
-        run_of = lm.begin(gl.hooking.Batch(resid, is_resid=True), None, False)
+        run_of = lm.begin(Batch(resid, is_resid=True), None, False)
         lm.blocks[0](resid, run_of)
 
 

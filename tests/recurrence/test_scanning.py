@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gatedlens import recurrence
 from gatedlens.hooks.mamba import mamba_terms
+from gatedlens.recurrence import scanning
 from gatedlens.recurrence.scanning import linear_scan, readout, scan
 from gatedlens.recurrence.wkv_scan import Carry, wkv
 
@@ -34,8 +34,8 @@ def literal(sequences, A, initial):
 @pytest.fixture(params=[1, 4, 1000], ids=lambda n: f"segments of about {n}")
 def segments(request, monkeypatch):
     """Small segments, so that short inputs cross several."""
-    monkeypatch.setattr(recurrence, "SEGMENT_ELEMENTS", request.param * 12)
-    monkeypatch.setattr(recurrence, "SEGMENT_ELEMENTS_GRAD", request.param * 12)
+    monkeypatch.setattr(scanning, "SEGMENT_ELEMENTS", request.param * 12)
+    monkeypatch.setattr(scanning, "SEGMENT_ELEMENTS_GRAD", request.param * 12)
 
 
 @pytest.mark.parametrize("length", [1, 4, 5, 17])
@@ -160,7 +160,7 @@ def test_only_one_segment_is_alive_at_a_time(monkeypatch):
             sizes.append(out.numel() if isinstance(out, torch.Tensor) else 0)
             return out
 
-    monkeypatch.setattr(recurrence, "SEGMENT_ELEMENTS", 8 * 12)
+    monkeypatch.setattr(scanning, "SEGMENT_ELEMENTS", 8 * 12)
     sequences, A, initial = inputs(64, grad=False)
     with torch.no_grad(), Watch():
         scan(mamba_terms, sequences, (A,), initial)

@@ -11,7 +11,7 @@ from PIL import Image
 
 import gatedlens as gl
 from gatedlens import store as gl_store
-from gatedlens.store import corpus as corpora
+from gatedlens.store.corpus import corpus as corpora
 from gatedlens.store.corpus import sources
 from gatedlens.store.corpus.batches import Batches
 from gatedlens.store.corpus.sources import read

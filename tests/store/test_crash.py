@@ -18,8 +18,7 @@ import torch
 
 import gatedlens as gl
 from gatedlens import store as gl_store
-from gatedlens.store import disk
-from gatedlens.store.disk import journal, shards
+from gatedlens.store.disk import files, journal, shards
 from tests.helpers import example
 
 NAMES = ["blocks.0.hook_mixer_out", "blocks.1.mixer.hook_state", "blocks.0.mixer.hook_dt"]
@@ -87,7 +86,7 @@ def dies_at(n: int):
     patch.setattr(shards, "_write_at", counted(shards._write_at, half_written))
     patch.setattr(journal.Journal, "add", counted(journal.Journal.add, half_a_line))
     for name in ("fsync", "replace"):
-        patch.setattr(disk.os, name, counted(getattr(os, name)))
+        patch.setattr(files.os, name, counted(getattr(os, name)))
     return left
 
 
@@ -181,7 +180,7 @@ def test_damaged_statistics_and_journal_begin_anew_where_they_must(model, corpus
 
 def test_a_second_run_is_refused_and_a_dead_one_blocks_nobody(model, corpus, tmp_path):
     (tmp_path / "out").mkdir()
-    with disk.locked(tmp_path / "out"):
+    with files.locked(tmp_path / "out"):
         with pytest.raises(gl_store.StoreError, match=rf"Another run writes into .*process {os.getpid()}"):
             harvest(model, corpus, tmp_path / "out")
         assert forked(lambda: harvest(model, corpus, tmp_path / "out")) == 3
