@@ -15,6 +15,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from gatedlens.errors import PointError, did_you_mean
@@ -50,8 +51,9 @@ class Point:
         """`mixer` of `mixer.hook_decay`; empty for a point of the block itself."""
         return self.name.rpartition(".")[0]
 
-    @property
+    @cached_property
     def dims(self) -> tuple[str, ...]:
+        """`("batch", "pos", "channel")` of the axes "batch pos channel"."""
         return tuple(self.axes.split())
 
     def axis(self, name: str) -> int:

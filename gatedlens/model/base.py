@@ -207,7 +207,8 @@ class HookedModel(Hooking):
             return
         if not self.watch.unchanged():
             self._make_anew()
-        self.watch.recompute()
+        for module, hook in self.watch.recomputing:  # pruning, weight_norm: `module.weight` is made of other parameters
+            hook(module, ())
 
     def _make_anew(self) -> None:
         """Make the blocks of the wrapped model as it is now, and let ours, with their hooks, read what they read."""
@@ -318,9 +319,12 @@ class HookedModel(Hooking):
         self, resid: Float[Tensor, "batch pos d_model"], run: Run, start: int | None, stop: int | None
     ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream after blocks `start` to `stop` (exclusive; negative ones count from the end)."""
-        chosen = range(self.cfg.n_layers)[self._layer(start, "start_at_layer") : self._layer(stop, "stop_at_layer")]
+        n = self.cfg.n_layers
+        for option, layer in (("start_at_layer", start), ("stop_at_layer", stop)):
+            if layer is not None and not (is_whole(layer) and -n <= layer <= n):
+                raise InputError(f"{option}={layer!r}: {self.cfg.model_name} has {n} layers; give -{n} to {n}.")
         with self._carrying(run):
-            for layer in chosen:
+            for layer in range(n)[start:stop]:
                 block: Any = self.blocks[layer]
                 resid = self.there(block.weights, block, resid, run)
         return resid
@@ -334,15 +338,7 @@ class HookedModel(Hooking):
 
     def there(self, module: nn.Module | list[nn.Module], function: Any, *inputs: Any) -> Any:
         """`function(*inputs)`, where accelerate put the weights of `module` (of a list: their own); or just that."""
-        if placement.is_placed(self.wrapped):
-            return placement.call(module, function, *inputs)
-        return function(*inputs)
-
-    def _layer(self, layer: int | None, option: str) -> int | None:
-        n = self.cfg.n_layers
-        if layer is not None and not (is_whole(layer) and -n <= layer <= n):
-            raise InputError(f"{option}={layer!r}: {self.cfg.model_name} has {n} layers; give -{n} to {n}.")
-        return layer
+        return placement.call(module, function, *inputs) if placement.is_placed(self.wrapped) else function(*inputs)
 
     def begin(
         self,
@@ -354,11 +350,8 @@ class HookedModel(Hooking):
         """The luggage of a call: padding, positions, the state to go on from, and a place for the state to leave."""
         self.follow()
         rows, length = batch.value.shape[0], self.positions(batch)
-        self._check_state(state)
-        if state is not None and state.batch_size != rows:
-            raise InputError(
-                f"The state holds {state.batch_size} rows and the input {rows}: `state.rows([...])` repeats or picks rows."
-            )
+        if state is not None:
+            self._check_state(state, rows)
         padding = Padding.of(batch.mask)
         if position_ids is None:
             place = torch.arange(length, device=batch.value.device).expand(rows, length)
@@ -368,9 +361,7 @@ class HookedModel(Hooking):
             positions = self._check_positions(position_ids, rows, length).to(batch.value.device)
         return Run(positions, padding, state, {} if return_state else None)
 
-    def _check_state(self, state: Any) -> None:
-        if state is None:
-            return
+    def _check_state(self, state: Any, rows: int) -> None:
         if not isinstance(state, RecurrentState):
             raise InputError(
                 f"state is {type(state).__name__}; it must be a RecurrentState, as return_state=True gives."
@@ -380,6 +371,10 @@ class HookedModel(Hooking):
             raise InputError(
                 f"The state is that of a model with {max(layers) + 1} layers ({state.model_name or 'unnamed'}); "
                 f"{self.cfg.model_name} has {self.cfg.n_layers}."
+            )
+        if state.batch_size != rows:
+            raise InputError(
+                f"The state holds {state.batch_size} rows and the input {rows}: `state.rows([...])` repeats or picks rows."
             )
 
     def _check_positions(

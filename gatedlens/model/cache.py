@@ -276,7 +276,8 @@ class Keep(Saver):
 
     def __call__(self, tensor: Tensor, hook: Any) -> None:
         kept = self.trim(tensor.detach(), hook)
-        self.store[hook.name] = kept.to(self.device) if _moves(kept, self.device) else kept.clone()
+        moves = self.device is not None and self.device != kept.device
+        self.store[hook.name] = kept.to(self.device) if moves else kept.clone()
 
 
 class KeepLive:
@@ -291,10 +292,6 @@ class KeepLive:
         leaf = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
         self.live[hook.name] = (leaf, hook)
         return leaf.clone()
-
-
-def _moves(tensor: Tensor, device: Any) -> bool:
-    return device is not None and torch.device(device) != tensor.device
 
 
 def gradients(

@@ -71,9 +71,6 @@ class Hooking(transformer_lens.HookedRootModule):
             asked = [found.asked] if found.asked != found.name else None
             self.hook_dict[found.name].add_hook(hook, dir, is_permanent, level, prepend, asked)
 
-    def _enable_hook(self, name: str | Callable[[str], bool], hook: Callable[..., Any], dir: Any) -> None:
-        self.add_hook(name, hook, dir, level=self.context_level)
-
     def is_hooked(self) -> bool:
         """Whether a hook that may edit is on any point now: what a run does may then depend on its rows and positions."""
         return any(point.hooked() and not point.only_saved() for point in self.hook_dict.values())
@@ -93,11 +90,23 @@ class Hooking(transformer_lens.HookedRootModule):
         for name, hook in _pairs(fwd_hooks, bwd_hooks):
             self.names.hooked(name)
             _check_hook(name, hook)
-        with (
-            self.turns.alone(),
-            super().hooks(list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts) as model,
-        ):
-            yield model
+        with self._level(reset_hooks_end, clear_contexts) as level:
+            for dir, hooks in (("fwd", fwd_hooks), ("bwd", bwd_hooks)):
+                for name, hook in hooks:
+                    self.add_hook(name, hook, dir, level=level)
+            yield self
+
+    @contextmanager
+    def _level(self, reset_hooks_end: bool, clear_contexts: bool) -> Iterator[int]:
+        """The model for this thread alone, and a level to put hooks on: those of it go when the block is left."""
+        with self.turns.alone():
+            self.context_level += 1
+            try:
+                yield self.context_level
+            finally:
+                if reset_hooks_end:
+                    self.reset_hooks(clear_contexts, level=self.context_level)
+                self.context_level -= 1
 
     def reset_hooks(
         self,
@@ -142,7 +151,7 @@ class Hooking(transformer_lens.HookedRootModule):
     ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
         """(store, forward hooks, backward hooks): the hooks that fill `store` when the model runs under them."""
         store = {} if cache is None else cache
-        keep = Keep(store, device, remove_batch_dim, _sliced(pos_slice))
+        keep = Keep(store, device_of(device), remove_batch_dim, _sliced(pos_slice))
         names = dict.fromkeys(name for group in self.names.select(names_filter) for name in group)
         backward: list[Any] = []
         if incl_bwd:
@@ -203,7 +212,9 @@ class Hooking(transformer_lens.HookedRootModule):
         live: dict[str, tuple[Tensor, HookPoint]] = {}
         keep: Any = Keep(store, device, remove_batch_dim, kept)
         hook = KeepLive(keep, live) if incl_bwd else keep
-        with self.hooks([(name, hook) for name in names], (), reset_hooks_end, clear_contexts):
+        with self._level(reset_hooks_end, clear_contexts) as level:
+            for name in names:
+                self.hook_dict[name].add_hook(hook, level=level)
             out = self(batch, **rest)
             if incl_bwd:
                 store |= gradients(_scalar(out), live, lambda g, point: keep.trim(g, point).to(device).clone())
@@ -248,10 +259,11 @@ class Hooking(transformer_lens.HookedRootModule):
 
 def _pairs(*lists: Any) -> list[Any]:
     """The hooks of some lists, each checked to be a (name, hook) pair."""
+    pairs: list[Any] = []
     for hooks in lists:
         if isinstance(hooks, str | Tensor) or not is_many(hooks):
             raise InputError(f"Hooks are a list of pairs [(name, hook), ...]; this is {hooks!r:.80}.")
-    pairs = [pair for hooks in lists for pair in hooks]
+        pairs += hooks
     for pair in pairs:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise InputError(f"Hooks are a list of pairs [(name, hook), ...]; this holds {pair!r}.")

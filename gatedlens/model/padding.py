@@ -41,7 +41,7 @@ class Padding:
 
     def zero(self, x: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos ..."]:
         """`x` with zeros at masked positions."""
-        return self.fill(x, 0.0)
+        return x if self.mask is None else self.fill(x, 0.0)
 
     def fill(self, x: Float[Tensor, "batch pos ..."], value: float) -> Float[Tensor, "batch pos ..."]:
         """`x` with `value` at masked positions, whatever stood there (NaN too)."""

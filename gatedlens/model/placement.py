@@ -39,7 +39,7 @@ def at_hand(module: nn.Module | Sequence[nn.Module]) -> Iterator[None]:
     Of a list of modules, their own weights alone and not what is beneath them.
     """
     with ExitStack() as leaving:
-        for part in _parts(module):
+        for part in module.modules() if isinstance(module, nn.Module) else module:
             hook = _hook(part)
             if hook is not None and any(p.is_meta for p in part.parameters()):  # what is at hand already stays
                 hook.pre_forward(part)
@@ -47,13 +47,9 @@ def at_hand(module: nn.Module | Sequence[nn.Module]) -> Iterator[None]:
         yield
 
 
-def _parts(module: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
-    return list(module.modules()) if isinstance(module, nn.Module) else list(module)
-
-
 def device_of(module: nn.Module | Sequence[nn.Module]) -> torch.device:
     """Where the weights of `module` (of a list: their own) are used; CheckpointError if they are nowhere."""
-    parts = _parts(module)
+    parts = list(module.modules()) if isinstance(module, nn.Module) else list(module)
     first = next(p for part in parts for p in part.parameters(recurse=False))
     if not first.is_meta:
         return first.device

@@ -112,9 +112,9 @@ def check(tokens: Shaped[Tensor, ...], d_vocab: int) -> Int[Tensor, "batch pos"]
         tokens = tokens.unsqueeze(0)
     if tokens.ndim != 2:
         raise InputError(f"Tokens have shape [batch, pos]; these have shape {list(tokens.shape)}.")
-    wrong = (tokens < 0) | (tokens >= d_vocab)
-    if anywhere(wrong):
-        place = tuple(plain(wrong).nonzero()[0].tolist())
+    wrong = plain((tokens < 0) | (tokens >= d_vocab))
+    if wrong.any():
+        place = tuple(wrong.nonzero()[0].tolist())
         row, pos = place[-2:]
         raise InputError(
             f"Token id {int(plain(tokens)[place])} at row {row}, position {pos} is out of range: the model knows ids 0 to "

@@ -52,7 +52,7 @@ class Turns:
         """One forward of this thread; waits while another thread has the model for itself."""
         me = threading.get_ident()
         with self._changed:
-            if not self._calls[me]:
+            if not self._calls[me]:  # a call inside a call never waits
                 self._wait(lambda: self._holder() in (None, me) and not (self._waiting and not self._holds))
             self._calls[me] += 1
             self._moved = time.monotonic()
@@ -74,7 +74,7 @@ class Turns:
             if self._holder() != me:
                 self._waiting.append(me)
                 try:
-                    self._wait(lambda: not self._holds and not self._others(me))
+                    self._wait(lambda: not self._holds and not set(self._calls) - {me})  # nobody has it, nobody runs it
                 finally:
                     self._waiting.remove(me)
                     self._changed.notify_all()
@@ -99,10 +99,6 @@ class Turns:
 
     def _holder(self) -> int | None:
         return next((thread.ident for thread in self._holds.values()), None)
-
-    def _others(self, me: int) -> set[int]:
-        """The other threads that run the model."""
-        return set(self._calls) - {me}
 
     def _wait(self, free: Callable[[], bool]) -> None:
         """Until it is `free`; HookError where that does not come about."""

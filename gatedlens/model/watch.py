@@ -7,7 +7,7 @@
 The hooked forward reads the weights of the wrapped model's modules and calls none of them. Whatever replaces a module, or
 edits a number of it or of its config, is seen here; what a module of another class would compute would be lost, so it is
 refused. Parametrised weights (torch.nn.utils.parametrize) are computed as they are read; those of pruning and of the older
-weight_norm and spectral_norm by `recompute`, as their hooks do before a vendor's forward.
+weight_norm and spectral_norm by their own hooks (`recomputing`), as before a vendor's forward.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -59,8 +58,9 @@ class Watch:
         configs = {id(config): config for module in modules.values() if (config := _config(module)) is not None}
         self.kinds = {path: type(module) for path, module in modules.items()}  # by path
         self.seen = [Seen.of(owner) for owner in (*modules.values(), *configs.values())]
-        self.shapes = [(module._parameters, _shapes(module._parameters)) for module in modules.values()]
-        self.recomputed = list(_recomputed(modules.values()))
+        own = [module._parameters for module in modules.values()]
+        self.shapes = [(parameters, [p.shape for p in parameters.values() if p is not None]) for parameters in own]
+        self.recomputing = list(_recomputing(modules.values()))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"kinds": self.kinds}  # a copy of the model has modules of its own, which nobody has seen yet
@@ -72,12 +72,9 @@ class Watch:
         for owner, kind, attributes, size, read, said in self.seen:
             if type(owner) is not kind or len(attributes) != size or read(attributes) != said:
                 return False
-        return all(_shapes(parameters) == shapes for parameters, shapes in self.shapes)
-
-    def recompute(self) -> None:
-        """Renew the weights that pruning, weight_norm and spectral_norm make of others: `module.weight` holds the last."""
-        for module, hook in self.recomputed:
-            hook(module, ())
+        return all(
+            [p.shape for p in parameters.values() if p is not None] == shapes for parameters, shapes in self.shapes
+        )
 
     def check(self, wrapped: nn.Module, norms: Mapping[int, tuple[type, ...]]) -> None:
         """CheckpointError where a module computes something else than the one that was in its place.
@@ -149,11 +146,7 @@ def _copied(value: Any) -> Any:
     return {key: _copied(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
-def _shapes(parameters: Mapping[str, Any]) -> list[torch.Size]:
-    return [p.shape for p in parameters.values() if p is not None]
-
-
-def _recomputed(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Any]]:
+def _recomputing(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Any]]:
     for module in modules:
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, RECOMPUTING):
