@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -103,6 +104,13 @@ def test_every_import_goes_down():
         and (room(one.by), room(one.what)) not in SIDEWAYS
     ]
     assert set(up) == UPWARD, "\n".join(f"{by} imports {what}" for by, what in sorted(set(up) ^ UPWARD))
+
+
+def test_the_page_of_the_house_names_every_room_and_file():
+    page = (PACKAGE.parent / "docs" / "code.md").read_text(encoding="utf-8")
+    assert not [one for one in FLOOR if f"`{one}`" not in page and f"`{one}/`" not in page and one != "gatedlens"]
+    for file in re.findall(r"`((?:\w+/)+\w+\.py)`", page):
+        assert (PACKAGE / file).is_file() or (PACKAGE.parent / file).is_file(), file
 
 
 def test_what_must_not_know_torch_does_not():

@@ -12,6 +12,7 @@ It knows no architecture and no analysis.
 """
 
 from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Batch, Input, Output
 from gatedlens.model.block import (
     Block,
     Mixer,
@@ -26,16 +27,18 @@ from gatedlens.model.block import (
 )
 from gatedlens.model.cache import ActivationCache
 from gatedlens.model.config import HookedConfig
-from gatedlens.model.hookpoint import HookPoint
+from gatedlens.model.hookpoint import HookPoint, Part, rows_of
 from gatedlens.model.intervention import Edit, EditStep, Intervention, Step, edit
 from gatedlens.model.language import HookedLanguageModel
-from gatedlens.model.padding import Padding
+from gatedlens.model.padding import Padding, windows
+from gatedlens.model.run import DocumentRun
 from gatedlens.model.state import RecurrentState
 
 # fmt: off
 __all__ = [
-    "ActivationCache", "Block", "Edit", "EditStep", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel",
-    "Intervention", "Mixer", "MlpBlock", "Norm", "Padding", "RecurrentState", "Run", "Step", "TokenMixing", "edit",
-    "eps_of", "mlp_residual_rows", "norm_rows", "residual_rows",
+    "ActivationCache", "Batch", "Block", "DocumentRun", "Edit", "EditStep", "HookPoint", "HookedConfig",
+    "HookedLanguageModel", "HookedModel", "Input", "Intervention", "Mixer", "MlpBlock", "Norm", "Output", "Padding", "Part",
+    "RecurrentState", "Run", "Step", "TokenMixing", "edit", "eps_of", "mlp_residual_rows", "norm_rows", "residual_rows",
+    "rows_of", "windows",
 ]
 # fmt: on

@@ -194,7 +194,7 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         return (
             len(self._forward_hooks) == len(self.fwd_hooks)
             and all(isinstance(handle.user_hook, Saver) for handle in self.fwd_hooks)
-            and not self._traced()
+            and not (NNSIGHT in self.__dict__ and self._traced())
             and not self._forward_pre_hooks
             and not _torch_hooks_everywhere()
         )

@@ -10,10 +10,16 @@ Factors, Branch                              # factors.py, operator.py: A = diag
 convolution.py, autocast.py, transforms.py   # within documents; under autocast; under torch.func
 """
 
+from gatedlens.recurrence.decay_matrix import DecayScan
+from gatedlens.recurrence.factors import Factors, reach
+from gatedlens.recurrence.operator import Branch
+from gatedlens.recurrence.pattern_matrix import PatternScan
 from gatedlens.recurrence.scanning import LinearScan, SegmentedScan, Terms, at_least_float32, linear_scan, readout, scan
+from gatedlens.recurrence.wkv_matrix import WkvScan
 
 # fmt: off
 __all__ = [
-    "LinearScan", "SegmentedScan", "Terms", "at_least_float32", "linear_scan", "readout", "scan",
+    "Branch", "DecayScan", "Factors", "LinearScan", "PatternScan", "SegmentedScan", "Terms", "WkvScan", "at_least_float32",
+    "linear_scan", "reach", "readout", "scan",
 ]
 # fmt: on

@@ -22,7 +22,7 @@ def forward_mode() -> bool:
 
 def transformed() -> bool:
     """Whether a transform of torch.func or forward mode is under way: only what has a rule for each passes it on."""
-    return torch._C._are_functorch_transforms_active() or forward_mode()
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def has_old_axis(*tensors: Tensor) -> bool:

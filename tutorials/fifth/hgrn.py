@@ -25,16 +25,22 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatedlens.address.names import Alias, Point, block_rows
-from gatedlens.model.block import Mixer, MlpBlock, Norm, Run, mlp_residual_rows, norm_rows
-from gatedlens.model.config import HookedConfig
-from gatedlens.model.hookpoint import Part, rows_of
-from gatedlens.model.language import HookedLanguageModel
-from gatedlens.model.padding import Padding
-from gatedlens.model.state import RecurrentState
-from gatedlens.recurrence import at_least_float32
-from gatedlens.recurrence.decay_matrix import DecayScan
-from gatedlens.recurrence.factors import Factors
+from gatedlens.address import Alias, Point, block_rows
+from gatedlens.model import (
+    HookedConfig,
+    HookedLanguageModel,
+    Mixer,
+    MlpBlock,
+    Norm,
+    Padding,
+    Part,
+    RecurrentState,
+    Run,
+    mlp_residual_rows,
+    norm_rows,
+    rows_of,
+)
+from gatedlens.recurrence import DecayScan, Factors, at_least_float32
 
 # -- rows -----------------------------------------------------------------------------------------------------------
 
