@@ -36,6 +36,22 @@ from gatedlens.options import checked
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.rounding import order
 
+__all__ = [
+    "Labels",
+    "Shot",
+    "Spans",
+    "explain",
+    "fill",
+    "key_words",
+    "label_tokens",
+    "misclassification",
+    "probabilities",
+    "prompt",
+    "select",
+    "token_spans",
+    "word_scores",
+]
+
 ASK = "{text}\nAnswer:"
 SHOT = "{text}\n{rationale}Answer: {label}"
 RATIONALE = "The key words: {words} are crucial clues for predicting {label} as the correct answer.\n"

@@ -16,6 +16,8 @@ from gatedlens.address.names import Point
 from gatedlens.errors import in_bytes
 from gatedlens.hooks import architectures
 
+__all__ = ["data", "diagram", "index", "main", "page", "pages", "stale"]
+
 FOLDER = Path(__file__).parent.parent / "hooks"
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from gatedlens.loading import BUNDLED
 
+__all__ = ["digits", "text"]
+
 
 def text() -> tuple[Int[Tensor, " train"], Int[Tensor, " held_out"]]:
     """(training bytes, held-out bytes) of the bundled book: the first nine tenths and the last."""

@@ -50,7 +50,7 @@ def nearest(word: str, known: Iterable[str], n: int = 3) -> list[str]:
 
 
 def did_you_mean(word: str, known: Iterable[str], n: int = 3) -> str:
-    """` Did you mean a, b or c?`, or an empty string when nothing is close."""
+    """`did_you_mean("hook_dta", names)`: " Did you mean a, b or c?", or an empty text where nothing is close."""
     close = nearest(word, known, n)
     return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
 

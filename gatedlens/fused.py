@@ -29,6 +29,8 @@ from torch import Tensor
 
 from gatedlens.recurrence.transforms import transformed
 
+__all__ = ["Kernels", "fits", "kernels", "kernels_for", "mixer", "off", "selective_scan"]
+
 log = logging.getLogger("gatedlens")
 DEVICES = ("cuda",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what they are compiled for
@@ -46,7 +48,7 @@ class Kernels:
 
 @functools.cache
 def kernels() -> Kernels | None:
-    """The kernels, imported once; None where they cannot be imported, which is logged once."""
+    """`gl.fused.kernels()`: the kernels, imported once; None where they cannot be imported, which is logged once."""
     try:
         interface = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
     except (ImportError, OSError) as error:  # OSError: compiled for another torch or CUDA
@@ -73,14 +75,16 @@ def off() -> Iterator[None]:
 
 
 def fits(x: Tensor) -> bool:
-    """Whether fused kernels can run on a tensor: its device, its dtype, and no torch.func transform around it."""
+    """`gl.fused.fits(x)`: whether fused kernels can run on a tensor: its device, its dtype, and no torch.func transform
+    around it.
+    """
     if x.device.type not in DEVICES or x.dtype not in DTYPES or not _wanted.get():
         return False
     return not transformed()
 
 
 def kernels_for(x: Tensor) -> Kernels | None:
-    """mamba-ssm's kernels, if they can run on a tensor."""
+    """`gl.fused.kernels_for(x)`: mamba-ssm's kernels, if they can run on a tensor."""
     return kernels() if fits(x) else None
 
 
@@ -92,7 +96,9 @@ def selective_scan(
     u: Float[Tensor, "batch pos channel"],
     A: Float[Tensor, "channel state"],
 ) -> tuple[Float[Tensor, "batch pos channel"], Float[Tensor, "batch channel state"]]:
-    """(scan, last state) from a zero state, as `recurrence.scan` of Mamba's terms."""
+    """`scan, last = gl.fused.selective_scan(run, dt, B, C, u, A)`, from a zero state: what `recurrence.scan` gives of
+    Mamba's terms.
+    """
     dt, B, C, u = (rearrange(t, "b l c -> b c l").contiguous() for t in (dt, B, C, u))
     scan, last = run.selective_scan(u, dt, A.contiguous(), B, C, return_last_state=True)
     return rearrange(scan, "b c l -> b l c"), last.to(A.dtype)
@@ -101,7 +107,9 @@ def selective_scan(
 def mixer(
     inner: Callable[..., Any], n: Float[Tensor, "batch pos d_model"], w: Any, A: Float[Tensor, "channel state"]
 ) -> Float[Tensor, "batch pos d_model"]:
-    """out_proj(SSM(SiLU(conv(x))) * SiLU(z)) of a mixer's parameters `w`, x and z = in_proj(n)."""
+    """`gl.fused.mixer(inner, n, w, A)`: out_proj(SSM(SiLU(conv(x))) * SiLU(z)) of a mixer's parameters `w`, x and z =
+    in_proj(n).
+    """
     xz = rearrange(w.in_proj.weight @ rearrange(n, "b l d -> d (b l)"), "c (b l) -> b c l", b=len(n))
     if w.in_proj.bias is not None:
         xz = xz + w.in_proj.bias.to(xz.dtype).unsqueeze(-1)

@@ -61,7 +61,7 @@ NAMESAKES = {  # classes of other packages, and what to do with them
 
 
 def bundled_models() -> list[str]:
-    """`["gatedlens/mamba-recall", ...]`: the trained models that come with gatedlens."""
+    """`gl.bundled_models()`: the names of the trained models that come with gatedlens, "gatedlens/mamba-recall" and so on."""
     return [f"gatedlens/{folder.name}" for folder in sorted(BUNDLED.iterdir()) if (folder / "config.json").exists()]
 
 

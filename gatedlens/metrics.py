@@ -29,6 +29,24 @@ from gatedlens.address.positions import one_a_row
 from gatedlens.errors import InputError
 from gatedlens.model.language import next_token_loss
 
+__all__ = [
+    "Logits",
+    "Metric",
+    "at_position",
+    "by_rows",
+    "cross_entropy",
+    "kl",
+    "log_probability",
+    "logit",
+    "logit_difference",
+    "loss",
+    "measure",
+    "normalised",
+    "per_row",
+    "probability",
+    "real_positions",
+]
+
 Metric = Callable[[Tensor], Tensor]
 Tokens = Any  # a whole number, or a sequence or tensor of one a row; what is neither is explained
 
@@ -54,7 +72,11 @@ class Logits(Tensor):
 
     @staticmethod
     def of(logits: Tensor, mask: Shaped[Tensor, "batch pos"] | None) -> Tensor:
-        """The logits as they are where nothing is padding, or where they have no positions."""
+        """`Logits.of(logits, mask)`: logits [batch, pos, d_vocab] that know where their rows are real.
+
+        The logits as they are where nothing is padding, or where they have no positions. mask [batch, pos]: 1 or True at
+        real tokens.
+        """
         if mask is None or logits.ndim != 3 or bool(mask.all()):
             return logits
         if tuple(mask.shape) != tuple(logits.shape[:2]):
@@ -80,7 +102,9 @@ def _knowing(logits: Tensor, rows: Rows) -> Tensor:
 
 
 def real_positions(logits: Float[Tensor, "batch pos d_vocab"]) -> Bool[Tensor, "batch pos"]:
-    """Where the rows of logits are real: everywhere, unless they know better."""
+    """`real_positions(logits)`: [batch, pos], where the rows of logits are real: everywhere, unless they are `Logits`,
+    which know better.
+    """
     if not isinstance(logits, Logits):
         return torch.ones(logits.shape[:2], dtype=torch.bool)
     logits.rows.asked = True
@@ -88,7 +112,7 @@ def real_positions(logits: Float[Tensor, "batch pos d_vocab"]) -> Bool[Tensor, "
 
 
 def by_rows(logits: Float[Tensor, "many ..."], rows: int) -> list[Tensor]:
-    """The parts of `rows` rows each, which know what the whole knew."""
+    """`by_rows(logits, 8)`: the parts of `rows` rows each, which know what the whole knew."""
     parts, mask = logits.split(rows), _mask(logits)
     return [*parts] if mask is None else [Logits.of(*one) for one in zip(parts, mask.split(rows), strict=True)]
 
@@ -107,7 +131,9 @@ def _tell_of_padding(logits: Tensor) -> None:
 
 
 def at_position(logits: Float[Tensor, "batch *pos d_vocab"], pos: Any = -1) -> Float[Tensor, "batch d_vocab"]:
-    """The logits of one position a row (`pos`: one for all, or one a row); a classifier's as they are."""
+    """`at_position(logits, -1)`: the logits of one position a row (`pos`: one for all, or one a row); a classifier's as
+    they are.
+    """
     if logits.ndim == 2:
         return logits
     place = one_a_row(pos, "pos", real_positions(logits)).to(logits.device)
@@ -146,12 +172,15 @@ def _chosen(values: Float[Tensor, "batch d_vocab"], tokens: Tokens, what: str) -
 
 
 def logit(token: Tokens, pos: Any = -1) -> Metric:
-    """logit[token]"""
+    """`gl.metrics.logit(token)`: logit[token] at `pos`, one number a row.
+
+    token: an id for all rows or one a row. pos: a real position, or one a row (a classifier has none).
+    """
     return lambda logits: _chosen(at_position(logits, pos), token, "token")
 
 
 def logit_difference(right: Tokens, wrong: Tokens, pos: Any = -1) -> Metric:
-    """logit[right] - logit[wrong]"""
+    """`gl.metrics.logit_difference(right, wrong)`: logit[right] - logit[wrong] at `pos`, one number a row."""
 
     def metric(logits: Float[Tensor, "batch *pos d_vocab"]) -> Float[Tensor, " batch"]:
         here = at_position(logits, pos)
@@ -161,17 +190,19 @@ def logit_difference(right: Tokens, wrong: Tokens, pos: Any = -1) -> Metric:
 
 
 def log_probability(token: Tokens, pos: Any = -1) -> Metric:
-    """log softmax(logits)[token], in nats"""
+    """`gl.metrics.log_probability(token)`: log softmax(logits)[token] at `pos`, in nats."""
     return lambda logits: _chosen(at_position(logits, pos).log_softmax(-1), token, "token")
 
 
 def probability(token: Tokens, pos: Any = -1) -> Metric:
-    """softmax(logits)[token]"""
+    """`gl.metrics.probability(token)`: softmax(logits)[token] at `pos`, from 0 to 1."""
     return lambda logits: _chosen(at_position(logits, pos).softmax(-1), token, "token")
 
 
 def kl(reference: Float[Tensor, "batch *pos d_vocab"], pos: Any = -1) -> Metric:
-    """KL(reference || logits) = sum p_ref (log p_ref - log p), in nats: how far the output is from a run's logits."""
+    """`gl.metrics.kl(reference)`: KL(reference || logits) = sum p_ref (log p_ref - log p), in nats: how far the output is
+    from a run's logits.
+    """
 
     def metric(logits: Float[Tensor, "batch *pos d_vocab"]) -> Float[Tensor, " batch"]:
         if logits.shape != reference.shape:
@@ -185,7 +216,7 @@ def kl(reference: Float[Tensor, "batch *pos d_vocab"], pos: Any = -1) -> Metric:
 
 
 def loss(tokens: Int[Tensor, "batch pos"], mask: Shaped[Tensor, "batch pos"] | None = None) -> Metric:
-    """-log p(token[t + 1] | tokens[..t]), mean over each row's targets, in nats.
+    """`gl.metrics.loss(tokens)`: -log p(token[t + 1] | tokens[..t]), mean over each row's targets, in nats.
 
     mask: as in the model's call; None: that of the logits, where they know it.
     """
@@ -204,7 +235,7 @@ def loss(tokens: Int[Tensor, "batch pos"], mask: Shaped[Tensor, "batch pos"] | N
 
 
 def cross_entropy(labels: Tokens) -> Metric:
-    """-log softmax(logits)[label] of a classifier, in nats"""
+    """`gl.metrics.cross_entropy(labels)`: -log softmax(logits)[label] of a classifier, in nats."""
     return lambda logits: F.cross_entropy(at_position(logits), _one_a_row(labels, logits, "labels"), reduction="none")
 
 
@@ -214,7 +245,8 @@ def normalised(
     corrupted: Float[Tensor, "batch ..."],
     mask: Shaped[Tensor, "batch pos"] | None = None,
 ) -> Metric:
-    """(metric - corrupted) / (clean - corrupted): 1 as in the clean run, 0 as in the corrupted one.
+    """`gl.metrics.normalised(metric, clean_logits, corrupted_logits)`: (metric - corrupted) / (clean - corrupted): 1 as in
+    the clean run, 0 as in the corrupted one.
 
     clean, corrupted: the two runs' logits; mask: where their rows are real (None: everywhere). Both baselines are means
     over rows, so the mean of the rows is the normalised mean.
@@ -229,7 +261,9 @@ def normalised(
 
 
 def per_row(metric: Any, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
-    """The metric's numbers, one a row, checked: no other shape, nothing that is not a number."""
+    """`per_row(metric, logits)`: [batch], The metric's numbers, one a row, checked: no other shape, nothing that is not a
+    number.
+    """
     value = measure(metric, logits)
     if value.numel() == 1 and len(logits) > 1:
         raise InputError(
@@ -243,7 +277,8 @@ def _mask(logits: Tensor) -> Tensor | None:
 
 
 def measure(metric: Any, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, ...]:
-    """The metric's value: one number, or one a row [batch]; an InputError for anything else, and for NaN.
+    """`measure(metric, logits)`: the metric's value: one number, or one a row [batch]; an InputError for anything else,
+    and for NaN.
 
     Whole numbers and truths (a rank, whether a prediction is right) become floats.
     """

@@ -37,6 +37,8 @@ from gatedlens.model.intervention import Intervention, edit
 from gatedlens.options import checked
 from gatedlens.runs import inputs
 
+__all__ = ["SteeringVector", "vector"]
+
 Position = int | slice | str | Sequence[Any] | Tensor | None
 STATE = ".hook_state"
 WRITE = ".hook_write"

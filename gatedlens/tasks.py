@@ -15,6 +15,8 @@ from torch import Tensor
 
 from gatedlens.options import checked
 
+__all__ = ["Recall", "ids", "recall"]
+
 KEYS = tuple("ABCDEFGHIJKL")
 VALUES = tuple("12345678")
 NOISE = ("and", "but", "cod", "dog", "elm", "fig", "gnu", "hay")

@@ -32,7 +32,7 @@ def reached() -> dict[str, Any]:
     modules = {f"gl.{name}": getattr(gl, name) for name in gl.__all__ if isinstance(getattr(gl, name), ModuleType)}
     modules |= {f"gatedlens.{door}": importlib.import_module(f"gatedlens.{door}") for door in DOORS}
     for said, module in {"gl": gl, **modules}.items():
-        for name in getattr(module, "__all__", [n for n in vars(module) if not n.startswith("_")]):
+        for name in module.__all__:
             value = getattr(module, name)
             if inspect.isclass(value) and ours(value):
                 found[f"{said}.{name}"] = value
@@ -46,15 +46,15 @@ def reached() -> dict[str, Any]:
 
 
 def methods(kind: type) -> dict[str, Any]:
-    """The public methods that are written in the class or in one of its bases that are ours."""
-    found = {}
+    """The public methods that are written in the class or in one of its bases that are ours; of an override without a
+    docstring of its own, the one that it inherits the docstring from, as `help` does."""
+    found: dict[str, Any] = {}
     for base in kind.__mro__:
-        if not ours(base):
-            continue
-        for name, value in vars(base).items():
+        for name, value in vars(base).items() if ours(base) else ():
             function = value.__func__ if isinstance(value, classmethod | staticmethod) else value
-            if not name.startswith("_") and inspect.isfunction(function) and ours(function):
-                found.setdefault(name, function)
+            written = inspect.isfunction(function) and ours(function) and function.__name__ == name
+            if not name.startswith("_") and written and not getattr(found.get(name), "__doc__", None):
+                found[name] = function
     return found
 
 

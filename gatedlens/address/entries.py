@@ -40,12 +40,14 @@ class Component:
     word: str
 
     def lacks(self, model: Any) -> str | None:
-        """What the architecture says if it has no such part."""
+        """`component.lacks(model)`: what the architecture says where it has no such part; None where it has it."""
         said = str(model.recurrence.get(self.word, ""))
         return said if said.startswith("none") else None
 
     def points(self, model: Any, layers: Layers) -> list[str]:
-        """The full names of its points in some layers: those that have it if `layers` is a pattern, else all of them."""
+        """`component.points(model, "*")`: the full names of its points in some layers: those that have it if `layers` is a
+        pattern, else all of them.
+        """
         said = self.lacks(model)
         if said is not None:
             raise PointError(f"{model.title} has no {self.what}: its recurrence says {self.word}: {said!r}.")
@@ -80,7 +82,7 @@ class Where:
     others: bool = False
 
     def points(self, model: Any) -> list[str]:
-        """The full names that are meant, each checked to have the axes and the indices."""
+        """`where.points(model)`: the full names that are meant, each checked to have the axes and the indices."""
         found = dict.fromkeys(one for name in self.names for one in self._named(model, name))
         if not found:
             raise PointError(f"{', '.join(map(str, self.names))} names views only; ablate the points behind them.")
@@ -99,7 +101,9 @@ class Where:
         return [one.name for each in asked for one in model.names.hooked(each) if one.view is None]
 
     def check(self, name: str, point: Point, sizes: Mapping[str, int]) -> None:
-        """Refuse an axis that `point` lacks, and an index that its size (if known) does not reach."""
+        """`where.check(name, point, sizes)`: refuse an axis that `point` lacks, and an index that its size (if known) does
+        not reach.
+        """
         for axis, index in self.at(name).items():
             if axis not in point.dims:
                 raise PointError(f"{name} has no axis {axis!r}; its axes are: {point.axes}.")
@@ -108,7 +112,7 @@ class Where:
                 along(axis, index, size, name)
 
     def at(self, name: str) -> dict[str, Any]:
-        """The indices that a point has."""
+        """`where.at("blocks.3.mixer.hook_write")`: the indices that a point has, by axis."""
         return {axis: _of_part(index, axis, name) for axis, index in self.index.items()}
 
     def entries(
@@ -119,7 +123,8 @@ class Where:
         name: str = "",
         real: Bool[Tensor, "batch pos"] | None = None,
     ) -> Tensor:
-        """A boolean mask that broadcasts to an activation of `shape`: True at the entries that are meant.
+        """`where.entries(x.shape, point, x.device)`: a boolean mask that broadcasts to an activation of `shape`: True at
+        the entries that are meant.
 
         real: where the rows of the call are no padding (None: everywhere).
         """

@@ -57,17 +57,19 @@ class Point:
         return tuple(self.axes.split())
 
     def axis(self, name: str) -> int:
-        """The dimension that the axis `name` is, or a PointError that lists the axes there are."""
+        """`point.axis("channel")`: the dimension that the axis `name` is, or a PointError that lists the axes there are."""
         if name not in self.dims:
             raise PointError(f"{self.name} has no axis {name!r}; its axes are: {self.axes}.")
         return self.dims.index(name)
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int | str, ...]:
-        """Axes with known sizes as numbers, the others (batch, pos) by name."""
+        """`point.shape({"channel": 1536})`: the axes with known sizes as numbers, the others (batch, pos) by name."""
         return tuple(sizes.get(dim, dim) for dim in self.dims)
 
     def elements(self, sizes: Mapping[str, int], **given: int) -> int:
-        """How many numbers one activation holds, `given` the sizes of batch and pos."""
+        """`point.elements(model.cfg.sizes, batch=2, pos=16)`: how many numbers one activation holds, `given` the sizes of
+        batch and pos.
+        """
         total = 1
         for dim in self.dims:
             total *= given[dim] if dim in given else sizes[dim]

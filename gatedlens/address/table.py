@@ -38,7 +38,7 @@ class HookTable:
         return found
 
     def to_dataframe(self) -> Any:
-        """A pandas DataFrame, one row a point."""
+        """`model.hook_table().to_dataframe()`: a pandas DataFrame, one row a point."""
         import pandas
 
         return pandas.DataFrame(self.rows, columns=list(COLUMNS))

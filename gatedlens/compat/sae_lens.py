@@ -22,6 +22,8 @@ from typing import Any
 import transformer_lens
 from transformer_lens import utilities
 
+__all__ = ["load", "stand_ins"]
+
 REMOVED = {
     "transformer_lens.HookedTransformer": ("HookedTransformer", "Loss", "Output"),
     "transformer_lens.components": (),

@@ -11,6 +11,6 @@ from typing import Any
 
 
 def architectures() -> dict[str, Any]:
-    """`{"mamba": HookedMamba, ...}`: every architecture in this folder, by file name."""
+    """`architectures()["mamba"]`: every architecture in this folder, by file name: `{"mamba": HookedMamba, ...}`."""
     modules = {info.name: importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)}
     return {name: module.HOOKED for name, module in modules.items()}

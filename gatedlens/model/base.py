@@ -100,21 +100,29 @@ class HookedModel(Hooking):
 
     @classmethod
     def describe(cls, wrapped: Any, model_name: str) -> Any:
-        """The cfg of `wrapped`; CheckpointError for a model that this architecture cannot run."""
+        """`HookedMamba.describe(wrapped, model_name)`: the cfg of `wrapped`; CheckpointError for a model that this
+        architecture cannot run.
+        """
         raise NotImplementedError
 
     def make_block(self, layer: int) -> nn.Module:
+        """`model.make_block(layer)`: our open block over the wrapped model's block of that number."""
         raise NotImplementedError
 
     def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:
+        """`model.make_final_norm(rows)`: our open norm over the wrapped model's final one, with these points."""
         raise NotImplementedError
 
     def reads_from(self, batch: Batch) -> Float[Tensor, "batch pos"]:
-        """Which positions a prediction is read from, as shares that sum to 1 in each row."""
+        """`model.reads_from(batch)`: [batch, pos], Which positions a prediction is read from, as shares that sum to 1 in
+        each row.
+        """
         raise NotImplementedError
 
     def ends(self) -> dict[str, tuple[Any, type[nn.Module]]]:
-        """The modules before and behind the blocks by what they are called, each with the class that it has to be of."""
+        """`model.ends()`: the modules before and behind the blocks by what they are called, each with the class that it
+        has to be of.
+        """
         return {}
 
     @property
@@ -123,37 +131,42 @@ class HookedModel(Hooking):
         return None
 
     def rows_for(self, layer: int) -> tuple[Point, ...]:
-        """The rows of one block, relative to it, in firing order."""
+        """`model.rows_for(layer)`: the rows of one block, relative to it, in firing order."""
         return self.block_points
 
     def unembed(self, normed: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
-        """The logits that one position's normalised residual stream stands for."""
+        """`model.unembed(normed)`: the logits that one position's normalised residual stream stands for."""
         raise NotImplementedError
 
     def pooling(self) -> Float[Tensor, " pos"] | None:
-        """With which weights positions enter the one output of a row; None where each position has an output of its own."""
+        """`model.pooling()`: [pos], With which weights positions enter the one output of a row; None where each position
+        has an output of its own.
+        """
         return None
 
     @classmethod
     def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
-        """A small random model for tests and tours."""
+        """`HookedMamba.tiny(seed=0)`: a small random model for tests and tours."""
         raise NotImplementedError
 
     @classmethod
     def is_original(cls, config: dict[str, Any]) -> bool:
-        """Whether a config.json describes this architecture's original (not transformers') checkpoint layout."""
+        """`HookedMamba.is_original(config)`: whether a config.json describes this architecture's original (not
+        transformers') checkpoint layout.
+        """
         return False
 
     @classmethod
     def empty(cls, config: dict[str, Any]) -> nn.Module:
-        """A module for the parameters of an original checkpoint with this config."""
+        """`HookedMamba.empty(config)`: a module for the parameters of an original checkpoint with this config."""
         raise NotImplementedError
 
     @classmethod
     def config_of_file(
         cls, state: Mapping[str, Tensor], told: Mapping[str, Any], variant: str | None
     ) -> dict[str, Any] | None:
-        """The config for `empty` of a checkpoint that is one file; None when its keys are not this architecture's.
+        """`HookedRWKV.config_of_file(state, told, variant)`: the config for `empty` of a checkpoint that is one file; None
+        when its keys are not this architecture's.
 
         state: its tensors. told: what its training script left beside them (`args`). variant: what the caller says.
         """
@@ -161,17 +174,19 @@ class HookedModel(Hooking):
 
     @classmethod
     def kinds(cls) -> dict[str, tuple[Point, ...]]:
-        """The rows of each kind of block that the architecture mixes, by name; one kind, "block", for most."""
+        """`HookedGriffin.kinds()`: the rows of each kind of block that the architecture mixes, by name; one kind, "block",
+        for most.
+        """
         return {"block": cls.block_points}
 
     @classmethod
     def snippet(cls) -> str:
-        """Three lines of code that read one point of `model`, for the catalogue."""
+        """`HookedModel.snippet()`: three lines of code that read one point of `model`, for the catalogue."""
         raise NotImplementedError
 
     @classmethod
     def rename(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """An original checkpoint's tensors by the names of `empty`."""
+        """`HookedRWKV.rename(state)`: an original checkpoint's tensors by the names of `empty`."""
         return state
 
     # -- the wrapped model, as it is now -------------------------------------------------------------------------
@@ -197,7 +212,7 @@ class HookedModel(Hooking):
                 )
 
     def follow(self) -> None:
-        """See what has changed in the wrapped model since the last call: modules, numbers, sizes.
+        """`model.follow()`: see what has changed in the wrapped model since the last call: modules, numbers, sizes.
 
         Every forward begins with it. CheckpointError for changes that the blocks and points of this model cannot follow.
         """
@@ -242,7 +257,7 @@ class HookedModel(Hooking):
     # -- names ---------------------------------------------------------------------------------------------------
 
     def setup(self) -> None:
-        """Name our modules as TransformerLens does; the wrapped model's are listed and left as they are."""
+        """`model.setup()`: name our modules as TransformerLens does; the wrapped model's are listed and left as they are."""
         self.mod_dict, self.hook_dict = {}, {}
         for name, module in self.named_modules():
             if name == "":
@@ -267,7 +282,8 @@ class HookedModel(Hooking):
 
     @checked
     def hook_table(self, layer: int | None = 0) -> HookTable:
-        """Every hook point as a table: name, axes, shape in this model, equation, source, lazy, bytes per token.
+        """`model.hook_table(layer=3)`: every hook point as a table: name, axes, shape in this model, equation, source,
+        lazy, bytes per token.
 
         `layer`: the block to show, None for all of them (blocks differ only where the architecture mixes kinds).
         """
@@ -318,7 +334,9 @@ class HookedModel(Hooking):
     def through_blocks(
         self, resid: Float[Tensor, "batch pos d_model"], run: Run, start: int | None, stop: int | None
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream after blocks `start` to `stop` (exclusive; negative ones count from the end)."""
+        """`model.through_blocks(resid, run, 0, 3)`: the residual stream after blocks `start` to `stop` (exclusive;
+        negative ones count from the end).
+        """
         n = self.cfg.n_layers
         for option, layer in (("start_at_layer", start), ("stop_at_layer", stop)):
             if layer is not None and not (is_whole(layer) and -n <= layer <= n):
@@ -330,14 +348,19 @@ class HookedModel(Hooking):
         return resid
 
     def current(self) -> Run:
-        """The luggage of the forward call that is in progress: what a hook knows of its padding and its state."""
+        """`model.current()`: the Run of the forward call that is in progress: what a hook knows of its padding and its state.
+
+        InputError outside a call.
+        """
         run = self.running
         if run is None:
             raise InputError("This hook needs the call that it runs in: call the model, not a block by itself.")
         return run
 
     def there(self, module: nn.Module | list[nn.Module], function: Any, *inputs: Any) -> Any:
-        """`function(*inputs)`, where accelerate put the weights of `module` (of a list: their own); or just that."""
+        """`model.there(block.weights, block, resid, run)`: `block(resid, run)`, where accelerate put the weights of the
+        module (of a list: their own).
+        """
         return placement.call(module, function, *inputs) if placement.is_placed(self.wrapped) else function(*inputs)
 
     def begin(
@@ -347,7 +370,11 @@ class HookedModel(Hooking):
         return_state: bool,
         position_ids: Shaped[Tensor, "*document position"] | None = None,
     ) -> Run:
-        """The luggage of a call: padding, positions, the state to go on from, and a place for the state to leave."""
+        """`run = model.begin(batch, state, return_state)`: what a forward call carries: padding, positions, the state to
+        go on from, and a place for the state to leave.
+
+        InputError for a state of another batch or model, and for positions where there are none.
+        """
         self.follow()
         rows, length = batch.value.shape[0], self.positions(batch)
         if state is not None:

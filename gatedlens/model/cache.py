@@ -50,7 +50,10 @@ class ResidualCache(transformer_lens.ActivationCache):
         incl_embeds: bool = True,
         return_labels: bool = False,
     ) -> Float[Tensor, "component ..."] | tuple[Float[Tensor, "component ..."], list[str]]:
-        """The residual stream before `layer` (None, -1: the last one) as a sum of what was written into it.
+        """`parts, labels = cache.decompose_resid(return_labels=True)`: [component, batch, pos, d_model], as
+        TransformerLens's.
+
+        The residual stream before `layer` (None, -1: the last one) as a sum of what was written into it.
 
         Components: `embed`, then each block's `{l}_mixer_out` (and `{l}_mlp_out` where it has one). `mode` "attn"
         keeps the mixers, "mlp" the channel mixers. They sum to `resid_pre` of the layer.
@@ -86,7 +89,10 @@ class ResidualCache(transformer_lens.ActivationCache):
         mlp_input: bool = False,
         return_labels: bool = False,
     ) -> Float[Tensor, "component ..."] | tuple[Float[Tensor, "component ..."], list[str]]:
-        """The residual stream before each layer up to `layer` (None, -1: all, and the last one), as TransformerLens's."""
+        """`cache.accumulated_resid(apply_ln=True)`: [layer, batch, pos, d_model], as TransformerLens's.
+
+        The residual stream before each layer up to `layer` (None, -1: all, and the last one), as TransformerLens's.
+        """
         boundary = self._boundary(layer)
         return super().accumulated_resid(boundary, incl_mid, apply_ln, pos_slice, mlp_input, return_labels)
 
@@ -184,7 +190,10 @@ class ActivationCache(ResidualCache):
         self.sliced = sliced
 
     def find(self, key: Any) -> Found:
-        """The point or view that `key` stands for in this model."""
+        """`cache.find(("dt", 3))`: the point or view that a key stands for in this model.
+
+        key: a full name, an alias, or TransformerLens's (word, layer[, part]). PointError for one that the model lacks.
+        """
         names = self.model.names
         if isinstance(key, str):
             plain = re.fullmatch(r"(?!hook_)[A-Za-z_0-9]+", key)
@@ -219,7 +228,11 @@ class ActivationCache(ResidualCache):
             raise PointError(f"{key!r}: there are {states.shape[-3]} positions, 0 to {states.shape[-3] - 1}.")
 
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> ActivationCache:
-        """Some rows of the batch, with their tokens, mask and state."""
+        """`cache.apply_slice_to_batch_dim(slice(0, 4))`: a cache of some rows of the batch, with their tokens, mask and
+        state.
+
+        batch_slice: a number, a slice or a list of row numbers, or TransformerLens's Slice.
+        """
         rows = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
         part = super().apply_slice_to_batch_dim(rows)
         tokens, mask = (None if t is None else rows.apply(t, dim=0) for t in (self.tokens, self.mask))

@@ -55,6 +55,7 @@ class HookedConfig:
         return {"d_model": self.d_model, "d_vocab": self.d_vocab_out, "one": 1}
 
     def to_dict(self) -> dict[str, Any]:
+        """`model.cfg.to_dict()`: every field, by name."""
         return asdict(self)
 
 

@@ -42,7 +42,9 @@ class Hooking(transformer_lens.HookedRootModule):
     turns: Turns
 
     def prepare(self, input: Any, **options: Any) -> tuple[Batch, dict[str, Any]]:
-        """The input as tensors, checked, with the options of `forward` that are still to be used."""
+        """`batch, options = model.prepare(input)`: the input as tensors, checked, with the options of `forward` that are
+        still to be used.
+        """
         raise NotImplementedError
 
     def follow(self) -> None:
@@ -50,7 +52,7 @@ class Hooking(transformer_lens.HookedRootModule):
         raise NotImplementedError
 
     def positions(self, batch: Batch) -> int:
-        """How many positions the residual stream has for this input."""
+        """`model.positions(batch)`: how many positions the residual stream has for this input."""
         return int(batch.value.shape[1])
 
     def add_hook(
@@ -72,7 +74,9 @@ class Hooking(transformer_lens.HookedRootModule):
             self.hook_dict[found.name].add_hook(hook, dir, is_permanent, level, prepend, asked)
 
     def is_hooked(self) -> bool:
-        """Whether a hook that may edit is on any point now: what a run does may then depend on its rows and positions."""
+        """`model.is_hooked()`: whether a hook that may edit is on any point now: what a run does may then depend on its
+        rows and positions.
+        """
         return any(point.hooked() and not point.only_saved() for point in self.hook_dict.values())
 
     @contextmanager
@@ -115,7 +119,10 @@ class Hooking(transformer_lens.HookedRootModule):
         including_permanent: bool = False,
         level: int | None = None,
     ) -> None:
-        """As TransformerLens's. Without a `level` also what a thread left on that has ended, or a block that is never left."""
+        """`model.reset_hooks()`: take hooks off, as TransformerLens's; permanent ones stay unless `including_permanent`.
+
+        Without a `level` also those of a thread that has ended, or of a `with model.hooks()` block that is never left.
+        """
         if level is None:
             self.turns.clear()
         super().reset_hooks(clear_contexts, direction, including_permanent, level)
@@ -129,7 +136,11 @@ class Hooking(transformer_lens.HookedRootModule):
         clear_contexts: bool = False,
         **model_kwargs: Any,
     ) -> Any:
-        """One forward with hooks; a hook whose point did not fire (a layer that was not run, say) raises."""
+        """`model.run_with_hooks(tokens, fwd_hooks=[("blocks.3.mixer.hook_gate", f)])`: one forward with hooks.
+
+        The other arguments are those of `forward`. PointError for a hook whose point did not fire (a layer that was not
+        run, say).
+        """
         hooked = {str(name): self.names.hooked(name) for name, _ in _pairs(fwd_hooks, bwd_hooks)}
         asked = {name: [at for found in several for at in found.at()[-1:]] for name, several in hooked.items()}
         before = {at: self.hook_dict[at].visits for ats in asked.values() for at in ats}
@@ -149,7 +160,9 @@ class Hooking(transformer_lens.HookedRootModule):
         cache: dict[str, Tensor] | None = None,
         pos_slice: Any = None,
     ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
-        """(store, forward hooks, backward hooks): the hooks that fill `store` when the model runs under them."""
+        """`store, forward, backward = model.get_caching_hooks("blocks.*.mixer.hook_dt")`: hooks that fill `store` when the
+        model runs under them.
+        """
         store = {} if cache is None else cache
         keep = Keep(store, device_of(device), remove_batch_dim, _sliced(pos_slice))
         names = dict.fromkeys(name for group in self.names.select(names_filter) for name in group)
@@ -170,7 +183,9 @@ class Hooking(transformer_lens.HookedRootModule):
         remove_batch_dim: bool = False,
         cache: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Add hooks that fill the returned dict at every run, until `reset_hooks`."""
+        """`store = model.add_caching_hooks("hook_embed")`: hooks that fill the returned dict at every run, until
+        `reset_hooks`.
+        """
         store, forward, backward = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, cache)
         for direction, hooks in (("fwd", forward), ("bwd", backward)):
             for name, hook in hooks:

@@ -80,8 +80,13 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         prepend: bool = False,
         alias_names: list[str] | None = None,
     ) -> LensHandle:
-        """As TransformerLens's. A backward hook gets its own copy of the gradient of the point's (edited) output; what it
-        returns, or does to the copy, goes on from there through the forward hooks."""
+        """`point.add_hook(f)`: run `f(activation, hook=point)` at every visit; what it returns, if anything, goes on in
+        its place.
+
+        As TransformerLens's. dir: "fwd", or "bwd" for `f(gradient, hook=point)`. A backward hook gets its own copy of the
+        gradient of the point's (edited) output; what it returns, or does to the copy, goes on from there through the
+        forward hooks. InputError for another `dir`.
+        """
         if dir not in ("fwd", "bwd"):
             raise InputError(f"dir={dir!r}: a hook runs in the forward, 'fwd', or on the gradient, 'bwd'.")
         if dir == "fwd":
@@ -106,16 +111,20 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         return handle
 
     def remove_hooks(self, dir: Any = "fwd", including_permanent: bool = False, level: int | None = None) -> None:
-        """As TransformerLens's; at once where there is none, which is at most points whenever a model is left as it was."""
+        """`point.remove_hooks("both")`: take off the hooks of a direction ("fwd", "bwd" or "both") and of a level, as
+        TransformerLens's.
+
+        Permanent ones stay unless `including_permanent`.
+        """
         if self.fwd_hooks or self.bwd_hooks:
             super().remove_hooks(dir, including_permanent, level)
 
     def forward(self, x: Any) -> Any:
-        """The identity; behind a backward hook a copy, since torch hands in a view that must not be edited in place."""
+        """`point.forward(x)`: x. Behind a backward hook a copy, since torch hands in a view that must not be edited in place."""
         return x.clone() if x is not None and (self._backward_hooks or self._backward_pre_hooks) else x
 
     def hooked(self) -> bool:
-        """Whether any torch hook (TransformerLens's are torch hooks) would run here."""
+        """`point.hooked()`: whether any torch hook would run here (TransformerLens's hooks are torch hooks)."""
         return bool(
             self._forward_hooks
             or self._forward_pre_hooks
@@ -125,7 +134,7 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         )
 
     def at_rest(self) -> bool:
-        """Whether nobody can be listening: no hook of any kind, and no nnsight trace running.
+        """`point.at_rest()`: whether nobody can be listening: no hook of any kind, and no nnsight trace running.
 
         TransformerLens's handles are asked first, by themselves: torch.compile guards lists, but no torch hooks.
         """
@@ -149,10 +158,11 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
             return True
 
     def heard(self) -> bool:
-        """Whether somebody wants this visit: a torch hook of any kind, or a running nnsight trace.
+        """`if point.heard(): x = point(x)`: whether somebody wants this visit, a torch hook of any kind or a running
+        nnsight trace.
 
-        Ask right before firing: an nnsight worker announces its next location only once it has been served the last.
-        A visit that a trace does not want is counted all the same, so that `tracer.iter` stays in step.
+        Ask right before firing: an nnsight worker announces its next location only once it has been served the last. A
+        visit that a trace does not want is counted all the same, so that `tracer.iter` stays in step.
         """
         if self.hooked():
             return True
@@ -189,8 +199,10 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         return out
 
     def only_saved(self) -> bool:
-        """Whether every listener is a Saver, which copies for itself. More torch hooks than TransformerLens has handles
-        means that somebody registered one with torch directly."""
+        """`point.only_saved()`: whether every listener is a Saver, which copies for itself. More torch hooks than
+        TransformerLens has handles
+        means that somebody registered one with torch directly.
+        """
         return (
             len(self._forward_hooks) == len(self.fwd_hooks)
             and all(isinstance(handle.user_hook, Saver) for handle in self.fwd_hooks)

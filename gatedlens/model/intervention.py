@@ -28,7 +28,9 @@ Edit = Callable[..., Tensor]
 class Step(Protocol):
     """What an intervention is made of: it says with which hooks it is done on a model, having checked that it can be."""
 
-    def hooks(self, model: Any) -> list[tuple[str, Callable[..., Any]]]: ...
+    def hooks(self, model: Any) -> list[tuple[str, Callable[..., Any]]]:
+        """`step.hooks(model)`: [(name, hook)], in the order in which they must be put on."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class EditStep:
     reads: tuple[str, ...] = ()
 
     def hooks(self, model: Any) -> list[tuple[str, Callable[..., Any]]]:
-        """[(name, hook)], in the order in which they must be put on."""
+        """`step.hooks(model)`: [(name, hook)], in the order in which they must be put on."""
         found: list[tuple[str, Callable[..., Any]]] = []
         for name in self.where.points(model):
             part, values = name.rpartition(".")[0], dict[str, Tensor]()
@@ -72,7 +74,9 @@ class Intervention:
         return Intervention(self.steps + other.steps)
 
     def hooks(self, model: Any) -> list[tuple[str, Callable[..., Any]]]:
-        """[(name, hook)] for `run_with_hooks`, everything checked against `model` first."""
+        """`model.run_with_hooks(tokens, fwd_hooks=cut.hooks(model))`: [(name, hook)] for `run_with_hooks`, everything
+        checked against `model` first.
+        """
         return [hook for step in self.steps for hook in step.hooks(model)]
 
     @contextmanager

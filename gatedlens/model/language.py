@@ -36,7 +36,8 @@ def next_token_loss(
     mask: Shaped[Tensor, "batch pos"] | None = None,
     per_token: bool = False,
 ) -> Float[Tensor, ...]:
-    """-log p(token[t + 1] | tokens[..t]), mean over the targets: each real token but the first of its row.
+    """`next_token_loss(logits, tokens)`: -log p(token[t + 1] | tokens[..t]), mean over the targets: each real token but
+    the first of its row.
 
     per_token: [batch, pos - 1], the loss of the token behind each position, padding skipped; 0 where there is none.
     """
@@ -76,7 +77,9 @@ class HookedLanguageModel(HookedModel):
         raise NotImplementedError
 
     def embed(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-        """What the tokens write into the residual stream (scaled, where the architecture scales it)."""
+        """`model.embed(tokens)`: [batch, pos, d_model], What the tokens write into the residual stream (scaled, where the
+        architecture scales it).
+        """
         own = self.embedding
         how = (own.padding_idx, own.max_norm, own.norm_type, own.scale_grad_by_freq, own.sparse)
         return F.embedding(tokens, own.weight, *how)
@@ -90,11 +93,15 @@ class HookedLanguageModel(HookedModel):
         return cfg
 
     def stream(self, embedded: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream that an embedding starts (in another dtype, where the architecture has one)."""
+        """`model.stream(embedded)`: the residual stream that an embedding starts (in another dtype, where the architecture
+        has one).
+        """
         return embedded
 
     def reads_from(self, batch: Batch) -> Float[Tensor, "batch pos"]:
-        """The last real position of each row: the next token is read from there."""
+        """`model.reads_from(batch)`: [batch, pos], 1 at the last real position of each row: the next token is read from
+        there.
+        """
         rows, length = batch.value.shape[:2]
         place = torch.arange(1, length + 1, device=batch.value.device).expand(rows, length)
         last = (place if batch.mask is None else place * batch.mask).argmax(1)
@@ -102,6 +109,7 @@ class HookedLanguageModel(HookedModel):
 
     @classmethod
     def snippet(cls) -> str:
+        """`HookedMamba.snippet()`: code that reads one point of a language model, for the catalogue."""
         return (
             'logits, cache = model.run_with_cache([[1, 2, 3, 4]], names_filter="blocks.*.mixer.hook_decay")\n'
             'decay = cache["decay", 0]  # how much of its state each channel keeps at each position\n'
@@ -124,7 +132,11 @@ class HookedLanguageModel(HookedModel):
         token_type_ids: Any = None,
         **options: Any,
     ) -> tuple[Batch, dict[str, Any]]:
-        """Tokens (or, with start_at_layer, a residual stream), mask, and the options of `forward` still to be used."""
+        """`batch, options = model.prepare(text)`: the input as a Batch (tokens, or with start_at_layer a residual stream,
+        and the mask), and the options of `forward` that are still to be used.
+
+        InputError for an input that the model cannot run on, and for options that the others would make vain.
+        """
         self._check_options(return_type, loss_per_token, prepend_bos, padding_side, start_at_layer, options)
         rest = {
             "return_type": return_type,
@@ -197,7 +209,8 @@ class HookedLanguageModel(HookedModel):
         input_ids: Any = None,
         token_type_ids: Any = None,
     ) -> Any:
-        """`logits = model(input)`: logits [batch, pos, d_vocab], the loss, both (an Output) or None, by `return_type`.
+        """`model.forward(input)`, called as `logits = model(input)`: `logits = model(input)`: logits [batch, pos,
+        d_vocab], the loss, both (an Output) or None, by `return_type`.
 
         input: text, a list of texts (padded, on the side that `set_tokenizer` tells), token ids [batch, pos], or what a
         tokenizer returned, which may also come as keywords (`model(**tokenizer(text, return_tensors="pt"))`); with
@@ -267,13 +280,15 @@ class HookedLanguageModel(HookedModel):
             )
 
     def unembed(self, normed: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
-        """Logits of the normalised residual stream, at least float32."""
+        """`model.unembed(normed)`: [..., d_vocab], the logits of a normalised residual stream, at least float32."""
         head = self.unembedding
         logits = F.linear(normed.to(head.weight.dtype), head.weight, head.bias)
         return self.apply_output_logits_transform(logits if logits.dtype == torch.float64 else logits.float())
 
     def apply_output_logits_transform(self, logits: Float[Tensor, "... d_vocab"]) -> Float[Tensor, "... d_vocab"]:
-        """What follows the unembedding's matrix: nothing, unless an architecture says so (TransformerLens's name for it)."""
+        """`model.apply_output_logits_transform(logits)`: what follows the unembedding's matrix: nothing, unless an
+        architecture says so (TransformerLens's name for it).
+        """
         return logits
 
     @property
@@ -297,7 +312,10 @@ class HookedLanguageModel(HookedModel):
         return self.W_U.new_zeros(self.cfg.d_vocab_out) if head.bias is None else head.bias
 
     def tokens_to_residual_directions(self, tokens: str | int | Int[Tensor, ...]) -> Float[Tensor, "... d_model"]:
-        """The columns of W_U of some tokens: what the residual stream (after ln_final) is read along."""
+        """`model.tokens_to_residual_directions(" whale")`: [..., d_model], the columns of W_U of some tokens.
+
+        The residual stream behind ln_final is read along them. tokens: a text of one token, an id, or ids of any shape.
+        """
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
         return self.W_U.T[torch.as_tensor(tokens, device=self.W_U.device)]
@@ -305,7 +323,8 @@ class HookedLanguageModel(HookedModel):
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
-        """The constant that the output biases of all mixers before `layer` add to the residual stream.
+        """`model.accumulated_bias(layer)`: [d_model], The constant that the output biases of all mixers before `layer` add
+        to the residual stream.
 
         Of mixers whose output projection is named `out_proj`, and MLPs without biases; an architecture with others says so.
         """
@@ -401,7 +420,7 @@ class HookedLanguageModel(HookedModel):
         return ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
 
     def to_string(self, tokens: Any) -> Any:
-        """Text of ids: a string for [pos], a list of strings for [batch, pos]."""
+        """`model.to_string(tokens)`: a text for ids [pos], a list of texts for [batch, pos]."""
         tokenizer = self._need_tokenizer("to_string")
         ids = torch.as_tensor(tokens)
         if ids.ndim == 2:
@@ -409,7 +428,9 @@ class HookedLanguageModel(HookedModel):
         return tokenizer.decode([int(ids)] if ids.ndim == 0 else ids.tolist())
 
     def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> Any:
-        """Each token as a string; a list of lists for a list of texts or a batch of more than one row."""
+        """`model.to_str_tokens("Call me")`: each token as a text; a list of lists for a list of texts or a batch of
+        several rows.
+        """
         tokenizer = self._need_tokenizer("to_str_tokens")
         if not isinstance(input, str) and isinstance(input, Sequence) and input and isinstance(input[0], str):
             return [self.to_str_tokens(text, prepend_bos) for text in input]
@@ -419,11 +440,12 @@ class HookedLanguageModel(HookedModel):
         return [tokenizer.decode([i]) for i in ids.reshape(-1).tolist()]
 
     def to_single_token(self, text: str) -> int:
-        """The id of a text that is exactly one token."""
+        """`model.to_single_token(" whale")`: the id of a text that is exactly one token; InputError for any other."""
         ids = text_.encode(self._need_tokenizer("to_single_token"), text, prepend_bos=False)
         if len(ids) != 1:
             raise InputError(f"{text!r} is {len(ids)} tokens ({ids}), not one.")
         return ids[0]
 
     def to_single_str_token(self, token: int) -> str:
+        """`model.to_single_str_token(42)`: the text of one id."""
         return str(self._need_tokenizer("to_single_str_token").decode([token]))

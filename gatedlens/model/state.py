@@ -45,6 +45,7 @@ class RecurrentState:
 
     @staticmethod
     def key(name: str, layer: int) -> str:
+        """`RecurrentState.key("scan", 3)`: "blocks.3.scan", the key of one part of a layer's state."""
         return f"blocks.{layer}.{name}"
 
     def _key(self, index: tuple[str, int] | str) -> str:
@@ -90,16 +91,19 @@ class RecurrentState:
         return f"RecurrentState(seen {self.seen.tolist()}, {self.nbytes} bytes: {shapes}{more})"
 
     def map(self, function: Callable[[Tensor], Tensor]) -> RecurrentState:
-        """A new state with `function` of every tensor (`seen` is kept)."""
+        """`state.map(lambda t: t.half())`: a new state with the function of every tensor (`seen` is kept)."""
         return RecurrentState({k: function(t) for k, t in self.tensors.items()}, self.seen, self.model_name)
 
     def clone(self) -> RecurrentState:
+        """`state.clone()`: a copy that shares no memory."""
         return self.map(torch.clone)
 
     def detach(self) -> RecurrentState:
+        """`state.detach()`: the same numbers, without the history of gradients."""
         return self.map(torch.Tensor.detach)
 
     def to(self, device: torch.device | str) -> RecurrentState:
+        """`state.to("cuda")`: the state on another device."""
         moved = self.map(lambda t: t.to(device))
         return RecurrentState(moved.tensors, self.seen.to(device), self.model_name)
 
@@ -109,13 +113,13 @@ class RecurrentState:
         return RecurrentState(picked.tensors, self.seen[index], self.model_name)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file."""
+        """`state.save("state.safetensors")`: write a safetensors file."""
         tensors = {k: t.detach().contiguous().cpu().clone() for k, t in self.tensors.items()}
         save_file({**tensors, "seen": self.seen.cpu()}, str(path), {"gatedlens": "state", "model": self.model_name})
 
     @staticmethod
     def load(path: str | Path) -> RecurrentState:
-        """Read a file that `save` wrote."""
+        """`RecurrentState.load("state.safetensors")`: read a file that `save` wrote; CheckpointError for any other."""
         tensors, meta = read_tensors(path)
         if meta.get("gatedlens") != "state" or "seen" not in tensors:
             raise CheckpointError(f"{path} is no saved RecurrentState: it holds {', '.join(list(tensors)[:5])}, ...")

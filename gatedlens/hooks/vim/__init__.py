@@ -393,6 +393,7 @@ class HookedViM(HookedModel):
 
     @classmethod
     def snippet(cls) -> str:
+        """`HookedViM.snippet()`: code that reads one point of a vision model, for the catalogue."""
         return (
             "import torch\n\n"
             "logits, cache = model.run_with_cache(torch.zeros(1, *model.image_shape))\n"
@@ -501,7 +502,8 @@ class HookedViM(HookedModel):
         stop_at_layer: int | None = None,
         **unsupported: Any,
     ) -> Any:
-        """`logits = model(images)`: logits [batch, class], the loss, both (an Output) or None, by `return_type`.
+        """`model.forward(images)`, called as `logits = model(images)`: `logits = model(images)`: logits [batch, class],
+        the loss, both (an Output) or None, by `return_type`.
 
         input: images [batch, channels, height, width], one PIL image or several; with `start_at_layer` the residual
         stream [batch, pos, d_model] that enters that block. labels [batch]: the classes, for a loss (mean cross
@@ -525,7 +527,9 @@ class HookedViM(HookedModel):
         return loss if return_type == "loss" else Output(logits, loss)
 
     def embed(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream that images start: patches, class tokens in their places, absolute positions."""
+        """`model.embed(images)`: the residual stream that images start: patches, class tokens in their places, absolute
+        positions.
+        """
         patches = self.hook_patch_embed(self.there(self.wrapped.patch_embed, self._patches, images))
         return self.there([self.wrapped, self.wrapped.patch_embed.proj], self._placed, patches)
 
@@ -541,14 +545,14 @@ class HookedViM(HookedModel):
         return at_least_float32(embedded) if self.cfg.residual_in_fp32 else embedded
 
     def class_tokens(self) -> tuple[Float[Tensor, "1 1 d_model"], ...]:
-        """The parameters that stand at `grid.cls`."""
+        """`model.class_tokens()`: the parameters that stand at `grid.cls`."""
         w, cls = self.wrapped, self.cfg.cls
         if cls == "none":
             return ()
         return (w.cls_token_head, w.cls_token_tail) if cls == "double" else (w.cls_token,)
 
     def classify(self, normed: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch class"]:
-        """Logits, at least float32, of what the class token (or, without one, the pool) reads off."""
+        """`model.classify(normed)`: logits, at least float32, of what the class token (or, without one, the pool) reads off."""
         if self.grid.cls:
             features = torch.stack([normed[:, place] for place in self.grid.cls], dim=1).mean(1)
         else:
@@ -583,6 +587,7 @@ class HookedViM(HookedModel):
         return labels.long()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`model.generate()` is a language model's: InputError."""
         raise InputError(
             f"generate: {self.title} classifies images, it has no next token. `model(images)` gives logits."
         )
@@ -598,7 +603,9 @@ class HookedViM(HookedModel):
         return self.wrapped.head.bias
 
     def tokens_to_residual_directions(self, tokens: int | Int[Tensor, ...]) -> Float[Tensor, "... d_model"]:
-        """The columns of W_U of some classes: what the class token (after ln_final) is read along."""
+        """`model.tokens_to_residual_directions(3)`: the columns of W_U of some classes: what the class token (after
+        ln_final) is read along.
+        """
         return self.W_U.T[torch.as_tensor(tokens, device=self.W_U.device)]
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
