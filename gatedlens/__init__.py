@@ -22,8 +22,8 @@ from gatedlens import (
 from gatedlens.address.names import Alias, Point, View
 from gatedlens.address.table import HookTable
 from gatedlens.attention.contributions import Contributions
-from gatedlens.attention.layer import ImplicitAttention, implicit_attention
-from gatedlens.attention.stack import AttentionStack
+from gatedlens.attention.layer import ImplicitAttention
+from gatedlens.attention.stack import AttentionStack, implicit_attention
 from gatedlens.errors import (
     CheckpointError,
     GatedlensError,

@@ -15,8 +15,8 @@ o = A x + r with A = diag(gate) (S + diag(skip)) diag(act) M: see `factors.py`. 
 """
 
 from gatedlens.attention.contributions import Contributions
-from gatedlens.attention.layer import Check, ImplicitAttention, implicit_attention
-from gatedlens.attention.stack import AttentionStack
+from gatedlens.attention.layer import Check, ImplicitAttention
+from gatedlens.attention.stack import AttentionStack, implicit_attention
 
 # fmt: off
 __all__ = [

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -26,13 +26,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gatedlens.attention.layer import AT_ONCE, DENSE_LIMIT, ImplicitAttention
+from gatedlens.attention.limits import AT_ONCE, DENSE_LIMIT
 from gatedlens.errors import InputError
 from gatedlens.options import checked
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.factors import NAMES, Factors
 from gatedlens.recurrence.operator import Branch
 from gatedlens.result.labelled_tensor import labelled
+
+# `layer.py` builds contributions and is imported after this file, so its class stands here for type checkers alone.
+if TYPE_CHECKING:
+    from gatedlens.attention.layer import ImplicitAttention
+else:
+    ImplicitAttention = Any
 
 BLOCK_ELEMENTS = 1 << 24  # numbers in one block of vectors [batch, rows, src, d_model]
 INSTEAD = "Ask for row(i) or column(j), which grow with the positions alone, for fewer positions, or raise max_bytes."

@@ -19,17 +19,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gatedlens.address.layers import layer_of, layers_of
+from gatedlens.address.layers import layer_of
 from gatedlens.address.positions import one_a_row
+from gatedlens.attention.contributions import Contributions
+from gatedlens.attention.limits import AT_ONCE, DENSE_LIMIT
 from gatedlens.errors import InputError, PointError, did_you_mean
-from gatedlens.model.base import HookedModel
 from gatedlens.model.cache import ActivationCache
 from gatedlens.model.memory import afford
 from gatedlens.model.padding import Padding
@@ -39,12 +40,6 @@ from gatedlens.recurrence.factors import NAMES, Factors
 from gatedlens.recurrence.operator import Branch, branch_of
 from gatedlens.result.labelled_tensor import labelled
 
-if TYPE_CHECKING:
-    from gatedlens.attention.contributions import Contributions
-    from gatedlens.attention.stack import AttentionStack
-
-DENSE_LIMIT = 4 * 2**30  # bytes that dense(), mean() and all that hold a matrix take without being told more
-AT_ONCE = 4  # matrices [batch, dst, src] that mean() holds at its height
 INSTEAD = (
     "Ask for row(i), column(j) or `@ x`, which grow with the positions alone, for fewer positions, or raise max_bytes."
 )
@@ -63,72 +58,6 @@ class Check(NamedTuple):
     relative: float
 
 
-@overload
-def implicit_attention(
-    source: Any, input: Any = None, *, layer: None = None, layers: Any = None, **options: Any
-) -> AttentionStack: ...
-
-
-@overload
-def implicit_attention(source: Any, input: Any = None, *, layer: Any, **options: Any) -> ImplicitAttention: ...
-
-
-def implicit_attention(source: Any, input: Any = None, *, layer: Any = None, layers: Any = None, **options: Any) -> Any:
-    """`gl.implicit_attention(model, "The cat sat on the mat", layer=3)`, or `gl.implicit_attention(cache, layer=3)`.
-
-    With `layer` the ImplicitAttention of one layer; without it the AttentionStack of `layers` (see `layers.py`; None: all).
-    source: a HookedModel with its `input` (and any options of its forward, run once), or an
-    ActivationCache that holds the points `model.blocks[layer].mixer.attention_points` (the default cache does).
-    Gradients flow to the cached activations. The operator is that of the model's equations at these activations: hooks
-    that edit *inside* the recurrence (decay, write, state, scan, y) make the layer's output differ from it, and
-    `check()` says by how much.
-    """
-    given = isinstance(source, ActivationCache)
-    if given and (input is not None or options):
-        raise InputError("A cache needs no input: gl.implicit_attention(cache, layer=...).")
-    if not given and not isinstance(source, HookedModel):
-        raise InputError(f"implicit_attention takes a HookedModel or an ActivationCache, not {type(source).__name__}.")
-    if not given and input is None:
-        raise InputError("implicit_attention(model, ...) needs an input: text or token ids.")
-    if layer is not None and layers is not None:
-        raise InputError(f"layer={layer!r} and layers={layers!r}: give one layer, or several, or neither for all.")
-    model: Any = source.model if given else source
-    chosen = layers_of(model, layers) if layer is None else (layer_of(model, layer),)
-    if not given:
-        needed = [name for index in chosen for name in _needed(model.blocks[index].mixer, index)]
-        with torch.no_grad():
-            _, source = model.run_with_cache(input, names_filter=needed, stop_at_layer=max(chosen) + 1, **options)
-    if layer is not None:
-        return _from_cache(source, chosen[0])
-    from gatedlens.attention.stack import AttentionStack
-
-    return AttentionStack(source, chosen)
-
-
-def _from_cache(cache: ActivationCache, layer: Any) -> ImplicitAttention:
-    model: Any = cache.model
-    index = layer_of(model, layer)
-    if not cache.has_batch_dim:
-        raise InputError("This cache was made with remove_batch_dim=True; implicit attention needs the batch axis.")
-    if cache.sliced:
-        raise InputError("This cache keeps only some positions (pos_slice); implicit attention needs all of them.")
-    mixer = model.blocks[index].mixer
-    missing = [name for name in _needed(mixer, index) if name not in cache.cache_dict]
-    if missing:
-        raise PointError(
-            f"Implicit attention of layer {index} needs points that this cache lacks: {', '.join(missing)}."
-        )
-    stem, padding = f"blocks.{index}.{mixer.place}.", Padding.of(cache.mask)
-    with exact(cache[stem + mixer.attention_points[0]]):
-        branches = mixer.branches(lambda name: cache[stem + name], padding, cache.state)
-    return ImplicitAttention(branches, padding, model, index, cache.tokens)
-
-
-def _needed(mixer: Any, layer: int) -> list[str]:
-    """The full names of the points that the attention of a layer is derived from."""
-    return [f"blocks.{layer}.{mixer.place}.{name}" for name in mixer.attention_points]
-
-
 @dataclass(frozen=True)
 class ImplicitAttention:
     """The operator of one layer; see the head of this file. `parts` are the factors that are in it (all of them)."""
@@ -140,6 +69,30 @@ class ImplicitAttention:
     tokens: Tensor | None = None
     parts: tuple[str, ...] = NAMES
     transposed: bool = False
+
+    @classmethod
+    def of(cls, cache: ActivationCache, layer: int) -> ImplicitAttention:
+        """`ImplicitAttention.of(cache, 3)`: the operator of one layer, from a cache that holds its `attention_points`.
+
+        PointError for a point that the cache lacks; InputError for a layer that the model lacks, and for a cache that has no
+        batch axis or keeps only some positions.
+        """
+        model: Any = cache.model
+        index = layer_of(model, layer)
+        if not cache.has_batch_dim:
+            raise InputError("This cache was made with remove_batch_dim=True; implicit attention needs the batch axis.")
+        if cache.sliced:
+            raise InputError("This cache keeps only some positions (pos_slice); implicit attention needs all of them.")
+        mixer = model.blocks[index].mixer
+        missing = [name for name in points_of(mixer, index) if name not in cache.cache_dict]
+        if missing:
+            raise PointError(
+                f"Implicit attention of layer {index} needs points that this cache lacks: {', '.join(missing)}."
+            )
+        stem, padding = f"blocks.{index}.{mixer.place}.", Padding.of(cache.mask)
+        with exact(cache[stem + mixer.attention_points[0]]):
+            branches = mixer.branches(lambda name: cache[stem + name], padding, cache.state)
+        return cls(branches, padding, model, index, cache.tokens)
 
     # -- which factors -------------------------------------------------------------------------------------------
 
@@ -260,8 +213,6 @@ class ImplicitAttention:
 
     def contributions(self) -> Contributions:
         """What each token writes into the residual stream through each other, in d_model: see `contributions.py`."""
-        from gatedlens.attention.contributions import Contributions
-
         return Contributions(self)
 
     # -- parts of the matrix -------------------------------------------------------------------------------------
@@ -392,6 +343,11 @@ class ImplicitAttention:
             return x
         x = x.gather(2, rank[:, None, :, None].expand_as(x)).gather(3, rank[:, None, None, :].expand_as(x))
         return x * (mask[:, None, :, None] & mask[:, None, None, :]).to(x.dtype)
+
+
+def points_of(mixer: Any, layer: int) -> list[str]:
+    """The full names of the points that the attention of a layer is derived from."""
+    return [f"blocks.{layer}.{mixer.place}.{name}" for name in mixer.attention_points]
 
 
 def _off(got: Tensor, wanted: Tensor) -> Check:

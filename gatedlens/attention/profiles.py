@@ -22,7 +22,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gatedlens.attention.layer import AT_ONCE, DENSE_LIMIT, ImplicitAttention
+from gatedlens.attention.layer import ImplicitAttention
+from gatedlens.attention.limits import AT_ONCE, DENSE_LIMIT
 from gatedlens.errors import InputError
 from gatedlens.options import checked
 

@@ -25,18 +25,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gatedlens.address.layers import START, layer_of, layers_of
-from gatedlens.attention.layer import (
-    ABS_MEAN,
-    AT_ONCE,
-    DENSE_LIMIT,
-    MEAN,
-    Check,
-    ImplicitAttention,
-    implicit_attention,
-    worst,
-)
+from gatedlens.attention.layer import ABS_MEAN, MEAN, Check, ImplicitAttention, points_of, worst
+from gatedlens.attention.limits import AT_ONCE, DENSE_LIMIT
 from gatedlens.attention.profiles import Profile, induction, of_layer
 from gatedlens.errors import InputError
+from gatedlens.model.base import HookedModel
 from gatedlens.model.cache import ActivationCache
 from gatedlens.options import checked, is_whole
 from gatedlens.recurrence.autocast import exact
@@ -90,7 +83,7 @@ class AttentionStack:
         return layer
 
     def _operator(self, layer: int) -> ImplicitAttention:
-        return implicit_attention(self.cache, layer=layer).only(*self.parts)
+        return ImplicitAttention.of(self.cache, layer).only(*self.parts)
 
     def __repr__(self) -> str:
         return f"AttentionStack({self.cache.model.cfg.model_name}, layers {list(self.layers)}: {' '.join(self.parts)})"
@@ -212,3 +205,43 @@ def _mean(attention: ImplicitAttention) -> Tensor:
 
 def _abs_mean(attention: ImplicitAttention) -> Tensor:
     return attention.abs_mean(max_bytes=None)
+
+
+@overload
+def implicit_attention(
+    source: Any, input: Any = None, *, layer: None = None, layers: Any = None, **options: Any
+) -> AttentionStack: ...
+
+
+@overload
+def implicit_attention(source: Any, input: Any = None, *, layer: Any, **options: Any) -> ImplicitAttention: ...
+
+
+def implicit_attention(source: Any, input: Any = None, *, layer: Any = None, layers: Any = None, **options: Any) -> Any:
+    """`gl.implicit_attention(model, "The cat sat on the mat", layer=3)`, or `gl.implicit_attention(cache, layer=3)`.
+
+    With `layer` the ImplicitAttention of one layer; without it the AttentionStack of `layers` (see `layers.py`; None: all).
+    source: a HookedModel with its `input` (and any options of its forward, run once), or an
+    ActivationCache that holds the points `model.blocks[layer].mixer.attention_points` (the default cache does).
+    Gradients flow to the cached activations. The operator is that of the model's equations at these activations: hooks
+    that edit *inside* the recurrence (decay, write, state, scan, y) make the layer's output differ from it, and
+    `check()` says by how much.
+    """
+    given = isinstance(source, ActivationCache)
+    if given and (input is not None or options):
+        raise InputError("A cache needs no input: gl.implicit_attention(cache, layer=...).")
+    if not given and not isinstance(source, HookedModel):
+        raise InputError(f"implicit_attention takes a HookedModel or an ActivationCache, not {type(source).__name__}.")
+    if not given and input is None:
+        raise InputError("implicit_attention(model, ...) needs an input: text or token ids.")
+    if layer is not None and layers is not None:
+        raise InputError(f"layer={layer!r} and layers={layers!r}: give one layer, or several, or neither for all.")
+    model: Any = source.model if given else source
+    chosen = layers_of(model, layers) if layer is None else (layer_of(model, layer),)
+    if not given:
+        needed = [name for index in chosen for name in points_of(model.blocks[index].mixer, index)]
+        with torch.no_grad():
+            _, source = model.run_with_cache(input, names_filter=needed, stop_at_layer=max(chosen) + 1, **options)
+    if layer is not None:
+        return ImplicitAttention.of(source, chosen[0])
+    return AttentionStack(source, chosen)

@@ -21,8 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.address.layers import START, layer_of
-from gatedlens.attention.layer import PAPERS, ImplicitAttention, implicit_attention
-from gatedlens.attention.stack import AttentionStack
+from gatedlens.attention.layer import PAPERS, ImplicitAttention
+from gatedlens.attention.stack import AttentionStack, implicit_attention
 from gatedlens.attribution import channels as channels_
 from gatedlens.attribution import official_code
 from gatedlens.attribution.question import Question

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from gatedlens import plot
 from gatedlens.address.layers import layer_of
-from gatedlens.attention.layer import MEAN, ImplicitAttention, implicit_attention
+from gatedlens.attention.layer import MEAN, ImplicitAttention
+from gatedlens.attention.stack import implicit_attention
 from gatedlens.cli.demo import default_text
 from gatedlens.cli.outfolder import out_folder
 from gatedlens.errors import InputError, did_you_mean

@@ -15,7 +15,7 @@ import torch
 
 from gatedlens import plot
 from gatedlens.address.layers import layer_of
-from gatedlens.attention.layer import implicit_attention
+from gatedlens.attention.stack import implicit_attention
 from gatedlens.cli.outfolder import out_folder
 from gatedlens.data import digits
 from gatedlens.errors import InputError

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.address.positions import listed, one_a_row
-from gatedlens.attention.layer import implicit_attention
+from gatedlens.attention.stack import implicit_attention
 from gatedlens.errors import InputError
 from gatedlens.model.batch import Batch
 from gatedlens.model.cache import ActivationCache
