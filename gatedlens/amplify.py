@@ -76,7 +76,7 @@ class Shot:
 
     @checked
     def rationale(self, template: str = RATIONALE, comma: str = COMMA) -> str:
-        """The template filled, with `comma` between words; empty if there are none."""
+        """`shot.rationale()`: the template filled, with `comma` between words; empty if there are none."""
         return fill(template, words=comma.join(self.words), label=self.label) if self.words else ""
 
 
@@ -88,7 +88,9 @@ class Shot:
 def probabilities(
     model: Any, texts: Sequence[str], labels: Labels, ask: str = ASK, batch_size: int = 16, progress: bool = True
 ) -> Float[Tensor, "text label"]:
-    """P(label | text, it is one of the labels): the softmax over the labels' logits at the end of `ask`."""
+    """`gl.amplify.probabilities(model, texts, labels)`: [text, label], P(label | text, it is one of the labels): the
+    softmax over the labels' logits at the end of `ask`.
+    """
     ids = list(label_tokens(model, labels).values())
     if isinstance(texts, str) or not texts:
         raise InputError(f"texts={texts!r}: give a list of at least one text.")
@@ -104,7 +106,9 @@ def probabilities(
 
 @checked
 def misclassification(p: Float[Tensor, "text label"], right: Sequence[int]) -> Float[Tensor, " text"]:
-    """The misclassification confidence score: the largest p of a wrong label minus p of the right one, -1 to 1."""
+    """`gl.amplify.misclassification(p, right)`: [text], the misclassification confidence score: the largest p of a wrong
+    label minus p of the right one, -1 to 1.
+    """
     right = [int(y) for y in right]
     if len(right) != len(p) or p.shape[1] < 2 or not all(0 <= y < p.shape[1] for y in right):
         raise InputError(f"right={right}: one of 0 to {p.shape[1] - 1} for each of {len(p)} texts, two labels or more.")
@@ -116,7 +120,8 @@ def misclassification(p: Float[Tensor, "text label"], right: Sequence[int]) -> F
 def select(
     p: Float[Tensor, "text label"], right: Sequence[int], n: int, among: Sequence[int] | None = None
 ) -> list[int]:
-    """The `n` texts with the highest misclassification confidence, highest first; ties keep their order.
+    """`gl.amplify.select(p, right, 3)`: the `n` texts with the highest misclassification confidence, highest first; ties
+    keep their order.
 
     among: the texts to choose from. The paper takes those that the model to be prompted gets wrong.
     """
@@ -142,8 +147,10 @@ def explain(
     merge: str = "mean",
     **options: Any,
 ) -> Shot:
-    """The shot of a text: `method` (a name, or a function like those of `gl.attribution`) explains the label's logit at the
-    end of `ask`; of the text's own words the `k` with the highest scores are kept. options: the method's."""
+    """`gl.amplify.explain(model, text, "good", labels)`: the shot of a text: `method` (a name, or a function like those of
+    `gl.attribution`) explains the label's logit at the
+    end of `ask`; of the text's own words the `k` with the highest scores are kept. options: the method's.
+    """
     tokens = label_tokens(model, labels)
     if label not in tokens:
         raise InputError(f"label={label!r} is none of {list(tokens)}.{did_you_mean(label, tokens)}")
@@ -158,7 +165,9 @@ def explain(
 
 @checked
 def token_spans(model: Any, text: str) -> list[tuple[int, int]]:
-    """Where each token of `model.to_tokens(text)` stands in the text, as characters [start, end); empty for special ones."""
+    """`gl.amplify.token_spans(model, text)`: where each token of `model.to_tokens(text)` stands in the text, as characters
+    [start, end); empty for special ones.
+    """
     if not getattr(model.tokenizer, "is_fast", False):
         raise InputError("Merging tokens to words needs a fast tokenizer (transformers' *Fast): it knows their places.")
     spans = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
@@ -168,7 +177,7 @@ def token_spans(model: Any, text: str) -> list[tuple[int, int]]:
 
 @checked
 def word_scores(text: str, spans: Spans, scores: Sequence[float], merge: str = "mean") -> list[tuple[str, float]]:
-    """[(word, score)] in the order of the text, of the scores of its tokens.
+    """`gl.amplify.word_scores(text, spans, scores)`: [(word, score)] in the order of the text, of the scores of its tokens.
 
     A token belongs to the word that holds most of its characters, one without any (punctuation, white space, special
     tokens) to none. merge: "mean" (the paper's), "sum", "max". Words that no token stands for are left out.
@@ -188,7 +197,9 @@ def word_scores(text: str, spans: Spans, scores: Sequence[float], merge: str = "
 
 @checked
 def key_words(scored: Sequence[tuple[str, float]], k: int) -> tuple[str, ...]:
-    """The `k` words with the highest scores, highest first; a word that stands more than once (in any case) counts once."""
+    """`gl.amplify.key_words(scored, 3)`: the `k` words with the highest scores, highest first; a word that stands more
+    than once (in any case) counts once.
+    """
     if k < 1:
         raise InputError(f"k={k}: give at least 1.")
     best: dict[str, str] = {}
@@ -210,7 +221,9 @@ def prompt(
     between: str = BETWEEN,
     comma: str = COMMA,
 ) -> str:
-    """The shots, each with its rationale and label, and the question `text`. Shots without words are ordinary ones."""
+    """`gl.amplify.prompt(shots, text)`: the shots, each with its rationale and label, and the question `text`. Shots
+    without words are ordinary ones.
+    """
     rationales = [one.rationale(rationale, comma) for one in shots]
     filled = [
         fill(shot, text=one.text, rationale=why, label=one.label) for one, why in zip(shots, rationales, strict=True)
@@ -220,7 +233,9 @@ def prompt(
 
 @checked
 def fill(template: str, **values: str) -> str:
-    """The template with {name} replaced by its value, once: braces in a value are text."""
+    """`gl.amplify.fill("{text} is {label}", text=a, label=b)`: the template with {name} replaced by its value, once:
+    braces in a value are text.
+    """
 
     def value(found: re.Match[str]) -> str:
         if found[1] not in values:
@@ -232,7 +247,7 @@ def fill(template: str, **values: str) -> str:
 
 
 def label_tokens(model: Any, labels: Labels) -> dict[str, int]:
-    """{label: the id of its token}."""
+    """`gl.amplify.label_tokens(model, labels)`: {label: the id of its token}."""
     if not isinstance(model, HookedLanguageModel):
         raise InputError(f"AMPLIFY takes language models of gatedlens, not {type(model).__name__}.")
     if isinstance(labels, str) or len(labels) < 2 or len(set(labels)) < len(labels):

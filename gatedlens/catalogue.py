@@ -43,7 +43,7 @@ def arrows(rows: tuple[Point, ...]) -> list[tuple[str, str]]:
 
 
 def diagram(rows: tuple[Point, ...]) -> str:
-    """A mermaid flow chart of one block: a box a point (rounded: lazy), an arrow a dependency."""
+    """`diagram(rows)`: a mermaid flow chart of one block: a box a point (rounded: lazy), an arrow a dependency."""
     key = {row.name: f"p{i}" for i, row in enumerate(rows)}
     lines = ["```mermaid", "flowchart TD"]
     parts = list(dict.fromkeys(row.part for row in rows))
@@ -81,7 +81,7 @@ def imported(name: str, hooked: Any) -> str:
 
 
 def page(name: str, hooked: Any) -> str:
-    """The page of one architecture."""
+    """`page("mamba", HookedMamba)`: the page of one architecture."""
     model, sizes = hooked.reference
     out = [
         f"# {hooked.title}: hook points",
@@ -114,7 +114,7 @@ def page(name: str, hooked: Any) -> str:
 
 
 def index(found: dict[str, Any]) -> str:
-    """hooks/README.md."""
+    """`index(found)`: hooks/README.md."""
     lines = [
         f"| [{hooked.title}]({name}.md) | `{hooked.__name__}` | {hooked.paper} |" for name, hooked in found.items()
     ]
@@ -131,7 +131,7 @@ def index(found: dict[str, Any]) -> str:
 
 
 def data(found: dict[str, Any]) -> dict[str, Any]:
-    """hooks/catalogue.json."""
+    """`data(found)`: hooks/catalogue.json."""
     return {
         name: {
             "title": hooked.title,
@@ -152,14 +152,14 @@ def _row(row: Point) -> dict[str, Any]:
 
 
 def pages() -> dict[str, str]:
-    """Every file of the catalogue by name, as it should be."""
+    """`pages()["mamba.md"]`: every file of the catalogue by name, as it should be."""
     found = architectures()
     files = {"README.md": index(found), "catalogue.json": json.dumps(data(found), indent=1) + "\n"}
     return files | {f"{name}.md": page(name, hooked) for name, hooked in found.items()}
 
 
 def stale(folder: Path = FOLDER) -> list[str]:
-    """The files that are missing or differ from what the rows say."""
+    """`stale(folder)`: the files that are missing or differ from what the rows say."""
     wanted = pages()
     present = {path.name for path in folder.iterdir()} if folder.exists() else set()
     wrong = [name for name, text in wanted.items() if name not in present or (folder / name).read_text() != text]
@@ -167,6 +167,7 @@ def stale(folder: Path = FOLDER) -> list[str]:
 
 
 def main() -> int:
+    """`main()` is `python -m gatedlens.catalogue`: write the pages, or with --check fail on a stale one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is stale")
     args = parser.parse_args()

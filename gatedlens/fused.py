@@ -84,7 +84,7 @@ def fits(x: Tensor) -> bool:
 
 
 def kernels_for(x: Tensor) -> Kernels | None:
-    """`gl.fused.kernels_for(x)`: mamba-ssm's kernels, if they can run on a tensor."""
+    """`gl.fused.kernels_for(x)`: Mamba-ssm's kernels, if they can run on a tensor."""
     return kernels() if fits(x) else None
 
 

@@ -261,7 +261,7 @@ def normalised(
 
 
 def per_row(metric: Any, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
-    """`per_row(metric, logits)`: [batch], The metric's numbers, one a row, checked: no other shape, nothing that is not a
+    """`per_row(metric, logits)`: [batch], the metric's numbers, one a row, checked: no other shape, nothing that is not a
     number.
     """
     value = measure(metric, logits)

@@ -47,7 +47,8 @@ WRITE = ".hook_write"
 @checked
 @torch.no_grad()
 def vector(model: Any, positive: Any, negative: Any, name: str, pos: int | None = -1) -> SteeringVector:
-    """mean over `positive` - mean over `negative` of what stands at the point `name`: a SteeringVector.
+    """`v = gl.steering.vector(model, positive, negative, "blocks.3.hook_resid_post")`: mean over `positive` - mean over
+    `negative` of what stands at the point `name`: a SteeringVector.
 
     positive, negative: a text or a list of texts, ids, pairs (ids, mask), images. pos: which position of each row, counted
     among its real ones (-1: the last); None: the mean of all of them.
@@ -96,13 +97,13 @@ class SteeringVector:
 
     @checked
     def normalised(self, norm: int | float = 1.0) -> SteeringVector:
-        """The same direction with this length."""
+        """`v.normalised(2.0)`: the same direction with this length."""
         if self.norm == 0:
             raise InputError("The vector is zero: both sets of inputs have the same mean, so it has no direction.")
         return replace(self, vector=self.vector * (norm / self.norm))
 
     def cosine(self, other: SteeringVector | Tensor) -> float:
-        """The cosine of the angle to another vector of the same shape."""
+        """`v.cosine(other)`: the cosine of the angle to another vector of the same shape."""
         theirs = other.vector if isinstance(other, SteeringVector) else other
         if theirs.shape != self.vector.shape:
             raise InputError(
@@ -120,7 +121,9 @@ class SteeringVector:
 
     @checked
     def intervention(self, scale: int | float = 1.0, **index: Any) -> Intervention:
-        """The value: `scale` times the vector added at every position of every call (or at `pos=...` of each call)."""
+        """`v.intervention(4.0)`: the value: `scale` times the vector added at every position of every call (or at
+        `pos=...` of each call).
+        """
         return edit(self.target, lambda x, point: x + self._shaped(x, point, scale), **index)
 
     @checked
@@ -172,14 +175,14 @@ class SteeringVector:
 
     @checked
     def save(self, path: str | Path) -> Path:
-        """Write a safetensors file, and return the path."""
+        """`v.save("calm.safetensors")`: write a safetensors file, and return the path."""
         meta = {"gatedlens": "steering", "name": self.name, "facts": json.dumps(self.facts)}
         save_file({"vector": self.vector.detach().cpu().contiguous()}, str(path), meta)
         return Path(path)
 
     @staticmethod
     def load(path: str | Path) -> SteeringVector:
-        """What `save` wrote."""
+        """`SteeringVector.load("calm.safetensors")`: what `save` wrote; CheckpointError for any other file."""
         tensors, meta = read_tensors(path)
         if meta.get("gatedlens") != "steering" or "vector" not in tensors:
             raise CheckpointError(f"{path} is no saved SteeringVector: it holds {', '.join(list(tensors)[:5])}.")

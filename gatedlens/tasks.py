@@ -44,7 +44,9 @@ class Recall:
 
     @checked
     def with_answer(self, answers: Int[Tensor, " batch"]) -> Recall:
-        """The same prompts with other values at the queried keys: the counterfactual of activation patching."""
+        """`other = batch.with_answer(answers)`: the same prompts with other values at the queried keys: the counterfactual
+        of activation patching.
+        """
         tokens = self.tokens.clone()
         tokens[torch.arange(len(tokens)), self.answer_pos] = answers
         return Recall(tokens, answers, self.answer_pos, self.pair_pos)
@@ -52,13 +54,15 @@ class Recall:
 
 @checked
 def ids(words: tuple[str, ...]) -> Int[Tensor, " words"]:
-    """The token ids of some words of the vocabulary."""
+    """`gl.tasks.ids(("A", "dog"))`: the token ids of some words of the vocabulary."""
     return torch.tensor([VOCABULARY.index(word) for word in words])
 
 
 @checked
 def recall(n: int, seed: int = 0) -> Recall:
-    """`n` prompts: 4 distinct keys, each followed by one of 8 values, 10 noise words between, `?` and one of the keys."""
+    """`batch = gl.tasks.recall(16, seed=0)`: `n` prompts: 4 distinct keys, each followed by one of 8 values, 10 noise
+    words between, `?` and one of the keys.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> Tensor:

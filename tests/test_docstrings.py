@@ -105,12 +105,15 @@ def signature_of(said: str, value: Any) -> inspect.Signature:
 
 def wrong(said: str, value: Any) -> str:
     """What is wrong with its docstring; empty if nothing is."""
-    doc = inspect.getdoc(value) if not inspect.isclass(value) else value.__dict__.get("__doc__")
-    if not doc or doc.startswith(f"{said.rpartition('.')[2]}("):
+    if inspect.isclass(value):  # what it is; how it is made or loaded is its methods' matter
+        return (
+            ""
+            if "__doc__" in vars(value) and not value.__doc__.startswith(f"{value.__name__}(")
+            else "it has no docstring"
+        )
+    if not inspect.getdoc(value):
         return "it has no docstring"
-    doc = inspect.cleandoc(doc)
-    if inspect.isclass(value):
-        return ""  # what it is; how it is made or loaded is its methods' matter
+    doc = "\n".join(docs_of(said, value))
     signature = signature_of(said, value)
     calls = [node for text in usages(said, doc) for node in ast.walk(tree_of(text)) if isinstance(node, ast.Call)]
     name = said.rpartition(".")[2]
@@ -126,6 +129,16 @@ def wrong(said: str, value: Any) -> str:
             if one not in known | SECTIONS and not takes_all and not one.isdigit() and one not in fields_of(value):
                 return f"it speaks of {one!r}, which it does not take; it takes {', '.join(known) or 'nothing'}"
     return ""
+
+
+def docs_of(said: str, value: Any) -> list[str]:
+    """Its docstring, and those of the methods of ours that it overrides: an override may say only what is its own."""
+    owner = REACHED.get(said.rpartition(".")[0])
+    kinds = owner.__mro__ if inspect.isclass(owner) else ()
+    name = said.rpartition(".")[2]
+    overridden = [vars(kind)[name] for kind in kinds if ours(kind) and name in vars(kind)]
+    docs = (inspect.getdoc(getattr(one, "__func__", one)) for one in (value, *overridden))
+    return [doc for doc in dict.fromkeys(docs) if doc]
 
 
 def fields_of(value: Any) -> set[str]:

@@ -83,16 +83,18 @@ class Contributions:
     # -- vectors -------------------------------------------------------------------------------------------------
 
     def row(self, i: Any) -> Float[Tensor, "batch src d_model"]:
-        """F[i, :]: what every place writes at position i; i counts real positions, as in `ImplicitAttention.row`."""
+        """`c.row(-1)`: [batch, src, d_model], F[i, :]: what every place writes at position i; i counts real positions, as
+        in `ImplicitAttention.row`.
+        """
         return self.at(self.attention.place(i, "row"))
 
     @checked
     def at(self, place: Int[Tensor, " batch"]) -> Float[Tensor, "batch src d_model"]:
-        """F[i, :] of a place of each row in the input."""
+        """`c.at(place)`: [batch, src, d_model], F[i, :] of a place of each row in the input."""
         return self._write(rearrange(A.at(place), "b c j -> b j c") * x for A, x in self._branches())
 
     def column(self, j: Any) -> Float[Tensor, "batch dst d_model"]:
-        """F[:, j]: what position j writes at every place; j as in `row`."""
+        """`c.column(0)`: [batch, dst, d_model], F[:, j]: what position j writes at every place; j as in `row`."""
         place = self.attention.place(j, "column")
         rows = torch.arange(len(place), device=place.device)
         return self._write(
@@ -100,13 +102,17 @@ class Contributions:
         )
 
     def remainder(self) -> Float[Tensor, "batch pos d_model"]:
-        """W r + b: what no token of this call brings: biases, and the state that the call went on from."""
+        """`c.remainder()`: [batch, pos, d_model], W r + b: what no token of this call brings: biases, and the state that
+        the call went on from.
+        """
         rest = self._write([self.attention.bias])
         bias = self._projection[1] if self.back is None else None
         return rest if bias is None else rest + bias.to(rest.dtype)
 
     def output(self) -> Float[Tensor, "batch pos d_model"]:
-        """The sum of it all, linear in pos: with all factors, the layer's `hook_mixer_out`."""
+        """`c.output()`: [batch, pos, d_model], the sum of it all, linear in pos: with all factors, the layer's
+        `hook_mixer_out`.
+        """
         return self._write(A @ x for A, x in self._branches()) + self.remainder()
 
     # -- all pairs -----------------------------------------------------------------------------------------------
@@ -114,7 +120,9 @@ class Contributions:
     @checked
     @labelled("norm of the contribution")
     def norms(self, progress: bool = False, max_bytes: int | None = DENSE_LIMIT) -> Float[Tensor, "batch dst src"]:
-        """|F[i, j]| for all pairs, a block of destinations at a time. Refuses what takes more than `max_bytes` on the way."""
+        """`c.norms()`: [batch, dst, src], |F[i, j]| for all pairs, a block of destinations at a time. Refuses what takes
+        more than `max_bytes` on the way.
+        """
         self.attention.afford("contributions().norms()", AT_ONCE + 2, max_bytes, INSTEAD)
         return torch.cat([block.norm(dim=-1) for block in self.blocks(progress, max_bytes=None)], dim=1)
 
@@ -122,7 +130,9 @@ class Contributions:
     def blocks(
         self, progress: bool = False, max_bytes: int | None = DENSE_LIMIT
     ) -> Iterator[Float[Tensor, "batch rows src d_model"]]:
-        """F itself, some destinations at a time, from the first on; each block is cut from matrices of all."""
+        """`for block in c.blocks(): ...`: [batch, rows, src, d_model], F itself, some destinations at a time, from the
+        first on; each block is cut from matrices of all.
+        """
         self.attention.afford("contributions().blocks()", AT_ONCE, max_bytes, INSTEAD)
         return self._blocks(progress)
 
@@ -146,7 +156,7 @@ class Contributions:
     def along(
         self, direction: Float[Tensor, " d_model"], max_bytes: int | None = DENSE_LIMIT
     ) -> Float[Tensor, "batch dst src"]:
-        """F[i, j] . direction for all pairs; no channel apart.
+        """`c.along(direction)`: [batch, dst, src], F[i, j] . direction for all pairs; no channel apart.
 
         With p = W^T direction it is sum over c of p[c] A[c][i, j] x[j, c]: a weighted mean of channels with x folded
         into the activation behind each tap, so it costs as much as one `mean()` a tap.

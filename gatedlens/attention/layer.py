@@ -108,12 +108,14 @@ class ImplicitAttention:
         return replace(self, parts=tuple(name for name in NAMES if name in self._known(parts)))
 
     def without(self, *parts: str) -> ImplicitAttention:
-        """The operator with these factors replaced by the identity (the skip, or the scan, by zero)."""
+        """`A.without("skip")`: the operator with these factors replaced by the identity (the skip, or the scan, by zero)."""
         return replace(self, parts=tuple(name for name in self.parts if name not in self._known(parts)))
 
     @checked
     def paper(self, which: str) -> ImplicitAttention:
-        """The matrices of the papers: "unified" is gate S act conv (UIA), "hidden" is S (HA). Both leave out the skip."""
+        """`A.paper("unified")`: the matrices of the papers: "unified" is gate S act conv (UIA), "hidden" is S (HA). Both
+        leave out the skip.
+        """
         if which not in PAPERS:
             raise InputError(f"paper({which!r}): it is {' or '.join(map(repr, PAPERS))}.")
         return self.only(*PAPERS[which])
@@ -171,12 +173,13 @@ class ImplicitAttention:
         return self.padding.spread(self._sum(lambda branch, turn: turn(branch.bias())))
 
     def output(self) -> Float[Tensor, "batch pos channel"]:
-        """A x + r: with all factors, the layer's output before its output projection."""
+        """`A.output()`: [batch, pos, channel], A x + r: with all factors, the layer's output before its output projection."""
         return self.padding.spread(self._sum(lambda branch, turn: turn(branch.output())))
 
     @torch.no_grad()
     def check(self) -> Check:
-        """How exactly the operator of all factors reconstructs what the layer computed (masked positions left out), and
+        """`A.check()`: a Check, How exactly the operator of all factors reconstructs what the layer computed (masked
+        positions left out), and
         `row`, `column`, `.T`, `weighted` (so `mean`) and `dense` of this operator say what `@` does, on random inputs.
 
         The matrices of a few channels are compared, where they hold less than 2^24 numbers.
@@ -212,7 +215,9 @@ class ImplicitAttention:
             )
 
     def contributions(self) -> Contributions:
-        """What each token writes into the residual stream through each other, in d_model: see `contributions.py`."""
+        """`A.contributions()`: what each token writes into the residual stream through each other, in d_model: see
+        `contributions.py`.
+        """
         return Contributions(self)
 
     # -- parts of the matrix -------------------------------------------------------------------------------------
@@ -226,13 +231,16 @@ class ImplicitAttention:
 
     @checked
     def place(self, pos: Any, what: str) -> Int[Tensor, " batch"]:
-        """Where in the input a position of each row is."""
+        """`A.place(-1, "pos")`: [batch], where in the input a position of each row is.
+
+        pos: real positions, one for all rows or one a row; what: the parameter's name, for the errors.
+        """
         mask, x = self.padding.mask, self.branches[0].x
         return one_a_row(pos, what, torch.ones(self.shape[:2], dtype=torch.bool) if mask is None else mask).to(x.device)
 
     @checked
     def at(self, place: Int[Tensor, " batch"]) -> Float[Tensor, "batch channel src"]:
-        """A[i, :] of a place of each row in the input; zero where it is padding."""
+        """`A.at(place)`: [batch, channel, src], A[i, :] of a place of each row in the input; zero where it is padding."""
         return rearrange(self._column(place) if self.transposed else self._row(place), "b p c -> b c p")
 
     def _row(self, place: Int[Tensor, " batch"]) -> Tensor:
@@ -254,12 +262,14 @@ class ImplicitAttention:
         return self._apply(basis, transposed=False)
 
     def column(self, j: Any) -> Float[Tensor, "batch channel dst"]:
-        """A[:, j] for every channel: where position j's input goes; j as in `row`."""
+        """`A.column(0)`: [batch, channel, dst], A[:, j] for every channel: where position j's input goes; j as in `row`."""
         return self.T.at(self.place(j, "column"))
 
     @checked
     def afford(self, what: str, matrices: int, max_bytes: int | None, instead: str = INSTEAD) -> None:
-        """TooLargeError if so many matrices [batch, dst, src] are more than `max_bytes`; None: whatever it takes."""
+        """`A.afford("mean", 2, max_bytes)`: TooLargeError if so many matrices [batch, dst, src] are more than `max_bytes`;
+        None: whatever it takes.
+        """
         batch, length, _ = self.shape
         size = matrices * batch * length * length * self.branches[0].x.element_size()
         afford(f"{what} at {length} positions", size, max_bytes, instead)
@@ -269,7 +279,9 @@ class ImplicitAttention:
     def dense(
         self, channels: Any = None, max_bytes: int | None = DENSE_LIMIT
     ) -> Float[Tensor, "batch channel dst src"]:
-        """The matrix of each channel (of `channels`, all if None). Refuses more than `max_bytes`."""
+        """`A.dense(channels=[0, 5])`: [batch, channel, dst, src], the matrix of each channel (of `channels`, all if None).
+        Refuses more than `max_bytes`.
+        """
         chosen = _channels(channels, self.shape[2])
         instead = "Ask for mean(), row(i), `@ x`, or some channels=[...], or raise max_bytes."
         self.afford(f"dense() of {len(chosen)} channels", len(chosen), max_bytes, instead)
@@ -281,7 +293,8 @@ class ImplicitAttention:
     def weighted(
         self, weights: Float[Tensor, " weight"], max_bytes: int | None = DENSE_LIMIT
     ) -> Float[Tensor, "batch dst src"]:
-        """sum over channels of weights[c] * A[c]: one matrix product per block, no channel apart.
+        """`A.weighted(weights)`: [batch, dst, src], sum over channels of weights[c] * A[c]: one matrix product per block,
+        no channel apart.
 
         Refuses what takes more than `max_bytes` on the way, as do all views that hold a matrix.
         """
@@ -296,7 +309,7 @@ class ImplicitAttention:
     @checked
     @labelled(MEAN)
     def mean(self, max_bytes: int | None = DENSE_LIMIT) -> Float[Tensor, "batch dst src"]:
-        """The mean over channels, signed."""
+        """`A.mean()`: [batch, dst, src], the mean over channels, signed."""
         self.afford("mean()", AT_ONCE, max_bytes)
         channels = self.shape[2]
         return self.weighted(self.branches[0].x.new_full((channels,), 1 / channels), max_bytes=None)
@@ -304,7 +317,7 @@ class ImplicitAttention:
     @checked
     @labelled(ABS_MEAN)
     def abs_mean(self, max_bytes: int | None = DENSE_LIMIT) -> Float[Tensor, "batch dst src"]:
-        """The mean over channels of absolute values, channel chunk by channel chunk."""
+        """`A.abs_mean()`: [batch, dst, src], the mean over channels of absolute values, channel chunk by channel chunk."""
         self.afford("abs_mean()", AT_ONCE, max_bytes)
         batch, length, channels = self.shape
         size = max(1, ABS_ELEMENTS // (batch * length * length))
@@ -315,7 +328,7 @@ class ImplicitAttention:
         return total / channels
 
     def select(self, channels: Any) -> ImplicitAttention:
-        """The operator of some channels."""
+        """`A.select([0, 5])`: the operator of some channels."""
         chosen = _channels(channels, self.shape[2])
         return replace(self, branches=tuple(factors.select(chosen) for factors in self.branches))
 

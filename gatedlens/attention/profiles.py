@@ -56,7 +56,9 @@ class Induction(NamedTuple):
 
 @checked
 def of_layer(attention: ImplicitAttention, max_bytes: int | None = DENSE_LIMIT) -> Profile:
-    """The profile of |A| averaged over channels; every field [batch]. Refuses what takes more than `max_bytes` on the way."""
+    """`gl.profiles.of_layer(A).half_life`: [batch], the profile of |A| averaged over channels; every field [batch].
+    Refuses what takes more than `max_bytes` on the way.
+    """
     _afford("profile", attention, max_bytes)
     weights = attention.abs_mean(max_bytes=None).unsqueeze(1)
     return Profile(*(field.squeeze(1) for field in _profile(weights, attention)))
@@ -68,7 +70,9 @@ def of_channels(
     channels: int | slice | list[int] | None = None,
     max_bytes: int | None = DENSE_LIMIT,
 ) -> Profile:
-    """The profile of each channel (of `channels`, all if None); every field [batch, channel]. Chunked over channels."""
+    """`gl.profiles.of_channels(A).half_life`: [batch, channel], the profile of each channel (of `channels`, all if None);
+    every field [batch, channel]. Chunked over channels.
+    """
     _afford("profiles of channels", attention, max_bytes)
     return Profile(*_by_channel(attention, channels, lambda weights: _profile(weights, attention)))
 
@@ -79,7 +83,8 @@ def induction(
     tokens: Int[Tensor, "batch pos"] | None = None,
     max_bytes: int | None = DENSE_LIMIT,
 ) -> Induction:
-    """How much of |A| (averaged over channels) goes to the tokens that followed earlier occurrences of the row's token.
+    """`gl.profiles.induction(A).score`: [batch], how much of |A| (averaged over channels) goes to the tokens that followed
+    earlier occurrences of the row's token.
 
     Row i's targets are j + 1 for every j < i with tokens[j] == tokens[i], i itself not among them; the score is the
     mean over rows that have targets of sum over targets of p_i. Olsson et al. 2022 (In-context Learning and Induction
@@ -97,7 +102,7 @@ def induction_of_channels(
     tokens: Int[Tensor, "batch pos"] | None = None,
     max_bytes: int | None = DENSE_LIMIT,
 ) -> Induction:
-    """The same for each channel: [batch, channel]."""
+    """`gl.profiles.induction_of_channels(A).score`: [batch, channel], `induction` of each channel."""
     _afford("induction of channels", attention, max_bytes)
     return Induction(*_by_channel(attention, channels, lambda weights: _induction(weights, attention, tokens)))
 
@@ -107,7 +112,7 @@ def induction_of_channels(
 
 @checked
 def shares(weights: Float[Tensor, "batch some dst src"]) -> Float[Tensor, "batch some dst src"]:
-    """p: each row of |weights| divided by its sum; a row of zeros stays one."""
+    """`gl.profiles.shares(weights)`: p: each row of |weights| divided by its sum; a row of zeros stays one."""
     size = weights.abs()
     total = size.sum(-1, keepdim=True)
     return size / torch.where(total > 0, total, 1)

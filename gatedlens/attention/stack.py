@@ -91,16 +91,16 @@ class AttentionStack:
     # -- which factors -------------------------------------------------------------------------------------------
 
     def only(self, *parts: str) -> AttentionStack:
-        """Every layer's operator with these factors alone; see `ImplicitAttention.only`."""
+        """`stack.only("scan")`: every layer's operator with these factors alone; see `ImplicitAttention.only`."""
         return replace(self, parts=self._operator(self.layers[0]).only(*parts).parts)
 
     def without(self, *parts: str) -> AttentionStack:
-        """Every layer's operator without these factors; see `ImplicitAttention.without`."""
+        """`stack.without("skip")`: every layer's operator without these factors; see `ImplicitAttention.without`."""
         return replace(self, parts=self._operator(self.layers[0]).without(*parts).parts)
 
     @checked
     def paper(self, which: str) -> AttentionStack:
-        """The matrices of the papers, "unified" or "hidden"; see `ImplicitAttention.paper`."""
+        """`stack.paper("unified")`: the matrices of the papers, "unified" or "hidden"; see `ImplicitAttention.paper`."""
         return replace(self, parts=self._operator(self.layers[0]).paper(which).parts)
 
     # -- layer by layer ------------------------------------------------------------------------------------------
@@ -112,14 +112,18 @@ class AttentionStack:
         what: str = "attention",
         progress: bool = True,
     ) -> Iterator[Tensor]:
-        """`matrix(attention)` of each layer in turn, behind a progress bar unless `progress` is off."""
+        """`for matrix in stack.each(lambda A: A.mean()): ...`: the function of each layer's attention in turn, behind a
+        progress bar unless `progress` is off.
+        """
         for attention in tqdm(self, total=len(self), disable=not progress, desc=what, unit="layer"):
             yield matrix(attention)
 
     @checked
     @labelled(MEAN)
     def mean(self, progress: bool = True, max_bytes: int | None = DENSE_LIMIT) -> Float[Tensor, "layer batch dst src"]:
-        """Each layer's signed mean over channels. Refuses what takes more than `max_bytes` on the way, as all here does."""
+        """`stack.mean()`: [layer, batch, dst, src], each layer's signed mean over channels. Refuses what takes more than
+        `max_bytes` on the way, as all here does.
+        """
         self._afford("mean()", 2 * len(self), max_bytes)
         return torch.stack(list(self.each(_mean, "mean", progress)))
 
@@ -128,7 +132,7 @@ class AttentionStack:
     def abs_mean(
         self, progress: bool = True, max_bytes: int | None = DENSE_LIMIT
     ) -> Float[Tensor, "layer batch dst src"]:
-        """Each layer's mean over channels of absolute values."""
+        """`stack.abs_mean()`: [layer, batch, dst, src], each layer's mean over channels of absolute values."""
         self._afford("abs_mean()", 2 * len(self), max_bytes)
         return torch.stack(list(self.each(_abs_mean, "abs_mean", progress)))
 
@@ -136,7 +140,9 @@ class AttentionStack:
     def layer_mean(
         self, absolute: bool = False, progress: bool = True, max_bytes: int | None = DENSE_LIMIT
     ) -> Float[Tensor, "batch dst src"]:
-        """The mean over layers of `mean()`, or of `abs_mean()`: HA's "raw attention" before its row is picked."""
+        """`stack.layer_mean()`: [batch, dst, src], the mean over layers of `mean()`, or of `abs_mean()`: HA's "raw
+        attention" before its row is picked.
+        """
         self._afford("layer_mean()", 2, max_bytes)
         total = reduce(torch.add, self.each(_abs_mean if absolute else _mean, "layer mean", progress))
         said = "|attention|" if absolute else "attention"
@@ -144,7 +150,7 @@ class AttentionStack:
         return mean
 
     def check(self) -> Check:
-        """The largest errors of `ImplicitAttention.check` over the layers."""
+        """`stack.check()`: the largest errors of `ImplicitAttention.check` over the layers."""
         return worst(attention.check() for attention in self)
 
     def _afford(self, what: str, matrices: int, max_bytes: int | None) -> None:
@@ -159,7 +165,8 @@ class AttentionStack:
     def rollout(
         self, start_layer: int | None = None, progress: bool = True, max_bytes: int | None = DENSE_LIMIT
     ) -> Float[Tensor, "batch dst src"]:
-        """(I + E_d A_last) ... (I + E_d A_start): signed, not normalised; I is the residual stream, E_d the channel mean.
+        """`stack.rollout(start_layer=1)`: [batch, dst, src], (I + E_d A_last) ... (I + E_d A_start): signed, not
+        normalised; I is the residual stream, E_d the channel mean.
 
         From `start_layer` (of the model; None: the stack's first) to the stack's last. Masked positions take no part:
         their rows and columns are zero. HA (arXiv 2403.01590), sec. 3.4, after Abnar and Zuidema 2020.
@@ -183,7 +190,7 @@ class AttentionStack:
 
     @checked
     def profiles(self, progress: bool = True, max_bytes: int | None = DENSE_LIMIT) -> Profile:
-        """How far and how sharply each layer looks: `profiles.of_layer` with a layer axis in front."""
+        """`stack.profiles()`: how far and how sharply each layer looks: `profiles.of_layer` with a layer axis in front."""
         bar = tqdm(self, total=len(self), disable=not progress, desc="profiles", unit="layer")
         found = [of_layer(attention, max_bytes) for attention in bar]
         return Profile(*(torch.stack(values) for values in zip(*found, strict=True)))
@@ -195,7 +202,7 @@ class AttentionStack:
         progress: bool = True,
         max_bytes: int | None = DENSE_LIMIT,
     ) -> Float[Tensor, "layer batch"]:
-        """How much of each layer's attention goes to what followed earlier: `profiles.induction`."""
+        """`stack.induction()`: how much of each layer's attention goes to what followed earlier: `profiles.induction`."""
         return torch.stack(list(self.each(lambda a: induction(a, tokens, max_bytes).score, "induction", progress)))
 
 

@@ -62,7 +62,9 @@ class LogitLens:
     @checked
     @torch.no_grad()
     def logits(self, layer: int | str = -1) -> Float[Tensor, "batch pos d_vocab"]:
-        """The logits after a layer (negative: from the last), or before the first: "embed"."""
+        """`lens.logits(3)`: [batch, pos, d_vocab], the logits after a layer (negative: from the last), or before the
+        first: "embed".
+        """
         resid = self.resid[self._depth(layer)]
         with exact(resid):
             found: Tensor = self.model.unembed(self.model.ln_final(resid))
@@ -80,32 +82,32 @@ class LogitLens:
 
     @checked
     def top(self, row: int = 0) -> Result:
-        """The probability of the likeliest token: layer x pos."""
+        """`lens.top()`: a Result [layer, pos], the probability of the likeliest token."""
         return self._result(row, "probability of the likeliest token", lambda p: p.amax(-1))
 
     @checked
     def probability(self, token: int | str, row: int = 0) -> Result:
-        """softmax(logits)[token]: layer x pos."""
+        """`lens.probability(" whale")`: a Result [layer, pos], softmax(logits)[token]."""
         chosen = self._token(token)
         return self._result(row, f"probability of {inputs.word(self.model, chosen)!r}", lambda p: p[:, chosen])
 
     @checked
     def rank(self, token: int | str, row: int = 0) -> Result:
-        """How many tokens are likelier (0: it is the likeliest): layer x pos."""
+        """`lens.rank(" whale")`: a Result [layer, pos], how many tokens are likelier (0: it is the likeliest)."""
         chosen = self._token(token)
         title = f"rank of {inputs.word(self.model, chosen)!r}"
         return self._result(row, title, lambda p: (p > p[:, chosen, None]).sum(-1).to(p.dtype))
 
     @checked
     def words(self, row: int = 0) -> list[list[str]]:
-        """The likeliest token of each cell, layer by layer."""
+        """`lens.words()`: the likeliest token of each cell, layer by layer."""
         real = self._real(row)
         best = [self.logits(layer)[row].argmax(-1).cpu()[real].tolist() for layer in self.layers]
         return [[inputs.word(self.model, token) for token in tokens] for tokens in best]
 
     @checked
     def plot(self, row: int = 0, ax: Any = None) -> Any:
-        """A matplotlib Figure: the likeliest token in each cell, coloured by its probability."""
+        """`lens.plot()`: a matplotlib Figure: the likeliest token in each cell, coloured by its probability."""
         from gatedlens.plot import results
 
         return results.words(self.top(row), self.words(row), ax)

@@ -41,7 +41,8 @@ REMAINDER = "remainder"
 
 @torch.no_grad()
 def logit_attribution(model: Any, input: Any, right: Tokens, wrong: Tokens | None = None, pos: Any = None) -> Result:
-    """What each component gives to logit[right] (minus logit[wrong]): `embed`, `0_mixer_out`, ..., batch x component.
+    """`gl.lens.logit_attribution(model, text, " whale")`: what each component gives to logit[right] (minus logit[wrong]):
+    `embed`, `0_mixer_out`, ..., batch x component.
 
     input: text, ids, a pair (ids, mask), images, or a cache with the residual stream's points. right, wrong: ids, tokens or
     classes, one for all rows or one a row. pos: where it is predicted, among the row's real positions (the last). Biases
@@ -55,7 +56,9 @@ def logit_attribution(model: Any, input: Any, right: Tokens, wrong: Tokens | Non
 
 @torch.no_grad()
 def token_attribution(model: Any, input: Any, right: Tokens, wrong: Tokens | None = None, pos: Any = None) -> Result:
-    """The same by source: batch x component x src, where src are a row's positions and `remainder`, what no token brings.
+    """`gl.lens.token_attribution(model, text, " whale")`: `logit_attribution` by source, batch x component x src.
+
+    The same by source: batch x component x src, where src are a row's positions and `remainder`, what no token brings.
 
     A mixer's output is split by its implicit attention; the embedding and the channel mixers write where they stand; the
     biases, and what a mixer adds by biases and a carried state, are the remainder. Options as in `logit_attribution`.

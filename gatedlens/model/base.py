@@ -114,7 +114,7 @@ class HookedModel(Hooking):
         raise NotImplementedError
 
     def reads_from(self, batch: Batch) -> Float[Tensor, "batch pos"]:
-        """`model.reads_from(batch)`: [batch, pos], Which positions a prediction is read from, as shares that sum to 1 in
+        """`model.reads_from(batch)`: [batch, pos], which positions a prediction is read from, as shares that sum to 1 in
         each row.
         """
         raise NotImplementedError
@@ -139,7 +139,7 @@ class HookedModel(Hooking):
         raise NotImplementedError
 
     def pooling(self) -> Float[Tensor, " pos"] | None:
-        """`model.pooling()`: [pos], With which weights positions enter the one output of a row; None where each position
+        """`model.pooling()`: [pos], with which weights positions enter the one output of a row; None where each position
         has an output of its own.
         """
         return None

@@ -77,7 +77,7 @@ class HookedLanguageModel(HookedModel):
         raise NotImplementedError
 
     def embed(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-        """`model.embed(tokens)`: [batch, pos, d_model], What the tokens write into the residual stream (scaled, where the
+        """`model.embed(tokens)`: [batch, pos, d_model], what the tokens write into the residual stream (scaled, where the
         architecture scales it).
         """
         own = self.embedding
@@ -323,7 +323,7 @@ class HookedLanguageModel(HookedModel):
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
-        """`model.accumulated_bias(layer)`: [d_model], The constant that the output biases of all mixers before `layer` add
+        """`model.accumulated_bias(layer)`: [d_model], the constant that the output biases of all mixers before `layer` add
         to the residual stream.
 
         Of mixers whose output projection is named `out_proj`, and MLPs without biases; an architecture with others says so.

@@ -45,7 +45,9 @@ def _pyplot() -> Any:
 
 
 def label(token: Any) -> str:
-    """A token as it can stand in a plot: white space made visible, and what has no sign of its own by its code."""
+    """`gl.plot.label(token)`: a token as it can stand in a plot: white space made visible, and what has no sign of its own
+    by its code.
+    """
     shown = str(token).replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
     shown = "".join(ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") else c for c in shown)
     return shown if shown else "∅"
@@ -78,7 +80,9 @@ def farthest(values: Tensor) -> float:
 
 @checked
 def labels_of(attention: ImplicitAttention | AttentionStack, row: int = 0) -> list[str]:
-    """The tokens that an attention is of as strings, where there are any; else the positions' numbers."""
+    """`gl.plot.labels_of(attention)`: the tokens that an attention is of as strings, where there are any; else the
+    positions' numbers.
+    """
     source = attention.cache if isinstance(attention, AttentionStack) else attention
     tokens, model = source.tokens, source.model
     if tokens is None or tokens.ndim != 2:
@@ -191,7 +195,9 @@ def layers(
 
 @checked
 def panels(rows: int, columns: int, size: float = 5.0) -> tuple[Any, Any]:
-    """(figure, axes [rows, columns]): an empty figure of square panels, for the `ax` of the others."""
+    """`figure, axes = gl.plot.panels(2, 3)`: (figure, axes [rows, columns]): an empty figure of square panels, for the
+    `ax` of the others.
+    """
     return _pyplot().subplots(
         rows, columns, figsize=(size * columns, (size - 0.6) * rows), squeeze=False, layout="constrained"
     )
@@ -348,12 +354,13 @@ class Html:
         return self.body
 
     def page(self) -> str:
+        """`html.page()`: the whole page as text, self-contained."""
         head = f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(self.title)}</title></head>"
         return f"{head}<body style='{BODY}'>{self.body}</body></html>"
 
     @checked
     def save(self, path: str | Path) -> Path:
-        """Write a self-contained page and return its path."""
+        """`html.save("page.html")`: write a self-contained page and return its path."""
         Path(path).write_text(self.page(), encoding="utf-8", errors="xmlcharrefreplace")
         return Path(path)
 

@@ -16,7 +16,9 @@ MAX_PANELS = 24
 
 
 def result(found: Result, ax: Any = None) -> Any:
-    """`result.plot()`: titled by what was done, with axis names, labels and what a number is. Returns the Figure."""
+    """`gl.plot.result(found)`, or `found.plot()`: a Figure titled by what was done, with axis names, labels and what a
+    number is.
+    """
     if not 1 <= len(found.axes) <= 3:
         raise InputError(f"A plot shows one to three axes; this has {found.axes}. Take entries with .at(axis=...).")
     if not found.values.numel():

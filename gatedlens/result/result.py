@@ -71,18 +71,20 @@ class Result(Tensorlike):
 
     @checked
     def dim(self, axis: str) -> int:
-        """Which dim of `values` an axis is."""
+        """`result.dim("layer")`: which dim of `values` an axis is."""
         if axis not in self.axes:
             raise InputError(f"This result has no axis {axis!r}; its axes are {', '.join(self.axes)}.")
         return self.axes.index(axis)
 
     @checked
     def size(self, axis: str) -> int:
+        """`result.size("layer")`: how many entries an axis has."""
         return self.values.shape[self.dim(axis)]
 
     @checked
     def place(self, axis: str, label: Any) -> int:
-        """The index of a label; a number that is no label is an index, negative ones from the end.
+        """`result.place("layer", 3)`: the index of a label; a number that is no label is an index, negative ones from the
+        end.
 
         Where every label is a number, as on the axis of layers, it must be one of them: layer 2 is never the third of
         the layers 0, 1 and 3.
@@ -107,7 +109,7 @@ class Result(Tensorlike):
         return out
 
     def mean_over(self, *axes: str) -> Result:
-        """The mean along some axes, which are gone afterwards."""
+        """`result.mean_over("batch")`: the mean along some axes, which are gone afterwards."""
         out = self
         for axis in axes:
             out = out._without(axis, out.values.mean(out.dim(axis)))
@@ -124,8 +126,10 @@ class Result(Tensorlike):
 
     @checked
     def top(self, n: int = 10, signed: bool = False) -> list[dict[str, Any]]:
-        """The `n` cells that are farthest from the baseline (0 if there is none; or, `signed`, above it), best first; NaN (not
-        measured) is left out. What agrees in five figures, as what differs by rounding does, stands in the order of the cells."""
+        """`result.top(3)`: the `n` cells that are farthest from the baseline (0 if there is none; or, `signed`, above it),
+        best first; NaN (not
+        measured) is left out. What agrees in five figures, as what differs by rounding does, stands in the order of the cells.
+        """
         flat = self.values.detach().double().flatten() - self.baseline
         size = figures(flat if signed else flat.abs())
         best = size.nan_to_num(-torch.inf, torch.inf, -torch.inf).argsort(descending=True, stable=True)
@@ -143,13 +147,15 @@ class Result(Tensorlike):
     # -- as something else ---------------------------------------------------------------------------------------
 
     def to_dataframe(self) -> Any:
-        """A pandas DataFrame: one row a cell, a column an axis (and one for its labels), and `value`."""
+        """`result.to_dataframe()`: a pandas DataFrame: one row a cell, a column an axis (and one for its labels), and
+        `value`.
+        """
         import pandas
 
         return pandas.DataFrame([self._cell(i) for i in range(self.values.numel())])
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON holds it; NaN (not measured) becomes None."""
+        """`result.to_dict()`: all of it as JSON holds it; NaN (not measured) becomes None."""
         return {
             "format": FORMAT,
             "title": self.title,
@@ -164,7 +170,9 @@ class Result(Tensorlike):
     @classmethod
     @checked
     def from_dict(cls: type[R], data: Any, where: str | Path = "This") -> R:
-        """The Result of a `to_dict()`; its values are float64. InputError names the field that is not as it should be."""
+        """`Result.from_dict(data)`: the Result of a `to_dict()`; its values are float64. InputError names the field that
+        is not as it should be.
+        """
         fields = Fields(data, "result", where)
         fields.format(FORMAT)
         shape, numbers, axes = fields.sizes("shape"), fields.numbers("values"), fields.words("axes")
@@ -181,7 +189,9 @@ class Result(Tensorlike):
 
     @checked
     def save(self, path: str | Path) -> Path:
-        """Write it, and return the path: `.json` (all of it, what `load` reads) or `.csv` (its cells, as `to_dataframe`)."""
+        """`result.save("sweep.json")`: write it, and return the path: `.json` (all of it, what `load` reads) or `.csv`
+        (its cells, as `to_dataframe`).
+        """
         suffix = Path(path).suffix.lower()
         if suffix not in ("", ".json", ".csv"):
             raise InputError(
@@ -208,11 +218,13 @@ class Result(Tensorlike):
     @classmethod
     @checked
     def load(cls: type[R], path: str | Path) -> R:
-        """What `save` wrote as JSON."""
+        """`Result.load("sweep.json")`: what `save` wrote as JSON; InputError for any other file."""
         return cls.from_dict(read_json(path, "result"), path)
 
     def plot(self, ax: Any = None) -> Any:
-        """A matplotlib Figure: bars for one axis, a heat map for two, one heat map an entry of the first for three."""
+        """`result.plot()`: a matplotlib Figure: bars for one axis, a heat map for two, one heat map an entry of the first
+        for three.
+        """
         from gatedlens.plot import results
 
         return results.result(self, ax)
