@@ -39,27 +39,31 @@ def _step(part: Component, edit: Edit, layers: Layers, index: dict[str, Any], *r
 
 
 def open_gate(layers: Layers = "*", **index: Any) -> Intervention:
-    """gate = 1"""
+    """`gl.ablation.open_gate(layers=2, channel=[0, 5])`: gate = 1."""
     return _step(GATE, lambda x, point: torch.ones_like(x), layers, index)
 
 
 def no_scan(layers: Layers = "*", **index: Any) -> Intervention:
-    """scan = 0: what is left is the skip (nothing where there is none; RWKV's bonus is part of its scan)."""
+    """`gl.ablation.no_scan(layers=[0, 1])`: scan = 0: what is left is the skip (nothing where there is none; RWKV's bonus
+    is part of its scan).
+    """
     return _step(SCAN, lambda x, point: torch.zeros_like(x), layers, index)
 
 
 def no_skip(layers: Layers = "*", **index: Any) -> Intervention:
-    """y = scan"""
+    """`gl.ablation.no_skip()`: y = scan."""
     return _step(SKIP, lambda y, point, scan: scan, layers, index, "hook_scan")
 
 
 def identity_conv(layers: Layers = "*", **index: Any) -> Intervention:
-    """c = x: no token mixing by the conv, no bias; what follows (an activation, the scan) sees x."""
+    """`gl.ablation.identity_conv(layers=-1)`: c = x: no token mixing by the conv, no bias; what follows (an activation,
+    the scan) sees x.
+    """
     return _step(CONV, lambda c, point, x: x, layers, index, "hook_x")
 
 
 def no_conv_bias(layers: Layers = "*", **index: Any) -> Intervention:
-    """c = sum over tap of conv_taps"""
+    """`gl.ablation.no_conv_bias()`: c = sum over tap of conv_taps."""
 
     def without(c: Tensor, point: HookPoint, taps: Tensor) -> Tensor:
         return taps.sum(-1)
@@ -69,7 +73,7 @@ def no_conv_bias(layers: Layers = "*", **index: Any) -> Intervention:
 
 @checked
 def only_tap(tap: int, layers: Layers = "*") -> Intervention:
-    """The conv keeps one tap (-1: the token itself) and its bias."""
+    """`gl.ablation.only_tap(-1)`: the conv keeps one tap (-1: the token itself) and its bias."""
     where = Where((TAPS,), {"tap": tap}, layers, others=True)
     return Intervention((EditStep(where, lambda x, point: torch.zeros_like(x)),))
 
@@ -87,7 +91,8 @@ def remove_layer(layers: Layers) -> Intervention:
 def slowest(
     model: Any, share: int | float, batches: Iterable[Any], layers: Layers = "*", progress: bool = True
 ) -> dict[str, list[int]]:
-    """The channels that forget slowest: `share` of each mixer's (of each direction's), as an index `channel=...`.
+    """`gl.ablation.slowest(model, 1 / 3, batches)`: the channels that forget slowest: `share` of each mixer's (of each
+    direction's), as an index `channel=...`.
 
     By the mean decay over real positions of `batches` (see `means`) and over all axes besides `channel` (the state): the
     larger, the slower. At least one channel; sorted by number. PointError where a decay has no axis `channel`.
@@ -99,7 +104,7 @@ def slowest(
 def fastest(
     model: Any, share: int | float, batches: Iterable[Any], layers: Layers = "*", progress: bool = True
 ) -> dict[str, list[int]]:
-    """The channels that forget fastest; see `slowest`."""
+    """`gl.ablation.fastest(model, 1 / 3, batches)`: the channels that forget fastest; see `slowest`."""
     return _ranked(model, share, batches, layers, progress, slow=False)
 
 

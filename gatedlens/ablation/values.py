@@ -37,20 +37,26 @@ def constant(names: str | Sequence[str], value: int | float, **index: Any) -> In
 
 @checked
 def zero(names: str | Sequence[str], **index: Any) -> Intervention:
-    """Zero."""
+    """`gl.ablation.zero("blocks.*.mixer.hook_write", pos=3)`: 0 at these entries.
+
+    names: a point, alias or glob, or a list of them. PointError for a name or an axis that there is not, InputError for an
+    index out of range.
+    """
     return constant(names, 0.0, **index)
 
 
 @checked
 def scale(names: str | Sequence[str], factor: int | float, **index: Any) -> Intervention:
-    """The activation times a factor."""
+    """`gl.ablation.scale("blocks.*.mixer.hook_write", 0.5)`: the activation times a factor."""
     return edit(names, lambda x, point: x * factor, **index)
 
 
 @checked
 def noise(names: str | Sequence[str], std: int | float, seed: int = 0, **index: Any) -> Intervention:
-    """The activation plus Gaussian noise, of its own at every point, row and entry; the same at every call for one seed
-    (so also at every step of `generate`)."""
+    """`gl.ablation.noise("blocks.*.mixer.hook_write", 0.1)`: the activation plus Gaussian noise, of its own at every
+    point, row and entry; the same at every call for one seed
+    (so also at every step of `generate`).
+    """
 
     def add(x: Tensor, point: HookPoint) -> Tensor:
         generator = torch.Generator().manual_seed(seed + zlib.crc32((point.name or "").encode()))
@@ -61,7 +67,9 @@ def noise(names: str | Sequence[str], std: int | float, seed: int = 0, **index: 
 
 @checked
 def freeze(names: str | Sequence[str], source: Any, **index: Any) -> Intervention:
-    """What another run had there. A source with one row gives it to every row. Of a padded cache each row's real positions."""
+    """`gl.ablation.freeze("blocks.*.mixer.hook_write", cache)`: what another run had there. A source with one row gives it
+    to every row. Of a padded cache each row's real positions.
+    """
 
     def other(x: Tensor, point: HookPoint) -> Tensor:
         return _laid_out(_fitting(_by_number(_stored(source, point), point, source), x, point, source), point, source)
@@ -71,8 +79,10 @@ def freeze(names: str | Sequence[str], source: Any, **index: Any) -> Interventio
 
 @checked
 def mean(names: str | Sequence[str], source: Any, over: Sequence[str] = ROWS, **index: Any) -> Intervention:
-    """The mean of a cache over some axes (`over`): its rows, or `("batch", "pos")` for one vector per point; padding is
-    left out. Of `means` of a data set the means as they are."""
+    """`gl.ablation.mean("blocks.*.mixer.hook_write", cache, over=("batch", "pos"))`: the mean of a cache over some axes
+    (`over`): its rows, or `("batch", "pos")` for one vector per point; padding is
+    left out. Of `means` of a data set the means as they are.
+    """
 
     def average(x: Tensor, point: HookPoint) -> Tensor:
         value = _stored(source, point)
@@ -101,7 +111,8 @@ def mean(names: str | Sequence[str], source: Any, over: Sequence[str] = ROWS, **
 
 @checked
 def resample(names: str | Sequence[str], source: Any = None, seed: int = 0, **index: Any) -> Intervention:
-    """Another row's activation: of the same batch, or of a cache's rows, drawn at random; the same at every point.
+    """`gl.ablation.resample("blocks.*.mixer.hook_write", cache)`: another row's activation: of the same batch, or of a
+    cache's rows, drawn at random; the same at every point.
 
     Row b never gets row b: neither of its own batch, nor of a source with as many rows, which is most often a run of the
     same inputs.

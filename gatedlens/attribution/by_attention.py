@@ -47,7 +47,8 @@ def raw_attention(
     mode: str = "paper",
     attention_mask: Tensor | None = None,
 ) -> Attribution:
-    """Mean over layers of the row that is read, E A_l[i, :], own column included. The target plays no part in it.
+    """`gl.attribution.raw_attention(model, text)`: mean over layers of the row that is read, E A_l[i, :], own column
+    included. The target plays no part in it.
 
     mode="official": each layer's row min-maxed over channels and positions, negative means cut off, without the own
     column, layers from 15/24 of the depth on.
@@ -77,7 +78,8 @@ def rollout(
     mode: str = "paper",
     attention_mask: Tensor | None = None,
 ) -> Attribution:
-    """The row that is read of (I + E A_last) ... (I + E A_first), signed and not normalised, without its own column. The
+    """`gl.attribution.rollout(model, text)`: the row that is read of (I + E A_last) ... (I + E A_first), signed and not
+    normalised, without its own column. The
     target plays no part in it.
 
     The signed mean costs no matrix: the row goes back through the layers, q <- q + E A_l^T q. mode="official": the
@@ -110,7 +112,8 @@ def gradient_attention(
     mode: str = "paper",
     attention_mask: Tensor | None = None,
 ) -> Attribution:
-    """The row that is read of the product over layers of I + relu(E grad y_l * E A_l), without its own column.
+    """`gl.attribution.gradient_attention(model, text)`: the row that is read of the product over layers of I + relu(E grad
+    y_l * E A_l), without its own column.
 
     weighted: which end of A_l[dst, src] the gradient stands at. The formula leaves it open. "dst" (the default): what
     y_l[dst] does to the target times what src does to y_l[dst]; where the mean gradient at the position that is read is

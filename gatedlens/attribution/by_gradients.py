@@ -33,7 +33,9 @@ def _captum() -> Any:
 
 @checked
 def grad_x_input(model: Any, input: Any, target: Any = None, *, attention_mask: Tensor | None = None) -> Attribution:
-    """x . d number / d x: the first-order share of each token. Shrikumar et al. 2016 (arXiv 1605.01713)."""
+    """`gl.attribution.grad_x_input(model, text)`: x . d number / d x: the first-order share of each token. Shrikumar et
+    al. 2016 (arXiv 1605.01713).
+    """
     captum = _captum()
     question = Question.of(model, input, target, attention_mask)
     gradient = _saliency(captum, question, question.features)
@@ -52,7 +54,8 @@ def integrated_gradients(
     batch_size: int = 32,
     attention_mask: Tensor | None = None,
 ) -> Attribution:
-    """(x - x0) . mean of d number / d x on the way from the baseline x0 to x. Sundararajan et al. 2017 (arXiv 1703.01365).
+    """`gl.attribution.integrated_gradients(model, text, n_steps=50)`: (x - x0) . mean of d number / d x on the way from
+    the baseline x0 to x. Sundararajan et al. 2017 (arXiv 1703.01365).
 
     Complete: the scores of a row sum to the number at x minus that at x0, up to facts["error"], which falls with `n_steps`.
     baseline: see `empty_input.py`. batch_size: how many inputs one forward holds.
@@ -88,7 +91,8 @@ def smoothgrad(
     batch_size: int = 32,
     attention_mask: Tensor | None = None,
 ) -> Attribution:
-    """x . mean of d number / d x at x + Gaussian noise. Smilkov et al. 2017 (arXiv 1706.03825), times the input.
+    """`gl.attribution.smoothgrad(model, text, n_samples=25)`: x . mean of d number / d x at x + Gaussian noise. Smilkov et
+    al. 2017 (arXiv 1706.03825), times the input.
 
     noise: its standard deviation, as a share of the range (max - min) of a row's features. Each row is drawn by itself
     from the same `seed`, so a row's scores do not depend on the batch that it is in.

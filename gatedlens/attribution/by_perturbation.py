@@ -39,7 +39,9 @@ def occlusion(
     progress: bool = True,
     attention_mask: Tensor | None = None,
 ) -> Attribution:
-    """What the number loses when a place holds the baseline (see `empty_input.py`); `batch_size` inputs a forward."""
+    """`gl.attribution.occlusion(model, text)`: what the number loses when a place holds the baseline (see
+    `empty_input.py`); `batch_size` inputs a forward.
+    """
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size}: give at least 1.")
     question = Question.of(model, input, target, attention_mask)
@@ -63,7 +65,9 @@ def occlusion(
 def random(
     model: Any, input: Any, target: Any = None, *, seed: int = 0, attention_mask: Tensor | None = None
 ) -> Attribution:
-    """Uniform in [0, 1), drawn from the seed and the row's own content: the batch that it is in does not matter."""
+    """`gl.attribution.random(model, text, seed=0)`: uniform in [0, 1), drawn from the seed and the row's own content: the
+    batch that it is in does not matter.
+    """
     question = Question.of(model, input, target, attention_mask)
     scores = []
     for row in question.rows():

@@ -32,7 +32,8 @@ from gatedlens.result.rounding import total
 def lrp(
     model: Any, input: Any, target: Any = None, *, gates: str = "content", attention_mask: Tensor | None = None
 ) -> Attribution:
-    """The relevance of each token or patch: see the head of this file. One forward, one backward.
+    """`gl.attribution.lrp(model, text)`: the relevance of each token or patch: see the head of this file. One forward, one
+    backward.
 
     gates: "content" gives half of a gated product to a gate that has content (SiLU, GELU: Mamba, ViM, Griffin) and none to
     one that only weighs (sigmoid: RWKV); "half" gives every gate half, "none" gives no gate any. facts["gates"] says which.

@@ -49,7 +49,9 @@ class Question:
 
     @staticmethod
     def of(model: Any, input: Any, target: Any = None, attention_mask: Tensor | None = None) -> Question:
-        """One clean run, with everything checked. Works under torch.no_grad: methods switch gradients on themselves."""
+        """`Question.of(model, input, target)`: one clean run, with everything checked. Works under torch.no_grad: methods
+        switch gradients on themselves.
+        """
         if not isinstance(model, HookedModel):
             raise InputError(f"An attribution takes a gatedlens model, not {type(model).__name__}: `gl.wrap(model)`.")
         if torch.is_inference_mode_enabled():
@@ -96,7 +98,7 @@ class Question:
         return (self.features - zero).masked_fill(~moved(self.features, zero).unsqueeze(-1), 0)
 
     def features_of(self, value: Tensor) -> Float[Tensor, "rows place d_model"]:
-        """The features of other tokens or images."""
+        """`question.features_of(tokens)`: the features of other tokens or images."""
         with torch.no_grad():
             run = self.model.run_with_cache
             _, stored = run(Batch(value), names_filter=self.entrance, stop_at_layer=1, return_cache_object=False)
@@ -106,7 +108,9 @@ class Question:
     # -- asking the model ----------------------------------------------------------------------------------------
 
     def measure(self, features: Float[Tensor, "rows place d_model"]) -> Float[Tensor, " rows"]:
-        """The number for features of the batch, or of several copies of the batch one after another."""
+        """`question.measure(features)`: [rows], The number for features of the batch, or of several copies of the batch
+        one after another.
+        """
         copies = len(features) // len(self.features)
         mask = self.batch.mask
         value = self.batch.value.repeat(copies, *[1] * (self.batch.value.ndim - 1))
@@ -116,7 +120,9 @@ class Question:
         return torch.cat([per_row(self.target.metric, Logits.of(part, mask)) for part in logits.chunk(copies)])
 
     def gradients(self, *names: str) -> dict[str, Tensor]:
-        """d number / d activation of some points, each row that of its own number. Parameters' .grad stay untouched."""
+        """`question.gradients("blocks.3.hook_mixer_out")`: d number / d activation of some points, each row that of its
+        own number. Parameters' .grad stay untouched.
+        """
         values: dict[str, Tensor] = {}
         with torch.enable_grad(), self.model.hooks([(name, Capture(values)) for name in names]):
             total = self.measure(self.features.clone().requires_grad_()).sum()
@@ -127,11 +133,11 @@ class Question:
         return {n: torch.zeros_like(values[n]) if g is None else g for n, g in zip(names, found, strict=True)}
 
     def gradient(self) -> Float[Tensor, "batch place d_model"]:
-        """d number / d features."""
+        """`question.gradient()`: [batch, place, d_model], d number / d features."""
         return self.gradients(self.entrance)[self.entrance]
 
     def rows(self) -> Iterator[Question]:
-        """Each row as a question of its own, without padding."""
+        """`for one in question.rows(): ...`: each row as a question of its own, without padding."""
         for r in range(len(self.features)):
             real = None if self.real is None else self.real[r]
             kept = slice(None) if real is None else real
@@ -143,7 +149,9 @@ class Question:
             yield Question(self.model, batch, target, features, logits, explained, read)
 
     def spread(self, rows: list[Tensor]) -> Float[Tensor, "batch place"]:
-        """What was found for each of `rows()`, back in its place in the batch; 0 at padding."""
+        """`question.spread(rows)`: [batch, place], What was found for each of `rows()`, back in its place in the batch; 0
+        at padding.
+        """
         out = rows[0].new_zeros(self.features.shape[:2])
         for r, row in enumerate(rows):
             out[r, slice(None) if self.real is None else self.real[r]] = row[0]
@@ -159,7 +167,9 @@ class Question:
         layers: tuple[int, ...] | None = None,
         **facts: Any,
     ) -> Attribution:
-        """The Attribution of scores of the positions (or, of an image, of the patches alone)."""
+        """`question.answer(scores, "lrp", "relevance")`: the Attribution of scores of the positions (or, of an image, of
+        the patches alone).
+        """
         grid, real = self.model.grid, self.real
         scores = at_least_float32(scores.detach())
         labels: dict[str, Any] = {}

@@ -102,6 +102,7 @@ class Rules:
 
     @staticmethod
     def of(model: Any, gates: str = "content") -> Rules:
+        """`Rules.of(model)`: the rules of relevance for a model; `gates` as in `lrp`."""
         if gates not in GATES:
             raise InputError(f"gates={gates!r}: it is {', '.join(map(repr, GATES))}.{did_you_mean(str(gates), GATES)}")
         mixers = tuple(f"blocks.{layer}.{block.mixer.place}." for layer, block in enumerate(model.blocks))
@@ -114,7 +115,7 @@ class Rules:
         return Rules(tuple(dict.fromkeys([*scales, *weights])), shares, flows, gates)
 
     def hooks(self, model: Any) -> list[tuple[str, Callable[..., Any]]]:
-        """[(name, hook)] for one forward at a time."""
+        """`rules.hooks(model)`: [(name, hook)] for one forward at a time."""
         values: dict[str, Tensor] = {}
         pairs: list[tuple[str, Callable[..., Any]]] = [(name, _detach) for name in self.detached]
         for flow in self.flows:

@@ -87,7 +87,8 @@ class Attribution(Result):
         return found
 
     def order(self, row: int = 0) -> Int[Tensor, " some"]:
-        """Positions (of an image: patches, row by row) of a row of the batch, most relevant first, without padding.
+        """`found.order(row=0)`: positions (of an image: patches, row by row) of a row of the batch, most relevant first,
+        without padding.
 
         Scores are compared in steps of a 130,000th of the row's largest, and equal ones stand in the order of positions:
         neither batch nor processor decides.

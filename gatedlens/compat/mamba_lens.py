@@ -75,7 +75,9 @@ class HookedMamba(mamba.HookedMamba):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name: Any, device: Any = None, tokenizer: Any = None) -> HookedMamba:
-        """A hub name, folder or bundled model, as `gl.from_pretrained`; the tokenizer is the checkpoint's, else GPT-NeoX's."""
+        """`HookedMamba.from_pretrained("state-spaces/mamba-130m")`: a hub name, folder or bundled model, as
+        `gl.from_pretrained`; the tokenizer is the checkpoint's, else GPT-NeoX's.
+        """
         model = from_pretrained(pretrained_model_name, device=device, tokenizer=tokenizer)
         if not isinstance(model, mamba.HookedMamba):
             raise InputError(
@@ -135,7 +137,7 @@ class HookedMamba(mamba.HookedMamba):
     # -- names -------------------------------------------------------------------------------------------------------
 
     def mamba_lens_names(self, length: int) -> list[str]:
-        """MambaLens's names of every point, for an input of `length` positions."""
+        """`model.mamba_lens_names(16)`: MambaLens's names of every point, for an input of `length` positions."""
         blocks = [f"blocks.{layer}.hook_{word}" for layer in range(self.cfg.n_layers) for word in IN_A_BLOCK]
         steps = [f"blocks.{layer}.hook_h.{t}" for layer in range(self.cfg.n_layers) for t in range(length)]
         return [*EVERYWHERE, *blocks, *steps]
@@ -181,7 +183,9 @@ class HookedMamba(mamba.HookedMamba):
 
     @contextmanager
     def input_dependent_hooks_context(self, fwd_hooks: Any = (), bwd_hooks: Any = (), **_: Any) -> Iterator[Any]:
-        """MambaLens makes `hook_h.{t}` for an input here; ours are always there."""
+        """`with model.input_dependent_hooks_context(input=tokens): ...`: MambaLens makes `hook_h.{t}` for an input here; ours
+        are always there.
+        """
         with self.hooks(fwd_hooks, bwd_hooks) as model:
             yield model
 
@@ -197,13 +201,13 @@ class HookedMamba(mamba.HookedMamba):
     # -- parameters --------------------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
-        """Parameters by MambaLens's names; within a larger module, and with arguments, as torch's."""
+        """`model.state_dict()`: parameters by MambaLens's names; within a larger module, and with arguments, as torch's."""
         if args or options:
             return super().state_dict(*args, **options)
         return convert_original_state_dict_to_hooked_state_dict(state_dict=self.wrapped.state_dict())
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Parameters by MambaLens's names, or by mamba-ssm's."""
+        """`model.load_state_dict(state_dict)`: parameters by MambaLens's names, or by mamba-ssm's."""
         if not any(key.startswith("backbone.") for key in state_dict):
             state_dict = convert_hooked_state_dict_to_original_state_dict(state_dict=state_dict)
         theirs = set(dict(self.wrapped.named_parameters()))

@@ -68,7 +68,7 @@ SSM = ("d_state", "d_conv", "expand", "dt_rank", "conv_bias", "bias")
 
 
 def convert_original_config_to_hooked_mamba_config(cfg: Any, device: Any = None) -> MambaCfg:
-    """mamba-ssm's config.json (a dict) as a MambaCfg."""
+    """`convert_original_config_to_hooked_mamba_config(cfg)`: mamba-ssm's config.json (a dict) as a MambaCfg."""
     if isinstance(cfg, MambaCfg):
         return cfg
     ssm = {**(cfg.get("ssm_cfg") or {}), **(cfg.get("ssm_config") or {})}
@@ -81,7 +81,7 @@ def convert_original_config_to_hooked_mamba_config(cfg: Any, device: Any = None)
 
 
 def convert_hooked_mamba_config_to_original_config(hooked_mamba_cfg: Any) -> dict[str, Any]:
-    """A MambaCfg, or the cfg of a model, as mamba-ssm's config.json."""
+    """`convert_hooked_mamba_config_to_original_config(cfg)`: a MambaCfg, or the cfg of a model, as mamba-ssm's config.json."""
     cfg = hooked_mamba_cfg
     if isinstance(cfg, MambaCfg):
         ssm = {name: getattr(cfg, name) for name in SSM}
@@ -106,7 +106,8 @@ RENAMED = (
 
 
 def convert_original_state_dict_to_hooked_state_dict(cfg: Any = None, state_dict: Any = None) -> dict[str, Tensor]:
-    """mamba-ssm's (or transformers') tensors by MambaLens's names, with in_proj and x_proj taken apart.
+    """`convert_original_state_dict_to_hooked_state_dict(cfg, state_dict)`: mamba-ssm's (or transformers') tensors by
+    MambaLens's names, with in_proj and x_proj taken apart.
 
     `(state_dict)` and `(cfg, state_dict)` are both understood; the sizes are read off the tensors.
     """
@@ -130,7 +131,9 @@ def convert_original_state_dict_to_hooked_state_dict(cfg: Any = None, state_dict
 
 
 def convert_hooked_state_dict_to_original_state_dict(cfg: Any = None, state_dict: Any = None) -> dict[str, Tensor]:
-    """The other way round: MambaLens's names to mamba-ssm's."""
+    """`convert_hooked_state_dict_to_original_state_dict(cfg, state_dict)`: the other way round, from MambaLens's names to
+    mamba-ssm's.
+    """
     state: Mapping[str, Tensor] = cfg if state_dict is None else state_dict
     out: dict[str, Tensor] = {}
     for key, value in state.items():

@@ -33,7 +33,9 @@ REMOVED = {
 
 
 def stand_ins() -> dict[str, ModuleType]:
-    """Modules by the removed names: classes that nothing is an instance of, HookedRootModule and the utilities as they are."""
+    """`stand_ins()`: modules by the removed names: classes that nothing is an instance of, HookedRootModule and the
+    utilities as they are.
+    """
     modules = {name: ModuleType(name) for name in REMOVED}
     for name, module in modules.items():
         for word in REMOVED[name]:
@@ -43,7 +45,7 @@ def stand_ins() -> dict[str, ModuleType]:
 
 
 def load() -> Any:
-    """The module `sae_lens`; ImportError if it is not installed."""
+    """`sae_lens = gatedlens.compat.sae_lens.load()`: the module `sae_lens`; ImportError if it is not installed."""
     if importlib.util.find_spec("sae_lens") is None:
         raise ImportError("SAELens is not installed: pip install 'sae-lens==6.51.*'.")
     for name, module in stand_ins().items():

@@ -41,19 +41,21 @@ from gatedlens.model.language import HookedLanguageModel
 
 
 def bridged() -> list[str]:
-    """The Hugging Face classes that `register` takes over: what our language architectures wrap and a bridge knows."""
+    """`gatedlens.bridge.bridged()`: the Hugging Face classes that `register` takes over: what our language architectures
+    wrap and a bridge knows.
+    """
     language = [a for a in architectures().values() if issubclass(a, HookedLanguageModel)]
     return [name for a in language for name in a.wraps if name in SUPPORTED_ARCHITECTURES]
 
 
 def register() -> None:
-    """Have TransformerBridge open gated-linear models with gatedlens, until `unregister`."""
+    """`gatedlens.bridge.register()`: have TransformerBridge open gated-linear models with gatedlens, until `unregister`."""
     for name in bridged():
         ArchitectureAdapterFactory.register_adapter(name, GatedAdapter)
 
 
 def unregister() -> None:
-    """Give TransformerBridge its own adapters back."""
+    """`gatedlens.bridge.unregister()`: give TransformerBridge its own adapters back."""
     for name in bridged():
         ArchitectureAdapterFactory.register_adapter(name, SUPPORTED_ARCHITECTURES[name])
 
@@ -190,7 +192,7 @@ class GatedAdapter(ArchitectureAdapter):
         self.component_mapping = dict[str, Any]()
 
     def prepare_model(self, hf_model: Any) -> None:
-        """Open `hf_model`: its forward becomes ours, over its own parameters."""
+        """`adapter.prepare_model(hf_model)`: open `hf_model`: its forward becomes ours, over its own parameters."""
         gated = self.gated = wrap(hf_model)
         for word in (
             "normalization_type",
@@ -216,7 +218,9 @@ class GatedAdapter(ArchitectureAdapter):
         hf_model.forward = self.run
 
     def setup_hook_compatibility(self, bridge: Any) -> None:
-        """The points that belong to no component, the model as `bridge.gated`, and the points' own names again."""
+        """`adapter.setup_hook_compatibility(bridge)`: the points that belong to no component, the model as `bridge.gated`,
+        and the points' own names again.
+        """
         for row in (*self.gated.first_points, *self.gated.last_points):
             setattr(bridge, row.name, self.gated.hook_dict[row.name])
         for name, point in self.gated.hook_dict.items():
@@ -225,6 +229,7 @@ class GatedAdapter(ArchitectureAdapter):
         self.blocks = bridge.blocks
 
     def apply_output_logits_transform(self, logits: Float[Tensor, "... d_vocab"]) -> Float[Tensor, "... d_vocab"]:
+        """`adapter.apply_output_logits_transform(logits)`: as the hooked model's."""
         return self.gated.apply_output_logits_transform(logits)
 
     def run(
@@ -234,7 +239,8 @@ class GatedAdapter(ArchitectureAdapter):
         inputs_embeds: Float[Tensor, "batch pos d_model"] | None = None,
         labels: Int[Tensor, "batch pos"] | None = None,
     ) -> SimpleNamespace:
-        """The forward of the wrapped model as the bridge calls it, from and to the layers that the bridge marked.
+        """`adapter.run(input_ids)`: the forward of the wrapped model as the bridge calls it, from and to the layers that
+        the bridge marked.
 
         With start_at_layer the residual stream comes as inputs_embeds; labels are the bridge's, which computes the loss.
         """

@@ -40,7 +40,9 @@ def estimate(
     level: float = 0.95,
     seed: int = 0,
 ) -> Estimate:
-    """`statistic` of the mean over samples: of [*columns] -> one number, and of [resample, *columns] -> one each."""
+    """`gl.evaluation.estimate(rows)`: `statistic` of the mean over samples: of [*columns] -> one number, and of [resample,
+    *columns] -> one each.
+    """
     if len(rows) == 0:
         raise InputError("There is no sample to estimate from.")
     rows = rows.double().cpu()

@@ -57,12 +57,12 @@ class Curve(Result):
         return estimate(self.areas)
 
     def steps(self) -> list[Estimate]:
-        """The mean over samples at each share."""
+        """`curve.steps()`: the mean over samples at each share."""
         return [estimate(column) for column in self.values.T]
 
     @staticmethod
     def joined(curves: Sequence[Curve]) -> Curve:
-        """One curve of the samples of several, which were measured alike."""
+        """`Curve.joined(curves)`: one curve of the samples of several, which were measured alike."""
         if not curves:
             raise InputError("There is no curve to join.")
         first = curves[0]

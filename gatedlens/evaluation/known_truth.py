@@ -34,8 +34,10 @@ class Located:
 
 
 def located(scores: Any, truth: Bool[Tensor, "sample ..."], free: Bool[Tensor, "sample ..."] | None = None) -> Located:
-    """Rank, mass and hit, sample by sample. Where no score is positive, the mass is 0. Scores are compared in steps of a
-    130,000th of the largest that takes part; of equal ones the first is first."""
+    """`gl.evaluation.located(scores, truth)`: rank, mass and hit, sample by sample. Where no score is positive, the mass
+    is 0. Scores are compared in steps of a
+    130,000th of the largest that takes part; of equal ones the first is first.
+    """
     values = torch.as_tensor(scores.values if isinstance(scores, Result) else scores).detach().double().cpu()
     truth = truth.cpu()
     part = torch.ones_like(truth) if free is None else free.cpu()

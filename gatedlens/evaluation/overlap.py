@@ -63,12 +63,16 @@ class Segmentation:
         return estimate(self.average_precision)
 
     def estimates(self) -> dict[str, Estimate]:
+        """`found.estimates()`: every number with its interval over the samples, by its name."""
         return {"pixel accuracy": self.pixel_accuracy, "mAP": self.mean_ap, "mIoU": self.mean_iou}
 
 
 def segmentation(scores: Any, masks: Any) -> Segmentation:
-    """scores: an Attribution, or maps [batch, row, column]; masks: [batch, height, width] of 1, 0 and -1, or booleans, of the
-    aspect ratio of the images (where there is no Attribution with its images: of the maps, to a cell)."""
+    """`gl.evaluation.segmentation(scores, masks).mean_iou`: how well maps cut out objects.
+
+    scores: an Attribution, or maps [batch, row, column]. masks: [batch, height, width] of 1, 0 and -1, or booleans, of the
+    aspect ratio of the images (where there is no Attribution with its images: of the maps, to a cell).
+    """
     maps = torch.as_tensor(scores.values if isinstance(scores, Result) else scores).detach().double().cpu()
     truth = torch.as_tensor(masks).cpu()
     truth = truth.long() if truth.dtype == torch.bool else truth

@@ -119,35 +119,47 @@ ORDERS = ("positive", "negative")
 def perturbation(
     model: Any, input: Any, scores: Any, labels: Any = None, *, order: str = "positive", **options: Any
 ) -> Curve:
-    """Take away 10 % to 90 % of the places, most relevant first ("positive") or least relevant first ("negative")."""
+    """`gl.evaluation.perturbation(model, images, scores, labels).area`: take away 10 % to 90 % of the places, most
+    relevant first ("positive") or least relevant first ("negative").
+    """
     if order not in ORDERS:
         raise InputError(f"order={order!r}: it is 'positive' or 'negative'.{did_you_mean(str(order), ORDERS)}")
     return curve(PROTOCOLS[order], model, input, scores, labels, **options)
 
 
 def activation_curve(model: Any, input: Any, scores: Any, labels: Any = None, **options: Any) -> Curve:
-    """From an input that holds nothing, put places back, most relevant first; the label's probability. Area: AUAC."""
+    """`gl.evaluation.activation_curve(model, tokens, scores, labels).area`: from an input that holds nothing, put places
+    back, most relevant first; the label's probability. Area: AUAC.
+    """
     return curve(PROTOCOLS["activation"], model, input, scores, labels, **options)
 
 
 def pruning_curve(model: Any, input: Any, scores: Any, labels: Any = None, **options: Any) -> Curve:
-    """Take places away, those with the smallest |score| first; mean over logits of (logit - clean logit)^2. Area: AU-MSE."""
+    """`gl.evaluation.pruning_curve(model, tokens, scores).area`: take places away, those with the smallest |score| first;
+    mean over logits of (logit - clean logit)^2. Area: AU-MSE.
+    """
     return curve(PROTOCOLS["pruning"], model, input, scores, labels, **options)
 
 
 def deletion(model: Any, input: Any, scores: Any, labels: Any = None, **options: Any) -> Curve:
-    """Take away 0 % to 100 % of the places, most relevant first; the label's probability."""
+    """`gl.evaluation.deletion(model, images, scores).area`: take away 0 % to 100 % of the places, most relevant first; the
+    label's probability.
+    """
     return curve(PROTOCOLS["deletion"], model, input, scores, labels, **options)
 
 
 def insertion(model: Any, input: Any, scores: Any, labels: Any = None, **options: Any) -> Curve:
-    """From the blurred image (or an input without tokens) put back 0 % to 100 %, most relevant first; the label's
-    probability."""
+    """`gl.evaluation.insertion(model, images, scores).area`: from the blurred image (or an input without tokens) put back
+    0 % to 100 %, most relevant first; the label's
+    probability.
+    """
     return curve(PROTOCOLS["insertion"], model, input, scores, labels, **options)
 
 
 def difference(insertion: Curve, deletion: Curve) -> Curve:
-    """insertion - deletion, sample by sample: its area is the difference of the areas, and large where both are good."""
+    """`gl.evaluation.difference(insertion, deletion)`: insertion - deletion, sample by sample: its area is the difference
+    of the areas, and large where both are good.
+    """
     alike = insertion.shares == deletion.shares and insertion.shape == deletion.shape
     if not alike or insertion.facts["measure"] != deletion.facts["measure"]:
         raise InputError("These curves were not measured alike: shares, samples or measures differ.")
@@ -177,7 +189,9 @@ def curve(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Curve:
-    """The curve of any protocol; the options are those of the head of this file."""
+    """`gl.evaluation.curve(protocol, model, tokens, scores)`: the curve of any protocol; the options are those of the head
+    of this file.
+    """
     chosen = replace(
         protocol,
         measure=check(protocol.measure if measure is None else measure),

@@ -116,7 +116,9 @@ SAID = {"down": "down is better", "up": "up is better"}
 
 
 def report(found: Evaluation, model: Any = None) -> Html:
-    """The page; with the `model` the images that it read stand beside their maps, and tokens are said in words."""
+    """`gl.evaluation.report(found, model).save("report.html")`: the page; with the `model` the images that it read stand
+    beside their maps, and tokens are said in words.
+    """
     run = ", ".join(f"{key} {value}" for key, value in found.run.items() if value is not None)
     notes = (
         "Numbers of curves are areas (trapezoid over the shares; of 10 to 90 % at most 0.8). In brackets: 95 %, bootstrap over "

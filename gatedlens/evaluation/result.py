@@ -43,7 +43,7 @@ class Evaluation:
     samples: Samples
 
     def rows(self, method: str) -> list[dict[str, Any]]:
-        """The records of a method, in the order of the samples."""
+        """`found.rows("lrp")`: the records of a method, in the order of the samples."""
         if method not in self.methods:
             raise InputError(
                 f"{method!r} was not evaluated; these were: {', '.join(self.methods)}.{did_you_mean(method, self.methods)}"
@@ -60,7 +60,7 @@ class Evaluation:
         return list(self.rows(self.methods[0])[0]["curves"])
 
     def curve(self, method: str, protocol: str, measure: str | None = None) -> Curve:
-        """The Curve of a method; `measure`: the protocol's own if None."""
+        """`found.curve("lrp", "positive")`: the Curve of a method; `measure`: the protocol's own if None."""
         if protocol not in self.protocols:
             raise InputError(
                 f"{protocol!r} was not measured; these were: {', '.join(self.protocols)}.{did_you_mean(protocol, self.protocols)}"
@@ -74,7 +74,7 @@ class Evaluation:
         return as_curve(values, row, measure, **facts)
 
     def segmentation(self, method: str) -> Segmentation | None:
-        """Over the samples that have masks; None if none has."""
+        """`found.segmentation("lrp")`: the Segmentation over the samples that have masks; None if none has."""
         rows = [row for row in self.rows(method) if "segmentation" in row]
         if not rows:
             return None
@@ -84,7 +84,7 @@ class Evaluation:
         return Segmentation(**columns)
 
     def table(self) -> ScoreTable:
-        """Every method, every number: areas of curves (trapezoid), segmentation, truth."""
+        """`found.table()`: every method, every number: areas of curves (trapezoid), segmentation, truth."""
         rows = {method: self._estimates(method) for method in self.methods}
         ways = {f"{p} {m}".replace("_", " "): PROTOCOLS[p].better for p in self.protocols for m in MEASURED[p]}
         if "insertion" in self.protocols:
@@ -107,7 +107,7 @@ class Evaluation:
         return out
 
     def to_dict(self) -> dict[str, Any]:
-        """The run, the table and the mean curves, as JSON holds them."""
+        """`found.to_dict()`: the run, the table and the mean curves, as JSON holds them."""
         both = [(p, m) for p in self.protocols for m in MEASURED[p]]
         curves = {
             method: {f"{p} {m}": [step._asdict() for step in self.curve(method, p, m).steps()] for p, m in both}
@@ -125,7 +125,7 @@ class Evaluation:
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write JSON, and return the path."""
+        """`found.save("results.json")`: write JSON, and return the path."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
         return Path(path)
 

@@ -65,7 +65,9 @@ class Explainer:
 
 
 def explainer(name: str) -> Explainer:
-    """The Explainer of a name; InputError for a method or an option that there is not."""
+    """`gl.evaluation.explainer("gradient_attention:factors=hidden")`: the Explainer of a name; InputError for a method or
+    an option that there is not.
+    """
     word, _, rest = name.partition(":")
     known = [key for key in inspect.signature(method(word)).parameters if key not in ("model", "input", "target")]
     options: dict[str, Any] = {}

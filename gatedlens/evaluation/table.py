@@ -42,19 +42,19 @@ class ScoreTable:
         return self.rows[method][column]
 
     def best(self, column: str) -> str:
-        """The method with the best number."""
+        """`table.best("AUAC")`: the method with the best number."""
         sign = 1 if self.better[column] == "up" else -1
         known = {method: row[column].value for method, row in self.rows.items() if column in row}
         return max(known, key=lambda method: sign * known[method])
 
     def heads(self) -> dict[str, str]:
-        """Each column with an arrow to where it is better."""
+        """`table.heads()`: each column with an arrow to where it is better."""
         return {column: f"{column} {'↑' if better == 'up' else '↓'}" for column, better in self.better.items()}
 
     # -- as something else ---------------------------------------------------------------------------------------
 
     def to_dataframe(self) -> Any:
-        """A pandas DataFrame: one row a method and column, with value, low and high."""
+        """`table.to_dataframe()`: a pandas DataFrame: one row a method and column, with value, low and high."""
         import pandas
 
         return pandas.DataFrame(self._cells())
@@ -67,19 +67,19 @@ class ScoreTable:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it; an end of an interval that does not exist is None."""
+        """`table.to_dict()`: as JSON holds it; an end of an interval that does not exist is None."""
         cells = [
             {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in c.items()} for c in self._cells()
         ]
         return {"title": self.title, "cells": cells}
 
     def save(self, path: str | Path) -> Path:
-        """Write JSON, and return the path."""
+        """`table.save("table.json")`: write JSON, and return the path."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
         return Path(path)
 
     def brief(self) -> Any:
-        """For `rich`, without intervals: narrow enough for a terminal."""
+        """`table.brief()`: for `rich`, without intervals: narrow enough for a terminal."""
         return self._rich(intervals=False)
 
     def _shown(self, bold: tuple[str, str], intervals: bool = True) -> list[list[str]]:
@@ -97,6 +97,7 @@ class ScoreTable:
         return out
 
     def markdown(self) -> str:
+        """`table.markdown()`: a Markdown table, each number with its interval, the best of a column bold."""
         heads = ["method", *self.heads().values()]
         lines = [heads, ["---"] * len(heads), *self._shown(("**", "**"))]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)

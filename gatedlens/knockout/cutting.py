@@ -70,7 +70,9 @@ class Cut:
     verify: bool = True
 
     def hooks(self, model: Any) -> list[tuple[str, Callable[..., Any]]]:
-        """In each layer a hook that takes notes at the points behind its A, and one that cuts at its output point."""
+        """`cut.hooks(model)`: in each layer a hook that takes notes at the points behind its A, and one that cuts at its
+        output point.
+        """
         found: list[tuple[str, Callable[..., Any]]] = []
         for layer in layers_of(model, self.layers):
             mixer = model.blocks[layer].mixer

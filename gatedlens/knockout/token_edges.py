@@ -31,7 +31,10 @@ class Edges:
     def matrix(
         self, real: Bool[Tensor, "batch pos"], visible: Bool[Tensor, "dst src"]
     ) -> Bool[Tensor, "batch dst src"]:
-        """real: where a token is no padding. visible: which sources the layer lets a target see at all."""
+        """`edges.matrix(real, visible)`: [batch, dst, src], True at the edges that are meant.
+
+        real: where a token is no padding. visible: which sources the layer lets a target see at all.
+        """
         total = torch.zeros(len(real), *visible.shape, dtype=torch.bool, device=real.device)
         for src, dst in self.pairs:
             sources, targets = mask_of(src, "src", real), mask_of(dst, "dst", real)

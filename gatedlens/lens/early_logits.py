@@ -62,8 +62,8 @@ class LogitLens:
     @checked
     @torch.no_grad()
     def logits(self, layer: int | str = -1) -> Float[Tensor, "batch pos d_vocab"]:
-        """`lens.logits(3)`: [batch, pos, d_vocab], the logits after a layer (negative: from the last), or before the
-        first: "embed".
+        """`lens.logits(3)`: [batch, pos, d_vocab], the logits after a layer (negative: from the last), or, with "embed",
+        before the first.
         """
         resid = self.resid[self._depth(layer)]
         with exact(resid):

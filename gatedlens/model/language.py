@@ -338,7 +338,8 @@ class HookedLanguageModel(HookedModel):
     # -- text ----------------------------------------------------------------------------------------------------
 
     def set_tokenizer(self, tokenizer: Any) -> None:
-        """Use `tokenizer`: transformers', a folder of one, or anything that encodes and decodes (None: none).
+        """`model.set_tokenizer(tokenizer)`: use `tokenizer`: transformers', a folder of one, or anything that encodes and
+        decodes (None: none).
 
         What is not transformers' is put behind its words; see `tokenizer.py`. InputError for what is no tokenizer.
 

@@ -35,13 +35,16 @@ Edits = Callable[[str, Clean], list[tuple[str, Tensor | None]]]
 
 @checked
 def copied(name: str, clean: Clean) -> list[tuple[str, Tensor | None]]:
-    """The point itself gets what it held in the clean run."""
+    """`gl.patching.sweep(..., edits=gl.patching.copied)`, each cell being `copied(name, clean)`: the point itself gets
+    what it held in the clean run.
+    """
     return [(name, clean[name])]
 
 
 @checked
 def carried(name: str, clean: Clean) -> list[tuple[str, Tensor | None]]:
-    """The clean state, which later positions go on from: decay[pos] = 0, write[pos] = clean state[pos].
+    """`gl.patching.sweep(..., edits=gl.patching.carried)`, each cell being `carried(name, clean)`: the clean state, which
+    later positions go on from: decay[pos] = 0, write[pos] = clean state[pos].
 
     (`copied` at hook_state changes what is read at that position and nothing later.)
     """
@@ -65,7 +68,8 @@ def sweep(
     title: str = "",
     **options: Any,
 ) -> Result:
-    """The metric with each entry of `axes` of `points` patched from the clean run into the corrupted one.
+    """`gl.patching.sweep(model, corrupted, clean_cache, metric, "blocks.*.hook_resid_pre")`: the metric with each entry of
+    `axes` of `points` patched from the clean run into the corrupted one.
 
     corrupted: what the model reads: text(s), ids, a pair (ids, mask), images. clean_cache: the clean run's, with the
     points to patch in it. metric: logits -> one number a row, or a scalar; or a dict of several by name. points: a

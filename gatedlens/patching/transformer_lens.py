@@ -47,7 +47,8 @@ def generic_activation_patch(
     return_index_df: bool = False,
     **options: Any,
 ) -> Any:
-    """The metric of each index, `patch_setter(corrupted_activation, index, clean_activation)` doing the patch.
+    """`generic_activation_patch(model, corrupted_tokens, clean_cache, metric, patch_setter, "resid_pre", ("layer",
+    "pos"))`: the metric of each index, `patch_setter(corrupted_activation, index, clean_activation)` doing the patch.
 
     activation_name: a point's word ("resid_pre", "gate") or its name within the block ("mixer.hook_gate"); the first
     entry of an index is its layer. index_axis_names: every combination along these axes ("layer" first, then pos, head,
@@ -154,8 +155,10 @@ def get_act_patch_by_tap(
     axes: Sequence[str] = ("layer", "tap"),
     **options: Any,
 ) -> Result:
-    """What each tap of the convolution contributes (tap -1, the last, reads the token itself); its clean cache needs
-    the lazy hook_conv_taps. axes may hold "pos" and "channel" too."""
+    """`get_act_patch_by_tap(model, corrupted_tokens, clean_cache, metric)`: what each tap of the convolution contributes
+    (tap -1, the last, reads the token itself); its clean cache needs
+    the lazy hook_conv_taps. axes may hold "pos" and "channel" too.
+    """
     points = "blocks.*.mixer.*hook_conv_taps"
     return sweep(model, corrupted_tokens, clean_cache, patching_metric, points, axes, **options)
 
@@ -171,7 +174,8 @@ def get_act_patch_by_channel_group(
     axes: Sequence[str] = ("layer", "channel"),
     **options: Any,
 ) -> Result:
-    """Channels in `n_groups` equal groups, all positions at once: of what the output projection reads, or of `points`.
+    """`get_act_patch_by_channel_group(model, corrupted_tokens, clean_cache, metric, n_groups=8)`: channels in `n_groups`
+    equal groups, all positions at once: of what the output projection reads, or of `points`.
 
     `groups={"channel": {"slow": [...], "fast": [...]}}` takes groups of your own; axes may hold "pos" too.
     """
@@ -182,7 +186,9 @@ def get_act_patch_by_channel_group(
 def get_act_patch_block_every(
     model: Any, corrupted_tokens: Any, clean_cache: Any, patching_metric: Any, **options: Any
 ) -> Result:
-    """[point layer pos]: the residual stream before each block, what its mixer writes, and its MLP where it has one."""
+    """`get_act_patch_block_every(model, corrupted_tokens, clean_cache, metric)`: [point layer pos]: the residual stream
+    before each block, what its mixer writes, and its MLP where it has one.
+    """
     words = ("hook_resid_pre", "hook_mixer_out", "hook_mlp_out")
     points = [f"blocks.*.{word}" for word in words if f"blocks.0.{word}" in model.names]
     return sweep(model, corrupted_tokens, clean_cache, patching_metric, points, **options)

@@ -75,12 +75,14 @@ class Put:
         )
 
     def apply(self, rows: Tensor, start: int) -> None:
+        """`put.apply(rows, start)`: write the value into rows of an activation whose first position is `start`, in place."""
         value = self._value(rows)
         if start and self.source is not None and "pos" not in self.index and "pos" in self.dims:
             value = value.narrow(self.dims.index("pos"), start, rows.shape[self.dims.index("pos")])
         rows[key(self.dims, self.index, start)] = value
 
     def changes(self, rows: Tensor) -> bool:
+        """`put.changes(rows)`: whether the value differs from what the rows hold there."""
         here = rows[key(self.dims, self.index)]
         return not torch.equal(here, self._value(rows).expand_as(here))
 
@@ -182,15 +184,15 @@ class Cell:
         return min(edit.first for edit in self.edits)
 
     def entry(self, run: Baseline) -> int:
-        """The block before which nothing changes; -1: what comes before the first block changes too."""
+        """`cell.entry(run)`: the block before which nothing changes; -1: what comes before the first block changes too."""
         return min(run.entry_of(edit.name) for edit in self.edits)
 
     def behind(self, run: Baseline) -> int:
-        """The block up to which runs have all their positions; from there on, those from the start on."""
+        """`cell.behind(run)`: the block up to which runs have all their positions; from there on, those from the start on."""
         return self.entry(run)
 
     def hooks(self, cells: Sequence[Cell], run: Baseline) -> list[tuple[str, Any]]:
-        """The hooks that do what `cells` of this kind do, run in one batch."""
+        """`cell.hooks(cells, run)`: the hooks that do what `cells` of this kind do, run in one batch."""
         edits = by_name(cells)
 
         def apply(x: Tensor, hook: Any) -> Tensor:
@@ -222,7 +224,7 @@ class Plan:
     title: str
 
     def say(self, cell: Cell) -> str:
-        """`layer 3, pos 5`: a cell as a person would name it."""
+        """`plan.say(cell)`: "layer 3, pos 5", a cell as a person would name it."""
         names = (
             f"{axis} {self.labels[axis][i] if axis in NAMED and axis in self.labels else i}"
             for axis, i in zip(self.axes, cell.place, strict=True)

@@ -171,7 +171,9 @@ def estimate(
     context: int | None = None,
     field: str | None = None,
 ) -> Estimate:
-    """How many tokens and bytes the same call of `harvest` would take, and what the disk of `out` has; runs one token."""
+    """`gl.store.estimate(model, "corpus.jsonl", "blocks.*.mixer.hook_gated")`: how many tokens and bytes the same call of
+    `harvest` would take, and what the disk of `out` has; runs one token.
+    """
     batches = Batches(read(dataset, model, field), model, batch_size, context, max_tokens, positions)
     layouts = plan(batches, names, dtype_of(dtype))
     return estimate_of(batches, layouts, () if reduce is None else chosen(reduce), Path(out).expanduser())

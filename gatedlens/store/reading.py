@@ -230,7 +230,9 @@ class Store:
     # -- names ---------------------------------------------------------------------------------------------------
 
     def find(self, key: Any) -> Layout:
-        """The point that `key` stands for: a full name, another tool's name for it, or (word, layer[, part])."""
+        """`store.find(("gated", 1))`: the point that `key` stands for: a full name, another tool's name for it, or (word,
+        layer[, part]).
+        """
         if isinstance(key, tuple):
             return self._short(*key)
         if key in self.layouts:
@@ -308,17 +310,19 @@ class Store:
 
     @checked
     def tokens(self, sample: int) -> Int[Tensor, " pos"]:
-        """The ids at the stored positions of a sample."""
+        """`store.tokens(7)`: [pos], The ids at the stored positions of a sample."""
         return self._counted("token_ids", sample)
 
     @checked
     def positions(self, sample: int) -> Int[Tensor, " pos"]:
-        """Which positions of a sample are stored."""
+        """`store.positions(7)`: [pos], Which positions of a sample are stored."""
         return self._counted("positions", sample)
 
     @checked
     def documents(self, sample: int) -> Int[Tensor, " pos"]:
-        """The document (a line, a file, a row, an image) that each stored position of a sample is of."""
+        """`store.documents(7)`: [pos], The document (a line, a file, a row, an image) that each stored position of a
+        sample is of.
+        """
         return self._counted("documents", sample)
 
     def _counted(self, name: str, sample: int) -> Tensor:
@@ -328,7 +332,7 @@ class Store:
 
     @checked
     def place(self, sample: int) -> tuple[int, int]:
-        """(batch, row in it) of a sample."""
+        """`store.place(7)`: (batch, row in it) of a sample."""
         if not -len(self) <= sample < len(self):
             raise InputError(f"Sample {sample} is out of range: {self.folder} has {len(self)}, 0 to {len(self) - 1}.")
         sample %= len(self)
@@ -337,7 +341,9 @@ class Store:
 
     @checked
     def batch_of(self, name: str, batch: int) -> tuple[Shaped[Tensor, "entry ..."], list[int]]:
-        """(entries of one batch, where each of its rows begins and the last ends), mapped from the file."""
+        """`entries, ends = store.batch_of("blocks.1.mixer.hook_gated", 0)`: (entries of one batch, where each of its rows
+        begins and the last ends), mapped from the file.
+        """
         layout = self.layouts.get(name)
         if layout is None or layout.stored == "column":
             return self._arrow(batch, name)
@@ -393,17 +399,19 @@ class Store:
     # -- training ------------------------------------------------------------------------------------------------
 
     def dataset(self, keys: Any) -> Activations:
-        """A torch Dataset of the entries at one point, or at a list of points."""
+        """`store.dataset(("gated", 1))`: a torch Dataset of the entries at one point, or at a list of points."""
         return Activations(self, keys)
 
     @checked
     def loader(self, keys: Any, batch_size: int, shuffle: bool = False, seed: int = 0, **options: Any) -> DataLoader:
-        """A torch DataLoader of the entries at one point ([batch, ...]) or at a list of points ({name: [batch, ...]})."""
+        """`for x in store.loader(("gated", 1), batch_size=1024, shuffle=True): ...`: a torch DataLoader of the entries at
+        one point ([batch, ...]) or at a list of points ({name: [batch, ...]}).
+        """
         return self.dataset(keys).loader(batch_size, shuffle, seed, **options)
 
     @checked
     def with_labels(self, labels: Any, per: str = "token") -> Labelled:
-        """The store with a label for each entry, for a probe.
+        """`store.with_labels(labels)`: the store with a label for each entry, for a probe.
 
         labels: a tensor with one for each stored token, sample or document (`per`), or a function of a sample's token
         ids that gives one for each, or one for all.
@@ -411,7 +419,9 @@ class Store:
         return Labelled(self, labels, per)
 
     def verify(self) -> list[str]:
-        """The files that are not what was written, by the checksums of the manifest (once the store is finished)."""
+        """`store.verify()`: the files that are not what was written, by the checksums of the manifest (once the store is
+        finished).
+        """
         finished = self.manifest["finished"]
         if finished is None:
             raise StoreError(f"{self.folder} is not finished: `gl.store.harvest` checks it before it goes on.")

@@ -235,7 +235,9 @@ class Statistics:
         return {reduction: by_name(reduction).result(part) for reduction, part in found.items()}
 
     def merge(self, other: Statistics) -> Statistics:
-        """Of both corpora together; both must hold the same reductions of the same points."""
+        """`both = statistics.merge(other)`: the statistics of both corpora together; both must hold the same reductions of
+        the same points.
+        """
         if set(self.parts) != set(other.parts):
             only = sorted(set(self.parts) ^ set(other.parts))
             raise InputError(f"These statistics do not fit together: only one of them holds {', '.join(only[:4])}.")

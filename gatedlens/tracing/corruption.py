@@ -40,7 +40,9 @@ class Corruption:
     def noise(
         batch: Batch, embedded: Tensor, marked: Tensor, factor: int | float, samples: int, seed: int
     ) -> Corruption:
-        """Gaussian noise on the subject's embeddings: `factor` times the standard deviation of all the input's."""
+        """`Corruption.noise(batch, embedded, marked, factor=3.0, samples=10, seed=0)`: Gaussian noise on the subject's
+        embeddings, `factor` times the standard deviation of all the input's.
+        """
         mask = batch.mask
         real = torch.ones_like(marked) if mask is None else mask.bool()
         std = factor * float((embedded if mask is None else embedded[mask.bool()]).double().std())
@@ -57,7 +59,7 @@ class Corruption:
 
     @staticmethod
     def counterfactual(model: Any, batch: Batch, embedded: Tensor, other: Batch) -> Corruption:
-        """Another input; its subject is where it differs."""
+        """`Corruption.counterfactual(model, batch, embedded, other)`: another input; its subject is where it differs."""
         masks = inputs.real(model, other), inputs.real(model, batch)
         if other.value.shape != batch.value.shape or not torch.equal(*masks):
             raise InputError(

@@ -62,7 +62,8 @@ def causal_trace(
     results: Any = None,
     max_bytes: int | None = None,
 ) -> Result:
-    """The indirect effect of every (layer, position), a Result layer x pos; see the head of this file.
+    """`gl.tracing.causal_trace(model, text, metric, subject=[1, 2])`: the indirect effect of every (layer, position), a
+    Result layer x pos; see the head of this file.
 
     clean: text(s), ids, a pair (ids, mask), images. metric: logits -> one number a row. corrupt: "noise", or the
     counterfactual input, of the same shape. subject: the positions that are noised (see `positions.py`): the same in

@@ -37,7 +37,7 @@ FORMATS = (
 
 
 def open_samples(asked: str | Path) -> Samples:
-    """The bundled digits, recall or moby; or what a path holds."""
+    """`gl.evaluation.open_samples("digits")`: the bundled digits, recall or moby; or what a path holds."""
     if asked in BUNDLED:
         return BUNDLED[str(asked)]()
     path = Path(asked).expanduser()

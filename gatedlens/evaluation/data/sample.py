@@ -70,10 +70,11 @@ class Samples:
         raise NotImplementedError
 
     def name(self, i: int) -> str:
-        """Which one sample `i` is, without reading it."""
+        """`samples.name(3)`: which one sample `i` is, without reading it."""
         raise NotImplementedError
 
     def read(self, i: int) -> Sample:
+        """`samples.read(3)`: the Sample of that number, read from where it lies; `samples[3]` is the same."""
         raise NotImplementedError
 
     def __getitem__(self, i: int) -> Sample:
