@@ -37,7 +37,7 @@ class Estimate:
         return f"{what}, {size}; {in_bytes(self.free)} are free"
 
     def check(self, folder: Path, written: int = 0) -> None:
-        """`estimate.check(folder)`: tooLargeError if the disk has no room for what is still to be written."""
+        """`estimate.check(folder)`: TooLargeError if the disk has no room for what is still to be written."""
         if self.bytes is not None and self.bytes - written + SPARE > self.free:
             worst = ", ".join(f"{name} ({in_bytes(size)} a token)" for name, size in self.largest)
             raise TooLargeError(
