@@ -27,9 +27,9 @@ from gatedlens.circuits.graph import Graph, Node
 from gatedlens.circuits.path_patching import Paths
 from gatedlens.errors import InputError
 from gatedlens.metrics import Metric
-from gatedlens.options import checked
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
+from gatedlens.options import checked
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.result import Result
 from gatedlens.runs.cells import Plan
@@ -110,9 +110,9 @@ def edge_patch(
 ) -> Circuit:
     """`gl.circuits.edge_patch(model, clean, corrupted, metric)`: the exact score of every edge, as a Circuit.
 
-    score = metric(patched) - metric(corrupted), the mean over rows, with one edge alone patched; many edges go in one batch. It is
-    `path_patch(sender, receiver)` for every edge: the truth that EAP and EAP-IG approximate. results, max_bytes, max_rows: as in
-    every sweep, see `gl.patching.Options`; what is written and taken up is a Result, the circuit's `scores`.
+    score = metric(patched) - metric(corrupted), the mean over rows, with one edge alone patched; many edges go in one batch. It
+    is `path_patch(sender, receiver)` for every edge: the truth that EAP and EAP-IG approximate. results, max_bytes, max_rows: as
+    in every sweep, see `gl.patching.Options`; what is written and taken up is a Result, the circuit's `scores`.
     """
     pair, graph = Pair.of(model, clean, corrupted, options), Graph.of(model)
     paths = Paths(pair, metric, graph.senders, graph.receivers)

@@ -123,7 +123,7 @@ def answer(
     as they are, whose dtype and device the result gets.
     """
     hold_memory()
-    plan, cells = question.plan, question.plan.cells
+    cells = question.plan.cells
     ledger = Ledger(question.blank(low), len(cells), effort.results, lambda: identity(question, runs))
     todo = []
     for i, cell in enumerate(cells):
@@ -234,7 +234,7 @@ def _check_again(
 ) -> None:
     """Where functions may have changed since the earlier sweep: measure one of its cells again, the farthest from doing
     nothing. InputError if its value is another one, by more than rounding."""
-    known = [cell for cell in cells if cell.place in ledger.done]
+    known = [cell for cell in cells if cell.place in ledger.done and cell.tells]
     if not known or ledger.surely_the_same():
         return
 
