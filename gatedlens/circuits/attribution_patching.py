@@ -13,44 +13,81 @@ of the corrupted run; the variants with `ig` (integrated gradients) average it a
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from gatedlens.address.names import NamesFilter, Point
 from gatedlens.errors import InputError, PointError
 from gatedlens.metrics import Metric, per_row
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Input
 from gatedlens.model.hooking import CACHE_LIMIT
 from gatedlens.options import checked
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.result import Result
 from gatedlens.runs import inputs
-from gatedlens.runs.gradients import Listener, along_input, listen
+from gatedlens.runs.engine import Earlier, Effort
+from gatedlens.runs.gradients import Listener, collected, listen, on_the_way
 from gatedlens.runs.pair import Pair, steps_of, subtracting
 
+Names = (
+    Callable[[str], bool] | Sequence[str] | None
+)  # names that stand for several points: their Results come as a dict
+APPROXIMATE = "approximate rise of the metric"
+OVER_INPUT = "Attribution patching, integrated over the input"
+OVER_ACTIVATION = "Attribution patching, integrated over the activation"
 
+
+@overload
+def attribution_patch(
+    model: HookedModel,
+    clean: Input,
+    corrupted: Input,
+    metric: Metric,
+    names: str,
+    keep: Sequence[str] = ("pos",),
+    max_bytes: int | None = ...,
+    **options: Any,
+) -> Result: ...
+@overload
+def attribution_patch(
+    model: HookedModel,
+    clean: Input,
+    corrupted: Input,
+    metric: Metric,
+    names: Names = None,
+    keep: Sequence[str] = ("pos",),
+    max_bytes: int | None = ...,
+    **options: Any,
+) -> dict[str, Result]: ...
 @checked
 def attribution_patch(
-    model: Any,
-    clean: Any,
-    corrupted: Any,
+    model: HookedModel,
+    clean: Input,
+    corrupted: Input,
     metric: Metric,
     names: NamesFilter = None,
     keep: Sequence[str] = ("pos",),
     max_bytes: int | None = CACHE_LIMIT,
     **options: Any,
-) -> Any:
+) -> Result | dict[str, Result]:
     """`attribution_patch(model, clean, corrupted, metric, "blocks.*.hook_resid_pre")`: a Result with axes layer, pos.
 
+    clean, corrupted: texts, ids, pairs (ids, mask) or images, of one shape and padded alike. metric: logits -> one number a row.
     names: a name, alias or glob that stands for one point in one or more layers gives a Result; a list of these, a
     predicate, or None (every point that is not lazy) a dict of Results by the points' names in their blocks. Lazy points
     take part when named. keep: the axes that remain, where a point has them ("batch" too); the others are summed, rows
-    averaged. metric: logits -> one number a row. max_bytes: refuse to hold more than this of the clean run; two runs'
-    activations are never held, only their difference. options: the forward's, attention_mask say.
+    averaged. max_bytes: refuse to hold more than this of the clean run; two runs' activations are never held, only their
+    difference. options: the forward's, attention_mask say.
+
+    PointError for a name that no point has, a view, or an axis that no point has; InputError for inputs that do not fit together,
+    and for a metric without a gradient or whose gradient is NaN; TooLargeError where max_bytes do not suffice.
 
     Nanda 2023 (Attribution patching); Kramár et al. 2024 (AtP*, arXiv 2403.00745), sec. 2: the first-order term of
     metric(patched) - metric(corrupted). Where a patch does much it can be far off: on the three bundled recall models
@@ -61,66 +98,149 @@ def attribution_patch(
     """
     pair, points = Pair.of(model, clean, corrupted, options), _Points(model, names, keep)
     base, store = pair.cached(pair.clean, points.names, max_bytes)
-    scores = _Scores(pair, points, store, 1)
-    value = listen(pair, metric, scores.listeners(), subtracting(store))
-    return points.results(scores, "Attribution patching", pair, _baselines(metric, base, value))
+    scores = _Scores(pair, points, store)
+    found: dict[str, Tensor] = {}
+    value = listen(pair, metric, scores.listeners(points.names, found), subtracting(store))
+    facts = _baselines(metric, base, value)
+    return points.results(scores.whole(found), "Attribution patching", pair, facts)
 
 
+@overload
+def attribution_patch_ig(
+    model: HookedModel,
+    clean: Input,
+    corrupted: Input,
+    metric: Metric,
+    names: str,
+    keep: Sequence[str] = ("pos",),
+    steps: int = 5,
+    progress: bool = True,
+    results: Earlier = None,
+    max_bytes: int | None = ...,
+    **options: Any,
+) -> Result: ...
+@overload
+def attribution_patch_ig(
+    model: HookedModel,
+    clean: Input,
+    corrupted: Input,
+    metric: Metric,
+    names: Names = None,
+    keep: Sequence[str] = ("pos",),
+    steps: int = 5,
+    progress: bool = True,
+    results: Earlier = None,
+    max_bytes: int | None = ...,
+    **options: Any,
+) -> dict[str, Result]: ...
 @checked
 def attribution_patch_ig(
-    model: Any,
-    clean: Any,
-    corrupted: Any,
+    model: HookedModel,
+    clean: Input,
+    corrupted: Input,
     metric: Metric,
     names: NamesFilter = None,
     keep: Sequence[str] = ("pos",),
     steps: int = 5,
     progress: bool = True,
+    results: Earlier = None,
     max_bytes: int | None = CACHE_LIMIT,
     **options: Any,
-) -> Any:
-    """As `attribution_patch`, the gradient a mean over `steps` runs whose embeddings lie between corrupted and clean.
+) -> Result | dict[str, Result]:
+    """`attribution_patch_ig(model, clean, corrupted, metric, "hook_embed", steps=5)`: gradients integrated over the input.
 
-    `steps` forwards and backwards for all points together. At `hook_embed` the scores sum to metric(clean) -
-    metric(corrupted) as steps grow (completeness; Sundararajan et al. 2017). Hanna et al. 2024 (arXiv 2403.17806),
-    sec. 3: EAP-IG, at activations instead of edges. Measured as above: 0.86 to 0.98 and 0.97 to 0.99; but small effects
-    are those of the corrupted run, and over all cells ranks agree to 0.56 to 0.74 only.
-    """
-    pair, points = Pair.of(model, clean, corrupted, options), _Points(model, names, keep)
-    steps_of(steps)
-    store = pair.differences(points.names, max_bytes)
-    scores = _Scores(pair, points, store, steps)
-    along_input(pair, metric, scores.listeners(), steps, progress)
-    return points.results(scores, "Attribution patching, integrated over the input", pair, {"steps": steps})
+    As `attribution_patch`, the gradient a mean over `steps` runs whose embeddings lie between corrupted and clean: `steps`
+    forwards and backwards for all points together. results: a path to which the steps are written as they come and from which an
+    interrupted call goes on, or the Result that `gl.patching.Interrupted` holds (axes step, point, entry: a point's scores, laid
+    flat). The rest, and the errors, are those of `attribution_patch`; InputError too if results is of another call.
 
-
-@checked
-def attribution_patch_ig_activations(
-    model: Any,
-    clean: Any,
-    corrupted: Any,
-    metric: Metric,
-    names: NamesFilter = None,
-    keep: Sequence[str] = ("pos",),
-    steps: int = 5,
-    progress: bool = True,
-    max_bytes: int | None = CACHE_LIMIT,
-    **options: Any,
-) -> Any:
-    """As `attribution_patch`, the gradient a mean along the line on which the activation itself goes from corrupted to clean.
-
-    `steps` forwards and backwards for each point of each layer, one after the other; the rest of the model is the
-    corrupted run's. A point's scores sum to the effect of patching it whole as steps grow. Marks et al. 2024 (Sparse
-    feature circuits, arXiv 2403.19647), eq. 3. Measured as above: 0.97 to 1.00 and 0.99 to 1.00; 0.55 to 0.79 over all.
+    At `hook_embed` the scores sum to metric(clean) - metric(corrupted) as steps grow (completeness; Sundararajan et al. 2017).
+    Hanna et al. 2024 (arXiv 2403.17806), sec. 3: EAP-IG, at activations instead of edges. Measured as above: 0.86 to 0.98 and
+    0.97 to 0.99; but small effects are those of the corrupted run, and over all cells ranks agree to 0.56 to 0.74 only.
     """
     pair, points, shares = Pair.of(model, clean, corrupted, options), _Points(model, names, keep), steps_of(steps)
-    store = pair.differences(points.names, max_bytes)
-    scores = _Scores(pair, points, store, steps)
-    for name, listener in tqdm(scores.listeners().items(), disable=not progress, desc="attribution", unit="point"):
+    scores = _Scores(pair, points, pair.differences(points.names, max_bytes))
+    hook = on_the_way(pair)
+
+    def one(step: int) -> Tensor:
+        found: dict[str, Tensor] = {}
+        listen(pair, metric, scores.listeners(points.names, found), [hook(shares[step])])
+        return scores.flat(points.names, found)
+
+    blank = scores.blank({"step": range(steps), "point": points.names}, f"{OVER_INPUT}, step by step", steps)
+    found = collected(pair, metric, blank, one, {"keep": list(points.keep)}, Effort(results, progress=progress))
+    return points.results(scores.parts(found.values.mean(0)), OVER_INPUT, pair, {"steps": steps})
+
+
+@overload
+def attribution_patch_ig_activations(
+    model: HookedModel,
+    clean: Input,
+    corrupted: Input,
+    metric: Metric,
+    names: str,
+    keep: Sequence[str] = ("pos",),
+    steps: int = 5,
+    progress: bool = True,
+    results: Earlier = None,
+    max_bytes: int | None = ...,
+    **options: Any,
+) -> Result: ...
+@overload
+def attribution_patch_ig_activations(
+    model: HookedModel,
+    clean: Input,
+    corrupted: Input,
+    metric: Metric,
+    names: Names = None,
+    keep: Sequence[str] = ("pos",),
+    steps: int = 5,
+    progress: bool = True,
+    results: Earlier = None,
+    max_bytes: int | None = ...,
+    **options: Any,
+) -> dict[str, Result]: ...
+@checked
+def attribution_patch_ig_activations(
+    model: HookedModel,
+    clean: Input,
+    corrupted: Input,
+    metric: Metric,
+    names: NamesFilter = None,
+    keep: Sequence[str] = ("pos",),
+    steps: int = 5,
+    progress: bool = True,
+    results: Earlier = None,
+    max_bytes: int | None = CACHE_LIMIT,
+    **options: Any,
+) -> Result | dict[str, Result]:
+    """`attribution_patch_ig_activations(model, clean, corrupted, metric, "blocks.*.hook_mixer_out", steps=5)`: gradients
+    integrated over the activation.
+
+    As `attribution_patch`, the gradient a mean along the line on which the activation itself goes from corrupted to clean:
+    `steps` forwards and backwards for each point of each layer, one after the other; the rest of the model is the
+    corrupted run's. results: a path to which the points are written as they come and from which an interrupted call goes on, or
+    the Result that `gl.patching.Interrupted` holds (axes point, entry: a point's scores, laid flat). The rest, and the errors,
+    are those of `attribution_patch`; InputError too if results is of another call.
+
+    A point's scores sum to the effect of patching it whole as steps grow. Marks et al. 2024 (Sparse feature circuits, arXiv
+    2403.19647), eq. 3. Measured as above: 0.97 to 1.00 and 0.99 to 1.00; 0.55 to 0.79 over all.
+    """
+    pair, points, shares = Pair.of(model, clean, corrupted, options), _Points(model, names, keep), steps_of(steps)
+    scores = _Scores(pair, points, pair.differences(points.names, max_bytes))
+
+    def one(number: int) -> Tensor:
+        """The scores of one point of one layer."""
+        name, found = points.names[number], dict[str, Tensor]()
+        way = scores.store[name]
         for share in shares:
-            shift = [(name, lambda x, hook, way=store[name], share=share: x.detach() + share * way)]
-            listen(pair, metric, {name: listener}, shift)
-    return points.results(scores, "Attribution patching, integrated over the activation", pair, {"steps": steps})
+            shift = [(name, lambda x, hook, share=share: x.detach() + share * way)]
+            listen(pair, metric, scores.listeners([name], found), shift)
+        return scores.flat([name], found)[0] / steps
+
+    blank = scores.blank({"point": points.names}, f"{OVER_ACTIVATION}, point by point", steps)
+    found = collected(pair, metric, blank, one, {"keep": list(points.keep)}, Effort(results, progress=progress))
+    return points.results(scores.parts(found.values), OVER_ACTIVATION, pair, {"steps": steps})
 
 
 @torch.no_grad()
@@ -134,7 +254,7 @@ def _baselines(metric: Metric, clean: Tensor, corrupted: Tensor) -> dict[str, An
 class _Points:
     """The points that are asked for, by rows: `found["mixer.hook_gate"]` are its full names, one a layer."""
 
-    def __init__(self, model: Any, names: NamesFilter, keep: Sequence[str]):
+    def __init__(self, model: HookedModel, names: NamesFilter, keep: Sequence[str]):
         self.model = model
         self.keep = (keep,) if isinstance(keep, str) else tuple(keep)
         self.names = _full_names(model, names)
@@ -164,7 +284,10 @@ class _Points:
         total = product.sum(gone) if gone else product
         return total if "batch" in self.keep else total / product.shape[0]
 
-    def results(self, scores: _Scores, title: str, pair: Pair, facts: dict[str, Any]) -> Any:
+    def results(
+        self, scores: Mapping[str, Tensor], title: str, pair: Pair, facts: dict[str, Any]
+    ) -> Result | dict[str, Result]:
+        """One Result a point of a block; that one by itself where `names` was a string."""
         told = {"model": self.model.cfg.model_name, **facts}
         every = {
             row: self._result(row, scores, title, {"pos": inputs.labels(self.model, pair.clean)}, told)
@@ -173,18 +296,18 @@ class _Points:
         return next(iter(every.values())) if self.single else every
 
     def _result(
-        self, row: str, scores: _Scores, title: str, labels: dict[str, list[Any]], facts: dict[str, Any]
+        self, row: str, scores: Mapping[str, Tensor], title: str, labels: dict[str, list[Any]], facts: dict[str, Any]
     ) -> Result:
         names = self.found[row]
-        values, axes = torch.stack([scores.total(name) for name in names]), ("layer", *self.kept(names[0]))
+        values, axes = torch.stack([scores[name] for name in names]), ("layer", *self.kept(names[0]))
         given: dict[str, Sequence[Any]] = {"layer": [_layer(name) for name in names], **labels}
         if _layer(names[0]) is None:  # a point outside the blocks
             values, axes = values[0], axes[1:]
         shown = {axis: given[axis] for axis in axes if axis in given}
-        return Result(values, axes, shown, f"{title}: {row}", "approximate rise of the metric", {**facts, "point": row})
+        return Result(values, axes, shown, f"{title}: {row}", APPROXIMATE, {**facts, "point": row})
 
 
-def _full_names(model: Any, names: NamesFilter) -> list[str]:
+def _full_names(model: HookedModel, names: NamesFilter) -> list[str]:
     if names is None:
         return model.names.select(None)[0]
     if not isinstance(names, str) and not callable(names) and not list(names):
@@ -203,23 +326,24 @@ def _layer(name: str) -> int | None:
 
 
 class _Scores:
-    """The sums of difference * gradient, point by point, of `runs` backward passes."""
+    """difference * gradient at each point, summed over the axes that are not kept and averaged over rows.
 
-    def __init__(self, pair: Pair, points: _Points, store: dict[str, Tensor], runs: int):
+    On their way through a file scores lie flat: one row a point, zeros behind those of points that keep fewer entries.
+    """
+
+    def __init__(self, pair: Pair, points: _Points, store: dict[str, Tensor]):
         self.pair = pair
         self.points = points
         self.store = store
-        self.runs = runs
-        self.totals: dict[str, Tensor] = {}
 
-    def listeners(self) -> dict[str, Listener]:
-        return {name: self._listener(name) for name in self.points.names}
+    def listeners(self, names: Sequence[str], found: dict[str, Tensor]) -> dict[str, Listener]:
+        """What adds the scores of these points to `found`."""
+        return {name: self._listener(name, found) for name in names}
 
-    def _listener(self, name: str) -> Callable[[Tensor], None]:
+    def _listener(self, name: str, found: dict[str, Tensor]) -> Listener:
         def listener(gradient: Tensor) -> None:
-            product = at_least_float32(self.store[name]) * at_least_float32(gradient)
-            score = self._reduced(name, product) / self.runs
-            self.totals[name] = self.totals[name] + score if name in self.totals else score
+            score = self._reduced(name, at_least_float32(self.store[name]) * at_least_float32(gradient))
+            found[name] = found[name] + score if name in found else score
 
         return listener
 
@@ -227,12 +351,41 @@ class _Scores:
         """By the numbers of real positions, so that position k of one row meets position k of another."""
         return self.points.reduced(name, self.pair.by_number(product, self.points.point(name).dims))
 
-    def total(self, name: str) -> Tensor:
-        """The score; zeros where the metric does not depend on the point."""
-        if name not in self.totals:
-            return self._reduced(name, torch.zeros_like(self.store[name]))
-        if bool(self.totals[name].isnan().any()):
-            raise InputError(
-                f"The gradient of the metric at {name} is NaN: does the metric divide by zero, or take its root?"
-            )
-        return self.totals[name]
+    def whole(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every point's scores, zeros where the metric does not depend on the point; InputError for NaN."""
+        for name, score in found.items():
+            if bool(score.isnan().any()):
+                raise InputError(
+                    f"The gradient of the metric at {name} is NaN: does the metric divide by zero, or take its root?"
+                )
+        return {name: found[name] if name in found else torch.zeros_like(like) for name, like in self.like.items()}
+
+    @functools.cached_property
+    def like(self) -> dict[str, Tensor]:
+        """Zeros of every point's scores, which say their shape, dtype and device."""
+        return {name: self._reduced(name, torch.zeros_like(at_least_float32(x))) for name, x in self.store.items()}
+
+    # -- laid flat -----------------------------------------------------------------------------------------------
+
+    def blank(self, axes: Mapping[str, Sequence[Any]], title: str, steps: int) -> Result:
+        """The Result before any score is known, with an axis entry behind these."""
+        shape = (*map(len, axes.values()), max(one.numel() for one in self.like.values()))
+        values = torch.full(shape, torch.nan, dtype=torch.float64)
+        facts = {"model": self.points.model.cfg.model_name, "steps": steps}
+        return Result(
+            values, (*axes, "entry"), {axis: list(said) for axis, said in axes.items()}, title, APPROXIMATE, facts
+        )
+
+    def flat(self, names: Sequence[str], found: Mapping[str, Tensor]) -> Float[Tensor, "point entry"]:
+        """The scores of some points, in float64, which holds those of every dtype as they are."""
+        whole, width = self.whole(found), max(one.numel() for one in self.like.values())
+        flat = [whole[name].detach().double().cpu().flatten() for name in names]
+        return torch.stack([torch.nn.functional.pad(one, (0, width - len(one))) for one in flat])
+
+    def parts(self, flat: Float[Tensor, "point entry"]) -> dict[str, Tensor]:
+        """The way back from `flat`."""
+        rows = zip(self.points.names, flat, strict=True)
+        return {
+            name: row[: self.like[name].numel()].reshape(self.like[name].shape).to(self.like[name])
+            for name, row in rows
+        }

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from gatedlens.circuits.faithfulness import EdgePatch
 from gatedlens.circuits.graph import Edge
@@ -29,6 +28,7 @@ from gatedlens.files import Fields, read_json, write_json
 from gatedlens.metrics import Metric
 from gatedlens.options import checked
 from gatedlens.result.result import Result
+from gatedlens.runs.engine import Earlier, Effort
 
 FORMAT = 1  # of the JSON
 
@@ -149,7 +149,7 @@ class Circuit:
 
         1 where the circuit does what the model does, 0 where it does nothing; Hanna et al. 2024, sec. 2.
         """
-        return EdgePatch.of(model, clean, corrupted, options, self.graph).faithfulness(metric, [self.kept])[0]
+        return EdgePatch.of(model, clean, corrupted, options, self.graph).faithfulness(metric, self.kept)
 
     @checked
     def curve(
@@ -160,18 +160,28 @@ class Circuit:
         metric: Metric,
         sizes: Sequence[int] | None = None,
         progress: bool = True,
+        results: Earlier = None,
+        max_bytes: int | None = None,
+        max_rows: int | None = None,
         **options: Any,
     ) -> Result:
-        """The faithfulness of `top(n)` for each n of `sizes` (None: none, one, two, four, ..., all edges): axis edges."""
+        """`circuit.curve(model, clean, corrupted, metric, sizes=[1, 2, 4]).plot()`: the faithfulness of `top(n)` by n.
+
+        A Result with one axis, edges: an entry for each n of `sizes` (None: none, one, two, four, ..., all edges). Many circuits
+        run in one batch. results, max_bytes, max_rows: as in every sweep, see `gl.patching.Options`. The rest, and the errors,
+        are those of `faithfulness`; InputError too for no sizes, and for a model in training mode.
+        """
         chosen = _doubling(len(self)) if sizes is None else list(sizes)
         if not chosen:
             raise InputError("sizes is empty: give numbers of edges, or None.")
-        circuits = [self.top(n) for n in chosen]
+        circuits = [(n, self.top(n)) for n in chosen]
         patch = EdgePatch.of(model, clean, corrupted, options, self.graph)
-        kept = tqdm([c.kept for c in circuits], disable=not progress, desc="faithfulness", unit="circuit")
-        values = torch.tensor(patch.faithfulness(metric, kept), dtype=torch.float64)
-        facts = {**self.scores.facts, "edges_on_paths": [len(circuit.pruned()) for circuit in circuits]}
-        return Result(values, ("edges",), {"edges": chosen}, f"Circuits by {self.scores.title}", "faithfulness", facts)
+        # What the scores' own sweep says of its progress is not this one's.
+        facts = {name: said for name, said in self.scores.facts.items() if name not in ("cells", "measured", "run")}
+        facts["edges_on_paths"] = [len(circuit.pruned()) for _, circuit in circuits]
+        kept = [(n, circuit.kept) for n, circuit in circuits]
+        effort = Effort(results, max_bytes, max_rows, progress)
+        return patch.curve(metric, kept, f"Circuits by {self.scores.title}", facts, effort)
 
     # -- as something else ---------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ bundled recall models (6 edges in Mamba, 28 in Griffin, 15 in RWKV) with a linea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -26,70 +27,92 @@ from gatedlens.circuits.graph import Graph, Node
 from gatedlens.circuits.path_patching import Paths
 from gatedlens.errors import InputError
 from gatedlens.metrics import Metric
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Input
 from gatedlens.options import checked
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.result import Result
 from gatedlens.runs.cells import Plan
-from gatedlens.runs.engine import Effort
-from gatedlens.runs.gradients import Listener, along_input, listen
+from gatedlens.runs.engine import Earlier, Effort
+from gatedlens.runs.gradients import Listener, collected, listen, on_the_way
 from gatedlens.runs.pair import Pair, steps_of, subtracting
 
 APPROXIMATE = "approximate rise of the metric"
 
 
 @checked
-def eap(model: Any, clean: Any, corrupted: Any, metric: Metric, positions: bool = False, **options: Any) -> Circuit:
-    """Edge attribution patching: two forwards and one backward for all edges. Syed et al. 2023 (arXiv 2310.10348), eq. 3.
+def eap(
+    model: HookedModel, clean: Input, corrupted: Input, metric: Metric, positions: bool = False, **options: Any
+) -> Circuit:
+    """`gl.circuits.eap(model, clean, corrupted, metric).top(8)`: edge attribution patching, a Circuit of every edge.
 
-    positions: tell edges apart by the position at which they pass. metric: logits -> one number a row. options: the
-    forward's, attention_mask say.
+    Two forwards and one backward for all edges together. clean, corrupted: texts, ids, pairs (ids, mask) or images, of one shape
+    and padded alike. metric: logits -> one number a row. positions: tell edges apart by the position at which they pass; then
+    `scores` is [sender, receiver, pos]. options: the forward's, attention_mask say.
+
+    InputError for inputs that do not fit together, and for a metric without a gradient or whose gradient is NaN.
+    Syed et al. 2023 (arXiv 2310.10348), eq. 3.
     """
     pair, graph = Pair.of(model, clean, corrupted, options), Graph.of(model)
     _, store = pair.cached(pair.clean, (node.writes for node in graph.senders))
-    scores = _Scores(pair, graph, store, positions, 1)
-    listen(pair, metric, scores.listeners(), subtracting(store))
-    return _circuit(model, graph, scores.total(), "EAP", {})
+    scores = _Scores(pair, graph, store, positions)
+    found = scores.of(lambda listeners: listen(pair, metric, listeners, subtracting(store)))
+    return _circuit(model, graph, found, "EAP", {})
 
 
 @checked
 def eap_ig(
-    model: Any,
-    clean: Any,
-    corrupted: Any,
+    model: HookedModel,
+    clean: Input,
+    corrupted: Input,
     metric: Metric,
     steps: int = 5,
     positions: bool = False,
     progress: bool = True,
+    results: Earlier = None,
     **options: Any,
 ) -> Circuit:
-    """EAP with integrated gradients: the gradient is a mean over `steps` runs between the corrupted and the clean embedding.
+    """`gl.circuits.eap_ig(model, clean, corrupted, metric, steps=5)`: EAP with integrated gradients, a Circuit of every edge.
 
-    Hanna, Pezzelle and Belinkov 2024 (Have faith in faithfulness, arXiv 2403.17806), eq. 5; at the midpoints of the
-    steps. For the rest see `eap`.
+    The gradient is a mean over `steps` runs between the corrupted and the clean embedding, at the midpoints of equal steps; each
+    costs a forward and a backward. results: a path to which the steps are written as they come and from which an interrupted call
+    goes on, or the Result that `gl.patching.Interrupted` holds; it has an axis step in front, over which the circuit's scores
+    are the mean. The rest, and the errors, are those of `eap`; InputError too if results is of another call.
+
+    Hanna, Pezzelle and Belinkov 2024 (Have faith in faithfulness, arXiv 2403.17806), eq. 5.
     """
-    pair, graph = Pair.of(model, clean, corrupted, options), Graph.of(model)
-    steps_of(steps)
-    scores = _Scores(pair, graph, pair.differences(node.writes for node in graph.senders), positions, steps)
-    along_input(pair, metric, scores.listeners(), steps, progress)
-    return _circuit(model, graph, scores.total(), "EAP-IG", {"steps": steps})
+    pair, graph, shares = Pair.of(model, clean, corrupted, options), Graph.of(model), steps_of(steps)
+    scores = _Scores(pair, graph, pair.differences(node.writes for node in graph.senders), positions)
+    hook = on_the_way(pair)
+
+    def one(step: int) -> Tensor:
+        return scores.of(lambda listeners: listen(pair, metric, listeners, [hook(shares[step])]))
+
+    values = torch.full((steps, *scores.shape), torch.nan, dtype=torch.float64)
+    axes = ("step", "sender", "receiver", "pos")[: values.ndim]
+    facts = {"model": model.cfg.model_name, "steps": steps}
+    blank = Result(values, axes, _labels(graph), "EAP-IG, step by step", APPROXIMATE, facts)
+    found = collected(pair, metric, blank, one, {}, Effort(results, progress=progress))
+    return _circuit(model, graph, found.values.mean(0), "EAP-IG", {"steps": steps})
 
 
 @checked
 def edge_patch(
-    model: Any,
-    clean: Any,
-    corrupted: Any,
+    model: HookedModel,
+    clean: Input,
+    corrupted: Input,
     metric: Metric,
     progress: bool = True,
-    results: Any = None,
+    results: Earlier = None,
     max_bytes: int | None = None,
     max_rows: int | None = None,
     **options: Any,
 ) -> Circuit:
-    """The exact score of every edge: metric(patched) - metric(corrupted), the edge alone patched; many edges a batch.
+    """`gl.circuits.edge_patch(model, clean, corrupted, metric)`: the exact score of every edge, as a Circuit.
 
-    What `path_patch(sender, receiver)` is, for all of them: the truth that EAP and EAP-IG approximate. results, max_bytes,
-    max_rows: as in every sweep, `gl.patching.Options`; what is written and taken up is a Result, the circuit's `scores`.
+    score = metric(patched) - metric(corrupted), the mean over rows, with one edge alone patched; many edges go in one batch. It
+    is `path_patch(sender, receiver)` for every edge: the truth that EAP and EAP-IG approximate. results, max_bytes, max_rows: as
+    in every sweep, see `gl.patching.Options`; what is written and taken up is a Result, the circuit's `scores`.
     """
     pair, graph = Pair.of(model, clean, corrupted, options), Graph.of(model)
     paths = Paths(pair, metric, graph.senders, graph.receivers)
@@ -106,55 +129,47 @@ def edge_patch(
 
 
 class _Scores:
-    """The sums of sender difference * receiver gradient, receiver by receiver, of `runs` backward passes."""
+    """sender difference * receiver gradient, summed over d_model (and positions) and averaged over rows, of a backward pass."""
 
-    def __init__(self, pair: Pair, graph: Graph, store: dict[str, Tensor], positions: bool, runs: int):
+    def __init__(self, pair: Pair, graph: Graph, store: dict[str, Tensor], positions: bool):
         self.pair = pair
         self.graph = graph
         self.store = store
         self.positions = positions
-        self.runs = runs
-        some = next(iter(store.values()))[..., 0]
-        self.found = _empty(graph, *([self._by_number(some).shape[1]] if positions else []))
-        self.found[~self.found.isnan()] = 0
+        size, some = len(graph.senders), next(iter(store.values()))[..., 0]
+        self.shape = (size, size, *([self._by_number(some).shape[1]] if positions else []))
 
-    def listeners(self) -> dict[str, Listener]:
-        return {node.reads: self._listener(node) for node in self.graph.receivers}
+    def of(self, backward: Callable[[dict[str, Listener]], Any]) -> Float[Tensor, "sender receiver ..."]:
+        """The scores of the pass that `backward(listeners)` makes; 0 where there is no edge."""
+        found = torch.zeros(self.shape, dtype=torch.float64)
+        backward({node.reads: self._listener(node, found) for node in self.graph.receivers})
+        if bool(found.isnan().any()):
+            raise InputError("The gradient of the metric is NaN: does the metric divide by zero, or take its root?")
+        return found
 
-    def _listener(self, receiver: Node) -> Listener:
+    def _listener(self, receiver: Node, found: Tensor) -> Listener:
         column = self.graph.place(receiver) - 1
 
         def listener(gradient: Tensor) -> None:
             wide = at_least_float32(gradient)
             for row, sender in enumerate(self.graph.before(receiver)):
                 product = (at_least_float32(self.store[sender.writes]) * wide).sum(-1)
-                by_pos = self._by_number(product).mean(0) / self.runs
-                self.found[row, column] += (by_pos if self.positions else by_pos.sum()).to(self.found)
+                by_pos = self._by_number(product).mean(0)
+                found[row, column] = (by_pos if self.positions else by_pos.sum()).to(found)
 
         return listener
 
     def _by_number(self, x: Float[Tensor, "batch pos"]) -> Float[Tensor, "batch some"]:
         return self.pair.by_number(x, ("batch", "pos"))
 
-    def total(self) -> Tensor:
-        if self.found.isnan().sum() > _empty(self.graph, *self.found.shape[2:]).isnan().sum():
-            raise InputError("The gradient of the metric is NaN: does the metric divide by zero, or take its root?")
-        return self.found
 
-
-def _empty(graph: Graph, *length: int) -> Tensor:
-    """Scores [sender, receiver, ...]: infinite where there is an edge, NaN where a receiver does not come later."""
-    size = len(graph.senders)
-    edge = torch.ones(size, size, dtype=torch.bool).triu()
-    scores = torch.full((size, size), torch.nan, dtype=torch.float64).masked_fill(edge, torch.inf)
-    return scores.reshape(size, size, *(1 for _ in length)).expand(size, size, *length).clone()
-
-
-def _circuit(model: Any, graph: Graph, scores: Tensor, title: str, facts: dict[str, Any]) -> Circuit:
-    axes = ("sender", "receiver", "pos")[: scores.ndim]
-    return Circuit.of(
-        Result(scores, axes, _labels(graph), title, APPROXIMATE, {"model": model.cfg.model_name, **facts})
-    )
+def _circuit(model: HookedModel, graph: Graph, scores: Tensor, title: str, facts: dict[str, Any]) -> Circuit:
+    """The circuit of all edges; `scores` get NaN where a receiver does not come after the sender."""
+    size, axes = len(graph.senders), ("sender", "receiver", "pos")[: scores.ndim]
+    edge = torch.ones(size, size, dtype=torch.bool).triu().reshape(size, size, *(1 for _ in scores.shape[2:]))
+    values = scores.masked_fill(~edge, torch.nan)
+    facts = {"model": model.cfg.model_name, **facts}
+    return Circuit.of(Result(values, axes, _labels(graph), title, APPROXIMATE, facts))
 
 
 def _labels(graph: Graph) -> dict[str, list[str]]:

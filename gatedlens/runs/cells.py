@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gatedlens.runs.baseline import Baseline
 
 Index = slice | list[int]
-NAMED = ("layer", "point", "src", "sender", "receiver")  # axes of which an entry is called by its label
+NAMED = ("layer", "point", "src", "sender", "receiver", "edges")  # axes of which an entry is called by its label
 
 
 def key(dims: Sequence[str], index: Mapping[str, Index], start: int = 0) -> tuple[Any, ...]:
@@ -182,6 +182,11 @@ class Cell:
     def first(self) -> int:
         """Before this position nothing changes, in a causal model."""
         return min(edit.first for edit in self.edits)
+
+    @property
+    def tells(self) -> bool:
+        """Whether its number depends on the metric at all; an earlier sweep's metric is recognised by such a cell."""
+        return True
 
     def entry(self, run: Baseline) -> int:
         """`cell.entry(run)`: the block before which nothing changes; -1: what comes before the first block changes too."""

@@ -3,14 +3,17 @@
     question = Question(plan, meter, score, facts=facts)
     found = answer(question, [corrupted], changing, low, Effort(results="sweep.json"))      # a Result
 
-Patching, knockout, tracing, path and edge patching are data for it: the cells of a plan (what each edits, where it may
-start) and how a cell's value is read. Cells are taken in bands of neighbouring positions: a band's runs start at its first
-position, and those that enter the model at one block share a batch. What was measured is kept batch by batch.
+Patching, knockout, tracing, path and edge patching and the curve of a circuit are data for it: the cells of a plan (what each
+edits, where it may start) and how a cell's value is read. Cells are taken in bands of neighbouring positions: a band's runs
+start at its first position, and those that enter the model at one block share a batch. What was measured is kept batch by batch.
+
+`fill` is the one loop over batches, with its progress bar and what a stop does. Gradients, which need backward passes and no
+batches of cells, go through it too (`gradients.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -23,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gatedlens.errors import InputError
+from gatedlens.model.base import HookedModel
 from gatedlens.result.result import Result
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Cell, Plan
@@ -33,8 +37,6 @@ from gatedlens.runs.meter import Meter
 from gatedlens.runs.stopping import Interrupted, NotSaved, stoppable
 
 ON_CPU, ON_ACCELERATOR = 8 << 20, 1 << 30  # bytes of a batch's activations; a CPU is fastest while they fit its caches
-
-
 HELD = 31 << 20  # bytes; just under the 32 MiB up to which glibc learns
 
 
@@ -49,7 +51,7 @@ def hold_memory() -> None:
 
 @dataclass(frozen=True)
 class Effort:
-    """Effort a sweep runs; none of it changes a number.
+    """How a sweep runs; none of it changes a number.
 
     results: an earlier, interrupted Result to complete, or a path to which results are written as they come, and from
     which they are taken up. max_bytes: about how much a batch's activations may take (None: 8 MiB on a CPU, where more is
@@ -77,6 +79,7 @@ class Effort:
             raise InputError(f"results={str(path)!r} is a folder: name a file in it.")
 
 
+Earlier = Result | str | Path | None  # what `results=` takes
 Score = Callable[[Cell, Tensor], Tensor]
 
 
@@ -120,7 +123,7 @@ def answer(
     as they are, whose dtype and device the result gets.
     """
     hold_memory()
-    plan, cells = question.plan, question.plan.cells
+    cells = question.plan.cells
     ledger = Ledger(question.blank(low), len(cells), effort.results, lambda: identity(question, runs))
     todo = []
     for i, cell in enumerate(cells):
@@ -130,13 +133,33 @@ def answer(
             todo.append(cell)
     sizes = Sizes(runs[0], cells, effort)
     _check_again(question, ledger, runs, [cells[i] for i in sorted(changing)], low)
-    with tqdm(total=len(todo), desc=plan.title, disable=not effort.progress) as bar, _kept(ledger):
-        for batch in batches(runs, todo, sizes):
-            for cell, numbers in zip(batch, measured(runs, batch, question), strict=True):
-                ledger.put(cell.place, question.score(cell, numbers))
+
+    def scores(batch: Sequence[Cell]) -> Iterator[Tensor]:
+        numbers = measured(runs, batch, question)
+        return (question.score(cell, value) for cell, value in zip(batch, numbers, strict=True))
+
+    fill(ledger, batches(runs, todo, sizes), scores, len(todo), effort)
+    return ledger.result()
+
+
+def fill(
+    ledger: Ledger,
+    batches: Iterable[Sequence[Cell]],
+    scores: Callable[[Sequence[Cell]], Iterable[Tensor]],
+    n_cells: int,
+    effort: Effort,
+) -> None:
+    """Put the score of each cell into the ledger, and save it batch by batch.
+
+    scores: a batch -> one tensor a cell, in order. n_cells: how many cells the batches hold together, for the progress bar.
+    Interrupted on Ctrl-C and SIGTERM, NotSaved where the file cannot be written.
+    """
+    with tqdm(total=n_cells, desc=ledger.blank.title, disable=not effort.progress) as bar, _kept(ledger):
+        for batch in batches:
+            for cell, value in zip(batch, scores(batch), strict=True):
+                ledger.put(cell.place, value)
                 bar.update()
             ledger.save()
-    return ledger.result()
 
 
 @contextmanager
@@ -175,24 +198,33 @@ def measured(
 
 
 def identity(question: Question, runs: Sequence[Baseline]) -> dict[str, Any]:
-    """Everything that decides the numbers, as JSON holds it; by the names that a refusal gives it."""
-    run = runs[0]
-    config = {name: str(one) for name, one in asdict(run.model.cfg).items() if name not in ("device", "tokenizer_name")}
-    given = Digest().add([(one.given.value, one.given.mask, one.noise, one.options) for one in runs])
-    what = Digest().add([(cell.place, cell) for cell in question.plan.cells])
-    hooked = {name: point for name, point in run.model.hook_dict.items() if point.hooked() and not point.only_saved()}
+    """Everything that decides the numbers of a question."""
+    given = [(one.given.value, one.given.mask, one.noise, one.options) for one in runs]
+    cells = [(cell.place, cell) for cell in question.plan.cells]
+    said = {"metrics' names": question.meter.names, "reduce": question.meter.reduce, **question.said}
+    return identity_of(runs[0].model, given, cells, question.meter.metrics, said)
+
+
+def identity_of(
+    model: HookedModel, given: Any, cells: Any, metrics: Sequence[Any], said: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything that decides the numbers, as JSON holds it; by the names that a refusal gives it.
+
+    given: the inputs, with all that goes into their forwards. cells: what each edits. metrics: functions. said: what else.
+    """
+    config = {name: str(one) for name, one in asdict(model.cfg).items() if name not in ("device", "tokenizer_name")}
+    read, what = Digest().add(given), Digest().add(cells)
+    hooked = {name: point for name, point in model.hook_dict.items() if point.hooked() and not point.only_saved()}
     users = [handle.user_hook for point in hooked.values() for handle in (*point.fwd_hooks, *point.bwd_hooks)]
-    code = [what.code, Digest().add([question.meter.metrics, users]).code]
+    code = [what.code, Digest().add([metrics, users]).code]
     return {
-        "model's parameters (checksum)": fingerprint(run.model),
+        "model's parameters (checksum)": fingerprint(model),
         "model's config (checksum)": Digest().add(config).data,
-        "input (checksum)": f"{given.data}{given.tensors}",
+        "input (checksum)": f"{read.data}{read.tensors}",
         "cells (checksum)": what.data,
         "values put in (checksum)": what.tensors,
-        "metrics' names": question.meter.names,
-        "reduce": question.meter.reduce,
         "hooked points": list(hooked),
-        **question.said,
+        **said,
         "code": None if None in code else "".join(map(str, code)),
     }
 
@@ -202,7 +234,7 @@ def _check_again(
 ) -> None:
     """Where functions may have changed since the earlier sweep: measure one of its cells again, the farthest from doing
     nothing. InputError if its value is another one, by more than rounding."""
-    known = [cell for cell in cells if cell.place in ledger.done]
+    known = [cell for cell in cells if cell.place in ledger.done and cell.tells]
     if not known or ledger.surely_the_same():
         return
 
@@ -218,10 +250,15 @@ def _check_again(
     size = torch.stack([then.abs(), now.abs()]).max() * question.unit + low.abs().max()
     rounding = eps**0.5 * size + min(128 * eps, 0.05) * runs[0].logits.abs().max()
     if bool(((then - now).abs() * question.unit > rounding).any()):
-        raise InputError(
-            f"results is of another sweep: with {question.plan.say(cell)} {question.verb} it is {then.tolist()}, and measured "
-            f"again it is {now.tolist()}: the metric, or another function that takes part, does something else. {AGAIN}"
-        )
+        raise another_sweep(f"with {question.plan.say(cell)} {question.verb}", then, now)
+
+
+def another_sweep(where: str, then: Tensor, now: Tensor) -> InputError:
+    """The error for an earlier sweep one of whose numbers, measured again, is another one."""
+    return InputError(
+        f"results is of another sweep: {where} it is {then.tolist()}, and measured again it is {now.tolist()}: the metric, "
+        f"or another function that takes part, does something else. {AGAIN}"
+    )
 
 
 # -- which cells go together ----------------------------------------------------------------------------------------
@@ -259,7 +296,7 @@ def bands(
 
 
 class Sizes:
-    """Effort many cells go into one batch: from the bytes that one position of one row takes in the widest block."""
+    """How many cells go into one batch: from the bytes that one position of one row takes in the widest block."""
 
     def __init__(self, run: Baseline, cells: Sequence[Cell], effort: Effort):
         model = run.model
@@ -277,6 +314,6 @@ class Sizes:
         self.most = None if effort.max_rows is None else effort.max_rows // run.rows
 
     def cells(self, start: int) -> int:
-        """Effort many cells a batch holds whose runs start at this position."""
+        """How many cells a batch holds whose runs start at this position."""
         fitting = self.limit // (self.per_position * (self.length - start))
         return 1 if self.alone else max(1, fitting if self.most is None else min(fitting, self.most))

@@ -1,7 +1,8 @@
-"""Sensitivity: the gradient of a metric at points, handed to listeners as the backward pass goes by.
+"""Gradients of a metric at points, handed to listeners as the backward pass goes by.
 
     listen(pair, metric, {"blocks.0.hook_mixer_in": listener})           # listener(gradient) is called once
-    along_input(pair, metric, listeners, steps=5)                        # once a step: inputs from corrupted to clean
+    hook = on_the_way(pair)(0.3)                                         # an input between corrupted (0) and clean (1)
+    found = collected(pair, metric, blank, scores, facts, effort)        # many backward passes, which stop and go on
 
 No gradient is kept, none of a parameter is computed, and nothing is left on the model: whoever listens adds up what it
 needs.
@@ -15,13 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
-from tqdm.auto import tqdm
 
 from gatedlens.errors import InputError
 from gatedlens.metrics import Metric, per_row
 from gatedlens.model.hookpoint import Saver
 from gatedlens.recurrence.autocast import exact
-from gatedlens.runs.pair import Pair, steps_of
+from gatedlens.result.result import Result
+from gatedlens.runs.cells import Cell
+from gatedlens.runs.engine import Effort, another_sweep, fill, identity_of
+from gatedlens.runs.ledger import Ledger
+from gatedlens.runs.pair import Pair
 
 EMBED = "hook_embed"  # where an input enters, in every architecture
 Listener = Callable[[Tensor], None]
@@ -79,15 +83,56 @@ def listen(pair: Pair, metric: Metric, listeners: Mapping[str, Listener], hooks:
     return value.detach()
 
 
-def along_input(
-    pair: Pair, metric: Metric, listeners: Mapping[str, Listener], steps: int, progress: bool = True
-) -> None:
-    """`listen` at `steps` inputs whose embeddings lie on the straight line from corrupted to clean (Hanna et al. 2024).
+def on_the_way(pair: Pair) -> Callable[[float], tuple[str, Callable[..., Tensor]]]:
+    """share -> the hook that moves the corrupted input's embedding this share of the way to the clean one's.
 
-    At the midpoints of equal parts of the line, where the paper takes their ends: the error of the mean falls with
-    steps^2.
+    Gradients averaged over shares are integrated along the straight line between the inputs (Hanna et al. 2024, arXiv
+    2403.17806). The shares are midpoints of equal parts of the line (`steps_of`), where the paper takes their ends: the error
+    of the mean falls with steps^2.
     """
-    shares = steps_of(steps)
     way = pair.differences([EMBED])[EMBED]
-    for share in tqdm(shares, disable=not progress, desc="integrated gradients", unit="step"):
-        listen(pair, metric, listeners, [(EMBED, lambda x, hook, share=share: x + share * way)])
+    return lambda share: (EMBED, lambda x, hook: x + share * way)
+
+
+def collected(
+    pair: Pair,
+    metric: Metric,
+    blank: Result,
+    scores: Callable[[int], Tensor],
+    said: Mapping[str, Any],
+    effort: Effort,
+) -> Result:
+    """`scores(i)` for every i of the first axis of `blank`, by backward passes: kept one by one, and gone on with, as the cells
+    of a sweep are.
+
+    blank: the Result with NaN for values; scores must be numbers, a NaN stands for what was not measured yet. said: what
+    decides the scores beside the model, the inputs, the metric and the hooks. InputError for an earlier Result of another run.
+    """
+    given = [(one.value, one.mask) for one in (pair.clean, pair.corrupted)]
+    ledger = Ledger(
+        blank,
+        len(blank.values),
+        effort.results,
+        lambda: identity_of(pair.model, [given, dict(pair.options)], [], [metric], said),
+    )
+    cells = [Cell((i,), ()) for i in range(len(blank.values))]
+    todo = [cell for cell in cells if not ledger.take_up(cell.place)]
+    if ledger.done and not ledger.surely_the_same():
+        _check_again(ledger, scores, torch.finfo(pair.model.cfg.dtype).eps ** 0.5)
+    fill(ledger, ([cell] for cell in todo), lambda batch: (scores(cell.place[0]) for cell in batch), len(todo), effort)
+    return ledger.result()
+
+
+def _check_again(ledger: Ledger, scores: Callable[[int], Tensor], rounding: float) -> None:
+    """Where the metric may have changed since the earlier run: make the backward passes with the largest score again.
+
+    rounding: what may differ, as a share of the largest score. A score is a sum whose terms may cancel, so one that is small
+    can be off by much of itself.
+    """
+    place = max(ledger.done, key=lambda place: float(ledger.at(place).abs().max()))
+    then = ledger.at(place)
+    now = scores(place[0]).flatten().to(then)
+    off = (then - now).abs()
+    if bool((off > rounding * torch.stack([then, now]).abs().max()).any()):
+        one = int(off.argmax())
+        raise another_sweep(f"at {ledger.blank.axes[0]} {place[0]}, entry {one},", then[one], now[one])

@@ -1,4 +1,4 @@
-"""Stopping and going on, the same for all: patching, knockout, tracing, path and edge patching."""
+"""Stopping and going on, the same for all: patching, knockout, tracing, path and edge patching, circuits and gradients."""
 
 from __future__ import annotations
 
@@ -67,11 +67,40 @@ class Tools:
             self.model, self.clean, self.corrupted, metric, max_rows=4, **QUIET, **options
         ).scores
 
+    def curve(self, metric, **options):
+        edges = circuits.eap(self.model, self.clean, self.corrupted, METRIC)
+        sizes = [*range(6), len(edges)]
+        return edges.curve(self.model, self.clean, self.corrupted, metric, sizes, max_rows=4, **QUIET, **options)
+
+    def eap_ig(self, metric, **options):
+        given = {"steps": 6, **QUIET, **options}
+        return circuits.eap_ig(self.model, self.clean, self.corrupted, metric, **given).scores
+
+    def ig_input(self, metric, names="blocks.*.hook_mixer_out", **options):
+        given = {"steps": 6, **QUIET, **options}
+        return circuits.attribution_patch_ig(self.model, self.clean, self.corrupted, metric, names, **given)
+
+    def ig_activations(self, metric, names="blocks.*.hook_*_out", **options):
+        """Points that keep another number of entries each, joined."""
+        given = {"steps": 2, "keep": ["pos", "d_model"], **QUIET, **options}
+        tools = circuits.attribution_patch_ig_activations
+        found = tools(self.model, self.clean, self.corrupted, metric, [names, "hook_embed", "hook_logits"], **given)
+        return Result(torch.cat([one.values.flatten() for one in found.values()]), ("entry",))
+
     def __getitem__(self, name):
         return getattr(self, name)
 
 
-TOOLS = {"patching": 8, "knockout": 7, "tracing": 8, "senders": 3, "edges": 6}  # at which call it is stopped
+SWEEPS = {
+    "patching": 8,
+    "knockout": 7,
+    "tracing": 8,
+    "senders": 3,
+    "edges": 6,
+    "curve": 7,
+}  # at which call it is stopped
+GRADIENTS = {"eap_ig": 4, "ig_input": 4, "ig_activations": 6}  # whose files hold steps, or points, and not their result
+TOOLS = {**SWEEPS, **GRADIENTS}
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +137,12 @@ def _goes_on(run, name, path):
     with pytest.raises(patching.Interrupted, match="measured and saved; the same call with results=") as stop:
         run(Stops(TOOLS[name]), results=path)
     part = Result.load(path)
-    assert 0 < part.facts["measured"] < part.facts["cells"] == want.facts["cells"]
+    assert 0 < part.facts["measured"] < part.facts["cells"]
     assert torch.equal(part.values.isnan(), stop.value.results.values.cpu().isnan())
-    done = ~part.values.isnan()
-    assert torch.allclose(part.values[done], want.values.double()[done], rtol=1e-9, atol=1e-10)
+    if name in SWEEPS:
+        done = ~part.values.isnan()
+        assert torch.allclose(part.values[done], want.values.double()[done], rtol=1e-9, atol=1e-10)
+        assert part.facts["cells"] == want.facts["cells"]
     calls = Stops(10**9)
     assert equal(run(calls, results=path), want)
     again = Stops(10**9)
@@ -120,7 +151,7 @@ def _goes_on(run, name, path):
     full = Stops(10**9)
     run(full)
     assert full.left < calls.left, "what was measured is not measured again"
-    assert Result.load(path).facts["measured"] == want.facts["cells"]
+    assert Result.load(path).facts["measured"] == part.facts["cells"]
 
 
 @pytest.mark.parametrize("name", TOOLS)
@@ -198,6 +229,43 @@ def test_what_a_trace_was_told_is_compared(small, options, tmp_path):
         small.tracing(Stops(9), results=tmp_path / "t.json")
     with pytest.raises(gl.InputError, match="results is of another sweep"):
         small.tracing(METRIC, results=tmp_path / "t.json", **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("eap_ig", {"steps": 7}),
+        ("eap_ig", {"positions": True}),
+        ("ig_input", {"steps": 7}),
+        ("ig_input", {"names": "blocks.[01].hook_mixer_out"}),
+        ("ig_input", {"keep": ("d_model",)}),
+        ("ig_activations", {"steps": 3}),
+        ("ig_activations", {"names": "blocks.[01].hook_mixer_out"}),
+    ],
+)
+def test_what_gradients_were_told_is_compared(small, name, options, tmp_path):
+    with pytest.raises(patching.Interrupted):
+        small[name](Stops(TOOLS[name]), results=tmp_path / "g.json")
+    with pytest.raises(gl.InputError, match="results is of another sweep"):
+        small[name](METRIC, results=tmp_path / "g.json", **options)
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_of_another_function_that_does_the_same_go_on(small, name, tmp_path):
+    path = tmp_path / "g.json"
+    with pytest.raises(patching.Interrupted):
+        small[name](Stops(TOOLS[name]), results=path)
+    assert equal(small[name](lambda logits: 1.0 * METRIC(logits), results=path), small[name](METRIC))
+    with pytest.raises(gl.InputError, match="measured again it is"):
+        small[name](lambda logits: 2.0 * METRIC(logits), results=path)
+
+
+def test_a_curve_does_not_speak_of_the_sweep_that_scored_its_edges(small, tmp_path):
+    given = (small.model, small.clean, small.corrupted, METRIC)
+    edges = circuits.edge_patch(*given, **QUIET, results=tmp_path / "edges.json")
+    curve = edges.curve(*given, [1, 2, 3], **QUIET)
+    assert curve.facts["cells"] == curve.facts["measured"] == 3 and "run" not in curve.facts
+    assert equal(edges.curve(*given, [1, 2, 2], **QUIET), edges.curve(*given, [1, 2, 2], max_rows=1, **QUIET))
 
 
 def test_metrics_that_agree_in_both_runs_are_told_apart(small, tmp_path):
