@@ -86,7 +86,12 @@ class Shot:
 @checked
 @torch.no_grad()
 def probabilities(
-    model: Any, texts: Sequence[str], labels: Labels, ask: str = ASK, batch_size: int = 16, progress: bool = True
+    model: HookedLanguageModel,
+    texts: Sequence[str],
+    labels: Labels,
+    ask: str = ASK,
+    batch_size: int = 16,
+    progress: bool = True,
 ) -> Float[Tensor, "text label"]:
     """`gl.amplify.probabilities(model, texts, labels)`: [text, label], P(label | text, it is one of the labels): the
     softmax over the labels' logits at the end of `ask`.
@@ -137,7 +142,7 @@ def select(
 
 @checked
 def explain(
-    model: Any,
+    model: HookedLanguageModel,
     text: str,
     label: str,
     labels: Labels,
@@ -164,7 +169,7 @@ def explain(
 
 
 @checked
-def token_spans(model: Any, text: str) -> list[tuple[int, int]]:
+def token_spans(model: HookedLanguageModel, text: str) -> list[tuple[int, int]]:
     """`gl.amplify.token_spans(model, text)`: where each token of `model.to_tokens(text)` stands in the text, as characters
     [start, end); empty for special ones.
     """
@@ -246,7 +251,7 @@ def fill(template: str, **values: str) -> str:
     return re.sub(r"\{(\w+)\}", value, template)
 
 
-def label_tokens(model: Any, labels: Labels) -> dict[str, int]:
+def label_tokens(model: HookedLanguageModel, labels: Labels) -> dict[str, int]:
     """`gl.amplify.label_tokens(model, labels)`: {label: the id of its token}."""
     if not isinstance(model, HookedLanguageModel):
         raise InputError(f"AMPLIFY takes language models of gatedlens, not {type(model).__name__}.")

@@ -75,7 +75,7 @@ def supported() -> str:
 
 
 @checked
-def wrap(model: Any, tokenizer: Any = None, *, model_name: str | None = None) -> Any:
+def wrap(model: nn.Module, tokenizer: Any = None, *, model_name: str | None = None) -> Any:
     """`gl.wrap(MambaForCausalLM(...))`: hook points around a model's own parameters, which are shared, not copied.
 
     The architecture follows from the model's class (or that of a base class); CheckpointError for one that is not

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from gatedlens.address.positions import one_a_row
+from gatedlens.address.positions import Positions, one_a_row
 from gatedlens.errors import InputError
 from gatedlens.model.language import next_token_loss
 
@@ -130,7 +130,7 @@ def _tell_of_padding(logits: Tensor) -> None:
 # -- reading them ---------------------------------------------------------------------------------------------------
 
 
-def at_position(logits: Float[Tensor, "batch *pos d_vocab"], pos: Any = -1) -> Float[Tensor, "batch d_vocab"]:
+def at_position(logits: Float[Tensor, "batch *pos d_vocab"], pos: Positions = -1) -> Float[Tensor, "batch d_vocab"]:
     """`at_position(logits, -1)`: the logits of one position a row (`pos`: one for all, or one a row); a classifier's as
     they are.
     """
@@ -171,7 +171,7 @@ def _chosen(values: Float[Tensor, "batch d_vocab"], tokens: Tokens, what: str) -
 # -- what is measured -----------------------------------------------------------------------------------------------
 
 
-def logit(token: Tokens, pos: Any = -1) -> Metric:
+def logit(token: Tokens, pos: Positions = -1) -> Metric:
     """`gl.metrics.logit(token)`: logit[token] at `pos`, one number a row.
 
     token: an id for all rows or one a row. pos: a real position, or one a row (a classifier has none).
@@ -179,7 +179,7 @@ def logit(token: Tokens, pos: Any = -1) -> Metric:
     return lambda logits: _chosen(at_position(logits, pos), token, "token")
 
 
-def logit_difference(right: Tokens, wrong: Tokens, pos: Any = -1) -> Metric:
+def logit_difference(right: Tokens, wrong: Tokens, pos: Positions = -1) -> Metric:
     """`gl.metrics.logit_difference(right, wrong)`: logit[right] - logit[wrong] at `pos`, one number a row."""
 
     def metric(logits: Float[Tensor, "batch *pos d_vocab"]) -> Float[Tensor, " batch"]:
@@ -189,17 +189,17 @@ def logit_difference(right: Tokens, wrong: Tokens, pos: Any = -1) -> Metric:
     return metric
 
 
-def log_probability(token: Tokens, pos: Any = -1) -> Metric:
+def log_probability(token: Tokens, pos: Positions = -1) -> Metric:
     """`gl.metrics.log_probability(token)`: log softmax(logits)[token] at `pos`, in nats."""
     return lambda logits: _chosen(at_position(logits, pos).log_softmax(-1), token, "token")
 
 
-def probability(token: Tokens, pos: Any = -1) -> Metric:
+def probability(token: Tokens, pos: Positions = -1) -> Metric:
     """`gl.metrics.probability(token)`: softmax(logits)[token] at `pos`, from 0 to 1."""
     return lambda logits: _chosen(at_position(logits, pos).softmax(-1), token, "token")
 
 
-def kl(reference: Float[Tensor, "batch *pos d_vocab"], pos: Any = -1) -> Metric:
+def kl(reference: Float[Tensor, "batch *pos d_vocab"], pos: Positions = -1) -> Metric:
     """`gl.metrics.kl(reference)`: KL(reference || logits) = sum p_ref (log p_ref - log p), in nats: how far the output is
     from a run's logits.
     """

@@ -18,6 +18,11 @@ from torch import Tensor
 from gatedlens.errors import InputError
 from gatedlens.options import is_whole
 
+if TYPE_CHECKING:
+    from gatedlens.model.base import HookedModel
+else:  # that file imports this one
+    HookedModel = Any
+
 # What `layers=` takes; see `positions.Positions` for why it is said to type checkers alone.
 if TYPE_CHECKING:
     Layers: TypeAlias = int | slice | str | Sequence[Any] | numpy.ndarray[Any, Any] | Tensor | None
@@ -29,7 +34,7 @@ START = ("start_layer={!r}: a whole number is meant; it", "start_layer={!r}:")
 SEVERAL = ("layers: {!r}", "layers={} does not exist;")
 
 
-def layers_of(model: Any, layers: Any) -> tuple[int, ...]:
+def layers_of(model: HookedModel, layers: Any) -> tuple[int, ...]:
     """The numbers of the layers, ascending; an InputError for one that the model lacks."""
     chosen = set(_meant(model, layers))
     if not chosen:
@@ -37,7 +42,7 @@ def layers_of(model: Any, layers: Any) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-def _meant(model: Any, layers: Any) -> Sequence[int]:
+def _meant(model: HookedModel, layers: Any) -> Sequence[int]:
     every = range(model.cfg.n_layers)
     if layers is None or isinstance(layers, slice):
         return every[layers or slice(None)]
@@ -56,7 +61,7 @@ def _meant(model: Any, layers: Any) -> Sequence[int]:
     raise InputError(f"layers={layers!r}: give a number, a slice, a sequence of numbers, a glob, or None for all.")
 
 
-def layer_of(model: Any, layer: Any, words: tuple[str, str] = ONE) -> int:
+def layer_of(model: HookedModel, layer: Any, words: tuple[str, str] = ONE) -> int:
     """The number of one layer, negative ones from the end; an InputError for one that the model lacks."""
     if not is_whole(layer):
         raise InputError(f"{words[0].format(layer)} is no layer number.")
@@ -66,7 +71,7 @@ def layer_of(model: Any, layer: Any, words: tuple[str, str] = ONE) -> int:
     return index % n
 
 
-def _has(model: Any) -> str:
+def _has(model: HookedModel) -> str:
     return f"{model.cfg.model_name} has layers 0 to {model.cfg.n_layers - 1}"
 
 

@@ -7,7 +7,6 @@ verify(attention, attention.output(), o, "a cut")  # InputError unless A x + r i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,9 +14,10 @@ from torch import Tensor
 
 from gatedlens.attention.layer import ImplicitAttention
 from gatedlens.errors import InputError
+from gatedlens.model.base import HookedModel
 
 
-def underway(model: Any, layer: int, values: Mapping[str, Tensor]) -> ImplicitAttention:
+def underway(model: HookedModel, layer: int, values: Mapping[str, Tensor]) -> ImplicitAttention:
     """The layer's operator, with the padding and the state of the running call."""
     run, mixer = model.current(), model.blocks[layer].mixer
     stem = f"blocks.{layer}.{mixer.place}."

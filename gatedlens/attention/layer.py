@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gatedlens.address.layers import layer_of
-from gatedlens.address.positions import one_a_row
+from gatedlens.address.positions import Positions, one_a_row
 from gatedlens.attention.contributions import Contributions
 from gatedlens.attention.limits import AT_ONCE, DENSE_LIMIT
 from gatedlens.errors import InputError, PointError, did_you_mean
@@ -230,7 +230,7 @@ class ImplicitAttention:
         return self.at(self.place(i, "row"))
 
     @checked
-    def place(self, pos: Any, what: str) -> Int[Tensor, " batch"]:
+    def place(self, pos: Positions, what: str) -> Int[Tensor, " batch"]:
         """`A.place(-1, "pos")`: [batch], where in the input a position of each row is.
 
         pos: real positions, one for all rows or one a row; what: the parameter's name, for the errors.

@@ -24,12 +24,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gatedlens.address.layers import START, layer_of, layers_of
+from gatedlens.address.layers import START, Layers, layer_of, layers_of
 from gatedlens.attention.layer import ABS_MEAN, MEAN, Check, ImplicitAttention, points_of, worst
 from gatedlens.attention.limits import AT_ONCE, DENSE_LIMIT
 from gatedlens.attention.profiles import Profile, induction, of_layer
 from gatedlens.errors import InputError
 from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Input
 from gatedlens.model.cache import ActivationCache
 from gatedlens.options import checked, is_whole
 from gatedlens.recurrence.autocast import exact
@@ -216,15 +217,17 @@ def _abs_mean(attention: ImplicitAttention) -> Tensor:
 
 @overload
 def implicit_attention(
-    source: Any, input: Any = None, *, layer: None = None, layers: Any = None, **options: Any
+    source: Any, input: Input | None = None, *, layer: None = None, layers: Layers = None, **options: Any
 ) -> AttentionStack: ...
 
 
 @overload
-def implicit_attention(source: Any, input: Any = None, *, layer: Any, **options: Any) -> ImplicitAttention: ...
+def implicit_attention(source: Any, input: Input | None = None, *, layer: Any, **options: Any) -> ImplicitAttention: ...
 
 
-def implicit_attention(source: Any, input: Any = None, *, layer: Any = None, layers: Any = None, **options: Any) -> Any:
+def implicit_attention(
+    source: Any, input: Input | None = None, *, layer: Any = None, layers: Layers = None, **options: Any
+) -> Any:
     """`gl.implicit_attention(model, "The cat sat on the mat", layer=3)`, or `gl.implicit_attention(cache, layer=3)`.
 
     With `layer` the ImplicitAttention of one layer; without it the AttentionStack of `layers` (see `layers.py`; None: all).

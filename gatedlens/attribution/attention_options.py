@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatedlens.address.layers import START, layer_of
+from gatedlens.address.layers import START, Layers, layer_of
 from gatedlens.attention.layer import PAPERS, ImplicitAttention
 from gatedlens.attention.stack import AttentionStack, implicit_attention
 from gatedlens.attribution import channels as channels_
@@ -50,8 +50,8 @@ class Reading:
     @staticmethod
     def of(
         question: Question,
-        layers: Any,
-        start_layer: Any,
+        layers: Layers,
+        start_layer: Layers,
         factors: str | Sequence[str],
         channels: str,
         sign: str,
@@ -139,7 +139,7 @@ def through(q: Float[Tensor, "batch dst"], matrix: Float[Tensor, "batch dst src"
         return torch.einsum("bi,bij->bj", q, matrix)
 
 
-def _operators(question: Question, layers: Any, start_layer: Any, default: int) -> AttentionStack:
+def _operators(question: Question, layers: Layers, start_layer: Layers, default: int) -> AttentionStack:
     """The implicit attention of the layers that were asked for; from `default` on if none was."""
     model = question.model
     if layers is not None and start_layer is not None:

@@ -20,11 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gatedlens.address.layers import Layers
 from gatedlens.attribution import official_code
 from gatedlens.attribution.attention_options import Reading, through
 from gatedlens.attribution.question import Question
 from gatedlens.attribution.scores import Attribution
 from gatedlens.errors import InputError
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Input
 from gatedlens.options import checked
 from gatedlens.result.rounding import total
 
@@ -34,12 +37,12 @@ CENTRED = "LN"  # the normalization_type of norms that take the mean away
 
 @checked
 def raw_attention(
-    model: Any,
-    input: Any,
+    model: HookedModel,
+    input: Input,
     target: Any = None,
     *,
-    layers: Any = None,
-    start_layer: Any = None,
+    layers: Layers = None,
+    start_layer: Layers = None,
     factors: str | Sequence[str] = "unified",
     channels: str = "mean",
     sign: str = "signed",
@@ -65,12 +68,12 @@ def raw_attention(
 
 @checked
 def rollout(
-    model: Any,
-    input: Any,
+    model: HookedModel,
+    input: Input,
     target: Any = None,
     *,
-    layers: Any = None,
-    start_layer: Any = None,
+    layers: Layers = None,
+    start_layer: Layers = None,
     factors: str | Sequence[str] = "unified",
     channels: str = "mean",
     sign: str = "signed",
@@ -98,12 +101,12 @@ def rollout(
 
 @checked
 def gradient_attention(
-    model: Any,
-    input: Any,
+    model: HookedModel,
+    input: Input,
     target: Any = None,
     *,
-    layers: Any = None,
-    start_layer: Any = None,
+    layers: Layers = None,
+    start_layer: Layers = None,
     factors: str | Sequence[str] = "unified",
     channels: str = "mean",
     sign: str = "signed",

@@ -19,6 +19,8 @@ from gatedlens.attribution.empty_input import baseline_of
 from gatedlens.attribution.question import Question
 from gatedlens.attribution.scores import Attribution
 from gatedlens.errors import InputError
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Input
 from gatedlens.options import checked
 from gatedlens.result.rounding import total
 
@@ -32,7 +34,9 @@ def _captum() -> Any:
 
 
 @checked
-def grad_x_input(model: Any, input: Any, target: Any = None, *, attention_mask: Tensor | None = None) -> Attribution:
+def grad_x_input(
+    model: HookedModel, input: Input, target: Any = None, *, attention_mask: Tensor | None = None
+) -> Attribution:
     """`gl.attribution.grad_x_input(model, text)`: x . d number / d x: the first-order share of each token. Shrikumar et
     al. 2016 (arXiv 1605.01713).
     """
@@ -45,8 +49,8 @@ def grad_x_input(model: Any, input: Any, target: Any = None, *, attention_mask: 
 
 @checked
 def integrated_gradients(
-    model: Any,
-    input: Any,
+    model: HookedModel,
+    input: Input,
     target: Any = None,
     *,
     baseline: Any = None,
@@ -81,8 +85,8 @@ def integrated_gradients(
 
 @checked
 def smoothgrad(
-    model: Any,
-    input: Any,
+    model: HookedModel,
+    input: Input,
     target: Any = None,
     *,
     n_samples: Any = 25,

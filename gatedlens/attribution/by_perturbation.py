@@ -16,6 +16,8 @@ from gatedlens.attribution.empty_input import baseline_of
 from gatedlens.attribution.question import Question
 from gatedlens.attribution.scores import Attribution
 from gatedlens.errors import InputError
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Input
 from gatedlens.options import checked
 from gatedlens.result.rounding import total
 
@@ -30,8 +32,8 @@ from gatedlens.result.rounding import total
 @checked
 @torch.no_grad()
 def occlusion(
-    model: Any,
-    input: Any,
+    model: HookedModel,
+    input: Input,
     target: Any = None,
     *,
     baseline: Any = None,
@@ -63,7 +65,7 @@ def occlusion(
 
 @checked
 def random(
-    model: Any, input: Any, target: Any = None, *, seed: int = 0, attention_mask: Tensor | None = None
+    model: HookedModel, input: Input, target: Any = None, *, seed: int = 0, attention_mask: Tensor | None = None
 ) -> Attribution:
     """`gl.attribution.random(model, text, seed=0)`: uniform in [0, 1), drawn from the seed and the row's own content: the
     batch that it is in does not matter.

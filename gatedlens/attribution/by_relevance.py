@@ -24,13 +24,20 @@ from torch import Tensor
 from gatedlens.attribution.question import Question
 from gatedlens.attribution.relevance_rules import Rules
 from gatedlens.attribution.scores import Attribution
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Input
 from gatedlens.options import checked
 from gatedlens.result.rounding import total
 
 
 @checked
 def lrp(
-    model: Any, input: Any, target: Any = None, *, gates: str = "content", attention_mask: Tensor | None = None
+    model: HookedModel,
+    input: Input,
+    target: Any = None,
+    *,
+    gates: str = "content",
+    attention_mask: Tensor | None = None,
 ) -> Attribution:
     """`gl.attribution.lrp(model, text)`: the relevance of each token or patch: see the head of this file. One forward, one
     backward.

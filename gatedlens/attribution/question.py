@@ -27,7 +27,7 @@ from gatedlens.attribution.target import Target
 from gatedlens.errors import InputError
 from gatedlens.metrics import Logits, per_row
 from gatedlens.model.base import HookedModel
-from gatedlens.model.batch import Batch
+from gatedlens.model.batch import Batch, Input
 from gatedlens.model.hookpoint import Capture
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.scanning import at_least_float32
@@ -48,7 +48,7 @@ class Question:
     read: Float[Tensor, "batch pos"]
 
     @staticmethod
-    def of(model: Any, input: Any, target: Any = None, attention_mask: Tensor | None = None) -> Question:
+    def of(model: HookedModel, input: Input, target: Any = None, attention_mask: Tensor | None = None) -> Question:
         """`Question.of(model, input, target)`: one clean run, with everything checked. Works under torch.no_grad: methods
         switch gradients on themselves.
         """
@@ -209,5 +209,5 @@ class Question:
         return [self.model.to_str_tokens(row) for row in ids]
 
 
-def _entrance(model: Any) -> str:
+def _entrance(model: HookedModel) -> str:
     return "blocks.0.hook_resid_pre" if model.grid is None else next(iter(model.names))

@@ -40,6 +40,7 @@ from torch import Tensor
 
 from gatedlens.attention.in_progress import underway, verify
 from gatedlens.errors import InputError, did_you_mean
+from gatedlens.model.base import HookedModel
 from gatedlens.model.hookpoint import Capture
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.scanning import at_least_float32
@@ -101,7 +102,7 @@ class Rules:
     gates: str = "content"
 
     @staticmethod
-    def of(model: Any, gates: str = "content") -> Rules:
+    def of(model: HookedModel, gates: str = "content") -> Rules:
         """`Rules.of(model)`: the rules of relevance for a model; `gates` as in `lrp`."""
         if gates not in GATES:
             raise InputError(f"gates={gates!r}: it is {', '.join(map(repr, GATES))}.{did_you_mean(str(gates), GATES)}")
@@ -114,7 +115,7 @@ class Rules:
         flows = tuple(_flow(model, layer) for layer in range(len(mixers)))
         return Rules(tuple(dict.fromkeys([*scales, *weights])), shares, flows, gates)
 
-    def hooks(self, model: Any) -> list[tuple[str, Callable[..., Any]]]:
+    def hooks(self, model: HookedModel) -> list[tuple[str, Callable[..., Any]]]:
         """`rules.hooks(model)`: [(name, hook)] for one forward at a time."""
         values: dict[str, Tensor] = {}
         pairs: list[tuple[str, Callable[..., Any]]] = [(name, _detach) for name in self.detached]
@@ -130,13 +131,13 @@ class Rules:
         return pairs
 
     @contextmanager
-    def on(self, model: Any) -> Iterator[Any]:
+    def on(self, model: HookedModel) -> Iterator[Any]:
         """`with rules.on(model): ...`: values stay as they are, gradients follow the rules."""
         with model.hooks(self.hooks(model)):
             yield model
 
 
-def _weights(model: Any, outside: list[str], gates: str) -> list[str]:
+def _weights(model: HookedModel, outside: list[str], gates: str) -> list[str]:
     """The gates of channel mixers that get no relevance."""
     every = [name for name in outside if name.endswith(".hook_gate")]
     if gates == "content":
@@ -144,7 +145,7 @@ def _weights(model: Any, outside: list[str], gates: str) -> list[str]:
     return [] if gates == "half" else every
 
 
-def _shares(model: Any, mixers: tuple[str, ...], weights: set[str]) -> Iterator[Share]:
+def _shares(model: HookedModel, mixers: tuple[str, ...], weights: set[str]) -> Iterator[Share]:
     """The rows of SHARES that a model has, in each part outside its mixers, by full names; other tools' names count."""
     names: Mapping[str, str] = {**model.names.aliases, **{name: name for name in model.names.points}}
     done = set()
@@ -159,7 +160,7 @@ def _shares(model: Any, mixers: tuple[str, ...], weights: set[str]) -> Iterator[
             yield Share(point, tuple(name for name in reads if name is not None))
 
 
-def _refuse_unknown(model: Any, weights: list[str], shares: tuple[Share, ...]) -> None:
+def _refuse_unknown(model: HookedModel, weights: list[str], shares: tuple[Share, ...]) -> None:
     """InputError for a channel mixer that no rule knows: its gradient would be no relevance."""
     known = [*weights, *(share.point for share in shares)]
     for layer in range(len(model.blocks)):
@@ -172,7 +173,7 @@ def _refuse_unknown(model: Any, weights: list[str], shares: tuple[Share, ...]) -
             )
 
 
-def _flow(model: Any, layer: int) -> Flow:
+def _flow(model: HookedModel, layer: int) -> Flow:
     """What the mixer of a layer declares."""
     mixer = model.blocks[layer].mixer
     stem = f"blocks.{layer}.{mixer.place}."
@@ -186,7 +187,7 @@ def _flow(model: Any, layer: int) -> Flow:
     return Flow(layer, output, points, {name: _gate(model, layer, name) for name in points})
 
 
-def _gate(model: Any, layer: int, name: str) -> Gate:
+def _gate(model: HookedModel, layer: int, name: str) -> Gate:
     """What a point says of itself by its equation: `SiLU(gate_pre)`, with names relative to its part or its block."""
     points, (own, _, _) = model.names.points, name.rpartition(".")
     found = ACTIVATION.fullmatch(points[name].equation)
@@ -220,7 +221,7 @@ def ratio(value: Tensor, part: Tensor) -> Tensor:
 class Through:
     """The hook at a mixer's output point: its value, with the gradient of A x, A held fixed, and of what its gates read."""
 
-    def __init__(self, flow: Flow, model: Any, gates: str):
+    def __init__(self, flow: Flow, model: HookedModel, gates: str):
         self.flow = flow
         self.model = model
         self.gates = gates
@@ -290,7 +291,7 @@ def _sharing(values: Mapping[str, Tensor], reads: tuple[str, ...]) -> Callable[.
     return share
 
 
-def _uncapped(values: Mapping[str, Tensor], model: Any) -> Callable[..., Tensor]:
+def _uncapped(values: Mapping[str, Tensor], model: HookedModel) -> Callable[..., Tensor]:
     """The relevance of a logit goes to what it is before the model caps it."""
 
     def through(value: Tensor, hook: Any) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.metrics import Metric, at_position, logit, logit_difference
+from gatedlens.model.base import HookedModel
 from gatedlens.model.language import HookedLanguageModel
 
 
@@ -36,7 +37,9 @@ class Target:
     custom: Metric | None = None
 
     @staticmethod
-    def of(asked: Any, model: Any, logits: Float[Tensor, "batch *pos d_vocab"], pos: Int[Tensor, " batch"]) -> Target:
+    def of(
+        asked: Any, model: HookedModel, logits: Float[Tensor, "batch *pos d_vocab"], pos: Int[Tensor, " batch"]
+    ) -> Target:
         """What a user asked, checked; `logits` are those of the clean run, which decide what is predicted."""
         if callable(asked):
             return Target(pos, custom=asked)
@@ -89,7 +92,7 @@ class Target:
         return Target(pos, custom=alone)
 
 
-def _ids(given: Any, model: Any, logits: Tensor, asked: Any) -> Int[Tensor, " batch"]:
+def _ids(given: Any, model: HookedModel, logits: Tensor, asked: Any) -> Int[Tensor, " batch"]:
     """Token or class ids, one a row."""
     if isinstance(model, HookedLanguageModel):
         given = _read(given, model)

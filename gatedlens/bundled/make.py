@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from gatedlens.data import digits, text
 from gatedlens.loading import BUNDLED, wrap
+from gatedlens.model.base import HookedModel
 from gatedlens.tasks import VOCABULARY, recall
 
 BOS_BYTE = 256
@@ -99,13 +100,13 @@ RECIPES = (
 # -- tasks ----------------------------------------------------------------------------------------------------------
 
 
-def recall_loss(model: Any, recipe: Recipe, step: int, data: Any) -> Tensor:
+def recall_loss(model: HookedModel, recipe: Recipe, step: int, data: Any) -> Tensor:
     """Cross entropy of the answer alone."""
     batch = recall(recipe.batch, seed=1_000_000 * (recipe.seed + 1) + step)
     return nn.functional.cross_entropy(model(batch.tokens)[:, -1], batch.answers)
 
 
-def moby_loss(model: Any, recipe: Recipe, step: int, data: Any) -> Tensor:
+def moby_loss(model: HookedModel, recipe: Recipe, step: int, data: Any) -> Tensor:
     """Next byte over random windows of the training part, each behind a BOS."""
     train, _ = data
     generator = torch.Generator().manual_seed(1_000_000 * (recipe.seed + 1) + step)
@@ -115,7 +116,7 @@ def moby_loss(model: Any, recipe: Recipe, step: int, data: Any) -> Tensor:
     return model(torch.cat([bos, windows], dim=1), return_type="loss")
 
 
-def digits_loss(model: Any, recipe: Recipe, step: int, data: Any) -> Tensor:
+def digits_loss(model: HookedModel, recipe: Recipe, step: int, data: Any) -> Tensor:
     """Cross entropy of the class, the batch shifted by at most one pixel each way."""
     images, labels = data["train"]
     generator = torch.Generator().manual_seed(1_000_000 * (recipe.seed + 1) + step)
@@ -126,14 +127,14 @@ def digits_loss(model: Any, recipe: Recipe, step: int, data: Any) -> Tensor:
 
 
 @torch.no_grad()
-def digits_metric(model: Any) -> dict[str, float]:
+def digits_metric(model: HookedModel) -> dict[str, float]:
     """Accuracy on the 360 held-out digits."""
     images, labels = digits()["test"]
     return {"accuracy": (model(images).argmax(-1) == labels).float().mean().item()}
 
 
 @torch.no_grad()
-def recall_metric(model: Any) -> dict[str, float]:
+def recall_metric(model: HookedModel) -> dict[str, float]:
     """Accuracy on 4,096 fresh prompts."""
     batch = recall(4096, seed=7)
     guesses = torch.cat([model(part)[:, -1].argmax(-1) for part in batch.tokens.split(512)])
@@ -141,7 +142,7 @@ def recall_metric(model: Any) -> dict[str, float]:
 
 
 @torch.no_grad()
-def moby_metric(model: Any) -> dict[str, float]:
+def moby_metric(model: HookedModel) -> dict[str, float]:
     """Bits per byte of the held-out part, in windows of 512 bytes, each behind a BOS."""
     _, held_out = text()
     rows = held_out[: len(held_out) // 512 * 512].reshape(-1, 512)

@@ -24,6 +24,8 @@ from gatedlens.cli.demo import default_text
 from gatedlens.cli.outfolder import out_folder
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.loading import from_pretrained
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Input
 from gatedlens.model.image import picture
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.result.labelled_tensor import with_label
@@ -99,7 +101,7 @@ def show(
     )
 
 
-def _read(model: Any, text: str | None, image: str | Path | None) -> tuple[Any, list[str], str]:
+def _read(model: HookedModel, text: str | None, image: str | Path | None) -> tuple[Any, list[str], str]:
     """(what the model reads, a label for each position, the input as a person would name it)."""
     name = model.cfg.model_name
     if isinstance(model, HookedLanguageModel):
@@ -119,7 +121,13 @@ def _read(model: Any, text: str | None, image: str | Path | None) -> tuple[Any, 
 
 
 def _draw(
-    stem: Path, values: Tensor, labels: list[str], model: Any, input: Any, attention: ImplicitAttention, reduce: str
+    stem: Path,
+    values: Tensor,
+    labels: list[str],
+    model: HookedModel,
+    input: Input,
+    attention: ImplicitAttention,
+    reduce: str,
 ) -> Path:
     """The picture's path."""
     title = f"{model.cfg.model_name}, layer {attention.layer}"

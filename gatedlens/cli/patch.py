@@ -19,6 +19,7 @@ from gatedlens import metrics, tasks
 from gatedlens.cli.outfolder import out_folder
 from gatedlens.errors import InputError, PointError, did_you_mean
 from gatedlens.loading import from_pretrained
+from gatedlens.model.base import HookedModel
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.patching import transformer_lens
 from gatedlens.patching.sweeping import carried, copied, sweep
@@ -89,7 +90,7 @@ def patch(
     )  # fmt: skip
 
 
-def _prompts(model: Any, name: str, *given: str | None) -> tuple[str, str, str, str]:
+def _prompts(model: HookedModel, name: str, *given: str | None) -> tuple[str, str, str, str]:
     """(clean, corrupted, answer, wrong): those that are given, or a recall prompt and its counterfactual."""
     options = ("--clean", "--corrupted", "--answer", "--wrong")
     missing = [option for option, text in zip(options, given, strict=True) if text is None]
@@ -108,7 +109,7 @@ def _prompts(model: Any, name: str, *given: str | None) -> tuple[str, str, str, 
     return clean, corrupted, tasks.VOCABULARY[int(batch.answers)], tasks.VOCABULARY[int(other.answers)]
 
 
-def _points(model: Any, point: str) -> tuple[str, Any]:
+def _points(model: HookedModel, point: str) -> tuple[str, Any]:
     """(glob, edits) of a word of the family, of a point's word or name in any layer, or of a full name or glob."""
     if point in WORDS:
         return WORDS[point], carried if point == "state" else copied
@@ -123,7 +124,7 @@ def _points(model: Any, point: str) -> tuple[str, Any]:
     raise PointError(f"--point {point} is no point of {model.cfg.model_name}.{did_you_mean(point, [*WORDS, *rests])}")
 
 
-def _single(model: Any, text: str, option: str) -> int:
+def _single(model: HookedModel, text: str, option: str) -> int:
     try:
         return int(model.to_single_token(text))
     except InputError as error:

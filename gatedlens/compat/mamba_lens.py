@@ -34,6 +34,7 @@ from gatedlens.compat.mamba_lens_format import (
 from gatedlens.errors import InputError
 from gatedlens.hooks import mamba
 from gatedlens.loading import from_pretrained
+from gatedlens.model.batch import Input
 from gatedlens.model.block import Norm, Run
 
 __all__ = [
@@ -92,7 +93,7 @@ class HookedMamba(mamba.HookedMamba):
 
     def forward(
         self,
-        input: Any = None,
+        input: Input | None = None,
         *args: Any,
         only_use_these_layers: Sequence[int] | None = None,
         fast_conv: bool = False,
@@ -142,7 +143,7 @@ class HookedMamba(mamba.HookedMamba):
         steps = [f"blocks.{layer}.hook_h.{t}" for layer in range(self.cfg.n_layers) for t in range(length)]
         return [*EVERYWHERE, *blocks, *steps]
 
-    def _chosen(self, predicate: Callable[[str], bool], input: Any, options: Mapping[str, Any]) -> list[str]:
+    def _chosen(self, predicate: Callable[[str], bool], input: Input, options: Mapping[str, Any]) -> list[str]:
         reading = {name: options[name] for name in ("prepend_bos", "padding_side", "start_at_layer") if name in options}
         names = self.mamba_lens_names(self.positions(self.prepare(input, **reading)[0]))
         chosen = [name for name in names if predicate(name)]
@@ -152,7 +153,7 @@ class HookedMamba(mamba.HookedMamba):
 
     def run_with_cache(
         self,
-        input: Any = None,
+        input: Input | None = None,
         *args: Any,
         names_filter: Any = None,
         fwd_hooks: Any = (),
@@ -176,7 +177,7 @@ class HookedMamba(mamba.HookedMamba):
         forward, backward = (self._spelled(hooks, given, options) for hooks in (fwd_hooks, bwd_hooks))
         return super().run_with_hooks(*args, fwd_hooks=forward, bwd_hooks=backward, **options)
 
-    def _spelled(self, hooks: Any, input: Any, options: Mapping[str, Any]) -> list[Any]:
+    def _spelled(self, hooks: Any, input: Input, options: Mapping[str, Any]) -> list[Any]:
         """Hooks by names, where a predicate stood."""
         chosen = [(self._chosen(n, input, options) if callable(n) else [n], hook) for n, hook in hooks]
         return [(name, hook) for names, hook in chosen for name in names]

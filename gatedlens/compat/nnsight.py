@@ -42,6 +42,8 @@ from nnsight.intervention.envoy import traceable
 from nnsight.intervention.interleaver import Mediator
 from nnsight.intervention.tracer import InterleavingTracer
 
+from gatedlens.model.base import HookedModel
+
 READING = (
     "prepend_bos",
     "padding_side",
@@ -70,7 +72,7 @@ def join(batches: list[Batch]) -> Batch:
 class TracedModel(nnsight.NNsight):
     """`model.nnsight()`: nnsight's envoy of `model`, its module tree with `.output`, `.input`, `.skip` on every point."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: HookedModel):
         with warnings.catch_warnings():  # about modules of the wrapped model, which are never called
             warnings.filterwarnings("ignore", message="Module 'model.wrapped")
             super().__init__(model)
@@ -153,7 +155,7 @@ class Visits:
     a later run's cache holds some positions of its sequence and says so (`sliced`).
     """
 
-    def __init__(self, model: Any, view: Any, paths: dict[str, str], tokens: Any, mask: Any, state: Any):
+    def __init__(self, model: HookedModel, view: Any, paths: dict[str, str], tokens: Any, mask: Any, state: Any):
         self.model, self.view, self.paths = model, view, paths
         self.given = {"tokens": tokens, "mask": mask, "state": state}
 

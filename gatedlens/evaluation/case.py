@@ -22,7 +22,7 @@ from gatedlens.errors import InputError
 from gatedlens.evaluation import removal
 from gatedlens.metrics import at_position
 from gatedlens.model.base import HookedModel
-from gatedlens.model.batch import Batch
+from gatedlens.model.batch import Batch, Input
 from gatedlens.result.result import Result
 from gatedlens.result.rounding import order
 
@@ -44,8 +44,8 @@ class Case:
 
     @staticmethod
     def of(
-        model: Any,
-        input: Any,
+        model: HookedModel,
+        input: Input,
         labels: Any = None,
         *,
         nothing: Any = None,
@@ -124,7 +124,7 @@ class Case:
         return given if size is None else scaled(given, (size[0], size[1])).flatten(1)
 
 
-def _answers(model: Any, batch: Batch, among: Tensor | None) -> Float[Tensor, "batch answer"]:
+def _answers(model: HookedModel, batch: Batch, among: Tensor | None) -> Float[Tensor, "batch answer"]:
     """The logits where the prediction is read from, in float64; those of the answers to choose from alone."""
     logits = model(batch)
     if logits.ndim == 3:
@@ -144,7 +144,7 @@ def scaled(maps: Float[Tensor, "batch row column"], size: tuple[int, int]) -> Fl
     return torch.where(constant, maps[:, :1, :1], wide)
 
 
-def _free(model: Any, batch: Batch, places: int, keep: Tensor | None) -> Bool[Tensor, "batch place"]:
+def _free(model: HookedModel, batch: Batch, places: int, keep: Tensor | None) -> Bool[Tensor, "batch place"]:
     rows, device = len(batch.value), batch.value.device
     if keep is not None:
         kept = torch.as_tensor(keep, device=device)
@@ -167,7 +167,7 @@ def _free(model: Any, batch: Batch, places: int, keep: Tensor | None) -> Bool[Te
     return free
 
 
-def _choices(model: Any, among: Any, rows: int) -> Int[Tensor, "batch choice"]:
+def _choices(model: HookedModel, among: Any, rows: int) -> Int[Tensor, "batch choice"]:
     ids = torch.as_tensor(among, device=model.cfg.device).long()
     ids = ids.expand(rows, -1) if ids.ndim == 1 else ids
     if ids.ndim != 2 or len(ids) != rows or bool(((ids < 0) | (ids >= model.cfg.d_vocab)).any()):

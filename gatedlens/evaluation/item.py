@@ -12,7 +12,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch import Tensor
 from gatedlens.errors import InputError
 from gatedlens.evaluation.data.image_files import pixels, squeezed
 from gatedlens.evaluation.data.sample import Prompt, Sample
+from gatedlens.model.base import HookedModel
 from gatedlens.model.text import encode, pad
 from gatedlens.runs.fingerprints import checksum
 
@@ -46,7 +46,7 @@ class Item:
         return f"{total:08x}"
 
     @staticmethod
-    def of(model: Any, sample: Sample) -> Item:
+    def of(model: HookedModel, sample: Sample) -> Item:
         """InputError, with the sample's name, for a sample that this model cannot read."""
         try:
             return _image(model, sample) if model.grid is not None else _text(model, sample)
@@ -102,7 +102,7 @@ def alike(a: Item, b: Item) -> bool:
     return a.value.ndim == b.value.ndim and count[0] == count[1] and known[0] == known[1]
 
 
-def _image(model: Any, sample: Sample) -> Item:
+def _image(model: HookedModel, sample: Sample) -> Item:
     given, mask = sample.input, sample.mask
     if isinstance(given, Prompt | list | str) or (isinstance(given, Tensor) and not given.is_floating_point()):
         raise InputError(f"{model.cfg.model_name} reads images, and this is text.")
@@ -120,7 +120,7 @@ def _image(model: Any, sample: Sample) -> Item:
     return Item(sample, value, sample.label, mask)
 
 
-def _text(model: Any, sample: Sample) -> Item:
+def _text(model: HookedModel, sample: Sample) -> Item:
     given = sample.input
     if isinstance(given, Prompt):
         return _prompt(model, sample, given)
@@ -129,7 +129,7 @@ def _text(model: Any, sample: Sample) -> Item:
     return Item(sample, torch.as_tensor(given).long(), sample.label)
 
 
-def _prompt(model: Any, sample: Sample, prompt: Prompt) -> Item:
+def _prompt(model: HookedModel, sample: Sample, prompt: Prompt) -> Item:
     if model.tokenizer is None:
         raise InputError(f"{model.cfg.model_name} has no tokenizer: load it with tokenizer=.")
     bos = model.tokenizer.bos_token_id is not None and model.cfg.default_prepend_bos

@@ -34,6 +34,8 @@ from tqdm.auto import tqdm
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.evaluation.case import Case
 from gatedlens.evaluation.curves import AXES, Curve
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Input
 
 # Measures: what is left of an answer, one number a row.
 #
@@ -117,7 +119,7 @@ ORDERS = ("positive", "negative")
 
 
 def perturbation(
-    model: Any, input: Any, scores: Any, labels: Any = None, *, order: str = "positive", **options: Any
+    model: HookedModel, input: Input, scores: Any, labels: Any = None, *, order: str = "positive", **options: Any
 ) -> Curve:
     """`gl.evaluation.perturbation(model, images, scores, labels).area`: take away 10 % to 90 % of the places, most
     relevant first ("positive") or least relevant first ("negative").
@@ -127,28 +129,28 @@ def perturbation(
     return curve(PROTOCOLS[order], model, input, scores, labels, **options)
 
 
-def activation_curve(model: Any, input: Any, scores: Any, labels: Any = None, **options: Any) -> Curve:
+def activation_curve(model: HookedModel, input: Input, scores: Any, labels: Any = None, **options: Any) -> Curve:
     """`gl.evaluation.activation_curve(model, tokens, scores, labels).area`: from an input that holds nothing, put places
     back, most relevant first; the label's probability. Area: AUAC.
     """
     return curve(PROTOCOLS["activation"], model, input, scores, labels, **options)
 
 
-def pruning_curve(model: Any, input: Any, scores: Any, labels: Any = None, **options: Any) -> Curve:
+def pruning_curve(model: HookedModel, input: Input, scores: Any, labels: Any = None, **options: Any) -> Curve:
     """`gl.evaluation.pruning_curve(model, tokens, scores).area`: take places away, those with the smallest |score| first;
     mean over logits of (logit - clean logit)^2. Area: AU-MSE.
     """
     return curve(PROTOCOLS["pruning"], model, input, scores, labels, **options)
 
 
-def deletion(model: Any, input: Any, scores: Any, labels: Any = None, **options: Any) -> Curve:
+def deletion(model: HookedModel, input: Input, scores: Any, labels: Any = None, **options: Any) -> Curve:
     """`gl.evaluation.deletion(model, images, scores).area`: take away 0 % to 100 % of the places, most relevant first; the
     label's probability.
     """
     return curve(PROTOCOLS["deletion"], model, input, scores, labels, **options)
 
 
-def insertion(model: Any, input: Any, scores: Any, labels: Any = None, **options: Any) -> Curve:
+def insertion(model: HookedModel, input: Input, scores: Any, labels: Any = None, **options: Any) -> Curve:
     """`gl.evaluation.insertion(model, images, scores).area`: from the blurred image (or an input without tokens) put back
     0 % to 100 %, most relevant first; the label's
     probability.
@@ -175,8 +177,8 @@ def difference(insertion: Curve, deletion: Curve) -> Curve:
 
 def curve(
     protocol: Protocol,
-    model: Any,
-    input: Any,
+    model: HookedModel,
+    input: Input,
     scores: Any,
     labels: Any = None,
     *,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gatedlens.attribution.empty_input import NOTHING
 from gatedlens.errors import InputError, did_you_mean
+from gatedlens.model.base import HookedModel
 from gatedlens.recurrence.autocast import exact
 
 BUNDLED = {"-recall": "and", "-moby": " "}  # a word without content in the vocabulary of each task
@@ -27,7 +28,7 @@ COLOURS = ("black", "mean", "blur")
 KERNEL, STD = 11, 5.0
 
 
-def of_tokens(model: Any, asked: Any) -> tuple[int, str]:
+def of_tokens(model: HookedModel, asked: Any) -> tuple[int, str]:
     """(token id, what it is in words)."""
     if asked is None:
         name = str(model.cfg.model_name)
@@ -46,7 +47,7 @@ def of_tokens(model: Any, asked: Any) -> tuple[int, str]:
 
 
 def of_pixels(
-    model: Any, images: Float[Tensor, "batch channels height width"], asked: Any
+    model: HookedModel, images: Float[Tensor, "batch channels height width"], asked: Any
 ) -> tuple[Shaped[Tensor, "#batch channels height width"], str]:
     """(images that hold nothing, what they are in words)."""
     asked = "black" if asked is None else asked
@@ -61,7 +62,8 @@ def of_pixels(
             raise InputError(f"nothing={asked!r}: it is 'black', 'mean' or 'blur'.{did_you_mean(asked, COLOURS)}")
         if asked == "blur":
             return blurred(images), "the image, blurred"
-        mean, std = (images.new_tensor(t).reshape(1, -1, 1, 1) for t in (model.cfg.image_mean, model.cfg.image_std))
+        cfg: Any = model.cfg  # a vision model's
+        mean, std = (images.new_tensor(t).reshape(1, -1, 1, 1) for t in (cfg.image_mean, cfg.image_std))
         colour = -mean / std if asked == "black" else torch.zeros_like(mean)
         return colour.expand_as(images[:1]), f"{asked} pixels"
     if isinstance(asked, bool) or not isinstance(asked, int | float | Tensor):

@@ -11,7 +11,6 @@ import math
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,6 +20,7 @@ from gatedlens.evaluation.bootstrap import Estimate
 from gatedlens.evaluation.item import Item
 from gatedlens.evaluation.protocol import PROTOCOLS
 from gatedlens.evaluation.result import MEASURED, Evaluation
+from gatedlens.model.base import HookedModel
 from gatedlens.plot.matrices import Html, text, visible
 
 # Charts and small pictures for a page, as inline SVG and PNG: nothing is loaded from elsewhere.
@@ -115,7 +115,7 @@ PICTURE = "width:96px;height:96px;image-rendering:pixelated;border:1px solid #cc
 SAID = {"down": "down is better", "up": "up is better"}
 
 
-def report(found: Evaluation, model: Any = None) -> Html:
+def report(found: Evaluation, model: HookedModel | None = None) -> Html:
     """`gl.evaluation.report(found, model).save("report.html")`: the page; with the `model` the images that it read stand
     beside their maps, and tokens are said in words.
     """
@@ -152,7 +152,7 @@ def _curves(found: Evaluation) -> str:
     return f"<div style='display:flex;flex-wrap:wrap;gap:1em'>{''.join(out)}</div>"
 
 
-def _samples(found: Evaluation, model: Any) -> str:
+def _samples(found: Evaluation, model: HookedModel) -> str:
     out = ""
     for index in found.shown:
         rows = {method: found.records[found.names[index], method] for method in found.methods}
@@ -176,7 +176,7 @@ def _samples(found: Evaluation, model: Any) -> str:
     return out
 
 
-def _answer(answer: int, model: Any) -> str:
+def _answer(answer: int, model: HookedModel) -> str:
     """A class by its number, a token by its text as well, if the model can say it."""
     if model is None or model.grid is not None or model.tokenizer is None:
         return str(answer)

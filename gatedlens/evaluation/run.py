@@ -35,6 +35,8 @@ from gatedlens.evaluation.overlap import segmentation
 from gatedlens.evaluation.protocol import PROTOCOLS, measured
 from gatedlens.evaluation.records import Records
 from gatedlens.evaluation.result import COUNTS, MEASURED, TRUTH, Evaluation
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Input
 from gatedlens.options import checked
 from gatedlens.runs.fingerprints import checksum, fingerprint, settings
 from gatedlens.version import __version__
@@ -57,7 +59,7 @@ class Explainer:
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def __call__(self, model: Any, input: Any, target: Any = None, **more: Any) -> Attribution:
+    def __call__(self, model: HookedModel, input: Input, target: Any = None, **more: Any) -> Attribution:
         """The attribution; of `more` the method gets what it knows, but not what the name decided."""
         known = inspect.signature(METHODS[self.method]).parameters
         given = {key: value for key, value in more.items() if key in known}
@@ -103,7 +105,7 @@ DIGITS = 6  # of a number that is kept
 
 @checked
 def evaluate(
-    model: Any,
+    model: HookedModel,
     data: Any,
     methods: Sequence[str] | None = None,
     *,
@@ -150,7 +152,7 @@ def evaluate(
     return Evaluation({**run, **drawn}, tuple(one.name for one in explainers), names, records, samples)
 
 
-def _run(model: Any, samples: Samples, nothing: Any) -> dict[str, Any]:
+def _run(model: HookedModel, samples: Samples, nothing: Any) -> dict[str, Any]:
     """What makes two runs the same: records of more samples or other methods may join them."""
     return {
         "model": model.cfg.model_name,
@@ -164,7 +166,7 @@ def _run(model: Any, samples: Samples, nothing: Any) -> dict[str, Any]:
     }
 
 
-def _check(model: Any, samples: Samples, names: Mapping[int, str], records: Records, progress: bool) -> None:
+def _check(model: HookedModel, samples: Samples, names: Mapping[int, str], records: Records, progress: bool) -> None:
     """InputError unless the samples that were measured are what they were, and the model is without hooks."""
     hooked = sorted(model.list_hooks())
     if len(records) and hooked:
@@ -182,7 +184,9 @@ def _check(model: Any, samples: Samples, names: Mapping[int, str], records: Reco
             )
 
 
-def _batches(model: Any, samples: Samples, indices: Sequence[int], batch_size: int) -> Iterator[dict[int, Item]]:
+def _batches(
+    model: HookedModel, samples: Samples, indices: Sequence[int], batch_size: int
+) -> Iterator[dict[int, Item]]:
     """Up to `batch_size` items that may stand together, by their index; each is read when its batch begins."""
     held: dict[int, Item] = {}
     for index in indices:
@@ -196,7 +200,7 @@ def _batches(model: Any, samples: Samples, indices: Sequence[int], batch_size: i
 
 
 def _measure(
-    model: Any, one: Explainer, items: list[Item], shown: list[bool], nothing: Any
+    model: HookedModel, one: Explainer, items: list[Item], shown: list[bool], nothing: Any
 ) -> Iterator[dict[str, Any]]:
     """The records of one method for some items."""
     batch = Items.of(items)
@@ -229,14 +233,14 @@ def _measure(
         yield row
 
 
-def _baseline(model: Any, case: Case, nothing: Any) -> dict[str, Any]:
+def _baseline(model: HookedModel, case: Case, nothing: Any) -> dict[str, Any]:
     """What methods put in, the same as the test does; "blur" differs from image to image and is no baseline."""
     if model.grid is None:
         return {NEEDS_NOTHING: int(case.nothing[0, 0, 0])}
     return {} if nothing is None or (isinstance(nothing, str) and nothing == "blur") else {NEEDS_NOTHING: nothing}
 
 
-def _cases(model: Any, batch: Items, protocols: Sequence[str], nothing: Any) -> dict[str, Case]:
+def _cases(model: HookedModel, batch: Items, protocols: Sequence[str], nothing: Any) -> dict[str, Case]:
     """The case of each protocol; those that put in the same share one."""
     made: dict[Any, Case] = {}
     out = {}

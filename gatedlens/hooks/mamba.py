@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,11 @@ from gatedlens.recurrence.decay_matrix import DecayScan
 from gatedlens.recurrence.factors import Factors, reach
 from gatedlens.recurrence.scanning import at_least_float32, linear_scan
 from gatedlens.recurrence.transforms import forward_mode
+
+if TYPE_CHECKING:
+    from gatedlens.model.base import HookedModel
+else:  # that file imports this one
+    HookedModel = Any
 
 PAPER = "Mamba, arXiv 2312.00752"
 UIA = "UIA, arXiv 2405.16504"
@@ -287,7 +292,9 @@ ALIASES = (
 )
 
 
-def _edit_steps(model: Any, layer: int, values: list[Tensor], calls: list[tuple[dict[str, int], Any]]) -> Tensor:
+def _edit_steps(
+    model: HookedModel, layer: int, values: list[Tensor], calls: list[tuple[dict[str, int], Any]]
+) -> Tensor:
     """MambaLens's `hook_h.{t}`: walk the positions, let each hook edit the state after its step, and go on from there.
 
     The recurrence is linear, so adding (new - old) to the write of position t makes `new` its state and propagates.
@@ -308,7 +315,9 @@ def _edit_steps(model: Any, layer: int, values: list[Tensor], calls: list[tuple[
     return write
 
 
-def _edit_B_bar(model: Any, layer: int, values: list[Tensor], calls: list[tuple[dict[str, int], Any]]) -> Tensor:
+def _edit_B_bar(
+    model: HookedModel, layer: int, values: list[Tensor], calls: list[tuple[dict[str, int], Any]]
+) -> Tensor:
     """MambaLens's `hook_B_bar` = dt * B; the write is B_bar * u."""
     u, B, dt, write = values
     B_bar = dt.to(write.dtype).unsqueeze(-1) * B.to(write.dtype).unsqueeze(-2)
@@ -318,19 +327,19 @@ def _edit_B_bar(model: Any, layer: int, values: list[Tensor], calls: list[tuple[
     return write + (edited - B_bar) * u.to(write.dtype).unsqueeze(-1)  # an edit of the write itself stays
 
 
-def _read_A(model: Any, layer: int) -> Tensor:
+def _read_A(model: HookedModel, layer: int) -> Tensor:
     return model.blocks[layer].mixer.A
 
 
-def _read_B_bar(model: Any, layer: int, dt: Tensor, B: Tensor) -> Tensor:
+def _read_B_bar(model: HookedModel, layer: int, dt: Tensor, B: Tensor) -> Tensor:
     return at_least_float32(dt).unsqueeze(-1) * at_least_float32(B).unsqueeze(-2)
 
 
-def _read_step(model: Any, layer: int, states: Tensor, t: int) -> Tensor:
+def _read_step(model: HookedModel, layer: int, states: Tensor, t: int) -> Tensor:
     return states.select(-3, t)  # from the end: the batch axis may have been dropped
 
 
-def _read_side_by_side(model: Any, layer: int, *parts: Tensor) -> Tensor:
+def _read_side_by_side(model: HookedModel, layer: int, *parts: Tensor) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 

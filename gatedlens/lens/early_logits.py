@@ -24,7 +24,8 @@ from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.lens.logit_shares import logit_attribution, token_attribution
-from gatedlens.model.batch import Batch
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Batch, Input
 from gatedlens.options import checked, is_whole
 from gatedlens.recurrence.autocast import exact
 from gatedlens.result.result import Result
@@ -35,7 +36,7 @@ EMBED = "embed"
 
 
 @torch.no_grad()
-def logit_lens(model: Any, input: Any) -> LogitLens:
+def logit_lens(model: HookedModel, input: Input) -> LogitLens:
     """`gl.lens.logit_lens(model, input)`: text, ids, a pair (ids, mask), images, or a cache with the residual streams."""
     names = ["blocks.0.hook_resid_pre", *(f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers))]
     cache, batch = inputs.cached(model, input, names)

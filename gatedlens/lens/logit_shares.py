@@ -23,10 +23,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatedlens.address.positions import listed, one_a_row
+from gatedlens.address.positions import Positions, listed, one_a_row
 from gatedlens.attention.stack import implicit_attention
 from gatedlens.errors import InputError
-from gatedlens.model.batch import Batch
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Batch, Input
 from gatedlens.model.cache import ActivationCache
 from gatedlens.model.padding import Padding
 from gatedlens.options import checked, tensor_of
@@ -40,7 +41,9 @@ REMAINDER = "remainder"
 
 
 @torch.no_grad()
-def logit_attribution(model: Any, input: Any, right: Tokens, wrong: Tokens | None = None, pos: Any = None) -> Result:
+def logit_attribution(
+    model: HookedModel, input: Input, right: Tokens, wrong: Tokens | None = None, pos: Positions = None
+) -> Result:
     """`gl.lens.logit_attribution(model, text, " whale")`: what each component gives to logit[right] (minus logit[wrong]):
     `embed`, `0_mixer_out`, ..., batch x component.
 
@@ -55,7 +58,9 @@ def logit_attribution(model: Any, input: Any, right: Tokens, wrong: Tokens | Non
 
 
 @torch.no_grad()
-def token_attribution(model: Any, input: Any, right: Tokens, wrong: Tokens | None = None, pos: Any = None) -> Result:
+def token_attribution(
+    model: HookedModel, input: Input, right: Tokens, wrong: Tokens | None = None, pos: Positions = None
+) -> Result:
     """`gl.lens.token_attribution(model, text, " whale")`: `logit_attribution` by source, batch x component x src.
 
     The same by source: batch x component x src, where src are a row's positions and `remainder`, what no token brings.
@@ -91,7 +96,9 @@ class Reading:
     facts: dict[str, Any]
 
     @staticmethod
-    def of(model: Any, input: Any, right: Tokens, wrong: Tokens | None, pos: Any, inside: tuple[str, ...]) -> Reading:
+    def of(
+        model: HookedModel, input: Input, right: Tokens, wrong: Tokens | None, pos: Positions, inside: tuple[str, ...]
+    ) -> Reading:
         """The reading of an input (run once) or of a cache; `inside` are more points that are needed."""
         last_block = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
         streams = ("blocks.0.hook_resid_pre", "blocks.*.hook_m*_out", last_block, SCALE)
@@ -156,7 +163,7 @@ class Reading:
 
 
 def _through_norm(
-    model: Any, last: Tensor, scale: Tensor, u: Tensor
+    model: HookedModel, last: Tensor, scale: Tensor, u: Tensor
 ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, " batch"]]:
     """(direction, bias): u . ln_final(x) = direction . x + bias, with the norm's scale held. Every norm is then linear."""
     with torch.inference_mode(False), torch.enable_grad():
@@ -169,7 +176,7 @@ def _through_norm(
     return direction, read.detach()
 
 
-def _looks(model: Any, batch: Batch, pos: Any) -> tuple[Float[Tensor, "batch pos"], Any]:
+def _looks(model: HookedModel, batch: Batch, pos: Positions) -> tuple[Float[Tensor, "batch pos"], Any]:
     """With which weight each position enters each row's logit, and how a reader is told."""
     real = inputs.real(model, batch)
     pooling = model.pooling()
@@ -182,7 +189,7 @@ def _looks(model: Any, batch: Batch, pos: Any) -> tuple[Float[Tensor, "batch pos
     return looks.double(), [own[0] for own in listed(looks.bool(), real)]
 
 
-def _ids(model: Any, tokens: Tokens, rows: int, what: str) -> Tensor:
+def _ids(model: HookedModel, tokens: Tokens, rows: int, what: str) -> Tensor:
     if isinstance(tokens, str):
         tokens = model.to_single_token(tokens)
     elif isinstance(tokens, Sequence):
@@ -200,11 +207,11 @@ def _ids(model: Any, tokens: Tokens, rows: int, what: str) -> Tensor:
     return ids.reshape(-1).expand(rows)
 
 
-def _columns(model: Any, tokens: Tokens, rows: int, what: str) -> Float[Tensor, "batch d_model"]:
+def _columns(model: HookedModel, tokens: Tokens, rows: int, what: str) -> Float[Tensor, "batch d_model"]:
     return model.W_U.T[_ids(model, tokens, rows, what)].double()
 
 
-def _biases(model: Any, tokens: Tokens, rows: int) -> Float[Tensor, " batch"]:
+def _biases(model: HookedModel, tokens: Tokens, rows: int) -> Float[Tensor, " batch"]:
     return model.b_U[_ids(model, tokens, rows, "token")].double()
 
 

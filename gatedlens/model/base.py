@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,7 +26,7 @@ from gatedlens.address.table import HookTable
 from gatedlens.errors import CheckpointError, InputError
 from gatedlens.model import placement
 from gatedlens.model.batch import Batch
-from gatedlens.model.block import Norm, Run, norm_rows
+from gatedlens.model.block import Block, Norm, Run, norm_rows
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.fields import Field
 from gatedlens.model.hooking import Hooking
@@ -60,6 +60,7 @@ class HookedModel(Hooking):
     has_positions: ClassVar[bool] = False  # whether position_ids mean anything to it
     carried: ClassVar[Mapping[str, Carried]] = CARRIED  # what a RecurrentState holds of a layer, by name
     cfg: HookedConfig
+    blocks: Sequence[Block]  # an nn.ModuleList of them
     wrapped: Any
     training: bool
 
@@ -79,7 +80,8 @@ class HookedModel(Hooking):
         self.tokenizer = tokenizer
         for row in self.first_points:
             self.add_module(row.name, HookPoint(row))
-        self.blocks = nn.ModuleList(self.make_block(layer) for layer in range(self.cfg.n_layers))
+        blocks = nn.ModuleList(self.make_block(layer) for layer in range(self.cfg.n_layers))
+        self.blocks = blocks  # type: ignore[assignment]
         self.ln_final = self.make_final_norm(rows_of("ln_final", self.final_points))
         for row in self.last_points:
             self.add_module(row.name, HookPoint(row))
@@ -343,7 +345,7 @@ class HookedModel(Hooking):
                 raise InputError(f"{option}={layer!r}: {self.cfg.model_name} has {n} layers; give -{n} to {n}.")
         with self._carrying(run):
             for layer in range(n)[start:stop]:
-                block: Any = self.blocks[layer]
+                block = self.blocks[layer]
                 resid = self.there(block.weights, block, resid, run)
         return resid
 

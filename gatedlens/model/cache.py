@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformer_lens
@@ -21,6 +21,11 @@ from gatedlens.address.names import SHORTHAND, Found
 from gatedlens.errors import InputError, PointError, did_you_mean
 from gatedlens.model.hookpoint import HookPoint, Saver
 from gatedlens.recurrence.autocast import exact
+
+if TYPE_CHECKING:
+    from gatedlens.model.base import HookedModel
+else:  # that file imports this one
+    HookedModel = Any
 
 # ResidualCache: the residual stream of a cached run, decomposed into our components by TransformerLens's methods.
 #
@@ -176,7 +181,7 @@ class ActivationCache(ResidualCache):
     def __init__(
         self,
         cache_dict: dict[str, Tensor],
-        model: Any,
+        model: HookedModel,
         has_batch_dim: bool = True,
         tokens: Tensor | None = None,
         mask: Tensor | None = None,

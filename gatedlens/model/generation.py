@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,7 +10,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gatedlens.errors import InputError
+from gatedlens.model.batch import Input
 from gatedlens.options import checked
+
+if TYPE_CHECKING:
+    from gatedlens.model.base import HookedModel
+else:  # that file imports this one
+    HookedModel = Any
 
 
 @checked
@@ -52,7 +58,7 @@ def _check(max_new_tokens: int, temperature: int | float, top_k: int | None, top
 @torch.no_grad()
 def generate(
     self: Any,
-    input: Any = None,
+    input: Input | None = None,
     max_new_tokens: int = 10,
     stop_at_eos: bool = True,
     eos_token_id: int | None = None,
@@ -117,7 +123,7 @@ def _last_real(mask: Bool[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:
     return mask.shape[1] - 1 - mask.flip(1).to(torch.int8).argmax(1)
 
 
-def _text(model: Any, batch: Any, new: list[Int[Tensor, " batch"]], input: Any) -> Any:
+def _text(model: HookedModel, batch: Any, new: list[Int[Tensor, " batch"]], input: Input) -> Any:
     """The texts, without padding and BOS."""
     tokenizer = model._need_tokenizer("return_type='str'")
     texts = []

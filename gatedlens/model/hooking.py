@@ -22,7 +22,7 @@ from transformer_lens.utilities import Slice
 
 from gatedlens.address.names import Names, NamesFilter
 from gatedlens.errors import InputError, PointError, TooLargeError, in_bytes
-from gatedlens.model.batch import Batch
+from gatedlens.model.batch import Batch, Input
 from gatedlens.model.cache import ActivationCache, Keep, KeepLive, gradients
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import Capture, HookPoint, Saver
@@ -41,7 +41,7 @@ class Hooking(transformer_lens.HookedRootModule):
     cfg: HookedConfig
     turns: Turns
 
-    def prepare(self, input: Any, **options: Any) -> tuple[Batch, dict[str, Any]]:
+    def prepare(self, input: Input | None, **options: Any) -> tuple[Batch, dict[str, Any]]:
         """`batch, options = model.prepare(input)`: the input as tensors, checked, with the options of `forward` that are
         still to be used.
         """
@@ -196,7 +196,7 @@ class Hooking(transformer_lens.HookedRootModule):
     @checked
     def run_with_cache(
         self,
-        input: Any = None,
+        input: Input | None = None,
         *model_args: Any,
         names_filter: NamesFilter = None,
         device: Any = None,

@@ -22,7 +22,7 @@ from gatedlens.errors import InputError
 from gatedlens.model import placement
 from gatedlens.model import text as text_
 from gatedlens.model.base import HookedModel
-from gatedlens.model.batch import Batch, Output, check_return_type
+from gatedlens.model.batch import Batch, Input, Output, check_return_type
 from gatedlens.model.generation import generate
 from gatedlens.model.padding import Padding
 from gatedlens.model.state import RecurrentState
@@ -120,7 +120,7 @@ class HookedLanguageModel(HookedModel):
 
     def prepare(
         self,
-        input: Any = None,
+        input: Input | None = None,
         return_type: str | None = "logits",
         loss_per_token: bool = False,
         prepend_bos: bool | None = None,
@@ -194,7 +194,7 @@ class HookedLanguageModel(HookedModel):
 
     def forward(
         self,
-        input: Any = None,
+        input: Input | None = None,
         return_type: str | None = "logits",
         loss_per_token: bool = False,
         prepend_bos: bool | None = None,
@@ -329,7 +329,7 @@ class HookedLanguageModel(HookedModel):
         Of mixers whose output projection is named `out_proj`, and MLPs without biases; an architecture with others says so.
         """
         total = torch.zeros(self.cfg.d_model, device=self.W_U.device)
-        blocks: Any = self.blocks[: layer + int(mlp_input)]
+        blocks = self.blocks[: layer + int(mlp_input)]
         for block in blocks:
             bias = block.mixer.weights.out_proj.bias
             total = total if bias is None else total + bias
@@ -361,7 +361,7 @@ class HookedLanguageModel(HookedModel):
         return self.tokenizer
 
     def _tokenize(
-        self, input: Any, prepend_bos: bool | None, side: str | None
+        self, input: Input, prepend_bos: bool | None, side: str | None
     ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"] | None]:
         """(tokens on the model's device, mask or None)."""
         device = placement.device_of(self.embedding)
@@ -428,7 +428,7 @@ class HookedLanguageModel(HookedModel):
             return [tokenizer.decode(row) for row in ids.tolist()]
         return tokenizer.decode([int(ids)] if ids.ndim == 0 else ids.tolist())
 
-    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> Any:
+    def to_str_tokens(self, input: Input, prepend_bos: bool | None = None) -> Any:
         """`model.to_str_tokens("Call me")`: each token as a text; a list of lists for a list of texts or a batch of
         several rows.
         """

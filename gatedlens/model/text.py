@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from gatedlens.errors import InputError
+from gatedlens.model.batch import Input
 from gatedlens.options import tensor_of
 from gatedlens.recurrence.transforms import anywhere, plain
 
@@ -71,7 +72,7 @@ def pad(rows: list[list[int]], side: str, pad_id: int) -> tuple[Int[Tensor, "bat
 
 
 def encoded(
-    input: Any, input_ids: Any = None, attention_mask: Any = None, token_type_ids: Any = None
+    input: Input | None, input_ids: Any = None, attention_mask: Any = None, token_type_ids: Any = None
 ) -> tuple[Any, Any]:
     """(input, attention mask) of what a call gave: a tokenizer's output (`tokenizer(text, return_tensors="pt")`) as the input
     or as keywords, or anything else as it is. InputError for what is given twice, and for segments, which nobody reads."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.files import optional
+from gatedlens.model.base import HookedModel
 from gatedlens.store.corpus.batches import Rows
 from gatedlens.store.disk.layout import Layout, last_layer
 from gatedlens.store.statistics import Reduction
@@ -63,7 +64,7 @@ class Reduce:
         return found
 
 
-def activations(model: Any, rows: Rows, names: list[str]) -> dict[str, Tensor]:
+def activations(model: HookedModel, rows: Rows, names: list[str]) -> dict[str, Tensor]:
     """What `run_with_cache` gives for the batch; blocks and the unembedding that none of the points needs are not run."""
     stop = last_layer(names)
     wants = "logits" if stop is None else None

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from gatedlens.address.names import NamesFilter
 from gatedlens.errors import InputError, StoreError
+from gatedlens.model.base import HookedModel
 from gatedlens.model.config import dtype_name, dtype_of
 from gatedlens.options import checked
 from gatedlens.store.corpus.batches import Batches, Rows
@@ -74,7 +75,7 @@ SHARD_BYTES = 2**30
 
 @checked
 def harvest(
-    model: Any,
+    model: HookedModel,
     dataset: Any,
     names: NamesFilter,
     out: str | Path,
@@ -158,7 +159,7 @@ def harvest(
 
 @checked
 def estimate(
-    model: Any,
+    model: HookedModel,
     dataset: Any,
     names: NamesFilter,
     out: str | Path = ".",

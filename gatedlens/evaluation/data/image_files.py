@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gatedlens.errors import InputError
+from gatedlens.model.base import HookedModel
 
 MODES = {1: "L", 3: "RGB"}
 
@@ -29,14 +30,14 @@ def _pillow() -> Any:
     return PIL.Image
 
 
-def pixels(model: Any, image: Any) -> Float[Tensor, "channels height width"]:
+def pixels(model: HookedModel, image: Any) -> Float[Tensor, "channels height width"]:
     """`model.preprocess`, for an image of any mode."""
     prepared: Tensor = model.preprocess(_moded(image, model.image_shape[0]))
     return prepared
 
 
 def squeezed(
-    model: Any, image: Any, mask: Tensor
+    model: HookedModel, image: Any, mask: Tensor
 ) -> tuple[Float[Tensor, "channels height width"], Int[Tensor, "height width"]]:
     """(image, mask), both at the model's size, and the image normalised as the model wants it."""
     channels, height, width = model.image_shape

@@ -43,7 +43,7 @@ from gatedlens.hooks.vim.checkpoint import (
 )
 from gatedlens.model import fields, placement
 from gatedlens.model.base import HookedModel
-from gatedlens.model.batch import Batch, Output, check_return_type
+from gatedlens.model.batch import Batch, Input, Output, check_return_type
 from gatedlens.model.block import Block, Norm, Run, TokenMixing, norm_rows, residual_rows
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import rows_of
@@ -221,7 +221,7 @@ class ViMBlock(Block):
 
 
 def both_directions(
-    model: Any, layer: int, fwd: Float[Tensor, "batch pos channel"], bwd: Float[Tensor, "batch pos channel"]
+    model: HookedModel, layer: int, fwd: Float[Tensor, "batch pos channel"], bwd: Float[Tensor, "batch pos channel"]
 ) -> Float[Tensor, "batch pos channel"]:
     """scale * (fwd + bwd)"""
     return model.blocks[layer].mixer.scale * (fwd + bwd)
@@ -438,7 +438,7 @@ class HookedViM(HookedModel):
 
     def prepare(
         self,
-        input: Any,
+        input: Input,
         return_type: str | None = "logits",
         labels: Any = None,
         *,
@@ -454,7 +454,7 @@ class HookedViM(HookedModel):
             return Batch(self._check_resid(input), is_resid=True), rest
         return Batch(self._check_images(input)), rest
 
-    def _check_images(self, input: Any) -> Float[Tensor, "batch channels height width"]:
+    def _check_images(self, input: Input) -> Float[Tensor, "batch channels height width"]:
         if not isinstance(input, Tensor):
             images = list(input) if isinstance(input, Sequence) and not isinstance(input, str) else [input]
             if not images:
@@ -495,7 +495,7 @@ class HookedViM(HookedModel):
 
     def forward(
         self,
-        input: Any,
+        input: Input,
         return_type: str | None = "logits",
         labels: Any = None,
         start_at_layer: int | None = None,

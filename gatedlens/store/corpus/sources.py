@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gatedlens.errors import InputError, TooLargeError, in_bytes
 from gatedlens.files import optional
+from gatedlens.model.base import HookedModel
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.options import is_many
 from gatedlens.store.corpus.corpus import Corpus
@@ -74,7 +75,7 @@ NO_TEXT = (
 LARGEST_FILE = 256 * 2**20  # a text file is one document and is tokenised whole
 
 
-def read(data: Any, model: Any, field: str | None = None) -> Corpus:
+def read(data: Any, model: HookedModel, field: str | None = None) -> Corpus:
     """The corpus that `data` holds for `model`; `field`: which field of a record (JSONL, `datasets`) to read."""
     is_text = isinstance(model, HookedLanguageModel)
     encode = Tokens(model, field) if is_text else Pixels(model, field)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gatedlens.address.names import NamesFilter, Point
 from gatedlens.errors import InputError, PointError
+from gatedlens.model.base import HookedModel
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64", "int64": "I64", "bool": "BOOL"}
 ARROW_DTYPES = {torch.float16: "float16", torch.float32: "float32", torch.float64: "float64", torch.int64: "int64"}
@@ -104,7 +105,7 @@ def _without_pos(dims: tuple[str, ...]) -> list[str]:
     return [dim for dim in dims if dim != "pos"]
 
 
-def resolve(model: Any, names: NamesFilter) -> list[str]:
+def resolve(model: HookedModel, names: NamesFilter) -> list[str]:
     """The full names of the points that `names` asks for, in firing order; a name for something computed is refused."""
     for name in [names] if isinstance(names, str) else names if isinstance(names, list | tuple) else []:
         if isinstance(name, str) and not any(c in name for c in "*?["):
@@ -117,7 +118,7 @@ def resolve(model: Any, names: NamesFilter) -> list[str]:
     return [name for name in model.names if name in wanted]
 
 
-def aliases(model: Any, names: list[str]) -> dict[str, str]:
+def aliases(model: HookedModel, names: list[str]) -> dict[str, str]:
     """Other tools' names for the points of a store."""
     return {alias: target for alias, target in model.names.aliases.items() if target in names}
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from gatedlens.errors import StoreError
 from gatedlens.files import write_whole
+from gatedlens.model.base import HookedModel
 from gatedlens.runs.fingerprints import bytes_checksum
 from gatedlens.store.corpus.batches import POSITIONS
 from gatedlens.store.disk.files import explained_reading
@@ -91,7 +92,7 @@ FORMS[FORMAT] = {
 }
 
 
-def model_card(model: Any) -> dict[str, Any]:
+def model_card(model: HookedModel) -> dict[str, Any]:
     """Which model: its name, revision and dtype, a fingerprint of its numbers, and the points that a hook is attached to."""
     config = getattr(model.wrapped, "config", None)
     revision = getattr(config, "_commit_hash", None)
@@ -105,7 +106,7 @@ def model_card(model: Any) -> dict[str, Any]:
     }
 
 
-def fingerprint(model: Any) -> str:
+def fingerprint(model: HookedModel) -> str:
     """A checksum of all that decides what the model computes: every number of its parameters and buffers, and the numbers
     that its modules hold besides (an eps, a scale, whether they train)."""
     found = 0
@@ -128,7 +129,7 @@ def packages() -> dict[str, str]:
 
 
 def compose(
-    model: Any, corpus: dict[str, Any], settings: dict[str, Any], layouts: list[Layout], aliases: dict[str, str]
+    model: HookedModel, corpus: dict[str, Any], settings: dict[str, Any], layouts: list[Layout], aliases: dict[str, str]
 ) -> dict[str, Any]:
     """The manifest of a harvest that begins."""
     return {
