@@ -152,7 +152,7 @@ def _curves(found: Evaluation) -> str:
     return f"<div style='display:flex;flex-wrap:wrap;gap:1em'>{''.join(out)}</div>"
 
 
-def _samples(found: Evaluation, model: HookedModel) -> str:
+def _samples(found: Evaluation, model: HookedModel | None) -> str:
     out = ""
     for index in found.shown:
         rows = {method: found.records[found.names[index], method] for method in found.methods}

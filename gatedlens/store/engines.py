@@ -68,7 +68,7 @@ def activations(model: HookedModel, rows: Rows, names: list[str]) -> dict[str, T
     """What `run_with_cache` gives for the batch; blocks and the unembedding that none of the points needs are not run."""
     stop = last_layer(names)
     wants = "logits" if stop is None else None
-    given = {} if rows.mask is None else {"attention_mask": rows.mask}
+    given: dict[str, Any] = {} if rows.mask is None else {"attention_mask": rows.mask}
     _, cache = model.run_with_cache(
         rows.value,
         names_filter=names,
