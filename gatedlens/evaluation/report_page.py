@@ -176,7 +176,7 @@ def _samples(found: Evaluation, model: HookedModel | None) -> str:
     return out
 
 
-def _answer(answer: int, model: HookedModel) -> str:
+def _answer(answer: int, model: HookedModel | None) -> str:
     """A class by its number, a token by its text as well, if the model can say it."""
     if model is None or model.grid is not None or model.tokenizer is None:
         return str(answer)

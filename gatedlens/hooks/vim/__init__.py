@@ -438,7 +438,7 @@ class HookedViM(HookedModel):
 
     def prepare(
         self,
-        input: Input,
+        input: Input | None,
         return_type: str | None = "logits",
         labels: Any = None,
         *,
