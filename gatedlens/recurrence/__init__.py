@@ -4,8 +4,8 @@ state_t = decay_t * state_{t-1} + write_t            scan_t = sum over state of 
 
 scan(terms, sequences, constants, state)     # scanning.py: forward and backward, segment by segment
 wkv_scan.py                                  # RWKV-4's normalised scan
-DecayMatrix(decay, write, read) @ x          # decay_matrix.py: the same as a matrix, its tiles in decay_blocks.py
-WkvMatrix, PatternMatrix                     # the matrix of the normalised scan, of softmax attention
+DecayScan(time, rate, read, amount, key)     # decay_matrix.py: the same as a matrix, its blocks in decay_blocks.py
+WkvScan, PatternScan                         # the matrix of the normalised scan, of softmax attention
 Factors, Branch                              # factors.py, operator.py: A = diag(gate) (S + diag(skip)) diag(act) M
 convolution.py, autocast.py, transforms.py   # within documents; under autocast; under torch.func
 """

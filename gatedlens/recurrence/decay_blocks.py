@@ -1,17 +1,21 @@
-"""The triangle of a decaying scan as blocks, each one matrix product: what `scanmatrix.DecayScan` sums and lays out.
+"""The lower triangle of a decaying scan, cut into blocks that are one matrix product each. `DecayScan` sums them.
 
     A[i, j] = left_i sum_k S[i, j + k] right_{j + k} taps[K - 1 - k]
     S[i, m] = sum_n read_i[n] exp(rate[n] (time_i - time_m)) amount_m key_m[n] ,  m <= i
 
 b batch, l pos (i row, m source, j column), c channel, n state, t tile of TILE positions, p pair of blocks, h rows, K taps.
 
-Rows in a block [lo, hi) carry exp(rate (time_i - time_{lo-1})), sources exp(rate (time_{hi-1} - time_m)), both at most 1: two
-neighbours meet as `rows of the right @ sources of the left`, then become one block of twice the size, the right's rows and the
-left's sources multiplied by one more decay. Inside a tile each pair of positions is taken by itself. The conv is folded into the
-sources, so a block of s sources has s + K - 1 columns, which begin K - 1 places before it; those of neighbours overlap.
+Diagonal tiles: inside a tile each pair of positions is computed by itself.
+Off-diagonal blocks: the sequence is halved again and again. Rows of a block [lo, hi) carry exp(rate (time_i - time_{lo-1})),
+its sources carry exp(rate (time_{hi-1} - time_m)). Both are at most 1, so neither overflows, and their product is the decay
+between the two. So what the right block of a pair reads from the left one is `rows of the right @ sources of the left`. Then
+the two become one block of twice the size: the rows of the right block and the sources of the left one take one more decay.
 
-Exponentials are of the steps alone (b l c n of them); all else is multiplication. No number on the way exceeds what it stands
-for. Everything here is out of place where a gradient may need the old value.
+The conv is folded into the sources: a block of s sources has s + K - 1 columns, which begin K - 1 places before it. The columns
+of neighbours overlap.
+
+exp is only taken of single steps and whole blocks (b l c n numbers for the steps); all other decays are products of these.
+No intermediate number is larger than what it stands for. Where a gradient may need an old value, nothing is overwritten.
 """
 
 from __future__ import annotations
@@ -32,60 +36,62 @@ from gatedlens.recurrence.transforms import transformed
 TILE = 4
 
 
-def desk_for(like: Float[Tensor, ...], *tensors: Tensor) -> Desk:
-    """Where to compute with some tensors, in the dtype of `like`: on new paper if a derivative or a vmap follows any."""
-    if transformed():  # a buffer must have every axis that a vmap hides in any of them
-        return Desk(torch.stack([x.flatten()[0].to(like.dtype) for x in (like, *tensors)]).sum())
+def scratch_for(like: Float[Tensor, ...], *tensors: Tensor) -> ScratchBuffers:
+    """Scratch buffers in the dtype of `like` for a computation with these tensors: reused ones where nothing needs old values."""
+    if transformed():
+        # Under vmap a buffer must have every axis that is hidden in any of the tensors. The sum of one number of each has them.
+        return ScratchBuffers(torch.stack([x.flatten()[0].to(like.dtype) for x in (like, *tensors)]).sum())
     if torch.is_grad_enabled() and any(x.requires_grad for x in (like, *tensors)):
-        return Desk(like)
-    return Slate(like)
+        return ScratchBuffers(like)
+    return ReusedScratchBuffers(like)
 
 
-class Desk:
-    """Where intermediate tensors are written: with gradients, on new paper each time."""
+class ScratchBuffers:
+    """Memory for intermediate tensors, new each time: autograd may keep any of them, so none is overwritten by another."""
 
     def __init__(self, like: Float[Tensor, ...]):
         self.like = like
         self.floor = torch.finfo(like.dtype).tiny ** 0.75
-        self.headroom = (
-            0  # the power of two by which weights start above 1, so that what decays stays above `floor` for long
-        )
+        # The power of two by which `left` and `right` start above 1: what decays then stays above `floor` for longer.
+        self.headroom = 0
 
-    def power(self, x: Float[Tensor, ...]) -> int:
-        """The power of two that brings the largest number of `x` near 1; 0 where there is none to bring, or vmap hides it."""
+    def rescaling_power(self, x: Float[Tensor, ...]) -> int:
+        """The power of two that brings the largest number of `x` near 1; 0 if all are zero, one is not finite, or under vmap."""
         if torch._C._are_functorch_transforms_active() or x.numel() == 0:
             return 0
         largest = x.detach().abs().amax().item()
         return -math.frexp(largest)[1] if 0 < largest < math.inf else 0
 
     def empty(self, name: str, *shape: int) -> Float[Tensor, ...]:
+        """A buffer with this name. Where buffers are reused, the next one of the same name takes its memory."""
         return self.like.new_empty(shape)
 
-    def own(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """A copy of `x` to write on."""
+    def writable(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """`x` to be overwritten: a copy if `x` may still be needed, else `x` itself."""
         return x.clone()
 
-    def put(
+    def multiply(
         self, target: Float[Tensor, "*shape"], a: Float[Tensor, ...], b: Float[Tensor, ...]
     ) -> Float[Tensor, "*shape"]:
         """target <- a * b"""
         return target.copy_(a * b)
 
     def exp(self, x: Float[Tensor, "*shape"], floor: float) -> Float[Tensor, "*shape"]:
-        """exp(x); what is below `floor` is zero, at full speed."""
+        """exp(x), with zero for what is below `floor`."""
+        # The clamp stops just below `floor`, so exp makes no denormal numbers, which are slow; hardshrink clears the rest.
         return F.hardshrink(x.clamp(min=math.log(floor) - 1).exp(), floor)
 
-    def shrink(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Zero what is below `floor`: on CPUs, products of denormal numbers cost tenfold."""
+    def flush(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Zero for what is below `floor`: on CPUs, products of denormal numbers cost tenfold."""
         return F.hardshrink(x, self.floor)
 
-    def lower(self, target: Float[Tensor, "*shape"], a: Float[Tensor, ...], b: Float[Tensor, ...]) -> None:
-        """target <- a * b, shrunk"""
-        target.copy_(self.shrink(a * b))
+    def multiply_and_flush(self, target: Float[Tensor, "*shape"], a: Float[Tensor, ...], b: Float[Tensor, ...]) -> None:
+        """target <- flush(a * b)"""
+        target.copy_(self.flush(a * b))
 
 
-class Slate(Desk):
-    """Without gradients: buffers that are wiped and used again. Fresh pages cost more than the arithmetic on them."""
+class ReusedScratchBuffers(ScratchBuffers):
+    """Without gradients: one buffer a name, overwritten. Fresh memory pages cost more than the arithmetic on them."""
 
     def __init__(self, like: Float[Tensor, ...]):
         super().__init__(like)
@@ -99,10 +105,10 @@ class Slate(Desk):
             self.buffers[name] = self.like.new_empty(size)
         return self.buffers[name][:size].view(shape)
 
-    def own(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    def writable(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         return x
 
-    def put(
+    def multiply(
         self, target: Float[Tensor, "*shape"], a: Float[Tensor, ...], b: Float[Tensor, ...]
     ) -> Float[Tensor, "*shape"]:
         return torch.mul(a, b, out=target)
@@ -111,34 +117,35 @@ class Slate(Desk):
         x.clamp_(min=math.log(floor) - 1).exp_()
         return torch.ops.aten.hardshrink.out(x, floor, out=x)
 
-    def shrink(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    def flush(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         return torch.ops.aten.hardshrink.out(x, self.floor, out=x)
 
-    def lower(self, target: Float[Tensor, "*shape"], a: Float[Tensor, ...], b: Float[Tensor, ...]) -> None:
-        self.shrink(self.put(target, a, b))
+    def multiply_and_flush(self, target: Float[Tensor, "*shape"], a: Float[Tensor, ...], b: Float[Tensor, ...]) -> None:
+        self.flush(self.multiply(target, a, b))
 
 
-def steps(power: int, dtype: torch.dtype) -> list[float]:
-    """2^power as a product of numbers that a dtype holds: `steps(-200, torch.float32)` is [2^-100, 2^-100]."""
+def powers_of_two(power: int, dtype: torch.dtype) -> list[float]:
+    """2^power as a product of numbers that a dtype holds: `powers_of_two(-200, torch.float32)` is [2^-100, 2^-100]."""
+    # Two powers less than the range, so that both 2^most and 2^-most are normal numbers.
     most = round(-math.log2(torch.finfo(dtype).tiny)) - 2
     count = max(1, -(-abs(power) // most))
     return [2.0 ** (power * (i + 1) // count - power * i // count) for i in range(count)]
 
 
-def raised(x: Float[Tensor, "*shape"], power: int) -> Float[Tensor, "*shape"]:
+def rescaled(x: Float[Tensor, "*shape"], power: int) -> Float[Tensor, "*shape"]:
     """x * 2^power, exact."""
-    return x if power == 0 else reduce(torch.mul, steps(power, x.dtype), x)
+    return x if power == 0 else reduce(torch.mul, powers_of_two(power, x.dtype), x)
 
 
-class Meeting(NamedTuple):
-    """Rows of `pairs` right blocks and columns of the left blocks beside them, not yet summed over the state."""
+class OffDiagonalBlocks(NamedTuple):
+    """Rows of the right blocks and columns of the left blocks of some pairs, not yet summed over the state."""
 
     rows: Float[Tensor, "batch pair row channel state"]
     columns: Float[Tensor, "batch pair column channel state"]
 
 
-class Near(NamedTuple):
-    """S[row, source] * left * right inside every tile, before the conv."""
+class DiagonalTiles(NamedTuple):
+    """One entry of every diagonal tile, S[row, source] * left * right, before the conv."""
 
     row: int
     source: int
@@ -163,7 +170,7 @@ class Halving:
 
     @property
     def padded(self) -> int:
-        """Whole tiles; what is behind `length` has decay 1 and no weight."""
+        """The length in whole tiles. The positions past `length` have decay 1 and weight 0, so they change nothing."""
         return -(-self.length // TILE) * TILE
 
     def levels(self) -> Iterator[tuple[int, list[Span]]]:
@@ -178,41 +185,46 @@ class Halving:
             yield size, spans
             size *= 2
 
-    def tiles(self, x: Float[Tensor, "batch pos some"]) -> Float[Tensor, "batch tile place some"]:
-        """Cut along pos, zeros behind the end."""
+    def cut_into_tiles(self, x: Float[Tensor, "batch pos some"]) -> Float[Tensor, "batch tile place some"]:
+        """`x` cut along pos, zeros past the end."""
         return F.pad(x, (0, 0, 0, self.padded - self.length)).unflatten(1, (-1, TILE))
 
     def zeros(self, like: Float[Tensor, "batch pos channel"]) -> tuple[Tensor, list[Tensor]]:
-        """Empty sums as `place` takes them, channels summed."""
-        b, lap = like.shape[0], self.taps - 1
+        """Zeros in the shapes that `assemble` takes, channels summed: the tiles and, span by span, the off-diagonal blocks."""
+        b, overlap = like.shape[0], self.taps - 1
         spans = [span for _, spans in self.levels() for span in spans]
-        products = [like.new_zeros(b, span.pairs, span.height, span.size + lap) for span in spans]
-        return like.new_zeros(b, self.padded // TILE, TILE, TILE + lap), products
+        products = [like.new_zeros(b, span.pairs, span.height, span.size + overlap) for span in spans]
+        return like.new_zeros(b, self.padded // TILE, TILE, TILE + overlap), products
 
-    def place(self, near: Tensor, products: list[Tensor], up: int) -> Float[Tensor, "batch *rest dst src"]:
-        """The matrix from `near` [b, ..., t, row, column] and the products of meetings [b, ..., p, h, column], all over 2^up."""
-        total = near.new_zeros(*near.shape[:-3], self.padded, self.padded + self.taps - 1)
+    def assemble(self, tiles: Tensor, products: list[Tensor], power: int) -> Float[Tensor, "batch *rest dst src"]:
+        """The matrix, over 2^power, from tiles [b, ..., t, row, column] and off-diagonal blocks [b, ..., p, h, column]."""
+        total = tiles.new_zeros(*tiles.shape[:-3], self.padded, self.padded + self.taps - 1)
         spans = [span for _, spans in self.levels() for span in spans]
-        first, *rest = steps(-up, near.dtype)
-        for span, product in zip([Span(0, self.padded // TILE, 0, TILE), *spans], [near, *products], strict=True):
-            self._along(total, span).add_(product, alpha=first)
-        for step in rest:
-            total = total * step
+        # 2^-power may be outside the dtype's range: then it is several factors, the first taken as the blocks are added.
+        first, *rest = powers_of_two(-power, tiles.dtype)
+        # A tile is its own pair of blocks: no sources before its rows, so size 0.
+        for span, product in zip([Span(0, self.padded // TILE, 0, TILE), *spans], [tiles, *products], strict=True):
+            self._blocks_of(span, total).add_(product, alpha=first)
+        for factor in rest:
+            total = total * factor
+        # The columns begin K - 1 places before the first position; what the conv would read there is nothing.
         return total[..., : self.length, self.taps - 1 : self.taps - 1 + self.length]
 
-    def _along(self, total: Tensor, span: Span) -> Tensor:
+    def _blocks_of(self, span: Span, total: Tensor) -> Tensor:
         """The blocks of a span as a view of `total`: [..., p, h, column]."""
         start, pairs, size, height = span
         period, stop = size + height, start + pairs * (size + height)
         sub = total[..., start:stop, start : stop + self.taps - 1]
+        # [..., pair of the rows, period, pair of the columns, column]; windows of columns overlap by the K - 1 of the conv.
         sub = sub.unfold(-1, period + self.taps - 1, period).unflatten(-3, (pairs, period))
+        # Rows and columns of the same pair. Different pairs have different rows, so no number is in the view twice.
         sub = sub.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
         return sub[..., size:, : (size or height) + self.taps - 1]
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """A scan, its factors and taps, cut into tiles: `Pieces(...).near()` and `.meetings()` hold every weight once."""
+class DecayBlocks:
+    """The blocks of a scan, its factors and its taps: `for blocks in DecayBlocks(...)` gives every weight once."""
 
     halving: Halving
     time: Float[Tensor, "batch pos channel"]  # float64, padded
@@ -222,104 +234,120 @@ class Pieces:
     left: Float[Tensor, "batch tile place channel"]
     right: Float[Tensor, "batch tile place channel"]  # times amount
     taps: Float[Tensor, "channel tap"]
-    desk: Desk
+    scratch: ScratchBuffers
 
-    def __iter__(self) -> Iterator[Near | Meeting]:
-        """First what is inside the tiles, then block sizes as `Halving.levels` has them. A buffer lives until the next."""
+    def __iter__(self) -> Iterator[DiagonalTiles | OffDiagonalBlocks]:
+        """The diagonal tiles, then the off-diagonal blocks, sizes ascending as in `Halving.levels`.
+
+        What is given is read before the next is asked for: the next may overwrite it.
+        """
         b, t, _, c = self.left.shape
         step = torch.diff(self.time, dim=1, prepend=self.time[:, :1]).unflatten(1, (-1, TILE))
-        decays = self._exp(step, self.desk.empty("decays", b, t, TILE, c, self.rate.shape[1])).unbind(2)  # each b t c n
-        passed = self._passed(decays)
-        yield from self._near(passed)
-        columns = self._columns(passed)
-        yield from self._meetings(self._rows(passed), columns)
+        decays = self._exp(step, self.scratch.empty("decays", b, t, TILE, c, self.rate.shape[1])).unbind(2)  # b t c n
+        within = self._decays_within_tiles(decays)
+        yield from self._diagonal_tiles(within)
+        columns = self._columns(within)
+        yield from self._off_diagonal_blocks(self._rows(within), columns)
 
     def _exp(self, time: Tensor, out: Tensor) -> Tensor:
         """exp(time rate), from float64 [..., c] to [..., c, n]."""
-        self.desk.put(out, time.to(self.rate.dtype).unsqueeze(-1), self.rate)
-        return self.desk.exp(out, self.desk.floor)
+        self.scratch.multiply(out, time.to(self.rate.dtype).unsqueeze(-1), self.rate)
+        return self.scratch.exp(out, self.scratch.floor)
 
-    def _further(self, begin: Tensor, end: Tensor) -> Tensor:
-        """The decay of whole blocks. Below FLOOR it is as good as none, and slow to compute with."""
+    def _decay_across(self, begin: Tensor, end: Tensor) -> Tensor:
+        """The decay across whole blocks, at least `floor`: a smaller one is as good as none, and slow to compute with."""
+        # The difference is taken in float64, before the cast: two late times differ little beside their own size.
         time = (end - begin).to(self.rate.dtype).unsqueeze(-1) * self.rate
-        return torch.exp(time.clamp(min=math.log(self.desk.floor)))
+        return torch.exp(time.clamp(min=math.log(self.scratch.floor)))
 
-    def _passed(self, decays: tuple[Tensor, ...]) -> dict[tuple[int, int], Tensor]:
-        """[i, m]: the decay from place m to place i of a tile."""
-        passed = {(i, i - 1): decays[i] for i in range(TILE)}
+    def _decays_within_tiles(self, decays: tuple[Tensor, ...]) -> dict[tuple[int, int], Tensor]:
+        """[i, m]: the decay from place m to place i of a tile; place -1 is the last one before the tile."""
+        within = {(i, i - 1): decays[i] for i in range(TILE)}
         for i in range(1, TILE):
             for m in range(i - 2, -1, -1):
-                passed[i, m] = self.desk.empty(f"passed {i} {m}", *decays[i].shape)
-                self.desk.put(passed[i, m], passed[i - 1, m], decays[i])
-        return passed
+                within[i, m] = self.scratch.empty(f"within {i} {m}", *decays[i].shape)
+                self.scratch.multiply(within[i, m], within[i - 1, m], decays[i])
+        return within
 
-    def _near(self, passed: dict[tuple[int, int], Tensor]) -> Iterator[Near]:
+    def _diagonal_tiles(self, within: dict[tuple[int, int], Tensor]) -> Iterator[DiagonalTiles]:
         for i in range(TILE):
             for m in range(i + 1):
                 pair = self.read[:, :, i] * self.key[:, :, m]
-                seen = pair.sum(-1, keepdim=True) if m == i else (passed[i, m] @ pair.unsqueeze(-1)).squeeze(-1)
-                yield Near(i, m, seen * self.left[:, :, i] * self.right[:, :, m])
+                # sum_n decay read key; on the diagonal there is no decay.
+                weight = pair.sum(-1, keepdim=True) if m == i else (within[i, m] @ pair.unsqueeze(-1)).squeeze(-1)
+                yield DiagonalTiles(i, m, weight * self.left[:, :, i] * self.right[:, :, m])
 
-    def _rows(self, passed: dict[tuple[int, int], Tensor]) -> Float[Tensor, "batch pos channel state"]:
-        """Rows of each tile, seen from the last place before it."""
+    def _rows(self, within: dict[tuple[int, int], Tensor]) -> Float[Tensor, "batch pos channel state"]:
+        """left_i read_i of each tile, with the decay since the last position before the tile."""
         b, t, _, c = self.left.shape
-        first, n = passed[0, -1], self.rate.shape[1]
-        rows = self.desk.empty("rows", b, t, TILE, c, n)
+        first, n = within[0, -1], self.rate.shape[1]
+        rows = self.scratch.empty("rows", b, t, TILE, c, n)
         for i in range(TILE):
-            reach = first if i == 0 else self.desk.put(self.desk.empty("reach", b, t, c, n), first, passed[i, 0])
-            weight = self.desk.empty("weight", b, t, c, n)
-            self.desk.put(weight, self.left[:, :, i].unsqueeze(-1), self.read[:, :, i].unsqueeze(-2))
-            self.desk.put(rows[:, :, i], weight, reach)
-        return self.desk.shrink(rows.flatten(1, 2))
+            # From the position before the tile to its place 0, and on to place i.
+            decay = (
+                first if i == 0 else self.scratch.multiply(self.scratch.empty("decay", b, t, c, n), first, within[i, 0])
+            )
+            weight = self.scratch.empty("weight", b, t, c, n)
+            self.scratch.multiply(weight, self.left[:, :, i].unsqueeze(-1), self.read[:, :, i].unsqueeze(-2))
+            self.scratch.multiply(rows[:, :, i], weight, decay)
+        return self.scratch.flush(rows.flatten(1, 2))
 
-    def _columns(self, passed: dict[tuple[int, int], Tensor]) -> Tensor:
-        """Sources of each tile, seen from its last place, spread over the columns that the conv brings them from."""
+    def _columns(self, within: dict[tuple[int, int], Tensor]) -> Tensor:
+        """key_m right_m of each tile, with the decay until its last place, as columns: [b, t, TILE + K - 1, c, n]."""
         b, t, _, c = self.left.shape
         n, K = self.rate.shape[1], self.halving.taps
-        columns = self.desk.empty("columns", b, t, TILE + K - 1, c, n).zero_()
+        columns = self.scratch.empty("columns", b, t, TILE + K - 1, c, n).zero_()
         for m in range(TILE):
             source = self.key[:, :, m].unsqueeze(-2).expand(b, t, c, n)
             if m < TILE - 1:
-                source = self.desk.put(self.desk.empty("source", b, t, c, n), source, passed[TILE - 1, m])
+                source = self.scratch.multiply(self.scratch.empty("source", b, t, c, n), source, within[TILE - 1, m])
             weight = self.right[:, :, m].unsqueeze(2) * self.taps.mT  # b t tap c
+            # Column q is the token at place q - (K - 1). The last tap reads the token itself, so the taps end at m + K - 1.
             columns[:, :, m : m + K].addcmul_(source.unsqueeze(2), weight.unsqueeze(-1))
-        return self.desk.shrink(columns)
+        return self.scratch.flush(columns)
 
-    def _meetings(self, rows: Tensor, columns: Tensor) -> Iterator[Meeting]:
-        """rows [b, l, c, n] of blocks of one tile, columns [b, t, TILE + K - 1, c, n] likewise."""
+    def _off_diagonal_blocks(self, rows: Tensor, columns: Tensor) -> Iterator[OffDiagonalBlocks]:
+        """Pairs of ever larger blocks, from rows [b, l, c, n] and columns [b, t, TILE + K - 1, c, n] of blocks of one tile."""
         for size, spans in self.halving.levels():
             for start, pairs, _, height in spans:
                 period, first = size + height, start // size
-                own = rows[:, start : start + pairs * period].unflatten(1, (pairs, period))[:, :, size:]
-                yield Meeting(own, columns[:, first : first + 2 * pairs : 2][:, :pairs])
+                right = rows[:, start : start + pairs * period].unflatten(1, (pairs, period))[:, :, size:]
+                # Every second block is the left one of a pair.
+                yield OffDiagonalBlocks(right, columns[:, first : first + 2 * pairs : 2][:, :pairs])
             if 2 * size < self.halving.padded:
-                rows, columns = self._grown(rows, size, spans), self._merged(columns, size)
+                rows, columns = (
+                    self._rows_of_doubled_blocks(rows, size, spans),
+                    self._columns_of_doubled_blocks(columns, size),
+                )
 
-    def _grown(self, rows: Tensor, size: int, spans: list[Span]) -> Tensor:
-        """Rows of blocks twice the size: those of each right block have come one block further."""
-        # time just before each block; before the first there is nothing to see, so any time will do
+    def _rows_of_doubled_blocks(self, rows: Tensor, size: int, spans: list[Span]) -> Tensor:
+        """Rows of blocks twice the size. Those of each right block take the decay across the left one; the left rows stay."""
+        # Time just before each block. The first block has no sources before it, so any time will do.
         begin = torch.cat([self.time[:, :1], self.time[:, size - 1 : -1 : size]], dim=1)
-        grown = self.desk.own(rows)
+        doubled = self.scratch.writable(rows)
         for start, pairs, _, height in spans:
             first, period = start // size, size + height
-            further = self._further(
+            decay = self._decay_across(
                 begin[:, first : first + 2 * pairs : 2][:, :pairs], begin[:, first + 1 : first + 2 * pairs : 2]
             )
             old, new = (
-                x[:, start : start + pairs * period].unflatten(1, (pairs, period))[:, :, size:] for x in (rows, grown)
+                x[:, start : start + pairs * period].unflatten(1, (pairs, period))[:, :, size:] for x in (rows, doubled)
             )
-            self.desk.lower(new, old, further.unsqueeze(2))
-        return grown
+            self.scratch.multiply_and_flush(new, old, decay.unsqueeze(2))
+        return doubled
 
-    def _merged(self, columns: Tensor, size: int) -> Tensor:
-        """Columns of full blocks twice the size: those of each left block are seen from the end of the right one."""
-        pairs, lap = columns.shape[1] // 2, self.halving.taps - 1
+    def _columns_of_doubled_blocks(self, columns: Tensor, size: int) -> Tensor:
+        """Columns of full blocks twice the size. Those of each left block take the decay across the right one."""
+        # A last block without a right neighbour is dropped: only rows behind it could read from it, and there are none.
+        pairs, overlap = columns.shape[1] // 2, self.halving.taps - 1
         end = self.time[:, size - 1 :: size]
-        further = self._further(end[:, 0 : 2 * pairs : 2], end[:, 1 : 2 * pairs : 2])
+        decay = self._decay_across(end[:, 0 : 2 * pairs : 2], end[:, 1 : 2 * pairs : 2])
         left, right = columns[:, 0 : 2 * pairs : 2], columns[:, 1 : 2 * pairs : 2]
-        shape = columns.shape[0], pairs, 2 * size + lap, *columns.shape[3:]
-        merged = self.desk.empty(f"columns {size.bit_length() % 2}", *shape)
-        self.desk.lower(merged[:, :, : size + lap], left, further.unsqueeze(2))
-        merged[:, :, size : size + lap] += right[:, :, :lap]
-        merged[:, :, size + lap :] = right[:, :, lap:]
-        return merged
+        shape = columns.shape[0], pairs, 2 * size + overlap, *columns.shape[3:]
+        # Two names in turn: this level reads the buffer that the level before wrote.
+        doubled = self.scratch.empty(f"columns {size.bit_length() % 2}", *shape)
+        self.scratch.multiply_and_flush(doubled[:, :, : size + overlap], left, decay.unsqueeze(2))
+        # The conv of the right block reads K - 1 tokens of the left one: there both add up.
+        doubled[:, :, size : size + overlap] += right[:, :, :overlap]
+        doubled[:, :, size + overlap :] = right[:, :, overlap:]
+        return doubled

@@ -20,7 +20,7 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gatedlens.recurrence.decay_blocks import Desk, Halving, Near, Pieces, desk_for, raised
+from gatedlens.recurrence.decay_blocks import DecayBlocks, DiagonalTiles, Halving, ScratchBuffers, rescaled, scratch_for
 from gatedlens.recurrence.matrix import ScanMatrix
 from gatedlens.recurrence.scanning import scan
 
@@ -102,7 +102,7 @@ class DecayScan(ScanMatrix):
 
     def seen(self, i: Int[Tensor, " batch"]) -> Float[Tensor, "batch src channel"]:
         """S[i_b, :] for a row of its own in each batch element; zeros behind it."""
-        batch, desk = torch.arange(len(i), device=i.device), self._desk()
+        batch, scratch = torch.arange(len(i), device=i.device), self._scratch()
         reach = int(i.max()) + 1
         now, read = self.time[batch, i].unsqueeze(1), self.read[batch, i].unsqueeze(1)
         visible = torch.arange(reach, device=i.device) <= i.unsqueeze(1)
@@ -113,8 +113,10 @@ class DecayScan(ScanMatrix):
         for start in range(0, reach, size):
             part = slice(start, min(start + size, reach))
             ago = ((now - self.time[:, part]) * visible[:, part].unsqueeze(-1)).to(self.rate.dtype)
-            decay = desk.empty("decay", *ago.shape, self.rate.shape[1])
-            decay = desk.exp(desk.put(decay, ago.unsqueeze(-1), self.rate), torch.finfo(self.rate.dtype).tiny ** 0.8)
+            decay = scratch.empty("decay", *ago.shape, self.rate.shape[1])
+            decay = scratch.exp(
+                scratch.multiply(decay, ago.unsqueeze(-1), self.rate), torch.finfo(self.rate.dtype).tiny ** 0.8
+            )
             pieces.append(torch.matmul(decay, (read * self.key[:, part]).unsqueeze(-1)).squeeze(-1))
         weight = torch.cat(pieces, dim=1) * self.amount[:, :reach] * visible.unsqueeze(-1)
         return torch.nn.functional.pad(weight, (0, 0, 0, self.length - reach))
@@ -139,14 +141,14 @@ class DecayScan(ScanMatrix):
         """sum_c left_i[c] * sum_k S[i, j + k] * right_{j + k}[c] * taps[c, K - 1 - k]: channels summed, conv included."""
         halving = Halving(self.length, taps.shape[1])
         size = max(1, CHUNK_ELEMENTS // (left.shape[0] * halving.padded * self.rate.shape[1]))
-        desk = self._desk(left, right, taps)
-        scan, left, right, taps, up = self._lifted(desk, left, right, taps)
-        near, products = halving.zeros(left)
+        scratch = self._scratch(left, right, taps)
+        scan, left, right, taps, power = self._rescaled(scratch, left, right, taps)
+        tiles, products = halving.zeros(left)
         for start in range(0, self.channels, size):
             some = slice(start, start + size)
-            pieces = scan.select(some)._pieces(halving, left[..., some], right[..., some], taps[some], desk)
-            _add_contracted(pieces, near, products)
-        return self._within_documents(halving.place(near, products, up))
+            blocks = scan.select(some)._blocks(halving, left[..., some], right[..., some], taps[some], scratch)
+            _add_contracted(blocks, tiles, products)
+        return self._within_documents(halving.assemble(tiles, products, power))
 
     def folded(
         self,
@@ -156,36 +158,42 @@ class DecayScan(ScanMatrix):
     ) -> Float[Tensor, "batch channel dst src"]:
         """What `summed` sums, channel by channel."""
         halving = Halving(self.length, taps.shape[1])
-        desk = self._desk(left, right, taps)
-        scan, left, right, taps, up = self._lifted(desk, left, right, taps)
-        parts = _apart(scan._pieces(halving, left, right, taps, desk))
-        return self._within_documents(halving.place(parts[0], parts[1:], up))
+        scratch = self._scratch(left, right, taps)
+        scan, left, right, taps, power = self._rescaled(scratch, left, right, taps)
+        tiles, *products = _apart(scan._blocks(halving, left, right, taps, scratch))
+        return self._within_documents(halving.assemble(tiles, products, power))
 
     def dense(self) -> Float[Tensor, "batch channel dst src"]:
         """S channel by channel: [b, c, l, l]."""
         ones = torch.ones_like(self.amount)
         return self.folded(ones, ones, ones.new_ones(self.channels, 1))
 
-    def _lifted(
-        self, desk: Desk, left: Tensor, right: Tensor, taps: Tensor
+    def _rescaled(
+        self, scratch: ScratchBuffers, left: Tensor, right: Tensor, taps: Tensor
     ) -> tuple[DecayScan, Tensor, Tensor, Tensor, int]:
-        """The scan and its weights, each times a power of two by which no product of them leaves the dtype's range, and
-        the power of two by which the result is too large."""
+        """The scan and its weights, each times a power of two, and the power of two by which the result is then too large.
+
+        The largest number of each factor comes near 1, so that no product of some of them leaves the dtype's range: in
+        float32 a key of 1e-25 times an amount of 1e-25 is zero, even where `read` and `left` make up for it.
+        """
         given = (self.read, self.amount, self.key, taps, left, right)
-        powers = [desk.power(x) for x in given]
-        powers[-2] += desk.headroom
-        powers[-1] += desk.headroom
-        read, amount, key, taps, left, right = (raised(x, power) for x, power in zip(given, powers, strict=True))
+        powers = [scratch.rescaling_power(x) for x in given]
+        # `left` is in the rows and `right` in the columns: both sides of every block get the same headroom.
+        powers[-2] += scratch.headroom
+        powers[-1] += scratch.headroom
+        read, amount, key, taps, left, right = (rescaled(x, power) for x, power in zip(given, powers, strict=True))
         return replace(self, read=read, amount=amount, key=key), left, right, taps, sum(powers)
 
-    def _desk(self, *others: Tensor) -> Desk:
-        return desk_for(self.rate, self.time, self.read, self.amount, self.key, *others)
+    def _scratch(self, *others: Tensor) -> ScratchBuffers:
+        return scratch_for(self.rate, self.time, self.read, self.amount, self.key, *others)
 
-    def _pieces(self, halving: Halving, left: Tensor, right: Tensor, taps: Tensor, desk: Desk) -> Pieces:
-        cut, over = halving.tiles, halving.padded - halving.length
+    def _blocks(
+        self, halving: Halving, left: Tensor, right: Tensor, taps: Tensor, scratch: ScratchBuffers
+    ) -> DecayBlocks:
+        cut, over = halving.cut_into_tiles, halving.padded - halving.length
         time = torch.cat([self.time, self.time[:, -1:].expand(-1, over, -1)], dim=1) if over else self.time
         weights = cut(left), cut(right * self.amount), taps
-        return Pieces(halving, time, self.rate, cut(self.read), cut(self.key), *weights, desk)
+        return DecayBlocks(halving, time, self.rate, cut(self.read), cut(self.key), *weights, scratch)
 
     def _within_documents(self, total: Tensor) -> Tensor:
         if self.document is None:
@@ -194,28 +202,29 @@ class DecayScan(ScanMatrix):
         return total * (same if total.ndim == 3 else same.unsqueeze(1))
 
 
-def _add_contracted(pieces: Pieces, near: Tensor, products: list[Tensor]) -> None:
-    """Add tiles [b, t, row, column] and meetings [b, p, h, column] of some pieces, summed over channel and state."""
+def _add_contracted(blocks: DecayBlocks, tiles: Tensor, products: list[Tensor]) -> None:
+    """Add to diagonal tiles [b, t, row, column] and off-diagonal blocks [b, p, h, column]; channel and state are summed."""
     rest = iter(products)
-    for piece in pieces:
-        if isinstance(piece, Near):
-            near[:, :, piece.row, piece.source : piece.source + pieces.halving.taps] += piece.values @ pieces.taps
+    for part in blocks:
+        if isinstance(part, DiagonalTiles):
+            tiles[:, :, part.row, part.source : part.source + blocks.halving.taps] += part.values @ blocks.taps
         else:
-            rows, columns = (x.flatten(0, 1).flatten(2) for x in piece)
+            # One batched product sums over channel and state at once: no axis of either is left in memory.
+            rows, columns = (x.flatten(0, 1).flatten(2) for x in part)
             next(rest).flatten(0, 1).baddbmm_(rows, columns.mT)
 
 
-def _apart(pieces: Pieces) -> list[Tensor]:
-    """The same for each channel: [b, c, t, row, column] and [b, c, p, h, column]."""
-    b, t, place, c = pieces.left.shape
-    near = pieces.left.new_zeros(b, c, t, place, place + pieces.halving.taps - 1)
-    parts = [near]
-    for piece in pieces:
-        if isinstance(piece, Near):
-            spread = piece.values.mT.unsqueeze(-1) * pieces.taps.unsqueeze(1)  # b c t tap
-            near[:, :, :, piece.row, piece.source : piece.source + pieces.halving.taps] += spread
+def _apart(blocks: DecayBlocks) -> list[Tensor]:
+    """The same for each channel: [b, c, t, row, column], then [b, c, p, h, column] span by span."""
+    b, t, place, c = blocks.left.shape
+    tiles = blocks.left.new_zeros(b, c, t, place, place + blocks.halving.taps - 1)
+    parts = [tiles]
+    for part in blocks:
+        if isinstance(part, DiagonalTiles):
+            spread = part.values.mT.unsqueeze(-1) * blocks.taps.unsqueeze(1)  # b c t tap
+            tiles[:, :, :, part.row, part.source : part.source + blocks.halving.taps] += spread
         else:
-            parts.append(torch.einsum("bphcn,bpjcn->bcphj", piece.rows, piece.columns))
+            parts.append(torch.einsum("bphcn,bpjcn->bcphj", part.rows, part.columns))
     return parts
 
 

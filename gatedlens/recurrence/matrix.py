@@ -6,8 +6,8 @@
 
 A scan of your own gives `length, select, apply, apply_transposed, seen` and `dense`; the rest is made of these.
 
-DecayScan (scanmatrix.py) is a decay with a state, WkvScan (wkvmatrix.py) a softmax over the past with a decay, PatternScan
-(patternmatrix.py) an attention pattern. b batch, l pos (i row, j source), c channel.
+DecayScan (decay_matrix.py) is a decay with a state, WkvScan (wkv_matrix.py) a softmax over the past with a decay, PatternScan
+(pattern_matrix.py) an attention pattern. b batch, l pos (i row, j source), c channel.
 """
 
 from __future__ import annotations

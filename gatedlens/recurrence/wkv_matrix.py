@@ -4,7 +4,7 @@
     Z_i = e^{w i} D_start + sum_{j < i} e^{w (i - j - 1) + k_j} + e^{u + k_i}
 
 b batch, l pos (i row, j source), c channel; k keys [b, l, c], w < 0 and u [c].
-As in scanmatrix.py a block of rows i >= m and sources j < m is one matrix product: with P the running maximum at m - 1,
+As in decay_matrix.py a block of rows i >= m and sources j < m is one matrix product: with P the running maximum at m - 1,
 
     S[i, j] = e^{w (i - m) + P - log Z_i} * e^{w (m - 1 - j) + k_j - P},   both factors at most 1.
 
