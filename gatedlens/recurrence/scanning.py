@@ -29,13 +29,12 @@ from gatedlens.recurrence.transforms import forward_mode, gradients, has_old_axi
 
 Terms = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 
-SEGMENT_ELEMENTS = (
-    3 << 16
-)  # numbers in one segment's decay: 768 KiB of float32, so that decay and write stay in the L2 cache
-SEGMENT_STEPS = (
-    6  # the fewest steps that a segment should have: rows of a large batch are taken in groups that allow it
-)
-SEGMENT_ELEMENTS_GRAD = 1 << 20  # with gradients each segment costs some autograd bookkeeping: take longer ones
+# Numbers in one segment's decay: 768 KiB of float32, so that decay and write stay in the L2 cache.
+SEGMENT_ELEMENTS = 3 << 16
+# The fewest steps that a segment should have. Rows of a large batch are taken in groups that allow it.
+SEGMENT_STEPS = 6
+# With gradients each segment costs some autograd bookkeeping: take longer ones.
+SEGMENT_ELEMENTS_GRAD = 1 << 20
 
 
 def at_least_float32(x: Shaped[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -43,8 +42,9 @@ def at_least_float32(x: Shaped[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _march(decay: Tensor, states: Tensor, state: Tensor | None) -> Tensor:
+def _scan_in_place(decay: Tensor, states: Tensor, state: Tensor | None) -> Tensor:
     """Turn writes into states, in place: states[:, t] <- decay[:, t] * states[:, t-1] + states[:, t]."""
+    # unbind makes all the views of single positions at once; indexing would make them in every step of the loop.
     steps, decays = states.unbind(1), decay.unbind(1)
     for step, a in zip(steps, decays, strict=True):
         if state is not None:
@@ -62,9 +62,10 @@ class LinearScan(Function):
 
     @staticmethod
     def forward(decay: Tensor, write: Tensor, initial: Tensor) -> Tensor:
-        if has_old_axis(decay, write, initial):  # which runs an operator once for each of its inputs
+        if has_old_axis(decay, write, initial):
+            # Autograd's own vmap runs an operator once for each of the inputs that it has batched.
             return _linear_scan(decay, write, initial)
-        return _march(decay, write.clone(), initial)  # in the layout of write
+        return _scan_in_place(decay, write.clone(), initial)  # in the layout of write
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -98,7 +99,7 @@ def linear_scan(
     if initial is None:
         initial = torch.zeros_like(write[:, 0])
     if not decay.shape == write.shape == (len(initial), write.shape[1], *initial.shape[1:]):
-        decay, write, initial = _alike(decay, write, initial)
+        decay, write, initial = _broadcast(decay, write, initial)
     if torch.compiler.is_compiling():
         return _linear_scan(decay, write, initial)
     if forward_mode():
@@ -115,7 +116,7 @@ def _unrolled(decay: Tensor, write: Tensor, state: Tensor) -> Tensor:
     return torch.stack(states, dim=1)
 
 
-def _alike(decay: Tensor, write: Tensor, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _broadcast(decay: Tensor, write: Tensor, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """All three in the shape that they broadcast to, so that each gets a gradient of its own shape."""
     try:
         decay, write, start = torch.broadcast_tensors(decay, write, initial.unsqueeze(1))
@@ -131,7 +132,7 @@ def _alike(decay: Tensor, write: Tensor, initial: Tensor) -> tuple[Tensor, Tenso
     "gatedlens::linear_scan", mutates_args=(), schema="(Tensor decay, Tensor write, Tensor initial) -> Tensor"
 )
 def _linear_scan(decay: Tensor, write: Tensor, initial: Tensor) -> Tensor:
-    return _march(decay, write.clone(), initial)
+    return _scan_in_place(decay, write.clone(), initial)
 
 
 @_linear_scan.register_fake
@@ -139,21 +140,23 @@ def _(decay: Tensor, write: Tensor, initial: Tensor) -> Tensor:
     return torch.empty_like(write)
 
 
-def _save(ctx: Any, inputs: Any, output: Tensor) -> None:
+def _linear_scan_setup(ctx: Any, inputs: Any, output: Tensor) -> None:
     decay, _, initial = inputs
     ctx.save_for_backward(decay, initial, output)
 
 
-def _flow(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_scan_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     decay, initial, states = ctx.saved_tensors
     return _scan_backward(_linear_scan, decay, initial, states, grad)
 
 
-_linear_scan.register_autograd(_flow, setup_context=_save)
+_linear_scan.register_autograd(_linear_scan_backward, setup_context=_linear_scan_setup)
 
 
 def _scan_backward(run: Any, decay: Tensor, initial: Tensor, states: Tensor, grad: Tensor) -> Any:
     """g_t = grad_t + decay_{t+1} g_{t+1}, run from the end; the gradients of decay, write and initial."""
+    # From the end, the decay of a step is that of the position after it. The last position has none after it: any number
+    # will do, since the scan starts from zero.
     ahead = torch.cat([decay[:, 1:], torch.ones_like(decay[:, :1])], dim=1)
     g = run(ahead.flip(1), grad.flip(1), torch.zeros_like(initial)).flip(1)
     before = torch.cat([initial.unsqueeze(1), states[:, :-1]], dim=1)
@@ -175,15 +178,17 @@ def readout(states: Float[Tensor, ...], read: Float[Tensor, "... state"] | None)
     return torch.matmul(read.to(states.dtype).unsqueeze(-2), states.mT).squeeze(-2)  # channels lie innermost
 
 
-def _explicit(
+def _whole_scan(
     terms: Terms, sequences: Sequence[Tensor], constants: Sequence[Tensor], initial: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """`scan` in one segment, of differentiable operations: every state is in memory."""
     decay, write, read = terms(*sequences, *constants)
     states = linear_scan(decay, write, initial)
     return readout(states, read), states[:, -1]
 
 
 def _segments(length: int, per_step: int, budget: int) -> list[slice]:
+    """Slices of as many positions as `budget` numbers allow, `per_step` a position, but at least 4; the last may be shorter."""
     size = max(4, min(length, budget // max(per_step, 1)))
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
@@ -203,9 +208,9 @@ class SegmentedScan(Function):
         for part in slices:
             starts.append(state)
             decay, write, read = terms(*(s[:, part] for s in sequences), *constants)
-            states = _march(decay, write, state)
+            states = _scan_in_place(decay, write, state)
             scans.append(states if read is None else readout(states, read))
-            state = states[:, -1].clone()
+            state = states[:, -1].clone()  # a view would keep all states of the segment in memory
         ctx.terms, ctx.n, ctx.slices = terms, n, slices
         ctx.save_for_backward(*tensors, *starts)
         return scans[0] if len(scans) == 1 else torch.cat(scans, dim=1), state
@@ -214,23 +219,26 @@ class SegmentedScan(Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         saved = ctx.saved_tensors  # once: torch.utils.checkpoint recomputes them for one reader
         tensors, starts = saved[: -len(ctx.slices)], saved[-len(ctx.slices) :]
-        if torch.is_grad_enabled() or transformed() or has_old_axis(*grads):  # in one piece, without buffers
+        if torch.is_grad_enabled() or transformed() or has_old_axis(*grads):
+            # The loop below detaches each segment, so no second derivative passes it, and writes into buffers, which lack an
+            # axis that a transform or a batch of gradients hides. These go through the whole sequence in one segment.
 
             def run(initial: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-                return _explicit(ctx.terms, tensors[: ctx.n], tensors[ctx.n :], initial)
+                return _whole_scan(ctx.terms, tensors[: ctx.n], tensors[ctx.n :], initial)
 
             return None, None, *gradients(run, (starts[0], *tensors), grads)
         grad_scan, grad_state = grads
         sequences, constants = tensors[: ctx.n], tensors[ctx.n :]
         into: list[Any] = [] if len(ctx.slices) == 1 else [torch.empty_like(s) for s in sequences]
         total: list[Any] = [torch.zeros_like(c) for c in constants]
+        # From the last segment to the first: the gradient of a segment's start is that of the last state of the one before.
         for part, start in zip(reversed(ctx.slices), reversed(starts), strict=True):
             with torch.enable_grad():
                 live = [t.detach().requires_grad_() for t in (start, *(s[:, part] for s in sequences), *constants)]
-                outs = _explicit(ctx.terms, live[1 : ctx.n + 1], live[ctx.n + 1 :], live[0])
+                outs = _whole_scan(ctx.terms, live[1 : ctx.n + 1], live[ctx.n + 1 :], live[0])
                 found = torch.autograd.grad(outs, live, (grad_scan[:, part], grad_state), materialize_grads=True)
             grad_state = found[0]
-            if len(ctx.slices) == 1:
+            if len(ctx.slices) == 1:  # nothing to put together
                 return None, None, *found
             for whole, piece in zip(into, found[1 : ctx.n + 1], strict=True):
                 whole[:, part] = piece
@@ -254,16 +262,17 @@ def scan(
     if torch.compiler.is_compiling():
         return _compiled(terms, sequences, constants, initial)
     if transformed():
-        return _explicit(terms, sequences, constants, initial)
+        return _whole_scan(terms, sequences, constants, initial)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return SegmentedScan.apply(terms, len(sequences), initial, *sequences, *constants)
-    return _lean(terms, sequences, constants, initial)
+    return _segmented(terms, sequences, constants, initial)
 
 
-def _lean(
+def _segmented(
     terms: Terms, sequences: Sequence[Tensor], constants: Sequence[Tensor], initial: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Without gradients: one segment's states at a time, of so many rows that they stay in the cache."""
+    # A segment has at most SEGMENT_ELEMENTS numbers, so with many rows it would be of very few positions.
     rows = max(1, SEGMENT_ELEMENTS // (SEGMENT_STEPS * max(initial[0].numel(), 1)))
     if rows >= len(initial):
         return _in_segments(terms, sequences, constants, initial)
@@ -282,12 +291,12 @@ def _in_segments(
     length = sequences[0].shape[1]
     for part in _segments(length, initial.numel(), SEGMENT_ELEMENTS):
         decay, write, read = terms(*(s[:, part] for s in sequences), *constants)
-        states = _march(decay, write, state)
+        states = _scan_in_place(decay, write, state)
         y = readout(states, read)
         if out is None:
             out = y.new_empty(y.shape[0], length, *y.shape[2:])
         out[:, part] = y
-        state = states[:, -1].clone()
+        state = states[:, -1].clone()  # a view would keep all states of the segment in memory
     assert out is not None
     return out, state
 
@@ -298,8 +307,9 @@ def _compiled(
     """What torch.compile sees: one operator without gradients; with them decay and write whole, around another."""
     tensors = (initial, *sequences, *constants)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        out, last = _explicit(terms, sequences, constants, initial)
+        out, last = _whole_scan(terms, sequences, constants, initial)
         return out, last.clone()
+    # An operator takes tensors, numbers and text, but no function: `terms` goes by name.
     return _scan(f"{terms.__module__}:{terms.__name__}", initial, list(sequences), list(constants))
 
 
@@ -309,12 +319,13 @@ def _compiled(
     schema="(str terms, Tensor initial, Tensor[] sequences, Tensor[] constants) -> (Tensor, Tensor)",
 )
 def _scan(terms: str, initial: Tensor, sequences: list[Tensor], constants: list[Tensor]) -> tuple[Tensor, Tensor]:
-    out, last = _lean(pkgutil.resolve_name(terms), sequences, constants, initial)
+    out, last = _segmented(pkgutil.resolve_name(terms), sequences, constants, initial)
     return out, last.clone()
 
 
 @_scan.register_fake
 def _(terms: str, initial: Tensor, sequences: list[Tensor], constants: list[Tensor]) -> tuple[Tensor, Tensor]:
+    # One position is enough to know the shape and dtype of a readout.
     _, write, read = pkgutil.resolve_name(terms)(*(s[:, :1] for s in sequences), *constants)
     step = readout(write, read)
     return step.new_empty(step.shape[0], sequences[0].shape[1], *step.shape[2:]), torch.empty_like(initial)

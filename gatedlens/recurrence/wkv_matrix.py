@@ -68,7 +68,7 @@ class WkvScan(ScanMatrix):
     # -- the matrix ----------------------------------------------------------------------------------------------
 
     @property
-    def _risen(self) -> Float[Tensor, "batch pos channel"]:
+    def _key_from_start(self) -> Float[Tensor, "batch pos channel"]:
         """k_j - w j: a key as it is seen from position 0, whatever the row; float64."""
         return self.k.double() - self.w.double() * torch.arange(self.length, device=self.k.device).unsqueeze(-1)
 
@@ -76,7 +76,7 @@ class WkvScan(ScanMatrix):
     def _log_total(self) -> Float[Tensor, "batch pos channel"]:
         """log Z; float64."""
         start = self.max.double() + self.den.double().clamp(min=TINY).log() + self.w.double()
-        past = torch.cat([start.unsqueeze(1), self._risen[:, :-1]], dim=1).logcumsumexp(1)
+        past = torch.cat([start.unsqueeze(1), self._key_from_start[:, :-1]], dim=1).logcumsumexp(1)
         past = past + self.w.double() * (torch.arange(self.length, device=self.k.device).unsqueeze(-1) - 1)
         return torch.logaddexp(past, (self.u + self.k).double())
 
@@ -100,13 +100,13 @@ class WkvScan(ScanMatrix):
     ) -> Iterator[tuple[int, int, int, Float[Tensor, "batch rows channel"], Float[Tensor, "batch some channel"]]]:
         """(lo, mid, hi, left, right): S[mid:hi, lo:mid] = left * right, channel by channel."""
         places = torch.arange(self.length, device=self.k.device).unsqueeze(-1)
-        risen, w = self._risen, self.w.double()
+        keys, w = self._key_from_start, self.w.double()
         with torch.no_grad():
-            tops = risen.cummax(1).values
+            tops = keys.cummax(1).values
         for lo, mid, hi in blocks(self.length):
             top = tops[:, mid - 1 : mid]
             left = torch.exp(w * (places[mid:hi] - 1) + top - log_total[:, mid:hi])
-            right = torch.exp(risen[:, lo:mid] - top)
+            right = torch.exp(keys[:, lo:mid] - top)
             yield lo, mid, hi, left.to(self.k.dtype), right.to(self.k.dtype)
 
     def contracted(
@@ -131,7 +131,7 @@ class WkvScan(ScanMatrix):
             total[:, mid:hi, lo:mid] += (rows * left[:, mid:hi]) @ (sources * right[:, lo:mid]).mT
         for offset in range(min(NARROW, self.length)):
             values = self._diagonal(offset, log_total) * left[:, offset:] * right[:, : self.length - offset]
-            rows = self._near(offset)
+            rows = self._narrow_rows(offset)
             total[:, rows, rows - offset] += values.sum(-1)[:, rows - offset]
 
     def dense(self) -> Float[Tensor, "batch channel dst src"]:
@@ -141,12 +141,12 @@ class WkvScan(ScanMatrix):
         for lo, mid, hi, rows, sources in self._blocks(log_total):
             total[:, :, mid:hi, lo:mid] = rows.mT.unsqueeze(-1) * sources.mT.unsqueeze(-2)
         for offset in range(min(NARROW, length)):
-            rows = self._near(offset)
+            rows = self._narrow_rows(offset)
             values = self._diagonal(offset, log_total)[:, rows - offset]
             total[:, :, rows, rows - offset] = rearrange(values, "b i c -> b c i")
         return total
 
-    def _near(self, offset: int) -> Int[Tensor, " row"]:
+    def _narrow_rows(self, offset: int) -> Int[Tensor, " row"]:
         """The rows whose source `offset` places before is in their own narrow block."""
         rows = torch.arange(offset, self.length, device=self.k.device)
         return rows[rows % NARROW >= offset]

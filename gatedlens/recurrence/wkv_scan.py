@@ -7,10 +7,10 @@ b batch, l pos, c channel; k, v keys and values [b, l, c]; w = -exp(time_decay) 
 
 e^{k} leaves float32 at |k| = 88, so the state is carried relative to a running maximum, num = N e^{-max} and
 den = D e^{-max} with max_t = max(max_{t-1} + w, k_t). The maximum is a gauge: scan does not depend on it, and gradients
-may hold it fixed. Two roads lead to the same numbers:
+may hold it fixed. There are two implementations of the same numbers:
 
-    wkv      nobody looks inside: segments, forward and backward, with factors that all lie in [0, 1]
-    OpenWkv  somebody does: N and D themselves, as one state of two, in float64, which holds e^{k} up to |k| = 700
+    wkv      where no hook is inside the scan: segments, forward and backward, with factors that all lie in [0, 1]
+    OpenWkv  where one is: N and D themselves, as one state of two, in float64, which holds e^{k} up to |k| = 700
 
 A masked position (mask False) passes the state on as it is.
 """
@@ -29,7 +29,8 @@ from gatedlens.errors import InputError
 from gatedlens.recurrence.scanning import SEGMENT_ELEMENTS, SEGMENT_ELEMENTS_GRAD, _segments, linear_scan
 from gatedlens.recurrence.transforms import anywhere, gradients, has_old_axis, transformed
 
-NOTHING = -1e38  # the maximum of an empty past
+# The maximum of an empty past. Not -inf: a first position that is masked would give -inf - (-inf), which is NaN.
+NOTHING = -1e38
 LARGEST_KEY = 700.0  # e^700 is still a float64
 TINY = 1e-304  # e^-700
 
@@ -44,10 +45,14 @@ class Carry(NamedTuple):
 
 def _running_max(log_decay: Tensor, key: Tensor, start: Tensor) -> Tensor:
     """max_t = max(max_{t-1} + log_decay_t, key_t), at every position."""
-    return _maxima(log_decay, key, start) if torch.compiler.is_compiling() else _march_max(log_decay, key, start)
+    return (
+        _running_max_operator(log_decay, key, start)
+        if torch.compiler.is_compiling()
+        else _running_max_loop(log_decay, key, start)
+    )
 
 
-def _march_max(log_decay: Tensor, key: Tensor, start: Tensor) -> Tensor:
+def _running_max_loop(log_decay: Tensor, key: Tensor, start: Tensor) -> Tensor:
     maxima = []
     for w, k in zip(log_decay.unbind(1), key.unbind(1), strict=True):
         start = torch.maximum(start + w, k)
@@ -58,22 +63,22 @@ def _march_max(log_decay: Tensor, key: Tensor, start: Tensor) -> Tensor:
 @torch.library.custom_op(
     "gatedlens::running_max", mutates_args=(), schema="(Tensor log_decay, Tensor key, Tensor start) -> Tensor"
 )
-def _maxima(log_decay: Tensor, key: Tensor, start: Tensor) -> Tensor:
+def _running_max_operator(log_decay: Tensor, key: Tensor, start: Tensor) -> Tensor:
     """For torch.compile: one node of its graph, whatever the length."""
-    return _march_max(log_decay, key, start)
+    return _running_max_loop(log_decay, key, start)
 
 
-@_maxima.register_fake
+@_running_max_operator.register_fake
 def _(log_decay: Tensor, key: Tensor, start: Tensor) -> Tensor:
     return torch.empty_like(key, memory_format=torch.contiguous_format)
 
 
-def _behind(start: Tensor, steps: Tensor) -> Tensor:
+def _before_each(start: Tensor, steps: Tensor) -> Tensor:
     """What each position finds: `start`, then the steps before it."""
     return torch.cat([start.unsqueeze(1), steps[:, :-1]], dim=1)
 
 
-class _Pieces(NamedTuple):
+class _Segment(NamedTuple):
     """A segment's intermediates, [b, l, c]; `past_state` [b, l, 2, c] is the (num, den) that each position finds."""
 
     decay: Tensor  # e^{max_{t-1} + w - max_t}
@@ -88,41 +93,46 @@ class _Pieces(NamedTuple):
 
 def _segment(
     mask: Tensor | None, k: Tensor, v: Tensor, w: Tensor, u: Tensor, num: Tensor, den: Tensor, top: Tensor
-) -> _Pieces:
+) -> _Segment:
     """The recurrence over some positions after the carry; differentiable, with every maximum held fixed."""
     writes, log_decay = k, w.expand_as(k)
     if mask is not None:
+        # A masked position writes e^-inf = 0 and decays by e^0 = 1, so that maximum, num and den stay what they are.
         writes, log_decay = k.masked_fill(~mask.unsqueeze(-1), -torch.inf), w * mask.unsqueeze(-1)
     maxima = _running_max(log_decay.detach(), writes.detach(), top.detach())
-    before = _behind(top, maxima)
+    # `top` itself is not detached: the gradient of the carry's maximum is that of the num and den that it scales.
+    before = _before_each(top, maxima)
     decay = torch.exp(before + log_decay - maxima)
     weight = torch.exp(writes - maxima)
+    # num and den have the same decay: one scan of two states. The axis of the two stands before that of the channels.
     start = torch.stack([num, den], dim=1)
     states = linear_scan(decay.unsqueeze(2).expand(-1, -1, 2, -1), torch.stack([weight * v, weight], dim=2), start)
-    past_state = _behind(start, states)
+    past_state = _before_each(start, states)
     past, present = _exponentials(before, u + k)
     total = past * past_state[:, :, 1] + present
     scan = (past * past_state[:, :, 0] + present * v) / total
     num, den = states[:, -1].unbind(1)
-    return _Pieces(decay, weight, past, present, past_state, total, scan, (num, den, maxima[:, -1]))
+    return _Segment(decay, weight, past, present, past_state, total, scan, (num, den, maxima[:, -1]))
 
 
 def _exponentials(top: Tensor, bonus: Tensor) -> tuple[Tensor, Tensor]:
-    """e^top and e^bonus, relative to the larger."""
+    """e^top and e^bonus, relative to the larger; a quotient of sums of both does not depend on it, so it is held fixed."""
     largest = torch.maximum(top.detach(), bonus.detach())
     return torch.exp(top - largest), torch.exp(bonus - largest)
 
 
-def _backward(p: _Pieces, v: Tensor, grad_scan: Tensor, grad_state: Tensor) -> tuple[Tensor, ...]:
+def _backward(p: _Segment, v: Tensor, grad_scan: Tensor, grad_state: Tensor) -> tuple[Tensor, ...]:
     """Gradients of a segment by hand, maxima held fixed: of v, of u + k, of k as written, of w (all [b, l, c]), of the
     state before [b, 2, c] and of the maximum before [b, c]; `grad_state` [b, 2, c] is that of the state after.
 
     scan = (past num + present v) / total, and from the end g_t = d scan_{t+1} / d state_t + decay_{t+1} g_{t+1}.
     """
+    # The quotient rule: d scan / d num = past / total and d scan / d den = -past scan / total; likewise for `present`.
     per_total = grad_scan / p.total
     bonus = p.present * per_total
     read = p.past * per_total
     reads = torch.stack([read, -read * p.scan], dim=2)
+    # flows[:, t] is the gradient of the state after position t. addcmul writes each into its place: no tensor is made a step.
     flows = torch.empty_like(reads)
     flows[:, -1] = grad_state
     steps = list(zip(flows.unbind(1), p.decay.unsqueeze(2).unbind(1), reads.unbind(1), strict=True))
@@ -131,8 +141,10 @@ def _backward(p: _Pieces, v: Tensor, grad_scan: Tensor, grad_state: Tensor) -> t
         torch.addcmul(grad, decay, flow, out=steps[t - 1][0])
     flow, decay, grad = steps[0]
     onward = torch.addcmul(grad, decay, flow)
+    # decay and weight are exponentials: the gradient of an exponent is that of the exponential times its value.
     num_flow, den_flow = flows.unbind(2)
     grad_decay = (p.past_state * flows).sum(2).mul_(p.decay)
+    # The carry's maximum is in the decay and in the past of the first position; the later maxima are held fixed.
     grad_top = grad_decay[:, 0] + (p.past_state[:, 0] * reads[:, 0]).sum(1)
     grad_written = torch.addcmul(den_flow, num_flow, v).mul_(p.weight)
     return torch.addcmul(bonus, p.weight, num_flow), bonus * (v - p.scan), grad_written, grad_decay, onward, grad_top
@@ -151,9 +163,9 @@ class SegmentedWkv(Function):
         scan, starts = torch.empty_like(k), []
         for part in slices:
             starts += carry
-            pieces = _segment(_part(mask, part), k[:, part], v[:, part], w, u, *carry)
-            scan[:, part] = pieces.scan
-            carry = [t.clone() for t in pieces.carry]  # a view would keep the segment's states alive
+            segment = _segment(_part(mask, part), k[:, part], v[:, part], w, u, *carry)
+            scan[:, part] = segment.scan
+            carry = [t.clone() for t in segment.carry]  # a view would keep the segment's states alive
         ctx.slices = slices
         ctx.save_for_backward(mask, k, v, w, u, *starts)
         ctx.mark_non_differentiable(carry[2])
@@ -162,11 +174,13 @@ class SegmentedWkv(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         whole, k, v, w, u, *starts = ctx.saved_tensors
-        if torch.is_grad_enabled() or transformed() or has_old_axis(*grads):  # in one piece, without buffers
+        if torch.is_grad_enabled() or transformed() or has_old_axis(*grads):
+            # The loop below writes into buffers, which no second derivative passes, and which lack an axis that a transform or
+            # a batch of gradients hides. These go through the whole sequence in one segment of differentiable operations.
 
             def run(*given: Tensor) -> tuple[Tensor, ...]:
-                pieces = _segment(whole, *given)
-                return pieces.scan, *pieces.carry[:2]
+                segment = _segment(whole, *given)
+                return segment.scan, *segment.carry[:2]
 
             return None, *gradients(run, (k, v, w, u, *starts[:3]), grads[:3])
         grad_scan, grad_num, grad_den, _ = grads
@@ -176,10 +190,10 @@ class SegmentedWkv(Function):
         for i in reversed(range(len(ctx.slices))):
             part = ctx.slices[i]
             mask, k_part, v_part = _part(whole, part), k[:, part], v[:, part]
-            pieces = _segment(mask, k_part, v_part, w, u, *starts[3 * i : 3 * i + 3])
+            segment = _segment(mask, k_part, v_part, w, u, *starts[3 * i : 3 * i + 3])
             # The gradient of an inner maximum is dropped: it is held fixed. That of the first one is the carry's.
             grad_v[:, part], bonus, written, decay, grad_state, grad_top = _backward(
-                pieces, v_part, grad_scan[:, part], grad_state
+                segment, v_part, grad_scan[:, part], grad_state
             )
             grad_k[:, part] = bonus + written
             grad_u += bonus.sum((0, 1))
@@ -202,24 +216,26 @@ def wkv(
     """`scan, carry = wkv(k, v, w, u, mask, carry)`; O(b c) memory beyond inputs and output without gradients."""
     compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
     followed = grad and any(t.requires_grad for t in (k, v, w, u, *carry))
-    if followed if compiling else transformed():
-        pieces = _segment(mask, k, v, w, u, *carry)
-        return pieces.scan, Carry(*(t.clone() for t in pieces.carry))
+    # Under a transform, and where torch.compile follows gradients: only differentiable operations, the sequence in one segment.
+    one_segment = followed if compiling else transformed()
+    if one_segment:
+        segment = _segment(mask, k, v, w, u, *carry)
+        return segment.scan, Carry(*(t.clone() for t in segment.carry))
     if compiling:
-        scan, *rest = _wkv(k, v, w, u, mask, *carry)
+        scan, *rest = _wkv_operator(k, v, w, u, mask, *carry)
         return scan, Carry(*rest)
     if followed:
         scan, *rest = SegmentedWkv.apply(mask, k, v, w, u, *carry)
         return scan, Carry(*rest)
-    return _lean(k, v, w, u, mask, carry)
+    return _segmented(k, v, w, u, mask, carry)
 
 
-def _lean(k: Tensor, v: Tensor, w: Tensor, u: Tensor, mask: Tensor | None, carry: Carry) -> tuple[Tensor, Carry]:
+def _segmented(k: Tensor, v: Tensor, w: Tensor, u: Tensor, mask: Tensor | None, carry: Carry) -> tuple[Tensor, Carry]:
     """Without gradients: one segment at a time."""
     scan = torch.empty_like(v)
     for part in _segments(k.shape[1], k[:, 0].numel(), SEGMENT_ELEMENTS):
-        pieces = _segment(_part(mask, part), k[:, part], v[:, part], w, u, *carry)
-        scan[:, part], carry = pieces.scan, Carry(*pieces.carry)
+        segment = _segment(_part(mask, part), k[:, part], v[:, part], w, u, *carry)
+        scan[:, part], carry = segment.scan, Carry(*segment.carry)
     return scan, carry
 
 
@@ -229,15 +245,15 @@ def _lean(k: Tensor, v: Tensor, w: Tensor, u: Tensor, mask: Tensor | None, carry
     schema="(Tensor k, Tensor v, Tensor w, Tensor u, Tensor? mask, Tensor num, Tensor den, Tensor top)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _wkv(
+def _wkv_operator(
     k: Tensor, v: Tensor, w: Tensor, u: Tensor, mask: Tensor | None, num: Tensor, den: Tensor, top: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For torch.compile: one node of its graph, whatever the length."""
-    scan, carry = _lean(k, v, w, u, mask, Carry(num, den, top))
+    scan, carry = _segmented(k, v, w, u, mask, Carry(num, den, top))
     return scan, *(t.clone() for t in carry)  # type: ignore[return-value]
 
 
-@_wkv.register_fake
+@_wkv_operator.register_fake
 def _(
     k: Tensor, v: Tensor, w: Tensor, u: Tensor, mask: Tensor | None, num: Tensor, den: Tensor, top: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -264,12 +280,13 @@ class OpenWkv:
         mask: Bool[Tensor, "batch pos"] | None,
         carry: Carry,
     ):
-        self.wide = v.dtype
+        self.out_dtype = v.dtype
         self.k, self.v, self.w, self.u, self.num0, self.den0, top = (t.double() for t in (k, v, w, u, *carry))
-        self.top = top.clamp(min=-LARGEST_KEY)  # a smaller one is nothing, in float64 as well
+        # NOTHING and whatever else is below is an empty past: e^-700 is still a normal float64, so e^-top below is finite.
+        self.top = top.clamp(min=-LARGEST_KEY)
         self.mask = mask
 
-    def _true(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    def _exp_in_range(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """e^x, or an error where float64 does not hold it."""
         if anywhere(x > LARGEST_KEY):
             raise InputError(
@@ -279,12 +296,12 @@ class OpenWkv:
         return x.exp()
 
     @cached_property
-    def untouched_start(self) -> Float[Tensor, "batch channel two"]:
-        return torch.stack([self.num0, self.den0], dim=-1) * self._true(self.top).unsqueeze(-1)
+    def given_start(self) -> Float[Tensor, "batch channel two"]:
+        return torch.stack([self.num0, self.den0], dim=-1) * self._exp_in_range(self.top).unsqueeze(-1)
 
     @cached_property
     def state_start(self) -> Float[Tensor, "batch channel two"]:
-        return self.untouched_start
+        return self.given_start
 
     @cached_property
     def decay(self) -> Float[Tensor, "batch pos channel two"]:
@@ -293,7 +310,7 @@ class OpenWkv:
 
     @cached_property
     def write(self) -> Float[Tensor, "batch pos channel two"]:
-        weight = self._true(self.k)
+        weight = self._exp_in_range(self.k)
         write = torch.stack([weight * self.v, weight], dim=-1)
         return write if self.mask is None else write * self.mask[:, :, None, None]
 
@@ -301,6 +318,7 @@ class OpenWkv:
     def states(self) -> Float[Tensor, "batch pos channel two"]:
         return linear_scan(self.decay, self.write, self.state_start)
 
+    # A hook edits `state`; `states` is what the recurrence gave. `last` is made of `states`: an edit does not reach the carry.
     @cached_property
     def state(self) -> Float[Tensor, "batch pos channel two"]:
         return self.states
@@ -308,7 +326,7 @@ class OpenWkv:
     @cached_property
     def top_start(self) -> Float[Tensor, "batch channel"]:
         """The maximum that came with the carry; a start that was edited brings its own."""
-        den, given = self.state_start[..., 1], self.untouched_start[..., 1]
+        den, given = self.state_start[..., 1], self.given_start[..., 1]
         return torch.where(den == given, self.top, den.abs().clamp(min=TINY).log())
 
     @cached_property
@@ -316,29 +334,30 @@ class OpenWkv:
         """max_t = max(max_{t-1} + log decay_t, log of the denominator's write_t, which is k_t unless it was edited)."""
         log_decay = self.decay[..., 1].abs().clamp(min=TINY).log()
         top = _running_max(log_decay, self.write[..., 1].abs().clamp(min=TINY).log(), self.top_start)
-        return top.to(self.wide).double()  # rounded before num and den are taken relative to it, not after
+        return top.to(self.out_dtype).double()  # rounded before num and den are taken relative to it, not after
 
     @cached_property
     def num(self) -> Float[Tensor, "batch pos channel"]:
-        return (self.state[..., 0] * torch.exp(-self.running_max)).to(self.wide)
+        return (self.state[..., 0] * torch.exp(-self.running_max)).to(self.out_dtype)
 
     @cached_property
     def den(self) -> Float[Tensor, "batch pos channel"]:
-        return (self.state[..., 1] * torch.exp(-self.running_max)).to(self.wide)
+        return (self.state[..., 1] * torch.exp(-self.running_max)).to(self.out_dtype)
 
     @cached_property
     def max(self) -> Float[Tensor, "batch pos channel"]:
-        return self.running_max.to(self.wide)
+        return self.running_max.to(self.out_dtype)
 
     @cached_property
     def scan(self) -> Float[Tensor, "batch pos channel"]:
+        # From num, den and max, not from state: these are made of it, so an edit of any of the four reaches the readout.
         num, den = (self.state_start * torch.exp(-self.top_start).unsqueeze(-1)).unbind(-1)
-        num, den = _behind(num, self.num.double()), _behind(den, self.den.double())
-        past, present = _exponentials(_behind(self.top_start, self.max.double()), self.u + self.k)
-        return ((past * num + present * self.v) / (past * den + present)).to(self.wide)
+        num, den = _before_each(num, self.num.double()), _before_each(den, self.den.double())
+        past, present = _exponentials(_before_each(self.top_start, self.max.double()), self.u + self.k)
+        return ((past * num + present * self.v) / (past * den + present)).to(self.out_dtype)
 
     @cached_property
     def last(self) -> Carry:
         top = self.running_max[:, -1]
         num, den = (self.states[:, -1] * torch.exp(-top).unsqueeze(-1)).unbind(-1)
-        return Carry(*(t.to(self.wide) for t in (num, den, top)))
+        return Carry(*(t.to(self.out_dtype) for t in (num, den, top)))
