@@ -26,11 +26,13 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gatedlens.address.entries import Index
 from gatedlens.address.layers import layer_of
 from gatedlens.address.positions import Positions, one_a_row
 from gatedlens.attention.contributions import Contributions
 from gatedlens.attention.limits import AT_ONCE, DENSE_LIMIT
 from gatedlens.errors import InputError, PointError, did_you_mean
+from gatedlens.model.base import HookedModel
 from gatedlens.model.cache import ActivationCache
 from gatedlens.model.memory import afford
 from gatedlens.model.padding import Padding
@@ -64,7 +66,7 @@ class ImplicitAttention:
 
     branches: tuple[Factors, ...]
     padding: Padding
-    model: Any
+    model: HookedModel
     layer: int
     tokens: Tensor | None = None
     parts: tuple[str, ...] = NAMES
@@ -178,11 +180,11 @@ class ImplicitAttention:
 
     @torch.no_grad()
     def check(self) -> Check:
-        """`A.check()`: a Check, How exactly the operator of all factors reconstructs what the layer computed (masked
-        positions left out), and
-        `row`, `column`, `.T`, `weighted` (so `mean`) and `dense` of this operator say what `@` does, on random inputs.
+        """`A.check()`: a Check: how exactly the operator of all factors reconstructs what the layer computed.
 
-        The matrices of a few channels are compared, where they hold less than 2^24 numbers.
+        Masked positions are left out. Also how exactly `row`, `column`, `.T`, `weighted` (so `mean`) and `dense` of this
+        operator say what `@` does, on random inputs: `weighted` and `dense` for a few channels, where their matrices hold
+        no more than 2^24 numbers.
         """
         o = self.padding.spread(self._sum(lambda branch, turn: turn(branch.factors.o)))
         return worst([_off(replace(self, parts=NAMES).output(), o), *(_off(*pair) for pair in self._views())])
@@ -222,7 +224,7 @@ class ImplicitAttention:
 
     # -- parts of the matrix -------------------------------------------------------------------------------------
 
-    def row(self, i: Any) -> Float[Tensor, "batch channel src"]:
+    def row(self, i: Positions) -> Float[Tensor, "batch channel src"]:
         """A[i, :] for every channel: what position i reads from each place. `row(-1)`: of each row's last.
 
         i counts a row's real positions; one for all, or one a row (`positions.py`). The places are those of the input.
@@ -261,7 +263,7 @@ class ImplicitAttention:
         basis[torch.arange(len(place), device=place.device), place] = 1
         return self._apply(basis, transposed=False)
 
-    def column(self, j: Any) -> Float[Tensor, "batch channel dst"]:
+    def column(self, j: Positions) -> Float[Tensor, "batch channel dst"]:
         """`A.column(0)`: [batch, channel, dst], A[:, j] for every channel: where position j's input goes; j as in `row`."""
         return self.T.at(self.place(j, "column"))
 
@@ -277,7 +279,7 @@ class ImplicitAttention:
     @checked
     @labelled("attention (of one channel)")
     def dense(
-        self, channels: Any = None, max_bytes: int | None = DENSE_LIMIT
+        self, channels: Index | None = None, max_bytes: int | None = DENSE_LIMIT
     ) -> Float[Tensor, "batch channel dst src"]:
         """`A.dense(channels=[0, 5])`: [batch, channel, dst, src], the matrix of each channel (of `channels`, all if None).
         Refuses more than `max_bytes`.
@@ -327,7 +329,7 @@ class ImplicitAttention:
             total = total + torch.linalg.vector_norm(dense, ord=1, dim=1)
         return total / channels
 
-    def select(self, channels: Any) -> ImplicitAttention:
+    def select(self, channels: Index) -> ImplicitAttention:
         """`A.select([0, 5])`: the operator of some channels."""
         chosen = _channels(channels, self.shape[2])
         return replace(self, branches=tuple(factors.select(chosen) for factors in self.branches))

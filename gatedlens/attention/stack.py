@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -40,6 +40,12 @@ from gatedlens.result.labelled_tensor import labelled, with_label
 INSTEAD = (
     "Ask for fewer layers (`stack[2:5]`), for `stack[layer].row(i)` or `@ x`, for fewer positions, or raise max_bytes."
 )
+
+# What an attention is derived from. For type checkers alone: whoever passes something else gets the error of the function.
+if TYPE_CHECKING:
+    Source: TypeAlias = HookedModel | ActivationCache
+else:
+    Source = Any
 
 
 @dataclass(frozen=True)
@@ -217,17 +223,19 @@ def _abs_mean(attention: ImplicitAttention) -> Tensor:
 
 @overload
 def implicit_attention(
-    source: Any, input: Input | None = None, *, layer: None = None, layers: Layers = None, **options: Any
+    source: Source, input: Input | None = None, *, layer: None = None, layers: Layers = None, **options: Any
 ) -> AttentionStack: ...
 
 
 @overload
-def implicit_attention(source: Any, input: Input | None = None, *, layer: Any, **options: Any) -> ImplicitAttention: ...
+def implicit_attention(
+    source: Source, input: Input | None = None, *, layer: int, **options: Any
+) -> ImplicitAttention: ...
 
 
 def implicit_attention(
-    source: Any, input: Input | None = None, *, layer: Any = None, layers: Layers = None, **options: Any
-) -> Any:
+    source: Source, input: Input | None = None, *, layer: Layers = None, layers: Layers = None, **options: Any
+) -> ImplicitAttention | AttentionStack:
     """`gl.implicit_attention(model, "The cat sat on the mat", layer=3)`, or `gl.implicit_attention(cache, layer=3)`.
 
     With `layer` the ImplicitAttention of one layer; without it the AttentionStack of `layers` (see `layers.py`; None: all).
