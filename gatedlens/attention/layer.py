@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -32,7 +32,6 @@ from gatedlens.address.positions import Positions, one_a_row
 from gatedlens.attention.contributions import Contributions
 from gatedlens.attention.limits import AT_ONCE, DENSE_LIMIT
 from gatedlens.errors import InputError, PointError, did_you_mean
-from gatedlens.model.base import HookedModel
 from gatedlens.model.cache import ActivationCache
 from gatedlens.model.memory import afford
 from gatedlens.model.padding import Padding
@@ -41,6 +40,12 @@ from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.factors import NAMES, Factors
 from gatedlens.recurrence.operator import Branch, branch_of
 from gatedlens.result.labelled_tensor import labelled
+
+# For type checkers alone: an operator made of factors of one's own has no model, and most of it works without one.
+if TYPE_CHECKING:
+    from gatedlens.model.base import HookedModel
+else:
+    HookedModel = Any
 
 INSTEAD = (
     "Ask for row(i), column(j) or `@ x`, which grow with the positions alone, for fewer positions, or raise max_bytes."
