@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatedlens.attribution.empty_input import baseline_of
+from gatedlens.attribution.empty_input import Baseline, baseline_of
 from gatedlens.attribution.question import Question
 from gatedlens.attribution.scores import Attribution
+from gatedlens.attribution.target import Asked
 from gatedlens.errors import InputError
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
@@ -35,7 +36,7 @@ def _captum() -> Any:
 
 @checked
 def grad_x_input(
-    model: HookedModel, input: Input, target: Any = None, *, attention_mask: Tensor | None = None
+    model: HookedModel, input: Input, target: Asked = None, *, attention_mask: Tensor | None = None
 ) -> Attribution:
     """`gl.attribution.grad_x_input(model, text)`: x . d number / d x: the first-order share of each token. Shrikumar et
     al. 2016 (arXiv 1605.01713).
@@ -51,9 +52,9 @@ def grad_x_input(
 def integrated_gradients(
     model: HookedModel,
     input: Input,
-    target: Any = None,
+    target: Asked = None,
     *,
-    baseline: Any = None,
+    baseline: Baseline = None,
     n_steps: Any = 50,
     batch_size: int = 32,
     attention_mask: Tensor | None = None,
@@ -87,7 +88,7 @@ def integrated_gradients(
 def smoothgrad(
     model: HookedModel,
     input: Input,
-    target: Any = None,
+    target: Asked = None,
     *,
     n_samples: Any = 25,
     noise: int | float = 0.1,

@@ -17,6 +17,7 @@ from typing import Any
 
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.evaluation.bootstrap import Estimate
+from gatedlens.foreign import DataFrame
 
 
 class ScoreTable:
@@ -53,7 +54,7 @@ class ScoreTable:
 
     # -- as something else ---------------------------------------------------------------------------------------
 
-    def to_dataframe(self) -> Any:
+    def to_dataframe(self) -> DataFrame:
         """`table.to_dataframe()`: a pandas DataFrame: one row a method and column, with value, low and high."""
         import pandas
 

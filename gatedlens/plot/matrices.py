@@ -26,6 +26,7 @@ from gatedlens.attention.contributions import Contributions
 from gatedlens.attention.layer import ImplicitAttention
 from gatedlens.attention.stack import AttentionStack
 from gatedlens.errors import InputError
+from gatedlens.foreign import Axes, Figure
 from gatedlens.model.cache import ActivationCache
 from gatedlens.model.image import Grid
 from gatedlens.options import checked
@@ -127,8 +128,8 @@ def heatmap(
     tokens: Sequence[str] | None = None,
     title: str = "Implicit attention",
     value: str | None = None,
-    ax: Any = None,
-) -> Any:
+    ax: Axes | None = None,
+) -> Figure:
     """`gl.plot.heatmap(A.mean()[0], tokens)`: a [dst, src] matrix with token labels; signed values are centred on white.
 
     matrix: an ImplicitAttention is drawn as its mean over channels, with its own tokens (give a matrix for another row of
@@ -149,7 +150,8 @@ def heatmap(
         label_axis(ax.set_xticks, names, rotation=90, fontsize=small, family="monospace")
         label_axis(ax.set_yticks, names, fontsize=small, family="monospace")
     colour_bar(image, ax, value or label_of(data) or UNSAID)
-    return ax.figure
+    figure: Any = ax.figure
+    return figure
 
 
 @checked
@@ -158,7 +160,7 @@ def layers(
     tokens: Sequence[str] | None = None,
     title: str = "Implicit attention by layer",
     **style: Any,
-) -> Any:
+) -> Figure:
     """`gl.plot.layers({0: A0, 1: A1}, tokens)`: one heat map a layer, side by side. Returns the matplotlib Figure.
 
     matrices: a matrix by layer (or by any name), or a stack, each layer of which is drawn as its mean over channels.
@@ -204,7 +206,7 @@ def panels(rows: int, columns: int, size: float = 5.0) -> tuple[Any, Any]:
 
 
 @checked
-def image(pixels: Any, title: str = "", ax: Any = None) -> Any:
+def image(pixels: Any, title: str = "", ax: Axes | None = None) -> Figure:
     """`gl.plot.image(images[0])`: an image [channel height width] as a model reads it, stretched to its own range.
 
     Returns the matplotlib Figure (that of `ax` if given).
@@ -218,7 +220,8 @@ def image(pixels: Any, title: str = "", ax: Any = None) -> Any:
     ax.imshow(data[0] if len(data) == 1 else data.permute(1, 2, 0), cmap="gray")
     plain(ax.set_title(title))
     ax.set_axis_off()
-    return ax.figure
+    figure: Any = ax.figure
+    return figure
 
 
 @checked
@@ -229,8 +232,8 @@ def over_image(
     title: str = "Implicit attention over the image",
     value: str | None = None,
     alpha: float = 0.55,
-    ax: Any = None,
-) -> Any:
+    ax: Axes | None = None,
+) -> Figure:
     """`gl.plot.over_image(A.mean()[0, model.grid.cls[0]], images[0], model.grid)`: a row as a map over its image.
 
     row: one number a position ([pos]: class tokens are left out) or a patch ([row, column]). image: the tensor
@@ -260,7 +263,8 @@ def over_image(
     plain(ax.set_title(title))
     ax.set_axis_off()
     colour_bar(colours, ax, value or label_of(row) or UNSAID)
-    return ax.figure
+    figure: Any = ax.figure
+    return figure
 
 
 def _map(row: Any, grid: Grid) -> Tensor:
@@ -311,8 +315,8 @@ def visible(pixels: Tensor) -> Tensor:
 
 @checked
 def activation(
-    cache: ActivationCache, key: Any, tokens: Sequence[str] | None = None, row: int = 0, ax: Any = None
-) -> Any:
+    cache: ActivationCache, key: Any, tokens: Sequence[str] | None = None, row: int = 0, ax: Axes | None = None
+) -> Figure:
     """`gl.plot.activation(cache, ("dt", 3), tokens)`: a cached activation of one row of the batch, as a heat map.
 
     Titles come from the point's own row: its name, its equation, its axes. Of an activation with more than two axes
@@ -340,7 +344,8 @@ def activation(
         label_axis(ax.set_yticks, [label(token) for token in tokens], fontsize=7, family="monospace")
     what = f"mean over {' and '.join(axes[2:])}" if len(axes) > 2 else point.leaf.removeprefix("hook_")
     colour_bar(shown, ax, what)
-    return ax.figure
+    figure: Any = ax.figure
+    return figure
 
 
 class Html:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.files import Fields, is_number, read_json, write_json, write_whole
+from gatedlens.foreign import Axes, DataFrame, Figure
 from gatedlens.options import checked
 from gatedlens.result.rounding import figures
 from gatedlens.result.tensorlike import Tensorlike
@@ -146,7 +147,7 @@ class Result(Tensorlike):
 
     # -- as something else ---------------------------------------------------------------------------------------
 
-    def to_dataframe(self) -> Any:
+    def to_dataframe(self) -> DataFrame:
         """`result.to_dataframe()`: a pandas DataFrame: one row a cell, a column an axis (and one for its labels), and
         `value`.
         """
@@ -221,7 +222,7 @@ class Result(Tensorlike):
         """`Result.load("sweep.json")`: what `save` wrote as JSON; InputError for any other file."""
         return cls.from_dict(read_json(path, "result"), path)
 
-    def plot(self, ax: Any = None) -> Any:
+    def plot(self, ax: Axes | None = None) -> Figure:
         """`result.plot()`: a matplotlib Figure: bars for one axis, a heat map for two, one heat map an entry of the first
         for three.
         """

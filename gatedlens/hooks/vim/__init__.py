@@ -454,7 +454,7 @@ class HookedViM(HookedModel):
             return Batch(self._check_resid(input), is_resid=True), rest
         return Batch(self._check_images(input)), rest
 
-    def _check_images(self, input: Input) -> Float[Tensor, "batch channels height width"]:
+    def _check_images(self, input: Input | None) -> Float[Tensor, "batch channels height width"]:
         if not isinstance(input, Tensor):
             images = list(input) if isinstance(input, Sequence) and not isinstance(input, str) else [input]
             if not images:
