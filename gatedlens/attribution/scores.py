@@ -112,7 +112,9 @@ class Attribution(Result):
         return ranks
 
     def plot(self, ax: Axes | None = None, row: int = 0) -> Figure | Html:  # type: ignore[override]
-        """`found.plot(row=0)`: the text with each token coloured by its score (`plot.Html`), or a map over the image (a Figure)."""
+        """`found.plot(row=0)`: the text with each token coloured by its score (`plot.Html`), or a map over the image (a
+        Figure).
+        """
         from gatedlens import plot
 
         if self.axes not in (TEXT, IMAGE):
