@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -49,6 +49,12 @@ MERGES: dict[str, Callable[[list[float]], float]] = {
 Labels = Sequence[str] | Mapping[str, str]
 Spans = Sequence[tuple[int, int]]
 
+# For editors and type checkers: whoever passes something else gets the error of `label_tokens`.
+if TYPE_CHECKING:
+    LanguageModel: TypeAlias = HookedLanguageModel
+else:
+    LanguageModel = Any
+
 
 @dataclass(frozen=True)
 class Shot:
@@ -60,7 +66,10 @@ class Shot:
 
     @checked
     def rationale(self, template: str = RATIONALE, comma: str = COMMA) -> str:
-        """The template filled, with `comma` between words; empty if there are none."""
+        """`shot.rationale()`: the template filled with its words and label; empty if it has no words.
+
+        template: may hold {words} and {label}; comma: what stands between words. InputError for another name in braces.
+        """
         return fill(template, words=comma.join(self.words), label=self.label) if self.words else ""
 
 
@@ -70,9 +79,19 @@ class Shot:
 @checked
 @torch.no_grad()
 def probabilities(
-    model: Any, texts: Sequence[str], labels: Labels, ask: str = ASK, batch_size: int = 16, progress: bool = True
+    model: LanguageModel,
+    texts: Sequence[str],
+    labels: Labels,
+    ask: str = ASK,
+    batch_size: int = 16,
+    progress: bool = True,
 ) -> Float[Tensor, "text label"]:
-    """P(label | text, it is one of the labels): the softmax over the labels' logits at the end of `ask`."""
+    """`gl.amplify.probabilities(model, texts, ["positive", "negative"])`: [text, label].
+
+    P(label | text, it is one of the labels): the softmax over the labels' logits at the end of `ask`, a template with {text}. labels: texts of one token each, or a dict
+    label -> text of its token. InputError for no texts, fewer than two labels, a label that is no single token, a batch_size
+    below 1, and a model that is no language model.
+    """
     ids = list(label_tokens(model, labels).values())
     if isinstance(texts, str) or not texts:
         raise InputError(f"texts={texts!r}: give a list of at least one text.")
@@ -88,7 +107,12 @@ def probabilities(
 
 @checked
 def misclassification(p: Float[Tensor, "text label"], right: Sequence[int]) -> Float[Tensor, " text"]:
-    """The misclassification confidence score: the largest p of a wrong label minus p of the right one, -1 to 1."""
+    """`gl.amplify.misclassification(p, right)`: how surely each text is classified wrongly, [text], -1 to 1.
+
+    The misclassification confidence score: the largest p of a wrong label minus p of the right one. p: `probabilities`; right:
+    the number of the right label of each text. InputError for another number of them, or one that is no label. Krishna et al.
+    2023 (AMPLIFY, arXiv 2305.11426).
+    """
     right = [int(y) for y in right]
     if len(right) != len(p) or p.shape[1] < 2 or not all(0 <= y < p.shape[1] for y in right):
         raise InputError(f"right={right}: one of 0 to {p.shape[1] - 1} for each of {len(p)} texts, two labels or more.")
@@ -100,9 +124,10 @@ def misclassification(p: Float[Tensor, "text label"], right: Sequence[int]) -> F
 def select(
     p: Float[Tensor, "text label"], right: Sequence[int], n: int, among: Sequence[int] | None = None
 ) -> list[int]:
-    """The `n` texts with the highest misclassification confidence, highest first; ties keep their order.
+    """`gl.amplify.select(p, right, n=4)`: the numbers of the `n` texts with the highest misclassification confidence.
 
-    among: the texts to choose from. The paper takes those that the model to be prompted gets wrong.
+    Highest first; ties keep their order. among: the texts to choose from. The paper takes those that the model to be prompted
+    gets wrong. InputError for more texts than there are, or one that is none; and as of `misclassification`.
     """
     scores = misclassification(p, right)
     pool = list(range(len(p))) if among is None else list(among)
@@ -116,7 +141,7 @@ def select(
 
 @checked
 def explain(
-    model: Any,
+    model: LanguageModel,
     text: str,
     label: str,
     labels: Labels,
@@ -126,8 +151,12 @@ def explain(
     merge: str = "mean",
     **options: Any,
 ) -> Shot:
-    """The shot of a text: `method` (a name, or a function like those of `gl.attribution`) explains the label's logit at the
-    end of `ask`; of the text's own words the `k` with the highest scores are kept. options: the method's."""
+    """`gl.amplify.explain(proxy, text, "positive", labels, k=3, method="lrp")`: the Shot of a text, with its key words.
+
+    `method` (a name, or a function like those of `gl.attribution`) explains the label's logit at the end of `ask`; of the text's
+    own words the `k` with the highest scores are kept. merge: how the scores of a word's tokens become the word's, see
+    `word_scores`. options: the method's. InputError for a label that is none of `labels`, and a tokenizer that is not fast.
+    """
     tokens = label_tokens(model, labels)
     if label not in tokens:
         raise InputError(f"label={label!r} is none of {list(tokens)}.{did_you_mean(label, tokens)}")
@@ -141,8 +170,11 @@ def explain(
 
 
 @checked
-def token_spans(model: Any, text: str) -> list[tuple[int, int]]:
-    """Where each token of `model.to_tokens(text)` stands in the text, as characters [start, end); empty for special ones."""
+def token_spans(model: LanguageModel, text: str) -> list[tuple[int, int]]:
+    """`gl.amplify.token_spans(model, text)`: where each token stands in the text, as characters [start, end).
+
+    The tokens are those of `model.to_tokens(text)`; a special one is (0, 0). InputError for a tokenizer that is not fast.
+    """
     if not getattr(model.tokenizer, "is_fast", False):
         raise InputError("Merging tokens to words needs a fast tokenizer (transformers' *Fast): it knows their places.")
     spans = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
@@ -152,10 +184,11 @@ def token_spans(model: Any, text: str) -> list[tuple[int, int]]:
 
 @checked
 def word_scores(text: str, spans: Spans, scores: Sequence[float], merge: str = "mean") -> list[tuple[str, float]]:
-    """[(word, score)] in the order of the text, of the scores of its tokens.
+    """`gl.amplify.word_scores(text, spans, scores, merge="mean")`: [(word, score)] in the order of the text.
 
     A token belongs to the word that holds most of its characters, one without any (punctuation, white space, special
-    tokens) to none. merge: "mean" (the paper's), "sum", "max". Words that no token stands for are left out.
+    tokens) to none. merge: "mean" (the paper's), "sum", "max". Words that no token stands for are left out. InputError for
+    another merge, and unless there is a score for each token.
     """
     if merge not in MERGES:
         raise InputError(f"merge={merge!r}: it is {', '.join(map(repr, MERGES))}.{did_you_mean(merge, MERGES)}")
@@ -172,7 +205,10 @@ def word_scores(text: str, spans: Spans, scores: Sequence[float], merge: str = "
 
 @checked
 def key_words(scored: Sequence[tuple[str, float]], k: int) -> tuple[str, ...]:
-    """The `k` words with the highest scores, highest first; a word that stands more than once (in any case) counts once."""
+    """`gl.amplify.key_words(scored, k=3)`: the `k` words with the highest scores, highest first.
+
+    A word that stands more than once (in any case) counts once. InputError for a k below 1.
+    """
     if k < 1:
         raise InputError(f"k={k}: give at least 1.")
     best: dict[str, str] = {}
@@ -194,7 +230,11 @@ def prompt(
     between: str = BETWEEN,
     comma: str = COMMA,
 ) -> str:
-    """The shots, each with its rationale and label, and the question `text`. Shots without words are ordinary ones."""
+    """`gl.amplify.prompt(shots, question)`: the shots, each with its rationale and label, and then the question `text`.
+
+    A shot without words is an ordinary one. ask, shot, rationale: templates, see the head of `gl.amplify`; between: what stands
+    between shots. InputError for a name in braces that the template may not hold.
+    """
     rationales = [one.rationale(rationale, comma) for one in shots]
     filled = [
         fill(shot, text=one.text, rationale=why, label=one.label) for one, why in zip(shots, rationales, strict=True)
@@ -204,7 +244,10 @@ def prompt(
 
 @checked
 def fill(template: str, **values: str) -> str:
-    """The template with {name} replaced by its value, once: braces in a value are text."""
+    """`gl.amplify.fill("{text} Answer:", text="Good.")`: the template with each {name} replaced by its value.
+
+    Braces in a value are text. InputError for a name that has no value.
+    """
 
     def value(found: re.Match[str]) -> str:
         if found[1] not in values:
@@ -215,8 +258,12 @@ def fill(template: str, **values: str) -> str:
     return re.sub(r"\{(\w+)\}", value, template)
 
 
-def label_tokens(model: Any, labels: Labels) -> dict[str, int]:
-    """{label: the id of its token}."""
+def label_tokens(model: LanguageModel, labels: Labels) -> dict[str, int]:
+    """`gl.amplify.label_tokens(model, ["positive", "negative"])`: {label: the id of its token}.
+
+    labels: texts of one token each, or a dict label -> text of its token. InputError for fewer than two, for one that is no
+    single token, and for a model that is no language model.
+    """
     if not isinstance(model, HookedLanguageModel):
         raise InputError(f"AMPLIFY takes language models of gatedlens, not {type(model).__name__}.")
     if isinstance(labels, str) or len(labels) < 2 or len(set(labels)) < len(labels):

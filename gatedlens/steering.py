@@ -124,7 +124,7 @@ class SteeringVector:
 
     @checked
     def intervention(self, scale: int | float = 1.0, **index: Index) -> Intervention:
-        """`(anger.intervention(scale=4, pos=-1) + other).on(model)`: the steering as an Intervention, which can be added to others.
+        """`(anger.intervention(scale=4, pos=-1) + other).on(model)`: the steering as an Intervention.
 
         `scale` times the vector is added at every position of every call, or at `pos=...` of each call: while generating, each
         step is a call. index: any axis of the point `target`. Errors: as of `gl.ablation.zero`; InputError for a vector whose

@@ -77,7 +77,7 @@ class Cut:
         """
         found: list[tuple[str, Callable[..., Any]]] = []
         for layer in layers_of(model, self.layers):
-            mixer = model.blocks[layer].mixer
+            mixer: Any = model.blocks[layer].mixer
             scans_of(mixer, self.scan)
             stem = f"blocks.{layer}.{mixer.place}."
             where = Where((f"{stem}{mixer.output_point}",), self.index)

@@ -56,7 +56,8 @@ def beginning(index: Mapping[str, Index]) -> int:
 
 @dataclass(frozen=True)
 class Put:
-    """The entries `index` (by axis) of a point get `source`'s, or zeros where there is none (None)."""
+    """`Put("blocks.3.mixer.hook_gate", dims, {"pos": slice(5, 6)}, clean)`: the entries `index` (by axis) of a point get
+    `source`'s, or zeros where there is none (None)."""
 
     name: str
     dims: tuple[str, ...]
@@ -75,12 +76,14 @@ class Put:
         )
 
     def apply(self, rows: Tensor, start: int) -> None:
+        """`put.apply(rows, start=0)`: edit what the point holds in one cell's rows, in place; positions begin at `start`."""
         value = self._value(rows)
         if start and self.source is not None and "pos" not in self.index and "pos" in self.dims:
             value = value.narrow(self.dims.index("pos"), start, rows.shape[self.dims.index("pos")])
         rows[key(self.dims, self.index, start)] = value
 
     def changes(self, rows: Tensor) -> bool:
+        """`put.changes(rows)`: whether it changes anything of what the point holds in the unedited run."""
         here = rows[key(self.dims, self.index)]
         return not torch.equal(here, self._value(rows).expand_as(here))
 
@@ -187,15 +190,15 @@ class Cell:
         return True
 
     def entry(self, run: Baseline) -> int:
-        """The block before which nothing changes; -1: what comes before the first block changes too."""
+        """`cell.entry(run)`: the block before which nothing changes; -1: what comes before the first block changes too."""
         return min(run.entry_of(edit.name) for edit in self.edits)
 
     def behind(self, run: Baseline) -> int:
-        """The block up to which runs have all their positions; from there on, those from the start on."""
+        """`cell.behind(run)`: the block up to which runs have all their positions; from there on, those from the start on."""
         return self.entry(run)
 
     def hooks(self, cells: Sequence[Cell], run: Baseline) -> list[tuple[str, Any]]:
-        """The hooks that do what `cells` of this kind do, run in one batch."""
+        """`cell.hooks(cells, run)`: [(name, hook)] that do what `cells` of this kind do, run in one batch."""
         edits = by_name(cells)
 
         def apply(x: Tensor, hook: Any) -> Tensor:
@@ -227,7 +230,7 @@ class Plan:
     title: str
 
     def say(self, cell: Cell) -> str:
-        """`layer 3, pos 5`: a cell as a person would name it."""
+        """`plan.say(cell)`: "layer 3, pos 5", a cell as a person would name it."""
         names = (
             f"{axis} {self.labels[axis][i] if axis in NAMED and axis in self.labels else i}"
             for axis, i in zip(self.axes, cell.place, strict=True)

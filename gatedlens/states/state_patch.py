@@ -48,7 +48,7 @@ class StatePatch:
                 )
         found: list[tuple[str, Callable[..., Any]]] = []
         for layer in self._layers(model):
-            mixer = model.blocks[layer].mixer
+            mixer: Any = model.blocks[layer].mixer
             for name in scans_of(mixer, self.scan):
                 stem = f"blocks.{layer}.{mixer.place}.{name + '.' if name else ''}"
                 setting = Setting(self, model, layer, stem, self._state(mixer, stem))
@@ -59,7 +59,7 @@ class StatePatch:
     def _layers(self, model: HookedModel) -> list[int]:
         """The layers that are meant; one that has no recurrence only if nobody named it."""
         chosen = layers_of(model, self.layers)
-        mixers = {layer: model.blocks[layer].mixer for layer in chosen}
+        mixers: dict[int, Any] = {layer: model.blocks[layer].mixer for layer in chosen}
         has = [n for n, mixer in mixers.items() if _scan_points(model, n, mixer)]
         lacking = [layer for layer in chosen if layer not in has]
         if lacking and (self.layers is not None or not has):

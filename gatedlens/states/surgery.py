@@ -67,9 +67,9 @@ def patch(
     as they are, and so does an attention layer's: `splice` moves those, between calls. RWKV's state is the pair (numerator,
     denominator), absolute, in float64; a RecurrentState's pair, relative to a maximum, is turned into it.
 
-    Where it is put on a model: PointError for a layer without a recurrence, a source that does not hold its state, or an axis that
-    the state lacks; InputError for a `batch` or `pos` in index and for a cache without all positions or its batch axis. While the
-    model runs: InputError for a state of another shape and for positions that do not exist.
+    Where it is put on a model: PointError for a layer without a recurrence, a source that does not hold its state, or an axis
+    that the state lacks; InputError for a `batch` or `pos` in index and for a cache without all positions or its batch axis.
+    While the model runs: InputError for a state of another shape and for positions that do not exist.
     """
     return Intervention((StatePatch(source, pos, layers, source_pos, scan, index),))
 
@@ -86,7 +86,7 @@ def splice(
     parts: str | Sequence[str] | None = None,
     **index: Index,
 ) -> RecurrentState:
-    """`gl.states.splice(model, b, a, layers=[2], parts="scan", channel=slow)`: a new state, b's with these tensors (entries) of a.
+    """`gl.states.splice(model, b, a, layers=[2], parts="scan", channel=slow)`: a new state, b's with these entries of a.
 
     layers, parts: None for all. index: some `channel` (`d_model` of a shift, `kv_head` of a window). One row of the source goes
     for all; rows of one state among themselves: `splice(model, s, s.rows([1, 0]), layers=2)`. With everything taken it is a's.

@@ -41,9 +41,10 @@ class Corruption:
     def noise(
         batch: Batch, embedded: Tensor, marked: Tensor, factor: int | float, samples: int, seed: int
     ) -> Corruption:
-        """`Corruption.noise(batch, embedded, marked, factor=3.0, samples=10, seed=0)`: Gaussian noise on the subject's embeddings.
+        """`Corruption.noise(batch, embedded, marked, factor=3.0, samples=10, seed=0)`: noise on the subject's embeddings.
 
-        Its standard deviation is `factor` times that of all the input's embeddings [batch pos d_model], padding left out.
+        It is Gaussian; its standard deviation is `factor` times that of all the input's embeddings [batch pos d_model], padding
+        left out.
         """
         mask = batch.mask
         real = torch.ones_like(marked) if mask is None else mask.bool()
