@@ -40,6 +40,8 @@ from gatedlens.model.intervention import Intervention, edit
 from gatedlens.options import checked
 from gatedlens.runs import inputs
 
+__all__ = ["SteeringVector", "vector"]
+
 STATE = ".hook_state"
 WRITE = ".hook_write"
 
