@@ -1,4 +1,7 @@
-"""Foreign: types of optional packages, for editors and type checkers. At run time they are Any, and nothing is imported."""
+"""Foreign: types of packages that are imported where they are used, for editors and type checkers.
+
+At run time they are Any, and nothing is imported.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
     from PIL.Image import Image
+    from rich.table import Table
 else:
-    Axes = Figure = DataFrame = Image = Any
+    Axes = Figure = DataFrame = Image = Table = Any
 
-__all__ = ["Axes", "DataFrame", "Figure", "Image"]
+__all__ = ["Axes", "DataFrame", "Figure", "Image", "Table"]

@@ -10,7 +10,7 @@ summed over d_model. captum is an extra: pip install 'gatedlens[attribution]'.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +24,12 @@ from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
 from gatedlens.options import checked
 from gatedlens.result.rounding import total
+
+# A number of steps, or of samples. For type checkers: what is none gets an InputError of its own.
+if TYPE_CHECKING:
+    Count: TypeAlias = int
+else:
+    Count = Any
 
 
 def _captum() -> Any:
@@ -55,7 +61,7 @@ def integrated_gradients(
     target: Asked = None,
     *,
     baseline: Baseline = None,
-    n_steps: Any = 50,
+    n_steps: Count = 50,
     batch_size: int = 32,
     attention_mask: Tensor | None = None,
 ) -> Attribution:
@@ -90,7 +96,7 @@ def smoothgrad(
     input: Input,
     target: Asked = None,
     *,
-    n_samples: Any = 25,
+    n_samples: Count = 25,
     noise: int | float = 0.1,
     seed: int = 0,
     batch_size: int = 32,

@@ -73,7 +73,7 @@ class Attribution(Result):
         return torch.tensor(self.facts["explained"], dtype=torch.float64)
 
     @classmethod
-    def from_dict(cls: type[R], data: Any, where: str | Path = "This") -> R:
+    def from_dict(cls: type[R], data: object, where: str | Path = "This") -> R:
         """The Attribution of a `to_dict()`. InputError names the field that is not as it should be."""
         found = super().from_dict(data, where)
         shape = (found.shape[0], math.prod(found.shape[1:])) if found.axes else (1, 1)

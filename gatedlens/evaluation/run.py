@@ -108,7 +108,7 @@ DIGITS = 6  # of a number that is kept
 @checked
 def evaluate(
     model: HookedModel,
-    data: Any,
+    data: Samples | str | Path,
     methods: Sequence[str] | None = None,
     *,
     out: str | Path | None = None,

@@ -83,7 +83,7 @@ class Result(Tensorlike):
         return self.values.shape[self.dim(axis)]
 
     @checked
-    def place(self, axis: str, label: Any) -> int:
+    def place(self, axis: str, label: object) -> int:
         """`result.place("layer", 3)`: the index of a label; a number that is no label is an index, negative ones from the
         end.
 
@@ -170,7 +170,7 @@ class Result(Tensorlike):
 
     @classmethod
     @checked
-    def from_dict(cls: type[R], data: Any, where: str | Path = "This") -> R:
+    def from_dict(cls: type[R], data: object, where: str | Path = "This") -> R:
         """`Result.from_dict(data)`: the Result of a `to_dict()`; its values are float64. InputError names the field that
         is not as it should be.
         """
