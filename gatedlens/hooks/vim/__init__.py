@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gatedlens.address.names import Point, View, block_rows
+from gatedlens.address.point import Point, View, block_rows
 from gatedlens.errors import CheckpointError, InputError, did_you_mean
 from gatedlens.hooks.mamba import ALIASES, MIXER_ROWS, RMSNORM, SelectiveScan
 from gatedlens.hooks.vim.checkpoint import (
