@@ -104,10 +104,9 @@ def probabilities(
 ) -> Float[Tensor, "text label"]:
     """`gl.amplify.probabilities(model, texts, ["positive", "negative"])`: [text, label].
 
-    P(label | text, it is one of the labels): the softmax over the labels' logits at the end of `ask`, a
-    template with {text}. labels: texts of one token each, or a dict label -> text of its token. InputError for no texts,
-    fewer than two labels, a label that is no single token, a batch_size
-    below 1, and a model that is no language model.
+    P(label | text, it is one of the labels): the softmax over the labels' logits at the end of `ask`, a template with {text}.
+    labels: texts of one token each, or a dict label -> text of its token. InputError for no texts, fewer than two labels, a label
+    that is no single token, a batch_size below 1, and a model that is no language model.
     """
     ids = list(label_tokens(model, labels).values())
     if isinstance(texts, str) or not texts:

@@ -28,7 +28,7 @@ from gatedlens.patching.measuring import Options, measure_cells
 from gatedlens.result.result import Result
 from gatedlens.runs import inputs
 from gatedlens.runs.baseline import Baseline
-from gatedlens.runs.cells import Cell, Edit, Index, Plan, Put
+from gatedlens.runs.cells import Cell, Edit, Index, Plan, Put, layer_of, may_start_within
 from gatedlens.runs.meter import Metrics
 from gatedlens.runs.pair import Cached, Clean
 
@@ -111,7 +111,7 @@ class Spread:
         self._found: dict[str, list[tuple[str, Tensor | None]]] = {}
         self.names = _find(run.model, points)
         self.kinds = list(dict.fromkeys(_rest(name) for name in self.names))
-        self.layers = sorted({layer for name in self.names if (layer := _layer(name)) is not None})
+        self.layers = sorted({layer for name in self.names if (layer := layer_of(name)) is not None})
         self._check(groups)
         first = self.run.model.names.points[self.names[0]]
         shape = clean[self.names[0]].shape
@@ -129,7 +129,7 @@ class Spread:
         if not self.axes or len(set(self.axes)) != len(self.axes):
             raise InputError(f"axes={self.axes}: name each axis once, for example ('layer', 'pos').")
         for name in self.names:
-            known = ["layer"] * (_layer(name) is not None) + [d for d in points[name].dims if d != "batch"]
+            known = ["layer"] * (layer_of(name) is not None) + [d for d in points[name].dims if d != "batch"]
             for axis in self.axes:
                 if axis not in known:
                     hint = " The rows of a batch are patched together: reduce='none' keeps their numbers apart."
@@ -161,15 +161,14 @@ class Spread:
     def _names(self, kind: str, at: Mapping[str, int]) -> list[str]:
         """The points of one cell: one layer's, or every layer's."""
         layer = self.layers[at["layer"]] if "layer" in at else None
-        return [n for n in self.names if _rest(n) == kind and (layer is None or _layer(n) == layer)]
+        return [n for n in self.names if _rest(n) == kind and (layer is None or layer_of(n) == layer)]
 
     def _edits(self, name: str, index: Mapping[str, Index]) -> list[Edit]:
         rows, sizes = self.run.model.names.points, self.run.model.cfg.sizes
         out: list[Edit] = []
         for target, source in self._sources(name):
             dims = rows[target].dims
-            # Where an axis depends on where the run starts (key_pos), runs are whole.
-            local = self.run.causal and all(dim in ("batch", "pos") or dim in sizes for dim in dims)
+            local = self.run.causal and may_start_within(dims, sizes)
             out.append(Put(target, dims, dict(index), source, local))
         return out
 
@@ -208,10 +207,6 @@ def _find(model: HookedModel, points: str | Sequence[str]) -> list[str]:
     if not found:
         raise PointError("No point was named: points is an empty list.")
     return [name for name in model.names if name in found]
-
-
-def _layer(name: str) -> int | None:
-    return int(name.split(".")[1]) if name.startswith("blocks.") else None
 
 
 def _rest(name: str) -> str:

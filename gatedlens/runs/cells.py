@@ -31,6 +31,19 @@ Index = slice | list[int]
 NAMED = ("layer", "point", "src", "sender", "receiver", "edges")  # axes of which an entry is called by its label
 
 
+def layer_of(name: str) -> int | None:
+    """3 for `blocks.3.mixer.hook_gate`; None for a point outside the blocks."""
+    return int(name.split(".")[1]) if name.startswith("blocks.") else None
+
+
+def may_start_within(dims: Sequence[str], sizes: Mapping[str, int]) -> bool:
+    """Whether a run may start behind the first position and still have such a point as the whole run has it.
+
+    Not where an axis grows with the positions that were run (key_pos): it would show where the run started.
+    """
+    return all(dim in ("batch", "pos") or dim in sizes for dim in dims)
+
+
 def key(dims: Sequence[str], index: Mapping[str, Index], start: int = 0) -> tuple[Any, ...]:
     """The index of the entries at `index` of a tensor with these dims, whose positions begin at `start`."""
     chosen: list[Any] = [index.get(dim, slice(None)) for dim in dims]

@@ -20,8 +20,7 @@ from gatedlens.errors import InputError
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Batch
 from gatedlens.runs import inputs
-
-EMBED = "hook_embed"
+from gatedlens.runs.baseline import EMBED
 
 
 @dataclass(frozen=True, eq=False)

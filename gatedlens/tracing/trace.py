@@ -24,11 +24,11 @@ from gatedlens.model.padding import Padding
 from gatedlens.options import checked
 from gatedlens.result.result import Result
 from gatedlens.runs import inputs
-from gatedlens.runs.baseline import Baseline
-from gatedlens.runs.cells import Cell, Plan, PutByRow
+from gatedlens.runs.baseline import EMBED, Baseline
+from gatedlens.runs.cells import Cell, Plan, PutByRow, may_start_within
 from gatedlens.runs.engine import Earlier, Effort, Question, answer
 from gatedlens.runs.meter import Meter
-from gatedlens.tracing.corruption import EMBED, Corruption, marked_by
+from gatedlens.tracing.corruption import Corruption, marked_by
 
 # Which positions a trace restores: those of `gatedlens.address.positions`, or a mapping of labels to them.
 if TYPE_CHECKING:
@@ -151,9 +151,9 @@ def _runs(model: HookedModel, corruption: Corruption, max_rows: int) -> list[Bas
 def _restoring(model: HookedModel, name: str, clean: Tensor, padding: Padding) -> Callable[[Tensor], PutByRow]:
     """What puts the clean values of a point back at some positions of the input."""
     dims = model.names.points[name].dims
-    local = all(dim in ("batch", "pos") or dim in model.cfg.sizes for dim in dims)  # else it shows where a run starts
     source = padding.by_number(clean, dims)
-    return lambda mask: PutByRow(name, dims.index("pos"), padding.pack(mask), source, local)
+    at, local = dims.index("pos"), may_start_within(dims, model.cfg.sizes)
+    return lambda mask: PutByRow(name, at, padding.pack(mask), source, local)
 
 
 def _check_numbers(window: Any, samples: Any, max_rows: Any, noise: int | float) -> None:
