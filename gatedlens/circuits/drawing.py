@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gatedlens.circuits.circuit import Circuit
+from gatedlens.foreign import Axes, Figure
 from gatedlens.plot.matrices import panels, plain
 
-# matplotlib is optional: its classes are named for editors and type checkers alone.
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-else:
-    Axes = Figure = Any
+    from gatedlens.circuits.circuit import Circuit
+else:  # that file draws by this one
+    Circuit = Any
 
 HEIGHT = {"mixer": 1.0, "mlp": -1.0}  # by the last word of a node's name; embed and logits lie between
 RED, BLUE, GREY = "#b2182b", "#2166ac", "#bdbdbd"
