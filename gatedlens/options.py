@@ -56,6 +56,11 @@ def is_many(value: Any) -> bool:
     return True
 
 
+def _is_a(kind: str) -> Callable[[Any], bool]:
+    """Whether a value is of a class of this name, or of one beneath it: this file stands below every model."""
+    return lambda value: kind in {each.__name__ for each in type(value).__mro__}
+
+
 # What each word of an annotation asks of a value, and how an error says it.
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "int": (is_whole, "a whole number"),
@@ -79,6 +84,9 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "Bool": (lambda value: isinstance(value, Tensor), "a tensor"),
     "Shaped": (lambda value: isinstance(value, Tensor), "a tensor"),
 }
+A_MODEL = "a gatedlens model (gl.from_pretrained(...), or gl.wrap(model) around one that you have)"
+KINDS["HookedModel"] = (_is_a("HookedModel"), A_MODEL)
+KINDS["HookedLanguageModel"] = (_is_a("HookedLanguageModel"), f"{A_MODEL} that reads text")
 # A text is a sequence of texts too: whether it is meant so, the function knows.
 TEXTS = {"Sequence[str]": "Texts", "Iterable[str]": "Texts"}
 KINDS["Texts"] = (is_many, "a list of texts")
@@ -137,5 +145,7 @@ def _alternatives(annotation: str) -> list[str]:
 
 def _told(value: Any) -> str:
     """A value as an error shows it: a tensor by its dtype and shape, and not all of what is long."""
+    if isinstance(value, torch.nn.Module):
+        return f"a {type(value).__name__}"
     said = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) and value.ndim else repr(value)
     return said if len(said) <= 80 else f"{said[:77]}..."
