@@ -16,16 +16,17 @@ padded on the right, and you are warned.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsFloat
+from typing import TYPE_CHECKING, Any, SupportsFloat, TypeAlias
 
+import numpy
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from gatedlens.address.positions import one_a_row
+from gatedlens.address.positions import Positions, one_a_row
 from gatedlens.errors import InputError
 from gatedlens.model.language import next_token_loss
 
@@ -48,7 +49,13 @@ __all__ = [
 ]
 
 Metric = Callable[[Tensor], Tensor]
-Tokens = Any  # a whole number, or a sequence or tensor of one a row; what is neither is explained
+# Tokens: a whole number, or a sequence or tensor of one a row. UserMetric: a function of logits that gives a tensor, or one
+# number. For editors and type checkers: what is neither gets the error of the functions below.
+if TYPE_CHECKING:
+    Tokens: TypeAlias = int | Sequence[int] | numpy.ndarray[Any, Any] | Tensor
+    UserMetric: TypeAlias = Callable[[Tensor], Tensor | SupportsFloat]
+else:
+    Tokens = UserMetric = Any
 
 
 # -- logits of a padded batch ---------------------------------------------------------------------------------------
@@ -130,7 +137,7 @@ def _tell_of_padding(logits: Tensor) -> None:
 # -- reading them ---------------------------------------------------------------------------------------------------
 
 
-def at_position(logits: Float[Tensor, "batch *pos d_vocab"], pos: Any = -1) -> Float[Tensor, "batch d_vocab"]:
+def at_position(logits: Float[Tensor, "batch *pos d_vocab"], pos: Positions = -1) -> Float[Tensor, "batch d_vocab"]:
     """`at_position(logits, -1)`: the logits of one position a row (`pos`: one for all, or one a row); a classifier's as
     they are.
     """
@@ -171,7 +178,7 @@ def _chosen(values: Float[Tensor, "batch d_vocab"], tokens: Tokens, what: str) -
 # -- what is measured -----------------------------------------------------------------------------------------------
 
 
-def logit(token: Tokens, pos: Any = -1) -> Metric:
+def logit(token: Tokens, pos: Positions = -1) -> Metric:
     """`gl.metrics.logit(token)`: logit[token] at `pos`, one number a row.
 
     token: an id for all rows or one a row. pos: a real position, or one a row (a classifier has none).
@@ -179,7 +186,7 @@ def logit(token: Tokens, pos: Any = -1) -> Metric:
     return lambda logits: _chosen(at_position(logits, pos), token, "token")
 
 
-def logit_difference(right: Tokens, wrong: Tokens, pos: Any = -1) -> Metric:
+def logit_difference(right: Tokens, wrong: Tokens, pos: Positions = -1) -> Metric:
     """`gl.metrics.logit_difference(right, wrong)`: logit[right] - logit[wrong] at `pos`, one number a row."""
 
     def metric(logits: Float[Tensor, "batch *pos d_vocab"]) -> Float[Tensor, " batch"]:
@@ -189,17 +196,17 @@ def logit_difference(right: Tokens, wrong: Tokens, pos: Any = -1) -> Metric:
     return metric
 
 
-def log_probability(token: Tokens, pos: Any = -1) -> Metric:
+def log_probability(token: Tokens, pos: Positions = -1) -> Metric:
     """`gl.metrics.log_probability(token)`: log softmax(logits)[token] at `pos`, in nats."""
     return lambda logits: _chosen(at_position(logits, pos).log_softmax(-1), token, "token")
 
 
-def probability(token: Tokens, pos: Any = -1) -> Metric:
+def probability(token: Tokens, pos: Positions = -1) -> Metric:
     """`gl.metrics.probability(token)`: softmax(logits)[token] at `pos`, from 0 to 1."""
     return lambda logits: _chosen(at_position(logits, pos).softmax(-1), token, "token")
 
 
-def kl(reference: Float[Tensor, "batch *pos d_vocab"], pos: Any = -1) -> Metric:
+def kl(reference: Float[Tensor, "batch *pos d_vocab"], pos: Positions = -1) -> Metric:
     """`gl.metrics.kl(reference)`: KL(reference || logits) = sum p_ref (log p_ref - log p), in nats: how far the output is
     from a run's logits.
     """
@@ -260,7 +267,7 @@ def normalised(
 # -- calling one ----------------------------------------------------------------------------------------------------
 
 
-def per_row(metric: Any, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
+def per_row(metric: UserMetric, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
     """`per_row(metric, logits)`: [batch], the metric's numbers, one a row, checked: no other shape, nothing that is not a
     number.
     """
@@ -276,7 +283,7 @@ def _mask(logits: Tensor) -> Tensor | None:
     return logits.rows.real if isinstance(logits, Logits) else None
 
 
-def measure(metric: Any, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, ...]:
+def measure(metric: UserMetric, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, ...]:
     """`measure(metric, logits)`: the metric's value: one number, or one a row [batch]; an InputError for anything else,
     and for NaN.
 

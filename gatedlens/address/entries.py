@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 else:
     Index = Any
 
+if TYPE_CHECKING:  # the address knows no model at run time: `model` here is whatever has `cfg` and `names`
+    from gatedlens.model.base import HookedModel
+else:
+    HookedModel = Any
+
 
 @dataclass(frozen=True)
 class Component:
@@ -39,12 +44,12 @@ class Component:
     leaf: str
     word: str
 
-    def lacks(self, model: Any) -> str | None:
+    def lacks(self, model: HookedModel) -> str | None:
         """`component.lacks(model)`: what the architecture says where it has no such part; None where it has it."""
         said = str(model.recurrence.get(self.word, ""))
         return said if said.startswith("none") else None
 
-    def points(self, model: Any, layers: Layers) -> list[str]:
+    def points(self, model: HookedModel, layers: Layers) -> list[str]:
         """`component.points(model, "*")`: the full names of its points in some layers: those that have it if `layers` is a
         pattern, else all of them.
         """
@@ -81,7 +86,7 @@ class Where:
     layers: Layers = "*"
     others: bool = False
 
-    def points(self, model: Any) -> list[str]:
+    def points(self, model: HookedModel) -> list[str]:
         """`where.points(model)`: the full names that are meant, each checked to have the axes and the indices."""
         found = dict.fromkeys(one for name in self.names for one in self._named(model, name))
         if not found:
@@ -90,7 +95,7 @@ class Where:
             self.check(name, model.names.points[name], model.cfg.sizes)
         return list(found)
 
-    def _named(self, model: Any, name: str | Component) -> list[str]:
+    def _named(self, model: HookedModel, name: str | Component) -> list[str]:
         if isinstance(name, Component):
             return name.points(model, self.layers)
         if not isinstance(name, str):

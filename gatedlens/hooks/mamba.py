@@ -28,6 +28,7 @@ from gatedlens import fused
 from gatedlens.address.point import Alias, Point, View, block_aliases, block_rows
 from gatedlens.errors import CheckpointError
 from gatedlens.model import fields
+from gatedlens.model.base import HookedModel, Wrapped
 from gatedlens.model.block import Block, Mixer, Norm, Run, eps_of, norm_rows, residual_rows
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.fields import (
@@ -39,6 +40,7 @@ from gatedlens.model.fields import (
     POSITIVE,
     SIZE,
     TEXT,
+    ConfigValue,
     layers_of,
     listed,
     one_of,
@@ -287,7 +289,9 @@ ALIASES = (
 )
 
 
-def _edit_steps(model: Any, layer: int, values: list[Tensor], calls: list[tuple[dict[str, int], Any]]) -> Tensor:
+def _edit_steps(
+    model: HookedModel, layer: int, values: list[Tensor], calls: list[tuple[dict[str, int], Any]]
+) -> Tensor:
     """MambaLens's `hook_h.{t}`: walk the positions, let each hook edit the state after its step, and go on from there.
 
     The recurrence is linear, so adding (new - old) to the write of position t makes `new` its state and propagates.
@@ -308,7 +312,9 @@ def _edit_steps(model: Any, layer: int, values: list[Tensor], calls: list[tuple[
     return write
 
 
-def _edit_B_bar(model: Any, layer: int, values: list[Tensor], calls: list[tuple[dict[str, int], Any]]) -> Tensor:
+def _edit_B_bar(
+    model: HookedModel, layer: int, values: list[Tensor], calls: list[tuple[dict[str, int], Any]]
+) -> Tensor:
     """MambaLens's `hook_B_bar` = dt * B; the write is B_bar * u."""
     u, B, dt, write = values
     B_bar = dt.to(write.dtype).unsqueeze(-1) * B.to(write.dtype).unsqueeze(-2)
@@ -318,19 +324,19 @@ def _edit_B_bar(model: Any, layer: int, values: list[Tensor], calls: list[tuple[
     return write + (edited - B_bar) * u.to(write.dtype).unsqueeze(-1)  # an edit of the write itself stays
 
 
-def _read_A(model: Any, layer: int) -> Tensor:
+def _read_A(model: HookedModel, layer: int) -> Tensor:
     return model.blocks[layer].mixer.A
 
 
-def _read_B_bar(model: Any, layer: int, dt: Tensor, B: Tensor) -> Tensor:
+def _read_B_bar(model: HookedModel, layer: int, dt: Tensor, B: Tensor) -> Tensor:
     return at_least_float32(dt).unsqueeze(-1) * at_least_float32(B).unsqueeze(-2)
 
 
-def _read_step(model: Any, layer: int, states: Tensor, t: int) -> Tensor:
+def _read_step(model: HookedModel, layer: int, states: Tensor, t: int) -> Tensor:
     return states.select(-3, t)  # from the end: the batch axis may have been dropped
 
 
-def _read_side_by_side(model: Any, layer: int, *parts: Tensor) -> Tensor:
+def _read_side_by_side(model: HookedModel, layer: int, *parts: Tensor) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
@@ -492,7 +498,7 @@ class HookedMamba(HookedLanguageModel):
     cfg: MambaConfig
 
     @classmethod
-    def describe(cls, wrapped: Any, model_name: str) -> MambaConfig:
+    def describe(cls, wrapped: Wrapped, model_name: str) -> MambaConfig:
         """The cfg of a wrapped model, from the shapes of its parameters and the few numbers that shapes do not tell."""
         backbone, config = wrapped.backbone, wrapped.config
         if len(backbone.layers) == 0:
@@ -570,9 +576,14 @@ class HookedMamba(HookedLanguageModel):
         return Weights(config)
 
     @classmethod
-    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> HookedMamba:
+    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> HookedMamba:
         """A small random model for tests and tours: 2 layers, 16 wide, state 4, 3 taps... whatever `sizes` say."""
-        config = {"d_model": 16, "n_layer": 2, "vocab_size": 40, "ssm_cfg": {"d_state": 4, "d_conv": 4}} | sizes
+        config: dict[str, Any] = {
+            "d_model": 16,
+            "n_layer": 2,
+            "vocab_size": 40,
+            "ssm_cfg": {"d_state": 4, "d_conv": 4},
+        } | sizes
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng():
             torch.manual_seed(seed)

@@ -18,7 +18,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from gatedlens.address.entries import Where
+from gatedlens.address.entries import Index, Where
+from gatedlens.model.base import HookedModel
 from gatedlens.model.hookpoint import Capture, HookPoint
 
 Edit = Callable[..., Tensor]
@@ -28,7 +29,7 @@ Edit = Callable[..., Tensor]
 class Step(Protocol):
     """What an intervention is made of: it says with which hooks it is done on a model, having checked that it can be."""
 
-    def hooks(self, model: Any) -> list[tuple[str, Callable[..., Any]]]:
+    def hooks(self, model: HookedModel) -> list[tuple[str, Callable[..., Any]]]:
         """`step.hooks(model)`: [(name, hook)], in the order in which they must be put on."""
         ...
 
@@ -41,7 +42,7 @@ class EditStep:
     edit: Edit
     reads: tuple[str, ...] = ()
 
-    def hooks(self, model: Any) -> list[tuple[str, Callable[..., Any]]]:
+    def hooks(self, model: HookedModel) -> list[tuple[str, Callable[..., Any]]]:
         """`step.hooks(model)`: [(name, hook)], in the order in which they must be put on."""
         found: list[tuple[str, Callable[..., Any]]] = []
         for name in self.where.points(model):
@@ -52,7 +53,9 @@ class EditStep:
         return found
 
 
-def _hook(model: Any, where: Where, edit: Edit, values: dict[str, Tensor], needed: list[str]) -> Callable[..., Tensor]:
+def _hook(
+    model: HookedModel, where: Where, edit: Edit, values: dict[str, Tensor], needed: list[str]
+) -> Callable[..., Tensor]:
     def hook(tensor: Tensor, hook: HookPoint) -> Tensor:
         value = edit(tensor, hook, *(values.pop(name) for name in needed))
         real = model.current().padding.mask if "pos" in where.index else None
@@ -73,19 +76,19 @@ class Intervention:
             return NotImplemented
         return Intervention(self.steps + other.steps)
 
-    def hooks(self, model: Any) -> list[tuple[str, Callable[..., Any]]]:
+    def hooks(self, model: HookedModel) -> list[tuple[str, Callable[..., Any]]]:
         """`model.run_with_hooks(tokens, fwd_hooks=cut.hooks(model))`: [(name, hook)] for `run_with_hooks`, everything
         checked against `model` first.
         """
         return [hook for step in self.steps for hook in step.hooks(model)]
 
     @contextmanager
-    def on(self, model: Any) -> Iterator[Any]:
+    def on(self, model: HookedModel) -> Iterator[HookedModel]:
         """`with ablation.on(model): ...`"""
         with model.hooks(self.hooks(model)):
             yield model
 
 
-def edit(names: str | Sequence[str], function: Edit, **index: Any) -> Intervention:
+def edit(names: str | Sequence[str], function: Edit, **index: Index) -> Intervention:
     """`edit(names, lambda tensor, point: ..., pos=3)`: any function, at some entries."""
     return Intervention((EditStep(Where((names,) if isinstance(names, str) else tuple(names), index), function),))

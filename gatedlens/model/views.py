@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from gatedlens.address.point import Found
 from gatedlens.errors import HookError, PointError
 from gatedlens.model.hookpoint import Capture
+
+if TYPE_CHECKING:  # base.py imports this file, through hooking.py
+    from gatedlens.model.base import HookedModel
+else:
+    HookedModel = Any
 
 
 @dataclass
@@ -32,7 +37,7 @@ class ViewPoint:
 class Visit:
     """All hooks on one view of one layer, at one context level: they act together, whatever order they came in."""
 
-    def __init__(self, model: Any, found: Found, level: int | None, permanent: bool):
+    def __init__(self, model: HookedModel, found: Found, level: int | None, permanent: bool):
         self.model = model
         self.found = found
         self.level = level
@@ -43,7 +48,7 @@ class Visit:
     @classmethod
     def add(
         cls,
-        model: Any,
+        model: HookedModel,
         found: Found,
         hook: Callable[..., Any],
         dir: str,
