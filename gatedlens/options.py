@@ -18,7 +18,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from os import PathLike
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,11 @@ from gatedlens.errors import InputError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+# What `device=` takes; for type checkers alone, since `device_of` says more of what is none.
+if TYPE_CHECKING:
+    Device: TypeAlias = torch.device | str | int | None
+else:
+    Device = Any
 
 
 def is_whole(value: Any) -> bool:
@@ -110,15 +115,15 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def tensor_of(value: Any, what: str, **options: Any) -> Tensor:
-    """`torch.as_tensor(value)`, or InputError that says what cannot be one."""
+    """`tensor_of(value, "attention_mask")`: `torch.as_tensor(value)`; InputError that says what cannot be one."""
     try:
         return torch.as_tensor(value, **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{what} is {_told(value)}: it cannot be read as numbers ({error}).") from error
 
 
-def device_of(device: Any) -> torch.device | None:
-    """The device that a user named, found to be there; None stays None."""
+def device_of(device: Device) -> torch.device | None:
+    """`device_of("cuda:0")`: the device that a user named; None stays None; InputError where this machine lacks it."""
     try:
         return None if device is None else torch.empty(0, device=device).device
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
