@@ -57,7 +57,7 @@ def runs(make: Any) -> dict[str, Any]:
         torch.autograd.grad(metric(model(model.stream(x), start_at_layer=0)).sum(), x)
 
     model.wrapped.requires_grad_(False)
-    ours = lambda: attribution_patch(model, clean, corrupted, metric)
+    ours = lambda: attribution_patch(model, clean, corrupted, metric)  # noqa: E731
     return {"ours": ours, "theirs": forward_and_backward}
 
 

@@ -6,6 +6,6 @@ import time
 import transformer_lens  # noqa: F401
 
 began = time.perf_counter()
-import gatedlens  # noqa: F401
+import gatedlens  # noqa: E402, F401
 
 print(json.dumps(time.perf_counter() - began))

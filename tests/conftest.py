@@ -7,17 +7,17 @@ from jaxtyping import install_import_hook
 
 install_import_hook("gatedlens", "beartype.beartype")
 
-import copy
-import os
-from pathlib import Path
+import copy  # noqa: E402
+import os  # noqa: E402
+from pathlib import Path  # noqa: E402
 
-import pytest
-import torch
-from hypothesis import settings
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
-import gatedlens as gl
-from gatedlens.hooks import architectures
-from tests.helpers import example
+import gatedlens as gl  # noqa: E402
+from gatedlens.hooks import architectures  # noqa: E402
+from tests.helpers import example  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 settings.register_profile("gatedlens", deadline=None, max_examples=20, derandomize=True)

@@ -151,7 +151,7 @@ def test_tensors_and_metadata_that_are_gone_or_others_are_named(kind, values, tm
     path, refused = tmp_path / "saved.safetensors", 0
     values[kind].save(path)
     with safe_open(str(path), "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         meta = file.metadata()
     odd = (torch.zeros(()), torch.zeros(0), torch.zeros(9, 9), torch.ones(1, dtype=torch.bool), torch.tensor([-1]))
     for name in tensors:

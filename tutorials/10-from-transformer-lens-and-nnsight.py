@@ -108,7 +108,7 @@ assert restored > 0.9, "the last layer's state, half way between value and quest
 # clean one, give the whole difference to the one token that differs.
 
 # %%
-from captum.attr import LayerIntegratedGradients
+from captum.attr import LayerIntegratedGradients  # noqa: E402
 
 with torch.enable_grad():
     gradients = LayerIntegratedGradients(lambda ids: difference(model(ids)).reshape(1), model.hook_dict["hook_embed"])

@@ -117,7 +117,7 @@ print(list(gatedlens.hooks.architectures()))
 # A module of our own becomes a hooked model; here is the table of the points of one block.
 
 # %%
-from gatedlens.hooks.hgrn import HGRN
+from gatedlens.hooks.hgrn import HGRN  # noqa: E402
 
 torch.manual_seed(0)
 sizes = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 8, "intermediate_size": 32}

@@ -39,7 +39,7 @@ def stand_ins() -> dict[str, ModuleType]:
     for name, module in modules.items():
         for word in REMOVED[name]:
             setattr(module, word, type(word, (), {"__module__": name}))
-    setattr(modules["transformer_lens.HookedTransformer"], "HookedRootModule", transformer_lens.HookedRootModule)
+    setattr(modules["transformer_lens.HookedTransformer"], "HookedRootModule", transformer_lens.HookedRootModule)  # noqa: B010
     return {**modules, "transformer_lens.utils": utilities}
 
 

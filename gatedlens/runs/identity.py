@@ -107,7 +107,7 @@ class Digest:
 
     def _instance(self, value: Any) -> None:
         """Something with a __call__ of its own, and what it holds; a module is more than can be read."""
-        call, held = getattr(type(value), "__call__", None), getattr(value, "__dict__", None)
+        call, held = getattr(type(value), "__call__", None), getattr(value, "__dict__", None)  # noqa: B004
         if not isinstance(call, types.FunctionType) or held is None or isinstance(value, nn.Module):
             self._known = False
             return

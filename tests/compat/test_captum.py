@@ -9,7 +9,7 @@ import torch
 from tests.helpers import example, relative
 
 captum = pytest.importorskip("captum", reason="captum is not installed")
-from captum.attr import (
+from captum.attr import (  # noqa: E402
     LayerActivation,
     LayerGradientXActivation,
     LayerIntegratedGradients,
@@ -68,7 +68,7 @@ def test_integrated_gradients(model):
         total = torch.zeros_like(x)
         for node, weight in zip(nodes, weights, strict=True):
             at = (x0 + (node + 1) / 2 * (x - x0)).requires_grad_()
-            out = score(lambda i, at=at: model.run_with_hooks(i, fwd_hooks=[(name, lambda v, hook: at.clone())]))(input)
+            out = score(lambda i, at=at: model.run_with_hooks(i, fwd_hooks=[(name, lambda v, hook: at.clone())]))(input)  # noqa: B023
             total += weight / 2 * torch.autograd.grad(out.sum(), at)[0]
         layer = LayerIntegratedGradients(score(model), model.hook_dict[name])
         got = layer.attribute(input, baselines=baseline, n_steps=steps)
@@ -88,10 +88,10 @@ def test_neuron_gradients(model):
     assert len(ends) >= 2
     for name in ends:
         where = (3,) + (1,) * (len(model.names[name].dims) - 2)
-        forward = lambda resid: model(resid, start_at_layer=0)
+        forward = lambda resid: model(resid, start_at_layer=0)  # noqa: E731
         got = NeuronGradient(forward, model.hook_dict[name]).attribute(stream, where)
         resid, found = stream.clone().requires_grad_(), {}
-        model.run_with_hooks(resid, start_at_layer=0, fwd_hooks=[(name, lambda x, hook: found.update(x=x.clone()))])
+        model.run_with_hooks(resid, start_at_layer=0, fwd_hooks=[(name, lambda x, hook: found.update(x=x.clone()))])  # noqa: B023
         (want,) = torch.autograd.grad(found["x"][(slice(None), *where)].sum(), resid)
         assert relative(got, want) < 1e-10, name
 

@@ -7,7 +7,7 @@ import torch
 
 nnsight = pytest.importorskip("nnsight", reason="the nnsight extra is not installed")
 
-from tests.helpers import example, relative
+from tests.helpers import example, relative  # noqa: E402
 
 
 @pytest.fixture

@@ -301,7 +301,7 @@ def test_what_cannot_be_traced_says_so(traced):
         with tracer.invoke(input, return_type="logits"):
             a = traced.output.save()
         with tracer.invoke(input):
-            a = traced.output.save()
+            a = traced.output.save()  # noqa: F841
     mamba = gl.HookedMamba.tiny().nnsight()
     with pytest.raises(gl.PointError, match=r"computed from blocks.0.mixer.hook_state"):
         mamba.hook("blocks.0.hook_h.3")

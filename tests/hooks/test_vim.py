@@ -15,11 +15,11 @@ from jaxtyping import install_import_hook
 
 install_import_hook("gatedlens", "beartype.beartype")
 
-import gatedlens as gl
-from gatedlens.errors import CheckpointError, InputError, PointError
-from gatedlens.hooks.vim import HookedViM, vim_rows
-from gatedlens.hooks.vim.checkpoint import OFFICIAL, SHORT, VisionMamba, variant_config
-from gatedlens.model.padding import Padding
+import gatedlens as gl  # noqa: E402
+from gatedlens.errors import CheckpointError, InputError, PointError  # noqa: E402
+from gatedlens.hooks.vim import HookedViM, vim_rows  # noqa: E402
+from gatedlens.hooks.vim.checkpoint import OFFICIAL, SHORT, VisionMamba, variant_config  # noqa
+from gatedlens.model.padding import Padding  # noqa
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -53,7 +53,7 @@ def read_statistics(path: Path) -> Held:
     try:
         with explained_reading(path), safe_open(str(path), "pt") as file:
             meta = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise StoreError(f"{path} is damaged: it is no safetensors file ({error}). {AGAIN}") from error
     batches, stamp, identity = (*meta.get("gatedlens", "").split(), "", "", "0")[:3]
