@@ -20,13 +20,13 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gatedlens.recurrence.decay_blocks import Desk, Halving, Near, Pieces, desk_for, raised
+from gatedlens.recurrence.decay_blocks import DiagonalTile, Halving, Pieces, Scratch, scaled_by_power, scratch_for
 from gatedlens.recurrence.matrix import ScanMatrix
 from gatedlens.recurrence.scanning import scan
 
 NARROW = 4  # blocks of this many positions go by diagonals
 ROW_ELEMENTS = 1 << 18  # likewise for a single row
-CHUNK_ELEMENTS = 1 << 19  # numbers in a temporary [rows, channels, state]: 2 MiB of float32, near the L2 cache
+CHUNK_ELEMENTS = 1 << 19  # numbers in a temporary [rows, channels, state]: 2 MiB of float32, about the L2 cache
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class DecayScan(ScanMatrix):
 
     def seen(self, i: Int[Tensor, " batch"]) -> Float[Tensor, "batch src channel"]:
         """S[i_b, :] for a row of its own in each batch element; zeros behind it."""
-        batch, desk = torch.arange(len(i), device=i.device), self._desk()
+        batch, scratch = torch.arange(len(i), device=i.device), self._scratch()
         reach = int(i.max()) + 1
         now, read = self.time[batch, i].unsqueeze(1), self.read[batch, i].unsqueeze(1)
         visible = torch.arange(reach, device=i.device) <= i.unsqueeze(1)
@@ -113,8 +113,10 @@ class DecayScan(ScanMatrix):
         for start in range(0, reach, size):
             part = slice(start, min(start + size, reach))
             ago = ((now - self.time[:, part]) * visible[:, part].unsqueeze(-1)).to(self.rate.dtype)
-            decay = desk.empty("decay", *ago.shape, self.rate.shape[1])
-            decay = desk.exp(desk.put(decay, ago.unsqueeze(-1), self.rate), torch.finfo(self.rate.dtype).tiny ** 0.8)
+            decay = scratch.empty("decay", *ago.shape, self.rate.shape[1])
+            decay = scratch.exp(
+                scratch.put(decay, ago.unsqueeze(-1), self.rate), torch.finfo(self.rate.dtype).tiny ** 0.8
+            )
             pieces.append(torch.matmul(decay, (read * self.key[:, part]).unsqueeze(-1)).squeeze(-1))
         weight = torch.cat(pieces, dim=1) * self.amount[:, :reach] * visible.unsqueeze(-1)
         return torch.nn.functional.pad(weight, (0, 0, 0, self.length - reach))
@@ -139,14 +141,14 @@ class DecayScan(ScanMatrix):
         """sum_c left_i[c] * sum_k S[i, j + k] * right_{j + k}[c] * taps[c, K - 1 - k]: channels summed, conv included."""
         halving = Halving(self.length, taps.shape[1])
         size = max(1, CHUNK_ELEMENTS // (left.shape[0] * halving.padded * self.rate.shape[1]))
-        desk = self._desk(left, right, taps)
-        scan, left, right, taps, up = self._lifted(desk, left, right, taps)
-        near, products = halving.zeros(left)
+        scratch = self._scratch(left, right, taps)
+        scan, left, right, taps, up = self._rescaled(scratch, left, right, taps)
+        tiles, products = halving.zeros(left)
         for start in range(0, self.channels, size):
             some = slice(start, start + size)
-            pieces = scan.select(some)._pieces(halving, left[..., some], right[..., some], taps[some], desk)
-            _add_contracted(pieces, near, products)
-        return self._within_documents(halving.place(near, products, up))
+            pieces = scan.select(some)._pieces(halving, left[..., some], right[..., some], taps[some], scratch)
+            _add_contracted(pieces, tiles, products)
+        return self._within_documents(halving.place(tiles, products, up))
 
     def folded(
         self,
@@ -156,9 +158,9 @@ class DecayScan(ScanMatrix):
     ) -> Float[Tensor, "batch channel dst src"]:
         """What `summed` sums, channel by channel."""
         halving = Halving(self.length, taps.shape[1])
-        desk = self._desk(left, right, taps)
-        scan, left, right, taps, up = self._lifted(desk, left, right, taps)
-        parts = _apart(scan._pieces(halving, left, right, taps, desk))
+        scratch = self._scratch(left, right, taps)
+        scan, left, right, taps, up = self._rescaled(scratch, left, right, taps)
+        parts = _apart(scan._pieces(halving, left, right, taps, scratch))
         return self._within_documents(halving.place(parts[0], parts[1:], up))
 
     def dense(self) -> Float[Tensor, "batch channel dst src"]:
@@ -166,26 +168,28 @@ class DecayScan(ScanMatrix):
         ones = torch.ones_like(self.amount)
         return self.folded(ones, ones, ones.new_ones(self.channels, 1))
 
-    def _lifted(
-        self, desk: Desk, left: Tensor, right: Tensor, taps: Tensor
+    def _rescaled(
+        self, scratch: Scratch, left: Tensor, right: Tensor, taps: Tensor
     ) -> tuple[DecayScan, Tensor, Tensor, Tensor, int]:
         """The scan and its weights, each times a power of two by which no product of them leaves the dtype's range, and
         the power of two by which the result is too large."""
         given = (self.read, self.amount, self.key, taps, left, right)
-        powers = [desk.power(x) for x in given]
-        powers[-2] += desk.headroom
-        powers[-1] += desk.headroom
-        read, amount, key, taps, left, right = (raised(x, power) for x, power in zip(given, powers, strict=True))
+        powers = [scratch.power(x) for x in given]
+        powers[-2] += scratch.headroom
+        powers[-1] += scratch.headroom
+        read, amount, key, taps, left, right = (
+            scaled_by_power(x, power) for x, power in zip(given, powers, strict=True)
+        )
         return replace(self, read=read, amount=amount, key=key), left, right, taps, sum(powers)
 
-    def _desk(self, *others: Tensor) -> Desk:
-        return desk_for(self.rate, self.time, self.read, self.amount, self.key, *others)
+    def _scratch(self, *others: Tensor) -> Scratch:
+        return scratch_for(self.rate, self.time, self.read, self.amount, self.key, *others)
 
-    def _pieces(self, halving: Halving, left: Tensor, right: Tensor, taps: Tensor, desk: Desk) -> Pieces:
+    def _pieces(self, halving: Halving, left: Tensor, right: Tensor, taps: Tensor, scratch: Scratch) -> Pieces:
         cut, over = halving.tiles, halving.padded - halving.length
         time = torch.cat([self.time, self.time[:, -1:].expand(-1, over, -1)], dim=1) if over else self.time
         weights = cut(left), cut(right * self.amount), taps
-        return Pieces(halving, time, self.rate, cut(self.read), cut(self.key), *weights, desk)
+        return Pieces(halving, time, self.rate, cut(self.read), cut(self.key), *weights, scratch)
 
     def _within_documents(self, total: Tensor) -> Tensor:
         if self.document is None:
@@ -194,12 +198,12 @@ class DecayScan(ScanMatrix):
         return total * (same if total.ndim == 3 else same.unsqueeze(1))
 
 
-def _add_contracted(pieces: Pieces, near: Tensor, products: list[Tensor]) -> None:
-    """Add tiles [b, t, row, column] and meetings [b, p, h, column] of some pieces, summed over channel and state."""
+def _add_contracted(pieces: Pieces, tiles: Tensor, products: list[Tensor]) -> None:
+    """Add tiles [b, t, row, column] and blocks [b, p, h, column] of some pieces, summed over channel and state."""
     rest = iter(products)
     for piece in pieces:
-        if isinstance(piece, Near):
-            near[:, :, piece.row, piece.source : piece.source + pieces.halving.taps] += piece.values @ pieces.taps
+        if isinstance(piece, DiagonalTile):
+            tiles[:, :, piece.row, piece.source : piece.source + pieces.halving.taps] += piece.values @ pieces.taps
         else:
             rows, columns = (x.flatten(0, 1).flatten(2) for x in piece)
             next(rest).flatten(0, 1).baddbmm_(rows, columns.mT)
@@ -208,12 +212,12 @@ def _add_contracted(pieces: Pieces, near: Tensor, products: list[Tensor]) -> Non
 def _apart(pieces: Pieces) -> list[Tensor]:
     """The same for each channel: [b, c, t, row, column] and [b, c, p, h, column]."""
     b, t, place, c = pieces.left.shape
-    near = pieces.left.new_zeros(b, c, t, place, place + pieces.halving.taps - 1)
-    parts = [near]
+    tiles = pieces.left.new_zeros(b, c, t, place, place + pieces.halving.taps - 1)
+    parts = [tiles]
     for piece in pieces:
-        if isinstance(piece, Near):
+        if isinstance(piece, DiagonalTile):
             spread = piece.values.mT.unsqueeze(-1) * pieces.taps.unsqueeze(1)  # b c t tap
-            near[:, :, :, piece.row, piece.source : piece.source + pieces.halving.taps] += spread
+            tiles[:, :, :, piece.row, piece.source : piece.source + pieces.halving.taps] += spread
         else:
             parts.append(torch.einsum("bphcn,bpjcn->bcphj", piece.rows, piece.columns))
     return parts
