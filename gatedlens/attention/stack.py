@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -40,6 +40,13 @@ from gatedlens.result.labelled_tensor import labelled, with_label
 INSTEAD = (
     "Ask for fewer layers (`stack[2:5]`), for `stack[layer].row(i)` or `@ x`, for fewer positions, or raise max_bytes."
 )
+
+
+# What an attention is derived from. For type checkers: whoever passes something else gets an InputError.
+if TYPE_CHECKING:
+    Source: TypeAlias = ActivationCache | HookedModel
+else:
+    Source = Any
 
 
 @dataclass(frozen=True)
@@ -226,7 +233,7 @@ def implicit_attention(source: Any, input: Input | None = None, *, layer: Any, *
 
 
 def implicit_attention(
-    source: ActivationCache | HookedModel,
+    source: Source,
     input: Input | None = None,
     *,
     layer: Layers = None,

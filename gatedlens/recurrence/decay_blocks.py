@@ -198,7 +198,7 @@ class Halving:
         return like.new_zeros(b, self.padded // TILE, TILE, TILE + overlap), products
 
     def place(self, diagonal: Tensor, products: list[Tensor], up: int) -> Float[Tensor, "batch *rest dst src"]:
-        """The matrix from diagonal tiles [b, ..., t, row, column] and off-diagonal blocks [b, ..., p, h, column], all over 2^up."""
+        """The matrix from diagonal tiles [b, ..., t, row, column] and blocks [b, ..., p, h, column], all over 2^up."""
         total = diagonal.new_zeros(*diagonal.shape[:-3], self.padded, self.padded + self.taps - 1)
         spans = [span for _, spans in self.levels() for span in spans]
         first, *rest = powers_of_two(-up, diagonal.dtype)
@@ -222,7 +222,7 @@ class Halving:
 
 @dataclass(frozen=True)
 class Pieces:
-    """A scan, its factors and taps, cut into tiles: iterated, it yields diagonal tiles and off-diagonal blocks, every weight once."""
+    """A scan, its factors and taps, cut into tiles; it yields diagonal tiles and off-diagonal blocks, every weight once."""
 
     halving: Halving
     time: Float[Tensor, "batch pos channel"]  # float64, padded
