@@ -19,7 +19,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from gatedlens.address.layers import Layers, layers_of
-from gatedlens.address.names import Point
+from gatedlens.address.point import Point
 from gatedlens.address.positions import mask_of
 from gatedlens.errors import InputError, PointError
 
@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     Index: TypeAlias = int | slice | Sequence[Any] | numpy.ndarray[Any, Any] | Tensor | Mapping[str, Any]
 else:
     Index = Any
+
+if TYPE_CHECKING:  # the address knows no model at run time: `model` here is whatever has `cfg` and `names`
+    from gatedlens.model.base import HookedModel
+else:
+    HookedModel = Any
 
 
 @dataclass(frozen=True)

@@ -334,7 +334,7 @@ class ImplicitAttention:
             total = total + torch.linalg.vector_norm(dense, ord=1, dim=1)
         return total / channels
 
-    def select(self, channels: Index) -> ImplicitAttention:
+    def select(self, channels: Index | None) -> ImplicitAttention:
         """`A.select([0, 5])`: the operator of some channels."""
         chosen = _channels(channels, self.shape[2])
         return replace(self, branches=tuple(factors.select(chosen) for factors in self.branches))

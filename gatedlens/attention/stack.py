@@ -41,9 +41,10 @@ INSTEAD = (
     "Ask for fewer layers (`stack[2:5]`), for `stack[layer].row(i)` or `@ x`, for fewer positions, or raise max_bytes."
 )
 
-# What an attention is derived from. For type checkers alone: whoever passes something else gets the error of the function.
+
+# What an attention is derived from. For type checkers: whoever passes something else gets an InputError.
 if TYPE_CHECKING:
-    Source: TypeAlias = HookedModel | ActivationCache
+    Source: TypeAlias = ActivationCache | HookedModel
 else:
     Source = Any
 
@@ -223,18 +224,21 @@ def _abs_mean(attention: ImplicitAttention) -> Tensor:
 
 @overload
 def implicit_attention(
-    source: Source, input: Input | None = None, *, layer: None = None, layers: Layers = None, **options: Any
+    source: Any, input: Input | None = None, *, layer: None = None, layers: Layers = None, **options: Any
 ) -> AttentionStack: ...
 
 
 @overload
-def implicit_attention(
-    source: Source, input: Input | None = None, *, layer: int, **options: Any
-) -> ImplicitAttention: ...
+def implicit_attention(source: Any, input: Input | None = None, *, layer: Any, **options: Any) -> ImplicitAttention: ...
 
 
 def implicit_attention(
-    source: Source, input: Input | None = None, *, layer: Layers = None, layers: Layers = None, **options: Any
+    source: Source,
+    input: Input | None = None,
+    *,
+    layer: Layers = None,
+    layers: Layers = None,
+    **options: Any,
 ) -> ImplicitAttention | AttentionStack:
     """`gl.implicit_attention(model, "The cat sat on the mat", layer=3)`, or `gl.implicit_attention(cache, layer=3)`.
 

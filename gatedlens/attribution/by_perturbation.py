@@ -6,15 +6,15 @@ gl.attribution.random(model, "The cat sat on the mat", seed=0)
 from __future__ import annotations
 
 import zlib
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gatedlens.attribution.empty_input import baseline_of
+from gatedlens.attribution.empty_input import Baseline, baseline_of
 from gatedlens.attribution.question import Question
 from gatedlens.attribution.scores import Attribution
+from gatedlens.attribution.target import Asked
 from gatedlens.errors import InputError
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
@@ -34,9 +34,9 @@ from gatedlens.result.rounding import total
 def occlusion(
     model: HookedModel,
     input: Input,
-    target: Any = None,
+    target: Asked = None,
     *,
-    baseline: Any = None,
+    baseline: Baseline = None,
     batch_size: int = 32,
     progress: bool = True,
     attention_mask: Tensor | None = None,
@@ -65,7 +65,7 @@ def occlusion(
 
 @checked
 def random(
-    model: HookedModel, input: Input, target: Any = None, *, seed: int = 0, attention_mask: Tensor | None = None
+    model: HookedModel, input: Input, target: Asked = None, *, seed: int = 0, attention_mask: Tensor | None = None
 ) -> Attribution:
     """`gl.attribution.random(model, text, seed=0)`: uniform in [0, 1), drawn from the seed and the row's own content: the
     batch that it is in does not matter.

@@ -19,9 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gatedlens.address.names import NamesFilter
 from gatedlens.compat.mamba_lens_format import (
     MambaCfg,
     MambaInitCfg,
@@ -34,8 +36,10 @@ from gatedlens.compat.mamba_lens_format import (
 from gatedlens.errors import InputError
 from gatedlens.hooks import mamba
 from gatedlens.loading import from_pretrained
-from gatedlens.model.batch import Input
+from gatedlens.model.batch import ForwardOutput, Input
 from gatedlens.model.block import Norm, Run
+from gatedlens.model.hooking import Hooks
+from gatedlens.model.tokenizer import TokenizerLike
 
 __all__ = [
     "HookedMamba",
@@ -75,7 +79,12 @@ class HookedMamba(mamba.HookedMamba):
         self.layer_order: list[int] | None = None
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name: Any, device: Any = None, tokenizer: Any = None) -> HookedMamba:
+    def from_pretrained(
+        cls,
+        pretrained_model_name: str | Path,
+        device: str | torch.device | None = None,
+        tokenizer: TokenizerLike = None,
+    ) -> HookedMamba:
         """`HookedMamba.from_pretrained("state-spaces/mamba-130m")`: a hub name, folder or bundled model, as
         `gl.from_pretrained`; the tokenizer is the checkpoint's, else GPT-NeoX's.
         """
@@ -91,7 +100,7 @@ class HookedMamba(mamba.HookedMamba):
             tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
         return cls(model.wrapped, model_name=model.cfg.model_name, tokenizer=tokenizer)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input: Input | None = None,
         *args: Any,
@@ -100,7 +109,7 @@ class HookedMamba(mamba.HookedMamba):
         fast_ssm: bool = False,
         warn_disabled_hooks: bool = True,
         **options: Any,
-    ) -> Any:
+    ) -> ForwardOutput:
         """As gatedlens's forward. only_use_these_layers: run these blocks alone, in this order, as often as they are named.
 
         fast_conv, fast_ssm and warn_disabled_hooks change nothing: no hook is ever disabled.
@@ -155,9 +164,9 @@ class HookedMamba(mamba.HookedMamba):
         self,
         input: Input | None = None,
         *args: Any,
-        names_filter: Any = None,
-        fwd_hooks: Any = (),
-        bwd_hooks: Any = (),
+        names_filter: NamesFilter = None,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
         **options: Any,
     ) -> tuple[Any, Any]:
         """As gatedlens's; without names_filter every point is kept, lazy ones too, and hooks may be on, as in MambaLens."""
@@ -171,7 +180,9 @@ class HookedMamba(mamba.HookedMamba):
             names_filter = self._chosen(names_filter, input, options)
         return super().run_with_cache(input, *args, names_filter=names_filter, **options)
 
-    def run_with_hooks(self, *args: Any, fwd_hooks: Any = (), bwd_hooks: Any = (), **options: Any) -> Any:
+    def run_with_hooks(  # type: ignore[override]
+        self, *args: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **options: Any
+    ) -> ForwardOutput:
         """As gatedlens's; a predicate stands for the names of MambaLens that it picks."""
         given = args[0] if args else options.get("input")
         forward, backward = (self._spelled(hooks, given, options) for hooks in (fwd_hooks, bwd_hooks))
@@ -183,7 +194,7 @@ class HookedMamba(mamba.HookedMamba):
         return [(name, hook) for names, hook in chosen for name in names]
 
     @contextmanager
-    def input_dependent_hooks_context(self, fwd_hooks: Any = (), bwd_hooks: Any = (), **_: Any) -> Iterator[Any]:
+    def input_dependent_hooks_context(self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **_: Any) -> Iterator[Any]:
         """`with model.input_dependent_hooks_context(input=tokens): ...`: MambaLens makes `hook_h.{t}` for an input here; ours
         are always there.
         """
@@ -201,13 +212,13 @@ class HookedMamba(mamba.HookedMamba):
 
     # -- parameters --------------------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **options: Any) -> Any:
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Tensor]:
         """`model.state_dict()`: parameters by MambaLens's names; within a larger module, and with arguments, as torch's."""
         if args or options:
             return super().state_dict(*args, **options)
         return convert_original_state_dict_to_hooked_state_dict(state_dict=self.wrapped.state_dict())
 
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> object:
         """`model.load_state_dict(state_dict)`: parameters by MambaLens's names, or by mamba-ssm's."""
         if not any(key.startswith("backbone.") for key in state_dict):
             state_dict = convert_hooked_state_dict_to_original_state_dict(state_dict=state_dict)

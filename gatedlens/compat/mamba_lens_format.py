@@ -67,7 +67,9 @@ class MambaCfg:
 SSM = ("d_state", "d_conv", "expand", "dt_rank", "conv_bias", "bias")
 
 
-def convert_original_config_to_hooked_mamba_config(cfg: Any, device: Any = None) -> MambaCfg:
+def convert_original_config_to_hooked_mamba_config(
+    cfg: Mapping[str, Any], device: str | torch.device | None = None
+) -> MambaCfg:
     """`convert_original_config_to_hooked_mamba_config(cfg)`: mamba-ssm's config.json (a dict) as a MambaCfg."""
     if isinstance(cfg, MambaCfg):
         return cfg
@@ -80,9 +82,9 @@ def convert_original_config_to_hooked_mamba_config(cfg: Any, device: Any = None)
     )
 
 
-def convert_hooked_mamba_config_to_original_config(hooked_mamba_cfg: Any) -> dict[str, Any]:
+def convert_hooked_mamba_config_to_original_config(hooked_mamba_cfg: object) -> dict[str, Any]:
     """`convert_hooked_mamba_config_to_original_config(cfg)`: a MambaCfg, or the cfg of a model, as mamba-ssm's config.json."""
-    cfg = hooked_mamba_cfg
+    cfg: Any = hooked_mamba_cfg
     if isinstance(cfg, MambaCfg):
         ssm = {name: getattr(cfg, name) for name in SSM}
         vocab, multiple = cfg.vocab_size, cfg.pad_vocab_size_multiple
@@ -105,13 +107,15 @@ RENAMED = (
 )
 
 
-def convert_original_state_dict_to_hooked_state_dict(cfg: Any = None, state_dict: Any = None) -> dict[str, Tensor]:
+def convert_original_state_dict_to_hooked_state_dict(
+    cfg: object = None, state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """`convert_original_state_dict_to_hooked_state_dict(cfg, state_dict)`: mamba-ssm's (or transformers') tensors by
     MambaLens's names, with in_proj and x_proj taken apart.
 
     `(state_dict)` and `(cfg, state_dict)` are both understood; the sizes are read off the tensors.
     """
-    state: Mapping[str, Tensor] = cfg if state_dict is None else state_dict
+    state: Any = cfg if state_dict is None else state_dict
     out: dict[str, Tensor] = {}
     for key, value in state.items():
         name = key
@@ -130,11 +134,13 @@ def convert_original_state_dict_to_hooked_state_dict(cfg: Any = None, state_dict
     return out
 
 
-def convert_hooked_state_dict_to_original_state_dict(cfg: Any = None, state_dict: Any = None) -> dict[str, Tensor]:
+def convert_hooked_state_dict_to_original_state_dict(
+    cfg: object = None, state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """`convert_hooked_state_dict_to_original_state_dict(cfg, state_dict)`: the other way round, from MambaLens's names to
     mamba-ssm's.
     """
-    state: Mapping[str, Tensor] = cfg if state_dict is None else state_dict
+    state: Any = cfg if state_dict is None else state_dict
     out: dict[str, Tensor] = {}
     for key, value in state.items():
         name = re.sub(r"^blocks\.(\d+)\.norm\.", r"backbone.layers.\1.norm.", key)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES, ArchitectureAdapterFactory
 from transformer_lens.hook_points import LensHandle
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+from transformer_lens.model_bridge.bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.generalized_components import EmbeddingBridge, UnembeddingBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
@@ -191,7 +192,7 @@ class GatedAdapter(ArchitectureAdapter):
         self.weight_processing_conversions = dict[str, Any]()
         self.component_mapping = dict[str, Any]()
 
-    def prepare_model(self, hf_model: Any) -> None:
+    def prepare_model(self, hf_model: nn.Module) -> None:
         """`adapter.prepare_model(hf_model)`: open `hf_model`: its forward becomes ours, over its own parameters."""
         gated = self.gated = wrap(hf_model)
         for word in (
@@ -217,7 +218,7 @@ class GatedAdapter(ArchitectureAdapter):
         gated.watch = None  # the bridge now puts components of its own, which hold these modules, in their places
         hf_model.forward = self.run
 
-    def setup_hook_compatibility(self, bridge: Any) -> None:
+    def setup_hook_compatibility(self, bridge: TransformerBridge) -> None:
         """`adapter.setup_hook_compatibility(bridge)`: the points that belong to no component, the model as `bridge.gated`,
         and the points' own names again.
         """

@@ -10,21 +10,32 @@ is read from stay (`keep=` for others: several methods say nothing of that posit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from gatedlens.address.positions import Positions
+from gatedlens.attribution import Attribution
 from gatedlens.errors import InputError
 from gatedlens.evaluation import removal
+from gatedlens.evaluation.removal import Nothing
 from gatedlens.metrics import at_position
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Batch, Input
 from gatedlens.result.result import Result
 from gatedlens.result.rounding import order
+
+# What `scores` and `labels` may be. For type checkers: whoever passes something else gets an InputError.
+if TYPE_CHECKING:
+    Scores: TypeAlias = Attribution | Tensor | Sequence[Any]
+    Labels: TypeAlias = int | Sequence[int] | Tensor | None
+else:
+    Scores = Labels = Any
 
 
 @dataclass(frozen=True)
@@ -46,11 +57,11 @@ class Case:
     def of(
         model: HookedModel,
         input: Input,
-        labels: Any = None,
+        labels: Labels = None,
         *,
-        nothing: Any = None,
+        nothing: Nothing = None,
         keep: Tensor | None = None,
-        among: Any = None,
+        among: Positions = None,
         attention_mask: Tensor | None = None,
     ) -> Case:
         """Everything checked, and one clean run. labels: an id, or one a row; with `among` [batch, choice] (the ids of
@@ -94,7 +105,7 @@ class Case:
         exact = torch.where((exact - near).abs() < 1e-6, near, exact)  # 0.7 * 10 is 7
         return (exact.ceil() if self.model.grid is None else exact.floor()).long().to(self.free.device)
 
-    def ranks(self, scores: Any, most_first: bool, absolute: bool = False) -> Int[Tensor, "batch place"]:
+    def ranks(self, scores: Scores, most_first: bool, absolute: bool = False) -> Int[Tensor, "batch place"]:
         """The place of each in the order of its scores (or of their sizes), compared in steps of a 130,000th of the largest
         that is free; of equal ones the first comes first. What is not free comes last."""
         flat = self.spread(scores)
@@ -104,7 +115,7 @@ class Case:
             1, found, torch.arange(flat.shape[1], device=flat.device).expand_as(found)
         )
 
-    def spread(self, scores: Any) -> Float[Tensor, "batch place"]:
+    def spread(self, scores: Scores) -> Float[Tensor, "batch place"]:
         """Scores as one number a place; a map of patches is scaled up to pixels (bilinear)."""
         given = torch.as_tensor(scores.values if isinstance(scores, Result) else scores).detach()
         given = given.to(self.free.device).double()
@@ -167,7 +178,7 @@ def _free(model: HookedModel, batch: Batch, places: int, keep: Tensor | None) ->
     return free
 
 
-def _choices(model: HookedModel, among: Any, rows: int) -> Int[Tensor, "batch choice"]:
+def _choices(model: HookedModel, among: Positions, rows: int) -> Int[Tensor, "batch choice"]:
     ids = torch.as_tensor(among, device=model.cfg.device).long()
     ids = ids.expand(rows, -1) if ids.ndim == 1 else ids
     if ids.ndim != 2 or len(ids) != rows or bool(((ids < 0) | (ids >= model.cfg.d_vocab)).any()):

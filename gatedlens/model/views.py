@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from gatedlens.address.names import Found
+from gatedlens.address.point import Found
 from gatedlens.errors import HookError, PointError
 from gatedlens.model.hookpoint import Capture
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # base.py imports this file, through hooking.py
     from gatedlens.model.base import HookedModel
-else:  # that file imports this one
+else:
     HookedModel = Any
 
 

@@ -1,21 +1,24 @@
-"""The lower triangle of a decaying scan, cut into blocks that are one matrix product each. `DecayScan` sums them.
+"""The triangle of a decaying scan as blocks, each one matrix product: what `DecayScan` (decay_matrix.py) sums and lays out.
 
     A[i, j] = left_i sum_k S[i, j + k] right_{j + k} taps[K - 1 - k]
     S[i, m] = sum_n read_i[n] exp(rate[n] (time_i - time_m)) amount_m key_m[n] ,  m <= i
 
 b batch, l pos (i row, m source, j column), c channel, n state, t tile of TILE positions, p pair of blocks, h rows, K taps.
 
-Diagonal tiles: inside a tile each pair of positions is computed by itself.
-Off-diagonal blocks: the sequence is halved again and again. Rows of a block [lo, hi) carry exp(rate (time_i - time_{lo-1})),
-its sources carry exp(rate (time_{hi-1} - time_m)). Both are at most 1, so neither overflows, and their product is the decay
-between the two. So what the right block of a pair reads from the left one is `rows of the right @ sources of the left`. Then
-the two become one block of twice the size: the rows of the right block and the sources of the left one take one more decay.
+The triangle is diagonal tiles of TILE x TILE positions, and below them off-diagonal blocks of 1, 2, 4, ... tiles a side:
 
-The conv is folded into the sources: a block of s sources has s + K - 1 columns, which begin K - 1 places before it. The columns
-of neighbours overlap.
+    D . . . . . . .      D   a diagonal tile: each pair of its positions by itself
+    1 D . . . . . .      1   the block of two neighbouring tiles: rows of the lower, sources of the upper one
+    2 2 D . . . . .      2   the block of two neighbouring pairs of tiles, and so on
+    2 2 1 D . . . .
 
-exp is only taken of single steps and whole blocks (b l c n numbers for the steps); all other decays are products of these.
-No intermediate number is larger than what it stands for. Where a gradient may need an old value, nothing is overwritten.
+Rows in a block [lo, hi) carry exp(rate (time_i - time_{lo-1})), sources exp(rate (time_{hi-1} - time_m)), both at most 1. An
+off-diagonal block is one matrix product, `rows of the right neighbour @ sources of the left one`; then the two become one of
+twice the size: the right's rows and the left's sources are multiplied by the decay of the other block. The conv is folded into
+the sources, so a block of s sources has s + K - 1 columns, which begin K - 1 places before it; those of neighbours overlap.
+
+Exponentials are of the steps alone (b l c n of them); all else is multiplication. No number on the way exceeds what it stands
+for. Everything here is out of place where a gradient may need the old value.
 """
 
 from __future__ import annotations
@@ -33,26 +36,27 @@ from torch import Tensor
 
 from gatedlens.recurrence.transforms import transformed
 
-TILE = 4
+TILE = 4  # positions: a smaller tile means more levels of blocks, a larger one more pairs that are taken by themselves
 
 
-def scratch_for(like: Float[Tensor, ...], *tensors: Tensor) -> ScratchBuffers:
+def scratch_for(like: Float[Tensor, ...], *tensors: Tensor) -> Scratch:
     """Scratch buffers in the dtype of `like` for a computation with these tensors: reused ones where nothing needs old values."""
     if transformed():
         # Under vmap a buffer must have every axis that is hidden in any of the tensors. The sum of one number of each has them.
-        return ScratchBuffers(torch.stack([x.flatten()[0].to(like.dtype) for x in (like, *tensors)]).sum())
+        return Scratch(torch.stack([x.flatten()[0].to(like.dtype) for x in (like, *tensors)]).sum())
     if torch.is_grad_enabled() and any(x.requires_grad for x in (like, *tensors)):
-        return ScratchBuffers(like)
-    return ReusedScratchBuffers(like)
+        return Scratch(like)
+    return ScratchBuffers(like)
 
 
-class ScratchBuffers:
+class Scratch:
     """Memory for intermediate tensors, new each time: autograd may keep any of them, so none is overwritten by another."""
 
     def __init__(self, like: Float[Tensor, ...]):
         self.like = like
         self.floor = torch.finfo(like.dtype).tiny ** 0.75
-        # The power of two by which `left` and `right` start above 1: what decays then stays above `floor` for longer.
+        # The power of two by which weights start above 1, so that what decays stays above `floor` for long. With gradients
+        # none: a scale of the numbers would be one of the gradients too, and these may already be large.
         self.headroom = 0
 
     def rescaling_power(self, x: Float[Tensor, ...]) -> int:
@@ -90,7 +94,7 @@ class ScratchBuffers:
         target.copy_(self.flush(a * b))
 
 
-class ReusedScratchBuffers(ScratchBuffers):
+class ScratchBuffers(Scratch):
     """Without gradients: one buffer a name, overwritten. Fresh memory pages cost more than the arithmetic on them."""
 
     def __init__(self, like: Float[Tensor, ...]):
@@ -132,19 +136,19 @@ def powers_of_two(power: int, dtype: torch.dtype) -> list[float]:
     return [2.0 ** (power * (i + 1) // count - power * i // count) for i in range(count)]
 
 
-def rescaled(x: Float[Tensor, "*shape"], power: int) -> Float[Tensor, "*shape"]:
+def scaled_by_power(x: Float[Tensor, "*shape"], power: int) -> Float[Tensor, "*shape"]:
     """x * 2^power, exact."""
     return x if power == 0 else reduce(torch.mul, powers_of_two(power, x.dtype), x)
 
 
-class OffDiagonalBlocks(NamedTuple):
+class OffDiagonalBlock(NamedTuple):
     """Rows of the right blocks and columns of the left blocks of some pairs, not yet summed over the state."""
 
     rows: Float[Tensor, "batch pair row channel state"]
     columns: Float[Tensor, "batch pair column channel state"]
 
 
-class DiagonalTiles(NamedTuple):
+class DiagonalTile(NamedTuple):
     """One entry of every diagonal tile, S[row, source] * left * right, before the conv."""
 
     row: int
@@ -217,14 +221,15 @@ class Halving:
         sub = total[..., start:stop, start : stop + self.taps - 1]
         # [..., pair of the rows, period, pair of the columns, column]; windows of columns overlap by the K - 1 of the conv.
         sub = sub.unfold(-1, period + self.taps - 1, period).unflatten(-3, (pairs, period))
-        # Rows and columns of the same pair. Different pairs have different rows, so no number is in the view twice.
+        # Rows and columns of the same pair: still a view, so that `add_` writes into the matrix itself. Different pairs have
+        # different rows, so no number is in it twice.
         sub = sub.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
         return sub[..., size:, : (size or height) + self.taps - 1]
 
 
 @dataclass(frozen=True)
-class DecayBlocks:
-    """The blocks of a scan, its factors and its taps: `for blocks in DecayBlocks(...)` gives every weight once."""
+class Pieces:
+    """The blocks of a scan, its factors and its taps: `for blocks in Pieces(...)` gives every weight once."""
 
     halving: Halving
     time: Float[Tensor, "batch pos channel"]  # float64, padded
@@ -234,9 +239,9 @@ class DecayBlocks:
     left: Float[Tensor, "batch tile place channel"]
     right: Float[Tensor, "batch tile place channel"]  # times amount
     taps: Float[Tensor, "channel tap"]
-    scratch: ScratchBuffers
+    scratch: Scratch
 
-    def __iter__(self) -> Iterator[DiagonalTiles | OffDiagonalBlocks]:
+    def __iter__(self) -> Iterator[DiagonalTile | OffDiagonalBlock]:
         """The diagonal tiles, then the off-diagonal blocks, sizes ascending as in `Halving.levels`.
 
         What is given is read before the next is asked for: the next may overwrite it.
@@ -254,14 +259,16 @@ class DecayBlocks:
         self.scratch.multiply(out, time.to(self.rate.dtype).unsqueeze(-1), self.rate)
         return self.scratch.exp(out, self.scratch.floor)
 
-    def _decay_across(self, begin: Tensor, end: Tensor) -> Tensor:
-        """The decay across whole blocks, at least `floor`: a smaller one is as good as none, and slow to compute with."""
+    def _block_decay(self, begin: Tensor, end: Tensor) -> Tensor:
+        """The decay of whole blocks. Clamped at the floor, not zeroed: below it a source is as good as forgotten, and a
+        product with a denormal number is slow."""
         # The difference is taken in float64, before the cast: two late times differ little beside their own size.
         time = (end - begin).to(self.rate.dtype).unsqueeze(-1) * self.rate
         return torch.exp(time.clamp(min=math.log(self.scratch.floor)))
 
     def _decays_within_tiles(self, decays: tuple[Tensor, ...]) -> dict[tuple[int, int], Tensor]:
         """[i, m]: the decay from place m to place i of a tile; place -1 is the last one before the tile."""
+        # Products of single steps, never exp of a difference of sums: each is at most 1, and nothing cancels.
         within = {(i, i - 1): decays[i] for i in range(TILE)}
         for i in range(1, TILE):
             for m in range(i - 2, -1, -1):
@@ -269,13 +276,13 @@ class DecayBlocks:
                 self.scratch.multiply(within[i, m], within[i - 1, m], decays[i])
         return within
 
-    def _diagonal_tiles(self, within: dict[tuple[int, int], Tensor]) -> Iterator[DiagonalTiles]:
+    def _diagonal_tiles(self, within: dict[tuple[int, int], Tensor]) -> Iterator[DiagonalTile]:
         for i in range(TILE):
             for m in range(i + 1):
                 pair = self.read[:, :, i] * self.key[:, :, m]
                 # sum_n decay read key; on the diagonal there is no decay.
                 weight = pair.sum(-1, keepdim=True) if m == i else (within[i, m] @ pair.unsqueeze(-1)).squeeze(-1)
-                yield DiagonalTiles(i, m, weight * self.left[:, :, i] * self.right[:, :, m])
+                yield DiagonalTile(i, m, weight * self.left[:, :, i] * self.right[:, :, m])
 
     def _rows(self, within: dict[tuple[int, int], Tensor]) -> Float[Tensor, "batch pos channel state"]:
         """left_i read_i of each tile, with the decay since the last position before the tile."""
@@ -306,28 +313,28 @@ class DecayBlocks:
             columns[:, :, m : m + K].addcmul_(source.unsqueeze(2), weight.unsqueeze(-1))
         return self.scratch.flush(columns)
 
-    def _off_diagonal_blocks(self, rows: Tensor, columns: Tensor) -> Iterator[OffDiagonalBlocks]:
+    def _off_diagonal_blocks(self, rows: Tensor, columns: Tensor) -> Iterator[OffDiagonalBlock]:
         """Pairs of ever larger blocks, from rows [b, l, c, n] and columns [b, t, TILE + K - 1, c, n] of blocks of one tile."""
         for size, spans in self.halving.levels():
             for start, pairs, _, height in spans:
                 period, first = size + height, start // size
                 right = rows[:, start : start + pairs * period].unflatten(1, (pairs, period))[:, :, size:]
                 # Every second block is the left one of a pair.
-                yield OffDiagonalBlocks(right, columns[:, first : first + 2 * pairs : 2][:, :pairs])
+                yield OffDiagonalBlock(right, columns[:, first : first + 2 * pairs : 2][:, :pairs])
             if 2 * size < self.halving.padded:
                 rows, columns = (
-                    self._rows_of_doubled_blocks(rows, size, spans),
-                    self._columns_of_doubled_blocks(columns, size),
+                    self._rows_of_larger_blocks(rows, size, spans),
+                    self._columns_of_larger_blocks(columns, size),
                 )
 
-    def _rows_of_doubled_blocks(self, rows: Tensor, size: int, spans: list[Span]) -> Tensor:
+    def _rows_of_larger_blocks(self, rows: Tensor, size: int, spans: list[Span]) -> Tensor:
         """Rows of blocks twice the size. Those of each right block take the decay across the left one; the left rows stay."""
         # Time just before each block. The first block has no sources before it, so any time will do.
         begin = torch.cat([self.time[:, :1], self.time[:, size - 1 : -1 : size]], dim=1)
         doubled = self.scratch.writable(rows)
         for start, pairs, _, height in spans:
             first, period = start // size, size + height
-            decay = self._decay_across(
+            decay = self._block_decay(
                 begin[:, first : first + 2 * pairs : 2][:, :pairs], begin[:, first + 1 : first + 2 * pairs : 2]
             )
             old, new = (
@@ -336,12 +343,12 @@ class DecayBlocks:
             self.scratch.multiply_and_flush(new, old, decay.unsqueeze(2))
         return doubled
 
-    def _columns_of_doubled_blocks(self, columns: Tensor, size: int) -> Tensor:
+    def _columns_of_larger_blocks(self, columns: Tensor, size: int) -> Tensor:
         """Columns of full blocks twice the size. Those of each left block take the decay across the right one."""
         # A last block without a right neighbour is dropped: only rows behind it could read from it, and there are none.
         pairs, overlap = columns.shape[1] // 2, self.halving.taps - 1
         end = self.time[:, size - 1 :: size]
-        decay = self._decay_across(end[:, 0 : 2 * pairs : 2], end[:, 1 : 2 * pairs : 2])
+        decay = self._block_decay(end[:, 0 : 2 * pairs : 2], end[:, 1 : 2 * pairs : 2])
         left, right = columns[:, 0 : 2 * pairs : 2], columns[:, 1 : 2 * pairs : 2]
         shape = columns.shape[0], pairs, 2 * size + overlap, *columns.shape[3:]
         # Two names in turn: this level reads the buffer that the level before wrote.

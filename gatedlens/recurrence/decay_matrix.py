@@ -20,13 +20,13 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gatedlens.recurrence.decay_blocks import DecayBlocks, DiagonalTiles, Halving, ScratchBuffers, rescaled, scratch_for
+from gatedlens.recurrence.decay_blocks import DiagonalTile, Halving, Pieces, Scratch, scaled_by_power, scratch_for
 from gatedlens.recurrence.matrix import ScanMatrix
 from gatedlens.recurrence.scanning import scan
 
 NARROW = 4  # blocks of this many positions go by diagonals
 ROW_ELEMENTS = 1 << 18  # likewise for a single row
-CHUNK_ELEMENTS = 1 << 19  # numbers in a temporary [rows, channels, state]: 2 MiB of float32, near the L2 cache
+CHUNK_ELEMENTS = 1 << 19  # numbers in a temporary [rows, channels, state]: 2 MiB of float32, about the L2 cache
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class DecayScan(ScanMatrix):
         tiles, products = halving.zeros(left)
         for start in range(0, self.channels, size):
             some = slice(start, start + size)
-            blocks = scan.select(some)._blocks(halving, left[..., some], right[..., some], taps[some], scratch)
+            blocks = scan.select(some)._pieces(halving, left[..., some], right[..., some], taps[some], scratch)
             _add_contracted(blocks, tiles, products)
         return self._within_documents(halving.assemble(tiles, products, power))
 
@@ -160,7 +160,7 @@ class DecayScan(ScanMatrix):
         halving = Halving(self.length, taps.shape[1])
         scratch = self._scratch(left, right, taps)
         scan, left, right, taps, power = self._rescaled(scratch, left, right, taps)
-        tiles, *products = _apart(scan._blocks(halving, left, right, taps, scratch))
+        tiles, *products = _apart(scan._pieces(halving, left, right, taps, scratch))
         return self._within_documents(halving.assemble(tiles, products, power))
 
     def dense(self) -> Float[Tensor, "batch channel dst src"]:
@@ -169,7 +169,7 @@ class DecayScan(ScanMatrix):
         return self.folded(ones, ones, ones.new_ones(self.channels, 1))
 
     def _rescaled(
-        self, scratch: ScratchBuffers, left: Tensor, right: Tensor, taps: Tensor
+        self, scratch: Scratch, left: Tensor, right: Tensor, taps: Tensor
     ) -> tuple[DecayScan, Tensor, Tensor, Tensor, int]:
         """The scan and its weights, each times a power of two, and the power of two by which the result is then too large.
 
@@ -181,19 +181,19 @@ class DecayScan(ScanMatrix):
         # `left` is in the rows and `right` in the columns: both sides of every block get the same headroom.
         powers[-2] += scratch.headroom
         powers[-1] += scratch.headroom
-        read, amount, key, taps, left, right = (rescaled(x, power) for x, power in zip(given, powers, strict=True))
+        read, amount, key, taps, left, right = (
+            scaled_by_power(x, power) for x, power in zip(given, powers, strict=True)
+        )
         return replace(self, read=read, amount=amount, key=key), left, right, taps, sum(powers)
 
-    def _scratch(self, *others: Tensor) -> ScratchBuffers:
+    def _scratch(self, *others: Tensor) -> Scratch:
         return scratch_for(self.rate, self.time, self.read, self.amount, self.key, *others)
 
-    def _blocks(
-        self, halving: Halving, left: Tensor, right: Tensor, taps: Tensor, scratch: ScratchBuffers
-    ) -> DecayBlocks:
+    def _pieces(self, halving: Halving, left: Tensor, right: Tensor, taps: Tensor, scratch: Scratch) -> Pieces:
         cut, over = halving.cut_into_tiles, halving.padded - halving.length
         time = torch.cat([self.time, self.time[:, -1:].expand(-1, over, -1)], dim=1) if over else self.time
         weights = cut(left), cut(right * self.amount), taps
-        return DecayBlocks(halving, time, self.rate, cut(self.read), cut(self.key), *weights, scratch)
+        return Pieces(halving, time, self.rate, cut(self.read), cut(self.key), *weights, scratch)
 
     def _within_documents(self, total: Tensor) -> Tensor:
         if self.document is None:
@@ -202,11 +202,11 @@ class DecayScan(ScanMatrix):
         return total * (same if total.ndim == 3 else same.unsqueeze(1))
 
 
-def _add_contracted(blocks: DecayBlocks, tiles: Tensor, products: list[Tensor]) -> None:
+def _add_contracted(blocks: Pieces, tiles: Tensor, products: list[Tensor]) -> None:
     """Add to diagonal tiles [b, t, row, column] and off-diagonal blocks [b, p, h, column]; channel and state are summed."""
     rest = iter(products)
     for part in blocks:
-        if isinstance(part, DiagonalTiles):
+        if isinstance(part, DiagonalTile):
             tiles[:, :, part.row, part.source : part.source + blocks.halving.taps] += part.values @ blocks.taps
         else:
             # One batched product sums over channel and state at once: no axis of either is left in memory.
@@ -214,13 +214,13 @@ def _add_contracted(blocks: DecayBlocks, tiles: Tensor, products: list[Tensor]) 
             next(rest).flatten(0, 1).baddbmm_(rows, columns.mT)
 
 
-def _apart(blocks: DecayBlocks) -> list[Tensor]:
+def _apart(blocks: Pieces) -> list[Tensor]:
     """The same for each channel: [b, c, t, row, column], then [b, c, p, h, column] span by span."""
     b, t, place, c = blocks.left.shape
     tiles = blocks.left.new_zeros(b, c, t, place, place + blocks.halving.taps - 1)
     parts = [tiles]
     for part in blocks:
-        if isinstance(part, DiagonalTiles):
+        if isinstance(part, DiagonalTile):
             spread = part.values.mT.unsqueeze(-1) * blocks.taps.unsqueeze(1)  # b c t tap
             tiles[:, :, :, part.row, part.source : part.source + blocks.halving.taps] += spread
         else:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from gatedlens.address.names import NamesFilter
@@ -44,6 +45,16 @@ from gatedlens.store.statistics import Reduction, chosen
 # The plan of a harvest: how each point that was asked for will lie in the store, learnt from a run on two tokens.
 #
 # layouts = plan(batches, "blocks.*.mixer.hook_gated", dtype=None)
+
+
+# What can be harvested, see `corpus/sources.py`; the words or Reductions of `reduce=`; who does the work. For type checkers:
+# something else is an InputError.
+if TYPE_CHECKING:
+    Documents: TypeAlias = str | Path | Iterable[Any] | Mapping[str, Any] | Tensor
+    Reductions: TypeAlias = str | Reduction | Sequence[str | Reduction] | None
+    Engine: TypeAlias = str | Callable[..., Iterable[Any]]
+else:
+    Documents = Reductions = Engine = Any
 
 
 def plan(batches: Batches, names: NamesFilter, dtype: torch.dtype | None) -> list[Layout]:
@@ -76,18 +87,18 @@ SHARD_BYTES = 2**30
 @checked
 def harvest(
     model: HookedModel,
-    dataset: Any,
+    dataset: Documents,
     names: NamesFilter,
     out: str | Path,
     batch_size: int = 8,
     max_tokens: int | None = None,
     positions: str = "all",
     dtype: torch.dtype | str | None = None,
-    reduce: Any = None,
+    reduce: Reductions = None,
     *,
     context: int | None = None,
     field: str | None = None,
-    engine: Any = "local",
+    engine: Engine = "local",
     workers: int = 2,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
@@ -160,14 +171,14 @@ def harvest(
 @checked
 def estimate(
     model: HookedModel,
-    dataset: Any,
+    dataset: Documents,
     names: NamesFilter,
     out: str | Path = ".",
     batch_size: int = 8,
     max_tokens: int | None = None,
     positions: str = "all",
     dtype: torch.dtype | str | None = None,
-    reduce: Any = None,
+    reduce: Reductions = None,
     *,
     context: int | None = None,
     field: str | None = None,

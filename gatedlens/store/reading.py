@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import bisect
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from gatedlens.address.key import Key
 from gatedlens.errors import InputError, PointError, StoreError, did_you_mean
 from gatedlens.options import checked
 from gatedlens.store.disk import journal, manifest
@@ -229,7 +230,7 @@ class Store:
 
     # -- names ---------------------------------------------------------------------------------------------------
 
-    def find(self, key: Any) -> Layout:
+    def find(self, key: Key) -> Layout:
         """`store.find(("gated", 1))`: the point that `key` stands for: a full name, another tool's name for it, or (word,
         layer[, part]).
         """
@@ -398,19 +399,21 @@ class Store:
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def dataset(self, keys: Any) -> Activations:
+    def dataset(self, keys: Key | Sequence[Key]) -> Activations:
         """`store.dataset(("gated", 1))`: a torch Dataset of the entries at one point, or at a list of points."""
         return Activations(self, keys)
 
     @checked
-    def loader(self, keys: Any, batch_size: int, shuffle: bool = False, seed: int = 0, **options: Any) -> DataLoader:
+    def loader(
+        self, keys: Key | Sequence[Key], batch_size: int, shuffle: bool = False, seed: int = 0, **options: Any
+    ) -> DataLoader:
         """`for x in store.loader(("gated", 1), batch_size=1024, shuffle=True): ...`: a torch DataLoader of the entries at
         one point ([batch, ...]) or at a list of points ({name: [batch, ...]}).
         """
         return self.dataset(keys).loader(batch_size, shuffle, seed, **options)
 
     @checked
-    def with_labels(self, labels: Any, per: str = "token") -> Labelled:
+    def with_labels(self, labels: Tensor | Callable[[Tensor], Any], per: str = "token") -> Labelled:
         """`store.with_labels(labels)`: the store with a label for each entry, for a probe.
 
         labels: a tensor with one for each stored token, sample or document (`per`), or a function of a sample's token

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gatedlens.recurrence.decay_blocks import powers_of_two, rescaled
+from gatedlens.recurrence.decay_blocks import powers_of_two, scaled_by_power
 from gatedlens.recurrence.decay_matrix import DecayScan
 from tests.helpers import relative
 
@@ -160,4 +160,4 @@ def test_powers_beyond_what_a_number_holds_go_in_steps():
         parts = powers_of_two(power, dtype)
         assert sum(math.log2(part) for part in parts) == power
         assert all(0 < torch.tensor(part, dtype=dtype) < math.inf for part in parts)
-    assert rescaled(torch.tensor([2.0**-149]), 149) == 1
+    assert scaled_by_power(torch.tensor([2.0**-149]), 149) == 1
