@@ -91,15 +91,22 @@ def _segment(
 ) -> _Pieces:
     """The recurrence over some positions after the carry; differentiable, with every maximum held fixed."""
     writes, log_decay = k, w.expand_as(k)
+    # A masked position decays by e^0 and writes e^-inf: what it finds is what it hands on.
     if mask is not None:
         writes, log_decay = k.masked_fill(~mask.unsqueeze(-1), -torch.inf), w * mask.unsqueeze(-1)
+    # Detached: num and den are scaled by e^-max and the scan divides it out again, so max has no gradient to give.
     maxima = _running_max(log_decay.detach(), writes.detach(), top.detach())
     before = _behind(top, maxima)
+    # max_t is the larger of both exponents, so decay and weight are at most 1, and one of them is 1: nothing overflows, and
+    # den never vanishes.
     decay = torch.exp(before + log_decay - maxima)
     weight = torch.exp(writes - maxima)
     start = torch.stack([num, den], dim=1)
+    # Numerator and denominator are one recurrence with a state of two: the same decay, the writes (weight v, weight).
     states = linear_scan(decay.unsqueeze(2).expand(-1, -1, 2, -1), torch.stack([weight * v, weight], dim=2), start)
     past_state = _behind(start, states)
+    # The position's own key counts with the bonus u, which is no part of the state: past and present are brought to a
+    # maximum of their own, the larger of max_{t-1} and u + k_t.
     past, present = _exponentials(before, u + k)
     total = past * past_state[:, :, 1] + present
     scan = (past * past_state[:, :, 0] + present * v) / total
@@ -119,10 +126,12 @@ def _backward(p: _Pieces, v: Tensor, grad_scan: Tensor, grad_state: Tensor) -> t
 
     scan = (past num + present v) / total, and from the end g_t = d scan_{t+1} / d state_t + decay_{t+1} g_{t+1}.
     """
+    # scan = top / total: d scan / d num = past / total, d scan / d den = -past scan / total, and likewise for present.
     per_total = grad_scan / p.total
     bonus = p.present * per_total
     read = p.past * per_total
     reads = torch.stack([read, -read * p.scan], dim=2)
+    # The adjoint recurrence: what the state after t is worth is what its next reader and its next state make of it.
     flows = torch.empty_like(reads)
     flows[:, -1] = grad_state
     steps = list(zip(flows.unbind(1), p.decay.unsqueeze(2).unbind(1), reads.unbind(1), strict=True))
@@ -131,6 +140,7 @@ def _backward(p: _Pieces, v: Tensor, grad_scan: Tensor, grad_state: Tensor) -> t
         torch.addcmul(grad, decay, flow, out=steps[t - 1][0])
     flow, decay, grad = steps[0]
     onward = torch.addcmul(grad, decay, flow)
+    # weight = e^{k - max} and decay = e^{... - max}: with max held, d weight / d k = weight and d decay / d w = decay.
     num_flow, den_flow = flows.unbind(2)
     grad_decay = (p.past_state * flows).sum(2).mul_(p.decay)
     grad_top = grad_decay[:, 0] + (p.past_state[:, 0] * reads[:, 0]).sum(1)
@@ -201,6 +211,8 @@ def wkv(
 ) -> tuple[Float[Tensor, "batch pos channel"], Carry]:
     """`scan, carry = wkv(k, v, w, u, mask, carry)`; O(b c) memory beyond inputs and output without gradients."""
     compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
+    # Four ways to the same numbers. Inside torch.compile a Function cannot stand, so with gradients the segment is written in
+    # operations that the compiler differentiates; under torch.func too, which a Function's buffers would not survive.
     followed = grad and any(t.requires_grad for t in (k, v, w, u, *carry))
     if followed if compiling else transformed():
         pieces = _segment(mask, k, v, w, u, *carry)
@@ -288,6 +300,7 @@ class OpenWkv:
 
     @cached_property
     def decay(self) -> Float[Tensor, "batch pos channel two"]:
+        # e^w, not e^{max + w - max}: hooks see the paper's decay, which float64 holds whatever the maximum is.
         constant = self.w.exp().reshape(1, 1, -1, 1).expand(*self.k.shape, 2)
         return constant if self.mask is None else torch.where(self.mask[:, :, None, None], constant, 1.0)
 
@@ -309,6 +322,7 @@ class OpenWkv:
     def top_start(self) -> Float[Tensor, "batch channel"]:
         """The maximum that came with the carry; a start that was edited brings its own."""
         den, given = self.state_start[..., 1], self.untouched_start[..., 1]
+        # Where nobody edited the denominator the carried maximum goes on, so that an unhooked run is met to the bit.
         return torch.where(den == given, self.top, den.abs().clamp(min=TINY).log())
 
     @cached_property
