@@ -1,6 +1,6 @@
 """The pictures of matrices, images, activations and texts; `help(gl.plot)` shows each.
 
-matplotlib is an extra and imported when a figure is asked for. Its math text is off: a `$` in a token, a title or a name is a `$`.
+matplotlib is an extra and imported when a figure is asked for. Its math text is off: a `$` in a token or a title is a `$`.
 """
 
 from __future__ import annotations
