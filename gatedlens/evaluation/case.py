@@ -10,9 +10,11 @@ is read from stay (`keep=` for others: several methods say nothing of that posit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
@@ -23,8 +25,16 @@ from gatedlens.evaluation import removal
 from gatedlens.metrics import at_position
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Batch, Input
+from gatedlens.options import tensor_of
 from gatedlens.result.result import Result
 from gatedlens.result.rounding import order
+
+# What scores are given as, and the right answers. For editors: other kinds get the errors of the functions below.
+if TYPE_CHECKING:
+    Scores: TypeAlias = Result | Tensor | numpy.ndarray[Any, Any] | Sequence[Any]
+    Answers: TypeAlias = int | Tensor | Sequence[int] | None
+else:
+    Scores = Answers = Any
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,7 @@ class Case:
     """See the head of this file. values: the inputs, flat; nothing: what a place holds once it is taken away; labels:
     the right answers (those of the clean run if none were given); among: the only answers that count; clean: logits."""
 
-    model: Any
+    model: HookedModel
     batch: Batch
     values: Shaped[Tensor, "batch channel place"]
     nothing: Shaped[Tensor, "#batch channel place"]
@@ -46,7 +56,7 @@ class Case:
     def of(
         model: HookedModel,
         input: Input,
-        labels: Any = None,
+        labels: Answers = None,
         *,
         nothing: Any = None,
         keep: Tensor | None = None,
@@ -94,7 +104,7 @@ class Case:
         exact = torch.where((exact - near).abs() < 1e-6, near, exact)  # 0.7 * 10 is 7
         return (exact.ceil() if self.model.grid is None else exact.floor()).long().to(self.free.device)
 
-    def ranks(self, scores: Any, most_first: bool, absolute: bool = False) -> Int[Tensor, "batch place"]:
+    def ranks(self, scores: Scores, most_first: bool, absolute: bool = False) -> Int[Tensor, "batch place"]:
         """The place of each in the order of its scores (or of their sizes), compared in steps of a 130,000th of the largest
         that is free; of equal ones the first comes first. What is not free comes last."""
         flat = self.spread(scores)
@@ -104,10 +114,9 @@ class Case:
             1, found, torch.arange(flat.shape[1], device=flat.device).expand_as(found)
         )
 
-    def spread(self, scores: Any) -> Float[Tensor, "batch place"]:
+    def spread(self, scores: Scores) -> Float[Tensor, "batch place"]:
         """Scores as one number a place; a map of patches is scaled up to pixels (bilinear)."""
-        given = torch.as_tensor(scores.values if isinstance(scores, Result) else scores).detach()
-        given = given.to(self.free.device).double()
+        given = numbers_of(scores).to(self.free.device)
         shape, rows = tuple(given.shape), len(self.free)
         size = self.batch.value.shape[-2:] if self.model.grid is not None else None
         wanted = "[batch, pos]" if size is None else "[batch, row, column]"
@@ -122,6 +131,14 @@ class Case:
         if not bool(given.isfinite().all()):
             raise InputError("The scores hold values that are not finite: they have no order.")
         return given if size is None else scaled(given, (size[0], size[1])).flatten(1)
+
+
+def numbers_of(scores: Scores) -> Float[Tensor, ...]:
+    """Scores as numbers in float64, where they are: an Attribution's values, or what `torch.as_tensor` reads.
+
+    InputError for what is neither.
+    """
+    return tensor_of(scores.values if isinstance(scores, Result) else scores, "scores").detach().double()
 
 
 def _answers(model: HookedModel, batch: Batch, among: Tensor | None) -> Float[Tensor, "batch answer"]:
@@ -175,7 +192,7 @@ def _choices(model: HookedModel, among: Any, rows: int) -> Int[Tensor, "batch ch
     return ids
 
 
-def _labels(asked: Any, clean: Float[Tensor, "batch answer"]) -> Int[Tensor, " batch"]:
+def _labels(asked: Answers, clean: Float[Tensor, "batch answer"]) -> Int[Tensor, " batch"]:
     if asked is None:
         return clean.argmax(-1)
     ids = torch.as_tensor(asked, device=clean.device)

@@ -13,14 +13,13 @@ mass is the relevance mass accuracy of Arras et al. 2022 (arXiv 2003.07258), hit
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.result.result import Result
+from gatedlens.evaluation.case import Scores, numbers_of
 from gatedlens.result.rounding import order
 
 
@@ -33,12 +32,14 @@ class Located:
     hit: Float[Tensor, " sample"]
 
 
-def located(scores: Any, truth: Bool[Tensor, "sample ..."], free: Bool[Tensor, "sample ..."] | None = None) -> Located:
+def located(
+    scores: Scores, truth: Bool[Tensor, "sample ..."], free: Bool[Tensor, "sample ..."] | None = None
+) -> Located:
     """`gl.evaluation.located(scores, truth)`: rank, mass and hit, sample by sample. Where no score is positive, the mass
     is 0. Scores are compared in steps of a
     130,000th of the largest that takes part; of equal ones the first is first.
     """
-    values = torch.as_tensor(scores.values if isinstance(scores, Result) else scores).detach().double().cpu()
+    values = numbers_of(scores).cpu()
     truth = truth.cpu()
     part = torch.ones_like(truth) if free is None else free.cpu()
     if values.shape != truth.shape or part.shape != truth.shape:

@@ -29,8 +29,7 @@ from torch import Tensor
 from gatedlens.attribution import Attribution
 from gatedlens.errors import InputError
 from gatedlens.evaluation.bootstrap import Estimate, estimate
-from gatedlens.evaluation.case import scaled
-from gatedlens.result.result import Result
+from gatedlens.evaluation.case import Scores, numbers_of, scaled
 from gatedlens.result.rounding import STEP
 
 VOID = -1
@@ -67,13 +66,13 @@ class Segmentation:
         return {"pixel accuracy": self.pixel_accuracy, "mAP": self.mean_ap, "mIoU": self.mean_iou}
 
 
-def segmentation(scores: Any, masks: Any) -> Segmentation:
+def segmentation(scores: Scores, masks: Any) -> Segmentation:
     """`gl.evaluation.segmentation(scores, masks).mean_iou`: how well maps cut out objects.
 
     scores: an Attribution, or maps [batch, row, column]. masks: [batch, height, width] of 1, 0 and -1, or booleans, of the
     aspect ratio of the images (where there is no Attribution with its images: of the maps, to a cell).
     """
-    maps = torch.as_tensor(scores.values if isinstance(scores, Result) else scores).detach().double().cpu()
+    maps = numbers_of(scores).cpu()
     truth = torch.as_tensor(masks).cpu()
     truth = truth.long() if truth.dtype == torch.bool else truth
     if maps.ndim != 3 or truth.ndim != 3 or len(maps) != len(truth) or len(maps) == 0:
@@ -90,7 +89,7 @@ def segmentation(scores: Any, masks: Any) -> Segmentation:
     return _compared(R, truth.long())
 
 
-def _one_frame(scores: Any, maps: Float[Tensor, "batch row column"], mask: tuple[int, int]) -> None:
+def _one_frame(scores: Scores, maps: Float[Tensor, "batch row column"], mask: tuple[int, int]) -> None:
     """InputError for masks of another aspect ratio than what was scored: off by a pixel of the images; of maps whose images
     are not known by a cell, since patches may leave out a border of less than one."""
     images = scores.images if isinstance(scores, Attribution) else None

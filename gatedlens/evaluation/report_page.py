@@ -152,7 +152,7 @@ def _curves(found: Evaluation) -> str:
     return f"<div style='display:flex;flex-wrap:wrap;gap:1em'>{''.join(out)}</div>"
 
 
-def _samples(found: Evaluation, model: HookedModel) -> str:
+def _samples(found: Evaluation, model: HookedModel | None) -> str:
     out = ""
     for index in found.shown:
         rows = {method: found.records[found.names[index], method] for method in found.methods}
@@ -176,7 +176,7 @@ def _samples(found: Evaluation, model: HookedModel) -> str:
     return out
 
 
-def _answer(answer: int, model: HookedModel) -> str:
+def _answer(answer: int, model: HookedModel | None) -> str:
     """A class by its number, a token by its text as well, if the model can say it."""
     if model is None or model.grid is not None or model.tokenizer is None:
         return str(answer)

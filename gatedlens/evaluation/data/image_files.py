@@ -52,7 +52,8 @@ def squeezed(
         bytearray(flat.resize((width, height), pillow.Resampling.NEAREST).tobytes()), dtype=torch.uint8
     )
     raw = torch.frombuffer(bytearray(scaled.tobytes()), dtype=torch.uint8).reshape(height, width, channels)
-    mean, std = (torch.tensor(t).reshape(-1, 1, 1) for t in (model.cfg.image_mean, model.cfg.image_std))
+    cfg: Any = model.cfg  # a vision model's
+    mean, std = (torch.tensor(t).reshape(-1, 1, 1) for t in (cfg.image_mean, cfg.image_std))
     return (raw.permute(2, 0, 1).float() / 255 - mean) / std, small.reshape(height, width).long() - 1
 
 
