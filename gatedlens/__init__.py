@@ -19,7 +19,7 @@ from gatedlens import (
 )
 # isort: on
 # fmt: on
-from gatedlens.address.names import Alias, Point, View
+from gatedlens.address.point import Alias, Point, View
 from gatedlens.address.table import HookTable
 from gatedlens.attention.contributions import Contributions
 from gatedlens.attention.layer import ImplicitAttention

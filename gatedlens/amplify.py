@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -65,6 +65,12 @@ MERGES: dict[str, Callable[[list[float]], float]] = {
 Labels = Sequence[str] | Mapping[str, str]
 Spans = Sequence[tuple[int, int]]
 
+# For editors and type checkers: whoever passes something else gets the error of `label_tokens`.
+if TYPE_CHECKING:
+    LanguageModel: TypeAlias = HookedLanguageModel
+else:
+    LanguageModel = Any
+
 
 @dataclass(frozen=True)
 class Shot:
@@ -76,7 +82,10 @@ class Shot:
 
     @checked
     def rationale(self, template: str = RATIONALE, comma: str = COMMA) -> str:
-        """`shot.rationale()`: the template filled, with `comma` between words; empty if there are none."""
+        """`shot.rationale()`: the template filled with its words and label; empty if it has no words.
+
+        template: may hold {words} and {label}; comma: what stands between words. InputError for another name in braces.
+        """
         return fill(template, words=comma.join(self.words), label=self.label) if self.words else ""
 
 
@@ -86,15 +95,18 @@ class Shot:
 @checked
 @torch.no_grad()
 def probabilities(
-    model: HookedLanguageModel,
+    model: LanguageModel,
     texts: Sequence[str],
     labels: Labels,
     ask: str = ASK,
     batch_size: int = 16,
     progress: bool = True,
 ) -> Float[Tensor, "text label"]:
-    """`gl.amplify.probabilities(model, texts, labels)`: [text, label], P(label | text, it is one of the labels): the
-    softmax over the labels' logits at the end of `ask`.
+    """`gl.amplify.probabilities(model, texts, ["positive", "negative"])`: [text, label].
+
+    P(label | text, it is one of the labels): the softmax over the labels' logits at the end of `ask`, a template with {text}.
+    labels: texts of one token each, or a dict label -> text of its token. InputError for no texts, fewer than two labels, a label
+    that is no single token, a batch_size below 1, and a model that is no language model.
     """
     ids = list(label_tokens(model, labels).values())
     if isinstance(texts, str) or not texts:
@@ -111,8 +123,11 @@ def probabilities(
 
 @checked
 def misclassification(p: Float[Tensor, "text label"], right: Sequence[int]) -> Float[Tensor, " text"]:
-    """`gl.amplify.misclassification(p, right)`: [text], the misclassification confidence score: the largest p of a wrong
-    label minus p of the right one, -1 to 1.
+    """`gl.amplify.misclassification(p, right)`: how surely each text is classified wrongly, [text], -1 to 1.
+
+    The misclassification confidence score: the largest p of a wrong label minus p of the right one. p: `probabilities`; right:
+    the number of the right label of each text. InputError for another number of them, or one that is no label. Krishna et al.
+    2023 (AMPLIFY, arXiv 2305.11426).
     """
     right = [int(y) for y in right]
     if len(right) != len(p) or p.shape[1] < 2 or not all(0 <= y < p.shape[1] for y in right):
@@ -125,10 +140,10 @@ def misclassification(p: Float[Tensor, "text label"], right: Sequence[int]) -> F
 def select(
     p: Float[Tensor, "text label"], right: Sequence[int], n: int, among: Sequence[int] | None = None
 ) -> list[int]:
-    """`gl.amplify.select(p, right, 3)`: the `n` texts with the highest misclassification confidence, highest first; ties
-    keep their order.
+    """`gl.amplify.select(p, right, n=4)`: the numbers of the `n` texts with the highest misclassification confidence.
 
-    among: the texts to choose from. The paper takes those that the model to be prompted gets wrong.
+    Highest first; ties keep their order. among: the texts to choose from. The paper takes those that the model to be prompted
+    gets wrong. InputError for more texts than there are, or one that is none; and as of `misclassification`.
     """
     scores = misclassification(p, right)
     pool = list(range(len(p))) if among is None else list(among)
@@ -142,7 +157,7 @@ def select(
 
 @checked
 def explain(
-    model: HookedLanguageModel,
+    model: LanguageModel,
     text: str,
     label: str,
     labels: Labels,
@@ -152,9 +167,11 @@ def explain(
     merge: str = "mean",
     **options: Any,
 ) -> Shot:
-    """`gl.amplify.explain(model, text, "good", labels)`: the shot of a text: `method` (a name, or a function like those of
-    `gl.attribution`) explains the label's logit at the
-    end of `ask`; of the text's own words the `k` with the highest scores are kept. options: the method's.
+    """`gl.amplify.explain(proxy, text, "positive", labels, k=3, method="lrp")`: the Shot of a text, with its key words.
+
+    `method` (a name, or a function like those of `gl.attribution`) explains the label's logit at the end of `ask`; of the text's
+    own words the `k` with the highest scores are kept. merge: how the scores of a word's tokens become the word's, see
+    `word_scores`. options: the method's. InputError for a label that is none of `labels`, and a tokenizer that is not fast.
     """
     tokens = label_tokens(model, labels)
     if label not in tokens:
@@ -169,9 +186,10 @@ def explain(
 
 
 @checked
-def token_spans(model: HookedLanguageModel, text: str) -> list[tuple[int, int]]:
-    """`gl.amplify.token_spans(model, text)`: where each token of `model.to_tokens(text)` stands in the text, as characters
-    [start, end); empty for special ones.
+def token_spans(model: LanguageModel, text: str) -> list[tuple[int, int]]:
+    """`gl.amplify.token_spans(model, text)`: where each token stands in the text, as characters [start, end).
+
+    The tokens are those of `model.to_tokens(text)`; a special one is (0, 0). InputError for a tokenizer that is not fast.
     """
     if not getattr(model.tokenizer, "is_fast", False):
         raise InputError("Merging tokens to words needs a fast tokenizer (transformers' *Fast): it knows their places.")
@@ -182,10 +200,11 @@ def token_spans(model: HookedLanguageModel, text: str) -> list[tuple[int, int]]:
 
 @checked
 def word_scores(text: str, spans: Spans, scores: Sequence[float], merge: str = "mean") -> list[tuple[str, float]]:
-    """`gl.amplify.word_scores(text, spans, scores)`: [(word, score)] in the order of the text, of the scores of its tokens.
+    """`gl.amplify.word_scores(text, spans, scores, merge="mean")`: [(word, score)] in the order of the text.
 
     A token belongs to the word that holds most of its characters, one without any (punctuation, white space, special
-    tokens) to none. merge: "mean" (the paper's), "sum", "max". Words that no token stands for are left out.
+    tokens) to none. merge: "mean" (the paper's), "sum", "max". Words that no token stands for are left out. InputError for
+    another merge, and unless there is a score for each token.
     """
     if merge not in MERGES:
         raise InputError(f"merge={merge!r}: it is {', '.join(map(repr, MERGES))}.{did_you_mean(merge, MERGES)}")
@@ -202,8 +221,9 @@ def word_scores(text: str, spans: Spans, scores: Sequence[float], merge: str = "
 
 @checked
 def key_words(scored: Sequence[tuple[str, float]], k: int) -> tuple[str, ...]:
-    """`gl.amplify.key_words(scored, 3)`: the `k` words with the highest scores, highest first; a word that stands more
-    than once (in any case) counts once.
+    """`gl.amplify.key_words(scored, k=3)`: the `k` words with the highest scores, highest first.
+
+    A word that stands more than once (in any case) counts once. InputError for a k below 1.
     """
     if k < 1:
         raise InputError(f"k={k}: give at least 1.")
@@ -226,8 +246,10 @@ def prompt(
     between: str = BETWEEN,
     comma: str = COMMA,
 ) -> str:
-    """`gl.amplify.prompt(shots, text)`: the shots, each with its rationale and label, and the question `text`. Shots
-    without words are ordinary ones.
+    """`gl.amplify.prompt(shots, question)`: the shots, each with its rationale and label, and then the question `text`.
+
+    A shot without words is an ordinary one. ask, shot, rationale: templates, see the head of `gl.amplify`; between: what stands
+    between shots. InputError for a name in braces that the template may not hold.
     """
     rationales = [one.rationale(rationale, comma) for one in shots]
     filled = [
@@ -238,8 +260,9 @@ def prompt(
 
 @checked
 def fill(template: str, **values: str) -> str:
-    """`gl.amplify.fill("{text} is {label}", text=a, label=b)`: the template with {name} replaced by its value, once:
-    braces in a value are text.
+    """`gl.amplify.fill("{text} Answer:", text="Good.")`: the template with each {name} replaced by its value.
+
+    Braces in a value are text. InputError for a name that has no value.
     """
 
     def value(found: re.Match[str]) -> str:
@@ -251,8 +274,12 @@ def fill(template: str, **values: str) -> str:
     return re.sub(r"\{(\w+)\}", value, template)
 
 
-def label_tokens(model: HookedLanguageModel, labels: Labels) -> dict[str, int]:
-    """`gl.amplify.label_tokens(model, labels)`: {label: the id of its token}."""
+def label_tokens(model: LanguageModel, labels: Labels) -> dict[str, int]:
+    """`gl.amplify.label_tokens(model, ["positive", "negative"])`: {label: the id of its token}.
+
+    labels: texts of one token each, or a dict label -> text of its token. InputError for fewer than two, for one that is no
+    single token, and for a model that is no language model.
+    """
     if not isinstance(model, HookedLanguageModel):
         raise InputError(f"AMPLIFY takes language models of gatedlens, not {type(model).__name__}.")
     if isinstance(labels, str) or len(labels) < 2 or len(set(labels)) < len(labels):

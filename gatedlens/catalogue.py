@@ -15,6 +15,7 @@ from typing import Any
 from gatedlens.address.names import Point
 from gatedlens.errors import in_bytes
 from gatedlens.hooks import architectures
+from gatedlens.model.base import HookedModel
 
 __all__ = ["data", "diagram", "index", "main", "page", "pages", "stale"]
 
@@ -80,7 +81,7 @@ def imported(name: str, hooked: Any) -> str:
     return f"from gatedlens.hooks.{name} import {hooked.__name__}"
 
 
-def page(name: str, hooked: Any) -> str:
+def page(name: str, hooked: type[HookedModel]) -> str:
     """`page("mamba", HookedMamba)`: the page of one architecture."""
     model, sizes = hooked.reference
     out = [

@@ -260,7 +260,7 @@ def normalised(
 # -- calling one ----------------------------------------------------------------------------------------------------
 
 
-def per_row(metric: Any, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
+def per_row(metric: Metric, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
     """`per_row(metric, logits)`: [batch], the metric's numbers, one a row, checked: no other shape, nothing that is not a
     number.
     """
@@ -276,7 +276,7 @@ def _mask(logits: Tensor) -> Tensor | None:
     return logits.rows.real if isinstance(logits, Logits) else None
 
 
-def measure(metric: Any, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, ...]:
+def measure(metric: Metric, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, ...]:
     """`measure(metric, logits)`: the metric's value: one number, or one a row [batch]; an InputError for anything else,
     and for NaN.
 

@@ -18,7 +18,7 @@ Contrastive activation addition: Turner et al. 2023; Rimsky et al. 2024. Positio
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,9 +29,12 @@ from jaxtyping import Bool
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gatedlens.address.positions import mask_of, one_a_row
+from gatedlens.address.entries import Index
+from gatedlens.address.positions import Positions, mask_of, one_a_row
 from gatedlens.errors import CheckpointError, InputError, PointError
 from gatedlens.files import Fields, read_tensors
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Input
 from gatedlens.model.hookpoint import HookPoint
 from gatedlens.model.intervention import Intervention, edit
 from gatedlens.options import checked
@@ -39,19 +42,21 @@ from gatedlens.runs import inputs
 
 __all__ = ["SteeringVector", "vector"]
 
-Position = int | slice | str | Sequence[Any] | Tensor | None
 STATE = ".hook_state"
 WRITE = ".hook_write"
 
 
 @checked
 @torch.no_grad()
-def vector(model: Any, positive: Any, negative: Any, name: str, pos: int | None = -1) -> SteeringVector:
-    """`v = gl.steering.vector(model, positive, negative, "blocks.3.hook_resid_post")`: mean over `positive` - mean over
-    `negative` of what stands at the point `name`: a SteeringVector.
+def vector(model: HookedModel, positive: Input, negative: Input, name: str, pos: int | None = -1) -> SteeringVector:
+    """`gl.steering.vector(model, ["I hate you"], ["I love you"], "blocks.6.hook_resid_post")`: a SteeringVector.
 
-    positive, negative: a text or a list of texts, ids, pairs (ids, mask), images. pos: which position of each row, counted
-    among its real ones (-1: the last); None: the mean of all of them.
+    vector = mean over `positive` - mean over `negative` of what stands at the point `name`; it has the axes of the point but for
+    batch and pos. positive, negative: a text or a list of texts, ids, pairs (ids, mask), images. pos: which position of each row,
+    counted among its real ones (-1: the last); None: the mean of all of them.
+
+    PointError for a point that does not exist or has no positions; InputError for a position that a row lacks. Turner et al. 2023
+    (Activation addition, arXiv 2308.10248); Rimsky et al. 2024 (Contrastive activation addition, arXiv 2312.06681).
     """
     found = model.names.find(name)
     point = None if found.view is not None else model.names.points[found.name]
@@ -63,7 +68,7 @@ def vector(model: Any, positive: Any, negative: Any, name: str, pos: int | None 
     return SteeringVector(found.name, with_means[0][0] - with_means[1][0], facts)
 
 
-def _mean(model: Any, given: Any, name: str, pos: int | None) -> tuple[Tensor, int]:
+def _mean(model: HookedModel, given: Input, name: str, pos: int | None) -> tuple[Tensor, int]:
     """The mean activation of some inputs, and of how many rows."""
     batch = inputs.ready(model, given)
     _, cache = model.run_with_cache(batch, names_filter=name)
@@ -97,13 +102,13 @@ class SteeringVector:
 
     @checked
     def normalised(self, norm: int | float = 1.0) -> SteeringVector:
-        """`v.normalised(2.0)`: the same direction with this length."""
+        """`anger.normalised(norm=1.0)`: the same direction with this Euclidean length. InputError for a vector of zeros."""
         if self.norm == 0:
             raise InputError("The vector is zero: both sets of inputs have the same mean, so it has no direction.")
         return replace(self, vector=self.vector * (norm / self.norm))
 
     def cosine(self, other: SteeringVector | Tensor) -> float:
-        """`v.cosine(other)`: the cosine of the angle to another vector of the same shape."""
+        """`anger.cosine(other)`: the cosine of the angle to another vector, -1 to 1. InputError if its shape is another one."""
         theirs = other.vector if isinstance(other, SteeringVector) else other
         if theirs.shape != self.vector.shape:
             raise InputError(
@@ -120,27 +125,33 @@ class SteeringVector:
         return self.name.removesuffix(STATE) + WRITE if self.name.endswith(STATE) else self.name
 
     @checked
-    def intervention(self, scale: int | float = 1.0, **index: Any) -> Intervention:
-        """`v.intervention(4.0)`: the value: `scale` times the vector added at every position of every call (or at
-        `pos=...` of each call).
+    def intervention(self, scale: int | float = 1.0, **index: Index) -> Intervention:
+        """`(anger.intervention(scale=4, pos=-1) + other).on(model)`: the steering as an Intervention.
+
+        `scale` times the vector is added at every position of every call, or at `pos=...` of each call: while generating, each
+        step is a call. index: any axis of the point `target`. Errors: as of `gl.ablation.zero`; InputError for a vector whose
+        shape does not fit.
         """
         return edit(self.target, lambda x, point: x + self._shaped(x, point, scale), **index)
 
     @checked
     @contextmanager
-    def on(self, model: Any, scale: int | float = 1.0, pos: Position = None) -> Iterator[Any]:
-        """`with steering.on(model, scale=4, pos=-1): ...`: added while the block lasts.
+    def on(self, model: HookedModel, scale: int | float = 1.0, pos: Positions = None) -> Iterator[HookedModel]:
+        """`with anger.on(model, scale=4, pos=-1): ...`: `scale` times the vector is added while the block lasts.
 
         pos counts the real positions of a prompt: None is all of them and all new tokens; a slice without an end goes on
         through all new tokens too; a number, a list or a slice with an end is in the prompt alone. A call that goes on from
         a state is new tokens, unless it is the first of the block.
+
+        PointError for a model without the point; InputError for a vector of another model's size, and while the model runs for
+        positions that do not exist.
         """
         self._check(model)
         calls = Calls(model)
         with calls.watched(), model.hooks([(self.target, self._hook(calls, scale, pos))]):
             yield model
 
-    def _hook(self, calls: Calls, scale: int | float, pos: Position) -> Callable[..., Tensor]:
+    def _hook(self, calls: Calls, scale: int | float, pos: Positions) -> Callable[..., Tensor]:
         def add(x: Tensor, hook: HookPoint) -> Tensor:
             assert hook.pos_dim is not None
             where = calls.chosen(pos).to(x.device)
@@ -157,7 +168,7 @@ class SteeringVector:
             raise InputError(f"The vector has shape {list(self.vector.shape)}; {hook.name} is {list(x.shape)}.")
         return (scale * shaped).to(x)
 
-    def _check(self, model: Any) -> None:
+    def _check(self, model: HookedModel) -> None:
         point = model.names[self.name]
         wanted = [
             size
@@ -175,14 +186,14 @@ class SteeringVector:
 
     @checked
     def save(self, path: str | Path) -> Path:
-        """`v.save("calm.safetensors")`: write a safetensors file, and return the path."""
+        """`anger.save("anger.safetensors")`: write the vector, its point and facts as safetensors; returns the path."""
         meta = {"gatedlens": "steering", "name": self.name, "facts": json.dumps(self.facts)}
         save_file({"vector": self.vector.detach().cpu().contiguous()}, str(path), meta)
         return Path(path)
 
     @staticmethod
     def load(path: str | Path) -> SteeringVector:
-        """`SteeringVector.load("calm.safetensors")`: what `save` wrote; CheckpointError for any other file."""
+        """`SteeringVector.load("anger.safetensors")`: what `save` wrote. CheckpointError for a file that holds none."""
         tensors, meta = read_tensors(path)
         if meta.get("gatedlens") != "steering" or "vector" not in tensors:
             raise CheckpointError(f"{path} is no saved SteeringVector: it holds {', '.join(list(tensors)[:5])}.")
@@ -204,7 +215,7 @@ def _is_json_object(text: str) -> bool:
 class Calls:
     """The calls of a model while it is watched: which positions are real, and whether a call goes on from a state."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: HookedModel):
         self.model = model
         self.count = 0
         self.goes_on = False
@@ -212,7 +223,7 @@ class Calls:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Look at the input of every call of the model."""
+        """`with calls.watched(): ...`: the input of every call of the model is looked at while the block lasts."""
         handle = self.model.register_forward_pre_hook(self._look, with_kwargs=True)
         try:
             yield
@@ -220,7 +231,7 @@ class Calls:
             handle.remove()
 
     def _look(
-        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, model: HookedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Note the call, and hand on its input made ready, so that text is read once."""
         batch, rest = model.prepare(*args, **kwargs)
@@ -229,8 +240,8 @@ class Calls:
         self.count += 1
         return (batch,), rest
 
-    def chosen(self, pos: Position) -> Bool[Tensor, "batch pos"]:
-        """Which positions of this call `pos` means."""
+    def chosen(self, pos: Positions) -> Bool[Tensor, "batch pos"]:
+        """`calls.chosen(slice(-1, None))`: True at the positions of this call that `pos` means; see `SteeringVector.on`."""
         if pos is None:
             return self.real
         if self.goes_on:

@@ -12,7 +12,10 @@ from tests.test_docstrings import REACHED
 def untyped(function: object) -> list[str]:
     """What of a signature is Any, or says nothing: parameters by name, and "return"."""
     signature = inspect.signature(inspect.unwrap(function))
-    said = {name: p.annotation for name, p in signature.parameters.items() if name not in ("self", "cls")}
+    handed_on = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)  # options of another function
+    said = {
+        n: p.annotation for n, p in signature.parameters.items() if n not in ("self", "cls") and p.kind not in handed_on
+    }
     if not inspect.isclass(function):
         said["return"] = signature.return_annotation
     return [

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -19,6 +18,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gatedlens.errors import InputError, PointError, did_you_mean
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Input
 from gatedlens.model.hookpoint import HookPoint, Saver
 from gatedlens.options import checked
 from gatedlens.runs import inputs
@@ -82,17 +83,20 @@ class Sums(Saver):
 @checked
 @torch.no_grad()
 def means(
-    model: Any,
-    batches: Iterable[Any],
+    model: HookedModel,
+    batches: str | Tensor | Iterable[Input],
     names: str | Sequence[str],
     per_position: bool = False,
     progress: bool = True,
 ) -> Means:
-    """`means(model, [batch, batch, ...], "blocks.*.mixer.hook_gate")`: a `source` for `mean`.
+    """`gl.ablation.means(model, batches, "blocks.*.mixer.hook_gate")`: means over a data set, a `source` for `mean`.
 
     batches: inputs of the model, one after another: texts, lists of texts, ids [batch, pos], pairs (ids, mask), images; one
     tensor, or one text, is one batch. names: points, by name, alias or glob, lazy ones too. per_position: the means of each
-    position, for batches of one length.
+    position, for batches of one length. Each mean is float64, with a batch axis (and a pos axis, unless per_position) of size 1.
+
+    PointError for a name that no point has; InputError for no batch, for batches of unequal length with per_position, and for a
+    position that is padding in every row.
     """
     chosen = [one.name for name in ([names] if isinstance(names, str) else names) for one in model.names.hooked(name)]
     sums, rows, positions = Sums(per_position), 0, 0

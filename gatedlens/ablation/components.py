@@ -12,16 +12,17 @@ directions are both meant. u, y, c ... are the points of those names.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from gatedlens.ablation.average import means
-from gatedlens.address.entries import Component, Where
+from gatedlens.address.entries import Component, Index, Where
 from gatedlens.address.layers import Layers
 from gatedlens.errors import InputError
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Input
 from gatedlens.model.hookpoint import HookPoint
 from gatedlens.model.intervention import Edit, EditStep, Intervention
 from gatedlens.options import checked
@@ -34,36 +35,46 @@ TAPS = Component("conv", "hook_conv_taps", "conv")
 DECAY = Component("decay", "hook_decay", "decay")
 
 
-def _step(part: Component, edit: Edit, layers: Layers, index: dict[str, Any], *reads: str) -> Intervention:
+def _step(part: Component, edit: Edit, layers: Layers, index: Mapping[str, Index], *reads: str) -> Intervention:
     return Intervention((EditStep(Where((part,), index, layers), edit, reads),))
 
 
-def open_gate(layers: Layers = "*", **index: Any) -> Intervention:
-    """`gl.ablation.open_gate(layers=2, channel=[0, 5])`: gate = 1."""
+def open_gate(layers: Layers = "*", **index: Index) -> Intervention:
+    """`gl.ablation.open_gate(layers=[0, 2], channel=[3])`: gate = 1, so the mixer's output passes as it is.
+
+    layers: a glob ("*", "[01]"), a number, a slice or a list. A pattern passes over layers that lack the component; a number asks
+    for it. index: entries of it, as in `gl.ablation.zero`. Returns an Intervention.
+
+    Where it is put on a model: PointError if its architecture, or a layer that was named by number, lacks the component, and for
+    an axis that it lacks; InputError for layers that do not exist and an index that is out of range.
+    """
     return _step(GATE, lambda x, point: torch.ones_like(x), layers, index)
 
 
-def no_scan(layers: Layers = "*", **index: Any) -> Intervention:
-    """`gl.ablation.no_scan(layers=[0, 1])`: scan = 0: what is left is the skip (nothing where there is none; RWKV's bonus
-    is part of its scan).
+def no_scan(layers: Layers = "*", **index: Index) -> Intervention:
+    """`gl.ablation.no_scan(channel=slow)`: scan = 0, so only the skip is left.
+
+    Nothing is left where there is no skip; RWKV's bonus is part of its scan. layers, index and errors: as of
+    `gl.ablation.open_gate`.
     """
     return _step(SCAN, lambda x, point: torch.zeros_like(x), layers, index)
 
 
-def no_skip(layers: Layers = "*", **index: Any) -> Intervention:
-    """`gl.ablation.no_skip()`: y = scan."""
+def no_skip(layers: Layers = "*", **index: Index) -> Intervention:
+    """`gl.ablation.no_skip()`: y = scan, without what passes by it. layers, index, errors: as of `gl.ablation.open_gate`."""
     return _step(SKIP, lambda y, point, scan: scan, layers, index, "hook_scan")
 
 
-def identity_conv(layers: Layers = "*", **index: Any) -> Intervention:
-    """`gl.ablation.identity_conv(layers=-1)`: c = x: no token mixing by the conv, no bias; what follows (an activation,
-    the scan) sees x.
+def identity_conv(layers: Layers = "*", **index: Index) -> Intervention:
+    """`gl.ablation.identity_conv(layers=-1)`: c = x, no token mixing by the convolution and no bias.
+
+    What follows (an activation, the scan) sees x. layers, index, errors: as of `gl.ablation.open_gate`.
     """
     return _step(CONV, lambda c, point, x: x, layers, index, "hook_x")
 
 
-def no_conv_bias(layers: Layers = "*", **index: Any) -> Intervention:
-    """`gl.ablation.no_conv_bias()`: c = sum over tap of conv_taps."""
+def no_conv_bias(layers: Layers = "*", **index: Index) -> Intervention:
+    """`gl.ablation.no_conv_bias()`: c = sum over tap of conv_taps. layers, index, errors: as of `gl.ablation.open_gate`."""
 
     def without(c: Tensor, point: HookPoint, taps: Tensor) -> Tensor:
         return taps.sum(-1)
@@ -73,13 +84,19 @@ def no_conv_bias(layers: Layers = "*", **index: Any) -> Intervention:
 
 @checked
 def only_tap(tap: int, layers: Layers = "*") -> Intervention:
-    """`gl.ablation.only_tap(-1)`: the conv keeps one tap (-1: the token itself) and its bias."""
+    """`gl.ablation.only_tap(-1)`: the convolution keeps one tap and its bias. Tap -1, the last, reads the token itself.
+
+    layers and errors: as of `gl.ablation.open_gate`.
+    """
     where = Where((TAPS,), {"tap": tap}, layers, others=True)
     return Intervention((EditStep(where, lambda x, point: torch.zeros_like(x)),))
 
 
 def remove_layer(layers: Layers) -> Intervention:
-    """A block writes nothing into the residual stream: `remove_layer(-1)`, `remove_layer("[23]")`."""
+    """`gl.ablation.remove_layer(-1)`: a block writes nothing into the residual stream; `remove_layer("[23]")` takes two.
+
+    layers: a glob, a number, a slice or a list. Where it is put on a model: InputError for layers that do not exist.
+    """
     where = Where(("blocks.{l}.hook_m*_out",), layers=layers)  # mixer_out, and mlp_out where there is one
     return Intervention((EditStep(where, lambda x, point: torch.zeros_like(x)),))
 
@@ -89,27 +106,42 @@ def remove_layer(layers: Layers) -> Intervention:
 
 @checked
 def slowest(
-    model: Any, share: int | float, batches: Iterable[Any], layers: Layers = "*", progress: bool = True
+    model: HookedModel,
+    share: int | float,
+    batches: str | Tensor | Iterable[Input],
+    layers: Layers = "*",
+    progress: bool = True,
 ) -> dict[str, list[int]]:
-    """`gl.ablation.slowest(model, 1 / 3, batches)`: the channels that forget slowest: `share` of each mixer's (of each
-    direction's), as an index `channel=...`.
+    """`slow = gl.ablation.slowest(model, 1 / 3, batches)`: the channels that forget slowest, an index `channel=slow`.
 
-    By the mean decay over real positions of `batches` (see `means`) and over all axes besides `channel` (the state): the
-    larger, the slower. At least one channel; sorted by number. PointError where a decay has no axis `channel`.
+    {"blocks.0.mixer": [3, 17, ...], ...}: `share` (in (0, 1]) of the channels of each mixer (of each direction), at least one,
+    sorted by number. They are ranked by the mean decay over real positions of `batches` (see `means`) and over all axes besides
+    `channel` (the state): the larger, the slower.
+
+    PointError where a decay has no axis `channel`, or a model has none; InputError for a share that is none.
     """
     return _ranked(model, share, batches, layers, progress, slow=True)
 
 
 @checked
 def fastest(
-    model: Any, share: int | float, batches: Iterable[Any], layers: Layers = "*", progress: bool = True
+    model: HookedModel,
+    share: int | float,
+    batches: str | Tensor | Iterable[Input],
+    layers: Layers = "*",
+    progress: bool = True,
 ) -> dict[str, list[int]]:
-    """`gl.ablation.fastest(model, 1 / 3, batches)`: the channels that forget fastest; see `slowest`."""
+    """`fast = gl.ablation.fastest(model, 1 / 3, batches)`: the channels that forget fastest; the rest as in `slowest`."""
     return _ranked(model, share, batches, layers, progress, slow=False)
 
 
 def _ranked(
-    model: Any, share: int | float, batches: Iterable[Any], layers: Layers, progress: bool, slow: bool
+    model: HookedModel,
+    share: int | float,
+    batches: str | Tensor | Iterable[Input],
+    layers: Layers,
+    progress: bool,
+    slow: bool,
 ) -> dict[str, list[int]]:
     if not 0 < share <= 1:
         raise InputError(f"share={share}: it is a share of the channels, in (0, 1].")

@@ -3,23 +3,24 @@
     gl.ablation.zero("blocks.2.mixer.hook_write", pos=3, channel=slice(0, 64))
     gl.ablation.mean("blocks.*.hook_mixer_out", gl.ablation.means(model, batches, "blocks.*.hook_mixer_out"))
 
-Each is an edit for `Intervention`. Where another run's values come from (`source`) is its ActivationCache, `means` of a
-data set, or any mapping of full names to tensors.
+Each is an Intervention: `.on(model)`, `a + b`. Where another run's values come from (`source`) is its ActivationCache, `means`
+of a data set, or any mapping of full names to tensors.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from gatedlens.ablation.average import Means
-from gatedlens.address.entries import Where
+from gatedlens.address.entries import Index, Where
 from gatedlens.errors import InputError, PointError
+from gatedlens.model.base import HookedModel
 from gatedlens.model.cache import ActivationCache
 from gatedlens.model.hookpoint import HookPoint
 from gatedlens.model.intervention import EditStep, Intervention, edit
@@ -28,34 +29,51 @@ from gatedlens.options import checked
 
 ROWS = ("batch",)
 
+# Where another run's values come from. For editors and type checkers: whoever passes something else gets the error of `_stored`.
+if TYPE_CHECKING:
+    Source: TypeAlias = ActivationCache | Mapping[str, Tensor]
+else:
+    Source = Any
+
 
 @checked
-def constant(names: str | Sequence[str], value: int | float, **index: Any) -> Intervention:
-    """A number: `constant("blocks.*.mixer.hook_gate", 1)` opens every gate."""
+def constant(names: str | Sequence[str], value: int | float, **index: Index) -> Intervention:
+    """`gl.ablation.constant("blocks.*.mixer.hook_gate", 1)`: these entries become a number; 1 opens every gate.
+
+    names, index and errors: as of `gl.ablation.zero`.
+    """
     return edit(names, lambda x, point: torch.full_like(x, value), **index)
 
 
 @checked
-def zero(names: str | Sequence[str], **index: Any) -> Intervention:
-    """`gl.ablation.zero("blocks.*.mixer.hook_write", pos=3)`: 0 at these entries.
+def zero(names: str | Sequence[str], **index: Index) -> Intervention:
+    """`gl.ablation.zero("blocks.*.mixer.hook_write", pos=3, channel=[0, 5])`: these entries become 0.
 
-    names: a point, alias or glob, or a list of them. PointError for a name or an axis that there is not, InputError for an
-    index out of range.
+    names: a point's name, an alias or a glob, or a list of them. index: any axis of the points: a number, a slice, a list or a
+    boolean mask; `pos` counts the real positions of each row; an axis that is not named is meant whole.
+    Returns an Intervention: `with gl.ablation.zero(...).on(model): ...`.
+
+    Where it is put on a model: PointError for a name that no point has, or an axis that a point lacks; InputError for an index
+    that is out of range or names nothing.
     """
     return constant(names, 0.0, **index)
 
 
 @checked
-def scale(names: str | Sequence[str], factor: int | float, **index: Any) -> Intervention:
-    """`gl.ablation.scale("blocks.*.mixer.hook_write", 0.5)`: the activation times a factor."""
+def scale(names: str | Sequence[str], factor: int | float, **index: Index) -> Intervention:
+    """`gl.ablation.scale("blocks.*.hook_mixer_out", 0.5)`: the activation times a factor.
+
+    names, index and errors: as of `gl.ablation.zero`.
+    """
     return edit(names, lambda x, point: x * factor, **index)
 
 
 @checked
-def noise(names: str | Sequence[str], std: int | float, seed: int = 0, **index: Any) -> Intervention:
-    """`gl.ablation.noise("blocks.*.mixer.hook_write", 0.1)`: the activation plus Gaussian noise, of its own at every
-    point, row and entry; the same at every call for one seed
-    (so also at every step of `generate`).
+def noise(names: str | Sequence[str], std: int | float, seed: int = 0, **index: Index) -> Intervention:
+    """`gl.ablation.noise("hook_embed", std=0.1, seed=0)`: the activation plus Gaussian noise of this standard deviation.
+
+    The noise is of its own at every point, row and entry, and the same at every call for one seed (so also at every step of
+    `generate`). names, index and errors: as of `gl.ablation.zero`.
     """
 
     def add(x: Tensor, point: HookPoint) -> Tensor:
@@ -66,9 +84,14 @@ def noise(names: str | Sequence[str], std: int | float, seed: int = 0, **index: 
 
 
 @checked
-def freeze(names: str | Sequence[str], source: Any, **index: Any) -> Intervention:
-    """`gl.ablation.freeze("blocks.*.mixer.hook_write", cache)`: what another run had there. A source with one row gives it
-    to every row. Of a padded cache each row's real positions.
+def freeze(names: str | Sequence[str], source: Source, **index: Index) -> Intervention:
+    """`gl.ablation.freeze("blocks.*.mixer.hook_gate", cache)`: the activation becomes what another run had there.
+
+    source: that run's ActivationCache, or a mapping of full names to tensors with the point's axes. A source with one row gives
+    it to every row. From a padded cache, position k of a row is the row's k-th real one.
+
+    names, index and errors: as of `gl.ablation.zero`. While the model runs: PointError where the source lacks the point;
+    InputError where shapes do not fit, or where the cache keeps only some positions (pos_slice).
     """
 
     def other(x: Tensor, point: HookPoint) -> Tensor:
@@ -78,10 +101,15 @@ def freeze(names: str | Sequence[str], source: Any, **index: Any) -> Interventio
 
 
 @checked
-def mean(names: str | Sequence[str], source: Any, over: Sequence[str] = ROWS, **index: Any) -> Intervention:
-    """`gl.ablation.mean("blocks.*.mixer.hook_write", cache, over=("batch", "pos"))`: the mean of a cache over some axes
-    (`over`): its rows, or `("batch", "pos")` for one vector per point; padding is
-    left out. Of `means` of a data set the means as they are.
+def mean(names: str | Sequence[str], source: Source, over: Sequence[str] = ROWS, **index: Index) -> Intervention:
+    """`gl.ablation.mean("blocks.*.hook_mixer_out", cache, over=("batch", "pos"))`: the activation becomes a mean.
+
+    source: an ActivationCache, whose mean over the axes `over` is taken, its padding left out: `("batch",)` gives a mean of its
+    rows for each position, `("batch", "pos")` one vector for each point. Or `gl.ablation.means(...)` of a data set, whose means
+    are taken as they are.
+
+    names, index and errors: as of `gl.ablation.freeze`. InputError too for `over` beside means that are taken already, and where
+    a position of the source is padding in every row.
     """
 
     def average(x: Tensor, point: HookPoint) -> Tensor:
@@ -110,12 +138,14 @@ def mean(names: str | Sequence[str], source: Any, over: Sequence[str] = ROWS, **
 
 
 @checked
-def resample(names: str | Sequence[str], source: Any = None, seed: int = 0, **index: Any) -> Intervention:
-    """`gl.ablation.resample("blocks.*.mixer.hook_write", cache)`: another row's activation: of the same batch, or of a
-    cache's rows, drawn at random; the same at every point.
+def resample(names: str | Sequence[str], source: Source | None = None, seed: int = 0, **index: Index) -> Intervention:
+    """`gl.ablation.resample("blocks.*.hook_mixer_out", cache, seed=0)`: the activation becomes that of another row.
 
-    Row b never gets row b: neither of its own batch, nor of a source with as many rows, which is most often a run of the
-    same inputs.
+    Rows are drawn at random, the same at every point: from the same batch (source=None), or from a cache's rows. Row b never gets
+    row b: neither of its own batch, nor of a source with as many rows, which is most often a run of the same inputs.
+
+    names, index and errors: as of `gl.ablation.freeze`. InputError too for a batch of one row without a source, and for padding:
+    another row's activation would bring padding to real positions.
     """
 
     def other(x: Tensor, point: HookPoint) -> Tensor:
@@ -143,10 +173,10 @@ def resample(names: str | Sequence[str], source: Any = None, seed: int = 0, **in
 class Unpadded(EditStep):
     """An edit that hands activations from row to row of a batch, refused where the rows differ in length."""
 
-    def hooks(self, model: Any) -> list[tuple[str, Callable[..., Any]]]:
+    def hooks(self, model: HookedModel) -> list[tuple[str, Callable[..., Any]]]:
         return [(name, self._checked(model, hook)) for name, hook in super().hooks(model)]
 
-    def _checked(self, model: Any, edit: Callable[..., Any]) -> Callable[..., Any]:
+    def _checked(self, model: HookedModel, edit: Callable[..., Any]) -> Callable[..., Any]:
         def hook(tensor: Tensor, hook: HookPoint) -> Any:
             if model.current().padding.mask is not None:
                 raise InputError(_padded("batch", hook))

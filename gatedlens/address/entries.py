@@ -19,7 +19,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from gatedlens.address.layers import Layers, layers_of
-from gatedlens.address.names import Point
+from gatedlens.address.point import Point
 from gatedlens.address.positions import mask_of
 from gatedlens.errors import InputError, PointError
 

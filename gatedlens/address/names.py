@@ -1,12 +1,9 @@
-"""Hook points as data: what a point is, and how a name that a user says finds it.
+"""Names: how a name that a user says finds the hook points of a model. The rows themselves are in `point.py`; no torch here.
 
-    Point   one row: name, axes, equation, source, lazy
-    Alias   another tool's name for the same tensor
-    View    another tool's name for a tensor that is computed from points
-    Names   all names of one model: look up, glob, filter, "did you mean"
-
-Everything else that knows points (modules, caches, tables, the catalogue, tests) is derived from these rows. No torch
-here. In a template, {l} is a layer and {t} a position.
+names.find("blocks.3.mixer.hook_dt")         # one name: a point, an alias or a view; PointError with "did you mean"
+names.short("dt", 3)                         # TransformerLens's shorthand
+names.select("blocks.*.mixer.*")             # a names_filter: globs, lists, functions of names
+names.hooked("blocks.*.hook_mixer_out")      # where the hooks on a name are put
 """
 
 from __future__ import annotations
@@ -14,127 +11,15 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from dataclasses import replace
 
+from gatedlens.address.point import Alias, Found, Point, View, fill
 from gatedlens.errors import PointError, did_you_mean
 
 # TransformerLens's shorthand in one word, "scale1ln1": the word, the layer, the part of the block.
 SHORTHAND = re.compile(r"(?!hook_)(?P<word>[A-Za-z_]+?)(?P<layer>\d+)(?P<part>[A-Za-z]\w*)?")
 ATTENDED = ("hook_pattern", "hook_attn_scores")  # where other models hold what a layer attends to
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
-
-
-@dataclass(frozen=True)
-class Point:
-    """`Point("mixer.hook_decay", "batch pos channel state", "exp(dt * A)", "Mamba eq. 4", lazy=True)`.
-
-    `name` is relative to its block, or to the model for what stands outside the blocks. `axes` begins with batch.
-    `equation` is written in the leaf names of other rows (without `hook_`) and of the module's weights. A lazy point
-    builds its tensor only when somebody listens.
-    """
-
-    name: str
-    axes: str
-    equation: str
-    source: str
-    lazy: bool = False
-
-    @property
-    def leaf(self) -> str:
-        """`hook_decay` of `mixer.hook_decay`."""
-        return self.name.rpartition(".")[2]
-
-    @property
-    def part(self) -> str:
-        """`mixer` of `mixer.hook_decay`; empty for a point of the block itself."""
-        return self.name.rpartition(".")[0]
-
-    @cached_property
-    def dims(self) -> tuple[str, ...]:
-        """`("batch", "pos", "channel")` of the axes "batch pos channel"."""
-        return tuple(self.axes.split())
-
-    def axis(self, name: str) -> int:
-        """`point.axis("channel")`: the dimension that the axis `name` is, or a PointError that lists the axes there are."""
-        if name not in self.dims:
-            raise PointError(f"{self.name} has no axis {name!r}; its axes are: {self.axes}.")
-        return self.dims.index(name)
-
-    def shape(self, sizes: Mapping[str, int]) -> tuple[int | str, ...]:
-        """`point.shape({"channel": 1536})`: the axes with known sizes as numbers, the others (batch, pos) by name."""
-        return tuple(sizes.get(dim, dim) for dim in self.dims)
-
-    def elements(self, sizes: Mapping[str, int], **given: int) -> int:
-        """`point.elements(model.cfg.sizes, batch=2, pos=16)`: how many numbers one activation holds, `given` the sizes of
-        batch and pos.
-        """
-        total = 1
-        for dim in self.dims:
-            total *= given[dim] if dim in given else sizes[dim]
-        return total
-
-
-@dataclass(frozen=True)
-class Alias:
-    """`Alias("blocks.{l}.hook_skip", "blocks.{l}.mixer.hook_gate_pre", "MambaLens")`: one tensor, two names."""
-
-    name: str
-    target: str
-    tool: str
-
-
-def block_aliases(tool: str, *pairs: tuple[str, str]) -> tuple[Alias, ...]:
-    """`block_aliases("MambaLens", ("hook_skip", "mixer.hook_gate_pre"))`: a tool's names in every block, (theirs, ours)."""
-    return tuple(Alias(f"blocks.{{l}}.{theirs}", f"blocks.{{l}}.{ours}", tool) for theirs, ours in pairs)
-
-
-@dataclass(frozen=True)
-class View:
-    """Another tool's name for something computed from our points.
-
-    `needs` are the points to cache; `read(model, layer, *values, **params)` computes the tensor from their values.
-    `visit(model, layer, values, calls)` serves hooks: `values` are those of the points `at`, in firing order, `calls`
-    a list of (params, function) where `function(tensor)` returns the edited tensor; it returns the new value of the
-    last point of `at`. A view without `visit` can be read and not hooked; `instead` then says what to hook.
-    """
-
-    name: str
-    axes: str
-    equation: str
-    tool: str
-    read: Callable[..., Any]
-    needs: tuple[str, ...] = ()
-    at: tuple[str, ...] = ()
-    visit: Callable[..., Any] | None = None
-    instead: str = ""
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a name stands for: a point by its full name, or a view with its layer and parameters."""
-
-    asked: str
-    name: str
-    view: View | None = None
-    params: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def layer(self) -> int:
-        return self.params["l"]
-
-    def needs(self) -> tuple[str, ...]:
-        """The full names of the points behind it."""
-        return (self.name,) if self.view is None else tuple(_fill(n, self.params) for n in self.view.needs)
-
-    def at(self) -> tuple[str, ...]:
-        """The full names of the points at which its hooks run, in firing order."""
-        return (self.name,) if self.view is None else tuple(_fill(n, self.params) for n in self.view.at)
-
-
-def _fill(template: str, params: Mapping[str, int]) -> str:
-    return template.format(**params)
 
 
 def _stem(view: View, layer: int) -> tuple[str, dict[str, int]]:
@@ -161,11 +46,6 @@ def _glob(pattern: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if match(name)]
 
 
-def block_rows(part: str, rows: Iterable[Point]) -> tuple[Point, ...]:
-    """The rows placed under `part`: `block_rows("mixer", rows)` renames `hook_x` to `mixer.hook_x`."""
-    return tuple(replace(row, name=f"{part}.{row.name}") for row in rows)
-
-
 class Names:
     """All names of one model.
 
@@ -187,7 +67,7 @@ class Names:
         self.model = model
         self.elsewhere = elsewhere
         self.aliases = {
-            _fill(a.name, {"l": layer}): _fill(a.target, {"l": layer}) for a in aliases for layer in range(n_layers)
+            fill(a.name, {"l": layer}): fill(a.target, {"l": layer}) for a in aliases for layer in range(n_layers)
         }
         # An alias of a point that this layer lacks (a mixer word in an attention layer) is not a name of the model.
         self.aliases = {name: target for name, target in self.aliases.items() if target in self.points}
@@ -213,7 +93,7 @@ class Names:
         for pattern, view in self.views:
             if match := pattern.match(name):
                 params = {key: int(value) for key, value in match.groupdict().items()}
-                if params["l"] < self.n_layers and all(_fill(n, params) in self.points for n in view.needs + view.at):
+                if params["l"] < self.n_layers and all(fill(n, params) in self.points for n in view.needs + view.at):
                     return Found(name, name, view, params)
         if told := SHORTHAND.fullmatch(name):
             found = self.short(told["word"], int(told["layer"]), told["part"], asked=repr(name))
@@ -304,7 +184,7 @@ class Names:
             for layer in range(self.n_layers)
             for name, params in [_stem(view, layer)]
             if (name == pattern or fnmatch.fnmatchcase(name, pattern))
-            and all(_fill(n, params) in self.points for n in view.needs)
+            and all(fill(n, params) in self.points for n in view.needs)
         ]
         if not found:
             hint = did_you_mean(pattern.replace("*", "0"), self.points)

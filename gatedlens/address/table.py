@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gatedlens.address.names import Point
+from gatedlens.address.point import Point
 from gatedlens.errors import PointError, did_you_mean, in_bytes
 
 COLUMNS = ("name", "axes", "shape", "equation", "source", "lazy", "bytes_per_token")

@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from gatedlens.address.positions import Positions
 from gatedlens.attention.limits import AT_ONCE, DENSE_LIMIT
 from gatedlens.errors import InputError
 from gatedlens.options import checked
@@ -82,7 +83,7 @@ class Contributions:
 
     # -- vectors -------------------------------------------------------------------------------------------------
 
-    def row(self, i: Any) -> Float[Tensor, "batch src d_model"]:
+    def row(self, i: Positions) -> Float[Tensor, "batch src d_model"]:
         """`c.row(-1)`: [batch, src, d_model], F[i, :]: what every place writes at position i; i counts real positions, as
         in `ImplicitAttention.row`.
         """
@@ -93,7 +94,7 @@ class Contributions:
         """`c.at(place)`: [batch, src, d_model], F[i, :] of a place of each row in the input."""
         return self._write(rearrange(A.at(place), "b c j -> b j c") * x for A, x in self._branches())
 
-    def column(self, j: Any) -> Float[Tensor, "batch dst d_model"]:
+    def column(self, j: Positions) -> Float[Tensor, "batch dst d_model"]:
         """`c.column(0)`: [batch, dst, d_model], F[:, j]: what position j writes at every place; j as in `row`."""
         place = self.attention.place(j, "column")
         rows = torch.arange(len(place), device=place.device)

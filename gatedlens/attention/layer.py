@@ -26,6 +26,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gatedlens.address.entries import Index
 from gatedlens.address.layers import layer_of
 from gatedlens.address.positions import Positions, one_a_row
 from gatedlens.attention.contributions import Contributions
@@ -222,7 +223,7 @@ class ImplicitAttention:
 
     # -- parts of the matrix -------------------------------------------------------------------------------------
 
-    def row(self, i: Any) -> Float[Tensor, "batch channel src"]:
+    def row(self, i: Positions) -> Float[Tensor, "batch channel src"]:
         """A[i, :] for every channel: what position i reads from each place. `row(-1)`: of each row's last.
 
         i counts a row's real positions; one for all, or one a row (`positions.py`). The places are those of the input.
@@ -261,7 +262,7 @@ class ImplicitAttention:
         basis[torch.arange(len(place), device=place.device), place] = 1
         return self._apply(basis, transposed=False)
 
-    def column(self, j: Any) -> Float[Tensor, "batch channel dst"]:
+    def column(self, j: Positions) -> Float[Tensor, "batch channel dst"]:
         """`A.column(0)`: [batch, channel, dst], A[:, j] for every channel: where position j's input goes; j as in `row`."""
         return self.T.at(self.place(j, "column"))
 
@@ -277,7 +278,7 @@ class ImplicitAttention:
     @checked
     @labelled("attention (of one channel)")
     def dense(
-        self, channels: Any = None, max_bytes: int | None = DENSE_LIMIT
+        self, channels: Index | None = None, max_bytes: int | None = DENSE_LIMIT
     ) -> Float[Tensor, "batch channel dst src"]:
         """`A.dense(channels=[0, 5])`: [batch, channel, dst, src], the matrix of each channel (of `channels`, all if None).
         Refuses more than `max_bytes`.
@@ -327,7 +328,7 @@ class ImplicitAttention:
             total = total + torch.linalg.vector_norm(dense, ord=1, dim=1)
         return total / channels
 
-    def select(self, channels: Any) -> ImplicitAttention:
+    def select(self, channels: Index | None) -> ImplicitAttention:
         """`A.select([0, 5])`: the operator of some channels."""
         chosen = _channels(channels, self.shape[2])
         return replace(self, branches=tuple(factors.select(chosen) for factors in self.branches))

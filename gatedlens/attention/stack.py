@@ -226,8 +226,13 @@ def implicit_attention(source: Any, input: Input | None = None, *, layer: Any, *
 
 
 def implicit_attention(
-    source: Any, input: Input | None = None, *, layer: Any = None, layers: Layers = None, **options: Any
-) -> Any:
+    source: ActivationCache | HookedModel,
+    input: Input | None = None,
+    *,
+    layer: Layers = None,
+    layers: Layers = None,
+    **options: Any,
+) -> ImplicitAttention | AttentionStack:
     """`gl.implicit_attention(model, "The cat sat on the mat", layer=3)`, or `gl.implicit_attention(cache, layer=3)`.
 
     With `layer` the ImplicitAttention of one layer; without it the AttentionStack of `layers` (see `layers.py`; None: all).

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from gatedlens.attribution import official_code
 from gatedlens.attribution.attention_options import AttentionReader, Options, through
 from gatedlens.attribution.question import Question
 from gatedlens.attribution.scores import Attribution
+from gatedlens.attribution.target import Asked
 from gatedlens.errors import InputError
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
@@ -39,7 +39,7 @@ CENTRED = "LN"  # the normalization_type of norms that take the mean away
 def raw_attention(
     model: HookedModel,
     input: Input,
-    target: Any = None,
+    target: Asked = None,
     *,
     layers: Layers = None,
     start_layer: Layers = None,
@@ -73,7 +73,7 @@ def raw_attention(
 def rollout(
     model: HookedModel,
     input: Input,
-    target: Any = None,
+    target: Asked = None,
     *,
     layers: Layers = None,
     start_layer: Layers = None,
@@ -110,7 +110,7 @@ def rollout(
 def gradient_attention(
     model: HookedModel,
     input: Input,
-    target: Any = None,
+    target: Asked = None,
     *,
     layers: Layers = None,
     start_layer: Layers = None,

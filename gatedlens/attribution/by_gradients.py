@@ -10,19 +10,26 @@ summed over d_model. captum is an extra: pip install 'gatedlens[attribution]'.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from gatedlens.attribution.empty_input import baseline_of
+from gatedlens.attribution.empty_input import Baseline, baseline_of
 from gatedlens.attribution.question import Question
 from gatedlens.attribution.scores import Attribution
+from gatedlens.attribution.target import Asked
 from gatedlens.errors import InputError
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
 from gatedlens.options import checked
 from gatedlens.result.rounding import total
+
+# A number of steps, or of samples. For type checkers: what is none gets an InputError of its own.
+if TYPE_CHECKING:
+    Count: TypeAlias = int
+else:
+    Count = Any
 
 
 def _captum() -> Any:
@@ -35,7 +42,7 @@ def _captum() -> Any:
 
 @checked
 def grad_x_input(
-    model: HookedModel, input: Input, target: Any = None, *, attention_mask: Tensor | None = None
+    model: HookedModel, input: Input, target: Asked = None, *, attention_mask: Tensor | None = None
 ) -> Attribution:
     """`gl.attribution.grad_x_input(model, text)`: x . d number / d x: the first-order share of each token. Shrikumar et
     al. 2016 (arXiv 1605.01713).
@@ -51,10 +58,10 @@ def grad_x_input(
 def integrated_gradients(
     model: HookedModel,
     input: Input,
-    target: Any = None,
+    target: Asked = None,
     *,
-    baseline: Any = None,
-    n_steps: Any = 50,
+    baseline: Baseline = None,
+    n_steps: Count = 50,
     batch_size: int = 32,
     attention_mask: Tensor | None = None,
 ) -> Attribution:
@@ -87,9 +94,9 @@ def integrated_gradients(
 def smoothgrad(
     model: HookedModel,
     input: Input,
-    target: Any = None,
+    target: Asked = None,
     *,
-    n_samples: Any = 25,
+    n_samples: Count = 25,
     noise: int | float = 0.1,
     seed: int = 0,
     batch_size: int = 32,

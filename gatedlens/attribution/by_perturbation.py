@@ -10,15 +10,15 @@ baseline at j). That is exact, works with any model, and costs as many forwards 
 from __future__ import annotations
 
 import zlib
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gatedlens.attribution.empty_input import baseline_of
+from gatedlens.attribution.empty_input import Baseline, baseline_of
 from gatedlens.attribution.question import Question
 from gatedlens.attribution.scores import Attribution
+from gatedlens.attribution.target import Asked
 from gatedlens.errors import InputError
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
@@ -31,9 +31,9 @@ from gatedlens.result.rounding import total
 def occlusion(
     model: HookedModel,
     input: Input,
-    target: Any = None,
+    target: Asked = None,
     *,
-    baseline: Any = None,
+    baseline: Baseline = None,
     batch_size: int = 32,
     progress: bool = True,
     attention_mask: Tensor | None = None,
@@ -67,7 +67,7 @@ def occlusion(
 
 @checked
 def random(
-    model: HookedModel, input: Input, target: Any = None, *, seed: int = 0, attention_mask: Tensor | None = None
+    model: HookedModel, input: Input, target: Asked = None, *, seed: int = 0, attention_mask: Tensor | None = None
 ) -> Attribution:
     """`gl.attribution.random(model, text, seed=0)`: scores that know nothing, uniform in [0, 1).
 

@@ -17,13 +17,12 @@ Jafari et al. 2024 (MambaLRP, arXiv 2406.07592), extended to every architecture.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from gatedlens.attribution.question import Question
 from gatedlens.attribution.relevance_rules import Rules
 from gatedlens.attribution.scores import Attribution
+from gatedlens.attribution.target import Asked
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
 from gatedlens.options import checked
@@ -34,7 +33,7 @@ from gatedlens.result.rounding import total
 def lrp(
     model: HookedModel,
     input: Input,
-    target: Any = None,
+    target: Asked = None,
     *,
     gates: str = "content",
     attention_mask: Tensor | None = None,

@@ -12,7 +12,7 @@ happens in its first thousandth, and integrated gradients miss it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -26,6 +26,13 @@ from gatedlens.result.rounding import moved
 
 COLOURS = ("black", "mean")
 NOTHING = ("mask_token_id", "unk_token_id", "pad_token_id")
+
+
+# What `baseline=` takes. For type checkers: whoever passes something else gets an InputError.
+if TYPE_CHECKING:
+    Baseline: TypeAlias = int | str | float | Tensor | None
+else:
+    Baseline = Any
 
 
 def baseline_of(question: Question, asked: Any) -> tuple[Float[Tensor, "batch place d_model"], str]:

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gatedlens.attribution.scores import IMAGE, TEXT, Attribution
-from gatedlens.attribution.target import Target
+from gatedlens.attribution.target import Asked, Target
 from gatedlens.errors import InputError
 from gatedlens.metrics import Logits, per_row
 from gatedlens.model.base import HookedModel
@@ -48,7 +48,7 @@ class Question:
     read: Float[Tensor, "batch pos"]
 
     @staticmethod
-    def of(model: HookedModel, input: Input, target: Any = None, attention_mask: Tensor | None = None) -> Question:
+    def of(model: HookedModel, input: Input, target: Asked = None, attention_mask: Tensor | None = None) -> Question:
         """`Question.of(model, input, target)`: one clean run, with everything checked. Works under torch.no_grad: methods
         switch gradients on themselves.
         """

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -24,9 +24,15 @@ from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.files import Fields, is_number
+from gatedlens.foreign import Axes, Figure
 from gatedlens.model.image import Grid
 from gatedlens.result.result import Result
 from gatedlens.result.rounding import order
+
+if TYPE_CHECKING:
+    from gatedlens.plot import Html
+else:
+    Html = Any
 
 R = TypeVar("R", bound="Attribution")
 TEXT, IMAGE = ("batch", "pos"), ("batch", "row", "column")
@@ -67,7 +73,7 @@ class Attribution(Result):
         return torch.tensor(self.facts["explained"], dtype=torch.float64)
 
     @classmethod
-    def from_dict(cls: type[R], data: Any, where: str | Path = "This") -> R:
+    def from_dict(cls: type[R], data: object, where: str | Path = "This") -> R:
         """The Attribution of a `to_dict()`. InputError names the field that is not as it should be."""
         found = super().from_dict(data, where)
         shape = (found.shape[0], math.prod(found.shape[1:])) if found.axes else (1, 1)
@@ -105,8 +111,10 @@ class Attribution(Result):
             places[found] = torch.arange(len(found))
         return ranks
 
-    def plot(self, ax: Any = None, row: int = 0) -> Any:
-        """Row `row`: the text with each token coloured by its score (`plot.Html`), or a map over the image (a Figure)."""
+    def plot(self, ax: Axes | None = None, row: int = 0) -> Figure | Html:  # type: ignore[override]
+        """`found.plot(row=0)`: the text with each token coloured by its score (`plot.Html`), or a map over the image (a
+        Figure).
+        """
         from gatedlens import plot
 
         if self.axes not in (TEXT, IMAGE):

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy
 import torch
@@ -25,6 +25,12 @@ from gatedlens.errors import InputError
 from gatedlens.metrics import Metric, at_position, logit, logit_difference
 from gatedlens.model.base import HookedModel
 from gatedlens.model.language import HookedLanguageModel
+
+# What `target=` takes, as the head of this file says. For type checkers: whoever passes something else gets an InputError.
+if TYPE_CHECKING:
+    Asked: TypeAlias = int | str | Sequence[Any] | Tensor | numpy.ndarray[Any, Any] | Metric | None
+else:
+    Asked = Any
 
 
 @dataclass(frozen=True)

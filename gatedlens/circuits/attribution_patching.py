@@ -14,7 +14,6 @@ of the corrupted run; the variants with `ig` (integrated gradients) average it a
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
@@ -32,6 +31,7 @@ from gatedlens.options import checked
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.result import Result
 from gatedlens.runs import inputs
+from gatedlens.runs.cells import layer_of
 from gatedlens.runs.engine import Earlier, Effort
 from gatedlens.runs.gradients import Listener, collected, listen, on_the_way
 from gatedlens.runs.pair import Pair, steps_of, subtracting
@@ -300,8 +300,8 @@ class _Points:
     ) -> Result:
         names = self.found[row]
         values, axes = torch.stack([scores[name] for name in names]), ("layer", *self.kept(names[0]))
-        given: dict[str, Sequence[Any]] = {"layer": [_layer(name) for name in names], **labels}
-        if _layer(names[0]) is None:  # a point outside the blocks
+        given: dict[str, Sequence[Any]] = {"layer": [layer_of(name) for name in names], **labels}
+        if layer_of(names[0]) is None:  # a point outside the blocks
             values, axes = values[0], axes[1:]
         shown = {axis: given[axis] for axis in axes if axis in given}
         return Result(values, axes, shown, f"{title}: {row}", APPROXIMATE, {**facts, "point": row})
@@ -318,11 +318,6 @@ def _full_names(model: HookedModel, names: NamesFilter) -> list[str]:
         if one.view is not None:
             raise PointError(f"{one.asked} is computed from {', '.join(one.needs())}: ask for these.")
     return list(dict.fromkeys(one.name for one in found))
-
-
-def _layer(name: str) -> int | None:
-    match = re.match(r"blocks\.(\d+)\.", name)
-    return int(match[1]) if match else None
 
 
 class _Scores:

@@ -12,10 +12,10 @@ says which edges are in the circuit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,9 +26,20 @@ from gatedlens.circuits.graph import Edge
 from gatedlens.errors import InputError
 from gatedlens.files import Fields, read_json, write_json
 from gatedlens.metrics import Metric
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Input
 from gatedlens.options import checked
 from gatedlens.result.result import Result
 from gatedlens.runs.engine import Earlier, Effort
+
+# matplotlib is optional, and a `data` of another kind gets the error of `Fields`: for editors and type checkers alone.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    Data: TypeAlias = Mapping[str, Any]
+else:
+    Axes = Figure = Data = Any
 
 FORMAT = 1  # of the JSON
 
@@ -42,6 +53,7 @@ class Circuit:
 
     @classmethod
     def of(cls, scores: Result) -> Circuit:
+        """`Circuit.of(scores)`: the circuit of every edge that has a score."""
         return cls(scores, ~scores.values.isnan())
 
     # -- what is in it -------------------------------------------------------------------------------------------
@@ -67,7 +79,7 @@ class Circuit:
 
     @checked
     def score(self, sender: str, receiver: str, pos: int | None = None) -> float:
-        """`circuit.score("embed", "1.mixer")`"""
+        """`circuit.score("embed", "1.mixer")`: the score of an edge, in the circuit or not; InputError for what is none."""
         return float(self.scores.values[self._place(Edge(sender, receiver, pos))])
 
     def __repr__(self) -> str:
@@ -81,7 +93,7 @@ class Circuit:
 
     @checked
     def top(self, n: int) -> Circuit:
-        """Its `n` edges of the largest |score|; `top(n).pruned()` leaves out those on no path from embed to logits.
+        """`circuit.top(8)`: its `n` edges of the largest |score|; `top(8).pruned()` leaves out those on no path to the logits.
 
         Such edges change nothing in a run: what they carry is corrupted anyway, or nobody reads it.
         """
@@ -103,7 +115,7 @@ class Circuit:
         return Circuit(self.scores, kept)
 
     def pruned(self) -> Circuit:
-        """Without the edges that lie on no path from embed to logits.
+        """`circuit.top(8).pruned()`: without the edges that lie on no path from embed to logits.
 
         Positions are left out of it: a mixer may carry what it read at one position to any other.
         """
@@ -140,23 +152,30 @@ class Circuit:
 
     # -- run it --------------------------------------------------------------------------------------------------
 
-    def run(self, model: Any, clean: Any, corrupted: Any, **options: Any) -> Float[Tensor, "batch ..."]:
-        """Logits of the clean input with every edge outside the circuit corrupted (edge patching, exact)."""
+    def run(self, model: HookedModel, clean: Input, corrupted: Input, **options: Any) -> Float[Tensor, "batch ..."]:
+        """`circuit.run(model, clean, corrupted)`: the clean input's logits, every edge outside the circuit corrupted.
+
+        What a receiver reads is the sum of its kept senders as they are in this run, and of its cut senders as in the corrupted
+        run. options: the forward's, attention_mask say. InputError for a model with other nodes, inputs that do not fit together,
+        and another number of positions than the circuit tells apart.
+        """
         return EdgePatch.of(model, clean, corrupted, options, self.graph).logits(self.kept)
 
-    def faithfulness(self, model: Any, clean: Any, corrupted: Any, metric: Metric, **options: Any) -> float:
-        """(m(circuit) - m(corrupted)) / (m(clean) - m(corrupted)), m the metric's mean over rows.
+    def faithfulness(self, model: HookedModel, clean: Input, corrupted: Input, metric: Metric, **options: Any) -> float:
+        """`circuit.faithfulness(model, clean, corrupted, metric)`: 1 if it does what the model does, 0 if it does nothing.
 
-        1 where the circuit does what the model does, 0 where it does nothing; Hanna et al. 2024, sec. 2.
+        (m(circuit) - m(corrupted)) / (m(clean) - m(corrupted)), m the metric's mean over rows. metric: logits -> one number a
+        row. The rest, and the errors, are those of `run`; InputError too where the metric is the same in the clean and in the
+        corrupted run. Hanna et al. 2024 (arXiv 2403.17806), sec. 2.
         """
         return EdgePatch.of(model, clean, corrupted, options, self.graph).faithfulness(metric, self.kept)
 
     @checked
     def curve(
         self,
-        model: Any,
-        clean: Any,
-        corrupted: Any,
+        model: HookedModel,
+        clean: Input,
+        corrupted: Input,
         metric: Metric,
         sizes: Sequence[int] | None = None,
         progress: bool = True,
@@ -186,14 +205,14 @@ class Circuit:
     # -- as something else ---------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON holds it."""
+        """`circuit.to_dict()`: all of it as JSON holds it, what `save` writes."""
         places = self.kept.nonzero().tolist()
         return {"format": FORMAT, "kept": places, "nodes": list(self.nodes), "scores": self.scores.to_dict()}
 
     @classmethod
     @checked
-    def from_dict(cls, data: Any, where: str | Path = "This") -> Circuit:
-        """The Circuit of a `to_dict()`. InputError names the field that is not as it should be."""
+    def from_dict(cls, data: Data, where: str | Path = "This") -> Circuit:
+        """`Circuit.from_dict(circuit.to_dict())`: the circuit again. InputError names the field that is not as it should be."""
         fields = Fields(data, "circuit", where)
         fields.format(FORMAT)
         scores = Result.from_dict(fields.fields("scores"), f"{where}, field 'scores',")
@@ -215,17 +234,20 @@ class Circuit:
 
     @checked
     def save(self, path: str | Path) -> Path:
-        """Write JSON, and return the path."""
+        """`circuit.save("circuit.json")`: write JSON, and return the path."""
         return write_json(path, self.to_dict())
 
     @classmethod
     @checked
     def load(cls, path: str | Path) -> Circuit:
-        """What `save` wrote."""
+        """`Circuit.load("circuit.json")`: what `save` wrote; InputError for a file that holds none."""
         return cls.from_dict(read_json(path, "circuit"), path)
 
-    def plot(self, ax: Any = None) -> Any:
-        """A matplotlib Figure: nodes from embed to logits, edges as wide as their scores are large, red for positive."""
+    def plot(self, ax: Axes | None = None) -> Figure:
+        """`circuit.plot()`: a matplotlib Figure, that of `ax` if given.
+
+        Nodes stand in running order from embed to logits; edges are as wide as their scores are large, red for positive.
+        """
         from gatedlens.circuits import drawing
 
         return drawing.draw(self, ax)

@@ -6,21 +6,26 @@ the other plots. Nodes outside the circuit are grey.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gatedlens.circuits.circuit import Circuit
+from gatedlens.foreign import Axes, Figure
 from gatedlens.plot.matrices import panels, plain
+
+if TYPE_CHECKING:
+    from gatedlens.circuits.circuit import Circuit
+else:  # that file draws by this one
+    Circuit = Any
 
 HEIGHT = {"mixer": 1.0, "mlp": -1.0}  # by the last word of a node's name; embed and logits lie between
 RED, BLUE, GREY = "#b2182b", "#2166ac", "#bdbdbd"
 
 
-def draw(circuit: Circuit, ax: Any = None) -> Any:
+def draw(circuit: Circuit, ax: Axes | None = None) -> Figure:
     """`circuit.plot()`: the Figure (that of `ax` if given)."""
     if ax is None:
-        _, axes = panels(1, 1)
+        figure, axes = panels(1, 1)
         ax = axes[0][0]
-        ax.figure.set_size_inches(max(5.0, 1.1 * len(circuit.graph)), 4.5)
+        figure.set_size_inches(max(5.0, 1.1 * len(circuit.graph)), 4.5)
     places = {name: (float(i), HEIGHT.get(name.rpartition(".")[2], 0.0)) for i, name in enumerate(circuit.graph)}
     totals = _totals(circuit)
     most = max(map(abs, totals.values()), default=1.0) or 1.0
@@ -37,7 +42,8 @@ def draw(circuit: Circuit, ax: Any = None) -> Any:
     ax.set_axis_off()
     said = f"{circuit.scores.title}: {len(circuit)} edges (red raises the metric, blue lowers it)"
     plain(ax.set_title(said, fontsize=10))
-    return ax.figure
+    drawn: Any = ax.figure  # a figure, unless `ax` stands in a part of one
+    return drawn
 
 
 def _totals(circuit: Circuit) -> dict[tuple[str, str], float]:
@@ -49,7 +55,7 @@ def _totals(circuit: Circuit) -> dict[tuple[str, str], float]:
     return totals
 
 
-def _arc(ax: Any, start: tuple[float, float], end: tuple[float, float], score: float, share: float) -> None:
+def _arc(ax: Axes, start: tuple[float, float], end: tuple[float, float], score: float, share: float) -> None:
     style = {"arrowstyle": "-|>", "color": RED if score > 0 else BLUE, "linewidth": 0.4 + 3.6 * share, "alpha": 0.75}
     bend = 0.0 if end[0] - start[0] <= 1 else -0.25 if start[1] >= 0 else 0.25
     arrow = {**style, "connectionstyle": f"arc3,rad={bend}", "shrinkA": 14, "shrinkB": 14}

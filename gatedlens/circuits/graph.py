@@ -14,10 +14,17 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from gatedlens.address.names import is_glob
 from gatedlens.errors import InputError, PointError, did_you_mean
+from gatedlens.model.base import HookedModel
+
+# For editors and type checkers: whoever passes something else gets the error of `Graph.find`.
+if TYPE_CHECKING:
+    Name: TypeAlias = str
+else:
+    Name = Any
 
 BRANCHES = ("mixer", "mlp")  # what a block may have beside its residual stream, in running order
 
@@ -53,7 +60,8 @@ class Graph:
     nodes: tuple[Node, ...]
 
     @classmethod
-    def of(cls, model: Any) -> Graph:
+    def of(cls, model: HookedModel) -> Graph:
+        """`Graph.of(model)`: embed, then a mixer and an MLP (where there is one) a layer, then logits."""
         last = model.cfg.n_layers - 1
         branches = [
             Node(f"{layer}.{kind}", layer, f"blocks.{layer}.hook_{kind}_in", f"blocks.{layer}.hook_{kind}_out")
@@ -78,20 +86,24 @@ class Graph:
         return self.nodes[1:]
 
     def place(self, node: Node) -> int:
+        """`graph.place(node)`: the node's number in running order, 0 for embed."""
         return self.nodes.index(node)
 
     def before(self, receiver: Node) -> tuple[Node, ...]:
-        """The senders whose sum a receiver reads."""
+        """`graph.before(graph.find("1.mixer"))`: the senders whose sum a receiver reads."""
         return self.nodes[: self.place(receiver)]
 
     def edges(self) -> list[Edge]:
-        """Every edge, by receiver in running order."""
+        """`graph.edges()`: every edge, by receiver in running order."""
         return [Edge(sender.name, node.name) for node in self.receivers for sender in self.before(node)]
 
     # -- by name -------------------------------------------------------------------------------------------------
 
-    def find(self, name: Any) -> Node:
-        """The node of this name, or whose point it is (`blocks.1.hook_mixer_out`)."""
+    def find(self, name: Name) -> Node:
+        """`graph.find("1.mixer")`: the node of this name, or whose point it is (`blocks.1.hook_mixer_out`).
+
+        PointError if there is none.
+        """
         for node in self.nodes:
             if name and name in (node.name, node.reads, node.writes):
                 return node
@@ -101,7 +113,10 @@ class Graph:
         )
 
     def some(self, names: str | Sequence[str]) -> list[Node]:
-        """The nodes of a name, a glob ("*.mixer") or a list of these, in running order."""
+        """`graph.some("*.mixer")`: the nodes of a name, a glob or a list of these, in running order.
+
+        PointError for a name that no node has, or a glob that matches none; InputError for an empty list.
+        """
         asked = [names] if isinstance(names, str) else list(names)
         if not asked:
             raise InputError("No node is named: the list is empty.")
@@ -115,13 +130,14 @@ class Graph:
         return found
 
     def sender(self, name: str) -> Node:
+        """`graph.sender("0.mixer")`: as `find`; InputError for `logits`, which writes nothing into the stream."""
         node = self.find(name)
         if not node.writes:
             raise InputError(f"{node.name!r} sends nothing: it is where the stream ends.")
         return node
 
     def check_order(self, sender: Node, receivers: Sequence[Node]) -> None:
-        """InputError unless every receiver comes after the sender."""
+        """`graph.check_order(sender, receivers)`: InputError unless every receiver comes after the sender."""
         for receiver in receivers:
             if self.place(receiver) <= self.place(sender):
                 raise InputError(

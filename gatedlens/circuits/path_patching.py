@@ -21,38 +21,47 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from gatedlens.address.positions import mask_of
+from gatedlens.address.positions import Positions, mask_of
 from gatedlens.circuits.graph import Graph, Node
 from gatedlens.errors import InputError
 from gatedlens.metrics import Metric
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Input
 from gatedlens.options import checked
 from gatedlens.result.result import Result
 from gatedlens.runs import inputs
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Add, Cell, Plan
-from gatedlens.runs.engine import Effort, Question, answer
+from gatedlens.runs.engine import Earlier, Effort, Question, answer
 from gatedlens.runs.meter import Meter
 from gatedlens.runs.pair import Pair
 
 
 @checked
 def path_patch(
-    model: Any,
-    clean: Any,
-    corrupted: Any,
+    model: HookedModel,
+    clean: Input,
+    corrupted: Input,
     metric: Metric,
     sender: str,
     receivers: str | Sequence[str] = "logits",
-    pos: Any = None,
+    pos: Positions = None,
     **options: Any,
 ) -> Float[Tensor, " batch"]:
-    """metric(patched) - metric(corrupted), one number a row, of the paths sender -> receivers.
+    """`gl.circuits.path_patch(model, clean, corrupted, metric, "0.mixer", "logits")`: the direct effect, [batch].
+
+    metric(patched) - metric(corrupted), one number a row, of the paths sender -> receivers.
 
     sender, receivers: nodes (`Graph.of(model).names`), their points, or globs of receivers; every receiver comes
     after the sender. The path into `logits` is the direct effect. pos: the positions at which the sender is patched
     (all if None; a tensor [batch] for one a row, see `positions.py`). Several receivers are patched at once, each
     with what it reads while the others are frozen: what one of them then says to another is not counted (so with
-    `logits` among them, only the direct effect).
+    `logits` among them, only the direct effect). clean, corrupted: texts, ids, pairs (ids, mask) or images, of one shape and
+    padded alike. metric: logits -> one number a row. options: the forward's, attention_mask say.
+
+    PointError for a node that does not exist; InputError for a receiver that does not come after the sender, inputs that do not
+    fit together, and positions that do not exist. Wang et al. 2022 (arXiv 2211.00593), appendix B; Goldowsky-Dill et al. 2023
+    (arXiv 2304.05969).
     """
     graph = Graph.of(model)
     source, chosen = graph.sender(sender), graph.some(receivers)
@@ -64,21 +73,23 @@ def path_patch(
 
 @checked
 def path_patch_senders(
-    model: Any,
-    clean: Any,
-    corrupted: Any,
+    model: HookedModel,
+    clean: Input,
+    corrupted: Input,
     metric: Metric,
     receivers: str | Sequence[str] = "logits",
-    pos: Any = None,
+    pos: Positions = None,
     progress: bool = True,
-    results: Any = None,
+    results: Earlier = None,
     max_bytes: int | None = None,
     max_rows: int | None = None,
     **options: Any,
 ) -> Result:
-    """`path_patch` of every sender that comes before the receivers: a Result with one axis, sender; means over rows.
+    """`gl.circuits.path_patch_senders(model, clean, corrupted, metric, "1.mixer").plot()`: `path_patch` of every sender.
 
-    results, max_bytes, max_rows: as in every sweep, `gl.patching.Options`.
+    A Result with one axis, sender: those that come before the receivers; means over rows. results, max_bytes, max_rows: as in
+    every sweep, see `gl.patching.Options`. The rest, and the errors, are those of `path_patch`; InputError too for a receiver
+    before which nothing is written.
     """
     graph = Graph.of(model)
     chosen = graph.some(receivers)
@@ -106,7 +117,7 @@ class Paths:
         _, self.frozen = pair.cached(pair.corrupted, dict.fromkeys(node.reads for node in receivers))
 
     @checked
-    def cell(self, place: tuple[int, ...], sender: Node, receivers: Sequence[Node], pos: Any = None) -> Cell:
+    def cell(self, place: tuple[int, ...], sender: Node, receivers: Sequence[Node], pos: Positions = None) -> Cell:
         """The run in which each receiver reads what it does while all but the sender are frozen."""
         pack = self.run.padding.pack
         said = pack(at_positions(self.written[sender.writes], pos, self.real))
@@ -130,7 +141,7 @@ class Paths:
 
 @checked
 def at_positions(
-    x: Float[Tensor, "batch pos d_model"], pos: Any, real: Bool[Tensor, "batch pos"]
+    x: Float[Tensor, "batch pos d_model"], pos: Positions, real: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos d_model"]:
     """`x` at some positions, zero at the others."""
     return x if pos is None else x * mask_of(pos, "pos", real).to(x.device).unsqueeze(-1)

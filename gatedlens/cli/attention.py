@@ -25,7 +25,6 @@ from gatedlens.cli.outfolder import out_folder
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.loading import from_pretrained
 from gatedlens.model.base import HookedModel
-from gatedlens.model.batch import Input
 from gatedlens.model.image import picture
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.result.labelled_tensor import with_label
@@ -113,6 +112,7 @@ def _read(model: HookedModel, text: str | None, image: str | Path | None) -> tup
         raise InputError(
             f"{name} reads images: pass --image with the path of one{'' if text is None else ', no --text'}."
         )
+    assert model.grid is not None
     places = [model.grid.place(pos) for pos in range(model.grid.length)]
     labels = ["cls" if place is None else f"{place[0]},{place[1]}" for place in places]
     if not Path(image).exists():
@@ -125,7 +125,7 @@ def _draw(
     values: Tensor,
     labels: list[str],
     model: HookedModel,
-    input: Input,
+    input: Any,
     attention: ImplicitAttention,
     reduce: str,
 ) -> Path:
@@ -136,6 +136,7 @@ def _draw(
     elif isinstance(model, HookedLanguageModel):
         return plot.text(values, labels, title=title).save(f"{stem}.html")
     else:
+        assert model.grid is not None
         figure = plot.over_image(values, input[0], model.grid, title=title)
     figure.savefig(f"{stem}.png", dpi=110)
     return Path(f"{stem}.png")

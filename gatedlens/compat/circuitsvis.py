@@ -24,7 +24,7 @@ from gatedlens.plot.matrices import labels_of
 
 
 def for_circuitsvis(
-    attention: Any,
+    attention: ImplicitAttention | AttentionStack,
     tokens: Sequence[str] | None = None,
     row: int = 0,
     groups: Sequence[Any] | None = None,

@@ -143,7 +143,7 @@ class HookedMamba(mamba.HookedMamba):
         steps = [f"blocks.{layer}.hook_h.{t}" for layer in range(self.cfg.n_layers) for t in range(length)]
         return [*EVERYWHERE, *blocks, *steps]
 
-    def _chosen(self, predicate: Callable[[str], bool], input: Input, options: Mapping[str, Any]) -> list[str]:
+    def _chosen(self, predicate: Callable[[str], bool], input: Input | None, options: Mapping[str, Any]) -> list[str]:
         reading = {name: options[name] for name in ("prepend_bos", "padding_side", "start_at_layer") if name in options}
         names = self.mamba_lens_names(self.positions(self.prepare(input, **reading)[0]))
         chosen = [name for name in names if predicate(name)]
@@ -177,7 +177,7 @@ class HookedMamba(mamba.HookedMamba):
         forward, backward = (self._spelled(hooks, given, options) for hooks in (fwd_hooks, bwd_hooks))
         return super().run_with_hooks(*args, fwd_hooks=forward, bwd_hooks=backward, **options)
 
-    def _spelled(self, hooks: Any, input: Input, options: Mapping[str, Any]) -> list[Any]:
+    def _spelled(self, hooks: Any, input: Input | None, options: Mapping[str, Any]) -> list[Any]:
         """Hooks by names, where a predicate stood."""
         chosen = [(self._chosen(n, input, options) if callable(n) else [n], hook) for n, hook in hooks]
         return [(name, hook) for names, hook in chosen for name in names]

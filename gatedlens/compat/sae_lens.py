@@ -17,7 +17,6 @@ import importlib
 import importlib.util
 import sys
 from types import ModuleType
-from typing import Any
 
 import transformer_lens
 from transformer_lens import utilities
@@ -44,7 +43,7 @@ def stand_ins() -> dict[str, ModuleType]:
     return {**modules, "transformer_lens.utils": utilities}
 
 
-def load() -> Any:
+def load() -> ModuleType:
     """`sae_lens = gatedlens.compat.sae_lens.load()`: the module `sae_lens`; ImportError if it is not installed."""
     if importlib.util.find_spec("sae_lens") is None:
         raise ImportError("SAELens is not installed: pip install 'sae-lens==6.51.*'.")

@@ -191,7 +191,7 @@ class GatedAdapter(ArchitectureAdapter):
         self.weight_processing_conversions = dict[str, Any]()
         self.component_mapping = dict[str, Any]()
 
-    def prepare_model(self, hf_model: Any) -> None:
+    def prepare_model(self, hf_model: nn.Module) -> None:
         """`adapter.prepare_model(hf_model)`: open `hf_model`: its forward becomes ours, over its own parameters."""
         gated = self.gated = wrap(hf_model)
         for word in (

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.evaluation import removal
+from gatedlens.evaluation.removal import Nothing
 from gatedlens.metrics import at_position
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Batch, Input
@@ -29,12 +30,12 @@ from gatedlens.options import tensor_of
 from gatedlens.result.result import Result
 from gatedlens.result.rounding import order
 
-# What scores are given as, and the right answers. For editors: other kinds get the errors of the functions below.
+# What `scores` and `labels` may be. For type checkers: whoever passes something else gets an InputError.
 if TYPE_CHECKING:
     Scores: TypeAlias = Result | Tensor | numpy.ndarray[Any, Any] | Sequence[Any]
-    Answers: TypeAlias = int | Tensor | Sequence[int] | None
+    Labels: TypeAlias = int | Sequence[int] | Tensor | None
 else:
-    Scores = Answers = Any
+    Scores = Labels = Any
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,11 @@ class Case:
     def of(
         model: HookedModel,
         input: Input,
-        labels: Answers = None,
+        labels: Labels = None,
         *,
-        nothing: Any = None,
+        nothing: Nothing = None,
         keep: Tensor | None = None,
-        among: Any = None,
+        among: Labels = None,
         attention_mask: Tensor | None = None,
     ) -> Case:
         """Everything checked, and one clean run. labels: an id, or one a row; with `among` [batch, choice] (the ids of
@@ -184,7 +185,7 @@ def _free(model: HookedModel, batch: Batch, places: int, keep: Tensor | None) ->
     return free
 
 
-def _choices(model: HookedModel, among: Any, rows: int) -> Int[Tensor, "batch choice"]:
+def _choices(model: HookedModel, among: Positions, rows: int) -> Int[Tensor, "batch choice"]:
     ids = torch.as_tensor(among, device=model.cfg.device).long()
     ids = ids.expand(rows, -1) if ids.ndim == 1 else ids
     if ids.ndim != 2 or len(ids) != rows or bool(((ids < 0) | (ids >= model.cfg.d_vocab)).any()):
@@ -192,7 +193,7 @@ def _choices(model: HookedModel, among: Any, rows: int) -> Int[Tensor, "batch ch
     return ids
 
 
-def _labels(asked: Answers, clean: Float[Tensor, "batch answer"]) -> Int[Tensor, " batch"]:
+def _labels(asked: Labels, clean: Float[Tensor, "batch answer"]) -> Int[Tensor, " batch"]:
     if asked is None:
         return clean.argmax(-1)
     ids = torch.as_tensor(asked, device=clean.device)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.evaluation.bootstrap import Estimate, estimate
+from gatedlens.foreign import Axes, Figure
 from gatedlens.result.result import Result
 
 AXES = ("sample", "share")
@@ -71,7 +72,7 @@ class Curve(Result):
         labels = {"share": first["share"]}
         return replace(first, values=torch.cat([one.values for one in curves]), labels=labels)
 
-    def plot(self, ax: Any = None) -> Any:
+    def plot(self, ax: Axes | None = None) -> Figure:
         """The mean over samples, with its interval as a band. Returns the matplotlib Figure."""
         if self.axes != AXES:
             return super().plot(ax)
@@ -84,7 +85,8 @@ class Curve(Result):
         ax.plot(self.shares, [step.value for step in steps], marker=".", label=said)
         ax.fill_between(self.shares, [step.low for step in steps], [step.high for step in steps], alpha=0.2)
         plain(ax.set_xlabel("share"), ax.set_ylabel(self.value), ax.set_title(self.title))
-        return ax.figure
+        figure: Any = ax.figure
+        return figure
 
     def __repr__(self) -> str:
         return (

@@ -19,8 +19,9 @@ only you can tell that it was not cut.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -34,6 +35,13 @@ from gatedlens.result.rounding import STEP
 
 VOID = -1
 FINE = 2.0**-30  # of R, which is from 0 to 1: scaling a map rounds equal pixels some 1e-16 apart
+
+
+# Masks [batch, height, width], one tensor or one an image. For type checkers: something else is an InputError.
+if TYPE_CHECKING:
+    Masks: TypeAlias = Tensor | Sequence[Any]
+else:
+    Masks = Any
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ class Segmentation:
         return {"pixel accuracy": self.pixel_accuracy, "mAP": self.mean_ap, "mIoU": self.mean_iou}
 
 
-def segmentation(scores: Scores, masks: Any) -> Segmentation:
+def segmentation(scores: Scores, masks: Masks) -> Segmentation:
     """`gl.evaluation.segmentation(scores, masks).mean_iou`: how well maps cut out objects.
 
     scores: an Attribution, or maps [batch, row, column]. masks: [batch, height, width] of 1, 0 and -1, or booleans, of the

@@ -31,9 +31,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from gatedlens.address.positions import Positions
 from gatedlens.errors import InputError, did_you_mean
-from gatedlens.evaluation.case import Case
+from gatedlens.evaluation.case import Case, Labels, Scores
 from gatedlens.evaluation.curves import AXES, Curve
+from gatedlens.evaluation.removal import Nothing
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
 
@@ -119,7 +121,7 @@ ORDERS = ("positive", "negative")
 
 
 def perturbation(
-    model: HookedModel, input: Input, scores: Any, labels: Any = None, *, order: str = "positive", **options: Any
+    model: HookedModel, input: Input, scores: Scores, labels: Labels = None, *, order: str = "positive", **options: Any
 ) -> Curve:
     """`gl.evaluation.perturbation(model, images, scores, labels).area`: take away 10 % to 90 % of the places, most
     relevant first ("positive") or least relevant first ("negative").
@@ -129,28 +131,28 @@ def perturbation(
     return curve(PROTOCOLS[order], model, input, scores, labels, **options)
 
 
-def activation_curve(model: HookedModel, input: Input, scores: Any, labels: Any = None, **options: Any) -> Curve:
+def activation_curve(model: HookedModel, input: Input, scores: Scores, labels: Labels = None, **options: Any) -> Curve:
     """`gl.evaluation.activation_curve(model, tokens, scores, labels).area`: from an input that holds nothing, put places
     back, most relevant first; the label's probability. Area: AUAC.
     """
     return curve(PROTOCOLS["activation"], model, input, scores, labels, **options)
 
 
-def pruning_curve(model: HookedModel, input: Input, scores: Any, labels: Any = None, **options: Any) -> Curve:
+def pruning_curve(model: HookedModel, input: Input, scores: Scores, labels: Labels = None, **options: Any) -> Curve:
     """`gl.evaluation.pruning_curve(model, tokens, scores).area`: take places away, those with the smallest |score| first;
     mean over logits of (logit - clean logit)^2. Area: AU-MSE.
     """
     return curve(PROTOCOLS["pruning"], model, input, scores, labels, **options)
 
 
-def deletion(model: HookedModel, input: Input, scores: Any, labels: Any = None, **options: Any) -> Curve:
+def deletion(model: HookedModel, input: Input, scores: Scores, labels: Labels = None, **options: Any) -> Curve:
     """`gl.evaluation.deletion(model, images, scores).area`: take away 0 % to 100 % of the places, most relevant first; the
     label's probability.
     """
     return curve(PROTOCOLS["deletion"], model, input, scores, labels, **options)
 
 
-def insertion(model: HookedModel, input: Input, scores: Any, labels: Any = None, **options: Any) -> Curve:
+def insertion(model: HookedModel, input: Input, scores: Scores, labels: Labels = None, **options: Any) -> Curve:
     """`gl.evaluation.insertion(model, images, scores).area`: from the blurred image (or an input without tokens) put back
     0 % to 100 %, most relevant first; the label's
     probability.
@@ -179,14 +181,14 @@ def curve(
     protocol: Protocol,
     model: HookedModel,
     input: Input,
-    scores: Any,
-    labels: Any = None,
+    scores: Scores,
+    labels: Labels = None,
     *,
     measure: str | None = None,
     shares: Sequence[float] | None = None,
-    nothing: Any = None,
+    nothing: Nothing = None,
     keep: Tensor | None = None,
-    among: Any = None,
+    among: Positions = None,
     attention_mask: Tensor | None = None,
     batch_size: int = 64,
     progress: bool = True,
@@ -219,7 +221,7 @@ def as_curve(values: Float[Tensor, "sample share"], protocol: Protocol, measure:
 @torch.no_grad()
 def measured(
     case: Case,
-    scores: Any,
+    scores: Scores,
     protocol: Protocol,
     measures: Sequence[str],
     *,

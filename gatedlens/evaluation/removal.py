@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,13 @@ from gatedlens.recurrence.autocast import exact
 
 BUNDLED = {"-recall": "and", "-moby": " "}  # a word without content in the vocabulary of each task
 KERNEL, STD = 11, 5.0
+
+
+# What `nothing=` takes. For type checkers: whoever passes something else gets an InputError.
+if TYPE_CHECKING:
+    Nothing: TypeAlias = int | str | float | Tensor | None
+else:
+    Nothing = Any
 
 
 def of_tokens(model: HookedModel, asked: Any) -> tuple[int, str]:

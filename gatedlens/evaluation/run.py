@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gatedlens.attribution import METHODS, Attribution, method
+from gatedlens.attribution.target import Asked
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.evaluation.case import Case
 from gatedlens.evaluation.data.opening import open_samples
@@ -34,6 +35,7 @@ from gatedlens.evaluation.known_truth import located
 from gatedlens.evaluation.overlap import segmentation
 from gatedlens.evaluation.protocol import PROTOCOLS, measured
 from gatedlens.evaluation.records import Records
+from gatedlens.evaluation.removal import Nothing
 from gatedlens.evaluation.result import COUNTS, MEASURED, TRUTH, Evaluation
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
@@ -59,7 +61,7 @@ class Explainer:
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def __call__(self, model: HookedModel, input: Input, target: Any = None, **more: Any) -> Attribution:
+    def __call__(self, model: HookedModel, input: Input, target: Asked = None, **more: Any) -> Attribution:
         """The attribution; of `more` the method gets what it knows, but not what the name decided."""
         known = inspect.signature(METHODS[self.method]).parameters
         given = {key: value for key, value in more.items() if key in known}
@@ -106,13 +108,13 @@ DIGITS = 6  # of a number that is kept
 @checked
 def evaluate(
     model: HookedModel,
-    data: Any,
+    data: Samples | str | Path,
     methods: Sequence[str] | None = None,
     *,
     out: str | Path | None = None,
     limit: int | None = None,
     seed: int = 0,
-    nothing: Any = None,
+    nothing: Nothing = None,
     batch_size: int = 8,
     progress: bool = True,
 ) -> Evaluation:
@@ -152,7 +154,7 @@ def evaluate(
     return Evaluation({**run, **drawn}, tuple(one.name for one in explainers), names, records, samples)
 
 
-def _run(model: HookedModel, samples: Samples, nothing: Any) -> dict[str, Any]:
+def _run(model: HookedModel, samples: Samples, nothing: Nothing) -> dict[str, Any]:
     """What makes two runs the same: records of more samples or other methods may join them."""
     return {
         "model": model.cfg.model_name,
@@ -200,7 +202,7 @@ def _batches(
 
 
 def _measure(
-    model: HookedModel, one: Explainer, items: list[Item], shown: list[bool], nothing: Any
+    model: HookedModel, one: Explainer, items: list[Item], shown: list[bool], nothing: Nothing
 ) -> Iterator[dict[str, Any]]:
     """The records of one method for some items."""
     batch = Items.of(items)
@@ -233,14 +235,14 @@ def _measure(
         yield row
 
 
-def _baseline(model: HookedModel, case: Case, nothing: Any) -> dict[str, Any]:
+def _baseline(model: HookedModel, case: Case, nothing: Nothing) -> dict[str, Any]:
     """What methods put in, the same as the test does; "blur" differs from image to image and is no baseline."""
     if model.grid is None:
         return {NEEDS_NOTHING: int(case.nothing[0, 0, 0])}
     return {} if nothing is None or (isinstance(nothing, str) and nothing == "blur") else {NEEDS_NOTHING: nothing}
 
 
-def _cases(model: HookedModel, batch: Items, protocols: Sequence[str], nothing: Any) -> dict[str, Case]:
+def _cases(model: HookedModel, batch: Items, protocols: Sequence[str], nothing: Nothing) -> dict[str, Case]:
     """The case of each protocol; those that put in the same share one."""
     made: dict[Any, Case] = {}
     out = {}

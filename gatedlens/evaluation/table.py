@@ -17,6 +17,7 @@ from typing import Any
 
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.evaluation.bootstrap import Estimate
+from gatedlens.foreign import DataFrame, Table
 
 
 class ScoreTable:
@@ -53,7 +54,7 @@ class ScoreTable:
 
     # -- as something else ---------------------------------------------------------------------------------------
 
-    def to_dataframe(self) -> Any:
+    def to_dataframe(self) -> DataFrame:
         """`table.to_dataframe()`: a pandas DataFrame: one row a method and column, with value, low and high."""
         import pandas
 
@@ -78,7 +79,7 @@ class ScoreTable:
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
         return Path(path)
 
-    def brief(self) -> Any:
+    def brief(self) -> Table:
         """`table.brief()`: for `rich`, without intervals: narrow enough for a terminal."""
         return self._rich(intervals=False)
 

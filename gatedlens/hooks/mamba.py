@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatedlens import fused
-from gatedlens.address.names import Alias, Point, View, block_aliases, block_rows
+from gatedlens.address.point import Alias, Point, View, block_aliases, block_rows
 from gatedlens.errors import CheckpointError
 from gatedlens.model import fields
 from gatedlens.model.block import Block, Mixer, Norm, Run, eps_of, norm_rows, residual_rows

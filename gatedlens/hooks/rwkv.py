@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatedlens.address.names import Alias, Point, block_aliases, block_rows
+from gatedlens.address.point import Alias, Point, block_aliases, block_rows
 from gatedlens.errors import CheckpointError
 from gatedlens.model import fields
 from gatedlens.model.block import MlpBlock, Norm, Run, TokenMixing, eps_of, mlp_residual_rows, norm_rows

@@ -16,11 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.address.entries import Index, Where
-from gatedlens.address.layers import layers_of, scans_of
+from gatedlens.address.layers import Layers, layers_of, scans_of
 from gatedlens.attention.in_progress import underway, verify
 from gatedlens.attention.layer import ImplicitAttention
 from gatedlens.errors import InputError
 from gatedlens.knockout.token_edges import Edges, alike, visible
+from gatedlens.model.base import HookedModel
 from gatedlens.model.hookpoint import Capture, HookPoint
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.operator import Branch, branch_of
@@ -64,51 +65,55 @@ class Cut:
 
     way: Way
     edges: Edges
-    layers: Any
+    layers: Layers
     scan: str | None
     index: Mapping[str, Index]
     verify: bool = True
 
-    def hooks(self, model: Any) -> list[tuple[str, Callable[..., Any]]]:
-        """`cut.hooks(model)`: in each layer a hook that takes notes at the points behind its A, and one that cuts at its
-        output point.
+    def hooks(self, model: HookedModel) -> list[tuple[str, Callable[..., Any]]]:
+        """`cut.hooks(model)`: in each layer a hook that keeps what its A is made of, and one that cuts at its output point.
+
+        InputError for layers that do not exist, PointError for an axis that the output point lacks.
         """
         found: list[tuple[str, Callable[..., Any]]] = []
         for layer in layers_of(model, self.layers):
-            mixer = model.blocks[layer].mixer
+            mixer: Any = model.blocks[layer].mixer
             scans_of(mixer, self.scan)
             stem = f"blocks.{layer}.{mixer.place}."
             where = Where((f"{stem}{mixer.output_point}",), self.index)
             (out,) = where.points(model)
             cutting = Cutting(self, model, layer, where)
-            found += [(stem + name, cutting.notes) for name in mixer.attention_points if stem + name != out]
+            found += [(stem + name, cutting.factors) for name in mixer.attention_points if stem + name != out]
             found.append((out, cutting))
         return found
 
 
 class Cutting:
-    """The hook at a layer's output point. The first of its kin there does what all of them ask."""
+    """The hook at a layer's output point. The first of several there does what all of them ask.
 
-    def __init__(self, cut: Cut, model: Any, layer: int, where: Where):
+    Cuts act together: two that name one edge must not take it away twice, so what is lost is computed for all of them at once.
+    """
+
+    def __init__(self, cut: Cut, model: HookedModel, layer: int, where: Where):
         self.cut = cut
         self.model = model
         self.layer = layer
         self.where = where
         self.values: dict[str, Tensor] = {}
-        self.notes = Capture(self.values)
+        self.factors = Capture(self.values)  # what the layer's A is made of, in this call
 
     def __call__(self, tensor: Tensor, hook: HookPoint) -> Tensor:
-        kin = [handle.user_hook for handle in hook.fwd_hooks if isinstance(handle.user_hook, Cutting)]
+        together = [handle.user_hook for handle in hook.fwd_hooks if isinstance(handle.user_hook, Cutting)]
         values = {**self.values, str(hook.name): tensor}
-        self.values.clear()
-        if kin[0] is not self:
+        self.values.clear()  # what was kept of this call must not outlive it
+        if together[0] is not self:
             return tensor
         with exact(tensor):
             attention = underway(self.model, self.layer, values)
-            if any(one.cut.verify for one in kin):
+            if any(one.cut.verify for one in together):
                 with torch.no_grad():
                     verify(attention, attention.output(), tensor, "a cut")
-            o = at_least_float32(tensor.flatten(2)) - _lost(attention, kin, tensor, hook)
+            o = at_least_float32(tensor.flatten(2)) - _lost(attention, together, tensor, hook)
         return o.to(tensor.dtype).reshape(tensor.shape)
 
     def channels(self, tensor: Tensor, hook: HookPoint) -> Tensor:
@@ -117,13 +122,13 @@ class Cutting:
         return mask.expand(1, 1, *tensor.shape[2:]).flatten()
 
 
-def _lost(attention: ImplicitAttention, kin: list[Cutting], tensor: Tensor, hook: HookPoint) -> Tensor:
+def _lost(attention: ImplicitAttention, together: list[Cutting], tensor: Tensor, hook: HookPoint) -> Tensor:
     """What the layer's output loses through all cuts together: [batch, pos, channel]."""
     mixer, real = attention.model.blocks[attention.layer].mixer, attention.padding.mask
     if real is None:
         real = torch.ones(tensor.shape[:2], dtype=torch.bool, device=tensor.device)
     wanted: dict[int, dict[Way, list[tuple[Tensor, Tensor]]]] = {}
-    for cutting in kin:
+    for cutting in together:
         numbers = [mixer.scans.index(name) for name in scans_of(mixer, cutting.cut.scan)]
         edges = cutting.cut.edges.matrix(real, visible([attention.branches[n] for n in numbers]))
         for number in numbers:
@@ -159,6 +164,7 @@ def _lost_in_branch(
         return x.flip(1) if factors.reverse else x
 
     lost = torch.zeros_like(factors.x)
+    # One scan does all channels of which the same cuts are asked: `patterns` are the sets of cuts, `which` each channel's.
     patterns, which = torch.stack([chosen for _, chosen in cuts]).unique(dim=1, return_inverse=True)
     for column, pattern in enumerate(patterns.T.tolist()):
         if not any(pattern):

@@ -1,25 +1,7 @@
-"""Knockout: cut what some positions read from others, in chosen layers and channels, and nothing else.
+"""Cuts, and the sweep that makes one in every window of layers. `knockout/__init__.py` says what each kind of cut is.
 
-    cut = gl.knockout.cut(src=batch.answer_pos, dst=-1, layers=1)           # per row: a tensor; for all: a number, a list
-    with cut.on(model):
-        logits = model(batch.tokens)
-    (gl.knockout.cut(3, -1) + gl.ablation.open_gate()).on(model)            # composes with any intervention
-    gl.knockout.sweep(model, tokens, metric, dst=-1, window=3)              # Result [layer, src], a heat map
-
-o = A x + r is what a layer's token mixing hands to its output projection (`layer.py`), i a target, j a source. A is that
-of the same run, with whatever was edited upstream. Three things can be cut:
-
-    cut                 A[i, j] = 0: o_i loses all that comes from x_j, through conv, scan and skip
-    cut_scan            o_i loses gate_i S[i, j] u_j: what the state carries of j's write into i's readout. The conv stays, and
-                        u_j holds what the conv mixed into it (neighbours, bias)
-    cut_renormalised    S[i, j] = 0 and the rest of row i scaled to sum to 1 again: scores := -inf in attention, numerator
-                        and denominator of RWKV. For softmax scans only
-
-A is held as it is: gates, dt, B, C, keys stay those of the run, also where a conv or shift has mixed x_j into them.
-
-`cut` and `cut_scan` do not renormalise: a zeroed entry of a softmax leaves a row that sums to less than 1. Attention knockout in
-transformers (Geva et al. 2023, arXiv 2304.14767) is `cut_renormalised`; in Mamba (Endy et al. 2025, Mamba Knockout, arXiv
-2505.24244) it is `cut_scan`.
+cut(src=[2, 3], dst=-1, layers=1)                              # an Intervention
+sweep(model, tokens, metric, dst=-1, window=3)                 # a Result [layer, src]
 """
 
 from __future__ import annotations
@@ -34,60 +16,82 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from gatedlens.address.entries import Index
-from gatedlens.address.layers import layers_of
-from gatedlens.address.positions import columns, listed
+from gatedlens.address.layers import Layers, layers_of
+from gatedlens.address.positions import Positions, columns, listed
 from gatedlens.errors import InputError
 from gatedlens.knockout.cutting import Cut, Way, share, token, write
 from gatedlens.knockout.token_edges import Edges
 from gatedlens.metrics import Metric
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Input
 from gatedlens.model.intervention import Intervention
 from gatedlens.options import checked
 from gatedlens.result.result import Result
 from gatedlens.runs import inputs
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Cell, Plan
-from gatedlens.runs.engine import Effort, Question, answer
+from gatedlens.runs.engine import Earlier, Effort, Question, answer
 from gatedlens.runs.meter import Meter
 
 How = Callable[..., Intervention]
 
 
 @checked
-def cut(src: Any, dst: Any, layers: Any = None, scan: str | None = None, **index: Index) -> Intervention:
-    """`cut(src=[2, 3], dst=-1, layers=range(4, 8), channel=slow)`: A[i, j] = 0 for every source j and target i.
+def cut(src: Positions, dst: Positions, layers: Layers = None, scan: str | None = None, **index: Index) -> Intervention:
+    """`gl.knockout.cut(src=[2, 3], dst=-1, layers=range(4, 8), channel=slow)`: A[i, j] = 0 for every source j and target i.
+
+    The target loses all that comes from the source, through conv, scan and skip.
 
     src, dst: a position, a list or slice of them (the same in every row), a tensor [batch] (one a row) or [batch, some], a
     list for each row, or a mask [batch, pos]; see `positions.py`. layers: a number, several, or None for all. index: some
-    `channel` (in attention layers `head`, `d_head`). scan: "fwd" or "bwd" where a layer has both; None for all.
+    `channel` (in attention layers `head`, `d_head`). scan: "fwd" or "bwd" where a layer has both; None for all. Returns an
+    Intervention: `with gl.knockout.cut(3, -1).on(model): ...`.
 
-    Positions are the real ones of the call (while generating, each step is one). Raises InputError for positions that do
-    not exist or that a target cannot see, and where an edit inside the recurrence (decay, write, scan, ...) of the layer
-    makes A not the layer's operator. Several cuts of a layer act together.
+    Positions are the real ones of the call (while generating, each step is one). Several cuts of a layer act together.
+
+    InputError for a `batch` or `pos` in index, for layers that do not exist, and while the model runs for positions that do not
+    exist or that a target cannot see, and where an edit inside the recurrence (decay, write, scan, ...) of the layer makes A not
+    the layer's operator.
     """
     return _cut(token, src, dst, layers, scan, index)
 
 
 @checked
-def cut_scan(src: Any, dst: Any, layers: Any = None, scan: str | None = None, **index: Index) -> Intervention:
-    """`cut_scan(3, -1)`: the readout of i loses what the state carries of position j's write, C_i prod(decay) write_j."""
+def cut_scan(
+    src: Positions, dst: Positions, layers: Layers = None, scan: str | None = None, **index: Index
+) -> Intervention:
+    """`gl.knockout.cut_scan(3, -1)`: the readout of i loses what the state carries of j's write, C_i prod(decay) write_j.
+
+    The conv stays, and the write holds what the conv mixed into it. Parameters and errors: as of `gl.knockout.cut`. Endy et al.
+    2025 (Mamba Knockout, arXiv 2505.24244).
+    """
     return _cut(write, src, dst, layers, scan, index)
 
 
 @checked
-def cut_renormalised(src: Any, dst: Any, layers: Any = None, scan: str | None = None, **index: Index) -> Intervention:
-    """`cut_renormalised(3, -1, layers=2)`: S[i, j] = 0, the row renormalised; attention layers and RWKV."""
+def cut_renormalised(
+    src: Positions, dst: Positions, layers: Layers = None, scan: str | None = None, **index: Index
+) -> Intervention:
+    """`gl.knockout.cut_renormalised(3, -1, layers=2)`: S[i, j] = 0, and the rest of row i scaled to sum to 1 again.
+
+    For softmax scans only: scores := -inf in attention layers, numerator and denominator of RWKV. Parameters and errors: as of
+    `gl.knockout.cut`; InputError too for a target that would lose every position it sees. Geva et al. 2023 (arXiv 2304.14767).
+    """
     return _cut(share, src, dst, layers, scan, index)
 
 
 @checked
 def pairs(
-    edges: Sequence[tuple[Any, Any]],
+    edges: Sequence[tuple[Positions, Positions]],
     how: How = cut,
-    layers: Any = None,
+    layers: Layers = None,
     scan: str | None = None,
     **index: Index,
 ) -> Intervention:
-    """`pairs([(2, 5), (3, 6)])`: these edges (src, dst) alone, not all sources to all targets."""
+    """`gl.knockout.pairs([(2, 5), (3, 6)], how=gl.knockout.cut)`: these edges (src, dst) alone, not all sources to all targets.
+
+    how: `cut`, `cut_scan` or `cut_renormalised`. The rest, and the errors, are those of `gl.knockout.cut`.
+    """
     return _with(how(0, 0, layers=layers, scan=scan, **index), edges=Edges(tuple(edges)))
 
 
@@ -96,7 +100,9 @@ def _with(cuts: Intervention, **changes: Any) -> Intervention:
     return Intervention(tuple(replace(step, **changes) for step in cuts.steps if isinstance(step, Cut)))
 
 
-def _cut(way: Way, src: Any, dst: Any, layers: Any, scan: str | None, index: Mapping[str, Index]) -> Intervention:
+def _cut(
+    way: Way, src: Positions, dst: Positions, layers: Layers, scan: str | None, index: Mapping[str, Index]
+) -> Intervention:
     for axis in ("batch", "pos"):
         if axis in index:
             raise InputError(f"{axis}={index[axis]!r}: rows and positions of a cut are said by src and dst.")
@@ -109,32 +115,36 @@ def _cut(way: Way, src: Any, dst: Any, layers: Any, scan: str | None, index: Map
 @checked
 @torch.no_grad()
 def sweep(
-    model: Any,
-    input: Any,
+    model: HookedModel,
+    input: Input,
     metric: Metric,
-    dst: Any,
-    src: Any = None,
+    dst: Positions,
+    src: Positions | Mapping[str, Positions] = None,
     window: int = 1,
     how: How = cut,
-    layers: Any = None,
+    layers: Layers = None,
     scan: str | None = None,
     attention_mask: Tensor | None = None,
     max_rows: int = 64,
     progress: bool = True,
-    results: Any = None,
+    results: Earlier = None,
     max_bytes: int | None = None,
     **index: Index,
 ) -> Result:
-    """`sweep(model, tokens, metric, dst=-1, src={"subject": subject_pos, "rest": [5, 6]}, window=3).plot()`
+    """`gl.knockout.sweep(model, tokens, metric, dst=-1, src={"subject": subject_pos, "rest": [5, 6]}, window=3).plot()`
 
     values[layer, src] = (metric - clean) / |clean|, means over rows, when all edges from the source to `dst` are cut in a window
     of `window` of the `layers` around the layer (shorter at the ends). -1: all of the metric is gone; 0: nothing
-    happened, also where a target cannot see the source, or in a row that is too short to have it. src: None for every
-    position by itself, a dict of names to positions, or a list of positions. how: `cut`, `cut_scan` or `cut_renormalised`.
-    Many cells run in one batch of at most `max_rows` rows (or one cell), from the first layer of their window on. results,
-    max_bytes: as in every sweep, `gl.patching.Options`: a path to which results are written as they come and from which an
-    interrupted sweep goes on, or an interrupted Result; about how much a batch may take. Geva et al. 2023 (arXiv
-    2304.14767).
+    happened, also where a target cannot see the source, or in a row that is too short to have it.
+
+    input: text(s), ids, a pair (ids, mask), images. metric: logits -> one number a row, or a scalar. src: None for every
+    position by itself, a dict of names to positions, or a list of positions. how: `cut`, `cut_scan` or `cut_renormalised`; scan
+    and index are its own. Many cells run in one batch of at most `max_rows` rows (or one cell), from the first layer of their
+    window on. results, max_bytes: as in every sweep, `gl.patching.Options`: a path to which results are written as they come and
+    from which an interrupted sweep goes on, or an interrupted Result; about how much a batch may take.
+
+    InputError for a window that does not fit the layers, for positions that no row has, for a metric that is 0 without a cut,
+    and for a model in training mode. Geva et al. 2023 (arXiv 2304.14767).
     """
     chosen = layers_of(model, layers)
     if not 1 <= window <= len(chosen):
@@ -182,7 +192,7 @@ def sweep(
     return answer(question, [run], changing, low, Effort(results, max_bytes, max_rows, progress))
 
 
-def _sources(run: Baseline, src: Any) -> dict[Any, Bool[Tensor, "batch pos"]]:
+def _sources(run: Baseline, src: Positions | Mapping[str, Positions]) -> dict[Any, Bool[Tensor, "batch pos"]]:
     """Each source's name and its positions."""
     found = columns(src, "src", inputs.real(run.model, run.given))
     return {name: run.as_run(mask) for name, mask in found.items()}

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from gatedlens.address.positions import listed, mask_of
+from gatedlens.address.positions import Positions, listed, mask_of
 from gatedlens.errors import InputError
 from gatedlens.recurrence.factors import Factors
 
@@ -25,15 +24,16 @@ from gatedlens.recurrence.factors import Factors
 class Edges:
     """All sources to all targets of each pair (src, dst). Not `strict`: what cannot be cut is left as it is."""
 
-    pairs: tuple[tuple[Any, Any], ...]
+    pairs: tuple[tuple[Positions, Positions], ...]
     strict: bool = True
 
     def matrix(
         self, real: Bool[Tensor, "batch pos"], visible: Bool[Tensor, "dst src"]
     ) -> Bool[Tensor, "batch dst src"]:
-        """`edges.matrix(real, visible)`: [batch, dst, src], True at the edges that are meant.
+        """`Edges(((3, -1),)).matrix(real, visible)`: True at the edges [batch, dst, src].
 
-        real: where a token is no padding. visible: which sources the layer lets a target see at all.
+        real: where a token is no padding. visible: which sources the layer lets a target see at all. InputError for positions
+        that do not exist and, if strict, for one that has no edge in a row.
         """
         total = torch.zeros(len(real), *visible.shape, dtype=torch.bool, device=real.device)
         for src, dst in self.pairs:

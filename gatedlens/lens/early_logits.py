@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gatedlens.errors import InputError
+from gatedlens.foreign import Axes, Figure
 from gatedlens.lens.logit_shares import logit_attribution, token_attribution
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Batch, Input
@@ -107,7 +108,7 @@ class LogitLens:
         return [[inputs.word(self.model, token) for token in tokens] for tokens in best]
 
     @checked
-    def plot(self, row: int = 0, ax: Any = None) -> Any:
+    def plot(self, row: int = 0, ax: Axes | None = None) -> Figure:
         """`lens.plot()`: a matplotlib Figure: the likeliest token in each cell, coloured by its probability."""
         from gatedlens.plot import results
 

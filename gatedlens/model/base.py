@@ -21,7 +21,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from gatedlens.address.layers import layer_of
-from gatedlens.address.names import Alias, Names, Point, View
+from gatedlens.address.names import Names
+from gatedlens.address.point import Alias, Point, View
 from gatedlens.address.table import HookTable
 from gatedlens.errors import CheckpointError, InputError
 from gatedlens.model import placement

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gatedlens import fused
-from gatedlens.address.names import Point
+from gatedlens.address.point import Point
 from gatedlens.errors import InputError
 from gatedlens.model.hookpoint import Part
 from gatedlens.model.padding import Padding

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.utilities import Slice
 
-from gatedlens.address.names import SHORTHAND, Found
+from gatedlens.address.names import SHORTHAND
+from gatedlens.address.point import Found
 from gatedlens.errors import InputError, PointError, did_you_mean
 from gatedlens.model.hookpoint import HookPoint, Saver
 from gatedlens.recurrence.autocast import exact

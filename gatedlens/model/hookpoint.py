@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.modules import module as torch_module
 from transformer_lens.hook_points import LensHandle
 
-from gatedlens.address.names import Point
+from gatedlens.address.point import Point
 from gatedlens.errors import CheckpointError, HookError, InputError
 from gatedlens.model.watch import AGAIN
 from gatedlens.recurrence.transforms import transformed

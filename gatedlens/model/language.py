@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from gatedlens.address.names import Point
+from gatedlens.address.point import Point
 from gatedlens.errors import InputError
 from gatedlens.model import placement
 from gatedlens.model import text as text_

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from gatedlens.address.names import Found
+from gatedlens.address.point import Found
 from gatedlens.errors import HookError, PointError
 from gatedlens.model.hookpoint import Capture
 

@@ -19,7 +19,7 @@ from gatedlens.result.result import Result
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Plan
 from gatedlens.runs.engine import Effort, Question, answer
-from gatedlens.runs.meter import Meter
+from gatedlens.runs.meter import Meter, Metrics
 from gatedlens.runs.pair import Clean
 
 
@@ -61,7 +61,7 @@ class Options(Effort):
 
 @torch.no_grad()
 def measure_cells(
-    corrupted: Baseline, clean: Clean, plan: Plan, metric: Any, options: Options, facts: Mapping[str, Any]
+    corrupted: Baseline, clean: Clean, plan: Plan, metric: Metrics, options: Options, facts: Mapping[str, Any]
 ) -> Result:
     """Every cell's number, laid out on the plan's axes (a "metric" axis in front for a dict of metrics, "batch" at the
     end where rows are kept)."""

@@ -21,13 +21,16 @@ from torch import Tensor
 
 from gatedlens.address import positions
 from gatedlens.errors import InputError, PointError
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Input
 from gatedlens.options import checked
 from gatedlens.patching.measuring import Options, measure_cells
 from gatedlens.result.result import Result
 from gatedlens.runs import inputs
 from gatedlens.runs.baseline import Baseline
-from gatedlens.runs.cells import Cell, Edit, Index, Plan, Put
-from gatedlens.runs.pair import Clean
+from gatedlens.runs.cells import Cell, Edit, Index, Plan, Put, layer_of, may_start_within
+from gatedlens.runs.meter import Metrics
+from gatedlens.runs.pair import Cached, Clean
 
 Places = tuple[Mapping[str, Index], ...]  # what an entry of an axis means: all of these indices together
 Edits = Callable[[str, Clean], list[tuple[str, Tensor | None]]]
@@ -35,18 +38,19 @@ Edits = Callable[[str, Clean], list[tuple[str, Tensor | None]]]
 
 @checked
 def copied(name: str, clean: Clean) -> list[tuple[str, Tensor | None]]:
-    """`gl.patching.sweep(..., edits=gl.patching.copied)`, each cell being `copied(name, clean)`: the point itself gets
-    what it held in the clean run.
+    """`copied("blocks.0.mixer.hook_gate", clean)`: what to put where, [(name, tensor)]: the point gets what the clean run held.
+
+    PointError where the clean cache lacks the point, InputError where its shape is another one.
     """
     return [(name, clean[name])]
 
 
 @checked
 def carried(name: str, clean: Clean) -> list[tuple[str, Tensor | None]]:
-    """`gl.patching.sweep(..., edits=gl.patching.carried)`, each cell being `carried(name, clean)`: the clean state, which
-    later positions go on from: decay[pos] = 0, write[pos] = clean state[pos].
+    """`carried("blocks.0.mixer.hook_state", clean)`: decay[pos] = 0, write[pos] = clean state[pos], as [(name, tensor or None)].
 
-    (`copied` at hook_state changes what is read at that position and nothing later.)
+    So later positions go on from the clean state. (`copied` at hook_state changes what is read at that position and nothing
+    later.) PointError for a point that is no hook_state.
     """
     stem, word, rest = name.rpartition("hook_state")
     if word == "" or rest:
@@ -56,10 +60,10 @@ def carried(name: str, clean: Clean) -> list[tuple[str, Tensor | None]]:
 
 @checked
 def sweep(
-    model: Any,
-    corrupted: Any,
-    clean_cache: Any,
-    metric: Any,
+    model: HookedModel,
+    corrupted: Input,
+    clean_cache: Cached,
+    metric: Metrics,
     points: str | Sequence[str],
     axes: Sequence[str] = ("layer", "pos"),
     *,
@@ -68,15 +72,19 @@ def sweep(
     title: str = "",
     **options: Any,
 ) -> Result:
-    """`gl.patching.sweep(model, corrupted, clean_cache, metric, "blocks.*.hook_resid_pre")`: the metric with each entry of
-    `axes` of `points` patched from the clean run into the corrupted one.
+    """`gl.patching.sweep(model, corrupted, clean_cache, metric, "blocks.*.mixer.hook_gate", ("layer", "pos"))`: a Result.
+
+    values[layer, pos] = the metric with this entry of `points` patched from the clean run into the corrupted one.
 
     corrupted: what the model reads: text(s), ids, a pair (ids, mask), images. clean_cache: the clean run's, with the
     points to patch in it. metric: logits -> one number a row, or a scalar; or a dict of several by name. points: a
     name, alias or glob, or a list of them. groups: how an axis is divided, for channels that are patched together: a
-    number of equal groups, or a dict of label -> indices (of positions: see `positions.py`). edits: what is put where:
-    `copied`, or `carried` for states. options: see `Options`. Returns a Result on the axes; `facts` hold the metric of the
-    clean and of the corrupted run.
+    number of equal groups, or a dict of label -> indices (of positions: see `gatedlens.address.positions`). edits: what is put
+    where: `copied`, or `carried` for states. options: those of `gl.patching.Options`, normalised=True or results="sweep.json"
+    say. Returns a Result on the axes; `facts` hold the metric of the clean and of the corrupted run.
+
+    PointError for a point that does not exist, is a view, lacks an axis, or is not in the cache; InputError for inputs that do
+    not fit together, groups that are none, an option that does not exist, and a model in training mode.
     """
     chosen = Options.of(options)
     run = Baseline(model, corrupted, chosen.attention_mask)
@@ -103,7 +111,7 @@ class Spread:
         self._found: dict[str, list[tuple[str, Tensor | None]]] = {}
         self.names = _find(run.model, points)
         self.kinds = list(dict.fromkeys(_rest(name) for name in self.names))
-        self.layers = sorted({layer for name in self.names if (layer := _layer(name)) is not None})
+        self.layers = sorted({layer for name in self.names if (layer := layer_of(name)) is not None})
         self._check(groups)
         first = self.run.model.names.points[self.names[0]]
         shape = clean[self.names[0]].shape
@@ -121,7 +129,7 @@ class Spread:
         if not self.axes or len(set(self.axes)) != len(self.axes):
             raise InputError(f"axes={self.axes}: name each axis once, for example ('layer', 'pos').")
         for name in self.names:
-            known = ["layer"] * (_layer(name) is not None) + [d for d in points[name].dims if d != "batch"]
+            known = ["layer"] * (layer_of(name) is not None) + [d for d in points[name].dims if d != "batch"]
             for axis in self.axes:
                 if axis not in known:
                     hint = " The rows of a batch are patched together: reduce='none' keeps their numbers apart."
@@ -153,15 +161,14 @@ class Spread:
     def _names(self, kind: str, at: Mapping[str, int]) -> list[str]:
         """The points of one cell: one layer's, or every layer's."""
         layer = self.layers[at["layer"]] if "layer" in at else None
-        return [n for n in self.names if _rest(n) == kind and (layer is None or _layer(n) == layer)]
+        return [n for n in self.names if _rest(n) == kind and (layer is None or layer_of(n) == layer)]
 
     def _edits(self, name: str, index: Mapping[str, Index]) -> list[Edit]:
         rows, sizes = self.run.model.names.points, self.run.model.cfg.sizes
         out: list[Edit] = []
         for target, source in self._sources(name):
             dims = rows[target].dims
-            # Where an axis depends on where the run starts (key_pos), runs are whole.
-            local = self.run.causal and all(dim in ("batch", "pos") or dim in sizes for dim in dims)
+            local = self.run.causal and may_start_within(dims, sizes)
             out.append(Put(target, dims, dict(index), source, local))
         return out
 
@@ -182,7 +189,7 @@ class Spread:
         return labels
 
 
-def _find(model: Any, points: str | Sequence[str]) -> list[str]:
+def _find(model: HookedModel, points: str | Sequence[str]) -> list[str]:
     """The full names that are meant, in the order in which they fire."""
     found: dict[str, None] = {}
     for name in (points,) if isinstance(points, str) else tuple(points):
@@ -200,10 +207,6 @@ def _find(model: Any, points: str | Sequence[str]) -> list[str]:
     if not found:
         raise PointError("No point was named: points is an empty list.")
     return [name for name in model.names if name in found]
-
-
-def _layer(name: str) -> int | None:
-    return int(name.split(".")[1]) if name.startswith("blocks.") else None
 
 
 def _rest(name: str) -> str:

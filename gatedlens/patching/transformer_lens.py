@@ -1,10 +1,13 @@
-"""The family of get_act_patch_*: TransformerLens's functions for our points, each a row of data for `sweep`.
+"""TransformerLens's patching functions for our points: the family of get_act_patch_*, and generic_activation_patch.
 
     get_act_patch_gate(model, corrupted_tokens, clean_cache, metric)       # layer pos
     get_act_patch_by_tap(model, corrupted_tokens, clean_cache, metric)     # layer tap
     get_act_patch_resid_pre(..., normalised=True, results="sweep.json")    # options of every sweep: `Options`
+    generic_activation_patch(model, corrupted_tokens, clean_cache, metric, patch_setter, "resid_pre", ("layer", "pos"))
 
-Arguments and direction are TransformerLens's: what the clean run had is put into the corrupted one.
+Arguments and direction are TransformerLens's: what the clean run had is put into the corrupted one. Each of the family is a row
+of data for `sweep`, which knows the position that it patches and starts its runs there. In generic_activation_patch a setter of
+the user's decides what is patched, so its runs start at the patched layer and at the first position: it is slower.
 """
 
 from __future__ import annotations
@@ -12,9 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from gatedlens.errors import InputError, PointError, did_you_mean
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Input
 from gatedlens.options import checked
 from gatedlens.patching.measuring import Options, measure_cells
 from gatedlens.patching.sweeping import Edits, carried, copied, sweep
@@ -22,33 +27,61 @@ from gatedlens.result.result import Result
 from gatedlens.runs import inputs
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Call, Cell, Plan
-from gatedlens.runs.pair import Clean
+from gatedlens.runs.meter import Metrics
+from gatedlens.runs.pair import Cached, Clean
 
-# generic_activation_patch: TransformerLens's function of that name, with its signature and direction, run in batches.
-#
-#     generic_activation_patch(model, corrupted_tokens, clean_cache, metric, patch_setter, "resid_pre", ("layer", "pos"))
-#
-# The setter decides what is patched, so runs start at the patched layer and at the first position; `sweep` and the family
-# know which position they patch and are faster.
+# pandas is optional: its class is named for editors and type checkers alone.
+if TYPE_CHECKING:
+    from pandas import DataFrame
+else:
+    DataFrame = Any
 
 HEADS, POSITIONS = ("head", "head_index"), ("pos", "src_pos", "dest_pos")  # TransformerLens's words for axes
 
 
-@checked
+@overload
 def generic_activation_patch(
-    model: Any,
-    corrupted_tokens: Any,
-    clean_cache: Any,
-    patching_metric: Any,
+    model: HookedModel,
+    corrupted_tokens: Input,
+    clean_cache: Cached,
+    patching_metric: Metrics,
     patch_setter: Callable[..., Any],
     activation_name: str,
     index_axis_names: Sequence[str] | None = None,
-    index_df: Any = None,
+    index_df: DataFrame | None = None,
+    return_index_df: Literal[False] = False,
+    **options: Any,
+) -> Result: ...
+@overload
+def generic_activation_patch(
+    model: HookedModel,
+    corrupted_tokens: Input,
+    clean_cache: Cached,
+    patching_metric: Metrics,
+    patch_setter: Callable[..., Any],
+    activation_name: str,
+    index_axis_names: Sequence[str] | None = None,
+    index_df: DataFrame | None = None,
+    *,
+    return_index_df: Literal[True],
+    **options: Any,
+) -> tuple[Result, DataFrame]: ...
+@checked
+def generic_activation_patch(
+    model: HookedModel,
+    corrupted_tokens: Input,
+    clean_cache: Cached,
+    patching_metric: Metrics,
+    patch_setter: Callable[..., Any],
+    activation_name: str,
+    index_axis_names: Sequence[str] | None = None,
+    index_df: DataFrame | None = None,
     return_index_df: bool = False,
     **options: Any,
-) -> Any:
-    """`generic_activation_patch(model, corrupted_tokens, clean_cache, metric, patch_setter, "resid_pre", ("layer",
-    "pos"))`: the metric of each index, `patch_setter(corrupted_activation, index, clean_activation)` doing the patch.
+) -> Result | tuple[Result, DataFrame]:
+    """`generic_activation_patch(model, tokens, clean_cache, metric, patch_setter, "resid_pre", ("layer", "pos"))`: a Result.
+
+    The metric of each index, `patch_setter(corrupted_activation, index, clean_activation)` doing the patch.
 
     activation_name: a point's word ("resid_pre", "gate") or its name within the block ("mixer.hook_gate"); the first
     entry of an index is its layer. index_axis_names: every combination along these axes ("layer" first, then pos, head,
@@ -56,6 +89,9 @@ def generic_activation_patch(
     one axis "patch". The setter gets both activations with each row's real positions in front, so that position k of a
     padded batch is each row's own. options: those of every sweep, `Options`. Returns a Result, with return_index_df a
     pair with the data frame.
+
+    InputError for both or neither of index_axis_names and index_df, and an index whose first axis is not the layer; PointError
+    for a point or an axis that does not exist; HookError for a setter that returns no tensor of the activation's shape.
     """
     chosen = Options.of(options)
     if (index_axis_names is None) == (index_df is None):
@@ -87,13 +123,13 @@ def generic_activation_patch(
     return (found, _frame(names, indices) if index_df is None else index_df) if return_index_df else found
 
 
-def _frame(names: list[str], indices: list[list[int]]) -> Any:
+def _frame(names: list[str], indices: list[list[int]]) -> DataFrame:
     import pandas
 
     return pandas.DataFrame(indices, columns=names)
 
 
-def _point(model: Any, name: str, layer: int) -> str:
+def _point(model: HookedModel, name: str, layer: int) -> str:
     if "." in name:
         return str(model.names.find(f"blocks.{layer}.{name}").name)
     return str(model.names.short(name, layer).name)
@@ -128,7 +164,7 @@ class Kind:
     edits: Edits = copied
 
     def __call__(
-        self, model: Any, corrupted_tokens: Any, clean_cache: Any, patching_metric: Any, **options: Any
+        self, model: HookedModel, corrupted_tokens: Input, clean_cache: Cached, patching_metric: Metrics, **options: Any
     ) -> Result:
         options = {"axes": self.axes, "edits": self.edits, **options}
         return sweep(model, corrupted_tokens, clean_cache, patching_metric, self.points, **options)
@@ -148,16 +184,17 @@ get_act_patch_state = Kind("blocks.*.mixer.*hook_state", edits=carried)  # what 
 
 @checked
 def get_act_patch_by_tap(
-    model: Any,
-    corrupted_tokens: Any,
-    clean_cache: Any,
-    patching_metric: Any,
+    model: HookedModel,
+    corrupted_tokens: Input,
+    clean_cache: Cached,
+    patching_metric: Metrics,
     axes: Sequence[str] = ("layer", "tap"),
     **options: Any,
 ) -> Result:
-    """`get_act_patch_by_tap(model, corrupted_tokens, clean_cache, metric)`: what each tap of the convolution contributes
-    (tap -1, the last, reads the token itself); its clean cache needs
-    the lazy hook_conv_taps. axes may hold "pos" and "channel" too.
+    """`get_act_patch_by_tap(model, corrupted_tokens, clean_cache, metric)`: what each tap of the convolution contributes.
+
+    A Result [layer, tap]; tap -1, the last, reads the token itself. axes may hold "pos" and "channel" too. options: see
+    `Options`. PointError for a clean cache without hook_conv_taps, which is lazy: name it when you cache the clean run.
     """
     points = "blocks.*.mixer.*hook_conv_taps"
     return sweep(model, corrupted_tokens, clean_cache, patching_metric, points, axes, **options)
@@ -165,29 +202,32 @@ def get_act_patch_by_tap(
 
 @checked
 def get_act_patch_by_channel_group(
-    model: Any,
-    corrupted_tokens: Any,
-    clean_cache: Any,
-    patching_metric: Any,
+    model: HookedModel,
+    corrupted_tokens: Input,
+    clean_cache: Cached,
+    patching_metric: Metrics,
     n_groups: int = 8,
     points: str = "blocks.*.mixer.hook_gated",
     axes: Sequence[str] = ("layer", "channel"),
     **options: Any,
 ) -> Result:
-    """`get_act_patch_by_channel_group(model, corrupted_tokens, clean_cache, metric, n_groups=8)`: channels in `n_groups`
-    equal groups, all positions at once: of what the output projection reads, or of `points`.
+    """`get_act_patch_by_channel_group(model, corrupted_tokens, clean_cache, metric, n_groups=8)`: channels in equal groups.
 
-    `groups={"channel": {"slow": [...], "fast": [...]}}` takes groups of your own; axes may hold "pos" too.
+    A Result [layer, channel], all positions at once: of what the output projection reads, or of `points`.
+    `groups={"channel": {"slow": [...], "fast": [...]}}` takes groups of your own; axes may hold "pos" too. options: see
+    `Options`. InputError for more groups than channels; PointError for points that do not exist or lack an axis.
     """
     groups = options.pop("groups", {"channel": n_groups})
     return sweep(model, corrupted_tokens, clean_cache, patching_metric, points, axes, groups=groups, **options)
 
 
 def get_act_patch_block_every(
-    model: Any, corrupted_tokens: Any, clean_cache: Any, patching_metric: Any, **options: Any
+    model: HookedModel, corrupted_tokens: Input, clean_cache: Cached, patching_metric: Metrics, **options: Any
 ) -> Result:
-    """`get_act_patch_block_every(model, corrupted_tokens, clean_cache, metric)`: [point layer pos]: the residual stream
-    before each block, what its mixer writes, and its MLP where it has one.
+    """`get_act_patch_block_every(model, corrupted_tokens, clean_cache, metric)`: a Result [point, layer, pos].
+
+    The points are the residual stream before each block, what its mixer writes, and what its MLP writes where it has one.
+    options and errors: as of `gl.patching.sweep`.
     """
     words = ("hook_resid_pre", "hook_mixer_out", "hook_mlp_out")
     points = [f"blocks.*.{word}" for word in words if f"blocks.0.{word}" in model.names]

@@ -17,15 +17,17 @@ import html
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from gatedlens.address.key import Key
 from gatedlens.attention.contributions import Contributions
 from gatedlens.attention.layer import ImplicitAttention
 from gatedlens.attention.stack import AttentionStack
 from gatedlens.errors import InputError
+from gatedlens.foreign import Axes, Figure, Image
 from gatedlens.model.cache import ActivationCache
 from gatedlens.model.image import Grid
 from gatedlens.options import checked
@@ -36,6 +38,15 @@ UNSAID = "attention"  # what a number is where neither the caller nor the view s
 MAX_LABELS = 80  # token labels an axis can hold and stay legible
 
 
+# What is drawn: numbers, or an attention, whose mean is meant. For type checkers: something else is an InputError.
+if TYPE_CHECKING:
+    Matrix: TypeAlias = Tensor | Sequence[Any] | ImplicitAttention | Contributions
+    Matrices: TypeAlias = AttentionStack | Mapping[Any, Matrix] | Sequence[Matrix] | ImplicitAttention | Tensor
+    Pixels: TypeAlias = Tensor | Sequence[Any] | Image
+else:
+    Matrix = Matrices = Pixels = Any
+
+
 def _pyplot() -> Any:
     try:
         import matplotlib.pyplot as plt
@@ -44,7 +55,7 @@ def _pyplot() -> Any:
     return plt
 
 
-def label(token: Any) -> str:
+def label(token: object) -> str:
     """`gl.plot.label(token)`: a token as it can stand in a plot: white space made visible, and what has no sign of its own
     by its code.
     """
@@ -123,12 +134,12 @@ def _matrix(matrix: Any, tokens: Sequence[str] | None) -> Tensor:
 
 @checked
 def heatmap(
-    matrix: Any,
+    matrix: Matrix,
     tokens: Sequence[str] | None = None,
     title: str = "Implicit attention",
     value: str | None = None,
-    ax: Any = None,
-) -> Any:
+    ax: Axes | None = None,
+) -> Figure:
     """`gl.plot.heatmap(A.mean()[0], tokens)`: a [dst, src] matrix with token labels; signed values are centred on white.
 
     matrix: an ImplicitAttention is drawn as its mean over channels, with its own tokens (give a matrix for another row of
@@ -149,16 +160,17 @@ def heatmap(
         label_axis(ax.set_xticks, names, rotation=90, fontsize=small, family="monospace")
         label_axis(ax.set_yticks, names, fontsize=small, family="monospace")
     colour_bar(image, ax, value or label_of(data) or UNSAID)
-    return ax.figure
+    figure: Any = ax.figure
+    return figure
 
 
 @checked
 def layers(
-    matrices: Any,
+    matrices: Matrices,
     tokens: Sequence[str] | None = None,
     title: str = "Implicit attention by layer",
     **style: Any,
-) -> Any:
+) -> Figure:
     """`gl.plot.layers({0: A0, 1: A1}, tokens)`: one heat map a layer, side by side. Returns the matplotlib Figure.
 
     matrices: a matrix by layer (or by any name), or a stack, each layer of which is drawn as its mean over channels.
@@ -178,16 +190,16 @@ def layers(
         raise InputError("There is no layer to plot: the mapping is empty.")
     first = next(iter(matrices.values()))
     tokens = labels_of(first) if tokens is None and isinstance(first, ImplicitAttention) else tokens
-    matrices = {name: _matrix(matrix, tokens) for name, matrix in matrices.items()}
-    size = min(4 + 0.13 * len(next(iter(matrices.values()))), 9)
-    columns = min(len(matrices), 4)
-    rows = -(-len(matrices) // columns)
+    drawn = {name: _matrix(matrix, tokens) for name, matrix in matrices.items()}
+    size = min(4 + 0.13 * len(next(iter(drawn.values()))), 9)
+    columns = min(len(drawn), 4)
+    rows = -(-len(drawn) // columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(size * columns, (size - 0.6) * rows), squeeze=False, layout="constrained"
     )
-    for ax in axes.flat[len(matrices) :]:
+    for ax in axes.flat[len(drawn) :]:
         ax.remove()
-    for ax, (name, matrix) in zip(axes.flat, matrices.items(), strict=False):
+    for ax, (name, matrix) in zip(axes.flat, drawn.items(), strict=False):
         heatmap(matrix, tokens, title=f"layer {name}" if isinstance(name, int) else str(name), ax=ax, **style)
     plain(figure.suptitle(title))
     return figure
@@ -204,7 +216,7 @@ def panels(rows: int, columns: int, size: float = 5.0) -> tuple[Any, Any]:
 
 
 @checked
-def image(pixels: Any, title: str = "", ax: Any = None) -> Any:
+def image(pixels: Pixels, title: str = "", ax: Axes | None = None) -> Figure:
     """`gl.plot.image(images[0])`: an image [channel height width] as a model reads it, stretched to its own range.
 
     Returns the matplotlib Figure (that of `ax` if given).
@@ -218,19 +230,20 @@ def image(pixels: Any, title: str = "", ax: Any = None) -> Any:
     ax.imshow(data[0] if len(data) == 1 else data.permute(1, 2, 0), cmap="gray")
     plain(ax.set_title(title))
     ax.set_axis_off()
-    return ax.figure
+    figure: Any = ax.figure
+    return figure
 
 
 @checked
 def over_image(
-    row: Any,
-    image: Any,
+    row: Matrix,
+    image: Pixels,
     grid: Grid,
     title: str = "Implicit attention over the image",
     value: str | None = None,
     alpha: float = 0.55,
-    ax: Any = None,
-) -> Any:
+    ax: Axes | None = None,
+) -> Figure:
     """`gl.plot.over_image(A.mean()[0, model.grid.cls[0]], images[0], model.grid)`: a row as a map over its image.
 
     row: one number a position ([pos]: class tokens are left out) or a patch ([row, column]). image: the tensor
@@ -260,7 +273,8 @@ def over_image(
     plain(ax.set_title(title))
     ax.set_axis_off()
     colour_bar(colours, ax, value or label_of(row) or UNSAID)
-    return ax.figure
+    figure: Any = ax.figure
+    return figure
 
 
 def _map(row: Any, grid: Grid) -> Tensor:
@@ -311,8 +325,8 @@ def visible(pixels: Tensor) -> Tensor:
 
 @checked
 def activation(
-    cache: ActivationCache, key: Any, tokens: Sequence[str] | None = None, row: int = 0, ax: Any = None
-) -> Any:
+    cache: ActivationCache, key: Key, tokens: Sequence[str] | None = None, row: int = 0, ax: Axes | None = None
+) -> Figure:
     """`gl.plot.activation(cache, ("dt", 3), tokens)`: a cached activation of one row of the batch, as a heat map.
 
     Titles come from the point's own row: its name, its equation, its axes. Of an activation with more than two axes
@@ -340,7 +354,8 @@ def activation(
         label_axis(ax.set_yticks, [label(token) for token in tokens], fontsize=7, family="monospace")
     what = f"mean over {' and '.join(axes[2:])}" if len(axes) > 2 else point.leaf.removeprefix("hook_")
     colour_bar(shown, ax, what)
-    return ax.figure
+    figure: Any = ax.figure
+    return figure
 
 
 class Html:
@@ -373,7 +388,7 @@ def colour(share: float) -> str:
 
 
 @checked
-def text(scores: Any, tokens: Sequence[str], title: str = "Scores by token") -> Html:
+def text(scores: Matrix, tokens: Sequence[str], title: str = "Scores by token") -> Html:
     """`gl.plot.text(A.mean()[0, -1], tokens)`: the text with each token coloured by its score; hover for the number."""
     data = _numbers(scores, "text()").detach().float().cpu()
     if data.ndim != 1 or len(data) != len(tokens):

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from gatedlens.errors import InputError
+from gatedlens.foreign import Axes, Figure
 from gatedlens.plot.matrices import MAX_LABELS, colour_bar, farthest, label, label_axis, panels, plain
 from gatedlens.result.result import Result
 
 MAX_PANELS = 24
 
 
-def result(found: Result, ax: Any = None) -> Any:
+def result(found: Result, ax: Axes | None = None) -> Figure:
     """`gl.plot.result(found)`, or `found.plot()`: a Figure titled by what was done, with axis names, labels and what a
     number is.
     """
@@ -29,9 +30,9 @@ def result(found: Result, ax: Any = None) -> Any:
         along = found.size(found.axes[-1])
         width = min(4.5 + 0.22 * along, 16)
         height = 4.0 if len(found.axes) == 1 else min(2.2 + 0.3 * found.size(found.axes[0]), 14)
-        _, axes = panels(1, 1)
+        figure, axes = panels(1, 1)
         ax = axes[0][0]
-        ax.figure.set_size_inches(width, max(height, 3.0))
+        figure.set_size_inches(width, max(height, 3.0))
     return _bars(found, ax) if len(found.axes) == 1 else _map(found, ax, _bound(found))
 
 
@@ -96,7 +97,7 @@ def _panels(found: Result, ax: Any) -> Any:
     return figure
 
 
-def words(found: Result, cells: Sequence[Sequence[str]], ax: Any = None) -> Any:
+def words(found: Result, cells: Sequence[Sequence[str]], ax: Axes | None = None) -> Figure:
     """A heat map with a word in each cell: `found` [rows, columns] and as many words. Returns the Figure."""
     figure = result(found, ax)
     axes = figure.axes[0] if ax is None else ax

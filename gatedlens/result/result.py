@@ -25,6 +25,7 @@ from torch import Tensor
 
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.files import Fields, is_number, read_json, write_json, write_whole
+from gatedlens.foreign import Axes, DataFrame, Figure
 from gatedlens.options import checked
 from gatedlens.result.rounding import figures
 from gatedlens.result.tensorlike import Tensorlike
@@ -82,7 +83,7 @@ class Result(Tensorlike):
         return self.values.shape[self.dim(axis)]
 
     @checked
-    def place(self, axis: str, label: Any) -> int:
+    def place(self, axis: str, label: object) -> int:
         """`result.place("layer", 3)`: the index of a label; a number that is no label is an index, negative ones from the
         end.
 
@@ -146,7 +147,7 @@ class Result(Tensorlike):
 
     # -- as something else ---------------------------------------------------------------------------------------
 
-    def to_dataframe(self) -> Any:
+    def to_dataframe(self) -> DataFrame:
         """`result.to_dataframe()`: a pandas DataFrame: one row a cell, a column an axis (and one for its labels), and
         `value`.
         """
@@ -169,7 +170,7 @@ class Result(Tensorlike):
 
     @classmethod
     @checked
-    def from_dict(cls: type[R], data: Any, where: str | Path = "This") -> R:
+    def from_dict(cls: type[R], data: object, where: str | Path = "This") -> R:
         """`Result.from_dict(data)`: the Result of a `to_dict()`; its values are float64. InputError names the field that
         is not as it should be.
         """
@@ -221,7 +222,7 @@ class Result(Tensorlike):
         """`Result.load("sweep.json")`: what `save` wrote as JSON; InputError for any other file."""
         return cls.from_dict(read_json(path, "result"), path)
 
-    def plot(self, ax: Any = None) -> Any:
+    def plot(self, ax: Axes | None = None) -> Figure:
         """`result.plot()`: a matplotlib Figure: bars for one axis, a heat map for two, one heat map an entry of the first
         for three.
         """

@@ -30,9 +30,11 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from gatedlens.address import positions
+from gatedlens.address.positions import Positions
 from gatedlens.errors import InputError
 from gatedlens.metrics import Logits
-from gatedlens.model.batch import Batch
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Batch, Input
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.padding import Padding
 from gatedlens.model.state import RecurrentState
@@ -52,8 +54,8 @@ class Baseline:
 
     def __init__(
         self,
-        model: Any,
-        input: Any,
+        model: HookedModel,
+        input: Input,
         attention_mask: Tensor | None = None,
         options: Mapping[str, Any] | None = None,
         noise: Float[Tensor, "batch pos d_model"] | None = None,
@@ -86,7 +88,7 @@ class Baseline:
         """Something of the input's positions, laid out as it is run."""
         return x if self.alone else self.padding.pack(x)
 
-    def mask_of(self, given: Any, what: str) -> Bool[Tensor, "batch pos"]:
+    def mask_of(self, given: Positions, what: str) -> Bool[Tensor, "batch pos"]:
         """Positions of the input that a user means, laid out as it is run."""
         return self.as_run(positions.mask_of(given, what, inputs.real(self.model, self.given)))
 

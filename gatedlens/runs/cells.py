@@ -31,6 +31,19 @@ Index = slice | list[int]
 NAMED = ("layer", "point", "src", "sender", "receiver", "edges")  # axes of which an entry is called by its label
 
 
+def layer_of(name: str) -> int | None:
+    """3 for `blocks.3.mixer.hook_gate`; None for a point outside the blocks."""
+    return int(name.split(".")[1]) if name.startswith("blocks.") else None
+
+
+def may_start_within(dims: Sequence[str], sizes: Mapping[str, int]) -> bool:
+    """Whether a run may start behind the first position and still have such a point as the whole run has it.
+
+    Not where an axis grows with the positions that were run (key_pos): it would show where the run started.
+    """
+    return all(dim in ("batch", "pos") or dim in sizes for dim in dims)
+
+
 def key(dims: Sequence[str], index: Mapping[str, Index], start: int = 0) -> tuple[Any, ...]:
     """The index of the entries at `index` of a tensor with these dims, whose positions begin at `start`."""
     chosen: list[Any] = [index.get(dim, slice(None)) for dim in dims]
@@ -56,7 +69,8 @@ def beginning(index: Mapping[str, Index]) -> int:
 
 @dataclass(frozen=True)
 class Put:
-    """The entries `index` (by axis) of a point get `source`'s, or zeros where there is none (None)."""
+    """`Put("blocks.3.mixer.hook_gate", dims, {"pos": slice(5, 6)}, clean)`: the entries `index` (by axis) of a point get
+    `source`'s, or zeros where there is none (None)."""
 
     name: str
     dims: tuple[str, ...]
@@ -75,14 +89,14 @@ class Put:
         )
 
     def apply(self, rows: Tensor, start: int) -> None:
-        """`put.apply(rows, start)`: write the value into rows of an activation whose first position is `start`, in place."""
+        """`put.apply(rows, start=0)`: edit what the point holds in one cell's rows, in place; positions begin at `start`."""
         value = self._value(rows)
         if start and self.source is not None and "pos" not in self.index and "pos" in self.dims:
             value = value.narrow(self.dims.index("pos"), start, rows.shape[self.dims.index("pos")])
         rows[key(self.dims, self.index, start)] = value
 
     def changes(self, rows: Tensor) -> bool:
-        """`put.changes(rows)`: whether the value differs from what the rows hold there."""
+        """`put.changes(rows)`: whether it changes anything of what the point holds in the unedited run."""
         here = rows[key(self.dims, self.index)]
         return not torch.equal(here, self._value(rows).expand_as(here))
 
@@ -197,7 +211,7 @@ class Cell:
         return self.entry(run)
 
     def hooks(self, cells: Sequence[Cell], run: Baseline) -> list[tuple[str, Any]]:
-        """`cell.hooks(cells, run)`: the hooks that do what `cells` of this kind do, run in one batch."""
+        """`cell.hooks(cells, run)`: [(name, hook)] that do what `cells` of this kind do, run in one batch."""
         edits = by_name(cells)
 
         def apply(x: Tensor, hook: Any) -> Tensor:

@@ -8,18 +8,18 @@ checksum(tensor, total)        # the crc32 of a tensor, going on from that of wh
 from __future__ import annotations
 
 import zlib
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from gatedlens.model.base import HookedModel
 from gatedlens.model.placement import at_hand
 
 PLAIN = (bool, int, float)
 ELSEWHERE = ("model_name", "device")  # of a config: compared by itself; decides no number
 
 
-def fingerprint(model: Any) -> str:
+def fingerprint(model: HookedModel) -> str:
     """A checksum of all of every parameter and buffer of the wrapped model: another checkpoint of one name is another model."""
     total = 0
     for place, module in model.wrapped.named_modules():
@@ -30,7 +30,7 @@ def fingerprint(model: Any) -> str:
     return f"{total:08x}"
 
 
-def settings(model: Any) -> str:
+def settings(model: HookedModel) -> str:
     """A checksum of what a model computes by besides its weights: its config, its modules' classes and numbers (an eps)."""
     config = {key: value for key, value in model.cfg.to_dict().items() if key not in ELSEWHERE}
     modules = [

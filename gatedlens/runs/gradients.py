@@ -22,12 +22,12 @@ from gatedlens.metrics import Metric, per_row
 from gatedlens.model.hookpoint import Saver
 from gatedlens.recurrence.autocast import exact
 from gatedlens.result.result import Result
+from gatedlens.runs.baseline import EMBED
 from gatedlens.runs.cells import Cell
 from gatedlens.runs.engine import Effort, another_sweep, fill, identity_of
 from gatedlens.runs.ledger import Ledger
 from gatedlens.runs.pair import Pair
 
-EMBED = "hook_embed"  # where an input enters, in every architecture
 Listener = Callable[[Tensor], None]
 
 
@@ -71,8 +71,8 @@ def listen(pair: Pair, metric: Metric, listeners: Mapping[str, Listener], hooks:
         )
     with torch.enable_grad():
         anchor = torch.zeros((), requires_grad=True, device=pair.corrupted.value.device)
-        ears = [(name, _Listen(anchor, listener)) for name, listener in listeners.items()]
-        value = per_row(metric, pair.run(pair.corrupted, [*hooks, *ears]))
+        listening = [(name, _Listen(anchor, listener)) for name, listener in listeners.items()]
+        value = per_row(metric, pair.run(pair.corrupted, [*hooks, *listening]))
         if not value.requires_grad:
             raise InputError(
                 "The metric has no gradient: it does not depend on the logits, or goes through argmax, a comparison, "

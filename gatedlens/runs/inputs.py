@@ -16,28 +16,30 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.model.batch import Batch
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Batch, Input
 from gatedlens.model.cache import ActivationCache
 
 
-def ready(model: Any, input: Any, **options: Any) -> Batch:
+def ready(model: HookedModel, input: Input, **options: Any) -> Batch:
     """Text, a list of texts, token ids, images, or a pair (token ids, mask [batch, pos]) as a Batch."""
     return prepared(model, input, **options)[0]
 
 
-def prepared(model: Any, input: Any, **options: Any) -> tuple[Batch, dict[str, Any]]:
+def prepared(model: HookedModel, input: Input, **options: Any) -> tuple[Batch, dict[str, Any]]:
     """The Batch, and those of the forward's options that are not spent on it. A pair's mask is its `attention_mask`."""
     if isinstance(input, tuple) and len(input) == 2 and all(isinstance(part, Tensor) for part in input):
         if options.get("attention_mask") is not None:
             raise InputError(
                 "The input is a pair (ids, mask) and attention_mask is given too: leave one of the masks out."
             )
-        input, options = input[0], {**options, "attention_mask": input[1]}
+        ids, mask = input
+        input, options = ids, {**options, "attention_mask": mask}
     found: tuple[Batch, dict[str, Any]] = model.prepare(input, **options)
     return found
 
 
-def cached(model: Any, input: Any, names: Sequence[str]) -> tuple[ActivationCache, Batch]:
+def cached(model: HookedModel, input: Input | ActivationCache, names: Sequence[str]) -> tuple[ActivationCache, Batch]:
     """The cache of `names` of one run of an input, or a cache that the user has, and what was run; all positions of it."""
     if not isinstance(input, ActivationCache):
         batch = ready(model, input)
@@ -51,7 +53,7 @@ def cached(model: Any, input: Any, names: Sequence[str]) -> tuple[ActivationCach
     return input, Batch(input.tokens, input.mask)
 
 
-def real(model: Any, batch: Batch) -> Bool[Tensor, "batch pos"]:
+def real(model: HookedModel, batch: Batch) -> Bool[Tensor, "batch pos"]:
     """Where a position is no padding."""
     if batch.mask is not None:
         return batch.mask.bool()
@@ -59,19 +61,20 @@ def real(model: Any, batch: Batch) -> Bool[Tensor, "batch pos"]:
     return torch.ones(shape, dtype=torch.bool, device=batch.value.device)
 
 
-def word(model: Any, token: int) -> str:
+def word(model: HookedModel, token: int) -> str:
     """A vocabulary entry (or class) as a user calls it: its text where there is a tokenizer, else its number."""
     return str(token) if model.tokenizer is None else str(model.tokenizer.decode([token]))
 
 
-def labels(model: Any, batch: Batch, row: int | None = None) -> list[Any]:
+def labels(model: HookedModel, batch: Batch, row: int | None = None) -> list[Any]:
     """What stands at each real position of a row (None: of any row, a position's number where rows differ): its token, or
     "row,column" of an image's patches and "cls"; numbers where nobody can say."""
     own = real(model, batch)
     own = own if row is None else own[row].unsqueeze(0)
     length = int(own.sum(1).max())
     if not batch.is_resid and batch.value.is_floating_point():
-        places = [model.grid.place(pos) for pos in range(length)]
+        grid: Any = model.grid  # every model that reads images has one
+        places = [grid.place(pos) for pos in range(length)]
         return ["cls" if place is None else f"{place[0]},{place[1]}" for place in places]
     if batch.is_resid or model.tokenizer is None:
         return list(range(length))

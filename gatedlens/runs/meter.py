@@ -10,14 +10,20 @@ input was, and is told where they are real (`Logits`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.metrics import by_rows, measure
+from gatedlens.metrics import Metric, by_rows, measure
+
+# One metric, or several by name. For editors and type checkers: whoever passes something else gets the error of `Meter`.
+if TYPE_CHECKING:
+    Metrics: TypeAlias = Metric | Mapping[str, Metric]
+else:
+    Metrics = Any
 
 
 class Meter:
@@ -26,7 +32,7 @@ class Meter:
     rows: how many the metric is asked about at once; runs of several samples have a multiple of it.
     """
 
-    def __init__(self, metric: Any, reduce: str, rows: int):
+    def __init__(self, metric: Metrics, reduce: str, rows: int):
         self.names = list(metric) if isinstance(metric, Mapping) else None
         self.metrics = list(metric.values()) if isinstance(metric, Mapping) else [metric]
         self.reduce = reduce
@@ -43,10 +49,10 @@ class Meter:
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
 
-    def _all(self, metric: Any, logits: Tensor) -> Tensor:
+    def _all(self, metric: Metric, logits: Tensor) -> Tensor:
         return torch.cat([self._value(metric, sample) for sample in by_rows(logits, self.rows)])
 
-    def _value(self, metric: Any, logits: Tensor) -> Tensor:
+    def _value(self, metric: Metric, logits: Tensor) -> Tensor:
         value = measure(metric, logits).detach()
         if self.reduce == "scalar" and value.ndim:
             raise InputError(

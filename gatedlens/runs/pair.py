@@ -12,20 +12,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from gatedlens.errors import InputError, PointError
 from gatedlens.metrics import Logits
-from gatedlens.model.batch import Batch
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Batch, Input
 from gatedlens.model.cache import ActivationCache
 from gatedlens.model.hooking import CACHE_LIMIT
 from gatedlens.model.hookpoint import Saver
 from gatedlens.model.padding import Padding
 from gatedlens.runs import inputs
 from gatedlens.runs.baseline import Baseline
+
+# What the clean run is given as. For editors and type checkers: whoever passes something else gets the error of `Clean`.
+if TYPE_CHECKING:
+    Cached: TypeAlias = ActivationCache | Mapping[str, Tensor]
+else:
+    Cached = Any
 
 WHOLE = ("return_type", "start_at_layer", "stop_at_layer", "return_state")  # options that would cut a run short
 
@@ -34,7 +41,7 @@ class Clean:
     """`Clean(cache, corrupted)[name]`: a cached activation, each row's real positions in front; `cache` is an
     ActivationCache, or a dict of full names."""
 
-    def __init__(self, cache: Any, corrupted: Baseline):
+    def __init__(self, cache: Cached, corrupted: Baseline):
         self.cache = cache
         self.corrupted = corrupted
         self.model = corrupted.model
@@ -109,13 +116,13 @@ class Clean:
 class Pair:
     """`clean` and `corrupted` are of one shape and padded alike; `options` go to every forward of the model."""
 
-    model: Any
+    model: HookedModel
     clean: Batch
     corrupted: Batch
     options: Mapping[str, Any]
 
     @classmethod
-    def of(cls, model: Any, clean: Any, corrupted: Any, options: Mapping[str, Any]) -> Pair:
+    def of(cls, model: HookedModel, clean: Input, corrupted: Input, options: Mapping[str, Any]) -> Pair:
         """The inputs as `model` takes them (text, tokens, images), checked; `options` are its forward's."""
         for option in WHOLE:
             if options.get(option) is not None:

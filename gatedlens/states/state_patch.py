@@ -7,32 +7,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from gatedlens.address.entries import Index, Where
-from gatedlens.address.layers import layers_of, scans_of
-from gatedlens.address.positions import one_a_row
+from gatedlens.address.layers import Layers, layers_of, scans_of
+from gatedlens.address.positions import Positions, one_a_row
 from gatedlens.errors import InputError, PointError
+from gatedlens.model.base import HookedModel
 from gatedlens.model.cache import ActivationCache
 from gatedlens.model.hookpoint import HookPoint
 from gatedlens.model.state import RecurrentState
+
+# Where the new state comes from. For editors and type checkers: whoever passes something else gets the error of `_state`.
+if TYPE_CHECKING:
+    Source: TypeAlias = ActivationCache | Mapping[str, Tensor] | RecurrentState | Tensor
+else:
+    Source = Any
 
 
 @dataclass(frozen=True)
 class StatePatch:
     """One step of an intervention: a state set."""
 
-    source: Any
-    pos: Any
-    layers: Any
-    source_pos: Any
+    source: Source
+    pos: Positions
+    layers: Layers
+    source_pos: Positions
     scan: str | None
     index: Mapping[str, Index]
 
-    def hooks(self, model: Any) -> list[tuple[str, Callable[..., Any]]]:
+    def hooks(self, model: HookedModel) -> list[tuple[str, Callable[..., Any]]]:
         """At decay and write of each scan; everything but the positions is checked here."""
         for axis in ("batch", "pos"):
             if axis in self.index:
@@ -41,7 +48,7 @@ class StatePatch:
                 )
         found: list[tuple[str, Callable[..., Any]]] = []
         for layer in self._layers(model):
-            mixer = model.blocks[layer].mixer
+            mixer: Any = model.blocks[layer].mixer
             for name in scans_of(mixer, self.scan):
                 stem = f"blocks.{layer}.{mixer.place}.{name + '.' if name else ''}"
                 setting = Setting(self, model, layer, stem, self._state(mixer, stem))
@@ -49,10 +56,10 @@ class StatePatch:
                 found += zip(where.points(model), (setting.forget, setting.set), strict=True)
         return found
 
-    def _layers(self, model: Any) -> list[int]:
+    def _layers(self, model: HookedModel) -> list[int]:
         """The layers that are meant; one that has no recurrence only if nobody named it."""
         chosen = layers_of(model, self.layers)
-        mixers = {layer: model.blocks[layer].mixer for layer in chosen}
+        mixers: dict[int, Any] = {layer: model.blocks[layer].mixer for layer in chosen}
         has = [n for n, mixer in mixers.items() if _scan_points(model, n, mixer)]
         lacking = [layer for layer in chosen if layer not in has]
         if lacking and (self.layers is not None or not has):
@@ -83,7 +90,7 @@ class StatePatch:
             ) from error
 
 
-def _scan_points(model: Any, layer: int, mixer: Any) -> bool:
+def _scan_points(model: HookedModel, layer: int, mixer: Any) -> bool:
     """Whether the scans of a layer are recurrences."""
     return all(f"blocks.{layer}.{mixer.place}.{s + '.' if s else ''}hook_decay" in model.names for s in mixer.scans)
 
@@ -93,7 +100,7 @@ class Setting:
     """The two hooks that set one scan's state: decay 0 and write `state` at the position of each row."""
 
     patch: StatePatch
-    model: Any
+    model: HookedModel
     layer: int
     stem: str
     state: Tensor

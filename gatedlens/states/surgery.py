@@ -17,29 +17,46 @@ What a model remembers between two calls is a RecurrentState; its `parts` are th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.address.entries import Index, Where
-from gatedlens.address.layers import layers_of
+from gatedlens.address.layers import Layers, layers_of
 from gatedlens.address.names import Point
+from gatedlens.address.positions import Positions
 from gatedlens.errors import InputError, did_you_mean
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Input
 from gatedlens.model.intervention import Intervention
+from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.state import Carried, RecurrentState
 from gatedlens.options import checked
-from gatedlens.states.state_patch import StatePatch
+from gatedlens.states.state_patch import Source, StatePatch
+
+# For editors and type checkers: whoever passes something else gets the error of `_check_kind`.
+if TYPE_CHECKING:
+    State: TypeAlias = RecurrentState
+else:
+    State = Any
 
 # -- in the middle of a run -----------------------------------------------------------------------------------------
 
 
 @checked
 def patch(
-    source: Any, pos: Any, layers: Any = None, source_pos: Any = None, scan: str | None = None, **index: Index
+    source: Source,
+    pos: Positions,
+    layers: Layers = None,
+    source_pos: Positions = None,
+    scan: str | None = None,
+    **index: Index,
 ) -> Intervention:
-    """`patch(cache_of_a, pos=7, layers=2, channel=[0, 3])`: the state after position 7 becomes that of the other run.
+    """`gl.states.patch(cache_of_a, pos=7, layers=2, channel=[0, 3])`: the state after position 7 becomes that of the other run.
+
+    decay[7] := 0 and write[7] := the new state; later positions follow from it. Returns an Intervention: `.on(model)`, `a + b`.
 
     source: an ActivationCache that holds hook_state, read at `source_pos` (default `pos`); a RecurrentState; or a tensor
     [batch, channel] (state) as hook_state has it at one position; one row goes for all. pos, source_pos: one position for
@@ -49,6 +66,10 @@ def patch(
     The readout at the position itself is of the new state too (RWKV's reads the one before). The conv and shift windows stay
     as they are, and so does an attention layer's: `splice` moves those, between calls. RWKV's state is the pair (numerator,
     denominator), absolute, in float64; a RecurrentState's pair, relative to a maximum, is turned into it.
+
+    Where it is put on a model: PointError for a layer without a recurrence, a source that does not hold its state, or an axis
+    that the state lacks; InputError for a `batch` or `pos` in index and for a cache without all positions or its batch axis.
+    While the model runs: InputError for a state of another shape and for positions that do not exist.
     """
     return Intervention((StatePatch(source, pos, layers, source_pos, scan, index),))
 
@@ -58,19 +79,22 @@ def patch(
 
 @checked
 def splice(
-    model: Any,
-    into: Any,
-    source: Any,
-    layers: Any = None,
+    model: HookedModel,
+    into: State,
+    source: State,
+    layers: Layers = None,
     parts: str | Sequence[str] | None = None,
     **index: Index,
 ) -> RecurrentState:
-    """`splice(model, b, a, layers=[2], parts="scan", channel=slow)`: a new state, b's with these tensors (entries) of a.
+    """`gl.states.splice(model, b, a, layers=[2], parts="scan", channel=slow)`: a new state, b's with these entries of a.
 
     layers, parts: None for all. index: some `channel` (`d_model` of a shift, `kv_head` of a window). One row of the source goes
     for all; rows of one state among themselves: `splice(model, s, s.rows([1, 0]), layers=2)`. With everything taken it is a's.
 
     A window's keys were rotated for the positions at which they stood, so it moves only between runs that have come as far.
+
+    InputError for what is no RecurrentState of this model, for another number of rows, a part or layer that is not there, and a
+    window that may not move; PointError for an axis that a tensor lacks.
     """
     _check_kind(into, source, model)
     source = source.rows([0] * into.batch_size) if source.batch_size == 1 else source
@@ -97,17 +121,25 @@ def splice(
 
 @checked
 def swap(
-    model: Any, a: Any, b: Any, layers: Any = None, parts: str | Sequence[str] | None = None, **index: Index
+    model: HookedModel,
+    a: State,
+    b: State,
+    layers: Layers = None,
+    parts: str | Sequence[str] | None = None,
+    **index: Index,
 ) -> tuple[RecurrentState, RecurrentState]:
-    """`a, b = swap(model, a, b, layers=2, parts="scan")`: the two states with these tensors (entries) exchanged."""
+    """`a, b = gl.states.swap(model, a, b, layers=2, parts="scan")`: the two states with these tensors (entries) exchanged.
+
+    The states that were given stay as they are. Parameters and errors: as of `gl.states.splice`.
+    """
     return splice(model, a, b, layers, parts, **index), splice(model, b, a, layers, parts, **index)
 
 
-def _carried(model: Any, key: str) -> Carried:
+def _carried(model: HookedModel, key: str) -> Carried:
     return model.carried[key.rpartition(".")[2]]
 
 
-def _check_kind(into: Any, source: Any, model: Any) -> None:
+def _check_kind(into: Any, source: Any, model: HookedModel) -> None:
     for what, state in (("first", into), ("second", source)):
         if not isinstance(state, RecurrentState):
             raise InputError(
@@ -120,7 +152,9 @@ def _check_kind(into: Any, source: Any, model: Any) -> None:
         )
 
 
-def _keys(state: RecurrentState, model: Any, layers: Any, parts: str | Sequence[str] | None) -> dict[str, Carried]:
+def _keys(
+    state: RecurrentState, model: HookedModel, layers: Layers, parts: str | Sequence[str] | None
+) -> dict[str, Carried]:
     """The tensors that are meant; a layer that was named must have one."""
     known = sorted({_carried(model, key).part for key in state} - {""})
     wanted = known if parts is None else [parts] if isinstance(parts, str) else list(parts)
@@ -151,20 +185,22 @@ def _check_window(into: RecurrentState, source: RecurrentState, key: str) -> Non
 @checked
 @torch.no_grad()
 def read_through(
-    model: Any,
-    source: Any,
-    reader: Any,
+    model: HookedLanguageModel,
+    source: Input | RecurrentState,
+    reader: Input,
     at: int,
-    layers: Any = None,
+    layers: Layers = None,
     parts: str | Sequence[str] | None = None,
     **index: Index,
 ) -> Float[Tensor, "batch pos d_vocab"]:
-    """`read_through(model, "Ishmael went to sea.", "He was a sailor named", at=1, layers=[2])`: logits of reader[at:].
+    """`gl.states.read_through(model, "Ishmael went to sea.", "He was a sailor named", at=1, layers=[2])`: logits of reader[at:].
 
     The reader prompt is run to position `at`; there its state gets, in these layers, parts and channels, what the source
     holds at its end, and the rest of the prompt is read from that. All layers and parts: the suffix as if it went on from
     the source. source: text, tokens or a RecurrentState. A single row, of either, goes for all rows of the other. It is
     Patchscopes (Ghandeharioun et al. 2024, arXiv 2401.06102) for states: the reader says what of the source a state holds.
+
+    InputError for a reader whose rows differ in length, for an `at` with no token before or behind it, and as of `splice`.
     """
     batch, _ = model.prepare(reader)
     if batch.mask is not None:

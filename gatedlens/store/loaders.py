@@ -18,18 +18,18 @@ from jaxtyping import Shaped
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from gatedlens.address.key import Key
 from gatedlens.errors import InputError
 from gatedlens.options import checked, tensor_of
 
 PER = ("token", "sample", "document")
 
-# What a store finds a point by, and what its loaders take. For editors: other kinds get the errors of `Store.find`.
+# What loaders take, and labels. For editors: other kinds get the errors of the functions below.
 if TYPE_CHECKING:
-    Key: TypeAlias = str | tuple[str, int] | tuple[str, int, str]
     Keys: TypeAlias = Key | list[Key] | list[str] | list[tuple[str, int]]
     Labels: TypeAlias = Tensor | Sequence[float] | Callable[[Tensor], Any]
 else:
-    Key = Keys = Labels = Any
+    Keys = Labels = Any
 
 
 class Activations(Dataset):

@@ -30,6 +30,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from gatedlens.address.key import Key
 from gatedlens.errors import InputError, PointError, StoreError, did_you_mean
 from gatedlens.options import checked, is_whole
 from gatedlens.store.disk import journal, manifest
@@ -39,7 +40,7 @@ from gatedlens.store.disk.layout import Layout
 from gatedlens.store.disk.mapped import Mapped
 from gatedlens.store.disk.shards import HEAD, SafetensorsFormat, fits
 from gatedlens.store.disk.statistics_file import read_statistics
-from gatedlens.store.loaders import Activations, Key, Keys, Labelled, Labels
+from gatedlens.store.loaders import Activations, Keys, Labelled, Labels
 from gatedlens.store.statistics import Statistics, by_name, misfit
 
 # -- one point ------------------------------------------------------------------------------------------------------

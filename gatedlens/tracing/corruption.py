@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from gatedlens.address.positions import listed, mask_of
+from gatedlens.address.positions import Positions, listed, mask_of
 from gatedlens.errors import InputError
+from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Batch
 from gatedlens.runs import inputs
-
-EMBED = "hook_embed"
+from gatedlens.runs.baseline import EMBED
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +40,10 @@ class Corruption:
     def noise(
         batch: Batch, embedded: Tensor, marked: Tensor, factor: int | float, samples: int, seed: int
     ) -> Corruption:
-        """`Corruption.noise(batch, embedded, marked, factor=3.0, samples=10, seed=0)`: Gaussian noise on the subject's
-        embeddings, `factor` times the standard deviation of all the input's.
+        """`Corruption.noise(batch, embedded, marked, factor=3.0, samples=10, seed=0)`: noise on the subject's embeddings.
+
+        It is Gaussian; its standard deviation is `factor` times that of all the input's embeddings [batch pos d_model], padding
+        left out.
         """
         mask = batch.mask
         real = torch.ones_like(marked) if mask is None else mask.bool()
@@ -58,8 +60,11 @@ class Corruption:
         return Corruption(batch, std * drawn * marked.unsqueeze(-1), marked, facts)
 
     @staticmethod
-    def counterfactual(model: Any, batch: Batch, embedded: Tensor, other: Batch) -> Corruption:
-        """`Corruption.counterfactual(model, batch, embedded, other)`: another input; its subject is where it differs."""
+    def counterfactual(model: HookedModel, batch: Batch, embedded: Tensor, other: Batch) -> Corruption:
+        """`Corruption.counterfactual(model, batch, embedded, other)`: another input; its subject is where its embeddings differ.
+
+        InputError for an input of another shape or padding, or one that does not differ.
+        """
         masks = inputs.real(model, other), inputs.real(model, batch)
         if other.value.shape != batch.value.shape or not torch.equal(*masks):
             raise InputError(
@@ -73,8 +78,8 @@ class Corruption:
         return Corruption(other, None, marked, {"corrupt": "counterfactual", "subject": listed(marked, masks[1])})
 
 
-def marked_by(subject: Any, real: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
-    """Where the subject is."""
+def marked_by(subject: Positions, real: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+    """Where the subject is; InputError for none, or a row without it."""
     if subject is None:
         raise InputError('corrupt="noise" needs subject=..., the positions to corrupt.')
     marked = mask_of(subject, "subject", real)

@@ -1,55 +1,51 @@
-"""Causal tracing: corrupt the subject, put clean states back one at a time, and see where the prediction returns.
+"""causal_trace: the cells of a causal trace, and how a cell's value is read. `tracing/__init__.py` shows its use.
 
-    metric = gl.metrics.probability(model.to_single_token(" Rome"))
-    trace = gl.tracing.causal_trace(model, "The Colosseum is in the city of", metric, subject=range(1, 5))
-    trace.plot()                                              # layer x pos, subject tokens marked with *
-    gl.tracing.causal_trace(model, prompt, metric, subject=[3], window=5, point="mixer.hook_scan")
-    gl.tracing.causal_trace(model, prompt, metric, corrupt=other_prompt)      # a counterfactual instead of noise
-
-    effect[l, p] = metric(corrupted, with `point` of layers l - w // 2 .. l + ceil(w / 2) - 1 at p as in the clean run)
-                   - metric(corrupted)
-
-the indirect effect, mean over noise samples and rows; windows end where the model does. Meng et al. 2022 (arXiv
-2202.05262); for Mamba Sharma, Atkinson and Bau 2024 (arXiv 2404.03646). Many restorations run in one batch, from the
-layer and position on at which they are made.
+effect[l, p] = metric(corrupted, with `point` of layers l - w // 2 .. l + ceil(w / 2) - 1 at p as in the clean run)
+               - metric(corrupted)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from gatedlens.address import positions as address
 from gatedlens.address.positions import columns as columns_of
 from gatedlens.address.positions import listed, one_a_row
 from gatedlens.errors import InputError, PointError
 from gatedlens.metrics import Logits, Metric
-from gatedlens.model.batch import Batch
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Batch, Input
 from gatedlens.model.padding import Padding
 from gatedlens.options import checked
 from gatedlens.result.result import Result
 from gatedlens.runs import inputs
-from gatedlens.runs.baseline import Baseline
-from gatedlens.runs.cells import Cell, Plan, PutByRow
-from gatedlens.runs.engine import Effort, Question, answer
+from gatedlens.runs.baseline import EMBED, Baseline
+from gatedlens.runs.cells import Cell, Plan, PutByRow, may_start_within
+from gatedlens.runs.engine import Earlier, Effort, Question, answer
 from gatedlens.runs.meter import Meter
-from gatedlens.tracing.corruption import EMBED, Corruption, marked_by
+from gatedlens.tracing.corruption import Corruption, marked_by
 
-Positions = Any  # see `causal_trace`
+# Which positions a trace restores: those of `gatedlens.address.positions`, or a mapping of labels to them.
+if TYPE_CHECKING:
+    Positions: TypeAlias = address.Positions | Mapping[str, address.Positions]
+else:
+    Positions = Any
 
 
 @checked
 @torch.no_grad()
 def causal_trace(
-    model: Any,
-    clean: Any,
+    model: HookedModel,
+    clean: Input,
     metric: Metric,
     *,
-    subject: Any = None,
-    corrupt: Any = "noise",
+    subject: address.Positions = None,
+    corrupt: Input = "noise",
     point: str = "resid_post",
     window: int = 1,
     positions: Positions = None,
@@ -59,15 +55,19 @@ def causal_trace(
     attention_mask: Tensor | None = None,
     max_rows: int = 64,
     progress: bool = True,
-    results: Any = None,
+    results: Earlier = None,
     max_bytes: int | None = None,
 ) -> Result:
-    """`gl.tracing.causal_trace(model, text, metric, subject=[1, 2])`: the indirect effect of every (layer, position), a
-    Result layer x pos; see the head of this file.
+    """`gl.tracing.causal_trace(model, prompt, metric, subject=range(1, 5)).plot()`: the indirect effect, a Result [layer, pos].
+
+    effect[l, p] = metric(corrupted, with `point` of layers l - w // 2 .. l + ceil(w / 2) - 1 at p as in the clean run)
+                   - metric(corrupted)
+
+    the mean over noise samples and rows, w the window; windows end where the model does.
 
     clean: text(s), ids, a pair (ids, mask), images. metric: logits -> one number a row. corrupt: "noise", or the
-    counterfactual input, of the same shape. subject: the positions that are noised (see `positions.py`): the same in
-    all rows, a tensor [batch] for one a row, a mask [batch, pos], ...; a counterfactual's are those where it differs.
+    counterfactual input, of the same shape. subject: the positions that are noised (see `gatedlens.address.positions`): the same
+    in all rows, a tensor [batch] for one a row, a mask [batch, pos], ...; a counterfactual's are those where it differs.
     point: what is restored: a point of a block ("mixer.hook_scan") or its short name; layers that lack it are left
     out. window: so many layers at once. positions: which to restore (all), each by itself (a row that lacks it takes no
     part in it), or a mapping of labels to a position, or to one a row: {"key": key_pos, "last": -1}. noise: its standard
@@ -75,6 +75,10 @@ def causal_trace(
     that are no pairs. max_rows: rows in one forward at most (memory), max_bytes: about how many bytes. results: as in
     every sweep, `gl.patching.Options`: a path to which results are written as they come, or an interrupted Result. Facts
     of the result: `clean` and `corrupted` (the metric), `total_effect`, what was corrupted and how.
+
+    InputError for noise without a subject, a counterfactual with one or of another shape, and numbers below 1; PointError for a
+    point that no layer has or that has no positions. Meng et al. 2022 (arXiv 2202.05262); for Mamba Sharma, Atkinson and Bau
+    2024 (arXiv 2404.03646).
     """
     _check_numbers(window, samples, max_rows, noise)
     batch = inputs.ready(model, clean, attention_mask=attention_mask)
@@ -129,7 +133,7 @@ def causal_trace(
     return answer(question, runs, changing, bad, Effort(results, max_bytes, max_rows, progress))
 
 
-def _runs(model: Any, corruption: Corruption, max_rows: int) -> list[Baseline]:
+def _runs(model: HookedModel, corruption: Corruption, max_rows: int) -> list[Baseline]:
     """The corrupted runs: as many samples of the noise in one as `max_rows` allow."""
     batch, added = corruption.batch, corruption.added
     if added is None:
@@ -144,12 +148,12 @@ def _runs(model: Any, corruption: Corruption, max_rows: int) -> list[Baseline]:
     return found
 
 
-def _restoring(model: Any, name: str, clean: Tensor, padding: Padding) -> Callable[[Tensor], PutByRow]:
+def _restoring(model: HookedModel, name: str, clean: Tensor, padding: Padding) -> Callable[[Tensor], PutByRow]:
     """What puts the clean values of a point back at some positions of the input."""
     dims = model.names.points[name].dims
-    local = all(dim in ("batch", "pos") or dim in model.cfg.sizes for dim in dims)  # else it shows where a run starts
     source = padding.by_number(clean, dims)
-    return lambda mask: PutByRow(name, dims.index("pos"), padding.pack(mask), source, local)
+    at, local = dims.index("pos"), may_start_within(dims, model.cfg.sizes)
+    return lambda mask: PutByRow(name, at, padding.pack(mask), source, local)
 
 
 def _check_numbers(window: Any, samples: Any, max_rows: Any, noise: int | float) -> None:
@@ -160,7 +164,7 @@ def _check_numbers(window: Any, samples: Any, max_rows: Any, noise: int | float)
         raise InputError(f"noise={noise}: it is more than 0, a multiple of the embeddings' standard deviation.")
 
 
-def _points(model: Any, point: str) -> dict[int, str]:
+def _points(model: HookedModel, point: str) -> dict[int, str]:
     """The point of each layer that has it."""
     found, missing = {}, None
     for layer in range(model.cfg.n_layers):

@@ -219,6 +219,11 @@ def test_an_ablation_at_a_position_in_each_row(model, clean):
         fired(model, ablation.zero(NAME, pos=torch.tensor([1, 2, 3])))
 
 
+def test_one_text_is_one_batch_of_means(lm):
+    with pytest.raises(gl.InputError, match="tokenizer"):  # it is read as a text, which needs one
+        ablation.means(lm, "a text", NAME, progress=False)
+
+
 def test_means_by_position_want_one_length(lm):
     with pytest.raises(gl.InputError, match="batches of one length"):
         ablation.means(lm, [example(lm, 2, 5), example(lm, 2, 6)], NAME, per_position=True, progress=False)

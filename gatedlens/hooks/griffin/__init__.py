@@ -26,7 +26,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
-from gatedlens.address.names import Point, block_aliases, block_rows
+from gatedlens.address.point import Point, block_aliases, block_rows
 from gatedlens.errors import CheckpointError
 from gatedlens.hooks.griffin.local_attention import LocalAttention
 from gatedlens.model import fields

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from gatedlens.address.names import Point
+from gatedlens.address.point import Point
 from gatedlens.model.block import TokenMixing
 from gatedlens.model.memory import SMALL, afford, free
 from gatedlens.model.padding import Padding

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gatedlens.address.names import Point, View, block_rows
+from gatedlens.address.point import Point, View, block_rows
 from gatedlens.errors import CheckpointError, InputError, did_you_mean
 from gatedlens.hooks.mamba import ALIASES, MIXER_ROWS, RMSNORM, SelectiveScan
 from gatedlens.hooks.vim.checkpoint import (
@@ -438,7 +438,7 @@ class HookedViM(HookedModel):
 
     def prepare(
         self,
-        input: Input,
+        input: Input | None,
         return_type: str | None = "logits",
         labels: Any = None,
         *,
@@ -454,7 +454,7 @@ class HookedViM(HookedModel):
             return Batch(self._check_resid(input), is_resid=True), rest
         return Batch(self._check_images(input)), rest
 
-    def _check_images(self, input: Input) -> Float[Tensor, "batch channels height width"]:
+    def _check_images(self, input: Input | None) -> Float[Tensor, "batch channels height width"]:
         if not isinstance(input, Tensor):
             images = list(input) if isinstance(input, Sequence) and not isinstance(input, str) else [input]
             if not images:
