@@ -185,7 +185,7 @@ def _free(model: HookedModel, batch: Batch, places: int, keep: Tensor | None) ->
     return free
 
 
-def _choices(model: HookedModel, among: Positions, rows: int) -> Int[Tensor, "batch choice"]:
+def _choices(model: HookedModel, among: Labels, rows: int) -> Int[Tensor, "batch choice"]:
     ids = torch.as_tensor(among, device=model.cfg.device).long()
     ids = ids.expand(rows, -1) if ids.ndim == 1 else ids
     if ids.ndim != 2 or len(ids) != rows or bool(((ids < 0) | (ids >= model.cfg.d_vocab)).any()):
