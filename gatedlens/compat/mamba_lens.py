@@ -14,14 +14,16 @@ hook's name, sees MambaLens's names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gatedlens.address.names import NamesFilter
 from gatedlens.compat.mamba_lens_format import (
     MambaCfg,
     MambaInitCfg,
@@ -34,8 +36,9 @@ from gatedlens.compat.mamba_lens_format import (
 from gatedlens.errors import InputError
 from gatedlens.hooks import mamba
 from gatedlens.loading import from_pretrained
-from gatedlens.model.batch import Input
+from gatedlens.model.batch import Input, Output
 from gatedlens.model.block import Norm, Run
+from gatedlens.model.state import RecurrentState
 
 __all__ = [
     "HookedMamba",
@@ -46,6 +49,14 @@ __all__ = [
     "convert_original_config_to_hooked_mamba_config",
     "convert_original_state_dict_to_hooked_state_dict",
 ]
+# Hooks by a name or by a predicate of names, and what a forward returns. For editors: other kinds get the errors of the
+# functions below.
+if TYPE_CHECKING:
+    Hooks: TypeAlias = Iterable[tuple[str | Callable[[str], bool], Callable[..., Any]]]
+    Answer: TypeAlias = Tensor | Output | None
+    Forwarded: TypeAlias = Answer | tuple[Answer, RecurrentState]
+else:
+    Hooks = Answer = Forwarded = Any
 TOKENIZER = "EleutherAI/gpt-neox-20b"  # of the original checkpoints, which come without one
 EVERYWHERE = ("hook_embed", "hook_norm", "hook_logits")
 IN_A_BLOCK = (
@@ -75,9 +86,16 @@ class HookedMamba(mamba.HookedMamba):
         self.layer_order: list[int] | None = None
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name: Any, device: Any = None, tokenizer: Any = None) -> HookedMamba:
+    def from_pretrained(
+        cls,
+        pretrained_model_name: str | Path,
+        device: torch.device | str | None = None,
+        tokenizer: str | Path | Any = None,
+    ) -> HookedMamba:
         """`HookedMamba.from_pretrained("state-spaces/mamba-130m")`: a hub name, folder or bundled model, as
         `gl.from_pretrained`; the tokenizer is the checkpoint's, else GPT-NeoX's.
+
+        InputError for a model that is no Mamba; CheckpointError for one that cannot be read.
         """
         model = from_pretrained(pretrained_model_name, device=device, tokenizer=tokenizer)
         if not isinstance(model, mamba.HookedMamba):
@@ -100,10 +118,12 @@ class HookedMamba(mamba.HookedMamba):
         fast_ssm: bool = False,
         warn_disabled_hooks: bool = True,
         **options: Any,
-    ) -> Any:
-        """As gatedlens's forward. only_use_these_layers: run these blocks alone, in this order, as often as they are named.
+    ) -> Forwarded:
+        """`model.forward(input, only_use_these_layers=[0, 1, 3])`, called as `model(input)`: as gatedlens's forward.
 
-        fast_conv, fast_ssm and warn_disabled_hooks change nothing: no hook is ever disabled.
+        only_use_these_layers: run these blocks alone, in this order, as often as they are named. fast_conv, fast_ssm and
+        warn_disabled_hooks change nothing: no hook is ever disabled. InputError for a layer that there is not, and for
+        layers beside start_at_layer, stop_at_layer or a state.
         """
         with self._only(only_use_these_layers, options):
             return super().forward(input, *args, **options)
@@ -155,12 +175,16 @@ class HookedMamba(mamba.HookedMamba):
         self,
         input: Input | None = None,
         *args: Any,
-        names_filter: Any = None,
-        fwd_hooks: Any = (),
-        bwd_hooks: Any = (),
+        names_filter: NamesFilter = None,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
         **options: Any,
     ) -> tuple[Any, Any]:
-        """As gatedlens's; without names_filter every point is kept, lazy ones too, and hooks may be on, as in MambaLens."""
+        """`logits, cache = model.run_with_cache(input)`: as gatedlens's, with every point kept, lazy ones too, as in MambaLens.
+
+        names_filter: names, or a predicate of MambaLens's names; hooks may be on meanwhile. InputError for a predicate that
+        picks no name.
+        """
         if fwd_hooks or bwd_hooks:
             forward, backward = (self._spelled(hooks, input, options) for hooks in (fwd_hooks, bwd_hooks))
             with self.hooks(forward, backward):
@@ -171,19 +195,24 @@ class HookedMamba(mamba.HookedMamba):
             names_filter = self._chosen(names_filter, input, options)
         return super().run_with_cache(input, *args, names_filter=names_filter, **options)
 
-    def run_with_hooks(self, *args: Any, fwd_hooks: Any = (), bwd_hooks: Any = (), **options: Any) -> Any:
-        """As gatedlens's; a predicate stands for the names of MambaLens that it picks."""
+    def run_with_hooks(self, *args: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **options: Any) -> Forwarded:
+        """`model.run_with_hooks(tokens, fwd_hooks=[("blocks.3.hook_h.2", patch)])`: as gatedlens's.
+
+        A predicate in place of a name stands for the names of MambaLens that it picks; InputError if it picks none.
+        """
         given = args[0] if args else options.get("input")
         forward, backward = (self._spelled(hooks, given, options) for hooks in (fwd_hooks, bwd_hooks))
         return super().run_with_hooks(*args, fwd_hooks=forward, bwd_hooks=backward, **options)
 
-    def _spelled(self, hooks: Any, input: Input | None, options: Mapping[str, Any]) -> list[Any]:
+    def _spelled(self, hooks: Hooks, input: Input | None, options: Mapping[str, Any]) -> list[Any]:
         """Hooks by names, where a predicate stood."""
         chosen = [(self._chosen(n, input, options) if callable(n) else [n], hook) for n, hook in hooks]
         return [(name, hook) for names, hook in chosen for name in names]
 
     @contextmanager
-    def input_dependent_hooks_context(self, fwd_hooks: Any = (), bwd_hooks: Any = (), **_: Any) -> Iterator[Any]:
+    def input_dependent_hooks_context(
+        self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **_: Any
+    ) -> Iterator[HookedMamba]:
         """`with model.input_dependent_hooks_context(input=tokens): ...`: MambaLens makes `hook_h.{t}` for an input here; ours
         are always there.
         """
@@ -196,19 +225,22 @@ class HookedMamba(mamba.HookedMamba):
         return self.ln_final
 
     @property
-    def lm_head(self) -> Any:
+    def lm_head(self) -> nn.Module:
+        """The unembedding, by MambaLens's name."""
         return self.unembedding
 
     # -- parameters --------------------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **options: Any) -> Any:
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
         """`model.state_dict()`: parameters by MambaLens's names; within a larger module, and with arguments, as torch's."""
         if args or options:
             return super().state_dict(*args, **options)
         return convert_original_state_dict_to_hooked_state_dict(state_dict=self.wrapped.state_dict())
 
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """`model.load_state_dict(state_dict)`: parameters by MambaLens's names, or by mamba-ssm's."""
+    def load_state_dict(
+        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
+    ) -> tuple[list[str], list[str]]:
+        """`missing, unexpected = model.load_state_dict(state_dict)`: parameters by MambaLens's names, or by mamba-ssm's."""
         if not any(key.startswith("backbone.") for key in state_dict):
             state_dict = convert_hooked_state_dict_to_original_state_dict(state_dict=state_dict)
         theirs = set(dict(self.wrapped.named_parameters()))

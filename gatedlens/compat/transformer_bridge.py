@@ -10,6 +10,7 @@ From then on a bridge of Mamba, FalconMamba, RecurrentGemma or RWKV runs gatedle
 parameters, and lists our points, name for name; every one fires, lazy ones when they are hooked. What TransformerBridge's
 design rules out:
 
+ - text for the model inside: `bridge.gated` reads ids, `bridge.to_tokens(text)`; its `set_tokenizer` gives it a tokenizer;
  - other tools' names, globs and the propagating `hook_h.{t}`: `bridge.gated` knows them;
  - lazy points left out by default: `bridge.run_with_cache()` asks for all, so name what you want of a large model;
  - a carried state and cached generation: `generate` reads the whole prefix at every step, which is exact, and `hf_generate`
@@ -28,6 +29,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES, ArchitectureAdapterFactory
 from transformer_lens.hook_points import LensHandle
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.generalized_components import EmbeddingBridge, UnembeddingBridge
@@ -217,7 +219,7 @@ class GatedAdapter(ArchitectureAdapter):
         gated.watch = None  # the bridge now puts components of its own, which hold these modules, in their places
         hf_model.forward = self.run
 
-    def setup_hook_compatibility(self, bridge: Any) -> None:
+    def setup_hook_compatibility(self, bridge: TransformerBridge) -> None:
         """`adapter.setup_hook_compatibility(bridge)`: the points that belong to no component, the model as `bridge.gated`,
         and the points' own names again.
         """

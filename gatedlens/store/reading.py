@@ -406,8 +406,8 @@ class Store:
     def batch_of(self, name: str, batch: int) -> tuple[Shaped[Tensor, "entry ..."], list[int]]:
         """`entries, ends = store.batch_of("blocks.1.mixer.hook_gated", 0)`: one batch of the harvest, mapped from its file.
 
-        entries: [entry, ...], one a stored token (of a point without positions, one a row). ends: where each row begins
-        among them, and where the last ends. StoreError if the file is not what was written.
+        The entries [entry, ...] are one a stored token (of a point without positions, one a row); `ends` says where each row
+        begins among them, and where the last ends. StoreError if the file is not what was written.
         """
         layout = self.layouts.get(name)
         if layout is None or layout.stored == "column":
