@@ -92,6 +92,8 @@ def png(values: Float[Tensor, "height width *colour"]) -> str:
     """A PNG as a data URI; values beyond 0 and 1 are cut off, what is no number is 0."""
     pixels = (values.detach().float().cpu().nan_to_num(0, 1, 0).clamp(0, 1) * 255).round().to(torch.uint8).contiguous()
     height, width = pixels.shape[:2]
+    # The format is a signature and three chunks; each row of pixels begins with its filter (0: none), and in the header stand
+    # 8 bits a number and the colour type (2: RGB, 0: grey).
     raw = b"".join(b"\0" + bytes(row.flatten().tolist()) for row in pixels)
     header = struct.pack(">IIBBBBB", width, height, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
     parts = ((b"IHDR", header), (b"IDAT", zlib.compress(raw)), (b"IEND", b""))

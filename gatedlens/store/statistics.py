@@ -66,6 +66,7 @@ def _moments(order: int) -> Callable[[Tensor, int], Part]:
 
 
 def _merge_moments(a: Part, b: Part) -> Part:
+    """Pébay 2008, eq. 2.1, for powers 2 to 4: sums around the mean of both, from those around each one's own."""
     na, nb = a["n"], b["n"]
     n, delta = na + nb, b["mean"] - a["mean"]
     out = {"n": n, "mean": a["mean"] + delta * nb / n}
@@ -89,6 +90,7 @@ def _comoments(values: Tensor, first: int) -> Part:
 
 
 def _merge_comoments(a: Part, b: Part) -> Part:
+    """As M2 of `_merge_moments`, for every pair of numbers in an entry."""
     na, nb = a["n"], b["n"]
     n, delta = na + nb, b["mean"] - a["mean"]
     return {
@@ -108,7 +110,7 @@ def _maximum(values: Tensor, first: int) -> Part:
 
 
 def _merge_maximum(a: Part, b: Part) -> Part:
-    wins = b["max"] > a["max"]
+    wins = b["max"] > a["max"]  # of equal ones that of `a`, which comes first, stays
     return {"max": torch.where(wins, b["max"], a["max"]), "at": torch.where(wins, b["at"], a["at"])}
 
 
