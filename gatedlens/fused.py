@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from einops import rearrange
@@ -36,6 +36,22 @@ DEVICES = ("cuda",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what they are compiled for
 TAPS = (2, 3, 4)  # the widths that causal-conv1d knows
 _wanted = ContextVar("fused kernels are wanted", default=True)
+
+
+if TYPE_CHECKING:
+
+    class MixerWeights(Protocol):
+        """A mixer's parameters by mamba-ssm's names."""
+
+        in_proj: Any
+        conv1d: Any
+        x_proj: Any
+        dt_proj: Any
+        out_proj: Any
+        D: Any
+
+else:
+    MixerWeights = Any
 
 
 @dataclass(frozen=True)
@@ -84,7 +100,7 @@ def fits(x: Tensor) -> bool:
 
 
 def kernels_for(x: Tensor) -> Kernels | None:
-    """`gl.fused.kernels_for(x)`: Mamba-ssm's kernels, if they can run on a tensor."""
+    """`gl.fused.kernels_for(x)`: mamba-ssm's kernels, if they can run on a tensor."""
     return kernels() if fits(x) else None
 
 
@@ -105,7 +121,7 @@ def selective_scan(
 
 
 def mixer(
-    inner: Callable[..., Any], n: Float[Tensor, "batch pos d_model"], w: Any, A: Float[Tensor, "channel state"]
+    inner: Callable[..., Any], n: Float[Tensor, "batch pos d_model"], w: MixerWeights, A: Float[Tensor, "channel state"]
 ) -> Float[Tensor, "batch pos d_model"]:
     """`gl.fused.mixer(inner, n, w, A)`: out_proj(SSM(SiLU(conv(x))) * SiLU(z)) of a mixer's parameters `w`, x and z =
     in_proj(n).

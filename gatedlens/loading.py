@@ -18,20 +18,34 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from gatedlens.errors import CheckpointError, did_you_mean
 from gatedlens.hooks import architectures
+from gatedlens.hooks.vim import HookedViM
 from gatedlens.model import checkpoint, fields, placement
 from gatedlens.model import tokenizer as tokenizers
 from gatedlens.model.base import HookedModel
 from gatedlens.model.checkpoint import about, reading
 from gatedlens.model.config import dtype_of
+from gatedlens.model.language import HookedLanguageModel
+from gatedlens.model.tokenizer import TokenizerLike
 from gatedlens.model.watch import check_plain
 from gatedlens.options import checked
+
+# What `wrap` and `from_pretrained` return: an editor completes the methods of both; isinstance tells which it is. A fifth
+# architecture is a HookedLanguageModel, or joins the union.
+Model: TypeAlias = HookedLanguageModel | HookedViM
+# What they take; for type checkers alone, since the functions say more of what is none.
+if TYPE_CHECKING:
+    Vendors: TypeAlias = nn.Module
+    NameOrPath: TypeAlias = str | Path
+    HubOption: TypeAlias = str | int | Path | torch.device | Mapping[Any, Any] | None
+else:
+    Vendors = NameOrPath = HubOption = Any
 
 log = logging.getLogger(__name__)
 BUNDLED = Path(__file__).parent / "bundled"
@@ -75,7 +89,7 @@ def supported() -> str:
 
 
 @checked
-def wrap(model: nn.Module, tokenizer: Any = None, *, model_name: str | None = None) -> Any:
+def wrap(model: Vendors, tokenizer: TokenizerLike = None, *, model_name: str | None = None) -> Model:
     """`gl.wrap(MambaForCausalLM(...))`: hook points around a model's own parameters, which are shared, not copied.
 
     The architecture follows from the model's class (or that of a base class); CheckpointError for one that is not
@@ -143,15 +157,15 @@ def _tell_nonfinite(name: str, model: nn.Module) -> None:
 
 @checked
 def from_pretrained(
-    name_or_path: Any,
+    name_or_path: NameOrPath,
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
-    tokenizer: Any = None,
+    tokenizer: TokenizerLike = None,
     variant: str | None = None,
     revision: str | None = None,
-    **hub: Any,
-) -> Any:
+    **hub: HubOption,
+) -> Model:
     """`gl.from_pretrained("state-spaces/mamba-130m-hf", dtype=torch.bfloat16)`: a hooked model in eval mode.
 
     name_or_path: a bundled model, a local folder, or a hub name; in transformers' layout (config.json with model_type,

@@ -16,10 +16,11 @@ padded on the right, and you are warned.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsFloat
+from typing import TYPE_CHECKING, Any, SupportsFloat, TypeAlias
 
+import numpy
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
@@ -48,7 +49,13 @@ __all__ = [
 ]
 
 Metric = Callable[[Tensor], Tensor]
-Tokens = Any  # a whole number, or a sequence or tensor of one a row; what is neither is explained
+# Tokens: a whole number, or a sequence or tensor of one a row. UserMetric: a function of logits that gives a tensor, or one
+# number. For editors and type checkers: what is neither gets the error of the functions below.
+if TYPE_CHECKING:
+    Tokens: TypeAlias = int | Sequence[int] | numpy.ndarray[Any, Any] | Tensor
+    UserMetric: TypeAlias = Callable[[Tensor], Tensor | SupportsFloat]
+else:
+    Tokens = UserMetric = Any
 
 
 # -- logits of a padded batch ---------------------------------------------------------------------------------------
@@ -260,7 +267,7 @@ def normalised(
 # -- calling one ----------------------------------------------------------------------------------------------------
 
 
-def per_row(metric: Metric, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
+def per_row(metric: UserMetric, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
     """`per_row(metric, logits)`: [batch], the metric's numbers, one a row, checked: no other shape, nothing that is not a
     number.
     """
@@ -276,7 +283,7 @@ def _mask(logits: Tensor) -> Tensor | None:
     return logits.rows.real if isinstance(logits, Logits) else None
 
 
-def measure(metric: Metric, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, ...]:
+def measure(metric: UserMetric, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, ...]:
     """`measure(metric, logits)`: the metric's value: one number, or one a row [batch]; an InputError for anything else,
     and for NaN.
 

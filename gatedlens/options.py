@@ -18,7 +18,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from os import PathLike
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,11 @@ from gatedlens.errors import InputError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+# What `device=` takes; for type checkers alone, since `device_of` says more of what is none.
+if TYPE_CHECKING:
+    Device: TypeAlias = torch.device | str | int | None
+else:
+    Device = Any
 
 
 def is_whole(value: Any) -> bool:
@@ -56,6 +61,11 @@ def is_many(value: Any) -> bool:
     return True
 
 
+def _is_a(kind: str) -> Callable[[Any], bool]:
+    """Whether a value is of a class of this name, or of one beneath it: this file stands below every model."""
+    return lambda value: kind in {each.__name__ for each in type(value).__mro__}
+
+
 # What each word of an annotation asks of a value, and how an error says it.
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "int": (is_whole, "a whole number"),
@@ -79,6 +89,9 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "Bool": (lambda value: isinstance(value, Tensor), "a tensor"),
     "Shaped": (lambda value: isinstance(value, Tensor), "a tensor"),
 }
+A_MODEL = "a gatedlens model (gl.from_pretrained(...), or gl.wrap(model) around one that you have)"
+KINDS["HookedModel"] = (_is_a("HookedModel"), A_MODEL)
+KINDS["HookedLanguageModel"] = (_is_a("HookedLanguageModel"), f"{A_MODEL} that reads text")
 # A text is a sequence of texts too: whether it is meant so, the function knows.
 TEXTS = {"Sequence[str]": "Texts", "Iterable[str]": "Texts"}
 KINDS["Texts"] = (is_many, "a list of texts")
@@ -102,15 +115,15 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def tensor_of(value: Any, what: str, **options: Any) -> Tensor:
-    """`torch.as_tensor(value)`, or InputError that says what cannot be one."""
+    """`tensor_of(value, "attention_mask")`: `torch.as_tensor(value)`; InputError that says what cannot be one."""
     try:
         return torch.as_tensor(value, **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{what} is {_told(value)}: it cannot be read as numbers ({error}).") from error
 
 
-def device_of(device: Any) -> torch.device | None:
-    """The device that a user named, found to be there; None stays None."""
+def device_of(device: Device) -> torch.device | None:
+    """`device_of("cuda:0")`: the device that a user named; None stays None; InputError where this machine lacks it."""
     try:
         return None if device is None else torch.empty(0, device=device).device
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
@@ -137,5 +150,7 @@ def _alternatives(annotation: str) -> list[str]:
 
 def _told(value: Any) -> str:
     """A value as an error shows it: a tensor by its dtype and shape, and not all of what is long."""
+    if isinstance(value, torch.nn.Module):
+        return f"a {type(value).__name__}"
     said = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) and value.ndim else repr(value)
     return said if len(said) <= 80 else f"{said[:77]}..."

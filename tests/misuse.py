@@ -108,6 +108,31 @@ CALLS: dict[str, dict[str, Callable[[Given, Any], Any]]] = {
         "heatmap": lambda g, x: gl.plot.heatmap(x),
         "metric": lambda g, x: gl.metrics.logit(x)(torch.zeros(2, 3, 30)),
     },
+    "a model": {
+        name: lambda g, x, call=call: call(x if x is not True else torch.nn.Linear(2, 2), g.tokens)
+        for name, call in {
+            "logit_lens": gl.lens.logit_lens,
+            "logit_attribution": lambda m, x: gl.lens.logit_attribution(m, x, 1),
+            "token_attribution": lambda m, x: gl.lens.token_attribution(m, x, 1),
+            "implicit_attention": gl.implicit_attention,
+            "lrp": gl.attribution.lrp,
+            "rollout": gl.attribution.rollout,
+            "knockout": lambda m, x: gl.knockout.sweep(m, x, METRIC, progress=False),
+            "causal_trace": lambda m, x: gl.tracing.causal_trace(m, x, METRIC, subject=[1], progress=False),
+            "patching": lambda m, x: gl.patching.get_act_patch_resid_pre(m, x, {}, METRIC, progress=False),
+            "block_every": lambda m, x: gl.patching.get_act_patch_block_every(m, x, {}, METRIC, progress=False),
+            "eap": lambda m, x: gl.circuits.eap(m, x, x, METRIC),
+            "path_patch": lambda m, x: gl.circuits.path_patch(m, x, x, METRIC, "embed", "logits"),
+            "attribution_patch": lambda m, x: gl.circuits.attribution_patch(m, x, x, METRIC, "hook_embed"),
+            "vector": lambda m, x: gl.steering.vector(m, x, x, "hook_embed"),
+            "slowest": lambda m, x: gl.ablation.slowest(m, 0.5, [x], progress=False),
+            "means": lambda m, x: gl.ablation.means(m, [x], "hook_embed", progress=False),
+            "splice": lambda m, x: gl.states.splice(m, x, x),
+            "perturbation": lambda m, x: gl.evaluation.perturbation(m, x, torch.zeros(2, 3)),
+            "evaluate": lambda m, x: gl.evaluation.evaluate(m, "recall", ["lrp"], limit=1, progress=False),
+            "harvest": lambda m, x: gl.store.estimate(m, x, "hook_embed"),
+        }.items()
+    },
     "loading": {
         "from_pretrained": lambda g, x: gl.from_pretrained(x) if x != "x" else None,  # a name would ask the hub
         "wrap": lambda g, x: gl.wrap(x),

@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 else:
     Index = Any
 
+if TYPE_CHECKING:  # the address knows no model at run time: `model` here is whatever has `cfg` and `names`
+    from gatedlens.model.base import HookedModel
+else:
+    HookedModel = Any
+
 
 @dataclass(frozen=True)
 class Component:

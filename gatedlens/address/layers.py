@@ -29,13 +29,18 @@ if TYPE_CHECKING:
 else:
     Layers = Any
 
+if TYPE_CHECKING:  # the address knows no model at run time: `model` here is whatever has `cfg` and `names`
+    from gatedlens.model.base import HookedModel
+else:
+    HookedModel = Any
+
 ONE = ("layer={!r}", "layer={!r}:")  # how a refusal begins: of what is no number, of what is out of range
 START = ("start_layer={!r}: a whole number is meant; it", "start_layer={!r}:")
 SEVERAL = ("layers: {!r}", "layers={} does not exist;")
 
 
-def layers_of(model: HookedModel, layers: Any) -> tuple[int, ...]:
-    """The numbers of the layers, ascending; an InputError for one that the model lacks."""
+def layers_of(model: HookedModel, layers: Layers) -> tuple[int, ...]:
+    """`layers_of(model, "[01]")`: (0, 1), the numbers of the layers, ascending; InputError for one that the model lacks."""
     chosen = set(_meant(model, layers))
     if not chosen:
         raise InputError(f"layers={layers!r} names no layer: {_has(model)}.")
@@ -62,7 +67,7 @@ def _meant(model: HookedModel, layers: Any) -> Sequence[int]:
 
 
 def layer_of(model: HookedModel, layer: Any, words: tuple[str, str] = ONE) -> int:
-    """The number of one layer, negative ones from the end; an InputError for one that the model lacks."""
+    """`layer_of(model, -1)`: the number of one layer, negative ones from the end; InputError for one that the model lacks."""
     if not is_whole(layer):
         raise InputError(f"{words[0].format(layer)} is no layer number.")
     index, n = operator.index(layer), model.cfg.n_layers

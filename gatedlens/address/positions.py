@@ -35,7 +35,7 @@ else:
     Positions = Any
 
 
-def mask_of(given: Any, what: str, real: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+def mask_of(given: Positions, what: str, real: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
     """True at the positions that are meant; `what` is the parameter's name, for the errors."""
     given = _as_tensor(given)
     if isinstance(given, Tensor) and given.dtype == torch.bool:
@@ -50,18 +50,18 @@ def mask_of(given: Any, what: str, real: Bool[Tensor, "batch pos"]) -> Bool[Tens
     return _laid_out(chosen, real)
 
 
-def one_a_row(given: Any, what: str, real: Bool[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:
+def one_a_row(given: Positions, what: str, real: Bool[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:
     """Where in the input the position of each row is, where one is meant."""
-    given = _as_tensor(given)
-    if isinstance(given, Tensor) and given.dtype == torch.bool:
-        rows = listed(_masked(given, what, real), real)
+    meant: Any = _as_tensor(given)
+    if isinstance(meant, Tensor) and meant.dtype == torch.bool:
+        rows = listed(_masked(meant, what, real), real)
     else:
-        if isinstance(given, Sequence) and len(given) == len(real) and all(is_whole(one) for one in given):
-            given = torch.tensor([operator.index(one) for one in given])
-        rows = _by_row(given, what, real.sum(1).tolist())
+        if isinstance(meant, Sequence) and len(meant) == len(real) and all(is_whole(one) for one in meant):
+            meant = torch.tensor([operator.index(one) for one in meant])  # one number for each row
+        rows = _by_row(meant, what, real.sum(1).tolist())
     if any(len(places) != 1 for places in rows):
         raise InputError(
-            f"{what}={given!r}: one position is meant in each row (a number, or as many as there are rows, {len(real)})."
+            f"{what}={meant!r}: one position is meant in each row (a number, or as many as there are rows, {len(real)})."
         )
     counts = real.sum(1).tolist()
     numbers = [_within(places, what, row, counts[row])[0] for row, places in enumerate(rows)]

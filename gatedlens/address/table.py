@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gatedlens.address.point import Point
 from gatedlens.errors import PointError, did_you_mean, in_bytes
+
+if TYPE_CHECKING:  # pandas and rich are imported where a table is shown
+    from pandas import DataFrame
+    from rich.table import Table
+else:
+    DataFrame = Table = Any
 
 COLUMNS = ("name", "axes", "shape", "equation", "source", "lazy", "bytes_per_token")
 
@@ -37,13 +43,13 @@ class HookTable:
             raise PointError(f"{name!r} is no row of this table.{did_you_mean(str(name), known)}")
         return found
 
-    def to_dataframe(self) -> Any:
+    def to_dataframe(self) -> DataFrame:
         """`model.hook_table().to_dataframe()`: a pandas DataFrame, one row a point."""
         import pandas
 
         return pandas.DataFrame(self.rows, columns=list(COLUMNS))
 
-    def __rich__(self) -> Any:
+    def __rich__(self) -> Table:
         from rich.markup import escape
         from rich.table import Table
 

@@ -25,6 +25,7 @@ from gatedlens.circuits.faithfulness import EdgePatch
 from gatedlens.circuits.graph import Edge
 from gatedlens.errors import InputError
 from gatedlens.files import Fields, read_json, write_json
+from gatedlens.foreign import Axes, Figure
 from gatedlens.metrics import Metric
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
@@ -32,14 +33,11 @@ from gatedlens.options import checked
 from gatedlens.result.result import Result
 from gatedlens.runs.engine import Earlier, Effort
 
-# matplotlib is optional, and a `data` of another kind gets the error of `Fields`: for editors and type checkers alone.
+# A `data` of another kind gets the error of `Fields`: for editors and type checkers alone.
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
     Data: TypeAlias = Mapping[str, Any]
 else:
-    Axes = Figure = Data = Any
+    Data = Any
 
 FORMAT = 1  # of the JSON
 

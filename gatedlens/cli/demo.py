@@ -19,6 +19,7 @@ from gatedlens.attention.stack import implicit_attention
 from gatedlens.cli.outfolder import out_folder
 from gatedlens.data import digits
 from gatedlens.errors import InputError
+from gatedlens.hooks.vim import HookedViM
 from gatedlens.loading import BUNDLED, from_pretrained
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.plot.matrices import plain
@@ -145,6 +146,7 @@ def compare(out: str | Path = "out", seed: int = 3, digit: int = 4) -> Compariso
     images, labels = digits()["test"]
     image, label = images[digit : digit + 1], int(labels[digit])
     vim = from_pretrained(DIGITS)
+    assert isinstance(vim, HookedViM)
     A = implicit_attention(vim, image, layer=-1)
     probabilities = vim(image)[0].softmax(-1)
     guess = int(probabilities.argmax())

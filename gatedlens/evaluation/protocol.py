@@ -41,6 +41,7 @@ from gatedlens.evaluation.curves import AXES, Curve
 from gatedlens.evaluation.removal import Nothing
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
+from gatedlens.options import checked
 
 # -- measures ---------------------------------------------------------------------------------------------------------
 
@@ -120,6 +121,7 @@ PROTOCOLS = {
 ORDERS = ("positive", "negative")
 
 
+@checked
 def perturbation(
     model: HookedModel, input: Input, scores: Scores, labels: Labels = None, *, order: str = "positive", **options: Any
 ) -> Curve:
@@ -134,6 +136,7 @@ def perturbation(
     return curve(PROTOCOLS[order], model, input, scores, labels, **options)
 
 
+@checked
 def activation_curve(model: HookedModel, input: Input, scores: Scores, labels: Labels = None, **options: Any) -> Curve:
     """`gl.evaluation.activation_curve(model, tokens, scores, labels).area`: from an input that holds nothing, put places
     back, most relevant first; the label's probability. Its area is AUAC; up is better.
@@ -143,6 +146,7 @@ def activation_curve(model: HookedModel, input: Input, scores: Scores, labels: L
     return curve(PROTOCOLS["activation"], model, input, scores, labels, **options)
 
 
+@checked
 def pruning_curve(model: HookedModel, input: Input, scores: Scores, labels: Labels = None, **options: Any) -> Curve:
     """`gl.evaluation.pruning_curve(model, tokens, scores).area`: take places away, those with the smallest |score| first;
     mean over logits of (logit - clean logit)^2. Its area is AU-MSE; down is better.
@@ -152,6 +156,7 @@ def pruning_curve(model: HookedModel, input: Input, scores: Scores, labels: Labe
     return curve(PROTOCOLS["pruning"], model, input, scores, labels, **options)
 
 
+@checked
 def deletion(model: HookedModel, input: Input, scores: Scores, labels: Labels = None, **options: Any) -> Curve:
     """`gl.evaluation.deletion(model, images, scores).area`: take away 0 % to 100 % of the places, most relevant first; the
     label's probability. Down is better. options: those of `curve`. Source: Petsiuk et al. 2018 (arXiv 1806.07421).
@@ -159,6 +164,7 @@ def deletion(model: HookedModel, input: Input, scores: Scores, labels: Labels = 
     return curve(PROTOCOLS["deletion"], model, input, scores, labels, **options)
 
 
+@checked
 def insertion(model: HookedModel, input: Input, scores: Scores, labels: Labels = None, **options: Any) -> Curve:
     """`gl.evaluation.insertion(model, images, scores).area`: from the blurred image (or from tokens that say nothing) put back
     0 % to 100 % of the places, most relevant first; the label's probability. Up is better.
@@ -185,6 +191,7 @@ def difference(insertion: Curve, deletion: Curve) -> Curve:
 # -- the engine -----------------------------------------------------------------------------------------------------
 
 
+@checked
 def curve(
     protocol: Protocol,
     model: HookedModel,

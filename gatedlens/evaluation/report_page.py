@@ -25,6 +25,7 @@ from gatedlens.evaluation.item import Item
 from gatedlens.evaluation.protocol import PROTOCOLS
 from gatedlens.evaluation.result import MEASURED, Evaluation
 from gatedlens.model.base import HookedModel
+from gatedlens.options import checked
 from gatedlens.plot.matrices import Html, text, visible
 
 # -- charts and small pictures ----------------------------------------------------------------------------------------
@@ -121,6 +122,7 @@ PICTURE = "width:96px;height:96px;image-rendering:pixelated;border:1px solid #cc
 SAID = {"down": "down is better", "up": "up is better"}
 
 
+@checked
 def report(found: Evaluation, model: HookedModel | None = None) -> Html:
     """`gl.evaluation.report(found, model).save("report.html")`: the page; with the `model` the images that it read stand
     beside their maps, and tokens are said in words.

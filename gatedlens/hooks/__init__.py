@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Any
+
+from gatedlens.model.base import HookedModel
 
 
-def architectures() -> dict[str, Any]:
+def architectures() -> dict[str, type[HookedModel]]:
     """`architectures()["mamba"]`: every architecture in this folder, by file name: `{"mamba": HookedMamba, ...}`."""
     modules = {info.name: importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)}
     return {name: module.HOOKED for name, module in modules.items()}

@@ -28,6 +28,7 @@ from gatedlens import fused
 from gatedlens.address.point import Alias, Point, View, block_aliases, block_rows
 from gatedlens.errors import CheckpointError
 from gatedlens.model import fields
+from gatedlens.model.base import HookedModel, Wrapped
 from gatedlens.model.block import Block, Mixer, Norm, Run, eps_of, norm_rows, residual_rows
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.fields import (
@@ -39,6 +40,7 @@ from gatedlens.model.fields import (
     POSITIVE,
     SIZE,
     TEXT,
+    ConfigValue,
     layers_of,
     listed,
     one_of,
@@ -501,7 +503,7 @@ class HookedMamba(HookedLanguageModel):
     cfg: MambaConfig
 
     @classmethod
-    def describe(cls, wrapped: Any, model_name: str) -> MambaConfig:
+    def describe(cls, wrapped: Wrapped, model_name: str) -> MambaConfig:
         """The cfg of a wrapped model, from the shapes of its parameters and the few numbers that shapes do not tell."""
         backbone, config = wrapped.backbone, wrapped.config
         if len(backbone.layers) == 0:
@@ -579,9 +581,14 @@ class HookedMamba(HookedLanguageModel):
         return Weights(config)
 
     @classmethod
-    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> HookedMamba:
+    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> HookedMamba:
         """A small random model for tests and tours: 2 layers, 16 wide, state 4, 3 taps... whatever `sizes` say."""
-        config = {"d_model": 16, "n_layer": 2, "vocab_size": 40, "ssm_cfg": {"d_state": 4, "d_conv": 4}} | sizes
+        config: dict[str, Any] = {
+            "d_model": 16,
+            "n_layer": 2,
+            "vocab_size": 40,
+            "ssm_cfg": {"d_state": 4, "d_conv": 4},
+        } | sizes
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng():
             torch.manual_seed(seed)

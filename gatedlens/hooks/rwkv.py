@@ -35,10 +35,11 @@ from torch import Tensor, nn
 from gatedlens.address.point import Alias, Point, block_aliases, block_rows
 from gatedlens.errors import CheckpointError
 from gatedlens.model import fields
+from gatedlens.model.base import Wrapped
 from gatedlens.model.block import MlpBlock, Norm, Run, TokenMixing, eps_of, mlp_residual_rows, norm_rows
 from gatedlens.model.checkpoint import depth, shape_of
 from gatedlens.model.config import HookedConfig
-from gatedlens.model.fields import COUNT, EPS, INTEGER, SIZE, layers_of
+from gatedlens.model.fields import COUNT, EPS, INTEGER, SIZE, ConfigValue, layers_of
 from gatedlens.model.hookpoint import Part, rows_of
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.padding import Padding
@@ -414,7 +415,7 @@ class HookedRWKV(HookedLanguageModel):
     cfg: RWKVConfig
 
     @classmethod
-    def describe(cls, wrapped: Any, model_name: str) -> RWKVConfig:
+    def describe(cls, wrapped: Wrapped, model_name: str) -> RWKVConfig:
         """The cfg of a wrapped model, from the shapes of its parameters and its config."""
         fields.check(wrapped.config.to_dict(), cls.hub_fields, f"{model_name}'s config")
         if len(wrapped.rwkv.blocks) == 0:
@@ -543,7 +544,7 @@ class HookedRWKV(HookedLanguageModel):
         )
 
     @classmethod
-    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> HookedRWKV:
+    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> HookedRWKV:
         """A small random model for tests and tours: 2 layers, 16 wide, halved after each... whatever `sizes` say.
 
         sizes: arguments of transformers' RwkvConfig. Its own initialisation is nearly silent (zero matrices, constant

@@ -36,6 +36,7 @@ __all__ = ["LogitLens", "logit_attribution", "logit_lens", "token_attribution"]
 EMBED = "embed"
 
 
+@checked
 @torch.no_grad()
 def logit_lens(model: HookedModel, input: Input) -> LogitLens:
     """`gl.lens.logit_lens(model, input)`: text, ids, a pair (ids, mask), images, or a cache with the residual streams."""

@@ -40,6 +40,7 @@ SCALE = "ln_final.hook_scale"
 REMAINDER = "remainder"
 
 
+@checked
 @torch.no_grad()
 def logit_attribution(
     model: HookedModel, input: Input, right: Tokens, wrong: Tokens | None = None, pos: Positions = None
@@ -57,6 +58,7 @@ def logit_attribution(
     return reading.result(values, ("batch", "component"), {"component": list(parts)})
 
 
+@checked
 @torch.no_grad()
 def token_attribution(
     model: HookedModel, input: Input, right: Tokens, wrong: Tokens | None = None, pos: Positions = None

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, overload
 
 import torch
 from jaxtyping import Float, Shaped
@@ -26,18 +26,31 @@ from gatedlens.address.point import Alias, Point, View
 from gatedlens.address.table import HookTable
 from gatedlens.errors import CheckpointError, InputError
 from gatedlens.model import placement
-from gatedlens.model.batch import Batch
-from gatedlens.model.block import Block, Norm, Run, norm_rows
+from gatedlens.model.batch import Batch, Input, Output
+from gatedlens.model.block import Norm, Run, norm_rows
 from gatedlens.model.config import HookedConfig
-from gatedlens.model.fields import Field
+from gatedlens.model.fields import ConfigValue, Field
 from gatedlens.model.hooking import Hooking
 from gatedlens.model.hookpoint import HookPoint, rows_of, same
 from gatedlens.model.image import Grid
 from gatedlens.model.padding import Padding
 from gatedlens.model.state import CARRIED, Carried, RecurrentState
+from gatedlens.model.tokenizer import TokenizerLike
 from gatedlens.model.turns import Turns
 from gatedlens.model.watch import AGAIN, Watch, check_plain
 from gatedlens.options import checked, is_whole
+
+if TYPE_CHECKING:
+    from gatedlens.compat.nnsight import TracedModel  # a door: at run time `nnsight()` alone imports it
+
+    class Wrapped(nn.Module):
+        """A vendor's module: its parts are attributes by the vendor's names."""
+
+        def __getattr__(self, name: str) -> Any: ...
+else:
+    Wrapped = TracedModel = Any
+
+R = TypeVar("R")
 
 
 class HookedModel(Hooking):
@@ -63,13 +76,15 @@ class HookedModel(Hooking):
     cfg: HookedConfig
     blocks: Sequence[Block]  # an nn.ModuleList of them
     wrapped: Any
+    blocks: Any  # an nn.ModuleList of Blocks
+    tokenizer: Any  # with the words of transformers' tokenizers; None without one
     training: bool
 
     if TYPE_CHECKING:  # hook points are attributes, named by rows
 
         def __getattr__(self, name: str) -> Any: ...
 
-    def __init__(self, wrapped: nn.Module, *, model_name: str = "", tokenizer: Any = None):
+    def __init__(self, wrapped: nn.Module, *, model_name: str = "", tokenizer: TokenizerLike = None):
         super().__init__()
         check_plain(wrapped)
         self.wrapped = wrapped
@@ -102,7 +117,7 @@ class HookedModel(Hooking):
     # -- what an architecture gives ------------------------------------------------------------------------------
 
     @classmethod
-    def describe(cls, wrapped: Any, model_name: str) -> Any:
+    def describe(cls, wrapped: Wrapped, model_name: str) -> HookedConfig:
         """`HookedMamba.describe(wrapped, model_name)`: the cfg of `wrapped`; CheckpointError for a model that this
         architecture cannot run.
         """
@@ -148,7 +163,7 @@ class HookedModel(Hooking):
         return None
 
     @classmethod
-    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
+    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> HookedModel:
         """`HookedMamba.tiny(seed=0)`: a small random model for tests and tours."""
         raise NotImplementedError
 
@@ -296,7 +311,7 @@ class HookedModel(Hooking):
         itemsize = torch.empty((), dtype=self.cfg.dtype).element_size()
         return HookTable(f"{self.cfg.model_name}: hook points ({self.title})", rows, self.cfg.sizes, itemsize)
 
-    def nnsight(self) -> Any:
+    def nnsight(self) -> TracedModel:
         """`traced = model.nnsight()`: this model in nnsight's hands, a TracedModel; see `nnsight.py`."""
         from gatedlens.compat.nnsight import TracedModel
 
@@ -310,6 +325,48 @@ class HookedModel(Hooking):
         return out
 
     # -- forward -------------------------------------------------------------------------------------------------
+
+    if TYPE_CHECKING:  # what `return_type` and `return_state` make of the output; an architecture's `forward` says more
+
+        @overload
+        def __call__(
+            self,
+            input: Input | None = None,
+            return_type: Literal["logits", "loss"] = "logits",
+            *,
+            return_state: Literal[False] = False,
+            **options: Any,
+        ) -> Tensor: ...
+        @overload
+        def __call__(
+            self,
+            input: Input | None = None,
+            return_type: Literal["logits", "loss"] = "logits",
+            *,
+            return_state: Literal[True],
+            **options: Any,
+        ) -> tuple[Tensor, RecurrentState]: ...
+        @overload
+        def __call__(
+            self,
+            input: Input | None = None,
+            *,
+            return_type: Literal["both"],
+            return_state: Literal[False] = False,
+            **options: Any,
+        ) -> Output: ...
+        @overload
+        def __call__(
+            self,
+            input: Input | None = None,
+            *,
+            return_type: None,
+            stop_at_layer: None = None,
+            return_state: Literal[False] = False,
+            **options: Any,
+        ) -> None: ...
+        @overload
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`forward`, side by side with other threads' calls, and never while another thread has hooks on."""
@@ -360,7 +417,7 @@ class HookedModel(Hooking):
             raise InputError("This hook needs the call that it runs in: call the model, not a block by itself.")
         return run
 
-    def there(self, module: nn.Module | list[nn.Module], function: Any, *inputs: Any) -> Any:
+    def there(self, module: nn.Module | list[nn.Module], function: Callable[..., R], *inputs: object) -> R:
         """`model.there(block.weights, block, resid, run)`: `block(resid, run)`, where accelerate put the weights of the
         module (of a list: their own).
         """

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+import numpy
 from jaxtyping import Float
 from torch import Tensor
 
@@ -31,19 +32,29 @@ class Batch:
     is_resid: bool = False
 
 
-# What a model is called on: a text, several, ids [batch, pos] or [pos], images, a Batch that `prepare` made, a tokenizer's
-# mapping. For editors and type checkers: whoever passes something else gets the error of `prepare`.
-if TYPE_CHECKING:
-    Input: TypeAlias = str | Sequence[Any] | Mapping[str, Any] | Tensor | Batch
-else:
-    Input = Any
-
-
 class Output(NamedTuple):
     """`logits, loss = model(tokens, return_type="both")`."""
 
     logits: Float[Tensor, "batch ..."]
     loss: Float[Tensor, ...]
+
+
+# For editors and type checkers; whoever passes something else gets the error of the function that reads it.
+#
+# Input          what a model is called on: a text, several, ids [batch, pos] or [pos], images, a Batch that `prepare` made,
+#                a tokenizer's mapping
+# Array          numbers: a tensor, numpy's array, lists
+# Option         what `forward` takes beside its input; run_with_cache and run_with_hooks hand it on
+# ForwardOutput  what `forward` gives: logits, a loss, a residual stream, or as `return_type` and `return_state` say
+if TYPE_CHECKING:
+    from gatedlens.model.state import RecurrentState
+
+    Input: TypeAlias = str | Sequence[Any] | Mapping[str, Any] | Tensor | Batch
+    Array: TypeAlias = Tensor | numpy.ndarray[Any, Any] | Sequence[Any]
+    Option: TypeAlias = Array | str | int | RecurrentState | None
+    ForwardOutput: TypeAlias = Tensor | Output | tuple[Tensor | Output | None, RecurrentState] | None
+else:
+    Input = Array = Option = ForwardOutput = Any
 
 
 def check_return_type(return_type: Any) -> None:

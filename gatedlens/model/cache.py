@@ -8,9 +8,10 @@ cache.tokens, cache.mask, cache.state
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
+import numpy
 import torch
 import transformer_lens
 from jaxtyping import Float
@@ -23,10 +24,22 @@ from gatedlens.errors import InputError, PointError, did_you_mean
 from gatedlens.model.hookpoint import HookPoint, Saver
 from gatedlens.recurrence.autocast import exact
 
+# For editors and type checkers; whoever passes something else gets the error of the function that reads it.
+#
+# Key            what a cache is asked for: a name, or TransformerLens's shorthand (word, layer[, part])
+# SliceLike      what `pos_slice=` and `batch_slice=` take: some positions of the input as it is laid out, or some rows
+# TokensOfLogits whose logits are meant: a text of one token, an id, ids [batch] or [batch, pos]
 if TYPE_CHECKING:
     from gatedlens.model.base import HookedModel
-else:  # that file imports this one
-    HookedModel = Any
+    from gatedlens.model.state import RecurrentState
+
+    Key: TypeAlias = str | tuple[str] | tuple[str, int] | tuple[str, int, str]
+    SliceLike: TypeAlias = (
+        int | slice | tuple[int, ...] | Sequence[int] | numpy.ndarray[Any, Any] | Tensor | Slice | None
+    )
+    TokensOfLogits: TypeAlias = str | int | Sequence[Any] | Tensor
+else:
+    HookedModel = RecurrentState = Key = SliceLike = TokensOfLogits = Any
 
 # ResidualCache: the residual stream of a cached run, decomposed into our components by TransformerLens's methods.
 #
@@ -40,9 +53,9 @@ else:  # that file imports this one
 class ResidualCache(transformer_lens.ActivationCache):
     """TransformerLens's ActivationCache, where it takes a model for a transformer; `find(key)` is ActivationCache's."""
 
-    model: Any
+    model: HookedModel
 
-    def find(self, key: Any) -> Any:
+    def find(self, key: Key) -> Found:
         """The point or view that `key` stands for; PointError for none."""
         raise NotImplementedError
 
@@ -52,7 +65,7 @@ class ResidualCache(transformer_lens.ActivationCache):
         mlp_input: bool = False,
         mode: str = "all",
         apply_ln: bool = False,
-        pos_slice: Any = None,
+        pos_slice: SliceLike = None,
         incl_embeds: bool = True,
         return_labels: bool = False,
     ) -> Float[Tensor, "component ..."] | tuple[Float[Tensor, "component ..."], list[str]]:
@@ -91,7 +104,7 @@ class ResidualCache(transformer_lens.ActivationCache):
         layer: int | None = None,
         incl_mid: bool = False,
         apply_ln: bool = False,
-        pos_slice: Any = None,
+        pos_slice: SliceLike = None,
         mlp_input: bool = False,
         return_labels: bool = False,
     ) -> Float[Tensor, "component ..."] | tuple[Float[Tensor, "component ..."], list[str]]:
@@ -116,10 +129,10 @@ class ResidualCache(transformer_lens.ActivationCache):
     def logit_attrs(
         self,
         residual_stack: Float[Tensor, "component ..."],
-        tokens: Any,
-        incorrect_tokens: Any = None,
-        pos_slice: Any = None,
-        batch_slice: Any = None,
+        tokens: TokensOfLogits,
+        incorrect_tokens: TokensOfLogits | None = None,
+        pos_slice: SliceLike = None,
+        batch_slice: SliceLike = None,
         has_batch_dim: bool = True,
     ) -> Float[Tensor, "component ..."]:
         """`cache.logit_attrs(cache.decompose_resid(), tokens=" whale")`: each component's share of the tokens' logits.
@@ -148,19 +161,19 @@ class ResidualCache(transformer_lens.ActivationCache):
 
     # -- what TransformerLens computes for attention heads, neurons and its own SSM bridges alone --------------------------
 
-    def _no_heads(self, *_: Any, **__: Any) -> Any:
+    def _no_heads(self, *_: object, **__: object) -> NoReturn:
         raise PointError(
             f"{self.model.cfg.model_name} is not made of attention heads: decompose_resid() splits the residual stream into "
             "mixers and channel mixers, and gl.implicit_attention(cache, layer=...).contributions() a mixer into tokens."
         )
 
-    def _no_neurons(self, *_: Any, **__: Any) -> Any:
+    def _no_neurons(self, *_: object, **__: object) -> NoReturn:
         raise PointError(
             f"{self.model.cfg.model_name} has gated channel mixers, whose neurons are no terms of a sum of W_out's rows "
             "alone: decompose_resid(mode='mlp') gives the channel mixers, their points what is inside."
         )
 
-    def _no_ssm_bridge(self, *_: Any, **__: Any) -> Any:
+    def _no_ssm_bridge(self, *_: object, **__: object) -> NoReturn:
         raise PointError(
             "This is for TransformerLens's own bridge. Here gl.implicit_attention(cache, layer=...).only('scan').dense() is "
             "the scan's matrix, and cache['state', layer] its states, with names_filter='blocks.*.hook_state'."
@@ -186,7 +199,7 @@ class ActivationCache(ResidualCache):
         has_batch_dim: bool = True,
         tokens: Tensor | None = None,
         mask: Tensor | None = None,
-        state: Any = None,
+        state: RecurrentState | None = None,
         sliced: bool = False,
     ):
         super().__init__(cache_dict, model, has_batch_dim=has_batch_dim)
@@ -195,7 +208,7 @@ class ActivationCache(ResidualCache):
         self.state = state
         self.sliced = sliced
 
-    def find(self, key: Any) -> Found:
+    def find(self, key: Key) -> Found:
         """`cache.find(("dt", 3))`: the point or view that a key stands for in this model.
 
         key: a full name, an alias, or TransformerLens's (word, layer[, part]). PointError for one that the model lacks.
@@ -208,7 +221,7 @@ class ActivationCache(ResidualCache):
             raise PointError(f"{key!r} is no key of a cache: use a name, or (word, layer), or (word, layer, part).")
         return names.short(*key)
 
-    def __getitem__(self, key: Any) -> Tensor:
+    def __getitem__(self, key: Key) -> Tensor:
         if isinstance(key, str) and key in self.cache_dict:
             return self.cache_dict[key]
         suffix = ""
@@ -233,7 +246,7 @@ class ActivationCache(ResidualCache):
         if t >= states.shape[-3]:
             raise PointError(f"{key!r}: there are {states.shape[-3]} positions, 0 to {states.shape[-3] - 1}.")
 
-    def apply_slice_to_batch_dim(self, batch_slice: Any) -> ActivationCache:
+    def apply_slice_to_batch_dim(self, batch_slice: SliceLike) -> ActivationCache:
         """`cache.apply_slice_to_batch_dim(slice(0, 4))`: a cache of some rows of the batch, with their tokens, mask and
         state.
 

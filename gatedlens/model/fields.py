@@ -7,14 +7,19 @@ check({"d_model": 16, "n_layer": "2"}, FIELDS, "folder/config.json")
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gatedlens.errors import CheckpointError
 
 LARGEST = 2**31 - 1
+# What a key of a config may hold; for type checkers alone, since `check` says more of what it may not.
+if TYPE_CHECKING:
+    ConfigValue: TypeAlias = int | float | str | Sequence[Any] | Mapping[str, Any] | None
+else:
+    ConfigValue = Any
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,13 +10,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gatedlens.errors import InputError
-from gatedlens.model.batch import Input
+from gatedlens.model.batch import Array, Input
+from gatedlens.model.state import RecurrentState
 from gatedlens.options import checked
 
-if TYPE_CHECKING:
-    from gatedlens.model.base import HookedModel
-else:  # that file imports this one
-    HookedModel = Any
+if TYPE_CHECKING:  # language.py imports this file
+    from typing_extensions import Unpack
+
+    from gatedlens.model.language import HookedLanguageModel
+
+    Generated: TypeAlias = str | list[str] | Tensor
+else:
+    HookedLanguageModel = Generated = Any
 
 
 @checked
@@ -54,10 +59,65 @@ def _check(max_new_tokens: int, temperature: int | float, top_k: int | None, top
         raise InputError(f"top_p={top_p}: it lies in (0, 1].")
 
 
+class Sampling(TypedDict, total=False):
+    """What `generate` takes by name beside what decides the kind of its output."""
+
+    stop_at_eos: bool
+    eos_token_id: int | None
+    do_sample: bool
+    top_k: int | None
+    top_p: int | float | None
+    temperature: int | float
+    seed: int | None
+    prepend_bos: bool | None
+    padding_side: str | None
+    attention_mask: Array | None
+    state: RecurrentState | None
+    verbose: bool
+    input_ids: Array | None
+    token_type_ids: Array | None
+
+
+if TYPE_CHECKING:  # text in, text out; ids in, ids out; with return_state the state beside it
+
+    @overload
+    def generate(
+        self: HookedLanguageModel,
+        input: str,
+        max_new_tokens: int = 10,
+        *,
+        return_type: Literal["input", "str"] = "input",
+        return_state: Literal[False] = False,
+        **options: Unpack[Sampling],
+    ) -> str: ...
+    @overload
+    def generate(
+        self: HookedLanguageModel,
+        input: Input | None = None,
+        max_new_tokens: int = 10,
+        *,
+        return_type: Literal["tokens"],
+        return_state: Literal[False] = False,
+        **options: Unpack[Sampling],
+    ) -> Tensor: ...
+    @overload
+    def generate(
+        self: HookedLanguageModel,
+        input: Tensor,
+        max_new_tokens: int = 10,
+        *,
+        return_type: Literal["input"] = "input",
+        return_state: Literal[False] = False,
+        **options: Unpack[Sampling],
+    ) -> Tensor: ...
+    @overload
+    def generate(self: HookedLanguageModel, input: Any = None, *args: Any, **options: Any) -> Any: ...
+
+
 @checked
 @torch.no_grad()
 def generate(
-    self: Any,
+    self: HookedLanguageModel,
     input: Input | None = None,
     max_new_tokens: int = 10,
     stop_at_eos: bool = True,
@@ -69,14 +129,14 @@ def generate(
     seed: int | None = None,
     prepend_bos: bool | None = None,
     padding_side: str | None = None,
-    attention_mask: Any = None,
-    state: Any = None,
+    attention_mask: Array | None = None,
+    state: RecurrentState | None = None,
     return_type: str = "input",
     return_state: bool = False,
     verbose: bool = True,
-    input_ids: Any = None,
-    token_type_ids: Any = None,
-) -> Any:
+    input_ids: Array | None = None,
+    token_type_ids: Array | None = None,
+) -> Generated | tuple[Generated, RecurrentState]:
     """`model.generate("Call me", max_new_tokens=20, temperature=0.8, seed=0)`: the input and what follows it.
 
     Text in, text out; ids in, ids [batch, pos + new] out (`return_type` "str", "tokens" or "input", the kind that came

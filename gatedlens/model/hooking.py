@@ -11,9 +11,9 @@ silently missing, and hooks undone on exceptions too.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
 import transformer_lens
@@ -22,15 +22,22 @@ from transformer_lens.utilities import Slice
 
 from gatedlens.address.names import Names, NamesFilter
 from gatedlens.errors import InputError, PointError, TooLargeError, in_bytes
-from gatedlens.model.batch import Batch, Input
-from gatedlens.model.cache import ActivationCache, Keep, KeepLive, gradients
+from gatedlens.model.batch import Batch, ForwardOutput, Input, Option, Output
+from gatedlens.model.cache import ActivationCache, Keep, KeepLive, SliceLike, gradients
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import Capture, HookPoint, Saver
 from gatedlens.model.turns import Turns
 from gatedlens.model.views import Visit
-from gatedlens.options import checked, device_of, is_many
+from gatedlens.options import Device, checked, device_of, is_many
 
 Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
+# What `fwd_hooks=` and `bwd_hooks=` take, and `self` as it is returned; for type checkers alone, since `_pairs` says more.
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    Hooks: TypeAlias = Iterable[Hook]
+else:
+    Hooks = Self = Any
 CACHE_LIMIT = 8 * 2**30  # bytes that run_with_cache takes without being told more
 
 
@@ -41,7 +48,7 @@ class Hooking(transformer_lens.HookedRootModule):
     cfg: HookedConfig
     turns: Turns
 
-    def prepare(self, input: Input | None, **options: Any) -> tuple[Batch, dict[str, Any]]:
+    def prepare(self, input: Input | None, **options: Option) -> tuple[Batch, dict[str, Any]]:
         """`batch, options = model.prepare(input)`: the input as tensors, checked, with the options of `forward` that are
         still to be used.
         """
@@ -82,11 +89,11 @@ class Hooking(transformer_lens.HookedRootModule):
     @contextmanager
     def hooks(
         self,
-        fwd_hooks: Any = (),
-        bwd_hooks: Any = (),
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
-    ) -> Iterator[Any]:
+    ) -> Iterator[Self]:
         """`with model.hooks(fwd_hooks=[(name, hook)]): ...`: hooks for the time of the block; every name is checked first.
 
         Meanwhile other threads' calls of this model wait; see `turns.py`.
@@ -115,7 +122,7 @@ class Hooking(transformer_lens.HookedRootModule):
     def reset_hooks(
         self,
         clear_contexts: bool = True,
-        direction: Any = "both",
+        direction: str = "both",
         including_permanent: bool = False,
         level: int | None = None,
     ) -> None:
@@ -127,15 +134,52 @@ class Hooking(transformer_lens.HookedRootModule):
             self.turns.clear()
         super().reset_hooks(clear_contexts, direction, including_permanent, level)
 
+    @overload
     def run_with_hooks(
         self,
-        *model_args: Any,
-        fwd_hooks: Any = (),
-        bwd_hooks: Any = (),
+        input: Input | None = None,
+        return_type: Literal["logits", "loss"] = "logits",
+        *,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        return_state: Literal[False] = False,
+        **options: Any,
+    ) -> Tensor: ...
+    @overload
+    def run_with_hooks(
+        self,
+        input: Input | None = None,
+        *,
+        return_type: Literal["both"],
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        return_state: Literal[False] = False,
+        **options: Any,
+    ) -> Output: ...
+    @overload
+    def run_with_hooks(
+        self,
+        input: Input | None = None,
+        *,
+        return_type: None,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        stop_at_layer: None = None,
+        return_state: Literal[False] = False,
+        **options: Any,
+    ) -> None: ...
+    @overload
+    def run_with_hooks(self, *args: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **options: Any) -> Any: ...
+
+    def run_with_hooks(
+        self,
+        *model_args: Input | Option,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
-        **model_kwargs: Any,
-    ) -> Any:
+        **model_kwargs: Input | Option,
+    ) -> ForwardOutput:
         """`model.run_with_hooks(tokens, fwd_hooks=[("blocks.3.mixer.hook_gate", f)])`: one forward with hooks.
 
         The other arguments are those of `forward`. PointError for a hook whose point did not fire (a layer that was not
@@ -155,10 +199,10 @@ class Hooking(transformer_lens.HookedRootModule):
         self,
         names_filter: NamesFilter = None,
         incl_bwd: bool = False,
-        device: Any = None,
+        device: Device = None,
         remove_batch_dim: bool = False,
         cache: dict[str, Tensor] | None = None,
-        pos_slice: Any = None,
+        pos_slice: SliceLike = None,
     ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
         """`store, forward, backward = model.get_caching_hooks("blocks.*.mixer.hook_dt")`: hooks that fill `store` when the
         model runs under them.
@@ -179,7 +223,7 @@ class Hooking(transformer_lens.HookedRootModule):
         self,
         names_filter: NamesFilter = None,
         incl_bwd: bool = False,
-        device: Any = None,
+        device: Device = None,
         remove_batch_dim: bool = False,
         cache: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
@@ -193,22 +237,70 @@ class Hooking(transformer_lens.HookedRootModule):
         self.is_caching = True
         return store
 
+    @overload
+    def run_with_cache(
+        self,
+        input: Input | None = None,
+        return_type: Literal["logits", "loss"] = "logits",
+        *,
+        names_filter: NamesFilter = None,
+        device: Device = None,
+        remove_batch_dim: bool = False,
+        incl_bwd: bool = False,
+        pos_slice: SliceLike = None,
+        return_cache_object: Literal[True] = True,
+        max_bytes: int | None = CACHE_LIMIT,
+        return_state: Literal[False] = False,
+        **options: Any,
+    ) -> tuple[Tensor, ActivationCache]: ...
+    @overload
+    def run_with_cache(
+        self,
+        input: Input | None = None,
+        *,
+        return_type: Literal["both"],
+        names_filter: NamesFilter = None,
+        return_cache_object: Literal[True] = True,
+        return_state: Literal[False] = False,
+        **options: Any,
+    ) -> tuple[Output, ActivationCache]: ...
+    @overload
+    def run_with_cache(
+        self,
+        input: Input | None = None,
+        *,
+        return_type: None,
+        names_filter: NamesFilter = None,
+        return_cache_object: Literal[True] = True,
+        stop_at_layer: None = None,
+        return_state: Literal[False] = False,
+        **options: Any,
+    ) -> tuple[None, ActivationCache]: ...
+    @overload
+    def run_with_cache(
+        self, *args: Any, names_filter: NamesFilter = None, return_cache_object: Literal[False], **options: Any
+    ) -> tuple[Any, dict[str, Tensor]]: ...
+    @overload
+    def run_with_cache(
+        self, *args: Any, names_filter: NamesFilter = None, return_cache_object: Literal[True] = True, **options: Any
+    ) -> tuple[Any, ActivationCache]: ...
+
     @checked
     def run_with_cache(
         self,
         input: Input | None = None,
-        *model_args: Any,
+        *model_args: Option,
         names_filter: NamesFilter = None,
-        device: Any = None,
+        device: Device = None,
         remove_batch_dim: bool = False,
         incl_bwd: bool = False,
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
-        pos_slice: Any = None,
+        pos_slice: SliceLike = None,
         return_cache_object: bool = True,
         max_bytes: int | None = CACHE_LIMIT,
-        **model_kwargs: Any,
-    ) -> tuple[Any, Any]:
+        **model_kwargs: Option,
+    ) -> tuple[ForwardOutput, ActivationCache | dict[str, Tensor]]:
         """`out, cache = model.run_with_cache(input, names_filter="blocks.*.mixer.hook_dt")`.
 
         names_filter: None (every point that is not lazy), a name, alias or glob, a list of these, or a predicate on

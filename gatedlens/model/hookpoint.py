@@ -7,6 +7,7 @@ if self.hook_state.heard():                # a lazy point: ask right before buil
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -73,8 +74,8 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
 
     def add_hook(
         self,
-        hook: Any,
-        dir: Any = "fwd",
+        hook: Callable[..., Any],
+        dir: str = "fwd",
         is_permanent: bool = False,
         level: int | None = None,
         prepend: bool = False,
@@ -110,7 +111,7 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         self.bwd_hooks.insert(0 if prepend else len(self.bwd_hooks), handle)
         return handle
 
-    def remove_hooks(self, dir: Any = "fwd", including_permanent: bool = False, level: int | None = None) -> None:
+    def remove_hooks(self, dir: str = "fwd", including_permanent: bool = False, level: int | None = None) -> None:
         """`point.remove_hooks("both")`: take off the hooks of a direction ("fwd", "bwd" or "both") and of a level, as
         TransformerLens's.
 
@@ -119,7 +120,7 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         if self.fwd_hooks or self.bwd_hooks:
             super().remove_hooks(dir, including_permanent, level)
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: Tensor | None) -> Tensor | None:
         """`point.forward(x)`: x. Behind a backward hook a copy, since torch hands in a view that must not be edited in place."""
         return x.clone() if x is not None and (self._backward_hooks or self._backward_pre_hooks) else x
 

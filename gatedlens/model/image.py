@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -19,6 +19,12 @@ from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.files import optional
+from gatedlens.model.batch import Array
+
+if TYPE_CHECKING:  # Pillow is imported where an image is read
+    from PIL.Image import Image as Picture
+else:
+    Picture = Any
 
 # Images as the official Vision Mamba evaluation prepares them: Pillow in, tensor out. torchvision is not needed.
 #
@@ -35,7 +41,7 @@ MODES = {3: ("RGB", "L"), 1: ("L",)}  # what an image may be, by the model's cha
 
 
 def preprocess(
-    image: Any,
+    image: Picture,
     size: tuple[int, int] = (224, 224),
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
@@ -49,7 +55,7 @@ def preprocess(
     return (scaled - torch.tensor(mean).reshape(-1, 1, 1)) / torch.tensor(std).reshape(-1, 1, 1)
 
 
-def preprocess_mask(mask: Any, size: tuple[int, int] = (224, 224)) -> Int[Tensor, "height width"]:
+def preprocess_mask(mask: Array, size: tuple[int, int] = (224, 224)) -> Int[Tensor, "height width"]:
     """A mask [height, width] of an image (1, 0 and -1, or booleans), resized (nearest) and cut as `preprocess` does it."""
     from PIL import Image
 
@@ -81,8 +87,8 @@ def _framed(image: Any, size: tuple[int, int], resampling: Any) -> Any:
     return image
 
 
-def picture(path: str | Path) -> Any:
-    """The PIL image of a file, wholly read; InputError that names a file which is missing, cut off, or no image."""
+def picture(path: str | Path) -> Picture:
+    """`picture("cat.jpg")`: the PIL image of a file; InputError, with its name, for one that is missing, cut off, or no image."""
     pillow = optional("PIL.Image", "data")
     try:
         image = pillow.open(path)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gatedlens.address.entries import Index, Where
+from gatedlens.model.base import HookedModel
 from gatedlens.model.hookpoint import Capture, HookPoint
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Intervention:
         return [hook for step in self.steps for hook in step.hooks(model)]
 
     @contextmanager
-    def on(self, model: HookedModel) -> Iterator[Any]:
+    def on(self, model: HookedModel) -> Iterator[HookedModel]:
         """`with ablation.on(model): ...`"""
         with model.hooks(self.hooks(model)):
             yield model

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,11 @@ from gatedlens.errors import InputError
 from gatedlens.model import placement
 from gatedlens.model import text as text_
 from gatedlens.model.base import HookedModel
-from gatedlens.model.batch import Batch, Input, Output, check_return_type
+from gatedlens.model.batch import Array, Batch, ForwardOutput, Input, Option, Output, check_return_type
 from gatedlens.model.generation import generate
 from gatedlens.model.padding import Padding
 from gatedlens.model.state import RecurrentState
-from gatedlens.model.tokenizer import tokenizer_of
+from gatedlens.model.tokenizer import TokenizerLike, tokenizer_of
 from gatedlens.recurrence.transforms import anywhere
 
 
@@ -54,13 +54,33 @@ def next_token_loss(
     return padding.spread(F.pad(losses, (0, 1)).unsqueeze(-1)).squeeze(-1)[:, :-1]
 
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class ForwardOptions(TypedDict, total=False):
+    """What `forward` takes by name beside what decides the kind of its output."""
+
+    loss_per_token: bool
+    prepend_bos: bool | None
+    padding_side: str | None
+    start_at_layer: int | None
+    stop_at_layer: int | None
+    attention_mask: Array | None
+    state: RecurrentState | None
+    tokens: Tensor | None
+    position_ids: Tensor | None
+    input_ids: Array | None
+    token_type_ids: Array | None
+
+
 class HookedLanguageModel(HookedModel):
     """What every language model shares; an architecture adds its rows, its blocks and where its embeddings are."""
 
     first_points = (Point("hook_embed", "batch pos d_model", "embedding[token]", "the embedding"),)
     last_points = (Point("hook_logits", "batch pos d_vocab", "unembedding(ln_final.out)", "the unembedding"),)
 
-    def __init__(self, wrapped: nn.Module, *, model_name: str = "", tokenizer: Any = None):
+    def __init__(self, wrapped: nn.Module, *, model_name: str = "", tokenizer: TokenizerLike = None):
         super().__init__(wrapped, model_name=model_name, tokenizer=tokenizer)
         self.set_tokenizer(tokenizer)
 
@@ -118,7 +138,7 @@ class HookedLanguageModel(HookedModel):
 
     # -- forward -------------------------------------------------------------------------------------------------
 
-    def prepare(
+    def prepare(  # type: ignore[override]  # names the options that the base takes as **options
         self,
         input: Input | None = None,
         return_type: str | None = "logits",
@@ -126,11 +146,11 @@ class HookedLanguageModel(HookedModel):
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
         *,
-        attention_mask: Any = None,
+        attention_mask: Array | None = None,
         start_at_layer: int | None = None,
-        input_ids: Any = None,
-        token_type_ids: Any = None,
-        **options: Any,
+        input_ids: Array | None = None,
+        token_type_ids: Array | None = None,
+        **options: Option,
     ) -> tuple[Batch, dict[str, Any]]:
         """`batch, options = model.prepare(text)`: the input as a Batch (tokens, or with start_at_layer a residual stream,
         and the mask), and the options of `forward` that are still to be used.
@@ -192,6 +212,38 @@ class HookedLanguageModel(HookedModel):
             raise InputError(f"The residual stream is empty: {list(resid.shape)}.")
         return resid
 
+    if TYPE_CHECKING:
+        # one signature for each kind of output; `ForwardOptions` are the others of `forward`, which decide none.
+        @overload
+        def forward(
+            self,
+            input: Input | None = None,
+            return_type: Literal["logits", "loss"] = "logits",
+            *,
+            return_state: Literal[False] = False,
+            **options: Unpack[ForwardOptions],
+        ) -> Tensor: ...
+        @overload
+        def forward(
+            self,
+            input: Input | None = None,
+            return_type: Literal["logits", "loss"] = "logits",
+            *,
+            return_state: Literal[True],
+            **options: Unpack[ForwardOptions],
+        ) -> tuple[Tensor, RecurrentState]: ...
+        @overload
+        def forward(
+            self,
+            input: Input | None = None,
+            *,
+            return_type: Literal["both"],
+            return_state: Literal[False] = False,
+            **options: Unpack[ForwardOptions],
+        ) -> Output: ...
+        @overload
+        def forward(self, *args: Any, **options: Any) -> Any: ...
+
     def forward(
         self,
         input: Input | None = None,
@@ -201,14 +253,14 @@ class HookedLanguageModel(HookedModel):
         padding_side: str | None = None,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
-        attention_mask: Any = None,
+        attention_mask: Array | None = None,
         state: RecurrentState | None = None,
         return_state: bool = False,
         tokens: Shaped[Tensor, "*text token"] | None = None,
         position_ids: Shaped[Tensor, "*document position"] | None = None,
-        input_ids: Any = None,
-        token_type_ids: Any = None,
-    ) -> Any:
+        input_ids: Array | None = None,
+        token_type_ids: Array | None = None,
+    ) -> ForwardOutput:
         """`model.forward(input)`, called as `logits = model(input)`: `logits = model(input)`: logits [batch, pos,
         d_vocab], the loss, both (an Output) or None, by `return_type`.
 
@@ -248,6 +300,9 @@ class HookedLanguageModel(HookedModel):
             return out
         seen = run.padding.counts(batch.value) + (0 if state is None else state.seen.to(resid.device))
         return out, RecurrentState(run.left or {}, seen, self.cfg.model_name)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # type: ignore[assignment]  # by the same signatures, which name their options
 
     def _outputs(
         self,
@@ -337,7 +392,7 @@ class HookedLanguageModel(HookedModel):
 
     # -- text ----------------------------------------------------------------------------------------------------
 
-    def set_tokenizer(self, tokenizer: Any) -> None:
+    def set_tokenizer(self, tokenizer: TokenizerLike) -> None:
         """`model.set_tokenizer(tokenizer)`: use `tokenizer`: transformers', a folder of one, or anything that encodes and
         decodes (None: none).
 
@@ -347,10 +402,10 @@ class HookedLanguageModel(HookedModel):
         `model.tokenizer.padding_side = "right"`; else on the left (cfg.default_padding_side). The side that a tokenizer comes
         with is its maker's default, the right nearly always, and counts for nothing.
         """
-        self.tokenizer = tokenizer = tokenizer_of(tokenizer)
-        text_.forget_side(tokenizer)
-        self.cfg.tokenizer_name = None if tokenizer is None else (getattr(tokenizer, "name_or_path", "") or None)
-        self.cfg.default_prepend_bos = tokenizer is not None and tokenizer.bos_token_id is not None
+        self.tokenizer = found = tokenizer_of(tokenizer)
+        text_.forget_side(found)
+        self.cfg.tokenizer_name = None if found is None else (getattr(found, "name_or_path", "") or None)
+        self.cfg.default_prepend_bos = found is not None and found.bos_token_id is not None
 
     def _need_tokenizer(self, what: str) -> Any:
         if self.tokenizer is None:
@@ -420,7 +475,14 @@ class HookedLanguageModel(HookedModel):
         ids, mask = self._tokenize([input] if isinstance(input, str) else input, prepend_bos, padding_side)
         return ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
 
-    def to_string(self, tokens: Any) -> Any:
+    if TYPE_CHECKING:
+
+        @overload
+        def to_string(self, tokens: int | list[int]) -> str: ...
+        @overload
+        def to_string(self, tokens: Array) -> Any: ...
+
+    def to_string(self, tokens: int | Array) -> str | list[str]:
         """`model.to_string(tokens)`: a text for ids [pos], a list of texts for [batch, pos]."""
         tokenizer = self._need_tokenizer("to_string")
         ids = torch.as_tensor(tokens)
@@ -428,7 +490,16 @@ class HookedLanguageModel(HookedModel):
             return [tokenizer.decode(row) for row in ids.tolist()]
         return tokenizer.decode([int(ids)] if ids.ndim == 0 else ids.tolist())
 
-    def to_str_tokens(self, input: Input, prepend_bos: bool | None = None) -> Any:
+    if TYPE_CHECKING:
+
+        @overload
+        def to_str_tokens(self, input: str, prepend_bos: bool | None = None) -> list[str]: ...
+        @overload
+        def to_str_tokens(self, input: list[str], prepend_bos: bool | None = None) -> list[list[str]]: ...
+        @overload
+        def to_str_tokens(self, input: Input, prepend_bos: bool | None = None) -> Any: ...
+
+    def to_str_tokens(self, input: Input, prepend_bos: bool | None = None) -> list[str] | list[list[str]]:
         """`model.to_str_tokens("Call me")`: each token as a text; a list of lists for a list of texts or a batch of
         several rows.
         """

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from gatedlens.errors import CheckpointError, InputError
 from gatedlens.model.checkpoint import HUB, read_json, reading
@@ -19,6 +19,18 @@ from gatedlens.model.checkpoint import HUB, read_json, reading
 log = logging.getLogger(__name__)
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+# What `tokenizer=` takes. For type checkers alone: `tokenizer_of` says more of what is none.
+if TYPE_CHECKING:
+
+    class Encodes(Protocol):
+        """transformers' tokenizers, tiktoken's, sentencepiece's, RWKV's, and your own."""
+
+        def encode(self, *args: Any, **kwargs: Any) -> Any: ...
+        def decode(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    TokenizerLike: TypeAlias = Encodes | str | Path | None
+else:
+    TokenizerLike = Any
 MISSING: Any = object()  # what a tokenizer lacks
 IDS = {  # what each special id is called: an attribute, or a method as in sentencepiece
     "bos_token_id": ("bos_token_id", "bos_id"),
@@ -39,7 +51,7 @@ PLAINLY: dict[
 }
 
 
-def tokenizer_of(given: Any) -> Any:
+def tokenizer_of(given: TokenizerLike) -> Any:
     """What encodes and decodes as transformers' tokenizers do: `given` itself, what its folder holds, or an Adapter.
 
     None stays None. InputError for what cannot encode and decode.

@@ -16,9 +16,9 @@ from gatedlens.address.point import Found
 from gatedlens.errors import HookError, PointError
 from gatedlens.model.hookpoint import Capture
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # base.py imports this file, through hooking.py
     from gatedlens.model.base import HookedModel
-else:  # that file imports this one
+else:
     HookedModel = Any
 
 

@@ -15,9 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 from gatedlens.errors import InputError, PointError, did_you_mean
+from gatedlens.foreign import DataFrame
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
 from gatedlens.options import checked
@@ -29,12 +30,6 @@ from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Call, Cell, Plan
 from gatedlens.runs.meter import Metrics
 from gatedlens.runs.pair import Cached, Clean
-
-# pandas is optional: its class is named for editors and type checkers alone.
-if TYPE_CHECKING:
-    from pandas import DataFrame
-else:
-    DataFrame = Any
 
 HEADS, POSITIONS = ("head", "head_index"), ("pos", "src_pos", "dest_pos")  # TransformerLens's words for axes
 
@@ -221,6 +216,7 @@ def get_act_patch_by_channel_group(
     return sweep(model, corrupted_tokens, clean_cache, patching_metric, points, axes, groups=groups, **options)
 
 
+@checked
 def get_act_patch_block_every(
     model: HookedModel, corrupted_tokens: Input, clean_cache: Cached, patching_metric: Metrics, **options: Any
 ) -> Result:

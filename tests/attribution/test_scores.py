@@ -241,7 +241,7 @@ def test_a_metric_without_a_gradient_is_explained(model):
 
 def test_wrong_inputs_of_attributions_are_explained(hooked):
     model = hooked.tiny()
-    with pytest.raises(gl.InputError, match="takes a gatedlens model, not Linear"):
+    with pytest.raises(gl.InputError, match=r"lrp\(model=a Linear\): expected a gatedlens model"):
         attribution.lrp(torch.nn.Linear(1, 1), [[1]])
     if model.grid is None:
         with pytest.raises(gl.InputError, match="out of range"):

@@ -343,7 +343,7 @@ def test_wrong_questions_of_a_curve_are_explained(lm, options, message):
 
 
 def test_foreign_models_and_images_are_explained():
-    with pytest.raises(gl.InputError, match="takes a gatedlens model"):
+    with pytest.raises(gl.InputError, match="expected a gatedlens model"):
         evaluation.perturbation(torch.nn.Linear(1, 1), torch.zeros(1, 1), torch.zeros(1, 1))
     vim = gl.HookedViM.tiny()
     with pytest.raises(gl.InputError, match="reads float images"):

@@ -30,6 +30,7 @@ from gatedlens.address.point import Point, block_aliases, block_rows
 from gatedlens.errors import CheckpointError
 from gatedlens.hooks.griffin.local_attention import LocalAttention
 from gatedlens.model import fields
+from gatedlens.model.base import Wrapped
 from gatedlens.model.batch import Batch
 from gatedlens.model.block import Mixer, MlpBlock, Norm, Run, mlp_residual_rows, norm_rows
 from gatedlens.model.config import HookedConfig
@@ -42,6 +43,7 @@ from gatedlens.model.fields import (
     SHARE,
     SIZE,
     TEXT,
+    ConfigValue,
     layers_of,
     listed,
     one_of,
@@ -440,7 +442,7 @@ class HookedGriffin(HookedLanguageModel):
     cfg: GriffinConfig
 
     @classmethod
-    def describe(cls, wrapped: Any, model_name: str) -> GriffinConfig:
+    def describe(cls, wrapped: Wrapped, model_name: str) -> GriffinConfig:
         """The cfg of a wrapped model, from the shapes of its parameters and the few numbers that shapes do not tell."""
         config, layers = wrapped.config, wrapped.model.layers
         fields.check(config.to_dict(), cls.hub_fields, f"{model_name}'s config")
@@ -582,10 +584,16 @@ class HookedGriffin(HookedLanguageModel):
         return renamed(state)
 
     @classmethod
-    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> HookedGriffin:
+    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> HookedGriffin:
         """A small random model for tests and tours: blocks R R A, 16 wide, window 8... whatever `sizes` say, in the
         words of transformers' RecurrentGemmaConfig."""
-        given = {"hidden_size": 16, "num_hidden_layers": 3, "vocab_size": 40, "intermediate_size": 48, "lru_width": 24}
+        given: dict[str, Any] = {
+            "hidden_size": 16,
+            "num_hidden_layers": 3,
+            "vocab_size": 40,
+            "intermediate_size": 48,
+            "lru_width": 24,
+        }
         heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "attention_window_size": 8}
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):

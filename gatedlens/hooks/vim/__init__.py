@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, overload
 
 import torch
 import torch.nn.functional as F
@@ -42,10 +42,11 @@ from gatedlens.hooks.vim.checkpoint import (
     variant_config,
 )
 from gatedlens.model import fields, placement
-from gatedlens.model.base import HookedModel
-from gatedlens.model.batch import Batch, Input, Output, check_return_type
+from gatedlens.model.base import HookedModel, Wrapped
+from gatedlens.model.batch import Array, Batch, ForwardOutput, Input, Option, Output, check_return_type
 from gatedlens.model.block import Block, Norm, Run, TokenMixing, norm_rows, residual_rows
 from gatedlens.model.config import HookedConfig
+from gatedlens.model.fields import ConfigValue
 from gatedlens.model.hookpoint import rows_of
 from gatedlens.model.image import IMAGENET_MEAN, IMAGENET_STD, Grid, preprocess, preprocess_mask
 from gatedlens.model.padding import Padding
@@ -53,6 +54,11 @@ from gatedlens.model.state import RecurrentState
 from gatedlens.recurrence.factors import Factors
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.transforms import anywhere, plain
+
+if TYPE_CHECKING:  # Pillow is imported where an image is read
+    from PIL.Image import Image
+else:
+    Image = Any
 
 PAPER = "Vim, arXiv 2401.09417"
 
@@ -341,7 +347,7 @@ class HookedViM(HookedModel):
     # -- what an architecture gives ------------------------------------------------------------------------------
 
     @classmethod
-    def describe(cls, wrapped: Any, model_name: str) -> ViMConfig:
+    def describe(cls, wrapped: Wrapped, model_name: str) -> ViMConfig:
         """The cfg of a VisionMamba, ours or the official: sizes from its parameters, the rest from its attributes."""
         told = vars(wrapped)
         fields.check(told.get("config", {}), FIELDS, f"{model_name}'s config")
@@ -426,24 +432,24 @@ class HookedViM(HookedModel):
         """(channels, height, width) of an image."""
         return (self.cfg.n_channels, *self.cfg.image_size)
 
-    def preprocess(self, image: Any) -> Float[Tensor, "channels height width"]:
+    def preprocess(self, image: Image) -> Float[Tensor, "channels height width"]:
         """`model.preprocess(Image.open(path))`: a PIL image as the official evaluation prepares it."""
         return preprocess(image, self.cfg.image_size, self.cfg.image_mean, self.cfg.image_std)
 
-    def preprocess_mask(self, mask: Any) -> Int[Tensor, "height width"]:
+    def preprocess_mask(self, mask: Array) -> Int[Tensor, "height width"]:
         """`model.preprocess_mask(mask)`: what the model sees of an image's mask [height, width], cut as `preprocess` cuts."""
         return preprocess_mask(mask, self.cfg.image_size)
 
     # -- forward -------------------------------------------------------------------------------------------------
 
-    def prepare(
+    def prepare(  # type: ignore[override]  # names the options that the base takes as **options
         self,
-        input: Input | None,
+        input: Input,
         return_type: str | None = "logits",
-        labels: Any = None,
+        labels: int | Array | None = None,
         *,
         start_at_layer: int | None = None,
-        **options: Any,
+        **options: Option,
     ) -> tuple[Batch, dict[str, Any]]:
         """Images (or, with start_at_layer, a residual stream), and the options of `forward` still to be used."""
         _refuse_sequence_options(options)
@@ -493,17 +499,35 @@ class HookedViM(HookedModel):
         shares[:, places] = 1 / len(places)
         return shares
 
+    if TYPE_CHECKING:  # one signature for each kind of output
+
+        @overload
+        def forward(
+            self,
+            input: Input,
+            return_type: Literal["logits", "loss"] = "logits",
+            labels: int | Array | None = None,
+            start_at_layer: int | None = None,
+            stop_at_layer: int | None = None,
+        ) -> Tensor: ...
+        @overload
+        def forward(
+            self, input: Input, *, return_type: Literal["both"], labels: int | Array | None = None
+        ) -> Output: ...
+        @overload
+        def forward(self, *args: Any, **options: Any) -> Any: ...
+
     def forward(
         self,
         input: Input,
         return_type: str | None = "logits",
-        labels: Any = None,
+        labels: int | Array | None = None,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
-        **unsupported: Any,
-    ) -> Any:
-        """`model.forward(images)`, called as `logits = model(images)`: `logits = model(images)`: logits [batch, class],
-        the loss, both (an Output) or None, by `return_type`.
+        **unsupported: Option,
+    ) -> ForwardOutput:
+        """`logits = model(images)`, which is `model.forward(images)`: logits [batch, class], the loss, both (an Output)
+        or None, by `return_type`.
 
         input: images [batch, channels, height, width], one PIL image or several; with `start_at_layer` the residual
         stream [batch, pos, d_model] that enters that block. labels [batch]: the classes, for a loss (mean cross
@@ -525,6 +549,9 @@ class HookedViM(HookedModel):
             return None if return_type is None else logits
         loss = F.cross_entropy(logits, self._check_labels(labels, logits.shape[0]).to(logits.device))
         return loss if return_type == "loss" else Output(logits, loss)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # type: ignore[assignment]  # by the same signatures, which take images alone
 
     def embed(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch pos d_model"]:
         """`model.embed(images)`: the residual stream that images start: patches, class tokens in their places, absolute
@@ -586,7 +613,7 @@ class HookedViM(HookedModel):
             )
         return labels.long()
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: object, **kwargs: object) -> NoReturn:
         """`model.generate()` is a language model's: InputError."""
         raise InputError(
             f"generate: {self.title} classifies images, it has no next token. `model(images)` gives logits."
@@ -635,9 +662,9 @@ class HookedViM(HookedModel):
         return config_from_shapes(state, variant_config(str(name)), told.get("input_size"))
 
     @classmethod
-    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> HookedViM:
+    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> HookedViM:
         """A small random model for tests and tours: 12 x 12 images, patches of 4, 2 layers, 16 wide, 5 classes."""
-        config = {
+        config: dict[str, Any] = {
             "img_size": 12,
             "patch_size": 4,
             "stride": 4,
@@ -646,7 +673,7 @@ class HookedViM(HookedModel):
             "d_state": 4,
             "num_classes": 5,
         }
-        wrapped = VisionMamba(**{**config, "final_pool_type": "mean", **sizes})
+        wrapped = VisionMamba(**(config | {"final_pool_type": "mean"} | sizes))
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, p in wrapped.named_parameters():
