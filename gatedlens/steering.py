@@ -73,6 +73,7 @@ def _mean(model: HookedModel, given: Input, name: str, pos: int | None) -> tuple
     batch = inputs.ready(model, given)
     _, cache = model.run_with_cache(batch, names_filter=name)
     real, at = inputs.real(model, batch), model.hook_dict[name].pos_dim
+    assert at is not None
     x = cache[name].movedim(at, 1)
     if pos is None:
         kept = x.masked_fill(~real.reshape(*real.shape, *[1] * (x.ndim - 2)), 0)

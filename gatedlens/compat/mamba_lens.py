@@ -14,10 +14,10 @@ hook's name, sees MambaLens's names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -36,9 +36,10 @@ from gatedlens.compat.mamba_lens_format import (
 from gatedlens.errors import InputError
 from gatedlens.hooks import mamba
 from gatedlens.loading import from_pretrained
-from gatedlens.model.batch import Input, Output
+from gatedlens.model.batch import ForwardOutput, Input
 from gatedlens.model.block import Norm, Run
-from gatedlens.model.state import RecurrentState
+from gatedlens.model.hooking import Hooks
+from gatedlens.model.tokenizer import TokenizerLike
 
 __all__ = [
     "HookedMamba",
@@ -49,14 +50,6 @@ __all__ = [
     "convert_original_config_to_hooked_mamba_config",
     "convert_original_state_dict_to_hooked_state_dict",
 ]
-# Hooks by a name or by a predicate of names, and what a forward returns. For editors: other kinds get the errors of the
-# functions below.
-if TYPE_CHECKING:
-    Hooks: TypeAlias = Iterable[tuple[str | Callable[[str], bool], Callable[..., Any]]]
-    Answer: TypeAlias = Tensor | Output | None
-    Forwarded: TypeAlias = Answer | tuple[Answer, RecurrentState]
-else:
-    Hooks = Answer = Forwarded = Any
 TOKENIZER = "EleutherAI/gpt-neox-20b"  # of the original checkpoints, which come without one
 EVERYWHERE = ("hook_embed", "hook_norm", "hook_logits")
 IN_A_BLOCK = (
@@ -89,8 +82,8 @@ class HookedMamba(mamba.HookedMamba):
     def from_pretrained(
         cls,
         pretrained_model_name: str | Path,
-        device: torch.device | str | None = None,
-        tokenizer: str | Path | Any = None,
+        device: str | torch.device | None = None,
+        tokenizer: TokenizerLike = None,
     ) -> HookedMamba:
         """`HookedMamba.from_pretrained("state-spaces/mamba-130m")`: a hub name, folder or bundled model, as
         `gl.from_pretrained`; the tokenizer is the checkpoint's, else GPT-NeoX's.
@@ -109,7 +102,7 @@ class HookedMamba(mamba.HookedMamba):
             tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
         return cls(model.wrapped, model_name=model.cfg.model_name, tokenizer=tokenizer)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input: Input | None = None,
         *args: Any,
@@ -118,7 +111,7 @@ class HookedMamba(mamba.HookedMamba):
         fast_ssm: bool = False,
         warn_disabled_hooks: bool = True,
         **options: Any,
-    ) -> Forwarded:
+    ) -> ForwardOutput:
         """`model.forward(input, only_use_these_layers=[0, 1, 3])`, called as `model(input)`: as gatedlens's forward.
 
         only_use_these_layers: run these blocks alone, in this order, as often as they are named. fast_conv, fast_ssm and
@@ -195,7 +188,9 @@ class HookedMamba(mamba.HookedMamba):
             names_filter = self._chosen(names_filter, input, options)
         return super().run_with_cache(input, *args, names_filter=names_filter, **options)
 
-    def run_with_hooks(self, *args: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **options: Any) -> Forwarded:
+    def run_with_hooks(  # type: ignore[override]
+        self, *args: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **options: Any
+    ) -> ForwardOutput:
         """`model.run_with_hooks(tokens, fwd_hooks=[("blocks.3.hook_h.2", patch)])`: as gatedlens's.
 
         A predicate in place of a name stands for the names of MambaLens that it picks; InputError if it picks none.
@@ -231,14 +226,14 @@ class HookedMamba(mamba.HookedMamba):
 
     # -- parameters --------------------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Tensor]:
         """`model.state_dict()`: parameters by MambaLens's names; within a larger module, and with arguments, as torch's."""
         if args or options:
             return super().state_dict(*args, **options)
         return convert_original_state_dict_to_hooked_state_dict(state_dict=self.wrapped.state_dict())
 
     def load_state_dict(
-        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> tuple[list[str], list[str]]:
         """`missing, unexpected = model.load_state_dict(state_dict)`: parameters by MambaLens's names, or by mamba-ssm's."""
         if not any(key.startswith("backbone.") for key in state_dict):

@@ -90,7 +90,7 @@ def convert_original_config_to_hooked_mamba_config(
 
 def convert_hooked_mamba_config_to_original_config(hooked_mamba_cfg: MambaCfg | mamba.MambaConfig) -> dict[str, Any]:
     """`convert_hooked_mamba_config_to_original_config(cfg)`: a MambaCfg, or the cfg of a model, as mamba-ssm's config.json."""
-    cfg = hooked_mamba_cfg
+    cfg: Any = hooked_mamba_cfg
     if isinstance(cfg, MambaCfg):
         ssm = {name: getattr(cfg, name) for name in SSM}
         vocab, multiple = cfg.vocab_size, cfg.pad_vocab_size_multiple

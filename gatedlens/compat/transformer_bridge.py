@@ -29,8 +29,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES, ArchitectureAdapterFactory
 from transformer_lens.hook_points import LensHandle
-from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+from transformer_lens.model_bridge.bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.generalized_components import EmbeddingBridge, UnembeddingBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent

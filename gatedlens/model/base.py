@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, overload
 
@@ -27,7 +27,7 @@ from gatedlens.address.table import HookTable
 from gatedlens.errors import CheckpointError, InputError
 from gatedlens.model import placement
 from gatedlens.model.batch import Batch, Input, Output
-from gatedlens.model.block import Norm, Run, norm_rows
+from gatedlens.model.block import Block, Norm, Run, norm_rows
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.fields import ConfigValue, Field
 from gatedlens.model.hooking import Hooking
@@ -76,7 +76,6 @@ class HookedModel(Hooking):
     cfg: HookedConfig
     blocks: Sequence[Block]  # an nn.ModuleList of them
     wrapped: Any
-    blocks: Any  # an nn.ModuleList of Blocks
     tokenizer: Any  # with the words of transformers' tokenizers; None without one
     training: bool
 

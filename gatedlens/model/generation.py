@@ -183,7 +183,7 @@ def _last_real(mask: Bool[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:
     return mask.shape[1] - 1 - mask.flip(1).to(torch.int8).argmax(1)
 
 
-def _text(model: HookedModel, batch: Any, new: list[Int[Tensor, " batch"]], input: Input | None) -> Any:
+def _text(model: HookedLanguageModel, batch: Any, new: list[Int[Tensor, " batch"]], input: Input | None) -> Any:
     """The texts, without padding and BOS."""
     tokenizer = model._need_tokenizer("return_type='str'")
     texts = []

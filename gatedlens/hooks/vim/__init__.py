@@ -462,7 +462,7 @@ class HookedViM(HookedModel):
 
     def _check_images(self, input: Input | None) -> Float[Tensor, "batch channels height width"]:
         if not isinstance(input, Tensor):
-            images = list(input) if isinstance(input, Sequence) and not isinstance(input, str) else [input]
+            images: list[Any] = list(input) if isinstance(input, Sequence) and not isinstance(input, str) else [input]
             if not images:
                 raise InputError("There is no image in this batch: the list is empty.")
             input = torch.stack([self.preprocess(image) for image in images])
