@@ -1,17 +1,7 @@
-"""Implicit attention: what a gated-linear layer attends to, as one exact, lazy linear operator.
+"""ImplicitAttention: one layer's operator; `help(gl.attention)` shows what it offers.
 
-    logits, cache = model.run_with_cache("The cat sat on the mat")
-    A = gl.implicit_attention(cache, layer=3)
-    A @ x                       # batch pos channel: the layer's output without r; A.T @ g goes back
-    A.row(-1), A.column(0)      # batch channel src / dst
-    A.mean()                    # batch dst src, channels averaged; A.abs_mean(), A.weighted(w)
-    A.grouped([slow, fast])     # batch group dst src: the mean of each group of channels
-    A.dense(channels=[0, 5])    # batch channel dst src
-    A.without("skip"), A.only("scan"), A.paper("unified"), A.paper("hidden")
-    A.contributions()           # token to token, in d_model: norms, projections on a direction, vectors
-    A.check()                   # how exactly A x + r is the layer's output, and every view the same A
-
-o = A x + r with A = diag(gate) (S + diag(skip)) diag(act) M: see `factors.py`. Nothing of size [state, pos, pos] is built.
+o = A x + r with A = diag(gate) (S + diag(skip)) diag(act) M: see `factors.py`. Nothing of size [state, pos, pos] is built: views
+are sums over blocks of the scan's matrix, rows and columns one pass of it. i is a destination, j a source.
 """
 
 from __future__ import annotations

@@ -224,12 +224,14 @@ def _abs_mean(attention: ImplicitAttention) -> Tensor:
 
 @overload
 def implicit_attention(
-    source: Any, input: Input | None = None, *, layer: None = None, layers: Layers = None, **options: Any
+    source: Source, input: Input | None = None, *, layer: None = None, layers: Layers = None, **options: Any
 ) -> AttentionStack: ...
 
 
 @overload
-def implicit_attention(source: Any, input: Input | None = None, *, layer: Any, **options: Any) -> ImplicitAttention: ...
+def implicit_attention(
+    source: Source, input: Input | None = None, *, layer: Any, **options: Any
+) -> ImplicitAttention: ...
 
 
 def implicit_attention(

@@ -1,4 +1,9 @@
-"""Reading: which layers, factors and channels of the implicit attention an attribution reads, and how; all checked.
+"""The options that the three attention methods share, and what is read of the implicit attention under them.
+
+    options = Options(layers=None, start_layer=1, factors="hidden")
+    reader = AttentionReader.of(question, options, keeps_own=False)     # every option checked, the operators built
+    reader.row(attention), reader.matrix(attention)                     # of each layer in reader.stack
+    reader.answer(scores, "rollout", "attention rollout")               # the Attribution
 
 layers       a slice or a sequence of layers (None: all), or start_layer: all from that one on
 factors      "unified" (gate, scan, act, conv: the matrix of UIA), "hidden" (the scan alone: that of HA), "all" (the skip
@@ -36,8 +41,45 @@ MODES = ("paper", "official")
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What was asked for, with the operators in `stack`; `steps` are the official ones, None for the formulas."""
+class Options:
+    """What a caller of an attention method may choose: see the head of this file. Nothing is checked yet."""
+
+    layers: Layers = None
+    start_layer: Layers = None
+    factors: str | Sequence[str] = "unified"
+    channels: str = "mean"
+    sign: str = "signed"
+    own: bool | None = None
+    mode: str = "paper"
+
+    @property
+    def is_official(self) -> bool:
+        return self.mode == "official"
+
+    def check(self, **formula: Any) -> None:
+        """InputError for a choice that there is not. `formula`: the method's own options that only its formula knows."""
+        if self.mode not in MODES:
+            raise InputError(f"mode={self.mode!r}: it is 'paper' or 'official'.{did_you_mean(self.mode, MODES)}")
+        channels_.check(self.channels, self.sign)
+        _check_factors(self.factors)
+        chosen = {
+            "own": self.own,
+            **formula,
+            "channels": None if self.channels == Options.channels else self.channels,
+            "sign": None if self.sign == Options.sign else self.sign,
+        }
+        said = [f"{name}={value!r}" for name, value in chosen.items() if value is not None]
+        if self.is_official and said:  # the papers' code fixes all of these: to take them silently would mislead
+            raise InputError(f"mode='official' has its own steps: {' and '.join(said)} would be ignored.")
+
+
+@dataclass(frozen=True)
+class AttentionReader:
+    """The operators of the layers that take part, in `stack`, and how they are read.
+
+    factors: as in `Options`, names as a list. own: whether the own column is kept. steps: the official ones, None for the
+    formulas.
+    """
 
     question: Question
     stack: AttentionStack
@@ -48,43 +90,27 @@ class Reading:
     steps: official_code.Steps | None
 
     @staticmethod
-    def of(
-        question: Question,
-        layers: Layers,
-        start_layer: Layers,
-        factors: str | Sequence[str],
-        channels: str,
-        sign: str,
-        own: bool,
-        mode: str,
-        given: dict[str, Any],
-    ) -> Reading:
-        """given: options that only the formulas know; with mode="official" each must be None."""
-        if mode not in MODES:
-            raise InputError(f"mode={mode!r}: it is 'paper' or 'official'.{did_you_mean(mode, MODES)}")
-        channels_.check(channels, sign)
-        _check_factors(factors)
-        given = {
-            **given,
-            "channels": None if channels == "mean" else channels,
-            "sign": None if sign == "signed" else sign,
-        }
-        told = [f"{name}={value!r}" for name, value in given.items() if value is not None]
-        if mode == "official" and told:
-            raise InputError(f"mode='official' has its own steps: {' and '.join(told)} would be ignored.")
-        is_official = mode == "official"
-        default = official_code.start(question.model.cfg.n_layers) if is_official else 0
-        stack = _operators(question, layers, start_layer, default)
+    def of(question: Question, options: Options, keeps_own: bool, **formula: Any) -> AttentionReader:
+        """The checked options and the operators that they ask for.
+
+        keeps_own: whether the method's formula keeps the own column, where the caller does not say. formula: options that
+        the method has beside the common ones and that mode="official" does not know; None where the caller gave none.
+        """
+        options.check(**formula)
+        stack, factors = _operators(question, options), options.factors
         if isinstance(factors, str):
             stack = stack if factors == "all" else stack.paper(factors)
         else:
             stack, factors = stack.only(*factors), list(factors)
-        steps = official_code.steps(factors) if is_official else None
-        return Reading(question, stack, factors, channels, sign, own and not is_official, steps)
+        own = keeps_own if options.own is None else options.own
+        steps = official_code.steps(factors) if options.is_official else None
+        return AttentionReader(
+            question, stack, factors, options.channels, options.sign, own and not options.is_official, steps
+        )
 
     @property
     def read(self) -> Float[Tensor, "batch pos"]:
-        """The positions that the prediction is read from, as shares."""
+        """The positions that the prediction is read from, as shares of 1; at least float32."""
         return self.question.read.to(at_least_float32(self.question.features).dtype)
 
     # -- the formulas --------------------------------------------------------------------------------------------
@@ -106,6 +132,7 @@ class Reading:
     # -- the papers' code ----------------------------------------------------------------------------------------
 
     def official_row(self, attention: ImplicitAttention) -> Float[Tensor, "batch src channel"]:
+        """The row that is read as the papers' code computes it, channel by channel."""
         assert self.steps is not None
         return official_code.official_rows(attention, self.read, self.question.own, self.steps)
 
@@ -117,8 +144,8 @@ class Reading:
         scores = scores if self.own else scores.masked_fill(self.question.own, 0)
         mode = "paper" if self.steps is None else "official"
         self._tell_if_nothing_is_left(scores, method)
-        own = {"factors": self.factors, "channels": self.channels, "sign": self.sign, "own": self.own, "mode": mode}
-        return self.question.answer(scores, method, value, self.stack.layers, **own, **facts)
+        common = {"factors": self.factors, "channels": self.channels, "sign": self.sign, "own": self.own, "mode": mode}
+        return self.question.answer(scores, method, value, self.stack.layers, **common, **facts)
 
     def _tell_if_nothing_is_left(self, scores: Tensor, method: str) -> None:
         """A warning for rows that are 0 throughout: they rank nothing."""
@@ -139,14 +166,18 @@ def through(q: Float[Tensor, "batch dst"], matrix: Float[Tensor, "batch dst src"
         return torch.einsum("bi,bij->bj", q, matrix)
 
 
-def _operators(question: Question, layers: Layers, start_layer: Layers, default: int) -> AttentionStack:
-    """The implicit attention of the layers that were asked for; from `default` on if none was."""
-    model = question.model
-    if layers is not None and start_layer is not None:
-        raise InputError(f"layers={layers!r} and start_layer={start_layer}: give one of them.")
-    start = default if start_layer is None else layer_of(model, start_layer, START)
+def _operators(question: Question, options: Options) -> AttentionStack:
+    """The implicit attention of the layers that were asked for; where none were, of those that the mode starts with."""
+    model, layers, start = question.model, options.layers, options.start_layer
+    if layers is not None and start is not None:
+        raise InputError(f"layers={layers!r} and start_layer={start}: give one of them.")
+    if layers is None and start is None:
+        first = official_code.start(model.cfg.n_layers) if options.is_official else 0
+        layers = slice(first, None)
+    elif layers is None:
+        layers = slice(layer_of(model, start, START), None)
     with torch.no_grad():
-        return implicit_attention(model, question.batch, layers=slice(start, None) if layers is None else layers)
+        return implicit_attention(model, question.batch, layers=layers)
 
 
 def _check_factors(factors: Any) -> None:

@@ -7,8 +7,8 @@
 
 A_l the implicit attention of layer l, E the mean over channels, y_l the mixer's output after its projection, its gradient
 that of the explained number. The row is that of the position that the prediction is read from: the last real token, the
-class token. HA (arXiv 2403.01590), sec. 3.4; UIA (arXiv 2405.16504), sec. 3.4. The options that all three
-have: `attention_options.py`.
+class token. HA (arXiv 2403.01590), sec. 3.4; UIA (arXiv 2405.16504), sec. 3.4. The options that all three have:
+`attention_options.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gatedlens.address.layers import Layers
 from gatedlens.attribution import official_code
-from gatedlens.attribution.attention_options import Reading, through
+from gatedlens.attribution.attention_options import AttentionReader, Options, through
 from gatedlens.attribution.question import Question
 from gatedlens.attribution.scores import Attribution
 from gatedlens.attribution.target import Asked
@@ -50,20 +50,23 @@ def raw_attention(
     mode: str = "paper",
     attention_mask: Tensor | None = None,
 ) -> Attribution:
-    """`gl.attribution.raw_attention(model, text)`: mean over layers of the row that is read, E A_l[i, :], own column
-    included. The target plays no part in it.
+    """`gl.attribution.raw_attention(model, text)`: mean over layers of the row that is read, E A_l[i, :], own column kept.
 
-    mode="official": each layer's row min-maxed over channels and positions, negative means cut off, without the own
-    column, layers from 15/24 of the depth on.
+    The target plays no part in the scores. layers, start_layer, factors, channels, sign, own, mode: see
+    `attention_options.py`. mode="official": each layer's row min-maxed over channels and positions, negative means cut off,
+    without the own column, layers from 15/24 of the depth on.
+
+    InputError for an option or a target that there is not, or one that mode="official" would ignore.
+    Source: HA (arXiv 2403.01590), sec. 3.4.
     """
     question = Question.of(model, input, target, attention_mask)
-    keep = True if own is None else own
-    reading = Reading.of(question, layers, start_layer, factors, channels, sign, keep, mode, {"own": own})
-    if reading.steps is None:
-        rows = [reading.row(A) for A in reading.stack]
+    options = Options(layers, start_layer, factors, channels, sign, own, mode)
+    reader = AttentionReader.of(question, options, keeps_own=True)
+    if reader.steps is None:
+        rows = [reader.row(A) for A in reader.stack]
     else:
-        rows = [official_code.minmax(reading.official_row(A), question.real).mean(-1) for A in reading.stack]
-    return reading.answer(torch.stack(rows).mean(0), "raw_attention", "attention")
+        rows = [official_code.minmax(reader.official_row(A), question.real).mean(-1) for A in reader.stack]
+    return reader.answer(torch.stack(rows).mean(0), "raw_attention", "attention")
 
 
 @checked
@@ -81,22 +84,26 @@ def rollout(
     mode: str = "paper",
     attention_mask: Tensor | None = None,
 ) -> Attribution:
-    """`gl.attribution.rollout(model, text)`: the row that is read of (I + E A_last) ... (I + E A_first), signed and not
-    normalised, without its own column. The
-    target plays no part in it.
+    """`gl.attribution.rollout(model, text, start_layer=1)`: the row that is read of (I + E A_last) ... (I + E A_first).
 
-    The signed mean costs no matrix: the row goes back through the layers, q <- q + E A_l^T q. mode="official": the
-    rollout of one broadcast row a layer (see `official_code.py`), negative scores cut off. Abnar and Zuidema 2020.
+    Signed, not normalised, without its own column; the target plays no part in the scores. The signed mean costs no matrix:
+    the row goes back through the layers, q <- q + E A_l^T q. layers, start_layer, factors, channels, sign, own, mode: see
+    `attention_options.py`. mode="official": the rollout of one broadcast row a layer (see `official_code.py`), negative
+    scores cut off.
+
+    InputError for an option or a target that there is not, or one that mode="official" would ignore.
+    Source: HA (arXiv 2403.01590), sec. 3.4; Abnar and Zuidema 2020 (arXiv 2005.00928).
     """
     question = Question.of(model, input, target, attention_mask)
-    reading = Reading.of(question, layers, start_layer, factors, channels, sign, bool(own), mode, {"own": own})
-    if reading.steps is None:
-        q = reading.read
-        for A in reversed(list(reading.stack)):
-            q = q + reading.back(q, A)
+    options = Options(layers, start_layer, factors, channels, sign, own, mode)
+    reader = AttentionReader.of(question, options, keeps_own=False)
+    if reader.steps is None:
+        q = reader.read
+        for A in reversed(list(reader.stack)):
+            q = q + reader.back(q, A)
     else:
-        q = official_code.broadcast_rollout([reading.official_row(A).mean(-1) for A in reading.stack])
-    return reading.answer(q, "rollout", "attention rollout")
+        q = official_code.broadcast_rollout([reader.official_row(A).mean(-1) for A in reader.stack])
+    return reader.answer(q, "rollout", "attention rollout")
 
 
 @checked
@@ -115,9 +122,10 @@ def gradient_attention(
     mode: str = "paper",
     attention_mask: Tensor | None = None,
 ) -> Attribution:
-    """`gl.attribution.gradient_attention(model, text)`: the row that is read of the product over layers of I + relu(E grad
-    y_l * E A_l), without its own column.
+    """`gl.attribution.gradient_attention(model, text, target=7)`: the row that is read of the product over layers of
+    I + relu(E grad y_l * E A_l), without its own column.
 
+    layers, start_layer, factors, channels, sign, own, mode: see `attention_options.py`.
     weighted: which end of A_l[dst, src] the gradient stands at. The formula leaves it open. "dst" (the default): what
     y_l[dst] does to the target times what src does to y_l[dst]; where the mean gradient at the position that is read is
     negative, relu leaves its row only negative attention. "src": as the papers' code has it. mode="official": that code.
@@ -125,34 +133,38 @@ def gradient_attention(
     Under LayerNorms (RWKV-4) the formula says nothing: they take the mean of the stream away, so the mean gradient over
     d_model is 0. What is computed of it is rounding, which counts as 0 (`rounding.py`): every score is 0, and a warning says
     so. mode="official" takes the largest channel instead.
+
+    InputError for an option or a target that there is not, or one that mode="official" would ignore.
+    Source: UIA (arXiv 2405.16504), sec. 3.4; HA (arXiv 2403.01590), sec. 3.4.
     """
     if weighted not in (None, *WEIGHTED):
         raise InputError(f"weighted={weighted!r}: the gradient stands at 'dst' or 'src'.")
     question = Question.of(model, input, target, attention_mask)
-    given = {"own": own, "weighted": weighted}
-    reading = Reading.of(question, layers, start_layer, factors, channels, sign, bool(own), mode, given)
+    options = Options(layers, start_layer, factors, channels, sign, own, mode)
+    reader = AttentionReader.of(question, options, keeps_own=False, weighted=weighted)
     end = "src" if mode == "official" else weighted or "dst"
-    names = [f"blocks.{layer}.hook_mixer_out" for layer in reading.stack.layers]
+    names = [f"blocks.{layer}.hook_mixer_out" for layer in reader.stack.layers]
     found = question.gradients(*names)
-    gradients = [found[name].to(reading.read.dtype) for name in names]
-    if reading.steps is None:
+    gradients = [found[name].to(reader.read.dtype) for name in names]
+    if reader.steps is None:
         means = [total(g, found[name].dtype) / g.shape[-1] for name, g in zip(names, gradients, strict=True)]
         _tell_if_the_mean_is_zero(question, means)
-        q = reading.read
-        for mean, A in reversed(list(zip(means, reading.stack, strict=True))):
+        q = reader.read
+        for mean, A in reversed(list(zip(means, reader.stack, strict=True))):
             weight = mean.unsqueeze(2 if end == "dst" else 1)
-            q = q + through(q, (weight * reading.matrix(A)).clamp(min=0))
+            q = q + through(q, (weight * reader.matrix(A)).clamp(min=0))
     else:
         q = official_code.broadcast_rollout(
             [
-                official_code.weighted_row(reading.official_row(A), g, reading.steps, question.real)
-                for g, A in zip(gradients, reading.stack, strict=True)
+                official_code.weighted_row(reader.official_row(A), g, reader.steps, question.real)
+                for g, A in zip(gradients, reader.stack, strict=True)
             ]
         )
-    return reading.answer(q, "gradient_attention", "gradient-weighted attention", weighted=end)
+    return reader.answer(q, "gradient_attention", "gradient-weighted attention", weighted=end)
 
 
 def _tell_if_the_mean_is_zero(question: Question, means: list[Tensor]) -> None:
+    """A warning where every layer's mean gradient is 0, so that the formula weighs everything by 0."""
     cfg = question.model.cfg
     if not any(bool(mean.any()) for mean in means):
         why = "has LayerNorms, under which" if cfg.normalization_type == CENTRED else "answers so that"

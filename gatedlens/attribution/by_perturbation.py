@@ -1,6 +1,10 @@
-"""Chance: random scores, the level that every method has to beat.
+"""Attribution without gradients or attention: occlusion, and random scores, the level that every method has to beat.
 
-gl.attribution.random(model, "The cat sat on the mat", seed=0)
+    gl.attribution.occlusion(model, "The cat sat on the mat", baseline="<unk>")      # what the number loses without a token
+    gl.attribution.random(model, "The cat sat on the mat", seed=0)                   # uniform in [0, 1)
+
+Occlusion puts "nothing" (`empty_input.py`) in the place of each token or patch: scores[j] = number(x) - number(x with the
+baseline at j). That is exact, works with any model, and costs as many forwards as there are places.
 """
 
 from __future__ import annotations
@@ -21,13 +25,6 @@ from gatedlens.model.batch import Input
 from gatedlens.options import checked
 from gatedlens.result.rounding import total
 
-# Attribution by perturbation: put "nothing" in the place of each token or patch, and see what that costs.
-#
-#     gl.attribution.occlusion(model, "The cat sat on the mat", baseline="<unk>")
-#
-# scores[j] = number(x) - number(x with the baseline at j): exact, model-agnostic, and as many forwards as there are places.
-# A place that holds the baseline already, and a loss that is rounding of the two numbers, score 0.
-
 
 @checked
 @torch.no_grad()
@@ -41,8 +38,13 @@ def occlusion(
     progress: bool = True,
     attention_mask: Tensor | None = None,
 ) -> Attribution:
-    """`gl.attribution.occlusion(model, text)`: what the number loses when a place holds the baseline (see
-    `empty_input.py`); `batch_size` inputs a forward.
+    """`gl.attribution.occlusion(model, text, baseline="<unk>")`: scores[j] = number(x) - number(x with the baseline at j).
+
+    baseline: what stands for "nothing", see `empty_input.py`. batch_size: how many inputs one forward holds. A place that
+    holds the baseline already, and a loss that is rounding of the two numbers, score 0.
+
+    InputError for a batch_size below 1, and for a baseline or a target that there is not.
+    Source: Zeiler and Fergus 2014 (arXiv 1311.2901), with one token or patch at a time.
     """
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size}: give at least 1.")
@@ -67,8 +69,9 @@ def occlusion(
 def random(
     model: HookedModel, input: Input, target: Asked = None, *, seed: int = 0, attention_mask: Tensor | None = None
 ) -> Attribution:
-    """`gl.attribution.random(model, text, seed=0)`: uniform in [0, 1), drawn from the seed and the row's own content: the
-    batch that it is in does not matter.
+    """`gl.attribution.random(model, text, seed=0)`: scores that know nothing, uniform in [0, 1).
+
+    They are drawn from the seed and the row's own content, so a row's scores do not depend on the batch that it is in.
     """
     question = Question.of(model, input, target, attention_mask)
     scores = []

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from gatedlens.attribution.question import Question
 from gatedlens.errors import InputError, did_you_mean
+from gatedlens.model.base import HookedModel
+from gatedlens.model.language import HookedLanguageModel
 from gatedlens.result.rounding import moved
 
 COLOURS = ("black", "mean")
@@ -38,13 +40,14 @@ def baseline_of(question: Question, asked: Any) -> tuple[Float[Tensor, "batch pl
     if question.model.grid is None:
         one, said = _of_text(question, asked)
     else:
-        pixels, said = _pixels(question, asked)
+        pixels, said = pixels_of(question.model, question.batch.value[0], asked, "baseline")
         one = question.features_of(pixels.unsqueeze(0))
     one = one.to(question.features).expand_as(question.features)
     return torch.where(moved(question.features, one).unsqueeze(-1), one, question.features), said
 
 
 def _of_text(question: Question, asked: Any) -> tuple[Tensor, str]:
+    """(the embedding of nothing, or of a token that stands for it, what it is in words)."""
     model, width = question.model, question.features.shape[-1]
     if isinstance(asked, Tensor) and asked.is_floating_point():
         if tuple(asked.shape) != (width,):
@@ -57,24 +60,45 @@ def _of_text(question: Question, asked: Any) -> tuple[Tensor, str]:
             every = torch.arange(model.cfg.d_vocab, device=question.batch.value.device).unsqueeze(0)
             with torch.no_grad():
                 return model.stream(model.embed(every))[0].mean(0), "the mean embedding"
-    token = model.to_single_token(asked) if isinstance(asked, str) else asked
-    if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < model.cfg.d_vocab:
-        raise InputError(f"baseline={asked!r} is no token: give its text, or an id from 0 to {model.cfg.d_vocab - 1}.")
+    token = token_of(model, asked, "baseline")
     return question.features_of(torch.full_like(question.batch.value[:1, :1], token)), f"token {token}"
 
 
-def _pixels(question: Question, asked: Any) -> tuple[Float[Tensor, "channels height width"], str]:
-    image, cfg = question.batch.value[0], question.model.cfg
+# -- what an option names, here and where an evaluation takes places away ---------------------------------------------
+
+
+def token_of(model: HookedModel, asked: Any, what: str) -> int:
+    """The id of a token that was named by its text or id; `what` is the option's name, for the errors."""
+    token = model.to_single_token(asked) if isinstance(asked, str) and isinstance(model, HookedLanguageModel) else asked
+    if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < model.cfg.d_vocab:
+        raise InputError(f"{what}={asked!r} is no token: give its text, or an id from 0 to {model.cfg.d_vocab - 1}.")
+    return token
+
+
+def pixels_of(
+    model: HookedModel,
+    image: Float[Tensor, "channels height width"],
+    asked: Any,
+    what: str,
+    colours: tuple[str, ...] = COLOURS,
+) -> tuple[Float[Tensor, "channels height width"], str]:
+    """(an image that holds nothing, what it is in words), like `image`; None is black.
+
+    colours: the words that the option `what` knows, for the errors; this knows those of COLOURS.
+    """
     asked = "black" if asked is None else asked
+    words = [repr(colour) for colour in colours]
     if isinstance(asked, Tensor) and asked.ndim > 0:
         if asked.shape != image.shape:
-            raise InputError(f"baseline has shape {list(asked.shape)}; this model's images are {list(image.shape)}.")
+            raise InputError(f"{what} has shape {list(asked.shape)}; this model's images are {list(image.shape)}.")
         return asked.to(image), "an image"
     if isinstance(asked, str):
         if asked not in COLOURS:
-            raise InputError(f"baseline={asked!r}: it is 'black' or 'mean'.{did_you_mean(asked, COLOURS)}")
+            known = f"{', '.join(words[:-1])} or {words[-1]}"
+            raise InputError(f"{what}={asked!r}: it is {known}.{did_you_mean(asked, colours)}")
+        cfg: Any = model.cfg  # a vision model's
         mean, std = (image.new_tensor(given).reshape(-1, 1, 1) for given in (cfg.image_mean, cfg.image_std))
         return (-mean / std).expand_as(image) if asked == "black" else torch.zeros_like(image), f"{asked} pixels"
     if isinstance(asked, bool) or not isinstance(asked, int | float | Tensor):
-        raise InputError(f"baseline={asked!r}: give 'black', 'mean', a number for every pixel, or an image.")
+        raise InputError(f"{what}={asked!r}: give {', '.join(words)}, a number for every pixel, or an image.")
     return torch.full_like(image, float(asked)), f"pixels of {float(asked):g}"

@@ -39,7 +39,7 @@ class Question:
     """See the head of this file. `logits` are those of the clean run, `explained` what the target makes of them, `read` the
     positions that they are read from, as shares."""
 
-    model: Any
+    model: HookedModel
     batch: Batch
     target: Target
     features: Float[Tensor, "batch place d_model"]

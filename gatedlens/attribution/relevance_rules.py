@@ -120,9 +120,9 @@ class Rules:
         values: dict[str, Tensor] = {}
         pairs: list[tuple[str, Callable[..., Any]]] = [(name, _detach) for name in self.detached]
         for flow in self.flows:
-            through = Through(flow, model, self.gates)
-            pairs += [(name, through.notes) for name in flow.noted]
-            pairs.append((flow.output, through))
+            hook = FlowHook(flow, model, self.gates)
+            pairs += [(name, hook.notes) for name in flow.noted]
+            pairs.append((flow.output, hook))
         for share in self.shares:
             pairs += [(name, Capture(values)) for name in share.reads]
             pairs.append((share.point, _sharing(values, share.reads)))
@@ -218,7 +218,7 @@ def ratio(value: Tensor, part: Tensor) -> Tensor:
     return torch.where(part == 0, 0, value.detach() / part.detach())
 
 
-class Through:
+class FlowHook:
     """The hook at a mixer's output point: its value, with the gradient of A x, A held fixed, and of what its gates read."""
 
     def __init__(self, flow: Flow, model: HookedModel, gates: str):
@@ -241,10 +241,13 @@ class Through:
         live = underway(self.model, layer, values)
         fixed = underway(self.model, layer, {name: value.detach() for name, value in values.items()})
         read, total, plain = self._read(values), [], []
+        # In `fixed` all that A is made of is detached; of `live` only x is taken, so x alone has a gradient.
         for own, source, gate in zip(fixed.branches, live.branches, read, strict=True):
             out = replace(fixed, branches=(replace(own, x=source.x),)).output()
             plain.append(out)
             if gate is not None:
+                # out equals pre * (out / pre). With the ratio held fixed, that product passes all of out's relevance to pre;
+                # so the mean of the two passes half of it each way.
                 pre = at_least_float32(values[gate].flatten(2))
                 out = (out + pre * ratio(out, pre)) / 2
             total.append(out)

@@ -34,7 +34,7 @@ REDUCTIONS = ("mean", "abs_mean", "row")
 
 
 @dataclass(frozen=True)
-class Exhibit:
+class LayerReport:
     """What was shown; `tops` are (label, position, value) that `position` attends to most, strongest first; `error` is
     the relative error of attention and remainder against the layer's output."""
 
@@ -61,8 +61,8 @@ def show(
     reduce: str = "mean",
     position: int | None = None,
     out: str | Path = "out",
-) -> Exhibit:
-    """Everything that `gatedlens attention` shows, as an Exhibit.
+) -> LayerReport:
+    """`show("gatedlens/mamba-moby", layer=1)`: everything that `gatedlens attention` shows, as a LayerReport.
 
     reduce: "mean" or "abs_mean" over channels, the [dst, src] matrix; "row": the mean's row of `position` alone (None:
     the last token, or the image's first class token).
@@ -87,7 +87,7 @@ def show(
     numbers = Path(f"{stem}.safetensors")
     save_file({"attention": values.contiguous().cpu()}, numbers)
     picture = _draw(stem, values, labels, model, input, attention, reduce)
-    return Exhibit(
+    return LayerReport(
         model_name,
         said,
         attention.layer,

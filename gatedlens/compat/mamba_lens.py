@@ -87,6 +87,8 @@ class HookedMamba(mamba.HookedMamba):
     ) -> HookedMamba:
         """`HookedMamba.from_pretrained("state-spaces/mamba-130m")`: a hub name, folder or bundled model, as
         `gl.from_pretrained`; the tokenizer is the checkpoint's, else GPT-NeoX's.
+
+        InputError for a model that is no Mamba; CheckpointError for one that cannot be read.
         """
         model = from_pretrained(pretrained_model_name, device=device, tokenizer=tokenizer)
         if not isinstance(model, mamba.HookedMamba):
@@ -110,9 +112,11 @@ class HookedMamba(mamba.HookedMamba):
         warn_disabled_hooks: bool = True,
         **options: Any,
     ) -> ForwardOutput:
-        """As gatedlens's forward. only_use_these_layers: run these blocks alone, in this order, as often as they are named.
+        """`model.forward(input, only_use_these_layers=[0, 1, 3])`, called as `model(input)`: as gatedlens's forward.
 
-        fast_conv, fast_ssm and warn_disabled_hooks change nothing: no hook is ever disabled.
+        only_use_these_layers: run these blocks alone, in this order, as often as they are named. fast_conv, fast_ssm and
+        warn_disabled_hooks change nothing: no hook is ever disabled. InputError for a layer that there is not, and for
+        layers beside start_at_layer, stop_at_layer or a state.
         """
         with self._only(only_use_these_layers, options):
             return super().forward(input, *args, **options)
@@ -169,7 +173,11 @@ class HookedMamba(mamba.HookedMamba):
         bwd_hooks: Hooks = (),
         **options: Any,
     ) -> tuple[Any, Any]:
-        """As gatedlens's; without names_filter every point is kept, lazy ones too, and hooks may be on, as in MambaLens."""
+        """`logits, cache = model.run_with_cache(input)`: as gatedlens's, with every point kept, lazy ones too, as in MambaLens.
+
+        names_filter: names, or a predicate of MambaLens's names; hooks may be on meanwhile. InputError for a predicate that
+        picks no name.
+        """
         if fwd_hooks or bwd_hooks:
             forward, backward = (self._spelled(hooks, input, options) for hooks in (fwd_hooks, bwd_hooks))
             with self.hooks(forward, backward):
@@ -183,18 +191,23 @@ class HookedMamba(mamba.HookedMamba):
     def run_with_hooks(  # type: ignore[override]
         self, *args: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **options: Any
     ) -> ForwardOutput:
-        """As gatedlens's; a predicate stands for the names of MambaLens that it picks."""
+        """`model.run_with_hooks(tokens, fwd_hooks=[("blocks.3.hook_h.2", patch)])`: as gatedlens's.
+
+        A predicate in place of a name stands for the names of MambaLens that it picks; InputError if it picks none.
+        """
         given = args[0] if args else options.get("input")
         forward, backward = (self._spelled(hooks, given, options) for hooks in (fwd_hooks, bwd_hooks))
         return super().run_with_hooks(*args, fwd_hooks=forward, bwd_hooks=backward, **options)
 
-    def _spelled(self, hooks: Any, input: Input | None, options: Mapping[str, Any]) -> list[Any]:
+    def _spelled(self, hooks: Hooks, input: Input | None, options: Mapping[str, Any]) -> list[Any]:
         """Hooks by names, where a predicate stood."""
         chosen = [(self._chosen(n, input, options) if callable(n) else [n], hook) for n, hook in hooks]
         return [(name, hook) for names, hook in chosen for name in names]
 
     @contextmanager
-    def input_dependent_hooks_context(self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **_: Any) -> Iterator[Any]:
+    def input_dependent_hooks_context(
+        self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **_: Any
+    ) -> Iterator[HookedMamba]:
         """`with model.input_dependent_hooks_context(input=tokens): ...`: MambaLens makes `hook_h.{t}` for an input here; ours
         are always there.
         """
@@ -207,7 +220,8 @@ class HookedMamba(mamba.HookedMamba):
         return self.ln_final
 
     @property
-    def lm_head(self) -> Any:
+    def lm_head(self) -> nn.Module:
+        """The unembedding, by MambaLens's name."""
         return self.unembedding
 
     # -- parameters --------------------------------------------------------------------------------------------------
@@ -218,8 +232,10 @@ class HookedMamba(mamba.HookedMamba):
             return super().state_dict(*args, **options)
         return convert_original_state_dict_to_hooked_state_dict(state_dict=self.wrapped.state_dict())
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> object:
-        """`model.load_state_dict(state_dict)`: parameters by MambaLens's names, or by mamba-ssm's."""
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> tuple[list[str], list[str]]:
+        """`missing, unexpected = model.load_state_dict(state_dict)`: parameters by MambaLens's names, or by mamba-ssm's."""
         if not any(key.startswith("backbone.") for key in state_dict):
             state_dict = convert_hooked_state_dict_to_original_state_dict(state_dict=state_dict)
         theirs = set(dict(self.wrapped.named_parameters()))

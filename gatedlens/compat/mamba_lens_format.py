@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -68,11 +68,17 @@ SSM = ("d_state", "d_conv", "expand", "dt_rank", "conv_bias", "bias")
 
 
 def convert_original_config_to_hooked_mamba_config(
-    cfg: Mapping[str, Any], device: str | torch.device | None = None
+    cfg: MambaCfg | Mapping[str, Any], device: torch.device | str | None = None
 ) -> MambaCfg:
-    """`convert_original_config_to_hooked_mamba_config(cfg)`: mamba-ssm's config.json (a dict) as a MambaCfg."""
+    """`convert_original_config_to_hooked_mamba_config(cfg)`: mamba-ssm's config.json (a dict) as a MambaCfg.
+
+    InputError for a dict without d_model or n_layer, and for sizes that are missing.
+    """
     if isinstance(cfg, MambaCfg):
         return cfg
+    lacking = [name for name in ("d_model", "n_layer") if name not in cfg]
+    if lacking:
+        raise InputError(f"This configuration has no {lacking[0]}; it has: {', '.join(cfg) or 'nothing'}.")
     ssm = {**(cfg.get("ssm_cfg") or {}), **(cfg.get("ssm_config") or {})}
     known = {name: ssm[name] for name in SSM if name in ssm}
     vocab = {name: cfg[name] for name in ("vocab_size", "pad_vocab_size_multiple") if name in cfg}
@@ -82,7 +88,7 @@ def convert_original_config_to_hooked_mamba_config(
     )
 
 
-def convert_hooked_mamba_config_to_original_config(hooked_mamba_cfg: object) -> dict[str, Any]:
+def convert_hooked_mamba_config_to_original_config(hooked_mamba_cfg: MambaCfg | mamba.MambaConfig) -> dict[str, Any]:
     """`convert_hooked_mamba_config_to_original_config(cfg)`: a MambaCfg, or the cfg of a model, as mamba-ssm's config.json."""
     cfg: Any = hooked_mamba_cfg
     if isinstance(cfg, MambaCfg):
@@ -107,15 +113,32 @@ RENAMED = (
 )
 
 
+# A configuration, or in its place the tensors. For editors: another kind gets the error of `_state`.
+if TYPE_CHECKING:
+    Cfg: TypeAlias = MambaCfg | mamba.MambaConfig | Mapping[str, Any] | None
+else:
+    Cfg = Any
+
+
+def _state(cfg: Cfg, state_dict: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+    """The tensors, whether they came alone or behind a configuration."""
+    state = cfg if state_dict is None else state_dict
+    if not isinstance(state, Mapping):
+        raise InputError(
+            f"Give the tensors by name, (state_dict) or (cfg, state_dict); this is a {type(state).__name__}."
+        )
+    return state
+
+
 def convert_original_state_dict_to_hooked_state_dict(
-    cfg: object = None, state_dict: Mapping[str, Tensor] | None = None
+    cfg: Cfg = None, state_dict: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """`convert_original_state_dict_to_hooked_state_dict(cfg, state_dict)`: mamba-ssm's (or transformers') tensors by
     MambaLens's names, with in_proj and x_proj taken apart.
 
-    `(state_dict)` and `(cfg, state_dict)` are both understood; the sizes are read off the tensors.
+    `(state_dict)` and `(cfg, state_dict)` are both understood; the sizes are read off the tensors. InputError without tensors.
     """
-    state: Any = cfg if state_dict is None else state_dict
+    state = _state(cfg, state_dict)
     out: dict[str, Tensor] = {}
     for key, value in state.items():
         name = key
@@ -135,12 +158,12 @@ def convert_original_state_dict_to_hooked_state_dict(
 
 
 def convert_hooked_state_dict_to_original_state_dict(
-    cfg: object = None, state_dict: Mapping[str, Tensor] | None = None
+    cfg: Cfg = None, state_dict: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """`convert_hooked_state_dict_to_original_state_dict(cfg, state_dict)`: the other way round, from MambaLens's names to
     mamba-ssm's.
     """
-    state: Any = cfg if state_dict is None else state_dict
+    state = _state(cfg, state_dict)
     out: dict[str, Tensor] = {}
     for key, value in state.items():
         name = re.sub(r"^blocks\.(\d+)\.norm\.", r"backbone.layers.\1.norm.", key)

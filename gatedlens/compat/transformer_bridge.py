@@ -10,6 +10,7 @@ From then on a bridge of Mamba, FalconMamba, RecurrentGemma or RWKV runs gatedle
 parameters, and lists our points, name for name; every one fires, lazy ones when they are hooked. What TransformerBridge's
 design rules out:
 
+ - text for the model inside: `bridge.gated` reads ids, `bridge.to_tokens(text)`; its `set_tokenizer` gives it a tokenizer;
  - other tools' names, globs and the propagating `hook_h.{t}`: `bridge.gated` knows them;
  - lazy points left out by default: `bridge.run_with_cache()` asks for all, so name what you want of a large model;
  - a carried state and cached generation: `generate` reads the whole prefix at every step, which is exact, and `hf_generate`

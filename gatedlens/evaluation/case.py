@@ -14,25 +14,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from gatedlens.address.positions import Positions
-from gatedlens.attribution import Attribution
 from gatedlens.errors import InputError
 from gatedlens.evaluation import removal
 from gatedlens.evaluation.removal import Nothing
 from gatedlens.metrics import at_position
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Batch, Input
+from gatedlens.options import tensor_of
 from gatedlens.result.result import Result
 from gatedlens.result.rounding import order
 
 # What `scores` and `labels` may be. For type checkers: whoever passes something else gets an InputError.
 if TYPE_CHECKING:
-    Scores: TypeAlias = Attribution | Tensor | Sequence[Any]
+    Scores: TypeAlias = Result | Tensor | numpy.ndarray[Any, Any] | Sequence[Any]
     Labels: TypeAlias = int | Sequence[int] | Tensor | None
 else:
     Scores = Labels = Any
@@ -43,7 +43,7 @@ class Case:
     """See the head of this file. values: the inputs, flat; nothing: what a place holds once it is taken away; labels:
     the right answers (those of the clean run if none were given); among: the only answers that count; clean: logits."""
 
-    model: Any
+    model: HookedModel
     batch: Batch
     values: Shaped[Tensor, "batch channel place"]
     nothing: Shaped[Tensor, "#batch channel place"]
@@ -61,7 +61,7 @@ class Case:
         *,
         nothing: Nothing = None,
         keep: Tensor | None = None,
-        among: Positions = None,
+        among: Labels = None,
         attention_mask: Tensor | None = None,
     ) -> Case:
         """Everything checked, and one clean run. labels: an id, or one a row; with `among` [batch, choice] (the ids of
@@ -117,8 +117,7 @@ class Case:
 
     def spread(self, scores: Scores) -> Float[Tensor, "batch place"]:
         """Scores as one number a place; a map of patches is scaled up to pixels (bilinear)."""
-        given = torch.as_tensor(scores.values if isinstance(scores, Result) else scores).detach()
-        given = given.to(self.free.device).double()
+        given = numbers_of(scores).to(self.free.device)
         shape, rows = tuple(given.shape), len(self.free)
         size = self.batch.value.shape[-2:] if self.model.grid is not None else None
         wanted = "[batch, pos]" if size is None else "[batch, row, column]"
@@ -133,6 +132,14 @@ class Case:
         if not bool(given.isfinite().all()):
             raise InputError("The scores hold values that are not finite: they have no order.")
         return given if size is None else scaled(given, (size[0], size[1])).flatten(1)
+
+
+def numbers_of(scores: Scores) -> Float[Tensor, ...]:
+    """Scores as numbers in float64, where they are: an Attribution's values, or what `torch.as_tensor` reads.
+
+    InputError for what is neither.
+    """
+    return tensor_of(scores.values if isinstance(scores, Result) else scores, "scores").detach().double()
 
 
 def _answers(model: HookedModel, batch: Batch, among: Tensor | None) -> Float[Tensor, "batch answer"]:
@@ -178,7 +185,7 @@ def _free(model: HookedModel, batch: Batch, places: int, keep: Tensor | None) ->
     return free
 
 
-def _choices(model: HookedModel, among: Positions, rows: int) -> Int[Tensor, "batch choice"]:
+def _choices(model: HookedModel, among: Labels, rows: int) -> Int[Tensor, "batch choice"]:
     ids = torch.as_tensor(among, device=model.cfg.device).long()
     ids = ids.expand(rows, -1) if ids.ndim == 1 else ids
     if ids.ndim != 2 or len(ids) != rows or bool(((ids < 0) | (ids >= model.cfg.d_vocab)).any()):
@@ -186,7 +193,7 @@ def _choices(model: HookedModel, among: Positions, rows: int) -> Int[Tensor, "ba
     return ids
 
 
-def _labels(asked: Any, clean: Float[Tensor, "batch answer"]) -> Int[Tensor, " batch"]:
+def _labels(asked: Labels, clean: Float[Tensor, "batch answer"]) -> Int[Tensor, " batch"]:
     if asked is None:
         return clean.argmax(-1)
     ids = torch.as_tensor(asked, device=clean.device)

@@ -19,8 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.evaluation.case import Scores
-from gatedlens.result.result import Result
+from gatedlens.evaluation.case import Scores, numbers_of
 from gatedlens.result.rounding import order
 
 
@@ -40,7 +39,7 @@ def located(
     is 0. Scores are compared in steps of a
     130,000th of the largest that takes part; of equal ones the first is first.
     """
-    values = torch.as_tensor(scores.values if isinstance(scores, Result) else scores).detach().double().cpu()
+    values = numbers_of(scores).cpu()
     truth = truth.cpu()
     part = torch.ones_like(truth) if free is None else free.cpu()
     if values.shape != truth.shape or part.shape != truth.shape:

@@ -30,8 +30,7 @@ from torch import Tensor
 from gatedlens.attribution import Attribution
 from gatedlens.errors import InputError
 from gatedlens.evaluation.bootstrap import Estimate, estimate
-from gatedlens.evaluation.case import Scores, scaled
-from gatedlens.result.result import Result
+from gatedlens.evaluation.case import Scores, numbers_of, scaled
 from gatedlens.result.rounding import STEP
 
 VOID = -1
@@ -81,7 +80,7 @@ def segmentation(scores: Scores, masks: Masks) -> Segmentation:
     scores: an Attribution, or maps [batch, row, column]. masks: [batch, height, width] of 1, 0 and -1, or booleans, of the
     aspect ratio of the images (where there is no Attribution with its images: of the maps, to a cell).
     """
-    maps = torch.as_tensor(scores.values if isinstance(scores, Result) else scores).detach().double().cpu()
+    maps = numbers_of(scores).cpu()
     truth = torch.as_tensor(masks).cpu()
     truth = truth.long() if truth.dtype == torch.bool else truth
     if maps.ndim != 3 or truth.ndim != 3 or len(maps) != len(truth) or len(maps) == 0:

@@ -1,4 +1,4 @@
-"""Protocol: in which order places are taken away or put back, how many, and what is measured.
+"""Protocols and their measures: in which order places are taken away or put back, how many, and what is then measured.
 
     perturbation(model, images, scores, labels)                        # most relevant first: down is better
     perturbation(model, images, scores, labels, order="negative")      # least relevant first: up is better
@@ -11,9 +11,13 @@ All are `measured(case, scores, protocol, measures)`; one of your own is one mor
 Attribution, or numbers [batch, pos]; of images [batch, row, column] of patches or pixels) and `labels` (None: what the model
 predicts) each takes
 
-    measure          see `protocol.py`          nothing       what is put in a place: see `removal.py`
+    measure          a name of MEASURES         nothing       what is put in a place: see `removal.py`
     shares           of the places              keep, among, attention_mask       see `case.py`
     batch_size       inputs in one forward      progress      a bar, or none
+
+A measure says what is left of an answer, one number a row: `MEASURES["probability"](logits, labels, clean)` -> [row], with the
+logits [row, d_vocab] of the changed input, the labels [row], and the logits of the input as it was. One more measure is one
+more function in MEASURES.
 
 Perturbation as in HA (arXiv 2403.01590) and Chefer et al. 2021 (arXiv 2012.09838); activation and pruning Ali et al. 2022
 (arXiv 2202.07304), as in UIA (arXiv 2405.16504); insertion and deletion Petsiuk et al. 2018 (arXiv 1806.07421).
@@ -31,7 +35,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gatedlens.address.positions import Positions
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.evaluation.case import Case, Labels, Scores
 from gatedlens.evaluation.curves import AXES, Curve
@@ -40,12 +43,7 @@ from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
 from gatedlens.options import checked
 
-# Measures: what is left of an answer, one number a row.
-#
-#     MEASURES["probability"](logits, labels, clean)       # all [row, d_vocab], labels [row] -> [row]
-#
-# logits: of the changed input; clean: of the input as it was; labels: the right class or token. One more measure is one
-# more line.
+# -- measures ---------------------------------------------------------------------------------------------------------
 
 Measure = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -88,6 +86,8 @@ def check(name: str) -> str:
     return name
 
 
+# -- protocols --------------------------------------------------------------------------------------------------------
+
 TENTHS = tuple(round(0.1 * i, 1) for i in range(11))
 TWENTIETHS = tuple(round(0.05 * i, 2) for i in range(21))
 
@@ -125,8 +125,11 @@ ORDERS = ("positive", "negative")
 def perturbation(
     model: HookedModel, input: Input, scores: Scores, labels: Labels = None, *, order: str = "positive", **options: Any
 ) -> Curve:
-    """`gl.evaluation.perturbation(model, images, scores, labels).area`: take away 10 % to 90 % of the places, most
-    relevant first ("positive") or least relevant first ("negative").
+    """`gl.evaluation.perturbation(model, images, scores, labels).area`: take away 10 % to 90 % of the places; the accuracy.
+
+    order: "positive" takes the most relevant first, so down is better; "negative" the least relevant, so up is better.
+    options: those of `curve`. InputError for an order, scores or labels that do not fit the input.
+    Source: Chefer et al. 2021 (arXiv 2012.09838); HA (arXiv 2403.01590).
     """
     if order not in ORDERS:
         raise InputError(f"order={order!r}: it is 'positive' or 'negative'.{did_you_mean(str(order), ORDERS)}")
@@ -136,7 +139,9 @@ def perturbation(
 @checked
 def activation_curve(model: HookedModel, input: Input, scores: Scores, labels: Labels = None, **options: Any) -> Curve:
     """`gl.evaluation.activation_curve(model, tokens, scores, labels).area`: from an input that holds nothing, put places
-    back, most relevant first; the label's probability. Area: AUAC.
+    back, most relevant first; the label's probability. Its area is AUAC; up is better.
+
+    options: those of `curve`. Source: Ali et al. 2022 (arXiv 2202.07304); UIA (arXiv 2405.16504).
     """
     return curve(PROTOCOLS["activation"], model, input, scores, labels, **options)
 
@@ -144,7 +149,9 @@ def activation_curve(model: HookedModel, input: Input, scores: Scores, labels: L
 @checked
 def pruning_curve(model: HookedModel, input: Input, scores: Scores, labels: Labels = None, **options: Any) -> Curve:
     """`gl.evaluation.pruning_curve(model, tokens, scores).area`: take places away, those with the smallest |score| first;
-    mean over logits of (logit - clean logit)^2. Area: AU-MSE.
+    mean over logits of (logit - clean logit)^2. Its area is AU-MSE; down is better.
+
+    options: those of `curve`. Source: Ali et al. 2022 (arXiv 2202.07304); UIA (arXiv 2405.16504).
     """
     return curve(PROTOCOLS["pruning"], model, input, scores, labels, **options)
 
@@ -152,23 +159,24 @@ def pruning_curve(model: HookedModel, input: Input, scores: Scores, labels: Labe
 @checked
 def deletion(model: HookedModel, input: Input, scores: Scores, labels: Labels = None, **options: Any) -> Curve:
     """`gl.evaluation.deletion(model, images, scores).area`: take away 0 % to 100 % of the places, most relevant first; the
-    label's probability.
+    label's probability. Down is better. options: those of `curve`. Source: Petsiuk et al. 2018 (arXiv 1806.07421).
     """
     return curve(PROTOCOLS["deletion"], model, input, scores, labels, **options)
 
 
 @checked
 def insertion(model: HookedModel, input: Input, scores: Scores, labels: Labels = None, **options: Any) -> Curve:
-    """`gl.evaluation.insertion(model, images, scores).area`: from the blurred image (or an input without tokens) put back
-    0 % to 100 %, most relevant first; the label's
-    probability.
+    """`gl.evaluation.insertion(model, images, scores).area`: from the blurred image (or from tokens that say nothing) put back
+    0 % to 100 % of the places, most relevant first; the label's probability. Up is better.
+
+    options: those of `curve`. Source: Petsiuk et al. 2018 (arXiv 1806.07421).
     """
     return curve(PROTOCOLS["insertion"], model, input, scores, labels, **options)
 
 
 def difference(insertion: Curve, deletion: Curve) -> Curve:
     """`gl.evaluation.difference(insertion, deletion)`: insertion - deletion, sample by sample: its area is the difference
-    of the areas, and large where both are good.
+    of the areas, and large where both are good. InputError for curves that were not measured alike.
     """
     alike = insertion.shares == deletion.shares and insertion.shape == deletion.shape
     if not alike or insertion.facts["measure"] != deletion.facts["measure"]:
@@ -195,13 +203,19 @@ def curve(
     shares: Sequence[float] | None = None,
     nothing: Nothing = None,
     keep: Tensor | None = None,
-    among: Positions = None,
+    among: Labels = None,
     attention_mask: Tensor | None = None,
     batch_size: int = 64,
     progress: bool = True,
 ) -> Curve:
-    """`gl.evaluation.curve(protocol, model, tokens, scores)`: the curve of any protocol; the options are those of the head
-    of this file.
+    """`gl.evaluation.curve(gl.evaluation.PROTOCOLS["positive"], model, tokens, scores)`: the curve of any protocol.
+
+    scores: an Attribution, or numbers [batch, pos] (of images [batch, row, column]). labels: the right classes or tokens, one a
+    row; None: what the model predicts. measure: a name of MEASURES. shares: of the places, ascending from 0 to 1. nothing:
+    what is put in a place, see `removal.py`. keep: booleans, True where a place always stays. among: the ids of the only
+    answers that count; labels are then their indices. batch_size: inputs in one forward.
+
+    InputError for scores, labels, shares or a measure that do not fit.
     """
     chosen = replace(
         protocol,

@@ -1,4 +1,4 @@
-"""Nothing: what is put in the place of a pixel or a token that is taken away.
+"""Removal: what is put in the place of a pixel or a token that is taken away.
 
     nothing=None           black pixels; the bundled models' own word; else the tokenizer's mask, unknown or padding token
     nothing="<unk>", 3     a token, by its text or id
@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from gatedlens.attribution.empty_input import NOTHING
-from gatedlens.errors import InputError, did_you_mean
+from gatedlens.attribution.empty_input import COLOURS, NOTHING, pixels_of, token_of
+from gatedlens.errors import InputError
 from gatedlens.model.base import HookedModel
 from gatedlens.recurrence.autocast import exact
 
 BUNDLED = {"-recall": "and", "-moby": " "}  # a word without content in the vocabulary of each task
-COLOURS = ("black", "mean", "blur")
 KERNEL, STD = 11, 5.0
 
 
@@ -47,35 +46,17 @@ def of_tokens(model: HookedModel, asked: Any) -> tuple[int, str]:
             f"{model.cfg.model_name} has no mask, unknown or padding token to put in a token's place: pass nothing=, "
             "a token's text or id."
         )
-    token = model.to_single_token(asked) if isinstance(asked, str) else asked
-    if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < model.cfg.d_vocab:
-        raise InputError(f"nothing={asked!r} is no token: give its text, or an id from 0 to {model.cfg.d_vocab - 1}.")
-    return token, f"token {asked!r}"
+    return token_of(model, asked, "nothing"), f"token {asked!r}"
 
 
 def of_pixels(
     model: HookedModel, images: Float[Tensor, "batch channels height width"], asked: Any
 ) -> tuple[Shaped[Tensor, "#batch channels height width"], str]:
     """(images that hold nothing, what they are in words)."""
-    asked = "black" if asked is None else asked
-    if isinstance(asked, Tensor) and asked.ndim > 0:
-        if asked.shape != images.shape[1:]:
-            raise InputError(
-                f"nothing has shape {list(asked.shape)}; this model's images are {list(images.shape[1:])}."
-            )
-        return asked.to(images).unsqueeze(0), "an image"
-    if isinstance(asked, str):
-        if asked not in COLOURS:
-            raise InputError(f"nothing={asked!r}: it is 'black', 'mean' or 'blur'.{did_you_mean(asked, COLOURS)}")
-        if asked == "blur":
-            return blurred(images), "the image, blurred"
-        cfg: Any = model.cfg  # a vision model's
-        mean, std = (images.new_tensor(t).reshape(1, -1, 1, 1) for t in (cfg.image_mean, cfg.image_std))
-        colour = -mean / std if asked == "black" else torch.zeros_like(mean)
-        return colour.expand_as(images[:1]), f"{asked} pixels"
-    if isinstance(asked, bool) or not isinstance(asked, int | float | Tensor):
-        raise InputError(f"nothing={asked!r}: give 'black', 'mean', 'blur', a number for every pixel, or an image.")
-    return torch.full_like(images[:1], float(asked)), f"pixels of {float(asked):g}"
+    if isinstance(asked, str) and asked == "blur":
+        return blurred(images), "the image, blurred"
+    one, said = pixels_of(model, images.new_empty(images.shape[1:]), asked, "nothing", (*COLOURS, "blur"))
+    return one.unsqueeze(0), said
 
 
 def blurred(images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:

@@ -1,6 +1,10 @@
-"""Report: an Evaluation as a page of its own: the table, the curves, and what the methods say of a few samples.
+"""The report: an Evaluation as a page of its own, with its charts: the table, the curves, and what methods say of samples.
 
-report(found).save("report.html")
+    report(found, model).save("report.html")
+    curves({"lrp": steps, ...}, shares, "positive accuracy")     # a chart as SVG text, one line a method with its interval
+    png(values)                                                  # a data URI of [height, width] or [height, width, 3], 0 to 1
+
+Charts are inline SVG and pictures inline PNG, so the page loads nothing from elsewhere.
 """
 
 from __future__ import annotations
@@ -24,10 +28,7 @@ from gatedlens.model.base import HookedModel
 from gatedlens.options import checked
 from gatedlens.plot.matrices import Html, text, visible
 
-# Charts and small pictures for a page, as inline SVG and PNG: nothing is loaded from elsewhere.
-#
-# curves({"lrp": steps, ...}, shares, "positive accuracy")         # SVG text, one line a method with its interval
-# png(values)                                                      # a data URI of [height, width] or [height, width, 3] in 0..1
+# -- charts and small pictures ----------------------------------------------------------------------------------------
 
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 WIDTH, HEIGHT, MARGIN = 420, 260, 42
@@ -79,6 +80,7 @@ def _grid(at, shares: Sequence[float], low: float, high: float) -> list[str]:  #
 
 
 def legend(names: Sequence[str]) -> str:
+    """The colour and dash of each method, beside its name."""
     items = (
         f"<span style='white-space:nowrap;margin-right:1em'><svg width='24' height='8'><line x1='0' y1='4' x2='24' y2='4' "
         f"stroke='{colour_of(i)}' stroke-width='3' {dash_of(i)}/></svg> {html.escape(name)}</span>"
@@ -91,6 +93,8 @@ def png(values: Float[Tensor, "height width *colour"]) -> str:
     """A PNG as a data URI; values beyond 0 and 1 are cut off, what is no number is 0."""
     pixels = (values.detach().float().cpu().nan_to_num(0, 1, 0).clamp(0, 1) * 255).round().to(torch.uint8).contiguous()
     height, width = pixels.shape[:2]
+    # The format is a signature and three chunks; each row of pixels begins with its filter (0: none), and in the header stand
+    # 8 bits a number and the colour type (2: RGB, 0: grey).
     raw = b"".join(b"\0" + bytes(row.flatten().tolist()) for row in pixels)
     header = struct.pack(">IIBBBBB", width, height, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
     parts = ((b"IHDR", header), (b"IDAT", zlib.compress(raw)), (b"IEND", b""))
@@ -111,6 +115,8 @@ def heat(scores: Float[Tensor, "row column"]) -> Float[Tensor, "row column 3"]:
     shown = 1 + share.clamp(min=0).to(red) * (red - 1) + (-share).clamp(min=0).to(red) * (blue - 1)
     return shown.masked_fill(odd, 0.6)
 
+
+# -- the page ---------------------------------------------------------------------------------------------------------
 
 PICTURE = "width:96px;height:96px;image-rendering:pixelated;border:1px solid #ccc"
 SAID = {"down": "down is better", "up": "up is better"}

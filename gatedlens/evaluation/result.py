@@ -23,7 +23,7 @@ from gatedlens.evaluation.data.sample import Samples
 from gatedlens.evaluation.overlap import Segmentation
 from gatedlens.evaluation.protocol import PROTOCOLS, as_curve, difference
 from gatedlens.evaluation.records import Records
-from gatedlens.evaluation.table import ScoreTable
+from gatedlens.evaluation.table import ScoreTable, nan_as_none
 
 MEASURED = {"positive": ("accuracy", "probability"), "negative": ("accuracy", "probability"), "activation": ("probability",),
             "pruning": ("squared_error",), "deletion": ("probability",), "insertion": ("probability",)}  # fmt: skip
@@ -114,7 +114,7 @@ class Evaluation:
             for method in self.methods
         }
         shares = {p: list(PROTOCOLS[p].shares) for p in self.protocols}
-        return _finite(
+        return nan_as_none(
             {
                 "run": dict(self.run),
                 "samples": list(self.names.values()),
@@ -128,12 +128,3 @@ class Evaluation:
         """`found.save("results.json")`: write JSON, and return the path."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
         return Path(path)
-
-
-def _finite(value: Any) -> Any:
-    """NaN as None, as JSON holds it."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and value != value else value

@@ -1,12 +1,15 @@
-"""Measurement: every protocol that applies, by every method, on every sample; it can stop and go on.
+"""A run of an evaluation: every protocol that applies, by every method, on every sample; it can stop and go on.
 
     evaluate(model, "digits", ["lrp", "rollout"], limit=100, out="out")      # an Evaluation
+    explainer("gradient_attention:factors=hidden,mode=official")             # a method with options, by a name that says it all
 
 What is measured: of images the positive and negative perturbation, deletion and insertion, and with masks the segmentation; of
 tokens the positive and negative perturbation, activation and pruning; and, where it is known which tokens hold the
 answer, their rank and mass. What is explained is the label; where there is none, the answer that the model gives. With `out` each
 record is kept as it is made, and the same call goes on where it stopped: of the same model, data, samples and "nothing", which
-are compared (records of more samples or other methods may join). A method is a name with options: see `run.py`.
+are compared (records of more samples or other methods may join).
+A method is named as `gl.attribution.METHODS` does, with options behind a colon: "lrp:gates=half". In such a name a number stands
+for itself, and several words of one option are joined by "+": "gradient_attention:factors=scan+act".
 
 In which batch a sample is measured decides its last digits alone: orders are those of rounded scores (`rounding.py`).
 """
@@ -43,12 +46,7 @@ from gatedlens.options import checked
 from gatedlens.runs.fingerprints import checksum, fingerprint, settings
 from gatedlens.version import __version__
 
-# Explainer: an attribution method with options, by a name that says it all.
-#
-#     explainer("lrp"), explainer("gradient_attention:factors=hidden,mode=official")
-#     explainer("gradient_attention:factors=scan+act")(model, tokens, target=7).scores
-#
-# In a name, a number stands for itself, and several words of one option are joined by "+".
+# -- methods by name --------------------------------------------------------------------------------------------------
 
 NEEDS_NOTHING = "baseline"  # the option of methods that put "nothing" somewhere
 
@@ -86,6 +84,7 @@ def explainer(name: str) -> Explainer:
 
 
 def _value(text: str) -> Any:
+    """What stands behind an option's "=", as Python has it."""
     if "+" in text.rstrip("+"):
         return tuple(_value(part) for part in text.split("+"))
     if text.endswith("+"):  # a sequence of one: "scan+"
@@ -98,6 +97,8 @@ def _value(text: str) -> Any:
     except json.JSONDecodeError:
         return text
 
+
+# -- the run ----------------------------------------------------------------------------------------------------------
 
 OF_IMAGES = ("positive", "negative", "deletion", "insertion")
 OF_TOKENS = ("positive", "negative", "activation", "pruning")
@@ -118,11 +119,14 @@ def evaluate(
     batch_size: int = 8,
     progress: bool = True,
 ) -> Evaluation:
-    """`evaluate(model, "digits", ["lrp"])`: every protocol, every method (all if None).
+    """`gl.evaluation.evaluate(model, "digits", ["lrp"], out="out")`: every protocol, by every method (all if None).
 
     data: a name or path (`opening.py`), or `Samples`. limit: how many samples, drawn from `seed`; all if None. nothing: what
     is put in the place of what is taken away (`removal.py`), in methods that need it as well ("blur" of images excepted: they
-    keep black). batch_size: samples that are explained together.
+    keep black). batch_size: samples that are explained together. out: a folder that keeps each record as it is made; the same
+    call goes on from there.
+
+    InputError for data that the model cannot read, a method or option that there is not, and a folder of another run.
     """
     samples = data if isinstance(data, Samples) else open_samples(data)
     if isinstance(methods, str):

@@ -69,10 +69,7 @@ class ScoreTable:
 
     def to_dict(self) -> dict[str, Any]:
         """`table.to_dict()`: as JSON holds it; an end of an interval that does not exist is None."""
-        cells = [
-            {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in c.items()} for c in self._cells()
-        ]
-        return {"title": self.title, "cells": cells}
+        return {"title": self.title, "cells": nan_as_none(self._cells())}
 
     def save(self, path: str | Path) -> Path:
         """`table.save("table.json")`: write JSON, and return the path."""
@@ -146,3 +143,12 @@ def cell(found: Estimate, intervals: bool = True) -> str:
     """`0.173 [0.151, 0.196]`, three figures each."""
     ends = "" if math.isnan(found.low) or not intervals else f" [{found.low:.3g}, {found.high:.3g}]"
     return f"{found.value:.3g}{ends}"
+
+
+def nan_as_none(value: Any) -> Any:
+    """Lists and dicts with None for NaN, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: nan_as_none(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [nan_as_none(one) for one in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

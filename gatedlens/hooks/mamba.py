@@ -48,7 +48,7 @@ from gatedlens.model.fields import (
 )
 from gatedlens.model.hookpoint import rows_of
 from gatedlens.model.language import HookedLanguageModel
-from gatedlens.model.padding import Padding, windows
+from gatedlens.model.padding import Padding
 from gatedlens.model.state import RecurrentState
 from gatedlens.recurrence.decay_matrix import DecayScan
 from gatedlens.recurrence.factors import Factors, reach
@@ -133,25 +133,6 @@ class SelectiveScan(Mixer):
         """-exp(A_log), at least float32."""
         return -torch.exp(at_least_float32(self.weights.A_log))
 
-    def along_conv(self, x: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos ..."]:
-        """As `along`: the convolution runs the way the scan does."""
-        return self.along(x)
-
-    def conv(self, x: Float[Tensor, "batch pos channel"], run: Run) -> Float[Tensor, "batch pos channel"]:
-        """The causal depthwise convolution, without bias where `hook_conv_taps` is heard, then with it."""
-        weight, bias = self.weights.conv1d.weight, self.weights.conv1d.bias
-        width = weight.shape[-1]
-        tail = run.start("conv", self.layer, (x.shape[0], width - 1, x.shape[2]), x)
-        long = run.padding.behind(self.along_conv(x), tail)
-        run.leave("conv", self.layer, run.padding.tail(long, width))
-        if self.hook_conv_taps.heard():
-            taps = windows(long, width) * weight.squeeze(1)
-            taps = torch.stack([run.padding.spread(tap) for tap in taps.unbind(-1)], dim=-1)
-            total = self.hook_conv_taps(self.along_conv(taps)).sum(-1)
-            return total if bias is None else total + bias
-        c = F.conv1d(long.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)
-        return self.along_conv(run.padding.spread(c))
-
     def normed(self, *selection: Tensor) -> tuple[Tensor, ...]:
         """FalconMamba's weightless RMS norm of dt, B and C; the identity in Mamba."""
         if self.rms_eps is None:
@@ -198,7 +179,7 @@ class SelectiveScan(Mixer):
         w, pad = self.weights, run.padding
         x = self.hook_x(pad.zero(x))
         z = self.hook_gate_pre(z)
-        c = self.hook_conv(self.conv(x, run))
+        c = self.hook_conv(self.causal_conv(x, run, self.weights.conv1d))
         u = self.hook_u(pad.zero(F.silu(c)))
 
         ranks, n_state = w.dt_proj.weight.shape[1], w.A_log.shape[1]

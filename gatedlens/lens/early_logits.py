@@ -1,16 +1,9 @@
-"""Logit lens: what the model would predict if it stopped after each layer (nostalgebraist 2020).
+"""LogitLens: logits_l = unembed(ln_final(resid_post_l)), with the final norm computed anew from each residual stream.
 
-    lens = gl.lens.logit_lens(model, "The cat sat on the mat")     # or logit_lens(model, cache)
-    lens.plot()                                # layer by position, the likeliest token in each cell
-    lens.words(), lens.top()                   # these tokens; their probabilities, a Result layer x pos
-    lens.probability(token), lens.rank(token)  # of one token, Results layer x pos
-    lens.logits(3)                             # batch pos d_vocab after layer 3; "embed": before the first
+    lens = gl.lens.logit_lens(model, "The cat sat on the mat"); lens.plot()
 
-    logits_l = unembed(ln_final(resid_post_l))
-
-with the final norm computed anew from each residual stream, and with a soft cap where the model has one: the last layer's
-logits are the model's. A Vision Mamba reads classes off the class token only; here they are read off every patch.
-`logit_attribution` and `token_attribution` (see `logit_shares.py`) decompose a logit instead.
+A soft cap counts where the model has one, so the last layer's logits are the model's. A Vision Mamba reads classes off the class
+token only; here they are read off every patch.
 """
 
 from __future__ import annotations

@@ -14,14 +14,14 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gatedlens import fused
 from gatedlens.address.point import Point
 from gatedlens.errors import InputError
 from gatedlens.model.hookpoint import Part
-from gatedlens.model.padding import Padding
+from gatedlens.model.padding import Padding, windows
 from gatedlens.model.state import RecurrentState
 from gatedlens.model.watch import NORMS
 from gatedlens.recurrence.factors import Factors
@@ -60,6 +60,16 @@ class Run:
                 " (batch first). `state.rows([...])` repeats or picks rows."
             )
         return given.to(device=like.device, dtype=like.dtype)
+
+    def in_document(self, width: int) -> Bool[Tensor, "batch pos one tap"] | None:
+        """Which taps of each conv window are of the same document as the window's position; None: a row is one document."""
+        return None
+
+    def of_last_document(
+        self, long: Float[Tensor, "batch long channel"], width: int
+    ) -> Float[Tensor, "batch long channel"]:
+        """A row behind its tail, 0 where it is not of the row's last document: what the next call may see of it."""
+        return long
 
     def leave(self, name: str, layer: int, value: Tensor) -> None:
         """Hand `value` to the next call."""
@@ -159,6 +169,32 @@ class Mixer(TokenMixing):
     def along(self, x: Tensor) -> Tensor:
         """`x` from token order to the order of the scan, or back: the identity, unless the mixer runs from the end."""
         return x
+
+    def along_conv(self, x: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos ..."]:
+        """As `along`: the convolution runs the way the scan does, unless a mixer says otherwise."""
+        return self.along(x)
+
+    def causal_conv(
+        self, x: Float[Tensor, "batch pos channel"], run: Run, conv: Any
+    ) -> Float[Tensor, "batch pos channel"]:
+        """The causal depthwise convolution of a wrapped nn.Conv1d with its bias, across padding, calls and documents.
+
+        c[i] = sum over k of weight[K - 1 - k] x[i - k] + bias. Its lazy point `hook_conv_taps` is the summands.
+        """
+        weight, bias, width = conv.weight, conv.bias, conv.weight.shape[-1]
+        tail = run.start("conv", self.layer, (x.shape[0], width - 1, x.shape[2]), x)
+        long = run.padding.behind(self.along_conv(x), tail)
+        run.leave("conv", self.layer, run.padding.tail(run.of_last_document(long, width), width))
+        heard, within = self.hook_conv_taps.heard(), run.in_document(width)
+        if not heard and within is None:
+            c = F.conv1d(long.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)
+            return self.along_conv(run.padding.spread(c))
+        taps = windows(long, width) * weight.squeeze(1)
+        if within is not None:
+            taps = taps * within
+        taps = self.along_conv(torch.stack([run.padding.spread(tap) for tap in taps.unbind(-1)], dim=-1))
+        total = (self.hook_conv_taps(taps) if heard else taps).sum(-1)
+        return total if bias is None else total + bias
 
     def recur(
         self,

@@ -98,13 +98,15 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
                 return None
             grad = grads[0].clone()
             out = hook(grad, hook=self)
-            if out is None:
+            if out is None:  # it looked, or it wrote into its copy: torch counts writes in `_version`
                 return (grad,) if grad._version else None
             if isinstance(out, tuple) and len(out) == 1:
                 (out,) = out
             self._check(out, grad, "backward hook", "gradient")
             return (out,)
 
+        # A pre-hook sees the gradient of the module's output, the edited activation. TransformerLens registers a full backward
+        # hook, which would replace the gradient of the input: wrong as soon as a forward hook edits here as well.
         handle = LensHandle(
             self.register_full_backward_pre_hook(on_gradient, prepend=prepend), is_permanent, level, user_hook=hook
         )
@@ -141,6 +143,7 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         """
         if self.fwd_hooks or self.bwd_hooks or self.hooked():
             return False
+        # nnsight wraps a module without a hook: only its own state tells whether a trace is running.
         return NNSIGHT not in self.__dict__ or not self._traced()
 
     def _nnsight(self) -> tuple[Any, Any]:
@@ -190,9 +193,11 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
                 "in a forward hook."
             )
         self.visits += 1
+        # A hook may write into what it gets. A copy keeps the original for the autograd graph and for whoever else holds it;
+        # savers copy for themselves, so a run that only caches pays for one copy, not for two.
         given = x if self.only_saved() else x.clone()
         out = super().__call__(given)
-        if out is not given:
+        if out is not given:  # somebody returned another tensor
             self._check(out, x)
         for handle in self.fwd_hooks:
             if isinstance(handle.user_hook, Capture):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gatedlens.model.block import Run
@@ -56,14 +56,18 @@ class DocumentRun(Run):
         order = self.padding.order
         return F.pad(self.documents if order is None else self.documents.gather(1, order), (width - 1, 0))
 
-    def in_document(self, width: int) -> Bool[Tensor, "batch pos one tap"]:
-        """Which taps of each conv window are of the same document as the window's position."""
+    def in_document(self, width: int) -> Bool[Tensor, "batch pos one tap"] | None:
+        """As `Run.in_document`."""
+        if self.documents is None:
+            return None
         seen = self.behind(width).unfold(1, width, 1)
         return (seen == seen[..., -1:]).unsqueeze(2)
 
-    def in_last(self, width: int) -> Bool[Tensor, "batch long one"]:
-        """Which places of `Padding.behind` are of the row's last document: what the next call may see."""
-        return (self.behind(width) == self.last).unsqueeze(2)
+    def of_last_document(
+        self, long: Float[Tensor, "batch long channel"], width: int
+    ) -> Float[Tensor, "batch long channel"]:
+        """As `Run.of_last_document`."""
+        return long if self.documents is None else long * (self.behind(width) == self.last).unsqueeze(2)
 
     @property
     def last(self) -> Int[Tensor, "batch one"]:

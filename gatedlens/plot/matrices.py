@@ -1,14 +1,6 @@
-"""Plots: matplotlib figures by default, HTML where a person would want to hover.
+"""The pictures of matrices, images, activations and texts; `help(gl.plot)` shows each.
 
-    gl.plot.heatmap(attention.abs_mean()[0], tokens=model.to_str_tokens(text)) # a matplotlib Figure
-    gl.plot.heatmap(attention)                                                  # its mean, its own tokens
-    gl.plot.layers(stack); gl.plot.layers({0: A0, 1: A1}, tokens)               # one panel a layer
-    gl.plot.text(scores, tokens)                                                # coloured tokens, shows in a notebook
-    gl.plot.over_image(attention.mean()[0, cls], images[0], model.grid)         # a map over the image it was read from
-    gl.plot.activation(cache, ("dt", 3), tokens)                                # one activation, titled by its row
-
-matplotlib is an extra (`pip install gatedlens[plot]`) and is imported when a figure is asked for. Its math text is off: a
-`$` in a token, a title or a name is a `$`.
+matplotlib is an extra and imported when a figure is asked for. Its math text is off: a `$` in a token or a title is a `$`.
 """
 
 from __future__ import annotations

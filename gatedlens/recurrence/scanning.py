@@ -44,7 +44,8 @@ def at_least_float32(x: Shaped[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 def _scan_in_place(decay: Tensor, states: Tensor, state: Tensor | None) -> Tensor:
     """Turn writes into states, in place: states[:, t] <- decay[:, t] * states[:, t-1] + states[:, t]."""
-    # unbind makes all the views of single positions at once; indexing would make them in every step of the loop.
+    # A loop over positions, vectorised over batch, channel and state: each step is one fused multiply-add over a few hundred
+    # kilobytes. A parallel scan would do log2(l) times the arithmetic on numbers that are in the cache already.
     steps, decays = states.unbind(1), decay.unbind(1)
     for step, a in zip(steps, decays, strict=True):
         if state is not None:
@@ -155,8 +156,7 @@ _linear_scan.register_autograd(_linear_scan_backward, setup_context=_linear_scan
 
 def _scan_backward(run: Any, decay: Tensor, initial: Tensor, states: Tensor, grad: Tensor) -> Any:
     """g_t = grad_t + decay_{t+1} g_{t+1}, run from the end; the gradients of decay, write and initial."""
-    # From the end, the decay of a step is that of the position after it. The last position has none after it: any number
-    # will do, since the scan starts from zero.
+    # From the end, position t meets the decay of t + 1; behind the last position there is none, and 1 times 0 is 0.
     ahead = torch.cat([decay[:, 1:], torch.ones_like(decay[:, :1])], dim=1)
     g = run(ahead.flip(1), grad.flip(1), torch.zeros_like(initial)).flip(1)
     before = torch.cat([initial.unsqueeze(1), states[:, :-1]], dim=1)
@@ -173,6 +173,7 @@ def readout(states: Float[Tensor, ...], read: Float[Tensor, "... state"] | None)
     apart = read.ndim == states.ndim
     if apart or is_on(states):  # autocast leaves products and sums as they are, in backward too
         return (states * (read if apart else read.unsqueeze(-2)).to(states.dtype)).sum(-1)
+    # A product of matrices, either way: which one depends on whether states or channels lie innermost in memory.
     if states.stride(-1) == 1:
         return torch.matmul(states, read.to(states.dtype).unsqueeze(-1)).squeeze(-1)
     return torch.matmul(read.to(states.dtype).unsqueeze(-2), states.mT).squeeze(-2)  # channels lie innermost
@@ -181,14 +182,13 @@ def readout(states: Float[Tensor, ...], read: Float[Tensor, "... state"] | None)
 def _whole_scan(
     terms: Terms, sequences: Sequence[Tensor], constants: Sequence[Tensor], initial: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`scan` in one segment, of differentiable operations: every state is in memory."""
     decay, write, read = terms(*sequences, *constants)
     states = linear_scan(decay, write, initial)
     return readout(states, read), states[:, -1]
 
 
 def _segments(length: int, per_step: int, budget: int) -> list[slice]:
-    """Slices of as many positions as `budget` numbers allow, `per_step` a position, but at least 4; the last may be shorter."""
+    # At least 4 positions, however large a step is: below that the cost is that of starting segments.
     size = max(4, min(length, budget // max(per_step, 1)))
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
@@ -210,7 +210,7 @@ class SegmentedScan(Function):
             decay, write, read = terms(*(s[:, part] for s in sequences), *constants)
             states = _scan_in_place(decay, write, state)
             scans.append(states if read is None else readout(states, read))
-            state = states[:, -1].clone()  # a view would keep all states of the segment in memory
+            state = states[:, -1].clone()  # a view would keep the whole segment alive
         ctx.terms, ctx.n, ctx.slices = terms, n, slices
         ctx.save_for_backward(*tensors, *starts)
         return scans[0] if len(scans) == 1 else torch.cat(scans, dim=1), state
@@ -229,16 +229,18 @@ class SegmentedScan(Function):
             return None, None, *gradients(run, (starts[0], *tensors), grads)
         grad_scan, grad_state = grads
         sequences, constants = tensors[: ctx.n], tensors[ctx.n :]
+        # With one segment autograd's own results are handed on; with several each writes its part of one tensor, so that no
+        # second copy of a whole sequence is ever there.
         into: list[Any] = [] if len(ctx.slices) == 1 else [torch.empty_like(s) for s in sequences]
         total: list[Any] = [torch.zeros_like(c) for c in constants]
-        # From the last segment to the first: the gradient of a segment's start is that of the last state of the one before.
         for part, start in zip(reversed(ctx.slices), reversed(starts), strict=True):
+            # The segment is computed again from its start: its states are needed now, and were not kept.
             with torch.enable_grad():
                 live = [t.detach().requires_grad_() for t in (start, *(s[:, part] for s in sequences), *constants)]
                 outs = _whole_scan(ctx.terms, live[1 : ctx.n + 1], live[ctx.n + 1 :], live[0])
                 found = torch.autograd.grad(outs, live, (grad_scan[:, part], grad_state), materialize_grads=True)
             grad_state = found[0]
-            if len(ctx.slices) == 1:  # nothing to put together
+            if len(ctx.slices) == 1:
                 return None, None, *found
             for whole, piece in zip(into, found[1 : ctx.n + 1], strict=True):
                 whole[:, part] = piece
@@ -272,7 +274,7 @@ def _segmented(
     terms: Terms, sequences: Sequence[Tensor], constants: Sequence[Tensor], initial: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Without gradients: one segment's states at a time, of so many rows that they stay in the cache."""
-    # A segment has at most SEGMENT_ELEMENTS numbers, so with many rows it would be of very few positions.
+    # A large batch in groups: a segment of all rows would be a position or two long, and leave the cache at each.
     rows = max(1, SEGMENT_ELEMENTS // (SEGMENT_STEPS * max(initial[0].numel(), 1)))
     if rows >= len(initial):
         return _in_segments(terms, sequences, constants, initial)
@@ -293,10 +295,10 @@ def _in_segments(
         decay, write, read = terms(*(s[:, part] for s in sequences), *constants)
         states = _scan_in_place(decay, write, state)
         y = readout(states, read)
-        if out is None:
+        if out is None:  # only now its dtype and last axes are known: they are those of `terms`
             out = y.new_empty(y.shape[0], length, *y.shape[2:])
         out[:, part] = y
-        state = states[:, -1].clone()  # a view would keep all states of the segment in memory
+        state = states[:, -1].clone()
     assert out is not None
     return out, state
 

@@ -96,18 +96,23 @@ def _segment(
 ) -> _Segment:
     """The recurrence over some positions after the carry; differentiable, with every maximum held fixed."""
     writes, log_decay = k, w.expand_as(k)
+    # A masked position decays by e^0 and writes e^-inf: what it finds is what it hands on.
     if mask is not None:
-        # A masked position writes e^-inf = 0 and decays by e^0 = 1, so that maximum, num and den stay what they are.
         writes, log_decay = k.masked_fill(~mask.unsqueeze(-1), -torch.inf), w * mask.unsqueeze(-1)
+    # Detached: num and den are scaled by e^-max and the scan divides it out again, so max has no gradient to give.
     maxima = _running_max(log_decay.detach(), writes.detach(), top.detach())
-    # `top` itself is not detached: the gradient of the carry's maximum is that of the num and den that it scales.
+    # `top` itself is not detached: the carry's maximum scales the num and den that came with it, so it has a gradient.
     before = _before_each(top, maxima)
+    # max_t is the larger of both exponents, so decay and weight are at most 1, and one of them is 1: nothing overflows, and
+    # den never vanishes.
     decay = torch.exp(before + log_decay - maxima)
     weight = torch.exp(writes - maxima)
-    # num and den have the same decay: one scan of two states. The axis of the two stands before that of the channels.
     start = torch.stack([num, den], dim=1)
+    # Numerator and denominator are one recurrence with a state of two: the same decay, the writes (weight v, weight).
     states = linear_scan(decay.unsqueeze(2).expand(-1, -1, 2, -1), torch.stack([weight * v, weight], dim=2), start)
     past_state = _before_each(start, states)
+    # The position's own key counts with the bonus u, which is no part of the state: past and present are brought to a
+    # maximum of their own, the larger of max_{t-1} and u + k_t.
     past, present = _exponentials(before, u + k)
     total = past * past_state[:, :, 1] + present
     scan = (past * past_state[:, :, 0] + present * v) / total
@@ -116,7 +121,7 @@ def _segment(
 
 
 def _exponentials(top: Tensor, bonus: Tensor) -> tuple[Tensor, Tensor]:
-    """e^top and e^bonus, relative to the larger; a quotient of sums of both does not depend on it, so it is held fixed."""
+    """e^top and e^bonus, relative to the larger."""
     largest = torch.maximum(top.detach(), bonus.detach())
     return torch.exp(top - largest), torch.exp(bonus - largest)
 
@@ -127,12 +132,12 @@ def _backward(p: _Segment, v: Tensor, grad_scan: Tensor, grad_state: Tensor) -> 
 
     scan = (past num + present v) / total, and from the end g_t = d scan_{t+1} / d state_t + decay_{t+1} g_{t+1}.
     """
-    # The quotient rule: d scan / d num = past / total and d scan / d den = -past scan / total; likewise for `present`.
+    # scan = top / total: d scan / d num = past / total, d scan / d den = -past scan / total, and likewise for present.
     per_total = grad_scan / p.total
     bonus = p.present * per_total
     read = p.past * per_total
     reads = torch.stack([read, -read * p.scan], dim=2)
-    # flows[:, t] is the gradient of the state after position t. addcmul writes each into its place: no tensor is made a step.
+    # The adjoint recurrence: what the state after t is worth is what its next reader and its next state make of it.
     flows = torch.empty_like(reads)
     flows[:, -1] = grad_state
     steps = list(zip(flows.unbind(1), p.decay.unsqueeze(2).unbind(1), reads.unbind(1), strict=True))
@@ -141,7 +146,7 @@ def _backward(p: _Segment, v: Tensor, grad_scan: Tensor, grad_state: Tensor) -> 
         torch.addcmul(grad, decay, flow, out=steps[t - 1][0])
     flow, decay, grad = steps[0]
     onward = torch.addcmul(grad, decay, flow)
-    # decay and weight are exponentials: the gradient of an exponent is that of the exponential times its value.
+    # weight = e^{k - max} and decay = e^{... - max}: with max held, d weight / d k = weight and d decay / d w = decay.
     num_flow, den_flow = flows.unbind(2)
     grad_decay = (p.past_state * flows).sum(2).mul_(p.decay)
     # The carry's maximum is in the decay and in the past of the first position; the later maxima are held fixed.
@@ -215,8 +220,9 @@ def wkv(
 ) -> tuple[Float[Tensor, "batch pos channel"], Carry]:
     """`scan, carry = wkv(k, v, w, u, mask, carry)`; O(b c) memory beyond inputs and output without gradients."""
     compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
+    # Four ways to the same numbers. Inside torch.compile a Function cannot stand, so with gradients the segment is written in
+    # operations that the compiler differentiates; under torch.func too, which a Function's buffers would not survive.
     followed = grad and any(t.requires_grad for t in (k, v, w, u, *carry))
-    # Under a transform, and where torch.compile follows gradients: only differentiable operations, the sequence in one segment.
     one_segment = followed if compiling else transformed()
     if one_segment:
         segment = _segment(mask, k, v, w, u, *carry)
@@ -282,7 +288,7 @@ class OpenWkv:
     ):
         self.out_dtype = v.dtype
         self.k, self.v, self.w, self.u, self.num0, self.den0, top = (t.double() for t in (k, v, w, u, *carry))
-        # NOTHING and whatever else is below is an empty past: e^-700 is still a normal float64, so e^-top below is finite.
+        # NOTHING, and whatever else is below, is an empty past: e^-700 is still a normal float64, so e^-top below is finite.
         self.top = top.clamp(min=-LARGEST_KEY)
         self.mask = mask
 
@@ -305,6 +311,7 @@ class OpenWkv:
 
     @cached_property
     def decay(self) -> Float[Tensor, "batch pos channel two"]:
+        # e^w, not e^{max + w - max}: hooks see the paper's decay, which float64 holds whatever the maximum is.
         constant = self.w.exp().reshape(1, 1, -1, 1).expand(*self.k.shape, 2)
         return constant if self.mask is None else torch.where(self.mask[:, :, None, None], constant, 1.0)
 
@@ -327,6 +334,7 @@ class OpenWkv:
     def top_start(self) -> Float[Tensor, "batch channel"]:
         """The maximum that came with the carry; a start that was edited brings its own."""
         den, given = self.state_start[..., 1], self.given_start[..., 1]
+        # Where nobody edited the denominator the carried maximum goes on, so that an unhooked run is met to the bit.
         return torch.where(den == given, self.top, den.abs().clamp(min=TINY).log())
 
     @cached_property

@@ -1,7 +1,11 @@
-"""Engines: who does the work on the batches. Results come back in the order of the batches, whoever did them.
+"""Engines: what is done with each batch of a harvest, and who does it.
 
-    for rows, tensors in local(work, batches): ...
-    for rows, tensors in gl.store.engines.ray(workers=2)(work, batches): ...
+    work = Work(model, layouts)                 # rows -> {name: [entry, ...]}, equal to run_with_cache's bit for bit
+    job = Reduce(work, reductions)              # rows -> the statistics of those tensors instead
+    for rows, tensors in local(job, batches): ...
+    for rows, tensors in ray(workers=2)(job, batches): ...
+
+A job is all that a worker needs, here or on another machine. Results come back in the order of the batches, whoever did them.
 
 Ray: one actor a worker holds the model; a few batches are under way at a time, so memory stays constant; an actor that
 dies is started again and its batches done again (Ray's own restarts and retries). The results are collected in order and
@@ -14,7 +18,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,17 +30,14 @@ from gatedlens.store.corpus.batches import Rows
 from gatedlens.store.disk.layout import Layout, last_layer
 from gatedlens.store.statistics import Reduction
 
-# Work: from a batch to what is stored of it. A worker needs nothing else, here or on another machine.
-#
-# work = Work(model, layouts)
-# tensors = work(rows)                        # {name: [entry, ...]}, equal to run_with_cache's bit for bit
+# -- what is done with a batch --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Work:
-    """`work(rows)`: the activations of one batch at the points of `layouts`, on the CPU."""
+    """`work(rows)`: the activations of one batch at the points of `layouts`, {name: [entry, ...]}, on the CPU."""
 
-    model: Any
+    model: HookedModel
     layouts: tuple[Layout, ...]
 
     @torch.no_grad()
@@ -81,8 +82,15 @@ def activations(model: HookedModel, rows: Rows, names: list[str]) -> dict[str, T
     return cache
 
 
+# -- who does it ----------------------------------------------------------------------------------------------------
+
 Job = Callable[[Rows], dict[str, Tensor]]
 Engine = Callable[[Job, Iterable[Rows]], Iterator[tuple[Rows, dict[str, Tensor]]]]
+# What `engine=` takes. For editors: another kind gets the error of `engine`.
+if TYPE_CHECKING:
+    EngineLike: TypeAlias = str | Engine
+else:
+    EngineLike = Any
 AHEAD = 2  # batches that each worker has waiting
 
 
@@ -104,7 +112,10 @@ class Worker:
 
 
 def ray(workers: int = 2) -> Engine:
-    """On a Ray cluster: the one that `ray.init` was told of, or else this machine."""
+    """`ray(workers=2)`: an engine on a Ray cluster, the one that `ray.init` was told of, or else this machine.
+
+    InputError for fewer than one worker; ImportError, when the harvest begins, without the package ray.
+    """
     if workers < 1:
         raise InputError(f"workers={workers}: at least one has to work.")
 
@@ -141,7 +152,7 @@ def _own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 ENGINES: dict[str, Callable[[int], Engine]] = {"local": lambda workers: local, "ray": ray}
 
 
-def engine(name: Any, workers: int) -> Engine:
+def engine(name: EngineLike, workers: int) -> Engine:
     """The engine of this name, or the function that was given."""
     if callable(name):
         return name

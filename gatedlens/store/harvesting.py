@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from gatedlens.address.names import NamesFilter
@@ -28,57 +27,19 @@ from gatedlens.model.base import HookedModel
 from gatedlens.model.config import dtype_name, dtype_of
 from gatedlens.options import checked
 from gatedlens.store.corpus.batches import Batches, Rows
-from gatedlens.store.corpus.sources import read
+from gatedlens.store.corpus.sources import Documents, read
 from gatedlens.store.disk import manifest
 from gatedlens.store.disk.arrow import Columns
 from gatedlens.store.disk.files import explained, locked
 from gatedlens.store.disk.layout import Layout, aliases, resolve
 from gatedlens.store.disk.shards import card, checksum, fits
 from gatedlens.store.disk.sinks import Sink, StatisticsSink, TensorSink
-from gatedlens.store.engines import Reduce, Work, activations
+from gatedlens.store.engines import Engine, EngineLike, Reduce, Work, activations
 from gatedlens.store.engines import engine as engine_of
 from gatedlens.store.reading import Store
 from gatedlens.store.reading import open as open_store
 from gatedlens.store.sizes import Estimate, estimate_of
-from gatedlens.store.statistics import Reduction, chosen
-
-# The plan of a harvest: how each point that was asked for will lie in the store, learnt from a run on two tokens.
-#
-# layouts = plan(batches, "blocks.*.mixer.hook_gated", dtype=None)
-
-
-# What can be harvested, see `corpus/sources.py`; the words or Reductions of `reduce=`; who does the work. For type checkers:
-# something else is an InputError.
-if TYPE_CHECKING:
-    Documents: TypeAlias = str | Path | Iterable[Any] | Mapping[str, Any] | Tensor
-    Reductions: TypeAlias = str | Reduction | Sequence[str | Reduction] | None
-    Engine: TypeAlias = str | Callable[..., Iterable[Any]]
-else:
-    Documents = Reductions = Engine = Any
-
-
-def plan(batches: Batches, names: NamesFilter, dtype: torch.dtype | None) -> list[Layout]:
-    """A Layout for each point, in firing order; PointError if one does not fire, InputError if there is nothing to run."""
-    wanted, model = resolve(batches.model, names), batches.model
-    first = next(iter(batches), None)
-    if first is None:
-        raise InputError(_nothing(batches))
-    length = 2 if first.is_text else None
-    some = Rows(first.value[:1, :length], None, first.keep[:1, :length], first.documents[:1, :length])
-    with torch.no_grad():
-        fired = activations(model, some, wanted)
-    points = model.names.points
-    return [Layout.of(points[name], name, fired[name], dtype, batches.length) for name in wanted]
-
-
-def _nothing(batches: Batches) -> str:
-    if batches.rest:
-        return (
-            f"The whole corpus has {batches.rest} tokens, and context={batches.context}: it does not fill one row. Give a "
-            "smaller context, or none (a row is then a document)."
-        )
-    return "The corpus holds no document that is not empty (or marks none): there is nothing to harvest."
-
+from gatedlens.store.statistics import Reduction, Reductions, chosen
 
 log = logging.getLogger(__name__)
 SHARD_BYTES = 2**30
@@ -98,7 +59,7 @@ def harvest(
     *,
     context: int | None = None,
     field: str | None = None,
-    engine: Engine = "local",
+    engine: EngineLike = "local",
     workers: int = 2,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
@@ -106,16 +67,17 @@ def harvest(
     """`gl.store.harvest(model, "corpus.jsonl", "blocks.*.mixer.hook_gated", "out", context=128)`: the store in `out`.
 
     dataset: a JSONL file, a file or a folder of texts or images, a `datasets` folder or Dataset, token ids [row, pos], or
-    any iterable of texts, ids, records or images; see `corpus.py`. names: as in `run_with_cache`. context: rows of that
+    any iterable of texts, ids, records or images; see `sources.py`. names: as in `run_with_cache`. context: rows of that
     many tokens, documents one behind the other; None: a row is a document. max_tokens: of the corpus. positions: "all",
     the "last" of each row, or those that the corpus marks ("mask"). dtype: to store (None: as computed; a column in
     bfloat16 is stored as float32, which holds it exactly). reduce: statistics instead of tensors: "mean", "variance",
     "covariance", "second_moment", "kurtosis", "max", "sample", or a list of them. field: which field of a record holds
     the text or ids. engine: "local", or "ray" with so many `workers`. shard_bytes: the size of one file.
 
-    Raises TooLargeError if the disk lacks room, StoreError if the folder is in use, or holds another harvest.
+    PointError for a point that the model lacks, InputError for a corpus or an option that cannot be read, TooLargeError if
+    the disk lacks room, StoreError if the folder is in use, or holds another harvest.
     """
-    kept, reductions = dtype_of(dtype), () if reduce is None else chosen(reduce)
+    kept, reductions = dtype_of(dtype), chosen(reduce)
     if not isinstance(shard_bytes, int) or shard_bytes < 1:
         raise InputError(f"shard_bytes={shard_bytes!r}: it is a number of bytes, at least 1.")
     batches = Batches(read(dataset, model, field), model, batch_size, context, max_tokens, positions)
@@ -183,12 +145,43 @@ def estimate(
     context: int | None = None,
     field: str | None = None,
 ) -> Estimate:
-    """`gl.store.estimate(model, "corpus.jsonl", "blocks.*.mixer.hook_gated")`: how many tokens and bytes the same call of
-    `harvest` would take, and what the disk of `out` has; runs one token.
+    """`gl.store.estimate(model, "corpus.jsonl", "blocks.*.mixer.hook_gated", context=128)`: how large a harvest would be.
+
+    The Estimate says how many tokens and bytes the same call of `harvest` would take, and what the disk of `out` has. The
+    model reads two tokens (or one image). Errors as those of `harvest`; a lack of room is none here.
     """
     batches = Batches(read(dataset, model, field), model, batch_size, context, max_tokens, positions)
     layouts = plan(batches, names, dtype_of(dtype))
-    return estimate_of(batches, layouts, () if reduce is None else chosen(reduce), Path(out).expanduser())
+    return estimate_of(batches, layouts, chosen(reduce), Path(out).expanduser())
+
+
+# -- the steps of a harvest -----------------------------------------------------------------------------------------
+
+
+def plan(batches: Batches, names: NamesFilter, dtype: torch.dtype | None) -> list[Layout]:
+    """How each point that was asked for will lie in the store, in firing order, learnt from a run on two tokens.
+
+    PointError if a point does not fire, InputError if there is nothing to run.
+    """
+    wanted, model = resolve(batches.model, names), batches.model
+    first = next(iter(batches), None)
+    if first is None:
+        raise InputError(_nothing(batches))
+    length = 2 if first.is_text else None
+    some = Rows(first.value[:1, :length], None, first.keep[:1, :length], first.documents[:1, :length])
+    with torch.no_grad():
+        fired = activations(model, some, wanted)
+    points = model.names.points
+    return [Layout.of(points[name], name, fired[name], dtype, batches.length) for name in wanted]
+
+
+def _nothing(batches: Batches) -> str:
+    if batches.rest:
+        return (
+            f"The whole corpus has {batches.rest} tokens, and context={batches.context}: it does not fill one row. Give a "
+            "smaller context, or none (a row is then a document)."
+        )
+    return "The corpus holds no document that is not empty (or marks none): there is nothing to harvest."
 
 
 def _kept_length(batches: Batches) -> int | None:
@@ -241,7 +234,7 @@ def _run(
     batches: Batches,
     layouts: list[Layout],
     reductions: tuple[Reduction, ...],
-    engine: Any,
+    engine: Engine,
     size: Estimate,
     progress: bool,
 ) -> None:

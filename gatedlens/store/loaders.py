@@ -11,22 +11,31 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from gatedlens.address.key import Key
 from gatedlens.errors import InputError
+from gatedlens.options import checked, tensor_of
 
 PER = ("token", "sample", "document")
+
+# What loaders take, and labels. For editors: other kinds get the errors of the functions below.
+if TYPE_CHECKING:
+    Keys: TypeAlias = Key | list[Key] | list[str] | list[tuple[str, int]]
+    Labels: TypeAlias = Tensor | Sequence[float] | Callable[[Tensor], Any]
+else:
+    Keys = Labels = Any
 
 
 class Activations(Dataset):
     """`data[i]`: the entry `i` at one point, or {name: entry} at several; with `labels`, (entry, label)."""
 
-    def __init__(self, store: Any, keys: Any, labels: Tensor | None = None):
+    def __init__(self, store: Any, keys: Keys, labels: Tensor | None = None):
         self.store = store
         self.single = not isinstance(keys, list)
         self.layouts = [store.find(key) for key in ([keys] if self.single else keys)]
@@ -46,6 +55,7 @@ class Activations(Dataset):
     def __len__(self) -> int:
         return self.first[-1]
 
+    @checked
     def __getitem__(self, index: int) -> Any:
         if not -len(self) <= index < len(self):
             raise IndexError(f"Entry {index} is out of range: there are {len(self)}.")
@@ -74,8 +84,15 @@ class Activations(Dataset):
             out[to] = self.store.batch_of(layout.name, batch)[0][at]
         return out
 
+    @checked
     def loader(self, batch_size: int, shuffle: bool = False, seed: int = 0, **options: Any) -> DataLoader:
-        """A DataLoader of stacked batches; `options` (num_workers, drop_last, ...) go to torch's."""
+        """`data.loader(batch_size=1024, shuffle=True)`: a DataLoader of stacked batches.
+
+        seed: of the order, if it is shuffled. options: torch's (num_workers, drop_last, ...). InputError for a batch_size
+        below 1.
+        """
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size}: give at least 1.")
         generator = torch.Generator().manual_seed(seed)
         return DataLoader(
             self, batch_size, shuffle=shuffle, collate_fn=_only, generator=generator if shuffle else None, **options
@@ -85,21 +102,25 @@ class Activations(Dataset):
 class Labelled:
     """A store and a label for each entry: `store.with_labels(labels, per="document").loader(name, batch_size)`."""
 
-    def __init__(self, store: Any, labels: Any, per: str = "token"):
+    def __init__(self, store: Any, labels: Labels, per: str = "token"):
         if per not in PER:
             raise InputError(f"per={per!r}: a label belongs to a {', a '.join(PER)}.")
         self.store = store
         self.per = per
-        self.labels = labels if callable(labels) else torch.as_tensor(labels)
+        self.labels = labels if callable(labels) else tensor_of(labels, "labels")
+        if isinstance(self.labels, Tensor) and self.labels.ndim == 0:
+            raise InputError(f"labels is one number: give one for each {per}.")
 
-    def dataset(self, keys: Any) -> Activations:
+    def dataset(self, keys: Keys) -> Activations:
+        """`labelled.dataset(("gated", 1))`: a torch Dataset of (entry, label), or of ({name: entry}, label)."""
         plain = Activations(self.store, keys)
         by_row = plain.layouts[0].per == "row"
         labels = torch.cat([self._of(sample, by_row) for sample in range(len(self.store))])
         return Activations(self.store, keys, labels)
 
-    def loader(self, keys: Any, batch_size: int, shuffle: bool = False, seed: int = 0, **options: Any) -> DataLoader:
-        """Batches of (activations, labels)."""
+    @checked
+    def loader(self, keys: Keys, batch_size: int, shuffle: bool = False, seed: int = 0, **options: Any) -> DataLoader:
+        """`labelled.loader(("gated", 1), batch_size=256)`: batches of (activations, labels); options as in `Store.loader`."""
         return self.dataset(keys).loader(batch_size, shuffle, seed, **options)
 
     def _of(self, sample: int, by_row: bool) -> Tensor:
@@ -121,6 +142,8 @@ class Labelled:
         return found
 
     def _at(self, index: Tensor) -> Tensor:
+        """The labels at some places, where `labels` is a tensor."""
+        assert isinstance(self.labels, Tensor)
         total = {"token": self.store.n_tokens, "sample": len(self.store)}.get(self.per)
         if (total is not None and len(self.labels) != total) or int(index.max()) >= len(self.labels):
             raise InputError(

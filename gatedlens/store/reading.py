@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import bisect
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
@@ -31,7 +32,7 @@ from torch.utils.data import DataLoader
 
 from gatedlens.address.key import Key
 from gatedlens.errors import InputError, PointError, StoreError, did_you_mean
-from gatedlens.options import checked
+from gatedlens.options import checked, is_whole
 from gatedlens.store.disk import journal, manifest
 from gatedlens.store.disk.arrow import Columns, batch_reader
 from gatedlens.store.disk.journal import AGAIN, Entry
@@ -39,22 +40,25 @@ from gatedlens.store.disk.layout import Layout
 from gatedlens.store.disk.mapped import Mapped
 from gatedlens.store.disk.shards import HEAD, SafetensorsFormat, fits
 from gatedlens.store.disk.statistics_file import read_statistics
-from gatedlens.store.loaders import Activations, Labelled
+from gatedlens.store.loaders import Activations, Keys, Labelled, Labels
 from gatedlens.store.statistics import Statistics, by_name, misfit
 
-# Column: one point of a store, sample by sample; nothing is read before it is asked for.
-#
-# gated = store["gated", 1]
-# gated[7]                                   # pos channel: the eighth sample
-# gated[7, -1]                               # channel: at its last stored position
-# gated[0:16]                                # sample pos channel, where the samples have one length
-# for sample in gated: ...
+# -- one point ------------------------------------------------------------------------------------------------------
 
 
 class Column:
-    """One point of a store: `column[sample]`, `column[sample, position]`, `column[a:b]`, `iter(column)`."""
+    """One point of a store, sample by sample: `column = store["gated", 1]`. Nothing is read before it is asked for.
 
-    def __init__(self, store: Any, layout: Layout):
+        column[7]                 # pos channel: the eighth sample
+        column[7, -1]             # channel: at its last stored position; a slice, list or tensor of positions as well
+        column[0:16]              # sample pos channel, where the samples have one length
+        for sample in column: ...
+
+    InputError for an index that is no such number, for a sample or position that is not there, and for samples of
+    different lengths side by side.
+    """
+
+    def __init__(self, store: Store, layout: Layout):
         self.store = store
         self.layout = layout
 
@@ -72,14 +76,14 @@ class Column:
         return f"Column({self.name}, {len(self)} samples, {self.layout.axes}, {self.layout.dtype})"
 
     def __getitem__(self, index: Any) -> Shaped[Tensor, ...]:
+        if isinstance(index, tuple) and len(index) != 2:
+            raise InputError(f"{self.name}[{_said(index)}]: give a sample, or a sample and a position.")
         sample, position = index if isinstance(index, tuple) else (index, None)
-        if isinstance(sample, slice | list | range | Tensor):
+        if isinstance(sample, slice) or _is_several(sample):
             return self._several(sample, position)
-        try:
-            sample = operator.index(sample)
-        except TypeError as error:
-            message = f"{self.name}[{sample!r}]: a sample is a number, a slice or a list of numbers."
-            raise InputError(message) from error
+        if not is_whole(sample):
+            raise InputError(f"{self.name}[{_said(sample)}]: a sample is a number, a slice or a list of numbers.")
+        sample = operator.index(sample)
         whole = self._sample(sample)
         return whole if position is None else whole[self._at(sample, position)]
 
@@ -89,7 +93,7 @@ class Column:
         return (values[row] if self.layout.per == "row" else values[ends[row] : ends[row + 1]]).clone()
 
     def _several(self, samples: Any, position: Any) -> Tensor:
-        chosen = range(len(self))[samples] if isinstance(samples, slice) else [int(i) for i in samples]
+        chosen = self._numbers(samples, len(self), "a sample")
         found = [self[i] if position is None else self[i, position] for i in chosen]
         shapes = {tuple(x.shape) for x in found}
         if len(shapes) != 1:
@@ -108,12 +112,17 @@ class Column:
         """
         if self.layout.per == "row":
             raise InputError(f"{self.name} ({self.layout.axes}) has no positions: leave {position!r} out.")
-        if isinstance(position, list | Tensor | range):
-            return [self._at(sample, int(one)) for one in position]
+        if _is_several(position):
+            return [self._at(sample, one) for one in self._numbers(position, 0, "a position")]
         stored = self.store.positions(sample).tolist()
         if isinstance(position, slice):
-            asked = set(range(stored[-1] + 1)[position])
+            asked = set(self._numbers(position, stored[-1] + 1, "a position"))
             return [place for place, one in enumerate(stored) if one in asked]
+        if not is_whole(position):
+            raise InputError(
+                f"{self.name}[{sample}, {_said(position)}]: a position is a number, a slice or a list of numbers."
+            )
+        position = operator.index(position)
         if position < 0 and -position <= len(stored):
             return len(stored) + position
         if position not in stored:
@@ -122,6 +131,38 @@ class Column:
             )
         return stored.index(position)
 
+    def _numbers(self, given: Any, count: int, what: str) -> Sequence[int]:
+        """The numbers that a slice of `count`, or a list, means; InputError for one that holds anything else."""
+        if isinstance(given, slice):
+            try:
+                return range(count)[given]
+            except (TypeError, ValueError) as error:  # a[1.5:], a[::0]
+                raise InputError(f"{self.name}[{_said(given)}]: {error}.") from error
+        if isinstance(given, Tensor | numpy.ndarray) and given.ndim != 1:
+            raise InputError(f"{self.name}[...] has the shape {list(given.shape)}: give a list of numbers, [some].")
+        numbers = given.tolist() if isinstance(given, Tensor | numpy.ndarray) else given
+        for one in numbers:  # a mask of truths is no list of numbers: as such it would read samples 0 and 1
+            if not is_whole(one):
+                hint = " Of a mask: `mask.nonzero().flatten()`." if isinstance(one, bool) else ""
+                raise InputError(f"{self.name}[{_said(given)}]: {what} is a whole number, and {one!r} is none.{hint}")
+        return [operator.index(one) for one in numbers]
+
+
+def _is_several(given: Any) -> bool:
+    """Whether an index lists numbers: a tensor or array of no axes is one number."""
+    return bool(given.ndim) if isinstance(given, Tensor | numpy.ndarray) else isinstance(given, list | range)
+
+
+def _said(index: Any) -> str:
+    """An index as its error repeats it."""
+    if isinstance(index, slice):
+        parts = ["" if one is None else repr(one) for one in (index.start, index.stop, index.step)]
+        return ":".join(parts if parts[2] else parts[:2])
+    text = ", ".join(map(repr, index)) if isinstance(index, tuple) else repr(index)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# -- the store ------------------------------------------------------------------------------------------------------
 
 STATISTICS = "statistics.safetensors"
 KEPT = ("activations", "tensors", STATISTICS)  # what a batch is committed to
@@ -134,7 +175,10 @@ def _file(name: str | None, shard: int) -> str:
 
 @checked
 def open(path: str | Path) -> Store:
-    """`gl.store.open("out")`: the store in a folder."""
+    """`gl.store.open("out")`: the store in a folder; one whose harvest is under way is read up to its last committed batch.
+
+    StoreError if the folder is no store, or its manifest and journal are damaged or at odds.
+    """
     return Store(Path(path).expanduser())
 
 
@@ -231,18 +275,32 @@ class Store:
     # -- names ---------------------------------------------------------------------------------------------------
 
     def find(self, key: Key) -> Layout:
-        """`store.find(("gated", 1))`: the point that `key` stands for: a full name, another tool's name for it, or (word,
-        layer[, part]).
+        """`store.find(("gated", 1))`: the point that `key` stands for, as a Layout: its name, axes, shape and dtype.
+
+        key: a full name, another tool's name for it, or (word, layer[, part]). PointError for what is no such key, is not in
+        the store, or fits several points.
         """
-        if isinstance(key, tuple):
+        if isinstance(key, tuple) and self._is_short(key):
             return self._short(*key)
+        if not isinstance(key, str):
+            raise PointError(f"{key!r} is no point: give its name, or (word, layer).{self._held()}")
         if key in self.layouts:
             return self.layouts[key]
         aliases = self.manifest["aliases"]
         if key in aliases:
             return self.layouts[aliases[key]]
         raise PointError(
-            f"{key!r} is not in {self.folder}.{did_you_mean(str(key), [*self.layouts, *aliases])}{self._held()}"
+            f"{key!r} is not in {self.folder}.{did_you_mean(key, [*self.layouts, *aliases])}{self._held()}"
+        )
+
+    @staticmethod
+    def _is_short(key: tuple[Any, ...]) -> bool:
+        """Whether it is (word, layer) or (word, layer, part)."""
+        return (
+            len(key) in (2, 3)
+            and isinstance(key[0], str)
+            and is_whole(key[1])
+            and all(part is None or isinstance(part, str) for part in key[2:])
         )
 
     def _short(self, word: str, layer: int, part: str | None = None) -> Layout:
@@ -272,7 +330,7 @@ class Store:
             return False
         return True
 
-    def __getitem__(self, key: Any) -> Column:
+    def __getitem__(self, key: Key) -> Column:
         if self.manifest["settings"]["reduce"]:
             raise InputError(f"{self.folder} holds statistics and no activations: read `store.statistics[{key!r}]`.")
         return Column(self, self.find(key))
@@ -311,18 +369,19 @@ class Store:
 
     @checked
     def tokens(self, sample: int) -> Int[Tensor, " pos"]:
-        """`store.tokens(7)`: [pos], The ids at the stored positions of a sample."""
+        """`store.tokens(7)`: the ids at the stored positions of a sample, [pos]. InputError for a sample out of range."""
         return self._counted("token_ids", sample)
 
     @checked
     def positions(self, sample: int) -> Int[Tensor, " pos"]:
-        """`store.positions(7)`: [pos], Which positions of a sample are stored."""
+        """`store.positions(7)`: which positions of a sample are stored, [pos]. InputError for a sample out of range."""
         return self._counted("positions", sample)
 
     @checked
     def documents(self, sample: int) -> Int[Tensor, " pos"]:
-        """`store.documents(7)`: [pos], The document (a line, a file, a row, an image) that each stored position of a
-        sample is of.
+        """`store.documents(7)`: the document that each stored position of a sample is of, [pos], by its number.
+
+        A document is a line, a file, a row or an image of the corpus. InputError for a sample out of range.
         """
         return self._counted("documents", sample)
 
@@ -333,7 +392,10 @@ class Store:
 
     @checked
     def place(self, sample: int) -> tuple[int, int]:
-        """`store.place(7)`: (batch, row in it) of a sample."""
+        """`batch, row = store.place(7)`: the batch of the harvest that a sample is in, and its row there.
+
+        Negative samples count from the end. InputError for a sample out of range.
+        """
         if not -len(self) <= sample < len(self):
             raise InputError(f"Sample {sample} is out of range: {self.folder} has {len(self)}, 0 to {len(self) - 1}.")
         sample %= len(self)
@@ -342,8 +404,10 @@ class Store:
 
     @checked
     def batch_of(self, name: str, batch: int) -> tuple[Shaped[Tensor, "entry ..."], list[int]]:
-        """`entries, ends = store.batch_of("blocks.1.mixer.hook_gated", 0)`: (entries of one batch, where each of its rows
-        begins and the last ends), mapped from the file.
+        """`entries, ends = store.batch_of("blocks.1.mixer.hook_gated", 0)`: one batch of the harvest, mapped from its file.
+
+        The entries [entry, ...] are one a stored token (of a point without positions, one a row); `ends` says where each row
+        begins among them, and where the last ends. StoreError if the file is not what was written.
         """
         layout = self.layouts.get(name)
         if layout is None or layout.stored == "column":
@@ -399,31 +463,37 @@ class Store:
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def dataset(self, keys: Key | Sequence[Key]) -> Activations:
-        """`store.dataset(("gated", 1))`: a torch Dataset of the entries at one point, or at a list of points."""
+    def dataset(self, keys: Keys) -> Activations:
+        """`store.dataset(("gated", 1))`: a torch Dataset of the entries at one point, or of {name: entry} at a list of them.
+
+        An entry is a stored token; of a point without positions, a sample. PointError for a point that the store lacks;
+        InputError for an empty list, and for points with and without positions side by side.
+        """
         return Activations(self, keys)
 
     @checked
-    def loader(
-        self, keys: Key | Sequence[Key], batch_size: int, shuffle: bool = False, seed: int = 0, **options: Any
-    ) -> DataLoader:
-        """`for x in store.loader(("gated", 1), batch_size=1024, shuffle=True): ...`: a torch DataLoader of the entries at
-        one point ([batch, ...]) or at a list of points ({name: [batch, ...]}).
+    def loader(self, keys: Keys, batch_size: int, shuffle: bool = False, seed: int = 0, **options: Any) -> DataLoader:
+        """`for x in store.loader(("gated", 1), batch_size=1024, shuffle=True): ...`: a torch DataLoader.
+
+        It gives the entries at one point, [batch, ...], or at a list of points, {name: [batch, ...]}. seed: of the order, if
+        it is shuffled. options: torch's (num_workers, drop_last, ...). Errors as in `dataset`, and InputError for a
+        batch_size below 1.
         """
         return self.dataset(keys).loader(batch_size, shuffle, seed, **options)
 
     @checked
-    def with_labels(self, labels: Tensor | Callable[[Tensor], Any], per: str = "token") -> Labelled:
-        """`store.with_labels(labels)`: the store with a label for each entry, for a probe.
+    def with_labels(self, labels: Labels, per: str = "token") -> Labelled:
+        """`store.with_labels(labels).loader(("gated", 1), batch_size=256)`: the store with a label for each entry, for a probe.
 
         labels: a tensor with one for each stored token, sample or document (`per`), or a function of a sample's token
-        ids that gives one for each, or one for all.
+        ids that gives one for each, or one for all. InputError for another `per`, and for as many labels as do not fit.
         """
         return Labelled(self, labels, per)
 
     def verify(self) -> list[str]:
-        """`store.verify()`: the files that are not what was written, by the checksums of the manifest (once the store is
-        finished).
+        """`assert store.verify() == []`: the names of the files that are not what was written.
+
+        Every file is read whole, and its checksum compared with the manifest's. StoreError if the store is not finished.
         """
         finished = self.manifest["finished"]
         if finished is None:

@@ -1,8 +1,15 @@
-"""Statistics of a corpus, from a harvest with `reduce`.
+"""Statistics of a corpus: how they are summed batch by batch in a harvest with `reduce`, and read from its store.
 
-statistics = gl.store.open("out").statistics
-statistics["gated", 1]["mean"]                       # channel
-both = statistics.merge(gl.store.open("other").statistics)
+    gl.store.harvest(model, texts, names, "out", reduce=["mean", "covariance", gl.store.sample(4096)])
+    statistics = gl.store.open("out").statistics
+    statistics["gated", 1]["mean"]                       # channel
+    both = statistics.merge(gl.store.open("other").statistics)
+
+A Reduction is three functions: `of` a batch of entries [n, ...], `merge` of two parts, `result`. A part is a dict of tensors,
+so parts of batches, machines or corpora are put together in any way. Sums are never squared before they are centred (Chan,
+Golub and LeVeque 1979; third and fourth moments: Pébay 2008, eq. 2.1): a mean of 1e6 with a deviation of 1 is no trouble.
+
+n entries, mean, M2 = sum (x - mean)^2, M3, M4 likewise, C = sum (x - mean)(x - mean)^T; float64 throughout.
 """
 
 from __future__ import annotations
@@ -10,24 +17,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from gatedlens.errors import InputError, did_you_mean
+from gatedlens.options import is_many
 from gatedlens.store.disk.layout import Layout
-
-# Reductions: statistics of activations over a whole corpus, where the tensors themselves are not wanted.
-#
-#     gl.store.harvest(model, texts, names, out, reduce=["mean", "covariance", gl.store.sample(4096)])
-#
-# Each is three functions: `of` a batch of entries [n, ...], `merge` of two parts, `result`. A part is a dict of tensors, so
-# parts of batches, machines or corpora are put together in any way. Sums are never squared before they are centred
-# (Chan, Golub and LeVeque 1979; third and fourth moments: Pébay 2008, eq. 2.1): a mean of 1e6 with a deviation of 1 is no
-# trouble.
-#
-# n entries, mean, M2 = sum (x - mean)^2, M3, M4 likewise, C = sum (x - mean)(x - mean)^T; float64 throughout.
 
 Part = dict[str, Tensor]
 
@@ -47,6 +44,13 @@ class Reduction:
         return by_name, (self.name,)
 
 
+# What `reduce=` takes. For editors: another kind gets the error of `chosen`.
+if TYPE_CHECKING:
+    Reductions: TypeAlias = str | Reduction | Sequence[str | Reduction] | None
+else:
+    Reductions = Any
+
+
 # -- moments --------------------------------------------------------------------------------------------------------
 
 
@@ -62,6 +66,7 @@ def _moments(order: int) -> Callable[[Tensor, int], Part]:
 
 
 def _merge_moments(a: Part, b: Part) -> Part:
+    """Pébay 2008, eq. 2.1, for powers 2 to 4: sums around the mean of both, from those around each one's own."""
     na, nb = a["n"], b["n"]
     n, delta = na + nb, b["mean"] - a["mean"]
     out = {"n": n, "mean": a["mean"] + delta * nb / n}
@@ -85,6 +90,7 @@ def _comoments(values: Tensor, first: int) -> Part:
 
 
 def _merge_comoments(a: Part, b: Part) -> Part:
+    """As M2 of `_merge_moments`, for every pair of numbers in an entry."""
     na, nb = a["n"], b["n"]
     n, delta = na + nb, b["mean"] - a["mean"]
     return {
@@ -104,13 +110,14 @@ def _maximum(values: Tensor, first: int) -> Part:
 
 
 def _merge_maximum(a: Part, b: Part) -> Part:
-    wins = b["max"] > a["max"]
+    wins = b["max"] > a["max"]  # of equal ones that of `a`, which comes first, stays
     return {"max": torch.where(wins, b["max"], a["max"]), "at": torch.where(wins, b["at"], a["at"])}
 
 
 # -- a sample -------------------------------------------------------------------------------------------------------
 
 
+# splitmix64's constants (Steele, Lea and Flood 2014) as the signed numbers of the same bits: torch has no uint64 arithmetic.
 def _scrambled(index: Tensor, seed: int) -> Tensor:
     """A random 63-bit number for each entry (splitmix64 of its place in the corpus): the same in every run."""
     x = (index + 1) * -0x61C8864680B583EB + seed * 0x2545F4914F6CDD1D % (1 << 63)
@@ -128,7 +135,8 @@ def sample(size: int, seed: int = 0) -> Reduction:
     """`gl.store.sample(4096)`: that many entries, drawn evenly from the whole corpus without replacement.
 
     Each entry gets a random number from its place in the corpus, and the smallest `size` numbers stay: so a sample does
-    not depend on the batch size or on interruptions. Corpora that will be merged need seeds of their own.
+    not depend on the batch size or on interruptions. Corpora that will be merged need seeds of their own. InputError for a
+    size below 1.
     """
     if not isinstance(size, int) or size < 1:
         raise InputError(f"sample({size!r}): a sample has at least 1 entry.")
@@ -196,17 +204,19 @@ REDUCTIONS = {
 }
 
 
-def chosen(reduce: Any) -> tuple[Reduction, ...]:
-    """The reductions that `reduce` names: a name, a Reduction, or a list of these."""
-    several: Sequence[Any] = [reduce] if isinstance(reduce, str | Reduction) else list(reduce)
+def chosen(reduce: Reductions) -> tuple[Reduction, ...]:
+    """The reductions that `reduce` names: a name, a Reduction, or a list of these; none of None."""
+    if reduce is None:
+        return ()
+    several: list[Any] = [reduce] if isinstance(reduce, str | Reduction) or not is_many(reduce) else list(reduce)
     if not several:
         raise InputError("reduce=[] names no statistic; pass None for the activations themselves.")
     return tuple(one if isinstance(one, Reduction) else by_name(one) for one in several)
 
 
-def by_name(name: str) -> Reduction:
+def by_name(name: object) -> Reduction:
     """The reduction of this name; "sample" and "sample(4096, seed=1)" as well."""
-    if name in REDUCTIONS:
+    if isinstance(name, str) and name in REDUCTIONS:
         return REDUCTIONS[name]
     if isinstance(name, str) and name.startswith("sample"):
         words = name.removeprefix("sample").strip("()").replace("seed=", "").replace(",", " ").split()
@@ -217,7 +227,7 @@ def by_name(name: str) -> Reduction:
 
 
 class Statistics:
-    """`statistics[name]`: {reduction: tensor} of a point, named as in a store; `merge` adds those of another corpus.
+    """`statistics["gated", 1]["mean"]`: {reduction: tensor} of a point, named as in a store; `merge` adds another corpus.
 
     Moments are float64. "kurtosis" is Pearson's, 3 for a normal distribution; "variance" and "covariance" divide by n.
     """
@@ -235,8 +245,9 @@ class Statistics:
         return {reduction: by_name(reduction).result(part) for reduction, part in found.items()}
 
     def merge(self, other: Statistics) -> Statistics:
-        """`both = statistics.merge(other)`: the statistics of both corpora together; both must hold the same reductions of
-        the same points.
+        """`both = statistics.merge(other)`: the statistics of both corpora together.
+
+        InputError unless both hold the same reductions of the same points, and samples of different seeds.
         """
         if set(self.parts) != set(other.parts):
             only = sorted(set(self.parts) ^ set(other.parts))

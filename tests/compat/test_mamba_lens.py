@@ -241,3 +241,18 @@ def test_a_cache_is_taken_under_hooks(tiny):
     assert not torch.allclose(logits, tiny(tokens), atol=1e-5)
     assert cache["blocks.0.hook_h.2"].abs().max() < 1e-6 and cache["blocks.0.hook_h.1"].any()
     assert not tiny.list_hooks()
+
+
+def test_what_cannot_be_converted_is_refused():
+    from gatedlens.compat import mamba_lens
+
+    with pytest.raises(gl.InputError, match="This configuration has no d_model; it has: n_layer."):
+        mamba_lens.convert_original_config_to_hooked_mamba_config({"n_layer": 2})
+    for convert in (
+        mamba_lens.convert_original_state_dict_to_hooked_state_dict,
+        mamba_lens.convert_hooked_state_dict_to_original_state_dict,
+    ):
+        with pytest.raises(gl.InputError, match="Give the tensors by name, .* this is a NoneType"):
+            convert()
+        with pytest.raises(gl.InputError, match="Give the tensors by name, .* this is a MambaCfg"):
+            convert(mamba_lens.MambaCfg(d_model=16, n_layers=2, vocab_size=8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 
+import numpy
 import pytest
 import torch
 
@@ -42,6 +43,56 @@ def test_samples_and_positions(store):
         store["state_start", 0][0, 1]
     with pytest.raises(gl.InputError, match="Sample -12 is out of range"):
         gated[-12]
+
+
+def test_an_index_that_is_no_number_is_refused(store):
+    gated = store["gated", 0]
+    assert torch.equal(gated[torch.tensor(3)], gated[3]) and torch.equal(gated[3, torch.tensor(1)], gated[3, 1])
+    assert torch.equal(gated[torch.tensor([1, 5])], gated[[1, 5]])
+    assert torch.equal(gated[numpy.array([1, 5]), numpy.int64(0)], gated[[1, 5], 0])
+    for index, said in (
+        (1.5, r"\[1.5\]: a sample is a number"),
+        (True, r"\[True\]: a sample is a number"),
+        (None, "a sample is a number"),
+        ((), "give a sample, or a sample and a position"),
+        ((1, 0, 0), r"\[1, 0, 0\]: give a sample, or a sample and a position"),
+        ([1.5], "a sample is a whole number, and 1.5 is none"),
+        (["a"], "a sample is a whole number, and 'a' is none"),
+        (torch.tensor([True, False]), r"and True is none. Of a mask: `mask.nonzero\(\).flatten\(\)`"),
+        (torch.tensor([[1, 2]]), r"has the shape \[1, 2\]: give a list"),
+        (slice("a", None), "slice indices must be integers"),
+        (slice(None, None, 0), r"\[::0\]: slice step cannot be zero"),
+        ((0, 1.0), r"\[0, 1.0\]: a position is a number"),
+        ((0, "a"), "a position is a number"),
+        ((0, True), "a position is a number"),
+        ((0, ...), "a position is a number"),
+        ((0, [0, 1.5]), "a position is a whole number, and 1.5 is none"),
+        ((0, slice("a", None)), "slice indices must be integers"),
+    ):
+        with pytest.raises(gl.InputError, match=said):
+            gated[index]
+
+
+@pytest.mark.parametrize(
+    "key", [3, None, ["gated"], ("gated",), ("gated", "0"), (3, 1), ("gated", 0, 1), ("a", 0, "b", 2)]
+)
+def test_what_is_no_point_is_refused(store, key):
+    assert key not in store
+    with pytest.raises(gl.PointError, match=r"is no point: give its name, or \(word, layer\). It holds: "):
+        store[key]
+
+
+def test_a_batch_has_at_least_one_entry(store):
+    labelled = store.with_labels(lambda ids: ids)
+    for loader in (store.loader, labelled.loader):
+        for size in (0, -1):
+            with pytest.raises(gl.InputError, match=f"batch_size={size}: give at least 1"):
+                loader(("gated", 0), batch_size=size)
+        for size in (None, 2.0, True):
+            with pytest.raises(gl.InputError, match="batch_size=.*: expected a whole number"):
+                loader(("gated", 0), batch_size=size)
+    with pytest.raises(gl.InputError, match="index=1.5.: expected a whole number"):
+        store.dataset(("gated", 0))[1.5]
 
 
 def test_what_is_read_is_the_readers_own(store):
@@ -97,6 +148,10 @@ def test_labels(store):
     assert label == 9 and entry.shape == store["state_start", 0][0].shape
     with pytest.raises(gl.InputError, match="There are 5 labels, one per token"):
         store.with_labels([0] * 5).loader(("gated", 0), batch_size=7)
+    with pytest.raises(gl.InputError, match="labels is one number: give one for each token"):
+        store.with_labels(3)
+    with pytest.raises(gl.InputError, match="labels is 'abc': it cannot be read as numbers"):
+        store.with_labels("abc")
     with pytest.raises(gl.InputError, match="per='word'"):
         store.with_labels([0] * 5, per="word")
 

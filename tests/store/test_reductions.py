@@ -116,7 +116,12 @@ def test_statistics_of_two_corpora_merge(tmp_path):
 
 @pytest.mark.parametrize(
     ("reduce", "message"),
-    [("men", "Did you mean 'mean'"), ("sample(0)", "at least 1"), (["mean", "median"], "reduce='median': it is mean")],
+    [
+        ("men", "Did you mean 'mean'"),
+        (5, "reduce=5: it is mean"),
+        ("sample(0)", "at least 1"),
+        (["mean", "median"], "reduce='median': it is mean"),
+    ],
 )
 def test_mistakes(reduce, message, tmp_path):
     with pytest.raises(gl.InputError, match=message):

@@ -1,4 +1,4 @@
-"""Pictures: how images become what a model reads.
+"""Image files: how images become what a model reads.
 
     pixels(model, image)                                   # as the model's evaluation prepares it: resized, cropped
     squeezed(model, image, mask)                           # for segmentation: image and mask scaled to the model's size

@@ -1,4 +1,5 @@
-"""Sample: one input of a data set with what is known about it, and the sets that hold them.
+"""Samples: one input of a data set with what is known about it, the sets that hold them, which of them are drawn, and lists
+of names in text files.
 
     samples = gl.evaluation.open_samples("digits")          # or a path: see `opening.py`
     len(samples), samples[0], samples.title
@@ -18,18 +19,6 @@ import torch
 from torch import Tensor
 
 from gatedlens.errors import InputError
-
-# Listing: a text file that names images or classes, one a line.
-#
-# listed(Path("ImageSets/Segmentation/val.txt"))       # the first word of each line; empty lines are passed over
-
-
-def listed(path: Path) -> list[str]:
-    """InputError for a file that is no text."""
-    try:
-        return [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is damaged, or no text: {error}.") from error
 
 
 @dataclass(frozen=True)
@@ -115,3 +104,14 @@ def chosen(samples: Samples, limit: int | None, seed: int) -> list[int]:
         raise InputError(f"seed={seed}: it is a number of 64 bits.")
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
     return sorted(order[:limit].tolist())
+
+
+def listed(path: Path) -> list[str]:
+    """`listed(Path("ImageSets/Segmentation/val.txt"))`: the first word of each line of a list of images or classes.
+
+    Empty lines are passed over; InputError for a file that is no text.
+    """
+    try:
+        return [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is damaged, or no text: {error}.") from error

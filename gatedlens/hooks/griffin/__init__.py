@@ -51,7 +51,7 @@ from gatedlens.model.fields import (
 )
 from gatedlens.model.hookpoint import Part, rows_of
 from gatedlens.model.language import HookedLanguageModel
-from gatedlens.model.padding import Padding, windows
+from gatedlens.model.padding import Padding
 from gatedlens.model.run import DocumentRun
 from gatedlens.model.state import CARRIED, Carried, RecurrentState
 from gatedlens.recurrence.decay_matrix import DecayScan
@@ -190,24 +190,6 @@ class GriffinMixer(Mixer):
         "hook_gated",
     )
 
-    def conv(self, x: Float[Tensor, "batch pos channel"], run: DocumentRun) -> Float[Tensor, "batch pos channel"]:
-        """The causal depthwise convolution, which sees its own document only."""
-        weight, bias = self.weights.conv_1d.weight, self.weights.conv_1d.bias
-        width = weight.shape[-1]
-        tail = run.start("conv", self.layer, (x.shape[0], width - 1, x.shape[2]), x)
-        long = run.padding.behind(x, tail)
-        ours = long if run.documents is None else long * run.in_last(width)
-        run.leave("conv", self.layer, run.padding.tail(ours, width))
-        heard = self.hook_conv_taps.heard()
-        if not heard and run.documents is None:
-            c = F.conv1d(long.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)
-            return run.padding.spread(c)
-        taps = windows(long, width) * weight.squeeze(1)
-        if run.documents is not None:
-            taps = taps * run.in_document(width)
-        taps = torch.stack([run.padding.spread(tap) for tap in taps.unbind(-1)], dim=-1)
-        return (self.hook_conv_taps(taps) if heard else taps).sum(-1) + bias
-
     def factors(self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None) -> Factors:
         """The factors of the implicit attention: u = M x + drift, S[i, j] = a_i ... a_{j+1} m_j i_j (UIA, eq. 13)."""
         x, i, log_a, reset, m, gate, o = (
@@ -232,7 +214,7 @@ class GriffinMixer(Mixer):
         w, lru, pad = self.weights, self.weights.rg_lru, run.padding
         x = self.hook_x(pad.zero(F.linear(n, w.linear_x.weight, w.linear_x.bias)))
         gate_pre = self.hook_gate_pre(F.linear(n, w.linear_y.weight, w.linear_y.bias))
-        c = self.hook_conv(self.conv(x, run))
+        c = self.hook_conv(self.causal_conv(x, run, self.weights.conv_1d))
         u = self.hook_u(pad.zero(c))
 
         i = self.hook_input_gate(torch.sigmoid(block_diagonal(u, lru.input_gate_weight, lru.input_gate_bias)))

@@ -1,6 +1,6 @@
 """Batches: a stream of documents as the rectangles that the model reads, with what is to be kept of each.
 
-    for rows in batches(corpus, model, batch_size=8, context=128, max_tokens=10_000): ...
+    for rows in Batches(corpus, model, batch_size=8, context=128, max_tokens=10_000): ...
 
 context=None: a row is a document, shorter ones padded on the right; one of more than n_ctx tokens is cut into rows.
 context=n: documents stand one behind the other and are cut into rows of n tokens, SAELens's layout; the rest is left out.
@@ -14,7 +14,6 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from gatedlens.errors import InputError
+from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Batch
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.store.corpus.corpus import Corpus, Document
@@ -92,7 +92,7 @@ class Batches:
     """`for rows in Batches(...)`; afterwards `notes` says what the corpus held that is not in any batch."""
 
     corpus: Corpus
-    model: Any
+    model: HookedModel
     batch_size: int
     context: int | None = None
     max_tokens: int | None = None

@@ -16,7 +16,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,42 +29,6 @@ from gatedlens.options import is_many
 from gatedlens.store.corpus.corpus import Corpus
 from gatedlens.store.corpus.encoding import Item, Pixels, Tokens
 
-# Replay: an iterator whose beginning can be read several times, for estimates before the pass that counts.
-#
-# replay = Replay(documents)
-# first = list(islice(replay, 64)); again = list(islice(replay, 64))       # the same
-# replay.let_go()
-# for document in replay: ...                                              # all of them, once, and held no longer
-
-
-class Replay:
-    """`Replay(iterator)`: what was read before `let_go` is read again; the pass after it is the last."""
-
-    def __init__(self, data: Iterator[Any]):
-        self.data = data
-        self.held: deque[Any] = deque()
-        self.keeps = True
-
-    def let_go(self) -> None:
-        self.keeps = False
-
-    def __iter__(self) -> Iterator[Any]:
-        if not self.keeps:
-            while self.held:
-                yield self.held.popleft()
-            yield from self.data
-            return
-        at = 0
-        while True:
-            if at == len(self.held):
-                try:
-                    self.held.append(next(self.data))
-                except StopIteration:
-                    return
-            yield self.held[at]
-            at += 1
-
-
 TEXT_FILES = (".txt", ".md", ".text")
 JSON_LINES = (".jsonl", ".ndjson")
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
@@ -72,10 +36,15 @@ NO_TEXT = (
     ".arrow", ".bz2", ".csv", ".db", ".docx", ".gz", ".h5", ".html", ".json", ".npy", ".npz", ".parquet", ".pdf", ".pkl",
     ".pt", ".pth", ".safetensors", ".tar", ".tsv", ".xz", ".zip", ".zst",
 )  # fmt: skip
+# What holds documents. For editors and type checkers: another kind gets the error of `read`.
+if TYPE_CHECKING:
+    Documents: TypeAlias = str | Path | Tensor | Mapping[str, Any] | Iterable[Any]
+else:
+    Documents = Any
 LARGEST_FILE = 256 * 2**20  # a text file is one document and is tokenised whole
 
 
-def read(data: Any, model: HookedModel, field: str | None = None) -> Corpus:
+def read(data: Documents, model: HookedModel, field: str | None = None) -> Corpus:
     """The corpus that `data` holds for `model`; `field`: which field of a record (JSONL, `datasets`) to read."""
     is_text = isinstance(model, HookedLanguageModel)
     encode = Tokens(model, field) if is_text else Pixels(model, field)
@@ -216,3 +185,37 @@ def _read_iterable(data: Iterable[Any], encode: Any) -> Corpus:
 
 def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+class Replay:
+    """An iterator whose beginning can be read several times, for estimates before the pass that counts.
+
+    replay = Replay(documents)
+    first, again = list(islice(replay, 64)), list(islice(replay, 64))       # the same
+    replay.let_go()
+    for document in replay: ...                                             # all of them, once, and held no longer
+    """
+
+    def __init__(self, data: Iterator[Any]):
+        self.data = data
+        self.held: deque[Any] = deque()
+        self.keeps = True
+
+    def let_go(self) -> None:
+        self.keeps = False
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self.keeps:
+            while self.held:
+                yield self.held.popleft()
+            yield from self.data
+            return
+        at = 0
+        while True:
+            if at == len(self.held):
+                try:
+                    self.held.append(next(self.data))
+                except StopIteration:
+                    return
+            yield self.held[at]
+            at += 1

@@ -1,7 +1,9 @@
-"""Writing so that a crash at any moment leaves either the old or the new, and a full disk is said to be full.
+"""Files of a store: one writer a folder, errors of the disk in words, and checksums of what is written in pieces.
 
-with locked(folder): ...           # one run a folder; the lock goes when its process does, however it ends
-with explained(path): ...          # an OSError of the disk becomes a StoreError; explained_reading(path) where it is read
+with locked(folder): ...            # one run a folder; the lock goes when its process does, however it ends
+with explained(path): ...           # an OSError of the disk becomes a StoreError, as a full disk's
+with explained_reading(path): ...   # the same, where a file is read
+joined([Piece.of(a), Piece.of(b)]) == zlib.crc32(a + b)         # nothing is read again
 """
 
 from __future__ import annotations
@@ -17,13 +19,10 @@ from typing import Any, NamedTuple
 
 from gatedlens.errors import StoreError
 
-# crc32 of what was written in pieces, from the crc32 of each: nothing is read again.
-#
-#     joined([Piece(zlib.crc32(a), len(a)), Piece(zlib.crc32(b), len(b))]) == zlib.crc32(a + b)
-#
-# A crc32 is a polynomial over GF(2) modulo the CRC's own: appending n bytes multiplies it by x^(8 n). zlib's crc32_combine,
-# which Python does not offer.
+# -- checksums ------------------------------------------------------------------------------------------------------
 
+# A crc32 is a polynomial over GF(2) modulo the CRC's own: appending n bytes multiplies it by x^(8 n). So the crc32 of a whole
+# follows from those of its pieces and their lengths. This is zlib's crc32_combine, which Python does not offer.
 POLYNOMIAL = 0xEDB88320  # bits reversed: the highest bit is x^0
 ONE = 1 << 31
 
@@ -67,6 +66,9 @@ def _power(length: int) -> int:
             power = _times(square, power)
         square, length = _times(square, square), length >> 1
     return power
+
+
+# -- errors of the disk, and the lock -------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -3,6 +3,9 @@
     misfit({"rows": "8"}, {"rows": COUNT})              # "rows is '8', expected a whole number of at least 0"
 
 A form is a Kind, {key: form} (other keys do not matter), [form] for a list of any length, or Maybe(form) where null may stand.
+
+This compares a nested document as a whole (a manifest, a line of the journal), and tells by a path where in it something
+does not fit. `files.Fields` does another thing: it hands out the fields of a flat file one by one.
 """
 
 from __future__ import annotations
