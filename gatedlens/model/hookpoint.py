@@ -29,6 +29,7 @@ def _wanted(interleaver: Any, location: str) -> bool:
     """Whether a cache of the trace observes `location`, or a worker is parked on it and on this very visit."""
     if location in interleaver.observers:
         return True
+    # A worker may be parked here and wait for a later visit (`tracer.iter[2]`): `_ready` counts the visits.
     return location in interleaver.parked and bool(interleaver._ready(location))
 
 
@@ -69,7 +70,7 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
     def __init__(self, point: Point):
         super().__init__()
         self.point = point
-        self.visits = 0
+        self.visits = 0  # how run_with_hooks finds out that a hook never ran
         self.pos_dim = point.dims.index("pos") if "pos" in point.dims else None
 
     def add_hook(
@@ -90,16 +91,18 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         """
         if dir not in ("fwd", "bwd"):
             raise InputError(f"dir={dir!r}: a hook runs in the forward, 'fwd', or on the gradient, 'bwd'.")
+        # What torch's full backward hook returns (TransformerLens's backward hooks are such) stands in for the gradient of the
+        # point's input, past its forward hooks. A full backward pre-hook's stands in for that of its output, and goes through.
         if dir == "fwd":
             return super().add_hook(hook, dir, is_permanent, level, prepend, alias_names)
 
         def on_gradient(module: Any, grads: Any) -> Any:
             if grads[0] is None:
                 return None
-            grad = grads[0].clone()
+            grad = grads[0].clone()  # torch's own may be shared with other branches of the graph
             out = hook(grad, hook=self)
             if out is None:
-                return (grad,) if grad._version else None
+                return (grad,) if grad._version else None  # a version above 0: the hook wrote into its copy
             if isinstance(out, tuple) and len(out) == 1:
                 (out,) = out
             self._check(out, grad, "backward hook", "gradient")
@@ -117,7 +120,7 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
 
         Permanent ones stay unless `including_permanent`.
         """
-        if self.fwd_hooks or self.bwd_hooks:
+        if self.fwd_hooks or self.bwd_hooks:  # most points have none, and leaving `model.hooks()` asks every point
             super().remove_hooks(dir, including_permanent, level)
 
     def forward(self, x: Tensor | None) -> Tensor | None:
@@ -176,6 +179,9 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
             wanted = any(_wanted(interleaver, location) for location in locations)
         except (AttributeError, TypeError, ValueError):
             return True  # an nnsight whose internals we do not know: somebody may listen
+        # nnsight counts the visits of a module by its calls. A lazy point that nobody wants is not called with its tensor,
+        # which is never built, so it is called with None: otherwise `tracer.iter[2]` would mean another step here than at
+        # the eager points. An eager point is called in any case.
         if not wanted and self.point.lazy:
             super().__call__(None)
         return wanted
@@ -190,21 +196,22 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
                 "in a forward hook."
             )
         self.visits += 1
+        # A hook may edit in place. Without the copy that would also change whatever else reads x: the residual stream beside
+        # a branch, say.
         given = x if self.only_saved() else x.clone()
         out = super().__call__(given)
         if out is not given:
             self._check(out, x)
+        # Captures run in their turn among the hooks, so one that was put on first has noted what a later hook then changed.
         for handle in self.fwd_hooks:
             if isinstance(handle.user_hook, Capture):
-                handle.user_hook(out, hook=self)  # once more, with what the hooks behind it made of it
+                handle.user_hook(out, hook=self)
         return out
 
     def only_saved(self) -> bool:
-        """`point.only_saved()`: whether every listener is a Saver, which copies for itself. More torch hooks than
-        TransformerLens has handles
-        means that somebody registered one with torch directly.
-        """
+        """`point.only_saved()`: whether every listener is a Saver, which copies for itself; then the point needs no copy."""
         return (
+            # More torch hooks than TransformerLens has handles: somebody registered one with torch directly.
             len(self._forward_hooks) == len(self.fwd_hooks)
             and all(isinstance(handle.user_hook, Saver) for handle in self.fwd_hooks)
             and not (NNSIGHT in self.__dict__ and self._traced())
@@ -239,13 +246,14 @@ class Part(torch.nn.Module):
 
     def __init__(self, weights: Any, rows: tuple[Point, ...]):
         super().__init__()
-        self.__dict__["weights"] = weights
+        self.__dict__["weights"] = weights  # past nn.Module's __setattr__, which would make it a submodule of ours
         for row in rows:
             if not row.part:
                 self.add_module(row.leaf, HookPoint(row))
 
     def read_as(self, fresh: Part) -> None:
         """Read the weights and numbers that `fresh` does, which was made of the same model at a later time."""
+        # Only plain attributes are taken over: modules and hooks are in the underscored dicts of nn.Module, and stay ours.
         for name, value in vars(fresh).items():
             if not (name.startswith("_") or name == "training" or isinstance(value, Part)):
                 self.__dict__[name] = value
@@ -258,6 +266,7 @@ class Part(torch.nn.Module):
 def same(old: torch.nn.Module, fresh: torch.nn.Module) -> list[tuple[Part, Part]]:
     """Each part of `fresh` beneath the part of `old` in its place, outermost first; CheckpointError where they differ in
     kind. `old` may stand inside a wrapper (of FSDP, say)."""
+    # `kin` are hook points too: where the fresh part has one that the old one lacks, its hooks would have no place.
     inner = next((part for part in old.modules() if isinstance(part, type(fresh))), None)
     kin = {name: child for name, child in fresh.named_children() if isinstance(child, Part | HookPoint)}
     if not isinstance(inner, Part) or not isinstance(fresh, Part) or not kin.keys() <= inner._modules.keys():
