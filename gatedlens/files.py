@@ -1,4 +1,17 @@
-"""Optional packages, imported where they are used: `pyarrow = optional("pyarrow", "store")`."""
+"""Files: JSON that every reader takes, saved files that are whole or not there, and packages that may be missing.
+
+    to_json({"a": float("nan")})                     # '{"a": null}': what is no finite number is null
+    in_page({"tokens": ["<!--", "</script>"]})       # JSON for a <script type='application/json'>: no `<` stands in it
+
+    write_json(path, value.to_dict()); data = read_json(path, "result")
+    write_whole(path, data)                          # a file that is replaced: all or nothing, whatever stops it
+    tensors, meta = read_tensors(path)               # safetensors
+    fields = Fields(data, "result", path); fields.words("axes")     # each field by its kind, or an error that names it
+
+    pyarrow = optional("pyarrow", "store")           # the module, or an ImportError that names the extra which brings it
+
+Errors name the file. InputError for a file of ours that is damaged or is no such file; CheckpointError for one of tensors.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +30,18 @@ from torch import Tensor
 
 from gatedlens.errors import CheckpointError, GatedlensError, InputError
 
-# JSON that every reader takes: what is no finite number is null, and in a page no `<` stands in it.
-#
-# to_json({"a": float("nan")})                  # '{"a": null}'
-# in_page({"tokens": ["<!--", "</script>"]})    # for a <script type='application/json'>: '{"tokens": ["\u003c!--", ...]}'
+# -- JSON -----------------------------------------------------------------------------------------------------------
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON knows no NaN and no infinity; what is neither text, number, list nor object is said as a text."""
+    """`to_json({"a": 1.5})`: JSON, which knows no NaN and no infinity; what is neither text, number, list nor object is
+    said as a text.
+    """
     return json.dumps(_finite(value), indent=indent, allow_nan=False, default=str)
 
 
 def in_page(value: Any) -> str:
-    """In a script element nothing but `<` can begin what ends it, or a comment."""
+    """`in_page(value)`: JSON for a script element of a page, where nothing but `<` can begin what ends it, or a comment."""
     return to_json(value).replace("<", "\\u003c")
 
 
@@ -41,18 +53,13 @@ def _finite(value: Any) -> Any:
     return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-# Saved files: what a user's values are written to and read from; what is no such file is explained.
-#
-# write_json(path, value.to_dict()); data = read_json(path, "result")
-# write_whole(path, data)            # a file that is replaced: all or nothing, whatever stops it
-# tensors, meta = read_tensors(path)
-# fields = Fields(data, "result", path); fields.words("axes")      # each field by its kind, or an error that names it
+# -- saved files ----------------------------------------------------------------------------------------------------
 
 MISSING: Any = object()  # in place of a field that is not there
 
 
 def write_json(path: str | Path, data: Mapping[str, Any]) -> Path:
-    """Write JSON, and return the path; a file that was there is replaced whole, or not at all.
+    """`write_json(path, data)`: write JSON, and return the path; a file that was there is replaced whole, or not at all.
 
     InputError, and nothing is written, for what JSON cannot hold.
     """
@@ -61,7 +68,8 @@ def write_json(path: str | Path, data: Mapping[str, Any]) -> Path:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`, all or nothing, also when the machine stops."""
+    """`write_whole(path, data)`: replace a file by `data`, all or nothing, also when the machine stops."""
+    # The new file is written beside the old one and takes its name at the end: whoever reads meanwhile reads the old one.
     path = path.resolve()  # behind a link lies the file that is meant
     if path.exists() and not path.is_file():  # a pipe, a device
         path.write_bytes(data)
@@ -71,7 +79,7 @@ def write_whole(path: Path, data: bytes) -> None:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # else the name may reach the disk before the bytes do
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
@@ -192,8 +200,11 @@ def _told(value: Any) -> str:
     return said if len(said) <= 100 else f"{said[:97]}..."
 
 
+# -- optional packages ----------------------------------------------------------------------------------------------
+
+
 def optional(module: str, extra: str) -> Any:
-    """The module, or an ImportError that names the extra which brings it."""
+    """`optional("pyarrow", "store")`: the module, or an ImportError that names the extra which brings it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

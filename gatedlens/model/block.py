@@ -218,6 +218,8 @@ class Mixer(TokenMixing):
         if self.hook_state_start.heard():
             initial, kernel = self.hook_state_start(initial), None
         built: tuple[Tensor, Tensor, Tensor | None] | None = None
+        # `terms` is computed anew at each point that is heard, unless an earlier one has built it: the tensors are large, and
+        # most calls listen to none or one of them.
         if self.hook_decay.heard():
             decay, write, read = terms(*sequences, *constants)
             built = self.along(padding.fill(self.hook_decay(self.along(decay)), 1.0)), write, read
@@ -239,6 +241,7 @@ class Mixer(TokenMixing):
 
 
 def _as_they_are(decay: Tensor, write: Tensor, read: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    # `scan` may overwrite what its terms give; decay and write here are what the hooks returned, and may be kept elsewhere.
     return decay, write.clone(), read
 
 
