@@ -55,12 +55,12 @@ class Scratch:
     def __init__(self, like: Float[Tensor, ...]):
         self.like = like
         self.floor = torch.finfo(like.dtype).tiny ** 0.75
-        # The power of two by which weights start above 1, so that what decays stays above `floor` for long. With gradients
-        # none: a scale of the numbers would be one of the gradients too, and these may already be large.
+        # The power of two by which weights start above 1, so that what decays stays above `floor` for long. It is
+        # used without gradients alone, where the floor is the higher one.
         self.headroom = 0
 
     def rescaling_power(self, x: Float[Tensor, ...]) -> int:
-        """The power of two that brings the largest number of `x` near 1; 0 if all are zero, one is not finite, or under vmap."""
+        """The power of two that brings the largest number of `x` near 1; 0 if it is 0 or not finite, or under torch.func."""
         if torch._C._are_functorch_transforms_active() or x.numel() == 0:
             return 0
         largest = x.detach().abs().amax().item()
@@ -345,7 +345,7 @@ class Pieces:
 
     def _columns_of_larger_blocks(self, columns: Tensor, size: int) -> Tensor:
         """Columns of full blocks twice the size. Those of each left block take the decay across the right one."""
-        # A last block without a right neighbour is dropped: only rows behind it could read from it, and there are none.
+        # A last block without a right neighbour is dropped: rows behind it, where there are any, have read it already.
         pairs, overlap = columns.shape[1] // 2, self.halving.taps - 1
         end = self.time[:, size - 1 :: size]
         decay = self._block_decay(end[:, 0 : 2 * pairs : 2], end[:, 1 : 2 * pairs : 2])

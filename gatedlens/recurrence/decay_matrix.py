@@ -25,7 +25,7 @@ from gatedlens.recurrence.matrix import ScanMatrix
 from gatedlens.recurrence.scanning import scan
 
 NARROW = 4  # blocks of this many positions go by diagonals
-ROW_ELEMENTS = 1 << 18  # likewise for a single row
+ROW_ELEMENTS = 1 << 18  # numbers in a temporary [sources, channels, state] of `seen`, for a single row
 CHUNK_ELEMENTS = 1 << 19  # numbers in a temporary [rows, channels, state]: 2 MiB of float32, about the L2 cache
 
 

@@ -44,8 +44,8 @@ def at_least_float32(x: Shaped[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 def _scan_in_place(decay: Tensor, states: Tensor, state: Tensor | None) -> Tensor:
     """Turn writes into states, in place: states[:, t] <- decay[:, t] * states[:, t-1] + states[:, t]."""
-    # A loop over positions, vectorised over batch, channel and state: each step is one fused multiply-add over a few hundred
-    # kilobytes. A parallel scan would do log2(l) times the arithmetic on numbers that are in the cache already.
+    # A loop over positions, vectorised over batch, channel and state: each step is one fused multiply-add on numbers that are
+    # in the cache already. A parallel scan would do more arithmetic, twice as much at the least.
     steps, decays = states.unbind(1), decay.unbind(1)
     for step, a in zip(steps, decays, strict=True):
         if state is not None:

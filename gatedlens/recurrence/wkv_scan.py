@@ -103,8 +103,8 @@ def _segment(
     maxima = _running_max(log_decay.detach(), writes.detach(), top.detach())
     # `top` itself is not detached: the carry's maximum scales the num and den that came with it, so it has a gradient.
     before = _before_each(top, maxima)
-    # max_t is the larger of both exponents, so decay and weight are at most 1, and one of them is 1: nothing overflows, and
-    # den never vanishes.
+    # max_t is the larger of both exponents, so decay and weight are at most 1, and one of them is 1: nothing overflows.
+    # den is 0 only before anything was written; then `present` keeps the total above 0.
     decay = torch.exp(before + log_decay - maxima)
     weight = torch.exp(writes - maxima)
     start = torch.stack([num, den], dim=1)
@@ -132,7 +132,7 @@ def _backward(p: _Segment, v: Tensor, grad_scan: Tensor, grad_state: Tensor) -> 
 
     scan = (past num + present v) / total, and from the end g_t = d scan_{t+1} / d state_t + decay_{t+1} g_{t+1}.
     """
-    # scan = top / total: d scan / d num = past / total, d scan / d den = -past scan / total, and likewise for present.
+    # scan = numerator / total: d scan / d num = past / total, d scan / d den = -past scan / total, and likewise for present.
     per_total = grad_scan / p.total
     bonus = p.present * per_total
     read = p.past * per_total
