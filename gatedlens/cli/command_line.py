@@ -1,4 +1,7 @@
-"""The command line: `gatedlens demo`, `attention`, `patch`, `harvest`, ...; each has --help with examples, and --json."""
+"""The command line: `gatedlens demo`, `attention`, `patch`, `harvest`, ...; each has --help with examples, and --json.
+
+Models, plots and torch are imported by the command that needs them: help, and what is typed wrong, wait for none.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from typing import Any
 
 from gatedlens.errors import GatedlensError, in_bytes
 from gatedlens.files import to_json
+from gatedlens.version import __version__
 
 DEMO = """examples:
   gatedlens demo
@@ -223,6 +227,7 @@ def table(args: argparse.Namespace) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     main_parser = argparse.ArgumentParser(prog="gatedlens", description="Open up gated-linear recurrent models.")
+    main_parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = main_parser.add_subparsers(dest="command", required=True, metavar="command")
 
     def command(name: str, function: Any, examples: str) -> argparse.ArgumentParser:
