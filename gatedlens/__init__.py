@@ -13,41 +13,45 @@ Zimerman, Ali and Wolf, "Explaining Modern Gated-Linear RNNs via a Unified Impli
 
 # fmt: off
 # isort: off
-from gatedlens import (
-    ablation, amplify, attribution, circuits, data, evaluation, fused, knockout, lens, metrics, patching, plot, profiles,
-    states, steering, store, tasks, tracing,
-)
-# isort: on
-# fmt: on
-from gatedlens.address.point import Alias, Point, View
-from gatedlens.address.table import HookTable
-from gatedlens.attention.contributions import Contributions
-from gatedlens.attention.layer import ImplicitAttention
-from gatedlens.attention.stack import AttentionStack, implicit_attention
+from typing import TYPE_CHECKING
+
 from gatedlens.errors import (
-    CheckpointError,
-    GatedlensError,
-    HookError,
-    InputError,
-    PointError,
-    StoreError,
-    TooLargeError,
+    CheckpointError, GatedlensError, HookError, InputError, PointError, StoreError, TooLargeError,
 )
-from gatedlens.hooks.griffin import HookedGriffin
-from gatedlens.hooks.mamba import HookedMamba
-from gatedlens.hooks.rwkv import HookedRWKV
-from gatedlens.hooks.vim import HookedViM
-from gatedlens.loading import bundled_models, from_pretrained, wrap
-from gatedlens.model.base import HookedModel
-from gatedlens.model.cache import ActivationCache
-from gatedlens.model.config import HookedConfig
-from gatedlens.model.hookpoint import HookPoint
-from gatedlens.model.language import HookedLanguageModel
-from gatedlens.model.state import RecurrentState
-from gatedlens.result.result import Result
+from gatedlens.late import late
 from gatedlens.version import __version__
 
-# fmt: off
+# What knows torch is loaded when it is first asked for: an import, and `gatedlens --help`, need not wait for it. Checkers
+# and editors read the imports, Python the table of the same names; the modules of `__all__` need no line in it.
+if TYPE_CHECKING:
+    from gatedlens import (
+        ablation, amplify, attribution, circuits, data, evaluation, fused, knockout, lens, metrics, patching, plot, profiles,
+        states, steering, store, tasks, tracing,
+    )
+    from gatedlens.address import Alias, HookTable, Point, View
+    from gatedlens.attention import AttentionStack, Contributions, ImplicitAttention, implicit_attention
+    from gatedlens.hooks.griffin import HookedGriffin
+    from gatedlens.hooks.mamba import HookedMamba
+    from gatedlens.hooks.rwkv import HookedRWKV
+    from gatedlens.hooks.vim import HookedViM
+    from gatedlens.loading import bundled_models, from_pretrained, wrap
+    from gatedlens.model import (
+        ActivationCache, HookPoint, HookedConfig, HookedLanguageModel, HookedModel, RecurrentState,
+    )
+    from gatedlens.result import Result
+else:
+    __getattr__ = late(__name__, {
+        "address": ("Alias", "HookTable", "Point", "View"),
+        "attention": ("AttentionStack", "Contributions", "ImplicitAttention", "implicit_attention"),
+        "hooks.griffin": ("HookedGriffin",),
+        "hooks.mamba": ("HookedMamba",),
+        "hooks.rwkv": ("HookedRWKV",),
+        "hooks.vim": ("HookedViM",),
+        "loading": ("bundled_models", "from_pretrained", "wrap"),
+        "model": ("ActivationCache", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "RecurrentState"),
+        "result": ("Result",),
+    })
+
 __all__ = [
     "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError",
     "HookPoint", "HookTable", "HookedConfig", "HookedGriffin", "HookedLanguageModel", "HookedMamba", "HookedModel",
@@ -56,6 +60,7 @@ __all__ = [
     "circuits", "data", "evaluation", "from_pretrained", "fused", "implicit_attention", "knockout", "lens",
     "metrics", "patching", "plot", "profiles", "states", "steering", "store", "tasks", "tracing", "wrap",
 ]
+# isort: on
 # fmt: on
 
 

@@ -23,12 +23,12 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from gatedlens.errors import CheckpointError, GatedlensError, InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # -- JSON -----------------------------------------------------------------------------------------------------------
 
@@ -125,6 +125,8 @@ def read_json(path: str | Path, kind: str) -> Any:
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file; CheckpointError for one that cannot be read."""
+    from safetensors import SafetensorError, safe_open  # late: the command line writes JSON, and waits for no torch
+
     try:
         with safe_open(str(path), "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)

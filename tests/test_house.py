@@ -20,7 +20,7 @@ PACKAGE = Path(gl.__file__).parent
 
 # From the cellar up: a room may import what stands on a floor below it. The words never import each other.
 FLOORS = (
-    {"errors", "files", "foreign", "options", "version"},
+    {"errors", "files", "foreign", "late", "options", "version"},
     {"address", "recurrence", "result"},
     {"fused"},  # what a mixer hands to mamba-ssm's kernels
     {"model"},
@@ -35,7 +35,7 @@ FLOORS = (
     {"cli", "compat", "catalogue", "bundled", "bridge", "circuitsvis", "gatedlens"},
 )  # fmt: skip
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-SIDEWAYS = {("files", "errors"), ("options", "errors"), ("bundled", "cli")}
+SIDEWAYS = {("files", "errors"), ("late", "errors"), ("options", "errors"), ("bundled", "cli")}
 SIDEWAYS |= {(door, "compat") for door in ("bridge", "circuitsvis", "gatedlens")}
 UPWARD = {("model.base", "compat.nnsight"), ("result.result", "plot.results")}  # the two doors: `.nnsight()`, `.plot()`
 
@@ -114,7 +114,7 @@ def test_the_page_of_the_house_names_every_room_and_file():
 
 
 def test_what_must_not_know_torch_does_not():
-    for name in ("address.names", "errors"):
+    for name in ("address.names", "cli.command_line", "errors", "late", "version"):
         tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
         known = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
         known |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) if n.module}
@@ -159,6 +159,25 @@ def test_no_file_hides_a_function_of_its_package():
 
 def test_gl_shows_what_a_user_says():
     assert dir(gl) == sorted(gl.__all__)
+
+
+def test_the_face_tells_checkers_and_python_the_same():
+    """The imports that checkers read, the table that Python reads, and `__all__`: three times the same names."""
+    tree = ast.parse(MODULES["gatedlens"].read_text(encoding="utf-8"))
+    (choice,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {a.name: node.module for node in choice.body for a in node.names}
+    (table,) = [node for node in ast.walk(choice.orelse[0]) if isinstance(node, ast.Dict)]
+    listed = {name: f"gatedlens.{module}" for module, names in ast.literal_eval(table).items() for name in names} | {
+        name: "gatedlens" for name in gl.__all__ if name in MODULES
+    }
+    assert seen == listed
+    at_once = {a.name for node in tree.body if isinstance(node, ast.ImportFrom) for a in node.names}
+    assert set(gl.__all__) == listed.keys() | at_once - {"TYPE_CHECKING", "late"}
+    for name, module in listed.items():
+        held = (
+            importlib.import_module(f"gatedlens.{name}") if module == "gatedlens" else importlib.import_module(module)
+        )
+        assert getattr(gl, name) is (held if module == "gatedlens" else getattr(held, name)), name
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_tutorials_are_numbered_and_carry_no_output():
 
 def test_import_is_light():
     code = (
-        "import sys, torch, transformer_lens\nbefore = set(sys.modules)\nimport gatedlens\n"
+        "import sys, torch, transformer_lens\nbefore = set(sys.modules)\nfrom gatedlens import *\n"
         "new = {m.partition('.')[0] for m in set(sys.modules) - before}\n"
         "heavy = {'nnsight', 'matplotlib', 'plotly', 'mamba_ssm', 'causal_conv1d', 'captum', 'ray'} & set(sys.modules)\n"
         "print(sorted(heavy), sorted(new - {'gatedlens'}))"

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from typing import TYPE_CHECKING
 
+from gatedlens.late import late
 from gatedlens.model.base import HookedModel
+
+if not TYPE_CHECKING:  # a checker would take every misspelt name for an architecture
+    __getattr__ = late(__name__, {})  # `gatedlens.hooks.mamba`, whether or not a Mamba was asked for before
 
 
 def architectures() -> dict[str, type[HookedModel]]:

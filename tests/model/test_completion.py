@@ -35,6 +35,7 @@ reveal_type(mamba([[1, 2]], return_state=True)[1])  # gatedlens.model.state.Recu
 reveal_type(mamba.generate("Call me", max_new_tokens=3))  # str
 reveal_type(mamba.generate(torch.zeros(1, 2), 3))  # torch._tensor.Tensor
 reveal_type(mamba.to_str_tokens("Call me"))  # list[str]
+gl.from_pretraned  # type: ignore[attr-defined]  # that a misspelt name is seen: an ignore without use is an error
 reveal_type(gl.HookedViM.tiny()(torch.zeros(1, 3, 12, 12), return_type="both", labels=[1]))  # gatedlens.model.batch.Output
 """
 
