@@ -351,7 +351,7 @@ def _asked_for(source: str, where: Any, hub: Mapping[str, Any]) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options = {name: value for name, value in hub.items() if name not in PLACING}
-    with reading(where, "asks for a model that transformers cannot build"), torch.device("meta"):
+    with reading(where, "asks for a model that transformers cannot build"), _unsaid(), torch.device("meta"):
         config, _ = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **options)
         return AutoModelForCausalLM.from_config(config)
 
@@ -392,6 +392,19 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             hf_logging.enable_progress_bar()
+
+
+@contextmanager
+def _unsaid() -> Iterator[None]:
+    """Without transformers' words on a model that is built for its shapes alone: that kernels are missing, which nobody runs."""
+    from transformers.utils import logging as hf_logging
+
+    said = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(said)
 
 
 def _complete(source: str, missing: Any, extra: Any, mismatched: Any = ()) -> None:
