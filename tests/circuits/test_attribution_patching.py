@@ -116,7 +116,7 @@ def test_integrated_over_the_input_is_complete_at_the_embedding(model):
         return (got.values - want).abs().max()
 
     few, many = error(24), error(96)  # enough steps for any random path
-    assert many < 0.01 * want.abs().max() and many < few / 6, "the error falls with steps^2"
+    assert many < 0.005 * want.abs().max() and many < few / 2, "more steps, less error; kinks make it uneven"
 
 
 @pytest.mark.parametrize("leaf", ["hook_resid_pre", "hook_mixer_out", "mixer.*hook_write"])
@@ -133,7 +133,7 @@ def test_integrated_over_the_activation_sums_to_the_effect_of_patching_the_point
         return (got.values[0] - want).abs().max()
 
     few, many = error(24), error(96)  # enough steps for any random path
-    assert many < 0.01 * want.abs().max() and many < few / 5, "the error falls with steps^2"
+    assert many < 0.005 * want.abs().max() and many < few / 2, "more steps, less error; kinks make it uneven"
 
 
 def test_what_is_asked_wrongly_is_explained(model):
