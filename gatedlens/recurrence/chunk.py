@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from gatedlens.recurrence.halving import climb, descend
+from gatedlens.recurrence.halving import Meeting, climb, descend
 
 GONE = -800.0  # a log decay that leaves nothing in any dtype (exp(-746) is 0 in float64), and is finite
 
@@ -54,9 +54,9 @@ class Grads(NamedTuple):
     state: Tensor
 
 
-def chunk_of(given: Given) -> Chunk:
-    """The chunk of the kind that its decays are."""
-    return (KeyChunk if given.log_decay.shape[-1] > 1 else HeadChunk)(given)
+def chunk_of(given: Given, meetings: list[Meeting] | None = None) -> Chunk:
+    """The chunk of the kind that its decays are. For its `back` give an empty list, which it fills with what it needs there."""
+    return KeyChunk(given, meetings) if given.log_decay.shape[-1] > 1 else HeadChunk(given)
 
 
 class Chunk(ABC):
@@ -83,8 +83,8 @@ class Chunk(ABC):
         """r S (kind 0) or p S (kind 1)."""
 
     @abstractmethod
-    def writes(self, value: Tensor, kind: int = 0) -> State:
-        """k^T value (kind 0) or e^T value (kind 1)."""
+    def plus_writes(self, state: State, value: Tensor, kind: int = 0) -> State:
+        """S + k^T value (kind 0) or S + e^T value (kind 1)."""
 
     @abstractmethod
     def reads_back(self, value: Tensor, kind: int = 0) -> State:
@@ -92,7 +92,7 @@ class Chunk(ABC):
 
     @abstractmethod
     def writes_back(self, state: State, kind: int = 0) -> Tensor:
-        """k Z, e Z: the adjoint of `writes`."""
+        """k Z, e Z: the adjoint of what `plus_writes` adds."""
 
     @abstractmethod
     def own_gradients(
@@ -113,8 +113,8 @@ class Chunk(ABC):
         """(scan, S_C) from S_0."""
         out, new = self.reads(state), self.decay.unsqueeze(-1) * state
         for kind, written in enumerate(self.inner(state)):
-            out = out + self.matrices[kind] @ written
-            new = new + self.writes(written, kind)
+            out = plus_product(out, self.matrices[kind], written)
+            new = self.plus_writes(new, written, kind)
         return out, new
 
     def back(self, state: State, out: Tensor, ahead: State) -> Grads:
@@ -136,14 +136,15 @@ class Chunk(ABC):
 class KeyChunk(Chunk):
     """A decay for each key: multiplied into rows and sources, by halves (halving.py)."""
 
-    def __init__(self, given: Given):
+    def __init__(self, given: Given, meetings: list[Meeting] | None = None):
         super().__init__(given)
-        self.places = (
-            1 << max(0, self.length - 1).bit_length()
-        )  # the chunk in whole halves; the rest decays by 1 and reads 0
+        self.meetings = meetings
+        # The chunk in whole halves: positions past its end decay by 1 and are 0.
+        self.places = 1 << max(0, self.length - 1).bit_length()
         rows = [given.read] if given.probe is None else [given.read, given.probe]
         self.by_position = torch.exp(self._grown(given.log_decay))
-        self.triangle = climb(self.by_position, [self._grown(x) for x in rows], [self._grown(x) for x in self.sources])
+        grown = [self._grown(x) for x in rows], [self._grown(x) for x in self.sources]
+        self.triangle = climb(self.by_position, *grown, meetings)
         self.matrices = [self._square(m) for m in self.triangle.matrices[0]]
         self.strict = [self._square(m) for m in self.triangle.matrices[1]] if self.delta else []
         self.rows = [x[..., : self.length, :] for x in self.triangle.rows]
@@ -160,8 +161,8 @@ class KeyChunk(Chunk):
     def reads(self, state: State, kind: int = 0) -> Tensor:
         return self.rows[kind] @ state
 
-    def writes(self, value: Tensor, kind: int = 0) -> State:
-        return self.late[kind].mT @ value
+    def plus_writes(self, state: State, value: Tensor, kind: int = 0) -> State:
+        return plus_product(state, self.late[kind].mT, value)
 
     def reads_back(self, value: Tensor, kind: int = 0) -> State:
         return self.rows[kind].mT @ value
@@ -173,6 +174,7 @@ class KeyChunk(Chunk):
         self, out: Tensor, inner: list[Tensor], y: Tensor | None, state: State, ahead: State
     ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
         over = self.places - self.length
+        assert self.meetings is not None  # `chunk_of(given, [])`
 
         def square(m: Tensor) -> Tensor:
             return F.pad(m, (0, over, 0, over)) if over else m
@@ -185,7 +187,7 @@ class KeyChunk(Chunk):
         sources = [self._grown(u @ ahead.mT) for u in inner]
         whole = (ahead * state).sum(-1)
         found_rows, found, of_decay = descend(
-            self.triangle, self.by_position, self._grown(self.given.read), matrices, rows, sources, whole
+            self.meetings, self.by_position, self._grown(self.given.read), matrices, rows, sources, whole
         )
         of_rows, of_sources = ([x[..., : self.length, :] for x in some] for some in (found_rows, found))
         # The diagonal: a position reads what it has just written, whatever the decays.
@@ -232,8 +234,9 @@ class HeadChunk(Chunk):
         row, decay = self._row(kind)
         return shared(row, state) * decay
 
-    def writes(self, value: Tensor, kind: int = 0) -> State:
-        return shared(self.sources[kind].mT, value * self.until)
+    def plus_writes(self, state: State, value: Tensor, kind: int = 0) -> State:
+        late, source = value * self.until, self.sources[kind].mT
+        return plus_product(state, source, late) if self.share == 1 else state + shared(source, late)
 
     def reads_back(self, value: Tensor, kind: int = 0) -> State:
         row, decay = self._row(kind)
@@ -279,6 +282,14 @@ class HeadChunk(Chunk):
 def _solve(lower: Tensor, right: Tensor, upper: bool = False) -> Tensor:
     """(I + T)^-1 right, T strictly below the diagonal (above it: `upper`)."""
     return torch.linalg.solve_triangular(lower, right, upper=upper, unitriangular=True)
+
+
+def plus_product(
+    total: Float[Tensor, "batch head m v"], x: Float[Tensor, "batch head m n"], y: Float[Tensor, "batch head n v"]
+) -> Float[Tensor, "batch head m v"]:
+    """total + x @ y, in one operation."""
+    flat = torch.baddbmm(*(t.flatten(0, 1) for t in (total, x, y)))
+    return flat.view_as(total)
 
 
 def _plus(terms: list[Tensor]) -> Tensor:

@@ -105,27 +105,16 @@ def _forward(
 
 
 def _backward(
-    size: int,
-    same: bool,
-    log: Tensor,
-    key: Tensor,
-    value: Tensor,
-    read: Tensor,
-    erase: Tensor | None,
-    probe: Tensor | None,
-    starts: Tensor,
-    of_out: Tensor,
-    of_last: Tensor,
+    size: int, same: bool, terms: tuple[Tensor | None, ...], starts: Tensor, of_out: Tensor, of_last: Tensor
 ) -> list[Tensor | None]:
     """The gradients of the seven tensors: of each chunk from the last to the first."""
-    terms = (log, key, value, read, erase, probe)
     found: list[Tensor | None] = [None if x is None else torch.empty_like(x) for x in terms]
-    parts = _parts(value.shape[1], size)
+    parts = _parts(of_out.shape[1], size)
     ahead = of_last
     for number in reversed(range(len(parts))):
         part = parts[number]
         given = _cut(same, part, *terms)
-        grads = chunk_of(given).back(starts[number], of_out[:, part].transpose(1, 2), ahead)
+        grads = chunk_of(given, []).back(starts[number], of_out[:, part].transpose(1, 2), ahead)
         # What is forgotten altogether stays so: exp is flat there, as far as numbers can tell.
         of_log = grads.log_decay * (given.log_decay > GONE)
         for whole, piece in zip(found, (of_log, *grads[1:6]), strict=True):
@@ -139,7 +128,7 @@ class Chunked(Function):
     """scan, last, starts = Chunked.apply(size, same, log, key, value, read, erase, probe, initial)."""
 
     @staticmethod
-    def forward(size: int, same: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(size: int, same: bool, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
         if has_old_axis(*(t for t in tensors if t is not None)):
             return _chunked(size, same, *tensors)  # autograd's own vmap runs an operator once for each input
         return _forward(size, same, *tensors)
@@ -155,10 +144,11 @@ class Chunked(Function):
         *tensors, starts = ctx.saved_tensors  # once: torch.utils.checkpoint recomputes them for one reader
         if torch.is_grad_enabled() or transformed() or has_old_axis(*grads[:2]):
             return None, None, *_again(ctx.size, ctx.same, tuple(tensors), grads[:2])
-        return None, None, *_backward(ctx.size, ctx.same, *tensors[:6], starts, grads[0], grads[1])
+        of_out, of_last = grads[:2]
+        return None, None, *_backward(ctx.size, ctx.same, tuple(tensors[:6]), starts, of_out, of_last)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, size: int, same: bool, *tensors: Tensor | None) -> Any:
+    def vmap(info: Any, in_dims: Any, size: int, same: bool, *tensors: Any) -> Any:
         """The hidden axis joins the batch."""
         n = info.batch_size
 
@@ -216,7 +206,7 @@ def _(size: int, same: bool, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("gatedlens::chunked_scan_backward", mutates_args=(), schema=BACK)
 def _chunked_backward(size: int, same: bool, *tensors: Any) -> list[Tensor]:
-    return [x for x in _backward(size, same, *tensors) if x is not None]
+    return [x for x in _backward(size, same, tensors[:6], *tensors[6:]) if x is not None]
 
 
 @_chunked_backward.register_fake

@@ -39,15 +39,18 @@ class Triangle:
     rows: list[Tensor]  # [b, h, C, k]
     sources: list[Tensor]
     decay: Tensor  # of the whole chunk: [b, h, k]
-    meetings: list[Meeting]
 
 
 def climb(
     decay: Float[Tensor, "batch head chunk key"],
     rows: list[Float[Tensor, "batch head chunk key"]],
     sources: list[Float[Tensor, "batch head chunk key"]],
+    meetings: list[Meeting] | None = None,
 ) -> Triangle:
-    """The triangle from single positions up. rows[0] reads after its position's own step, rows[1] (if any) before it: strict."""
+    """The triangle from single positions up. rows[0] reads after its position's own step, rows[1] (if any) before it: strict.
+
+    `meetings` takes down what `descend` goes back by; without it the memory of each level is free for the next.
+    """
     length = decay.shape[-2]
     # Blocks of one position: a row after its step sees its own source, a strict row sees nothing.
     own = [[(row * source).sum(-1)[..., None, None] for source in sources] for row in rows]
@@ -56,12 +59,12 @@ def climb(
     sources = [source.unsqueeze(-2) for source in sources]
     decay = decay.unsqueeze(-2)
     rows[0] = rows[0] * decay
-    meetings = []
     size = 1
     while size < length:
         left, right = _pairs(decay)
         row_pairs, source_pairs = [_pairs(x) for x in rows], [_pairs(x) for x in sources]
-        meetings.append(Meeting([r for _, r in row_pairs], [s for s, _ in source_pairs], left, right))
+        if meetings is not None:
+            meetings.append(Meeting([r for _, r in row_pairs], [s for s, _ in source_pairs], left, right))
         matrices = [
             [_joined(matrices[i][j], r @ s.mT) for j, (s, _) in enumerate(source_pairs)]
             for i, (_, r) in enumerate(row_pairs)
@@ -79,12 +82,11 @@ def climb(
         [whole(x) for x in rows],
         [whole(x) for x in sources],
         decay.squeeze(-2).squeeze(-2),
-        meetings,
     )
 
 
 def descend(
-    triangle: Triangle,
+    meetings: list[Meeting],
     decay: Float[Tensor, "batch head chunk key"],
     read: Float[Tensor, "batch head chunk key"],
     matrices: list[list[Tensor]],
@@ -96,7 +98,7 @@ def descend(
     sources and the decays that it was given. The diagonals of `matrices` are left to the caller, who has them cheaper."""
     grad = whole.unsqueeze(-2)  # of the decays of the blocks: [b, h, n, k]
     rows, sources = [x.unsqueeze(-3) for x in rows], [x.unsqueeze(-3) for x in sources]
-    for met in reversed(triangle.meetings):
+    for met in reversed(meetings):
         size = met.rows[0].shape[-2]
         blocks = [[_below(m, size) for m in kinds] for kinds in matrices]
         of_left, of_right = grad * met.right.squeeze(-2), grad * met.left.squeeze(-2)

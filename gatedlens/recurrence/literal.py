@@ -1,6 +1,6 @@
 """The recurrence as it is written, and its matrix: slow, and plain to see. What the fast forms are tested against.
 
-    S_t = decay_t * S_{t-1} - erase_t (probe_t . S_{t-1}) + value_t key_t^T          scan_t = S_t read_t          S [head, value, key]
+    S_t = decay_t * S_{t-1} - erase_t (probe_t . S_{t-1}) + value_t key_t^T      scan_t = S_t read_t     S [head, value, key]
 
 Every position is a few operations of torch: right under any derivative and any transform.
 """

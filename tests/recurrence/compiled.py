@@ -1,4 +1,4 @@
-"""`python -m tests.recurrence.compiled`: the chunked scan under torch.compile, forward and backward, one graph for all lengths."""
+"""`python -m tests.recurrence.compiled`: the chunked scan under torch.compile, both ways, one graph for all lengths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Heads with matrix states: the chunked form against the literal recurrence, every way of differentiating it, and its extremes."""
+"""Heads with matrix states: the chunked form against the literal recurrence, every way to differentiate it, its extremes."""
 
 from __future__ import annotations
 
