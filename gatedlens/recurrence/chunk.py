@@ -95,6 +95,14 @@ class Chunk(ABC):
         """k Z, e Z: the adjoint of what `plus_writes` adds."""
 
     @abstractmethod
+    def rows_from_start(self, kind: int = 0) -> Tensor:
+        """r, or p: [b, h, C, k]."""
+
+    @abstractmethod
+    def sources_to_end(self, kind: int = 0) -> Tensor:
+        """k, or e: [b, h, C, k]."""
+
+    @abstractmethod
     def own_gradients(
         self, out: Tensor, inner: list[Tensor], y: Tensor | None, state: State, ahead: State
     ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
@@ -106,8 +114,8 @@ class Chunk(ABC):
         if not self.delta:
             return [value]
         if self.same:
-            return [_solve(self.strict[0], value - self.reads(state, 1))]
-        return [value, -_solve(self.strict[1], self.reads(state, 1) + self.strict[0] @ value)]
+            return [solve(self.strict[0], value - self.reads(state, 1))]
+        return [value, -solve(self.strict[1], self.reads(state, 1) + self.strict[0] @ value)]
 
     def step(self, state: State) -> tuple[Tensor, State]:
         """(scan, S_C) from S_0."""
@@ -125,7 +133,7 @@ class Chunk(ABC):
         y = None
         of_value = wanted[0]
         if self.delta:
-            y = _solve(self.strict[-1].mT, wanted[-1], upper=True)
+            y = solve(self.strict[-1].mT, wanted[-1], upper=True)
             of_value = y if self.same else wanted[0] - self.strict[0].mT @ y
             before = before - self.reads_back(y, 1)
         of_decay, of_read, of_sources, of_probe = self.own_gradients(out, inner, y, state, ahead)
@@ -169,6 +177,12 @@ class KeyChunk(Chunk):
 
     def writes_back(self, state: State, kind: int = 0) -> Tensor:
         return self.late[kind] @ state
+
+    def rows_from_start(self, kind: int = 0) -> Tensor:
+        return self.rows[kind]
+
+    def sources_to_end(self, kind: int = 0) -> Tensor:
+        return self.late[kind]
 
     def own_gradients(
         self, out: Tensor, inner: list[Tensor], y: Tensor | None, state: State, ahead: State
@@ -245,6 +259,13 @@ class HeadChunk(Chunk):
     def writes_back(self, state: State, kind: int = 0) -> Tensor:
         return shared(self.sources[kind], state) * self.until
 
+    def rows_from_start(self, kind: int = 0) -> Tensor:
+        row, decay = self._row(kind)
+        return _spread(row, self.share) * decay
+
+    def sources_to_end(self, kind: int = 0) -> Tensor:
+        return _spread(self.sources[kind], self.share) * self.until
+
     def own_gradients(
         self, out: Tensor, inner: list[Tensor], y: Tensor | None, state: State, ahead: State
     ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
@@ -279,7 +300,7 @@ class HeadChunk(Chunk):
         return of_decay.unsqueeze(-1), of_read, of_sources, of_probe
 
 
-def _solve(lower: Tensor, right: Tensor, upper: bool = False) -> Tensor:
+def solve(lower: Tensor, right: Tensor, upper: bool = False) -> Tensor:
     """(I + T)^-1 right, T strictly below the diagonal (above it: `upper`)."""
     return torch.linalg.solve_triangular(lower, right, upper=upper, unitriangular=True)
 

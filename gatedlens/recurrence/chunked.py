@@ -57,14 +57,25 @@ def chunked(
     return out, last.mT
 
 
-def _cut(same: bool, part: slice, *terms: Tensor | None) -> Given:
+def laid_out(terms: Terms) -> tuple[bool, tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]:
+    """Whether erase is the key itself, and (log decay, key, read, erase, probe) as chunks take them."""
+    same = terms.erase is terms.key
+    log, key, read = terms.log_decays(), terms.key, terms.read
+    if (
+        terms.has_delta_rule or log.shape[-1] > 1
+    ):  # decays in the keys, and the system of a delta rule, are each head's own
+        key, read = terms.of_heads(key), terms.of_heads(read)
+    return same, (log, key, read, None if same else terms.erase, terms.probes())
+
+
+def cut(same: bool, part: slice, *terms: Tensor | None) -> Given:
     """The terms of some positions, positions behind heads."""
     log, key, value, read, erase, probe = (None if x is None else x[:, part].transpose(1, 2) for x in terms)
     assert log is not None and key is not None and value is not None and read is not None
     return Given(log, key, value, read, key if same else erase, probe)
 
 
-def _parts(length: int, size: int) -> list[slice]:
+def parts_of(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
@@ -73,8 +84,8 @@ def _plain(
 ) -> tuple[Tensor, Tensor]:
     """In torch's own operations: differentiable any number of times, either way, under any transform."""
     outs = []
-    for part in _parts(value.shape[1], size):
-        out, state = chunk_of(_cut(same, part, log, key, value, read, erase, probe)).step(state)
+    for part in parts_of(value.shape[1], size):
+        out, state = chunk_of(cut(same, part, log, key, value, read, erase, probe)).step(state)
         outs.append(out.transpose(1, 2))
     return torch.cat(outs, dim=1), state
 
@@ -92,14 +103,14 @@ def _forward(
     keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(scan, last state, the state before each chunk)."""
-    parts = _parts(value.shape[1], size)
+    parts = parts_of(value.shape[1], size)
     out = torch.empty_like(value)
     starts = initial.new_empty(len(parts) if keep else 0, *initial.shape)
     state = initial
     for number, part in enumerate(parts):
         if keep:
             starts[number] = state
-        piece, state = chunk_of(_cut(same, part, log, key, value, read, erase, probe)).step(state)
+        piece, state = chunk_of(cut(same, part, log, key, value, read, erase, probe)).step(state)
         out[:, part] = piece.transpose(1, 2)
     return out, state.clone() if state is initial else state, starts
 
@@ -109,11 +120,11 @@ def _backward(
 ) -> list[Tensor | None]:
     """The gradients of the seven tensors: of each chunk from the last to the first."""
     found: list[Tensor | None] = [None if x is None else torch.empty_like(x) for x in terms]
-    parts = _parts(of_out.shape[1], size)
+    parts = parts_of(of_out.shape[1], size)
     ahead = of_last
     for number in reversed(range(len(parts))):
         part = parts[number]
-        given = _cut(same, part, *terms)
+        given = cut(same, part, *terms)
         grads = chunk_of(given, []).back(starts[number], of_out[:, part].transpose(1, 2), ahead)
         # What is forgotten altogether stays so: exp is flat there, as far as numbers can tell.
         of_log = grads.log_decay * (given.log_decay > GONE)
