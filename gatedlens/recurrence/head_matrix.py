@@ -1,0 +1,178 @@
+"""HeadScan: the matrix of heads with matrix states, one for each head; no channel and no key axis on the whole of it.
+
+    S[i, j] = read_i . E(i, j) key_j amount_j                    E(i, j) the product of the transitions of the steps j + 1 ... i
+    a transition of a step is diag(decay) - erase probe^T        without a delta rule: its decay
+
+    HeadScan.of(terms, width).summed(left, right, taps)          # sum over the channels of all heads
+
+The matrix is made patch by patch (head_blocks.py), each of some rows, some sources and one head. b batch, l pos (i row, j
+source), h head, v value, k key, K taps; a channel is (head value), and all channels of a head have the same matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import reduce
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from gatedlens.errors import InputError
+from gatedlens.recurrence.chunked import chunked
+from gatedlens.recurrence.head_blocks import Patch, patches
+from gatedlens.recurrence.matrix import ScanMatrix
+from gatedlens.recurrence.terms import Terms
+
+
+@dataclass(frozen=True)
+class HeadScan(ScanMatrix):
+    """`HeadScan.of(terms, 64)`: S of each head. `channels` are those that it is asked for, as numbers of (head value)."""
+
+    terms: Terms
+    width: int  # values of a head
+    channels: Int[Tensor, " channel"]
+
+    @classmethod
+    def of(cls, terms: Terms, width: int) -> HeadScan:
+        """The scan of all channels of heads that are `width` wide."""
+        return cls(terms, width, torch.arange(terms.heads * width, device=terms.key.device))
+
+    @property
+    def length(self) -> int:
+        return self.terms.log_decay.shape[1]
+
+    @property
+    def heads(self) -> Int[Tensor, " channel"]:
+        """The head of each channel."""
+        return self.channels // self.width
+
+    def select(self, channels: Tensor | slice | list[int]) -> HeadScan:
+        """The scan of some channels."""
+        return replace(self, channels=self.channels[channels])
+
+    def undecayed(self, own: Bool[Tensor, "batch pos"]) -> ScanMatrix:
+        raise InputError(
+            "The matrix without the decay of a row's own step is a detail of HiddenMambaAttn's code, which knows Mamba's scan "
+            "alone; this layer has heads with matrix states."
+        )
+
+    # -- as an operator ------------------------------------------------------------------------------------------
+
+    def apply(
+        self, u: Float[Tensor, "batch pos channel"], start: Float[Tensor, "batch channel key"] | None = None
+    ) -> Float[Tensor, "batch pos channel"]:
+        """S u (+ what the start state contributes), by the recurrence."""
+        whole = self._every_channel(u, 2).unflatten(2, (-1, self.width))
+        if start is None:
+            state = u.new_zeros(u.shape[0], self.terms.heads, self.width, self.terms.key.shape[3])
+        else:
+            state = self._every_channel(start, 1).unflatten(1, (-1, self.width))
+        return chunked(self.terms, whole, state)[0].flatten(2)[..., self.channels]
+
+    def apply_transposed(self, g: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
+        """S^T g: a recurrence of the same form, from the end."""
+        whole = self._every_channel(g, 2).unflatten(2, (-1, self.width))
+        return self.terms.value(self._pulled_back(whole)).flatten(2)[..., self.channels]
+
+    def _pulled_back(self, g: Float[Tensor, "batch pos head value"]) -> Float[Tensor, "batch pos head value"]:
+        """The transpose, the amount left out: read and key change places, and so do erase and probe, a step later."""
+        terms, backward = self.terms, _from_the_end(self.terms)
+        state = g.new_zeros(g.shape[0], terms.heads, g.shape[3], terms.key.shape[3])
+        return chunked(backward, g.flip(1), state)[0].flip(1)
+
+    def _every_channel(self, x: Tensor, axis: int) -> Tensor:
+        """`x` with all channels along `axis`, zeros where it has none."""
+        total = self.terms.heads * self.width
+        if len(self.channels) == total:
+            return x
+        shape = [*x.shape[:axis], total, *x.shape[axis + 1 :]]
+        return x.new_zeros(shape).index_copy(axis, self.channels, x)
+
+    def seen(self, i: Int[Tensor, " batch"]) -> Float[Tensor, "batch src channel"]:
+        """S[i_b, :] for a row of its own in each batch element: the read of i, carried back to every source."""
+        here = F.one_hot(i, self.length).to(self.terms.read.dtype)  # b l
+        g = here[:, :, None, None].expand(-1, -1, self.terms.heads, 1).contiguous()
+        return self.terms.value(self._pulled_back(g)).squeeze(-1)[..., self.heads]
+
+    # -- the matrix ----------------------------------------------------------------------------------------------
+
+    def by_head(self, heads: list[int]) -> Float[Tensor, "batch some dst src"]:
+        """S of some heads."""
+        length, terms = self.length, self.terms
+        total = zeros((terms.key.shape[0], len(heads), length, length), *terms)
+        for patch in patches(terms):
+            for place, head in enumerate(heads):
+                total[:, place, patch.rows, patch.sources] += patch.of(head)
+        return total if terms.amount is None else total * terms.amount.mT[:, heads].unsqueeze(-2)
+
+    def dense(self) -> Float[Tensor, "batch channel dst src"]:
+        """S channel by channel."""
+        heads, which = self.heads.unique(return_inverse=True)
+        return self.by_head(heads.tolist())[:, which]
+
+    def contracted(
+        self, left: Float[Tensor, "batch pos channel"], right: Float[Tensor, "batch pos channel"]
+    ) -> Float[Tensor, "batch dst src"]:
+        """sum_c left_i[c] * S[i, j][c] * right_j[c]"""
+        return self.summed(left, right, right.new_ones(right.shape[2], 1))
+
+    def summed(
+        self,
+        left: Float[Tensor, "batch pos channel"],
+        right: Float[Tensor, "batch pos channel"],
+        taps: Float[Tensor, "channel tap"],
+    ) -> Float[Tensor, "batch dst src"]:
+        """sum_c left_i[c] * sum_k S[i, j + k] * right_{j + k}[c] * taps[c, K - 1 - k]: channels summed, conv included."""
+        width, members = taps.shape[1], self._members()
+        if self.terms.amount is not None:
+            right = right * self.terms.amount[..., self.heads]
+        total = zeros((left.shape[0], self.length, self.length + width - 1), left, right, taps, *self.terms)
+        for patch in patches(self.terms):
+            for head, mine in members:
+                self._add(total, patch, patch.of(head), left[..., mine], right[..., mine], taps[mine])
+        return total[..., width - 1 :]
+
+    @staticmethod
+    def _add(total: Tensor, patch: Patch, S: Tensor, left: Tensor, right: Tensor, taps: Tensor) -> None:
+        """Add a head's patch to `total`, whose columns begin K - 1 places before the first position."""
+        rows, (first, last), width = left[:, patch.rows], (patch.sources.start, patch.sources.stop), taps.shape[1]
+        for k in range(width):
+            # What the channels make of the entry (i, j + k) before it is weighed with S: one product for all of the head.
+            weights = rows @ (right[:, patch.sources] * taps[:, width - 1 - k]).mT
+            begin = width - 1 - k
+            total[:, patch.rows, first + begin : last + begin] += weights.mul_(S)
+
+    def _members(self) -> list[tuple[int, Tensor | slice]]:
+        """(head, where its channels stand among `channels`), heads ascending; a slice where they stand together."""
+        heads = self.heads
+        found: list[tuple[int, Tensor | slice]] = []
+        for head in heads.unique().tolist():
+            places = (heads == head).nonzero().flatten()
+            first, count = int(places[0]), len(places)
+            together = int(places[-1]) - first + 1 == count
+            found.append((head, slice(first, first + count) if together else places))
+        return found
+
+
+def zeros(shape: tuple[int, ...], *made_of: Tensor | None) -> Float[Tensor, ...]:
+    """Zeros to be written into, with every axis that a transform hides in any of the tensors."""
+    corners = [torch.zeros_like(x[(0,) * x.ndim]) for x in made_of if x is not None]
+    return reduce(torch.add, corners).expand(shape).clone()
+
+
+def _from_the_end(terms: Terms) -> Terms:
+    """The terms of the transpose, in the order of the positions from the end.
+
+    From the end a position meets the transition of the step behind it, transposed: diag(decay) - probe erase^T.
+    """
+
+    def behind(x: Tensor | None) -> Tensor | None:
+        """What belongs to the step behind each position, from the end: the last position has none behind it."""
+        return None if x is None else torch.cat([torch.zeros_like(x[:, :1]), x[:, 1:].flip(1)], dim=1)
+
+    log = behind(terms.log_decays())
+    assert log is not None
+    key, read = terms.read.flip(1), terms.key.flip(1)
+    return Terms(log, key, read, erase=behind(terms.probes()), probe=behind(terms.erase))
