@@ -113,7 +113,8 @@ def wrap(model: Vendors, tokenizer: TokenizerLike = None, *, model_name: str | N
 def _architecture_of(model: nn.Module) -> Any:
     """The architecture that wraps a class of this name (or that of a base class); None if none does."""
     names = {base.__name__ for base in type(model).__mro__}
-    return next((hooked for hooked in architectures().values() if names & set(hooked.wraps)), None)
+    named = [hooked for hooked in architectures().values() if names & set(hooked.wraps)]
+    return next((hooked for hooked in named if hooked.fits(model)), named[0] if named else None)
 
 
 def _opened(hooked: Any, wrapped: nn.Module, name: str, tokenizer: Any) -> Any:

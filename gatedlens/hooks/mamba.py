@@ -429,19 +429,25 @@ ORIGINAL_FIELDS = {
 
 
 @dataclass(kw_only=True)
-class MambaConfig(HookedConfig):
-    """cfg of Mamba and FalconMamba. `rms_eps`: FalconMamba's norm of dt, B, C; None in Mamba."""
+class StackConfig(HookedConfig):
+    """What the cfg of Mamba and that of Mamba-2 have in common."""
 
     d_inner: int
     d_state: int
     d_conv: int
-    dt_rank: int
     expand: float = 2
-    rms_eps: float | None = None
     residual_in_fp32: bool = True
     use_bias: bool = False
     use_conv_bias: bool = True
     tie_word_embeddings: bool = True
+
+
+@dataclass(kw_only=True)
+class MambaConfig(StackConfig):
+    """cfg of Mamba and FalconMamba. `rms_eps`: FalconMamba's norm of dt, B, C; None in Mamba."""
+
+    dt_rank: int
+    rms_eps: float | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -449,7 +455,27 @@ class MambaConfig(HookedConfig):
         return {**super().sizes, **own}
 
 
-class HookedMamba(HookedLanguageModel):
+class MambaStack(HookedLanguageModel):
+    """Blocks under `backbone`, between an embedding and `lm_head`: as transformers and mamba-ssm lay out Mamba and Mamba-2."""
+
+    cfg: StackConfig
+
+    def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:
+        return Norm(self.wrapped.backbone.norm_f, rows, self.cfg.eps, centred=self.cfg.normalization_type == "LN")
+
+    @property
+    def embedding(self) -> Any:
+        return embedding_of(self.wrapped)
+
+    @property
+    def unembedding(self) -> Any:
+        return self.wrapped.lm_head
+
+    def stream(self, embedded: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        return at_least_float32(embedded) if self.cfg.residual_in_fp32 else embedded
+
+
+class HookedMamba(MambaStack):
     """`HookedMamba(MambaForCausalLM(...))`, or better `gl.wrap(...)`: Mamba with every intermediate a hook point."""
 
     title = "Mamba"
@@ -484,6 +510,10 @@ class HookedMamba(HookedLanguageModel):
     cfg: MambaConfig
 
     @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return not has_matrix_states(module)
+
+    @classmethod
     def describe(cls, wrapped: Wrapped, model_name: str) -> MambaConfig:
         """The cfg of a wrapped model, from the shapes of its parameters and the few numbers that shapes do not tell."""
         backbone, config = wrapped.backbone, wrapped.config
@@ -499,14 +529,13 @@ class HookedMamba(HookedLanguageModel):
             )
         if not isinstance(getattr(first.mixer, "A_log", None), Tensor) or first.mixer.A_log.ndim != 2:
             raise CheckpointError(
-                f"{model_name} is no Mamba-1 model: A_log must be [channel, state]. Mamba-2 is not supported; "
-                "supported are Mamba and FalconMamba."
+                f"{model_name} is no Mamba-1 model: A_log must be [channel, state]; supported are Mamba and FalconMamba."
             )
         for layer in backbone.layers:
             act = vars(layer.mixer).get("activation", given.get("hidden_act", "silu"))
             if act not in ("silu", "swish"):
                 raise CheckpointError(f"{model_name} has hidden_act={act!r}; gatedlens supports 'silu'.")
-        weight = _embedding(wrapped).weight
+        weight = embedding_of(wrapped).weight
         d_inner, d_state = first.mixer.A_log.shape
         layernorm = getattr(first.norm, "bias", None) is not None
         return MambaConfig(
@@ -516,7 +545,7 @@ class HookedMamba(HookedLanguageModel):
             d_model=weight.shape[1],
             d_vocab=weight.shape[0],
             normalization_type="LN" if layernorm else "RMS",
-            eps=eps_of(first.norm, _norm_eps(given)),
+            eps=eps_of(first.norm, norm_eps(given)),
             dtype=first.mixer.in_proj.weight.dtype,
             device=str(weight.device),
             original_architecture=type(wrapped).__name__,
@@ -538,23 +567,12 @@ class HookedMamba(HookedLanguageModel):
         rms_eps = None if cfg.rms_eps is None else _selection_eps(w.mixer, cfg.rms_eps)
         return Block(w, BLOCK_ROWS, ln1, MambaMixer(w.mixer, rows_of("mixer", BLOCK_ROWS), layer, rms_eps))
 
-    def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:
-        return Norm(self.wrapped.backbone.norm_f, rows, self.cfg.eps, centred=self.cfg.normalization_type == "LN")
-
-    @property
-    def embedding(self) -> Any:
-        return _embedding(self.wrapped)
-
-    @property
-    def unembedding(self) -> Any:
-        return self.wrapped.lm_head
-
-    def stream(self, embedded: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        return at_least_float32(embedded) if self.cfg.residual_in_fp32 else embedded
-
     @classmethod
     def is_original(cls, config: dict[str, Any]) -> bool:
-        """mamba-ssm's config.json: d_model, n_layer, vocab_size, ssm_cfg, and no model_type."""
+        """mamba-ssm's config.json: d_model, n_layer, vocab_size, ssm_cfg, and no model_type; unless it says Mamba2."""
+        ssm = config.get("ssm_cfg")
+        if isinstance(ssm, Mapping) and ssm.get("layer") == "Mamba2":
+            return False
         return {"d_model", "n_layer", "vocab_size"} <= set(config)
 
     @classmethod
@@ -590,7 +608,14 @@ def _is_hf(config: Any) -> bool:
     return any(base.__name__ in ("PretrainedConfig", "PreTrainedConfig") for base in type(config).__mro__)
 
 
-def _norm_eps(config: Mapping[str, Any]) -> float:
+def has_matrix_states(wrapped: Any) -> bool:
+    """Whether the first mixer of a model has one decay a head, A_log [head], as Mamba-2's."""
+    layers = getattr(getattr(wrapped, "backbone", None), "layers", None) or [None]
+    A_log = getattr(getattr(layers[0], "mixer", None), "A_log", None)
+    return isinstance(A_log, Tensor) and A_log.ndim == 1
+
+
+def norm_eps(config: Mapping[str, Any]) -> float:
     """The eps of the norms by a config of transformers or of mamba-ssm."""
     return float(config.get("layer_norm_epsilon", config.get("norm_epsilon", 1e-5)))
 
@@ -603,7 +628,7 @@ def _selection_eps(mixer: Any, otherwise: float) -> tuple[float, float, float]:
     return dt, B, C
 
 
-def _embedding(wrapped: Any) -> Any:
+def embedding_of(wrapped: Any) -> Any:
     """`backbone.embeddings` in transformers, `backbone.embedding` in mamba-ssm."""
     names = dict(wrapped.backbone.named_children())
     return names.get("embeddings", names.get("embedding"))
@@ -630,7 +655,7 @@ class Weights(nn.Module):
             raise CheckpointError(f"ssm_cfg.layer is {kind!r}; supported is 'Mamba1'.")
         d, multiple = config["d_model"], config.get("pad_vocab_size_multiple", 8)
         vocab = math.ceil(config["vocab_size"] / multiple) * multiple
-        norm = with_eps(nn.RMSNorm if config.get("rms_norm", True) else nn.LayerNorm, _norm_eps(config))
+        norm = with_eps(nn.RMSNorm if config.get("rms_norm", True) else nn.LayerNorm, norm_eps(config))
         self.backbone = nn.Module()
         self.backbone.embedding = nn.Embedding(vocab, d)
         self.backbone.layers = nn.ModuleList(layer_parameters(d, norm, **ssm) for _ in range(config["n_layer"]))

@@ -116,6 +116,11 @@ class HookedModel(Hooking):
     # -- what an architecture gives ------------------------------------------------------------------------------
 
     @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """`HookedMamba2.fits(model)`: whether a module is this architecture's; others may wrap a class of its name."""
+        return True
+
+    @classmethod
     def describe(cls, wrapped: Wrapped, model_name: str) -> HookedConfig:
         """`HookedMamba.describe(wrapped, model_name)`: the cfg of `wrapped`; CheckpointError for a model that this
         architecture cannot run.

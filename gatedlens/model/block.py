@@ -24,8 +24,11 @@ from gatedlens.model.hookpoint import Part
 from gatedlens.model.padding import Padding, windows
 from gatedlens.model.state import RecurrentState
 from gatedlens.model.watch import NORMS
+from gatedlens.recurrence.chunked import chunked
 from gatedlens.recurrence.factors import Factors
-from gatedlens.recurrence.scanning import Terms, at_least_float32, linear_scan, readout, scan
+from gatedlens.recurrence.literal import march
+from gatedlens.recurrence.scanning import StepTerms, at_least_float32, linear_scan, readout, scan
+from gatedlens.recurrence.terms import Terms
 
 
 @dataclass
@@ -175,30 +178,43 @@ class Mixer(TokenMixing):
         return self.along(x)
 
     def causal_conv(
-        self, x: Float[Tensor, "batch pos channel"], run: Run, conv: Any
+        self, x: Float[Tensor, "batch pos channel"], run: Run, conv: Any, content: slice | None = None
     ) -> Float[Tensor, "batch pos channel"]:
         """The causal depthwise convolution of a wrapped nn.Conv1d with its bias, across padding, calls and documents.
 
-        c[i] = sum over k of weight[K - 1 - k] x[i - k] + bias. Its lazy point `hook_conv_taps` is the summands.
+        c[i] = sum over k of weight[K - 1 - k] x[i - k] + bias. Its lazy point `hook_conv_taps` is the summands, those of the
+        channels that are `content` (all if None) where others stand beside them.
         """
         weight, bias, width = conv.weight, conv.bias, conv.weight.shape[-1]
         tail = run.start("conv", self.layer, (x.shape[0], width - 1, x.shape[2]), x)
         long = run.padding.behind(self.along_conv(x), tail)
         run.leave("conv", self.layer, run.padding.tail(run.of_last_document(long, width), width))
         heard, within = self.hook_conv_taps.heard(), run.in_document(width)
-        if not heard and within is None:
+
+        def summands(some: slice) -> Tensor:
+            taps = windows(long[..., some], width) * weight.squeeze(1)[some]
+            taps = taps if within is None else taps * within
+            return self.along_conv(torch.stack([run.padding.spread(tap) for tap in taps.unbind(-1)], dim=-1))
+
+        everything = slice(0, x.shape[2])
+        some = everything if content is None else content
+        if heard and some == everything:
+            total = self.hook_conv_taps(summands(some)).sum(-1)
+        elif within is not None:
+            total = summands(everything).sum(-1)
+        else:  # the convolution adds its bias itself
             c = F.conv1d(long.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)
-            return self.along_conv(run.padding.spread(c))
-        taps = windows(long, width) * weight.squeeze(1)
-        if within is not None:
-            taps = taps * within
-        taps = self.along_conv(torch.stack([run.padding.spread(tap) for tap in taps.unbind(-1)], dim=-1))
-        total = (self.hook_conv_taps(taps) if heard else taps).sum(-1)
+            total, bias = self.along_conv(run.padding.spread(c)), None
+        if heard and some != everything:
+            total = total if bias is None else total + bias
+            own = self.hook_conv_taps(summands(some)).sum(-1)
+            own = own if conv.bias is None else own + conv.bias[some]
+            return torch.cat([total[..., : some.start], own, total[..., some.stop :]], dim=-1)
         return total if bias is None else total + bias
 
     def recur(
         self,
-        terms: Terms,
+        terms: StepTerms,
         sequences: tuple[Tensor, ...],
         constants: tuple[Tensor, ...],
         initial: Tensor,
@@ -238,6 +254,44 @@ class Mixer(TokenMixing):
         states = linear_scan(decay, write, initial)
         heard = self.along(self.hook_state(self.along(states)))
         return self.along(readout(heard, read)), states[:, -1]
+
+    def recur_heads(
+        self,
+        terms: Terms,
+        u: Float[Tensor, "batch pos head value"],
+        initial: Float[Tensor, "batch head value key"],
+        padding: Padding,
+    ) -> tuple[Float[Tensor, "batch pos head value"], Float[Tensor, "batch head value key"]]:
+        """The recurrence of heads with matrix states, with its lazy points: (scan, last state).
+
+        As `recur`: nothing inside is materialised unless somebody listens, and then an edit of any point is in all that
+        follows. hook_decay has the axes of the state, whatever the decays are shared by.
+        """
+        if self.hook_state_start.heard():
+            initial = self.hook_state_start(initial)
+        decay = write = None
+        if self.hook_decay.heard():
+            whole = terms.decays().unsqueeze(-2).expand(*u.shape, terms.key.shape[-1])
+            decay = padding.fill(self.hook_decay(whole), 1.0)
+        if self.hook_write.heard():
+            write = padding.zero(self.hook_write(_outer(terms, u)))
+        heard = self.hook_state.heard()
+        if decay is None and write is None and not heard:
+            return chunked(terms, u, initial)
+        decay = terms.decays().unsqueeze(-2) if decay is None else decay
+        write = _outer(terms, u) if write is None else write
+        if terms.has_delta_rule:
+            states = march(decay, write, terms.erase, terms.probes(), initial)
+        else:
+            states = linear_scan(decay, write, initial)
+        last = states[:, -1]
+        states = self.hook_state(states) if heard else states
+        return (states * terms.of_heads(terms.read).unsqueeze(-2)).sum(-1), last
+
+
+def _outer(terms: Terms, u: Float[Tensor, "batch pos head value"]) -> Float[Tensor, "batch pos head value key"]:
+    """What each position writes: value key^T."""
+    return terms.value(u).unsqueeze(-1) * terms.of_heads(terms.key).unsqueeze(-2)
 
 
 def _as_they_are(decay: Tensor, write: Tensor, read: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -27,7 +27,7 @@ from gatedlens.errors import InputError
 from gatedlens.recurrence.autocast import is_on
 from gatedlens.recurrence.transforms import forward_mode, gradients, has_old_axis, transformed
 
-Terms = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+StepTerms = Callable[..., tuple[Tensor, Tensor, Tensor | None]]  # of any slice of positions: decay, write, read
 
 # Numbers in one segment's decay: 768 KiB of float32, so that decay and write stay in the L2 cache.
 SEGMENT_ELEMENTS = 3 << 16
@@ -180,7 +180,7 @@ def readout(states: Float[Tensor, ...], read: Float[Tensor, "... state"] | None)
 
 
 def _whole_scan(
-    terms: Terms, sequences: Sequence[Tensor], constants: Sequence[Tensor], initial: Tensor
+    terms: StepTerms, sequences: Sequence[Tensor], constants: Sequence[Tensor], initial: Tensor
 ) -> tuple[Tensor, Tensor]:
     decay, write, read = terms(*sequences, *constants)
     states = linear_scan(decay, write, initial)
@@ -201,7 +201,7 @@ class SegmentedScan(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, terms: Terms, n: int, initial: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, terms: StepTerms, n: int, initial: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         sequences, constants = tensors[:n], tensors[n:]
         slices = _segments(sequences[0].shape[1], initial.numel(), SEGMENT_ELEMENTS_GRAD)
         scans, starts, state = [], [], initial
@@ -250,7 +250,7 @@ class SegmentedScan(Function):
 
 
 def scan(
-    terms: Terms,
+    terms: StepTerms,
     sequences: Sequence[Shaped[Tensor, "batch pos ..."]],
     constants: Sequence[Shaped[Tensor, ...]],
     initial: Float[Tensor, "batch ..."],
@@ -271,7 +271,7 @@ def scan(
 
 
 def _segmented(
-    terms: Terms, sequences: Sequence[Tensor], constants: Sequence[Tensor], initial: Tensor
+    terms: StepTerms, sequences: Sequence[Tensor], constants: Sequence[Tensor], initial: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Without gradients: one segment's states at a time, of so many rows that they stay in the cache."""
     # A large batch in groups: a segment of all rows would be a position or two long, and leave the cache at each.
@@ -286,7 +286,7 @@ def _segmented(
 
 
 def _in_segments(
-    terms: Terms, sequences: Sequence[Tensor], constants: Sequence[Tensor], initial: Tensor
+    terms: StepTerms, sequences: Sequence[Tensor], constants: Sequence[Tensor], initial: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`scan` of some rows, segment by segment, without gradients."""
     out, state = None, initial
@@ -304,7 +304,7 @@ def _in_segments(
 
 
 def _compiled(
-    terms: Terms, sequences: Sequence[Tensor], constants: Sequence[Tensor], initial: Tensor
+    terms: StepTerms, sequences: Sequence[Tensor], constants: Sequence[Tensor], initial: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What torch.compile sees: one operator without gradients; with them decay and write whole, around another."""
     tensors = (initial, *sequences, *constants)

@@ -1,0 +1,549 @@
+"""Mamba-2 (Dao and Gu 2024, arXiv 2405.21060): state space duality; heads with matrix states, one decay a head.
+
+b batch, l pos, d d_model, h head, v value (of a head), c channel = (head value), g group, n state, K taps of the conv.
+
+    z, x, B, C, dt = in_proj(n)                   x, B, C through one causal conv, with SiLU: u, B, C
+    dt      = clamp(softplus(dt + dt_bias))       A = -exp(A_log), a number a head
+    state_t = exp(dt_t A) state_{t-1} + dt_t u_t B_t^T          scan_t = state_t C_t          B, C: a group of heads shares them
+    y       = scan + D u                          out = out_proj(RMSNorm(y SiLU(z))), the norm by groups of channels
+
+A checkpoint of mamba-ssm may have its norm before the gate, RMSNorm(y) SiLU(z), or none, and D by channel.
+
+Wraps transformers' Mamba2ForCausalLM, mamba-ssm's MambaLMHeadModel (by its parameter names) and `Mamba2Weights` below, which
+holds a checkpoint in mamba-ssm's original layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gatedlens.address.point import Point, block_aliases, block_rows
+from gatedlens.errors import CheckpointError
+from gatedlens.hooks.mamba import PAPER as MAMBA
+from gatedlens.hooks.mamba import MambaStack, StackConfig, embedding_of, has_matrix_states, norm_eps, with_eps
+from gatedlens.model import fields
+from gatedlens.model.base import Wrapped
+from gatedlens.model.block import Block, Norm, Run, eps_of, norm_rows, residual_rows
+from gatedlens.model.fields import (
+    COUNT,
+    EPS,
+    FLAG,
+    INTEGER,
+    POSITIVE,
+    SIZE,
+    TEXT,
+    ConfigValue,
+    Field,
+    layers_of,
+    listed,
+    one_of,
+    table,
+)
+from gatedlens.model.hookpoint import rows_of
+from gatedlens.model.path import Conv, Gate, GroupNorm, PathMixer, Scan, SiLU, Skip, Stage, Streams
+from gatedlens.model.state import Carried
+from gatedlens.recurrence.scanning import at_least_float32
+from gatedlens.recurrence.terms import Terms
+
+PAPER = "Mamba-2, arXiv 2405.21060"
+BLOCK = f"{PAPER}, fig. 6 (parallel projections)"
+SSD = f"{PAPER}, eq. 1, A a number a head"
+RMSNORM = "RMSNorm, arXiv 1910.07467"
+UIA = "UIA, arXiv 2405.16504"
+
+NORMS = ("after the gate", "before the gate", "none")  # where a mixer's norm is
+
+_BEFORE_THE_SCAN = (
+    Point("hook_gate_pre", "batch pos channel", "in_proj(ln1.out)[:channel]", BLOCK),
+    Point("hook_x", "batch pos channel", "in_proj(ln1.out)[channel:2 * channel]", BLOCK),
+    Point("hook_B_pre", "batch pos group state", "in_proj(ln1.out), the next group * state", BLOCK),
+    Point("hook_C_pre", "batch pos group state", "in_proj(ln1.out), the next group * state", BLOCK),
+    Point("hook_dt_pre", "batch pos head", "in_proj(ln1.out)[-head:] + dt_bias", BLOCK),
+    Point(
+        "hook_conv_taps",
+        "batch pos channel tap",
+        "conv1d.weight[tap] * x[pos - (tap.size - 1) + tap]",
+        f"{UIA}, eq. 9",
+        True,
+    ),
+    Point("hook_conv", "batch pos channel", "sum over tap of conv_taps + conv1d.bias", BLOCK),
+    Point("hook_u", "batch pos channel", "SiLU(conv)", BLOCK),
+    Point("hook_B", "batch pos group state", "SiLU(conv1d(B_pre))", BLOCK),
+    Point("hook_C", "batch pos group state", "SiLU(conv1d(C_pre))", BLOCK),
+    Point("hook_dt", "batch pos head", "clamp(softplus(dt_pre))", BLOCK),
+    Point(
+        "hook_state_start",
+        "batch head value state",
+        "state before the first position (zero without a state)",
+        SSD,
+        True,
+    ),
+    Point("hook_decay", "batch pos head value state", "exp(dt * A), the same for all of a head", SSD, True),
+    Point("hook_write", "batch pos head value state", "dt * u * B", SSD, True),
+    Point("hook_state", "batch pos head value state", "decay * state[pos - 1] + write", SSD, True),
+    Point("hook_scan", "batch pos channel", "sum over state of C * state", SSD),
+    Point("hook_y", "batch pos channel", "scan + D * u", f"{MAMBA}, alg. 2"),
+)
+_GATE = Point("hook_gate", "batch pos channel", "SiLU(gate_pre)", BLOCK)
+_AFTER_THE_SCAN = {
+    "after the gate": (
+        _GATE,
+        Point("hook_product", "batch pos channel", "y * gate", BLOCK),
+        Point("hook_scale", "batch pos group", "sqrt(mean over the group's channels of product^2 + eps)", RMSNORM),
+        Point("hook_gated", "batch pos channel", "norm.weight * product / scale", BLOCK),
+    ),
+    "before the gate": (
+        Point("hook_scale", "batch pos group", "sqrt(mean over the group's channels of y^2 + eps)", RMSNORM),
+        Point("hook_normed", "batch pos channel", "norm.weight * y / scale", RMSNORM),
+        _GATE,
+        Point("hook_gated", "batch pos channel", "normed * gate", BLOCK),
+    ),
+    "none": (_GATE, Point("hook_gated", "batch pos channel", "y * gate", BLOCK)),
+}
+
+
+def mamba2_rows(norm: str = "after the gate") -> tuple[Point, ...]:
+    """The rows of a block, in firing order, for each place of the norm."""
+    mixer = block_rows("mixer", (*_BEFORE_THE_SCAN, *_AFTER_THE_SCAN[norm]))
+    return residual_rows(norm_rows("ln1", "mixer_in", RMSNORM), mixer)
+
+
+BLOCK_ROWS = mamba2_rows()
+
+
+class Mamba2Mixer(PathMixer):
+    """out = out_proj(gated), every intermediate a point."""
+
+    selection = ("dt", "B", "C")
+
+    def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, cfg: Mamba2Config):
+        super().__init__(weights, rows, layer)
+        self.cfg = cfg
+
+    @property
+    def heads(self) -> int:
+        return self.cfg.n_heads
+
+    @property
+    def sizes(self) -> Mapping[str, int]:  # type: ignore[override]
+        """Of the streams that go through the convolution."""
+        shared = self.cfg.n_groups * self.cfg.d_state
+        return {"x": self.cfg.d_inner, "B": shared, "C": shared}
+
+    @property
+    def path(self) -> tuple[Stage, ...]:  # type: ignore[override]
+        before = (Conv("conv1d", ("x", "B", "C")), SiLU(("B", "C")), Skip(Scan()))
+        groups, eps = self.cfg.n_groups, self.cfg.mixer_eps
+        if self.cfg.mixer_norm == "none":
+            return *before, Gate(F.silu)
+        if self.cfg.mixer_norm == "before the gate":
+            return *before, GroupNorm(groups, eps, out="normed"), Gate(F.silu)
+        return *before, Gate(F.silu, out="product"), GroupNorm(groups, eps)
+
+    @property
+    def A(self) -> Float[Tensor, " head"]:
+        """-exp(A_log), at least float32."""
+        return -torch.exp(at_least_float32(self.weights.A_log))
+
+    def project(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Streams:
+        w, cfg, pad = self.weights, self.cfg, run.padding
+        widths = [cfg.d_inner, *self.sizes.values(), cfg.n_heads]
+        z, x, B, C, dt = F.linear(n, w.in_proj.weight, w.in_proj.bias).split(widths, dim=-1)
+        groups = (cfg.n_groups, cfg.d_state)
+        return {
+            "gate_pre": self.hook_gate_pre(z),
+            "x": self.hook_x(pad.zero(x)),
+            "B": pad.zero(self.hook_B_pre(pad.zero(B).unflatten(-1, groups))),
+            "C": pad.zero(self.hook_C_pre(pad.zero(C).unflatten(-1, groups))),
+            "dt_pre": self.hook_dt_pre(dt + w.dt_bias),
+        }
+
+    def select(self, u: Float[Tensor, "batch pos channel"], streams: Streams, run: Run) -> None:
+        pad, groups = run.padding, (self.cfg.n_groups, self.cfg.d_state)
+        streams["B"] = self.hook_B(streams["B"].unflatten(-1, groups))
+        streams["C"] = self.hook_C(streams["C"].unflatten(-1, groups))
+        # 0 at a masked position: the state passes unchanged
+        dt = pad.zero(F.softplus(streams["dt_pre"]).clamp(*self.cfg.dt_limit))
+        streams["dt"] = pad.zero(self.hook_dt(dt))
+
+    def terms(  # type: ignore[override]
+        self,
+        dt: Float[Tensor, "batch pos head"],
+        B: Float[Tensor, "batch pos group state"],
+        C: Float[Tensor, "batch pos group state"],
+    ) -> Terms:
+        """decay = exp(dt A), value = dt u, key = B, read = C: Mamba-2, eq. 1."""
+        return Terms((dt * self.A.to(dt)).unsqueeze(-1), key=B, read=C, amount=dt)
+
+    def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
+        return self.weights.out_proj.weight, self.weights.out_proj.bias
+
+
+ALIASES = block_aliases(
+    "TransformerLens",
+    ("hook_in", "hook_resid_pre"),
+    ("hook_out", "hook_resid_post"),
+    ("hook_attn_out", "hook_mixer_out"),
+    ("norm.hook_out", "ln1.hook_out"),
+    ("norm.hook_scale", "ln1.hook_scale"),
+    ("norm.hook_normalized", "ln1.hook_normalized"),
+    ("mixer.hook_in", "ln1.hook_out"),
+    ("mixer.hook_out", "hook_mixer_out"),
+    ("mixer.hook_ssm_out", "hook_mixer_out"),
+    ("mixer.hook_ssm_dt", "mixer.hook_dt"),
+    ("mixer.hook_ssm_write", "mixer.hook_write"),
+    ("mixer.hook_ssm_state", "mixer.hook_state"),
+    ("mixer.out_proj.hook_in", "mixer.hook_gated"),
+)
+
+
+# -- configs --------------------------------------------------------------------------------------------------------
+
+
+def _limit(v: Any) -> bool:
+    """Two numbers, low and high; transformers writes infinity as an object, mamba-ssm as Infinity."""
+    return isinstance(v, list | tuple) and len(v) == 2 and _read_limit(v) is not None
+
+
+def _read_limit(v: Any) -> tuple[float, float] | None:
+    """(low, high) of a time_step_limit or dt_limit."""
+    numbers: list[Any] = [x.get("__float__") if isinstance(x, Mapping) else x for x in v]
+    try:
+        low, high = (float(x) for x in numbers if not isinstance(x, bool))
+    except (TypeError, ValueError):
+        return None
+    return (low, high) if 0 <= low <= high else None
+
+
+LIMIT = Field("two numbers, 0 <= low <= high (high may be infinite)", _limit)
+HUB_FIELDS = {
+    **fields.TRANSFORMERS,
+    "vocab_size": SIZE,
+    "hidden_size": SIZE,
+    "num_hidden_layers": layers_of(9),
+    "state_size": SIZE,
+    "conv_kernel": SIZE,
+    "expand": POSITIVE,
+    "num_heads": SIZE,
+    "head_dim": SIZE,
+    "n_groups": SIZE,
+    "time_step_rank": SIZE | one_of("auto"),
+    "time_step_limit": LIMIT,
+    "layer_norm_epsilon": EPS,
+    "hidden_act": TEXT,
+    "residual_in_fp32": FLAG,
+    "use_bias": FLAG,
+    "use_conv_bias": FLAG,
+    "chunk_size": SIZE,
+}
+SSM_FIELDS = {
+    "layer": one_of("Mamba2"),
+    "d_state": SIZE,
+    "d_conv": SIZE,
+    "expand": POSITIVE,
+    "headdim": SIZE,
+    "d_ssm": SIZE.or_null(),
+    "ngroups": SIZE,
+    "D_has_hdim": FLAG,
+    "rmsnorm": FLAG,
+    "norm_before_gate": FLAG,
+    "dt_limit": LIMIT,
+    "bias": FLAG,
+    "conv_bias": FLAG,
+    "chunk_size": SIZE,
+}
+ORIGINAL_FIELDS = {
+    "d_model": SIZE,
+    "n_layer": layers_of(8),
+    "vocab_size": SIZE,
+    "d_intermediate": COUNT,
+    "ssm_cfg": table(**SSM_FIELDS),
+    "attn_layer_idx": listed(INTEGER).or_null(),
+    "rms_norm": FLAG,
+    "residual_in_fp32": FLAG,
+    "norm_epsilon": EPS,
+    "pad_vocab_size_multiple": SIZE,
+    "tie_embeddings": FLAG,
+}
+
+
+# -- the model ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Mamba2Config(StackConfig):
+    """cfg of Mamba-2. n_heads heads of d_head channels; `mixer_norm`: "after the gate", "before the gate" or "none"."""
+
+    n_groups: int
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    mixer_norm: str = "after the gate"
+    mixer_eps: float = 1e-5
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        heads = {"channel": self.d_inner, "head": self.n_heads, "value": self.d_head, "group": self.n_groups}
+        return {**super().sizes, **heads, "state": self.d_state, "tap": self.d_conv}
+
+
+class HookedMamba2(MambaStack):
+    """`HookedMamba2(Mamba2ForCausalLM(...))`, or better `gl.wrap(...)`: Mamba-2 with every intermediate a hook point."""
+
+    title = "Mamba-2"
+    paper = (
+        "Dao and Gu, Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space "
+        "Duality (arXiv 2405.21060)"
+    )
+    reference = (
+        "state-spaces/mamba2-130m",
+        {"d_model": 768, "channel": 1536, "head": 24, "value": 64, "state": 128, "group": 1, "tap": 4},
+    )
+    recurrence: ClassVar = {
+        "decay": "exp(dt * A), [head]",
+        "write": "dt * u * B, [head, value, state]; the heads of a group share B",
+        "read": "C, [group, state]",
+        "skip": "D * u",
+        "conv": "causal depthwise conv over x, B and C, with bias",
+        "activation before the scan": "SiLU: u = sigmoid(c) * c",
+        "gate": "SiLU(gate_pre), then an RMSNorm of the product by groups (or before it, or none)",
+    }
+    attention_words: ClassVar = {
+        "x": "x",
+        "o": "gated",
+        "gate": "gate * norm.weight / scale",
+        "scan": "S[i, j] = sum over state of C[i] * B[j] * exp(A * (dt[j + 1] + ... + dt[i])) * dt[j], j <= i, of each head",
+        "skip": "D",
+        "act": "sigmoid(conv): u = act * conv",
+        "conv": "M[i, j] = conv1d.weight[K - 1 - (i - j)], 0 <= i - j < K taps",
+        "r": "gate * (S + D) * act * conv1d.bias; with a carried state also what its conv tail and its scan state bring",
+    }
+    wraps = ("Mamba2ForCausalLM", "MambaLMHeadModel", "Mamba2Weights")
+    hub_types = ("mamba2",)
+    hub_fields = HUB_FIELDS
+    original_fields = ORIGINAL_FIELDS
+    block_points = BLOCK_ROWS
+    aliases = ALIASES
+    carried: ClassVar = {
+        "scan": Carried("scan", "batch head value state"),
+        "conv": Carried("conv", "batch tail conv_channel"),
+    }
+    cfg: Mamba2Config
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return has_matrix_states(module)
+
+    @classmethod
+    def describe(cls, wrapped: Wrapped, model_name: str) -> Mamba2Config:
+        """The cfg of a wrapped model, from the shapes of its parameters and the few numbers that shapes do not tell."""
+        backbone, config = wrapped.backbone, wrapped.config
+        if len(backbone.layers) == 0:
+            raise CheckpointError(f"{model_name} has no layers.")
+        first, mixer = backbone.layers[0], backbone.layers[0].mixer
+        given: Any = config if isinstance(config, dict) else config.to_dict() if _is_hf(config) else vars(config)
+        fields.check(given, cls.hub_fields if _is_hf(config) else cls.original_fields, f"{model_name}'s config")
+        if given.get("attn_layer_idx") or given.get("d_intermediate"):
+            raise CheckpointError(
+                f"{model_name} mixes Mamba-2 with attention or MLP layers (attn_layer_idx={given.get('attn_layer_idx')}, "
+                f"d_intermediate={given.get('d_intermediate')}); gatedlens supports pure Mamba-2 stacks."
+            )
+        for number, layer in enumerate(backbone.layers):
+            A_log = getattr(layer.mixer, "A_log", None)
+            if not isinstance(A_log, Tensor) or A_log.ndim != 1:
+                raise CheckpointError(f"Layer {number} of {model_name} is no Mamba-2 mixer: its A_log must be [head].")
+            act = vars(layer.mixer).get("activation", given.get("hidden_act", "silu"))
+            if act not in ("silu", "swish"):
+                raise CheckpointError(f"{model_name} has hidden_act={act!r}; gatedlens supports 'silu'.")
+        told = _told(mixer, given)
+        inner, heads = mixer.out_proj.weight.shape[1], len(mixer.A_log)
+        groups = int(told["n_groups"])
+        d_state = (mixer.conv1d.weight.shape[0] - inner) // (2 * groups)
+        rows = 2 * inner + 2 * groups * d_state + heads
+        if mixer.in_proj.weight.shape[0] != rows or inner % heads:
+            raise CheckpointError(
+                f"{model_name}: in_proj gives {mixer.in_proj.weight.shape[0]} numbers a position; {rows} are expected of "
+                f"{inner} channels in {heads} heads with {groups} groups of {d_state} states. A mixer with channels beside its "
+                "heads (d_ssm below expand * d_model) is not supported."
+            )
+        weight = embedding_of(wrapped).weight
+        return Mamba2Config(
+            model_name=model_name,
+            architecture="mamba2",
+            n_layers=len(backbone.layers),
+            d_model=weight.shape[1],
+            d_vocab=weight.shape[0],
+            normalization_type="LN" if getattr(first.norm, "bias", None) is not None else "RMS",
+            eps=eps_of(first.norm, norm_eps(given)),
+            dtype=mixer.in_proj.weight.dtype,
+            device=str(weight.device),
+            original_architecture=type(wrapped).__name__,
+            n_heads=heads,
+            d_head=inner // heads,
+            d_inner=inner,
+            d_state=d_state,
+            d_conv=mixer.conv1d.weight.shape[-1],
+            n_groups=groups,
+            expand=inner / weight.shape[1],
+            dt_limit=told["dt_limit"],
+            mixer_norm=told["norm"],
+            mixer_eps=told["eps"],
+            residual_in_fp32=bool(vars(first).get("residual_in_fp32", given.get("residual_in_fp32", True))),
+            use_bias=mixer.in_proj.bias is not None,
+            use_conv_bias=mixer.conv1d.bias is not None,
+            tie_word_embeddings=wrapped.lm_head.weight is weight,
+        )
+
+    @classmethod
+    def kinds(cls) -> dict[str, tuple[Point, ...]]:
+        return {f"norm {where}" if where != "none" else "no norm": mamba2_rows(where) for where in NORMS}
+
+    def rows_for(self, layer: int) -> tuple[Point, ...]:
+        return mamba2_rows(self.cfg.mixer_norm)
+
+    def make_block(self, layer: int) -> Block:
+        w, cfg, rows = self.wrapped.backbone.layers[layer], self.cfg, self.rows_for(layer)
+        ln1 = Norm(w.norm, rows_of("ln1", rows), cfg.eps, centred=cfg.normalization_type == "LN")
+        own = replace(cfg, dt_limit=_told(w.mixer, _given(self.wrapped.config))["dt_limit"])
+        return Block(w, rows, ln1, Mamba2Mixer(w.mixer, rows_of("mixer", rows), layer, own))
+
+    @classmethod
+    def is_original(cls, config: dict[str, Any]) -> bool:
+        """mamba-ssm's config.json whose ssm_cfg says "layer": "Mamba2"."""
+        ssm = config.get("ssm_cfg")
+        named = isinstance(ssm, Mapping) and ssm.get("layer") == "Mamba2"
+        return named and {"d_model", "n_layer", "vocab_size"} <= set(config)
+
+    @classmethod
+    def empty(cls, config: dict[str, Any]) -> nn.Module:
+        return Mamba2Weights(config)
+
+    @classmethod
+    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> HookedMamba2:
+        """A small random model for tests and tours: 2 layers, 16 wide, 4 heads of 8 in 2 groups... whatever `sizes` say."""
+        ssm = {"layer": "Mamba2", "d_state": 4, "d_conv": 4, "headdim": 8, "ngroups": 2}
+        config: dict[str, Any] = {"d_model": 16, "n_layer": 2, "vocab_size": 40, "ssm_cfg": ssm} | sizes
+        generator = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            weights = Mamba2Weights(config)
+        with torch.no_grad():
+            for name, p in weights.named_parameters():
+                noise = torch.randn(p.shape, generator=generator)
+                if p.ndim > 1:
+                    p.copy_(noise * (0.5 if "embed" in name else p.shape[-1] ** -0.5))
+                else:
+                    p.add_(0.3 * noise)
+        return cls(weights.to(dtype).eval(), model_name="tiny-mamba2")
+
+
+def _is_hf(config: Any) -> bool:
+    return hasattr(config, "to_dict")
+
+
+def _given(config: Any) -> Mapping[str, Any]:
+    return config if isinstance(config, Mapping) else config.to_dict() if _is_hf(config) else vars(config)
+
+
+def _told(mixer: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What shapes do not tell of a mixer: its groups, the limits of dt, where its norm is and the norm's eps.
+
+    transformers keeps it on the mixer by its own names, mamba-ssm by others, a checkpoint's config in ssm_cfg.
+    """
+    own, ssm = vars(mixer), dict(given.get("ssm_cfg") or {})
+    norm = mixer._modules.get("norm")
+    groups = own.get("n_groups", own.get("ngroups", ssm.get("ngroups", given.get("n_groups", 1))))
+    limit = own.get("time_step_limit", own.get("dt_limit", ssm.get("dt_limit", given.get("time_step_limit"))))
+    first = own.get("norm_before_gate", ssm.get("norm_before_gate", False))
+    eps = 1e-5 if norm is None else eps_of(norm, float(given.get("layer_norm_epsilon", 1e-5)))
+    where = "none" if norm is None else "before the gate" if first else "after the gate"
+    return {
+        "n_groups": groups,
+        "dt_limit": _read_limit(limit) if limit is not None else (0.0, math.inf),
+        "norm": where,
+        "eps": eps,
+    }
+
+
+# -- the original checkpoint layout ---------------------------------------------------------------------------------
+
+
+class Mamba2Weights(nn.Module):
+    """Parameters in mamba-ssm's layout and names, without mamba-ssm: `Mamba2Weights(config.json).load_state_dict(...)`.
+
+    config: `d_model, n_layer, vocab_size`, and `ssm_cfg {layer "Mamba2", d_state 128, d_conv 4, expand 2, headdim 64, ngroups 1,
+    D_has_hdim False, rmsnorm True, norm_before_gate False, dt_limit [0, inf], bias False, conv_bias True}`; optionally `rms_norm`
+    True (False: LayerNorm), `residual_in_fp32` True, `pad_vocab_size_multiple` 8, `tie_embeddings` True.
+    """
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__()
+        fields.check(config, ORIGINAL_FIELDS, "The config", required=("d_model", "n_layer", "vocab_size", "ssm_cfg"))
+        self.config = dict(config)
+        ssm = dict(config["ssm_cfg"])
+        ssm.pop("layer", None)
+        d, multiple = config["d_model"], config.get("pad_vocab_size_multiple", 8)
+        vocab = math.ceil(config["vocab_size"] / multiple) * multiple
+        norm = with_eps(nn.RMSNorm if config.get("rms_norm", True) else nn.LayerNorm, norm_eps(config))
+        self.backbone = nn.Module()
+        self.backbone.embedding = nn.Embedding(vocab, d)
+        self.backbone.layers = nn.ModuleList(_layer(d, norm, **ssm) for _ in range(config["n_layer"]))
+        self.backbone.norm_f = norm(d)
+        self.lm_head = nn.Linear(d, vocab, bias=False)
+        if config.get("tie_embeddings", True):
+            self.lm_head.weight = self.backbone.embedding.weight
+
+
+def _layer(
+    d: int,
+    norm: Callable[[int], nn.Module],
+    d_state: int = 128,
+    d_conv: int = 4,
+    expand: int | float = 2,
+    headdim: int = 64,
+    d_ssm: int | None = None,
+    ngroups: int = 1,
+    D_has_hdim: bool = False,
+    rmsnorm: bool = True,
+    norm_before_gate: bool = False,
+    dt_limit: Any = None,
+    bias: bool = False,
+    conv_bias: bool = True,
+    **unsupported: Any,
+) -> nn.Module:
+    """One layer as mamba-ssm initialises it: A_log = log of 1 to 16, D = 1, softplus(dt_bias) log-uniform in dt."""
+    harmless = {"chunk_size", "dt_min", "dt_max", "dt_init_floor", "A_init_range", "use_mem_eff_path", "conv_init"}
+    if unknown := set(unsupported) - harmless:
+        raise CheckpointError(f"ssm_cfg asks for {', '.join(sorted(unknown))}, which gatedlens does not support.")
+    inner = int(expand * d)
+    if d_ssm not in (None, inner):
+        raise CheckpointError(f"ssm_cfg.d_ssm is {d_ssm}; supported is {inner} (expand * d_model), or null.")
+    if inner % headdim or (inner // headdim) % ngroups:
+        raise CheckpointError(
+            f"ssm_cfg: {inner} channels cannot be cut into heads of {headdim} in {ngroups} groups evenly."
+        )
+    heads = inner // headdim
+    layer, mixer = nn.Module(), nn.Module()
+    layer.norm, layer.mixer = norm(d), mixer
+    through_conv = inner + 2 * ngroups * d_state
+    mixer.in_proj = nn.Linear(d, inner + through_conv + heads, bias=bias)
+    mixer.conv1d = nn.Conv1d(
+        through_conv, through_conv, d_conv, groups=through_conv, bias=conv_bias, padding=d_conv - 1
+    )
+    dt = torch.exp(torch.linspace(math.log(0.001), math.log(0.1), heads)).clamp(min=1e-4)
+    mixer.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+    mixer.A_log = nn.Parameter(torch.log(torch.linspace(1.0, 16.0, heads)))
+    mixer.D = nn.Parameter(torch.ones(inner if D_has_hdim else heads))
+    if rmsnorm:
+        mixer.norm = nn.RMSNorm(inner, eps=1e-5)
+    mixer.out_proj = nn.Linear(inner, d, bias=bias)
+    return layer
+
+
+HOOKED = HookedMamba2
