@@ -1,0 +1,302 @@
+"""Mamba-2: each row against its literal equation, golden vectors, and transformers' class."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import Mamba2Config, Mamba2ForCausalLM
+
+import gatedlens as gl
+from gatedlens.hooks.mamba2 import NORMS, HookedMamba2, Mamba2Weights, mamba2_rows
+from tests.helpers import golden, padded, relative
+
+TOKENS = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(0))
+VARIANTS = {
+    "norm after the gate": {},
+    "norm before the gate": {"norm_before_gate": True},
+    "no norm": {"rmsnorm": False},
+    "D by channel": {"D_has_hdim": True},
+    "dt limited": {"dt_limit": [0.05, 0.4]},
+    "biases": {"bias": True, "conv_bias": False},
+    "one group": {"ngroups": 1},
+    "a group a head": {"ngroups": 4},
+}
+
+
+def tiny(variant: str, seed: int = 1) -> HookedMamba2:
+    ssm = {"layer": "Mamba2", "d_state": 4, "headdim": 8, "ngroups": 2} | VARIANTS[variant]
+    return HookedMamba2.tiny(seed=seed, dtype=torch.float64, ssm_cfg=ssm)
+
+
+@pytest.fixture(params=VARIANTS)
+def model(request):
+    return tiny(request.param)
+
+
+def hf(dtype: torch.dtype = torch.float32, **sizes):
+    """A random transformers model whose every parameter has been perturbed."""
+    small = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "vocab_size": 50,
+        "state_size": 8,
+        "num_heads": 8,
+        "head_dim": 8,
+    }
+    torch.manual_seed(0)
+    model = Mamba2ForCausalLM(Mamba2Config(**(small | {"n_groups": 2, "chunk_size": 4} | sizes)))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model.to(dtype).eval()
+
+
+def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
+    """Every row of one block from its equation, with loops, reading the rows it names from the cache."""
+    w, cfg = model.wrapped.backbone.layers[layer], model.cfg
+    m = w.mixer
+
+    def c(name):
+        return cache[f"blocks.{layer}.{name}"]
+
+    batch, length, channels = c("mixer.hook_x").shape
+    H, V, G, N, K = cfg.n_heads, cfg.d_head, cfg.n_groups, cfg.d_state, cfg.d_conv
+    out = {}
+    if layer > 0:
+        out["hook_resid_pre"] = cache["resid_post", layer - 1]
+    out["hook_mixer_in"] = c("hook_resid_pre")
+    out["ln1.hook_scale"] = (c("hook_mixer_in").pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+    out["ln1.hook_normalized"] = c("hook_mixer_in") / c("ln1.hook_scale")
+    out["ln1.hook_out"] = w.norm.weight * c("ln1.hook_normalized")
+    given = c("ln1.hook_out") @ m.in_proj.weight.T + (0 if m.in_proj.bias is None else m.in_proj.bias)
+    cuts = [channels, 2 * channels, 2 * channels + G * N, 2 * channels + 2 * G * N]
+    out["mixer.hook_gate_pre"], out["mixer.hook_x"] = given[..., : cuts[0]], given[..., cuts[0] : cuts[1]]
+    out["mixer.hook_B_pre"] = given[..., cuts[1] : cuts[2]].reshape(batch, length, G, N)
+    out["mixer.hook_C_pre"] = given[..., cuts[2] : cuts[3]].reshape(batch, length, G, N)
+    out["mixer.hook_dt_pre"] = given[..., cuts[3] :] + m.dt_bias
+
+    def taps_of(x, weight):
+        taps = torch.zeros(batch, length, x.shape[-1], K, dtype=torch.float64)
+        for t in range(length):
+            for k in range(K):
+                if t - (K - 1) + k >= 0:
+                    taps[:, t, :, k] = weight[:, 0, k] * x[:, t - (K - 1) + k]
+        return taps
+
+    bias = torch.zeros(channels + 2 * G * N, dtype=torch.float64) if m.conv1d.bias is None else m.conv1d.bias
+    out["mixer.hook_conv_taps"] = taps_of(c("mixer.hook_x"), m.conv1d.weight[:channels])
+    out["mixer.hook_conv"] = c("mixer.hook_conv_taps").sum(-1) + bias[:channels]
+    out["mixer.hook_u"] = c("mixer.hook_conv") * torch.sigmoid(c("mixer.hook_conv"))
+    for name, some in (("B", slice(channels, channels + G * N)), ("C", slice(channels + G * N, None))):
+        pre = c(f"mixer.hook_{name}_pre").flatten(2)
+        conv = taps_of(pre, m.conv1d.weight[some]).sum(-1) + bias[some]
+        out[f"mixer.hook_{name}"] = (conv * torch.sigmoid(conv)).reshape(batch, length, G, N)
+    low, high = cfg.dt_limit
+    out["mixer.hook_dt"] = torch.log1p(torch.exp(c("mixer.hook_dt_pre"))).clamp(low, high)
+    A, u = -torch.exp(m.A_log), c("mixer.hook_u").reshape(batch, length, H, V)
+    D = m.D.repeat_interleave(V) if len(m.D) == H else m.D
+    out["mixer.hook_state_start"] = torch.zeros(batch, H, V, N, dtype=torch.float64)
+    decay, write = (torch.zeros(batch, length, H, V, N, dtype=torch.float64) for _ in range(2))
+    scan = torch.zeros(batch, length, H, V, dtype=torch.float64)
+    for h in range(H):
+        g = h // (H // G)
+        decay[:, :, h] = torch.exp(c("mixer.hook_dt")[:, :, h] * A[h])[..., None, None]
+        value = c("mixer.hook_dt")[:, :, h, None] * u[:, :, h]
+        write[:, :, h] = value[..., :, None] * c("mixer.hook_B")[:, :, g, None, :]
+        scan[:, :, h] = (c("mixer.hook_state")[:, :, h] * c("mixer.hook_C")[:, :, g, None]).sum(-1)
+    out["mixer.hook_decay"], out["mixer.hook_write"] = decay, write
+    state, states = c("mixer.hook_state_start"), []
+    for t in range(length):
+        state = c("mixer.hook_decay")[:, t] * state + c("mixer.hook_write")[:, t]
+        states.append(state)
+    out["mixer.hook_state"] = torch.stack(states, dim=1)
+    out["mixer.hook_scan"] = scan.flatten(2)
+    out["mixer.hook_y"] = c("mixer.hook_scan") + D * c("mixer.hook_u")
+    out["mixer.hook_gate"] = c("mixer.hook_gate_pre") * torch.sigmoid(c("mixer.hook_gate_pre"))
+
+    def scale_of(x):
+        return (x.reshape(batch, length, G, -1).pow(2).mean(-1) + 1e-5).sqrt()
+
+    def normed(x):
+        scale = c("mixer.hook_scale")[..., None]
+        return m.norm.weight * (x.reshape(batch, length, G, -1) / scale).reshape(batch, length, channels)
+
+    if cfg.mixer_norm == "after the gate":
+        out["mixer.hook_product"] = c("mixer.hook_y") * c("mixer.hook_gate")
+        out["mixer.hook_scale"] = scale_of(c("mixer.hook_product"))
+        out["mixer.hook_gated"] = normed(c("mixer.hook_product"))
+    elif cfg.mixer_norm == "before the gate":
+        out["mixer.hook_scale"] = scale_of(c("mixer.hook_y"))
+        out["mixer.hook_normed"] = normed(c("mixer.hook_y"))
+        out["mixer.hook_gated"] = c("mixer.hook_normed") * c("mixer.hook_gate")
+    else:
+        out["mixer.hook_gated"] = c("mixer.hook_y") * c("mixer.hook_gate")
+    out["hook_mixer_out"] = c("mixer.hook_gated") @ m.out_proj.weight.T
+    if m.out_proj.bias is not None:
+        out["hook_mixer_out"] = out["hook_mixer_out"] + m.out_proj.bias
+    out["hook_resid_post"] = c("hook_resid_pre") + c("hook_mixer_out")
+    return out
+
+
+@torch.no_grad()
+def test_every_row_is_its_equation(model):
+    _, cache = model.run_with_cache(TOKENS, names_filter=lambda name: True)
+    for layer in range(2):
+        rows = literal(cache, model, layer)
+        names = {row.name for row in model.rows_for(layer)}
+        assert set(rows) >= names - {"hook_resid_pre"}, "a row has no literal equation here"
+        for name, value in rows.items():
+            assert relative(cache[f"blocks.{layer}.{name}"], value) < 1e-12, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", NORMS)
+def test_after_an_edit_every_row_downstream_is_its_equation(norm):
+    """An edit anywhere: each later row equals its equation of the (edited) rows that it names, and so do the logits."""
+    model = tiny("no norm" if norm == "none" else f"norm {norm}")
+    for row in mamba2_rows(norm):
+        noise = torch.Generator().manual_seed(3)
+
+        def edit(x, hook, noise=noise):
+            return x * 1.3 + 0.1 * torch.rand(x.shape, generator=noise, dtype=x.dtype)
+
+        with model.hooks([(f"blocks.0.{row.name}", edit)]):
+            logits, cache = model.run_with_cache(TOKENS, names_filter=lambda name: True)
+        for layer in range(2):
+            for name, value in literal(cache, model, layer).items():
+                if (layer, name) != (0, row.name):
+                    assert relative(cache[f"blocks.{layer}.{name}"], value) < 1e-12, (row.name, name)
+        assert relative(logits, model(TOKENS)) > 1e-4, f"the edit of {row.name} had no effect"
+
+
+@torch.no_grad()
+def test_the_implicit_attention_reconstructs_every_variant(model):
+    prefix, suffix = TOKENS[:, :4], TOKENS[:, 4:]
+    _, cache = model.run_with_cache(TOKENS)
+    _, state = model(prefix, return_state=True)
+    _, later = model.run_with_cache(suffix, state=state)
+    for layer in range(2):
+        for given in (cache, later):
+            assert gl.implicit_attention(given, layer=layer).check().relative < 1e-12
+
+
+@torch.no_grad()
+def test_padding_counts_for_nothing_in_every_variant(model):
+    rows = [TOKENS[0], TOKENS[1, :5]]
+    for side in ("left", "right"):
+        tokens, mask = padded(rows, side)
+        logits = model(tokens, attention_mask=mask)
+        for i, row in enumerate(rows):
+            assert relative(logits[i][mask[i]], model(row[None])[0]) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, {"n_groups": 1}, {"use_bias": True}, {"use_conv_bias": False}, {"time_step_limit": (0.3, 0.9)}]
+)
+def test_logits_and_gradients_are_transformers(sizes):
+    theirs = hf(**sizes)
+    ours = gl.wrap(copy.deepcopy(theirs))
+    assert isinstance(ours, HookedMamba2)
+    tokens = torch.randint(50, (2, 21))
+    a, b = theirs(tokens).logits, ours(tokens)
+    assert relative(b, a) < 1e-5
+    direction = torch.randn_like(a)
+    (a * direction).sum().backward()
+    (b * direction).sum().backward()
+    for (name, p), q in zip(theirs.named_parameters(), ours.wrapped.parameters(), strict=True):
+        assert relative(q.grad, p.grad) < 1e-4, name
+
+
+@torch.no_grad()
+def test_bfloat16_is_transformers():
+    theirs = hf(torch.bfloat16)
+    ours = gl.wrap(theirs)
+    tokens = torch.randint(50, (2, 21))
+    a, b = theirs(tokens).logits, ours(tokens)
+    assert b.dtype == torch.float32 and relative(b, a.float()) < 2e-2
+    exact = gl.wrap(hf())(tokens)
+    assert relative(b, exact) < 1.5 * max(relative(a.float(), exact), 1e-2), (
+        "no further from float32 than transformers is"
+    )
+
+
+@torch.no_grad()
+def test_what_transformers_gets_wrong_is_right_here():
+    """Left padding with a bias in in_proj; a right-padded prefill that goes on; a limit of dt while decoding."""
+    theirs = hf(use_bias=True, time_step_limit=(0.3, 0.9))
+    ours = gl.wrap(theirs)
+    row = torch.randint(50, (1, 8), generator=torch.Generator().manual_seed(2))
+    alone = theirs(row).logits
+    tokens = torch.cat([torch.ones(1, 3, dtype=torch.long), row], 1)
+    mask = torch.tensor([[False] * 3 + [True] * 8])
+    assert relative(ours(tokens, attention_mask=mask)[:, 3:], alone) < 1e-5
+    right = torch.cat([row[:, :7], torch.ones(1, 3, dtype=torch.long)], 1)
+    _, state = ours(right, attention_mask=torch.tensor([[True] * 7 + [False] * 3]), return_state=True)
+    assert relative(ours(row[:, 7:], state=state), alone[:, -1:]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mamba2_lm", "mamba2_normoff_lm"])
+def test_golden_vectors_of_mamba_ssm(name):
+    config, weights, io = golden(name)
+    wrapped = Mamba2Weights(config)
+    wrapped.load_state_dict(weights)
+    model = gl.wrap(wrapped.eval())
+    logits, cache = model.run_with_cache(io["input_ids"])
+    assert (logits - io["logits"]).abs().max() < 1e-5
+    assert (cache["ln_final.hook_out"] - io["norm_f_out"]).abs().max() < 1e-5
+    for layer in range(2):
+        assert (cache[f"blocks.{layer}.hook_mixer_out"] - io[f"layers.{layer}.mixer_out"]).abs().max() < 1e-5
+        assert (cache[f"blocks.{layer}.hook_resid_pre"] - io[f"layers.{layer}.residual_in"]).abs().max() < 1e-5
+    logits = model(io["input_ids"])
+    logits[:, -1].pow(2).sum().backward()
+    params = dict(model.wrapped.named_parameters())
+    checked = [key for key in io if key.startswith("grad.")]
+    assert len(checked) > 8
+    for key in checked:
+        assert relative(params[key.removeprefix("grad.")].grad, io[key]) < 1e-4, key
+
+
+def test_both_layouts_load_from_a_folder(tmp_path):
+    config, weights, io = golden("mamba2_lm")
+    original = tmp_path / "original"
+    original.mkdir()
+    (original / "config.json").write_text(json.dumps(config))
+    save_file({k: v for k, v in weights.items() if k != "lm_head.weight"}, original / "model.safetensors")
+    model = gl.from_pretrained(original, device="cpu")
+    assert isinstance(model, HookedMamba2) and model.cfg.n_heads == 8 and model.cfg.n_groups == 2
+    assert (model(io["input_ids"]) - io["logits"]).abs().max() < 1e-5
+    theirs = hf(time_step_limit=(0.001, float("inf")))
+    theirs.save_pretrained(tmp_path / "hub")
+    model = gl.from_pretrained(tmp_path / "hub", device="cpu")
+    assert isinstance(model, HookedMamba2) and model.cfg.dt_limit == (0.001, float("inf"))
+    tokens = torch.randint(50, (1, 7))
+    assert relative(model(tokens), theirs(tokens).logits) < 1e-5
+
+
+def test_what_is_not_supported_is_named():
+    ssm = {"layer": "Mamba2", "headdim": 8}
+    base = {"d_model": 16, "n_layer": 1, "vocab_size": 40}
+    with pytest.raises(gl.CheckpointError, match="d_ssm is 24; supported is 32"):
+        Mamba2Weights(base | {"ssm_cfg": ssm | {"d_ssm": 24}})
+    with pytest.raises(gl.CheckpointError, match="32 channels cannot be cut into heads of 12"):
+        Mamba2Weights(base | {"ssm_cfg": ssm | {"headdim": 12}})
+    with pytest.raises(gl.CheckpointError, match="dt_limit is"):
+        Mamba2Weights(base | {"ssm_cfg": ssm | {"dt_limit": [1.0, 0.5]}})
+    with pytest.raises(gl.CheckpointError, match="mixes Mamba-2 with attention"):
+        gl.wrap(Mamba2Weights(base | {"ssm_cfg": ssm, "attn_layer_idx": [0]}))
+    with pytest.raises(gl.CheckpointError, match="hidden_act='gelu'"):
+        gl.wrap(hf(hidden_act="gelu"))
+
+
+class MambaLMHeadModel(Mamba2Weights):
+    """A class of mamba-ssm's name: what is inside decides which architecture it is."""
+
+
+def test_mamba_ssms_class_is_told_by_its_mixers():
+    ssm = {"layer": "Mamba2", "d_state": 4, "headdim": 8, "ngroups": 2}
+    model = MambaLMHeadModel({"d_model": 16, "n_layer": 1, "vocab_size": 40, "ssm_cfg": ssm})
+    assert isinstance(gl.wrap(model), HookedMamba2)
