@@ -1,4 +1,4 @@
-"""gatedlens: open up gated-linear recurrent models (Mamba, Griffin, RWKV, Vision Mamba).
+"""gatedlens: open up gated-linear recurrent models (Mamba, Mamba-2, Griffin, RWKV, Vision Mamba).
 
     import gatedlens as gl
 
