@@ -40,7 +40,11 @@ def mamba2(length: int) -> tuple[Callable[..., Any], Callable[..., Any], list[to
     def theirs(dt: Any, A: Any, B: Any, C: Any, u: Any) -> Any:
         return mamba2_chunk_scan(u, dt, A, B, C, chunk_size=256)
 
-    tensors = [F.softplus(_draw(1, length, 24) - 3), -torch.exp(_draw(24)), *(_draw(1, length, 1, 128) for _ in range(2))]
+    tensors = [
+        F.softplus(_draw(1, length, 24) - 3),
+        -torch.exp(_draw(24)),
+        *(_draw(1, length, 1, 128) for _ in range(2)),
+    ]
     return ours, theirs, [*tensors, _draw(1, length, 24, 64)]
 
 

@@ -12,14 +12,17 @@ directions are both meant. u, y, c ... are the points of those names.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gatedlens.ablation.average import means
 from gatedlens.address.entries import Component, Index, Where
-from gatedlens.address.layers import Layers
+from gatedlens.address.layers import Layers, layers_of
 from gatedlens.errors import InputError
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
@@ -37,6 +40,32 @@ DECAY = Component("decay", "hook_decay", "decay")
 
 def _step(part: Component, edit: Edit, layers: Layers, index: Mapping[str, Index], *reads: str) -> Intervention:
     return Intervention((EditStep(Where((part,), index, layers), edit, reads),))
+
+
+@dataclass(frozen=True)
+class BesideContent:
+    """The same edit for what passes a mixer's convolution beside the content, Mamba-2's B and C: each stream at its own point
+    `hook_B_conv...`, given its own `hook_B_...`. Other mixers have none."""
+
+    leaf: str  # of the point, behind `hook_B_`
+    edit: Edit
+    layers: Layers
+    index: Mapping[str, Index] = field(default_factory=dict)
+    reads: str | None = None
+    others: bool = False
+
+    def hooks(self, model: HookedModel) -> list[tuple[str, Callable[..., Any]]]:
+        """[(name, hook)], in the order in which they must be put on."""
+        found: list[tuple[str, Callable[..., Any]]] = []
+        for layer in layers_of(model, self.layers):
+            for name in model.names.points:
+                stream = re.fullmatch(rf"blocks\.{layer}\.mixer\.hook_(\w+)_{self.leaf}", name)
+                if stream is None:
+                    continue
+                reads = () if self.reads is None else (f"hook_{stream[1]}_{self.reads}",)
+                where = Where((name,), self.index, others=self.others)
+                found += EditStep(where, self.edit, reads).hooks(model)
+        return found
 
 
 def open_gate(layers: Layers = "*", **index: Index) -> Intervention:
@@ -68,9 +97,15 @@ def no_skip(layers: Layers = "*", **index: Index) -> Intervention:
 def identity_conv(layers: Layers = "*", **index: Index) -> Intervention:
     """`gl.ablation.identity_conv(layers=-1)`: c = x, no token mixing by the convolution and no bias.
 
-    What follows (an activation, the scan) sees x. layers, index, errors: as of `gl.ablation.open_gate`.
+    What follows (an activation, the scan) sees x. What passes the convolution beside the content (Mamba-2's B and C) is left as
+    it was before it, too, unless an index asks for entries of the content. layers, index, errors: as of `gl.ablation.open_gate`.
     """
-    return _step(CONV, lambda c, point, x: x, layers, index, "hook_x")
+
+    def itself(c: Tensor, point: HookPoint, x: Tensor) -> Tensor:
+        return x
+
+    content = _step(CONV, itself, layers, index, "hook_x")
+    return content if index else content + Intervention((BesideContent("conv", itself, layers, reads="pre"),))
 
 
 def no_conv_bias(layers: Layers = "*", **index: Index) -> Intervention:
@@ -79,7 +114,8 @@ def no_conv_bias(layers: Layers = "*", **index: Index) -> Intervention:
     def without(c: Tensor, point: HookPoint, taps: Tensor) -> Tensor:
         return taps.sum(-1)
 
-    return _step(CONV, without, layers, index, "hook_conv_taps")
+    content = _step(CONV, without, layers, index, "hook_conv_taps")
+    return content if index else content + Intervention((BesideContent("conv", without, layers, reads="conv_taps"),))
 
 
 @checked
@@ -88,8 +124,13 @@ def only_tap(tap: int, layers: Layers = "*") -> Intervention:
 
     layers and errors: as of `gl.ablation.open_gate`.
     """
+
+    def nothing(taps: Tensor, point: HookPoint) -> Tensor:
+        return torch.zeros_like(taps)
+
     where = Where((TAPS,), {"tap": tap}, layers, others=True)
-    return Intervention((EditStep(where, lambda x, point: torch.zeros_like(x)),))
+    beside = BesideContent("conv_taps", nothing, layers, {"tap": tap}, others=True)
+    return Intervention((EditStep(where, nothing), beside))
 
 
 def remove_layer(layers: Layers) -> Intervention:
@@ -118,6 +159,7 @@ def slowest(
     sorted by number. They are ranked by the mean decay over real positions of `batches` (see `means`) and over all axes besides
     `channel` (the state): the larger, the slower.
 
+    Where a head decays as one (Mamba-2), so do all of its channels, and ties go by number.
     PointError where a decay has no axis `channel`, or a model has none; InputError for a share that is none.
     """
     return _ranked(model, share, batches, layers, progress, slow=True)
@@ -145,10 +187,11 @@ def _ranked(
 ) -> dict[str, list[int]]:
     if not 0 < share <= 1:
         raise InputError(f"share={share}: it is a share of the channels, in (0, 1].")
-    axes = {name: model.names.points[name].axis("channel") for name in DECAY.points(model, layers)}
+    axes = {name: model.names.points[name].spans("channel") for name in DECAY.points(model, layers)}
     groups = {}
     for name, value in means(model, batches, list(axes), progress=progress).items():
-        decay = value.movedim(axes[name], 0).flatten(1).mean(1)
+        channels = tuple(range(len(axes[name])))
+        decay = value.movedim(axes[name], channels).flatten(0, channels[-1]).flatten(1).mean(1)
         order = decay.argsort(descending=slow, stable=True)
         groups[name.rpartition(".")[0]] = sorted(order[: max(1, round(share * len(decay)))].tolist())
     return groups

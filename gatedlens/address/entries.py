@@ -9,6 +9,7 @@ Components are parts that an architecture may lack; then the error quotes what i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -115,8 +116,10 @@ class Where:
         not reach.
         """
         for axis, index in self.at(name).items():
-            if axis not in point.dims:
-                raise PointError(f"{name} has no axis {axis!r}; its axes are: {point.axes}.")
+            try:
+                point.spans(axis)
+            except PointError:
+                raise PointError(f"{name} has no axis {axis!r}; its axes are: {point.axes}.") from None
             size = sizes.get(axis)
             if size is not None and axis != "pos":
                 along(axis, index, size, name)
@@ -140,12 +143,12 @@ class Where:
         """
         mask = torch.ones([1] * len(shape), dtype=torch.bool, device=device)
         for axis, index in self.at(name).items():
-            dim = point.axis(axis)
+            dims = point.spans(axis)
             if axis == "pos":
-                own = torch.ones(shape[0], shape[dim], dtype=torch.bool) if real is None else real
-                chosen, dims = mask_of(index, axis, own).to(device), [0, dim]
+                own = torch.ones(shape[0], shape[dims[0]], dtype=torch.bool) if real is None else real
+                chosen, dims = mask_of(index, axis, own).to(device), (0, *dims)
             else:
-                chosen, dims = along(axis, index, shape[dim], "this activation").to(device), [dim]
+                chosen = along(axis, index, math.prod(shape[d] for d in dims), "this activation").to(device)
             mask = mask & chosen.reshape([shape[d] if d in dims else 1 for d in range(len(shape))])
         return ~mask if self.others else mask
 

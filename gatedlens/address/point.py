@@ -18,6 +18,8 @@ from typing import Any
 
 from gatedlens.errors import PointError
 
+MADE_OF = {"channel": ("head", "value")}  # axes that others make up, in a row: channel = head * value.size + value
+
 
 @dataclass(frozen=True)
 class Point:
@@ -54,6 +56,14 @@ class Point:
         if name not in self.dims:
             raise PointError(f"{self.name} has no axis {name!r}; its axes are: {self.axes}.")
         return self.dims.index(name)
+
+    def spans(self, name: str) -> tuple[int, ...]:
+        """`point.spans("channel")`: the dimensions that an axis name addresses: its own, or those that it is made of: a
+        channel is (head value). A PointError that lists the axes there are.
+        """
+        if name not in self.dims and name in MADE_OF and all(part in self.dims for part in MADE_OF[name]):
+            return tuple(self.dims.index(part) for part in MADE_OF[name])
+        return (self.axis(name),)
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int | str, ...]:
         """`point.shape({"channel": 1536})`: the axes with known sizes as numbers, the others (batch, pos) by name."""

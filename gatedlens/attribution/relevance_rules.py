@@ -50,6 +50,7 @@ ACTIVATION = re.compile(r"(\w+)\(([\w.]+)\)")  # the equation of a gate: an acti
 HAS_CONTENT = ("silu", "swish", "gelu", "gelu_tanh", "relu", "elu", "mish", "hardswish", "tanh")  # 0 at 0
 WEIGHS = ("sigmoid", "hardsigmoid", "softplus", "exp")  # not 0 at 0
 GATES = ("content", "half", "none")
+SCALE = ".hook_scale"
 NORMED, LOGITS = "ln_final.hook_out", "hook_logits"
 
 
@@ -108,7 +109,7 @@ class Rules:
             raise InputError(f"gates={gates!r}: it is {', '.join(map(repr, GATES))}.{did_you_mean(str(gates), GATES)}")
         mixers = tuple(f"blocks.{layer}.{block.mixer.place}." for layer, block in enumerate(model.blocks))
         outside = [name for name in model.names.points if not name.startswith(mixers)]
-        scales = [name for name in model.names.points if name.endswith(".hook_scale")]
+        scales = [name for name in model.names.points if name.endswith(SCALE)]
         weights = _weights(model, outside, gates)
         shares = tuple(_shares(model, mixers, set(weights)))
         _refuse_unknown(model, weights, shares)
@@ -282,7 +283,8 @@ def _depends(value: Tensor | None, leaves: Mapping[str, Tensor]) -> list[str]:
     if value is None or not value.requires_grad:
         return []
     found = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True)
-    return [name for name, gradient in zip(leaves, found, strict=True) if gradient is not None]
+    named = [name for name, gradient in zip(leaves, found, strict=True) if gradient is not None]
+    return [name for name in named if not name.endswith(SCALE)]  # a norm's scale is held, behind a gate too
 
 
 def _sharing(values: Mapping[str, Tensor], reads: tuple[str, ...]) -> Callable[..., Tensor]:

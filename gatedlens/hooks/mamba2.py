@@ -74,10 +74,22 @@ _BEFORE_THE_SCAN = (
         f"{UIA}, eq. 9",
         True,
     ),
+    *(
+        Point(
+            f"hook_{name}_conv_taps",
+            "batch pos group state tap",
+            f"conv1d.weight[tap] * {name}_pre[pos - (tap.size - 1) + tap]",
+            BLOCK,
+            True,
+        )
+        for name in "BC"
+    ),
     Point("hook_conv", "batch pos channel", "sum over tap of conv_taps + conv1d.bias", BLOCK),
+    Point("hook_B_conv", "batch pos group state", "sum over tap of B_conv_taps + conv1d.bias", BLOCK),
+    Point("hook_C_conv", "batch pos group state", "sum over tap of C_conv_taps + conv1d.bias", BLOCK),
     Point("hook_u", "batch pos channel", "SiLU(conv)", BLOCK),
-    Point("hook_B", "batch pos group state", "SiLU(conv1d(B_pre))", BLOCK),
-    Point("hook_C", "batch pos group state", "SiLU(conv1d(C_pre))", BLOCK),
+    Point("hook_B", "batch pos group state", "SiLU(B_conv)", BLOCK),
+    Point("hook_C", "batch pos group state", "SiLU(C_conv)", BLOCK),
     Point("hook_dt", "batch pos head", "clamp(softplus(dt_pre))", BLOCK),
     Point(
         "hook_state_start",
@@ -167,9 +179,9 @@ class Mamba2Mixer(PathMixer):
         }
 
     def select(self, u: Float[Tensor, "batch pos channel"], streams: Streams, run: Run) -> None:
-        pad, groups = run.padding, (self.cfg.n_groups, self.cfg.d_state)
-        streams["B"] = self.hook_B(streams["B"].unflatten(-1, groups))
-        streams["C"] = self.hook_C(streams["C"].unflatten(-1, groups))
+        pad = run.padding
+        streams["B"] = self.hook_B(streams["B"])
+        streams["C"] = self.hook_C(streams["C"])
         # 0 at a masked position: the state passes unchanged
         dt = pad.zero(F.softplus(streams["dt_pre"]).clamp(*self.cfg.dt_limit))
         streams["dt"] = pad.zero(self.hook_dt(dt))

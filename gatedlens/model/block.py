@@ -8,7 +8,7 @@ Run is the luggage of one forward call: padding, the state it came from, the sta
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from gatedlens.model.hookpoint import Part
 from gatedlens.model.padding import Padding, windows
 from gatedlens.model.state import RecurrentState
 from gatedlens.model.watch import NORMS
-from gatedlens.recurrence.chunked import chunked
+from gatedlens.recurrence.chunks import chunked
 from gatedlens.recurrence.factors import Factors
 from gatedlens.recurrence.literal import march
 from gatedlens.recurrence.scanning import StepTerms, at_least_float32, linear_scan, readout, scan
@@ -178,39 +178,47 @@ class Mixer(TokenMixing):
         return self.along(x)
 
     def causal_conv(
-        self, x: Float[Tensor, "batch pos channel"], run: Run, conv: Any, content: slice | None = None
+        self, x: Float[Tensor, "batch pos channel"], run: Run, conv: Any
     ) -> Float[Tensor, "batch pos channel"]:
         """The causal depthwise convolution of a wrapped nn.Conv1d with its bias, across padding, calls and documents.
 
-        c[i] = sum over k of weight[K - 1 - k] x[i - k] + bias. Its lazy point `hook_conv_taps` is the summands, those of the
-        channels that are `content` (all if None) where others stand beside them.
+        c[i] = sum over k of weight[K - 1 - k] x[i - k] + bias. Its lazy point `hook_conv_taps` is the summands.
         """
+        return self.causal_convs({"conv": x}, run, conv)["conv"]
+
+    def causal_convs(
+        self, streams: Mapping[str, Float[Tensor, "batch pos ..."]], run: Run, conv: Any
+    ) -> dict[str, Float[Tensor, "batch pos ..."]]:
+        """The same of streams side by side in one nn.Conv1d, each with lazy taps of its own: `hook_B_conv_taps` of "B_conv"."""
         weight, bias, width = conv.weight, conv.bias, conv.weight.shape[-1]
+        x = torch.cat([stream.flatten(2) for stream in streams.values()], dim=-1)
         tail = run.start("conv", self.layer, (x.shape[0], width - 1, x.shape[2]), x)
         long = run.padding.behind(self.along_conv(x), tail)
         run.leave("conv", self.layer, run.padding.tail(run.of_last_document(long, width), width))
-        heard, within = self.hook_conv_taps.heard(), run.in_document(width)
+        within = run.in_document(width)
 
         def summands(some: slice) -> Tensor:
             taps = windows(long[..., some], width) * weight.squeeze(1)[some]
             taps = taps if within is None else taps * within
             return self.along_conv(torch.stack([run.padding.spread(tap) for tap in taps.unbind(-1)], dim=-1))
 
-        everything = slice(0, x.shape[2])
-        some = everything if content is None else content
-        if heard and some == everything:
-            total = self.hook_conv_taps(summands(some)).sum(-1)
-        elif within is not None:
-            total = summands(everything).sum(-1)
-        else:  # the convolution adds its bias itself
-            c = F.conv1d(long.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)
-            total, bias = self.along_conv(run.padding.spread(c)), None
-        if heard and some != everything:
-            total = total if bias is None else total + bias
-            own = self.hook_conv_taps(summands(some)).sum(-1)
-            own = own if conv.bias is None else own + conv.bias[some]
-            return torch.cat([total[..., : some.start], own, total[..., some.stop :]], dim=-1)
-        return total if bias is None else total + bias
+        found, whole, place = {}, None, 0
+        for name, stream in streams.items():
+            some, point = slice(place, place + stream[0, 0].numel()), getattr(self, f"hook_{name}_taps")
+            place = some.stop
+            if point.heard():
+                taps = point(summands(some).unflatten(2, stream.shape[2:]))
+                c = taps.sum(-1).flatten(2)
+            elif within is not None:
+                c = summands(some).sum(-1)
+            else:  # one convolution does all that nobody listens to, and adds its bias
+                if whole is None:
+                    whole = F.conv1d(long.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)
+                    whole = self.along_conv(run.padding.spread(whole))
+                found[name] = whole[..., some].unflatten(2, stream.shape[2:])
+                continue
+            found[name] = (c if bias is None else c + bias[some]).unflatten(2, stream.shape[2:])
+        return found
 
     def recur(
         self,

@@ -140,11 +140,13 @@ class Conv(Stage):
         return slice(before, before + mixer.sizes["x"])
 
     def forward(self, mixer: PathMixer, content: Content, streams: Streams, run: Run) -> Content:
-        together = torch.cat([streams[name].flatten(2) for name in self.streams], dim=-1)
-        c = mixer.causal_conv(together, run, getattr(mixer.weights, self.name), self.content(mixer))
-        parts = c.split([mixer.sizes[name] for name in self.streams], dim=-1)
-        streams.update(zip(self.streams, parts, strict=True))
-        return mixer.fire("conv", streams["x"])
+        names = {_conv_point(name): name for name in self.streams}
+        together = {point: streams[name] for point, name in names.items()}
+        for point, c in mixer.causal_convs(together, run, getattr(mixer.weights, self.name)).items():
+            streams[names[point]] = c
+        for point, name in names.items():
+            streams[name] = mixer.fire(point, streams[name])
+        return streams["x"]
 
     def hold(self, mixer: PathMixer, held: Held) -> None:
         conv, some = getattr(mixer.weights, self.name), self.content(mixer)
@@ -157,6 +159,11 @@ class Conv(Stage):
         if held.state is not None:
             tail = held.state["conv", mixer.layer][..., some]
             held.factors["drift"] = held.factors["drift"] + reach(tail, held.x, taps)
+
+
+def _conv_point(stream: str) -> str:
+    """What the result of a stream's convolution is called: the content's is `conv`, that of B `B_conv`."""
+    return "conv" if stream == "x" else f"{stream}_conv"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 state_t = decay_t * state_{t-1} + write_t            scan_t = sum over state of read_t * state_t
 
 scan(terms, sequences, constants, state)     # scanning.py: forward and backward, segment by segment
-chunked(Terms(...), u, state)                # chunked.py: heads with matrix states, delta rules; literal.py: word for word
+chunked(Terms(...), u, state)                # chunks.py: heads with matrix states, delta rules; literal.py: word for word
 wkv_scan.py                                  # RWKV-4's normalised scan
 DecayScan(time, rate, read, amount, key)     # decay_matrix.py: the same as a matrix, its blocks in decay_blocks.py
 HeadScan(terms, width, channels)             # head_matrix.py: of heads with matrix states, in head_blocks.py
@@ -12,7 +12,7 @@ Factors, Branch                              # factors.py, operator.py: A = diag
 convolution.py, autocast.py, transforms.py   # within documents; under autocast; under torch.func
 """
 
-from gatedlens.recurrence.chunked import chunked
+from gatedlens.recurrence.chunks import chunked
 from gatedlens.recurrence.decay_matrix import DecayScan
 from gatedlens.recurrence.factors import Factors, reach
 from gatedlens.recurrence.head_matrix import HeadScan

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.recurrence.chunk import GONE, Chunk, chunk_of, solve
-from gatedlens.recurrence.chunked import chunk_size, cut, laid_out, parts_of
+from gatedlens.recurrence.chunks import chunk_size, cut, laid_out, parts_of
 from gatedlens.recurrence.terms import Terms
 
 PATCH = 256  # positions: rows and sources of a patch; its numbers stay in the cache while channels are summed

@@ -20,7 +20,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.recurrence.chunked import chunked
+from gatedlens.recurrence.chunk import GONE
+from gatedlens.recurrence.chunks import chunked
 from gatedlens.recurrence.head_blocks import Patch, patches
 from gatedlens.recurrence.matrix import ScanMatrix
 from gatedlens.recurrence.terms import Terms
@@ -52,11 +53,17 @@ class HeadScan(ScanMatrix):
         """The scan of some channels."""
         return replace(self, channels=self.channels[channels])
 
-    def undecayed(self, own: Bool[Tensor, "batch pos"]) -> ScanMatrix:
-        raise InputError(
-            "The matrix without the decay of a row's own step is a detail of HiddenMambaAttn's code, which knows Mamba's scan "
-            "alone; this layer has heads with matrix states."
-        )
+    def undecayed(self, own: Bool[Tensor, "batch pos"]) -> HeadScan:
+        """The decay of a step of `own` is put off to the next: rows of `own` lack it; it is meant for these rows alone."""
+        if self.terms.has_delta_rule:
+            raise InputError(
+                "The matrix without the decay of a row's own step is a detail of HiddenMambaAttn's code: no delta rule has it."
+            )
+        total = self.terms.log_decays().double().clamp(min=GONE).cumsum(1)
+        before = torch.cat([torch.zeros_like(total[:, :1]), total[:, :-1]], dim=1)
+        moved = torch.where(own[..., None, None], before, total)
+        steps = torch.diff(moved, dim=1, prepend=torch.zeros_like(moved[:, :1]))
+        return replace(self, terms=self.terms._replace(log_decay=steps.to(self.terms.key), rate=None, fresh=None))
 
     # -- as an operator ------------------------------------------------------------------------------------------
 

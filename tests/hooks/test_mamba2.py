@@ -92,9 +92,11 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     out["mixer.hook_conv"] = c("mixer.hook_conv_taps").sum(-1) + bias[:channels]
     out["mixer.hook_u"] = c("mixer.hook_conv") * torch.sigmoid(c("mixer.hook_conv"))
     for name, some in (("B", slice(channels, channels + G * N)), ("C", slice(channels + G * N, None))):
-        pre = c(f"mixer.hook_{name}_pre").flatten(2)
-        conv = taps_of(pre, m.conv1d.weight[some]).sum(-1) + bias[some]
-        out[f"mixer.hook_{name}"] = (conv * torch.sigmoid(conv)).reshape(batch, length, G, N)
+        taps = taps_of(c(f"mixer.hook_{name}_pre").flatten(2), m.conv1d.weight[some])
+        out[f"mixer.hook_{name}_conv_taps"] = taps.reshape(batch, length, G, N, K)
+        out[f"mixer.hook_{name}_conv"] = c(f"mixer.hook_{name}_conv_taps").sum(-1) + bias[some].reshape(G, N)
+        conv = c(f"mixer.hook_{name}_conv")
+        out[f"mixer.hook_{name}"] = conv * torch.sigmoid(conv)
     low, high = cfg.dt_limit
     out["mixer.hook_dt"] = torch.log1p(torch.exp(c("mixer.hook_dt_pre"))).clamp(low, high)
     A, u = -torch.exp(m.A_log), c("mixer.hook_u").reshape(batch, length, H, V)

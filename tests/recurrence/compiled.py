@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gatedlens.recurrence.chunked import chunked
+from gatedlens.recurrence.chunks import chunked
 from gatedlens.recurrence.terms import Terms
 
 

@@ -6,20 +6,19 @@ import pytest
 import torch
 
 from gatedlens.errors import InputError
-from gatedlens.recurrence import chunked as chunked_file
-from gatedlens.recurrence import head_blocks
-from gatedlens.recurrence.chunked import chunked
+from gatedlens.recurrence import chunks, head_blocks
+from gatedlens.recurrence.chunks import chunked
 from gatedlens.recurrence.head_matrix import HeadScan
 from gatedlens.recurrence.literal import literal_matrix
 from gatedlens.recurrence.terms import Terms
-from tests.recurrence.test_chunked import KINDS, H, L, V, close, draw
+from tests.recurrence.test_chunks import KINDS, H, L, V, close, draw
 
 
 @pytest.fixture(params=[(64, 256), (4, 3), (2, 5)], ids=["one block", "small blocks", "smaller blocks"])
 def sizes(request, monkeypatch):
     """Small blocks and patches, so that short inputs cross several."""
     chunk, patch = request.param
-    monkeypatch.setattr(chunked_file, "CHUNK", chunk)
+    monkeypatch.setattr(chunks, "CHUNK", chunk)
     monkeypatch.setattr(head_blocks, "PATCH", patch)
 
 
@@ -120,9 +119,24 @@ def test_long_and_steep_decays_in_float32():
     close(HeadScan.of(narrow, V).by_head([1]).double(), HeadScan.of(terms, V).by_head([1]), 1e-5)
 
 
+@pytest.mark.parametrize("kind", ["head", "key"])
+def test_rows_without_their_own_decay(kind, fresh):
+    terms, _, _ = draw(kind, fresh=fresh)
+    own = torch.zeros(2, L, dtype=torch.bool)
+    own[0, 5], own[1, 8] = True, True
+    want, got = literal_matrix(terms), HeadScan.of(terms, V).undecayed(own).by_head(list(range(H)))
+    for row, i in ((0, 5), (1, 8)):
+        # The row of i from the state before it: the read of i on a recurrence whose step i keeps everything.
+        log = terms.log_decays().clone()
+        log[row, i] = 0
+        free = literal_matrix(terms._replace(log_decay=log, fresh=None))
+        close(got[row, :, i], free[row, :, i])
+        assert not torch.allclose(want[row, :, i, :i], free[row, :, i, :i])
+
+
 def test_details_of_mambas_code_are_refused():
-    terms, _, _ = draw("head")
-    with pytest.raises(InputError, match="matrix states"):
+    terms, _, _ = draw("head, delta")
+    with pytest.raises(InputError, match="no delta rule has it"):
         HeadScan.of(terms, V).undecayed(torch.ones(2, L, dtype=torch.bool))
     with pytest.raises(InputError, match="no softmax"):
         HeadScan.of(terms, V).mass(torch.ones(2, L, H * V))

@@ -11,8 +11,8 @@ from torch.autograd.functional import jacobian
 from torch.utils.checkpoint import checkpoint
 
 from gatedlens.errors import InputError
-from gatedlens.recurrence import chunked as chunked_file
-from gatedlens.recurrence.chunked import chunk_size, chunked
+from gatedlens.recurrence import chunks
+from gatedlens.recurrence.chunks import chunk_size, chunked
 from gatedlens.recurrence.literal import literal_scan
 from gatedlens.recurrence.terms import Terms
 
@@ -247,6 +247,6 @@ def test_heads_that_cannot_share_groups_are_named():
 
 def test_delta_rules_with_wide_keys_take_shorter_chunks():
     terms, _, _ = draw("key, delta")
-    assert chunk_size(terms) == chunked_file.CHUNK
+    assert chunk_size(terms) == chunks.CHUNK
     wide = terms._replace(key=terms.key.repeat(1, 1, 1, 20))
-    assert chunk_size(wide) == chunked_file.WIDE_CHUNK
+    assert chunk_size(wide) == chunks.WIDE_CHUNK
