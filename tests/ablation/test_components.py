@@ -84,6 +84,9 @@ def first_layer(model, cache):
     weight, bias = model.blocks[0].mixer.output_weights()
 
     def out(o):
+        if "blocks.0.mixer.hook_product" in cache.cache_dict:  # the norm behind the gate
+            groups, norm = o.unflatten(-1, (model.cfg.n_groups, -1)), model.wrapped.backbone.layers[0].mixer.norm
+            o = norm.weight * (groups / (groups.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()).flatten(-2)
         return o / len(stems) @ weight.T + (0 if bias is None else bias)
 
     return [tuple(cache[f"{stem}hook_{leaf}"] for leaf in ("gate", "scan", "y")) for stem in stems], out

@@ -43,6 +43,14 @@ def run(model, intervention, input, options=None, names=None):
         return model.run_with_cache(input, names_filter=names, **(options or {}))[1]
 
 
+def held_norms(model, layer, clean):
+    """The scale of the norm inside a mixer (if it has one) as it was in a clean run: a cut holds it, an edit would move it."""
+    name = f"blocks.{layer}.mixer.hook_scale"
+    if name not in model.names.points:
+        return ablation.Intervention(())
+    return ablation.edit(name, lambda x, point: clean[name])
+
+
 def o_of(cache, model, layer):
     """What a layer's token mixing put out: batch pos channel."""
     return cache[out_point(model, layer)].flatten(2)
@@ -141,7 +149,8 @@ def test_cut_scan_is_what_the_state_carries_from_write_to_readout(model):
                 state[:, read_at] -= lost
                 return state
 
-            want = run(model, ablation.edit(f"blocks.{layer}.mixer.{stem}hook_state", lose), input)
+            edit = ablation.edit(f"blocks.{layer}.mixer.{stem}hook_state", lose)
+            want = run(model, edit + held_norms(model, layer, clean), input)
             cut = knockout.cut_scan(src, dst, layers=layer, scan=scan or None)
             got = run(model, cut, input)
             assert same(o_of(got, model, layer), o_of(want, model, layer))
@@ -156,8 +165,9 @@ def test_a_readout_of_its_own_write_alone_loses_the_scan(model):
     for layer in range(model.cfg.n_layers):
         if model.blocks[layer].mixer.place != "mixer":
             continue
+        clean = run(model, ablation.Intervention(()), input)
         got = run(model, knockout.cut_scan(everything, everything, layers=layer), input)
-        want = run(model, ablation.no_scan(str(layer)), input)
+        want = run(model, ablation.no_scan(str(layer)) + held_norms(model, layer, clean), input)
         assert same(o_of(got, model, layer), o_of(want, model, layer))
 
 

@@ -248,7 +248,7 @@ def test_clean_runs_that_do_not_fit(lm):
     with pytest.raises(gl.InputError, match="padded in different places"):
         run(short)
     wide = type(lm).tiny(
-        seed=1, dtype=torch.float64, **{"hidden_size" if lm.cfg.architecture != "mamba" else "d_model": 32}
+        seed=1, dtype=torch.float64, **{"d_model" if lm.cfg.architecture.startswith("mamba") else "hidden_size": 32}
     )
     with pytest.raises(gl.InputError, match=rf"has shape \[2, 7, 32\].*It is a cache of {wide.cfg.model_name}"):
         run(caches(wide, clean))
