@@ -34,6 +34,11 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
 
 
+def by_channel(x: torch.Tensor, model, axis: int) -> torch.Tensor:
+    """A state whose axes from `axis` on are those of a head, its values first, as one by channel; any other as it is."""
+    return x.flatten(axis, axis + 1) if "value" in model.cfg.sizes else x
+
+
 def at_real(x: torch.Tensor, mask: torch.Tensor | None, pos: int, dim: int) -> torch.Tensor:
     """Of each row of `x` the entry along `dim` at the row's real position `pos`, negative ones from its last."""
     places = [pos if mask is None else mask[row].nonzero().flatten()[pos] for row in range(len(x))]

@@ -92,11 +92,12 @@ class PathMixer(Mixer):
         raise NotImplementedError
 
     def fire(self, name: str, value: Tensor) -> Tensor:
-        """The value of a point as hooks leave it; what the output projection reads has the dtype of its weights."""
-        point = f"hook_{name}"
-        if point == self.output_point:
-            value = value.to(self.output_weights()[0].dtype)
-        return getattr(self, point)(value)
+        """The value of a point as hooks leave it."""
+        return getattr(self, f"hook_{name}")(value)
+
+    def put_out(self, name: str, value: Tensor, streams: Streams) -> Tensor:
+        """The same at the end of a stage; at the end of the path in the dtype that the content came in."""
+        return self.fire(name, value.to(streams["x"].dtype) if f"hook_{name}" == self.output_point else value)
 
     @property
     def attention_points(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -244,7 +245,7 @@ class Gate(Stage):
 
     def forward(self, mixer: PathMixer, content: Content, streams: Streams, run: Run) -> Content:
         gate = mixer.fire("gate", self.act(streams["gate_pre"]))
-        return mixer.fire(self.out, content * gate)
+        return mixer.put_out(self.out, content * gate, streams)
 
     def hold(self, mixer: PathMixer, held: Held) -> None:
         held.times("gate", held.cached("gate"))
@@ -274,7 +275,7 @@ class GroupNorm(Stage):
         wide = at_least_float32(content)
         squares = wide.unflatten(-1, (self.groups, -1)).pow(2).mean(-1)
         scale = mixer.fire("scale", (squares + self.eps).sqrt())
-        return mixer.fire(self.out, self.weight(mixer) * (wide / self.spread(scale, wide)))
+        return mixer.put_out(self.out, self.weight(mixer) * (wide / self.spread(scale, wide)), streams)
 
     def hold(self, mixer: PathMixer, held: Held) -> None:
         held.times("gate", self.weight(mixer).to(held.x.dtype) / self.spread(held.cached("scale"), held.x))

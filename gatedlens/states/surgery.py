@@ -139,6 +139,13 @@ def _check_kind(into: Any, source: Any, model: HookedModel) -> None:
             f"These are states of different models ({into.model_name or 'unnamed'}: {len(into)} tensors, "
             f"{source.model_name or 'unnamed'}: {len(source)}), or not of {model.cfg.model_name}."
         )
+    for key in into:
+        ours, theirs = (list(state[key].shape[1:]) for state in (into, source))
+        if ours != theirs and _carried(model, key).part != "window":  # a window is as long as what it has seen
+            raise InputError(
+                f"These are states of different models ({into.model_name or 'unnamed'}, {source.model_name or 'unnamed'}): "
+                f"{key} is [batch, {', '.join(map(str, ours))}] in one and [batch, {', '.join(map(str, theirs))}] in the other."
+            )
 
 
 def _keys(

@@ -10,7 +10,7 @@ import torch
 import gatedlens as gl
 from gatedlens import ablation
 from tests.ablation.test_ablation import fired, same
-from tests.helpers import example
+from tests.helpers import by_channel, example
 
 
 def logits(model, intervention, x):
@@ -125,16 +125,16 @@ def test_channels_by_how_fast_they_forget(model, clean):
     stems = {name.rpartition(".")[0] for name in clean if name.endswith("hook_decay")}
     assert set(slow) == set(fast) == stems
     for stem in stems:
-        decay = clean[f"{stem}.hook_decay"]
+        decay = by_channel(clean[f"{stem}.hook_decay"], model, 2)
         mean = decay.mean((0, 1)) if decay.ndim == 3 else decay.mean((0, 1, 3))
         k = round(len(mean) / 3)
-        assert slow[stem] == sorted(mean.topk(k).indices.tolist()) and len(slow[stem]) == k
-        assert fast[stem] == sorted(mean.topk(k, largest=False).indices.tolist())
+        assert slow[stem] == sorted(mean.argsort(descending=True, stable=True)[:k].tolist()) and len(slow[stem]) == k
+        assert fast[stem] == sorted(mean.argsort(stable=True)[:k].tolist())
     both = ablation.zero("blocks.*.mixer.*hook_write", channel=slow) + ablation.no_scan(channel=fast)
     with both.on(model):
         _, cache = model.run_with_cache(x, names_filter=lambda name: True)
     for stem in stems:
-        states, scan = cache[f"{stem}.hook_state"], cache[f"{stem}.hook_scan"]
+        states, scan = by_channel(cache[f"{stem}.hook_state"], model, 2), cache[f"{stem}.hook_scan"]
         kept = [c for c in range(scan.shape[-1]) if c not in slow[stem] + fast[stem]]
         assert (states[:, :, slow[stem]] == 0).all() and (scan[..., fast[stem]] == 0).all()
         assert (scan[..., kept] != 0).any()

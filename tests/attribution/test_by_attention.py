@@ -13,6 +13,7 @@ from gatedlens.attribution import official_code
 from gatedlens.hooks.mamba import HookedMamba
 from gatedlens.hooks.vim import HookedViM
 from gatedlens.recurrence.decay_matrix import DecayScan
+from gatedlens.recurrence.head_matrix import HeadScan
 from tests.helpers import example, padded
 
 
@@ -142,6 +143,13 @@ def class_row(model, layer, input, mask, b, i, factors):
 
 def undecayed_row(scan, b, at):
     """[channel, src]: row `at` of a scan, the decay of step `at` left out; state by state."""
+    if isinstance(scan, HeadScan):
+        terms, out = scan.terms, torch.zeros(scan.terms.heads, scan.length, dtype=torch.float64)
+        key, read, log = terms.of_heads(terms.key)[b], terms.of_heads(terms.read)[b], terms.log_decays()[b]
+        for j in range(at):
+            decay = torch.exp(log[j + 1 : at].sum(0))  # h 1
+            out[:, j] = (decay * read[at] * key[j]).sum(-1) * terms.amount[b, j]
+        return out[scan.heads]
     if not isinstance(scan, DecayScan):
         return scan.dense()[b, :, at]  # RWKV's own step has no decay, an attention layer none at all
     out = torch.zeros(scan.channels, scan.length, dtype=torch.float64)
@@ -192,7 +200,7 @@ def test_a_scan_without_its_own_decay_is_the_scan_elsewhere(model):
                 own[:, -1] = True
                 before, after = branch.scan.dense(), branch.scan.undecayed(own).dense()
                 assert torch.allclose(before[:, :, :-1], after[:, :, :-1], atol=1e-14)
-                assert isinstance(branch.scan, DecayScan) != torch.allclose(before, after, atol=1e-14)
+                assert isinstance(branch.scan, DecayScan | HeadScan) != torch.allclose(before, after, atol=1e-14)
 
 
 def stretched(x):

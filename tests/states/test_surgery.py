@@ -10,7 +10,7 @@ import torch
 import gatedlens as gl
 from gatedlens import ablation, knockout, states
 from gatedlens.hooks import architectures
-from tests.helpers import example, padded, relative
+from tests.helpers import by_channel, example, padded, relative
 
 AT = 3  # a position in the middle
 
@@ -51,7 +51,7 @@ def pair(model, split: int = 4):
 # -- in the middle of a run -----------------------------------------------------------------------------------------
 
 
-def by_loop(clean, stem, new, at, chosen=...):
+def by_loop(model, clean, stem, new, at, chosen=...):
     """state_t = decay_t state_{t-1} + write_t, with the chosen entries of the state after `at` replaced by `new`."""
     turn = (lambda x: x.flip(1)) if stem.endswith("bwd.") else (lambda x: x)
     decay, write = turn(clean[f"{stem}hook_decay"]), turn(clean[f"{stem}hook_write"])
@@ -61,7 +61,7 @@ def by_loop(clean, stem, new, at, chosen=...):
         state = decay[:, t] * state + write[:, t]
         if t == at:
             state = state.clone()
-            state[chosen] = new[chosen]
+            by_channel(state, model, 1)[chosen] = by_channel(new, model, 1)[chosen]
         found.append(state)
     return turn(torch.stack(found, 1))
 
@@ -74,7 +74,7 @@ def test_a_patch_sets_the_state_and_later_positions_follow(model, index):
         for stem in stems(model, layer):
             name = stem.split(".")[-2] if stem.count(".") > 3 else None
             patched = everything(model, example(model), states.patch(other, AT, layers=layer, scan=name, **index))
-            want = by_loop(clean, stem, other[f"{stem}hook_state"][:, AT], AT, chosen)
+            want = by_loop(model, clean, stem, other[f"{stem}hook_state"][:, AT], AT, chosen)
             assert same(patched[f"{stem}hook_state"], want)
             before = slice(AT + 1, None) if name == "bwd" else slice(AT)
             assert same(patched[f"{stem}hook_scan"][:, before], clean[f"{stem}hook_scan"][:, before])
@@ -126,7 +126,7 @@ def test_patches_by_row_from_other_positions_and_from_a_tensor(lm):
     for_all = everything(lm, b, states.patch(new[:1], 2, layers=0))
     assert same(for_all[f"{stem}hook_state"][:, 2], new[:1].expand_as(new))
     twice = states.patch(new, 2, layers=0, channel=0) + states.patch(new, 4, layers=0, channel=1)
-    got = everything(lm, b, twice)[f"{stem}hook_state"]
+    got, new = by_channel(everything(lm, b, twice)[f"{stem}hook_state"], lm, 2), by_channel(new, lm, 1)
     assert same(got[:, 2, 0], new[:, 0]) and same(got[:, 4, 1], new[:, 1]) and not same(got[:, 2, 1], new[:, 1])
 
 
@@ -205,7 +205,7 @@ def test_layers_parts_and_channels_and_nothing_else(lm):
         changed = key.startswith("blocks.0.") and lm.carried[key.rpartition(".")[2]].part == "scan"
         want = state_b[key].clone()
         if changed:
-            want[:, [0, -1]] = state_a[key][:, [0, -1]]
+            by_channel(want, lm, 1)[:, [0, -1]] = by_channel(state_a[key], lm, 1)[:, [0, -1]]
         assert torch.equal(got[key], want)
     assert all(torch.equal(before[key], state_b[key]) for key in before), "the given state was changed"
     x, y = states.swap(lm, state_a, state_b, layers=0, parts="scan")
@@ -259,7 +259,7 @@ def test_mistakes_in_patches_are_explained_and_leave_nothing_behind(lm):
         (lambda: states.patch(new, [1, 2, 3], layers=0), gl.InputError, "one position is meant in each row"),
         (lambda: states.patch(cache, 3, source_pos=30), gl.InputError, "source_pos=30 is out of range"),
         (lambda: states.patch(new, 1, layers=9), gl.InputError, "layers=9 does not exist"),
-        (lambda: states.patch(new, 1, layers=0, head=0), gl.PointError, "has no axis 'head'"),
+        (lambda: states.patch(new, 1, layers=0, tap=0), gl.PointError, "has no axis 'tap'"),
         (lambda: states.patch(new, 1, layers=0, channel=99), gl.InputError, "channel=99 is out of range"),
         (lambda: states.patch(new, 1, layers=0, batch=0), gl.InputError, "says its position by pos"),
         (lambda: states.patch(new[:, :3], 1, layers=0), gl.InputError, "it must be"),
@@ -300,7 +300,7 @@ def test_mistakes_in_splices_and_readers_are_explained(lm):
         (lambda: states.splice(lm, state, state.rows([0, 1, 0])), gl.InputError, "holds 3 rows and the other 2"),
         (lambda: states.splice(lm, state, state, parts="scn"), gl.InputError, "Did you mean 'scan'"),
         (lambda: states.splice(lm, state, state, layers=8), gl.InputError, "layers=8 does not exist"),
-        (lambda: states.splice(lm, state, state, parts="scan", head=0), gl.PointError, "has no axis 'head'"),
+        (lambda: states.splice(lm, state, state, parts="scan", tap=0), gl.PointError, "has no axis 'tap'"),
         (lambda: states.splice(lm, state, state, parts="scan", channel=99), gl.InputError, "out of range"),
         (lambda: states.read_through(lm, tokens, tokens, 8), gl.InputError, "at=8: give 1 to 7"),
         (lambda: states.read_through(lm, tokens, tokens, 0), gl.InputError, "at=0: give 1 to 7"),
