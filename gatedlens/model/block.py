@@ -215,7 +215,10 @@ class Mixer(TokenMixing):
                 if whole is None:
                     whole = F.conv1d(long.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)
                     whole = self.along_conv(run.padding.spread(whole))
+                # In memory of its own: a copy that a hook gets has the same layout then, and so the same rounding behind it.
                 found[name] = whole[..., some].unflatten(2, stream.shape[2:])
+                if len(streams) > 1:
+                    found[name] = found[name].contiguous()
                 continue
             found[name] = (c if bias is None else c + bias[some]).unflatten(2, stream.shape[2:])
         return found
