@@ -56,7 +56,9 @@ def zero(names: str | Sequence[str], **index: Index) -> Intervention:
     Where it is put on a model: PointError for a name that no point has, or an axis that a point lacks; InputError for an index
     that is out of range or names nothing.
     """
-    return constant(names, 0.0, **index)
+    return edit(
+        names, lambda x, point: torch.zeros_like(x), **index
+    )  # an index may be called `value`, as constant's number is
 
 
 @checked

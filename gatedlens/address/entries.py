@@ -20,7 +20,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from gatedlens.address.layers import Layers, layers_of
-from gatedlens.address.point import Point
+from gatedlens.address.point import MADE_OF, Point
 from gatedlens.address.positions import mask_of
 from gatedlens.errors import InputError, PointError
 
@@ -116,10 +116,11 @@ class Where:
         not reach.
         """
         for axis, index in self.at(name).items():
-            try:
-                point.spans(axis)
-            except PointError:
-                raise PointError(f"{name} has no axis {axis!r}; its axes are: {point.axes}.") from None
+            if axis in point.dims or point.whole(axis, sizes) is None:
+                try:
+                    point.spans(axis)
+                except PointError:
+                    raise PointError(f"{name} has no axis {axis!r}; its axes are: {point.axes}.") from None
             size = sizes.get(axis)
             if size is not None and axis != "pos":
                 along(axis, index, size, name)
@@ -135,22 +136,35 @@ class Where:
         device: torch.device,
         name: str = "",
         real: Bool[Tensor, "batch pos"] | None = None,
+        sizes: Mapping[str, int] | None = None,
     ) -> Tensor:
         """`where.entries(x.shape, point, x.device)`: a boolean mask that broadcasts to an activation of `shape`: True at
         the entries that are meant.
 
-        real: where the rows of the call are no padding (None: everywhere).
+        real: where the rows of the call are no padding (None: everywhere). sizes: of the model's axes, where an index may go by
+        a part of an axis: by `head` or `value` where a channel is (head value).
         """
         mask = torch.ones([1] * len(shape), dtype=torch.bool, device=device)
         for axis, index in self.at(name).items():
-            dims = point.spans(axis)
-            if axis == "pos":
+            whole = None if axis in point.dims else point.whole(axis, sizes or {})
+            dims = point.spans(axis if whole is None else whole)
+            if whole is not None:
+                chosen = _of_whole(axis, index, whole, sizes or {}).to(device)
+            elif axis == "pos":
                 own = torch.ones(shape[0], shape[dims[0]], dtype=torch.bool) if real is None else real
                 chosen, dims = mask_of(index, axis, own).to(device), (0, *dims)
             else:
                 chosen = along(axis, index, math.prod(shape[d] for d in dims), "this activation").to(device)
             mask = mask & chosen.reshape([shape[d] if d in dims else 1 for d in range(len(shape))])
         return ~mask if self.others else mask
+
+
+def _of_whole(axis: str, index: Any, whole: str, sizes: Mapping[str, int]) -> Tensor:
+    """Which entries of an axis an index of one of its parts means: those of a head among channels [channel]."""
+    parts = MADE_OF[whole]
+    chosen = along(axis, index, sizes[axis], "this activation")
+    spread = chosen.reshape([sizes[part] if part == axis else 1 for part in parts])
+    return spread.expand([sizes[part] for part in parts]).flatten()
 
 
 def _of_part(index: Any, axis: str, name: str) -> Any:

@@ -65,6 +65,15 @@ class Point:
             return tuple(self.dims.index(part) for part in MADE_OF[name])
         return (self.axis(name),)
 
+    def whole(self, name: str, sizes: Mapping[str, int]) -> str | None:
+        """`point.whole("head", model.cfg.sizes)`: the axis of this point that the axis `name` is a part of, "channel"; None if it
+        is none.
+        """
+        for whole, parts in MADE_OF.items():
+            if name in parts and whole in self.dims and all(part in sizes for part in parts):
+                return whole
+        return None
+
     def shape(self, sizes: Mapping[str, int]) -> tuple[int | str, ...]:
         """`point.shape({"channel": 1536})`: the axes with known sizes as numbers, the others (batch, pos) by name."""
         return tuple(sizes.get(dim, dim) for dim in self.dims)

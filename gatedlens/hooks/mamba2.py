@@ -306,7 +306,11 @@ class Mamba2Config(StackConfig):
 
 
 class HookedMamba2(MambaStack):
-    """`HookedMamba2(Mamba2ForCausalLM(...))`, or better `gl.wrap(...)`: Mamba-2 with every intermediate a hook point."""
+    """`HookedMamba2(Mamba2ForCausalLM(...))`, or better `gl.wrap(...)`: Mamba-2 with every intermediate a hook point.
+
+    The norm inside a mixer goes by groups, as in mamba-ssm. (Some versions of transformers, 5.12 among them, take all channels
+    together where there are several groups, limit no time step while decoding, and let padding into the state.)
+    """
 
     title = "Mamba-2"
     paper = (

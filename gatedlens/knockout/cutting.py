@@ -118,7 +118,7 @@ class Cutting:
 
     def channels(self, tensor: Tensor, hook: HookPoint) -> Tensor:
         """Which channels are cut: a mask [channel]."""
-        mask = self.where.entries(tensor.shape, hook.point, tensor.device)
+        mask = self.where.entries(tensor.shape, hook.point, tensor.device, sizes=self.model.cfg.sizes)
         return mask.expand(1, 1, *tensor.shape[2:]).flatten()
 
 

@@ -64,7 +64,7 @@ def _hook(
     def hook(tensor: Tensor, hook: HookPoint) -> Tensor:
         value = edit(tensor, hook, *(values.pop(name) for name in needed))
         real = model.current().padding.mask if "pos" in where.index else None
-        mask = where.entries(tensor.shape, hook.point, tensor.device, hook.name or "", real)
+        mask = where.entries(tensor.shape, hook.point, tensor.device, hook.name or "", real, model.cfg.sizes)
         return torch.where(mask, value.to(tensor.dtype), tensor)
 
     return hook

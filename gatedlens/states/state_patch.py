@@ -111,7 +111,9 @@ class Setting:
         mask = self.model.current().padding.mask
         pos = one_a_row(self.patch.pos, "pos", _everywhere(tensor) if mask is None else mask).to(tensor.device)
         at = torch.arange(length, device=tensor.device) == pos.unsqueeze(1)
-        chosen = Where((), self.patch.index).entries(tensor.shape, hook.point, tensor.device)
+        chosen = Where((), self.patch.index).entries(
+            tensor.shape, hook.point, tensor.device, sizes=self.model.cfg.sizes
+        )
         return at.reshape(rows, length, *[1] * (tensor.ndim - 2)) & chosen
 
     def forget(self, decay: Tensor, hook: HookPoint) -> Tensor:

@@ -103,7 +103,7 @@ def splice(
         if index:
             where, point = Where((), index), Point(key, " ".join(carried.axes.split()[: new.ndim]), "", "")
             where.check(key, point, model.cfg.sizes)
-            new = torch.where(where.entries(new.shape, point, new.device), new, into[key])
+            new = torch.where(where.entries(new.shape, point, new.device, sizes=model.cfg.sizes), new, into[key])
         out.tensors[key] = new.clone()
     return out
 
