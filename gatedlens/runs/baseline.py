@@ -27,7 +27,7 @@ from itertools import groupby, pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from gatedlens.address import positions
@@ -78,6 +78,7 @@ class Baseline:
         self.state: RecurrentState | None = None
         self.resid: dict[int, Tensor] = {}
         self.base = torch.empty(0)  # the run's own logits, laid out as it is run
+        self.read: Int[Tensor, " batch"] | None = None  # the one position of each row that is read; None: all may be
 
     # -- padding -------------------------------------------------------------------------------------------------
 
@@ -170,6 +171,19 @@ class Baseline:
             _, self.state = self.model(part, return_type=None, state=self.state if begin else None, return_state=True)
         self.start = start
 
+    def read_only(self, place: Int[Tensor, " batch"] | None, cells: Sequence[Cell]) -> None:
+        """Let runs of `cells` have logits at one place of each row of the input alone, where that can be."""
+        self.read = None
+        if place is None or self.alone or not self.causal or any(cell.beyond(self) for cell in cells):
+            return
+        place = place.to(self.batch.value.device)
+        rank = self.padding.rank
+        self.read = place if rank is None else rank.to(place.device).gather(1, place.unsqueeze(1)).squeeze(1)
+
+    def is_read(self, cell: Cell) -> bool:
+        """Whether anything that a metric reads stands at or behind the first position that a cell touches."""
+        return self.read is None or cell.first <= int(self.read.max())
+
     def _input(self, begin: int, end: int | None = None) -> Batch:
         mask = self.batch.mask
         return Batch(self.batch.value[:, begin:end], None if mask is None else mask[:, begin:end])
@@ -204,7 +218,8 @@ class Baseline:
             ):  # each batch runs up to the block where others join it
                 here = self._onwards(batch, group[0].behind(self), stop_at_layer=entry)
                 batch = torch.cat([here, self._entering(entry, joining)])
-            logits = self._onwards(batch, groups[-1][1][0].behind(self))
+            behind = groups[-1][1][0].behind(self)
+            logits = self._onwards(batch, behind) if self.read is None else self._there(batch, behind)
         return logits.unflatten(0, (n, self.rows))
 
     def _entering(self, entry: int, cells: Sequence[Cell]) -> Float[Tensor, "row pos d_model"]:
@@ -223,6 +238,15 @@ class Baseline:
         batch = self._many(streams, self.start, n, True)
         return self.model(batch, start_at_layer=layer, **options, **self._from_state(n))
 
+    def _there(self, streams: Float[Tensor, "row pos d_model"], layer: int) -> Float[Tensor, "row d_vocab"]:
+        """The logits of streams that have reached a block, where they are read. (Before `start` they are anything.)"""
+        n_layers, n = self.model.cfg.n_layers, len(streams) // self.rows
+        assert self.read is not None
+        here = (self.read - self.start).clamp(min=0).repeat(n)
+        last = self._onwards(streams, layer, stop_at_layer=n_layers)
+        last = last[torch.arange(len(last), device=last.device), here].unsqueeze(1)
+        return self.model(Batch(last, None, True), start_at_layer=n_layers).squeeze(1)
+
     def _many(self, value: Tensor, start: int, n: int, is_resid: bool = False) -> Batch:
         """A batch of `n` runs from position `start` on."""
         mask = self.batch.mask
@@ -232,7 +256,16 @@ class Baseline:
         return {} if self.state is None else {"state": self.state.repeated(n)}
 
     def whole(self, logits: Tensor) -> Tensor:
-        """One cell's logits as a metric reads them, with this run's own before the position at which it started."""
+        """One cell's logits as a metric reads them, with this run's own before the position at which it started.
+
+        [batch, d_vocab] where one position alone is read.
+        """
+        if self.read is not None:
+            rows = torch.arange(len(self.read), device=logits.device)
+            if logits.ndim == 3:  # of a run that entered with the input
+                logits = logits[rows, (self.read - self.start).clamp(min=0)]
+            before = (self.read < self.start).unsqueeze(1)  # in rows that are shorter than others
+            return torch.where(before, self.base[rows, self.read], logits) if self.start else logits
         return self._as_given(torch.cat([self.base[:, : self.start], logits], dim=1) if self.start else logits)
 
 

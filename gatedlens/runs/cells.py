@@ -210,6 +210,11 @@ class Cell:
         """`cell.behind(run)`: the block up to which runs have all their positions; from there on, those from the start on."""
         return self.entry(run)
 
+    def beyond(self, run: Baseline) -> bool:
+        """`cell.beyond(run)`: whether it touches what follows the blocks, where runs may have only what a metric reads."""
+        last = run.model.cfg.n_layers
+        return any(layer_of(edit.name) is None and run.entry_of(edit.name) == last for edit in self.edits)
+
     def hooks(self, cells: Sequence[Cell], run: Baseline) -> list[tuple[str, Any]]:
         """`cell.hooks(cells, run)`: [(name, hook)] that do what `cells` of this kind do, run in one batch.
 

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from gatedlens.errors import InputError
 from gatedlens.model.base import HookedModel
 from gatedlens.result.result import Result
+from gatedlens.runs import inputs
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Cell, Plan
 from gatedlens.runs.fingerprints import fingerprint
@@ -37,8 +38,9 @@ from gatedlens.runs.ledger import AGAIN, Ledger
 from gatedlens.runs.meter import Meter
 from gatedlens.runs.stopping import Interrupted, NotSaved, stoppable
 
-ON_CPU, ON_ACCELERATOR = 8 << 20, 1 << 30  # bytes of a batch's activations; a CPU is fastest while they fit its caches
-CALL = 1 / 8  # of a full batch's time: what a block takes however little it runs, and what the state before it takes
+ON_CPU, ON_ACCELERATOR = 64 << 20, 1 << 30  # bytes of a batch's activations; more was slower on a CPU
+# As many bytes of activations are computed in the time that calls take however little they run; at most a part of a batch.
+CALL_ON_CPU, CALL_ON_ACCELERATOR, CALL_PART = 1 << 20, 128 << 20, 1 / 8
 HELD = 31 << 20  # bytes; just under the 32 MiB up to which glibc learns
 
 
@@ -56,7 +58,7 @@ class Effort:
     """How a sweep runs; none of it changes a number.
 
     results: an earlier, interrupted Result to complete, or a path to which results are written as they come, and from
-    which they are taken up. max_bytes: about how much a batch's activations may take (None: 8 MiB on a CPU, where more is
+    which they are taken up. max_bytes: about how much a batch's activations may take (None: 64 MiB on a CPU, where more is
     slower, and 1 GiB on an accelerator); max_rows: how many rows a batch may have; one cell at least goes at a time.
     """
 
@@ -126,6 +128,9 @@ def answer(
     """
     hold_memory()
     cells = question.plan.cells
+    for run in runs:
+        run.read_only(question.meter.reads(inputs.real(run.model, run.given)), cells)
+    changing = {i for i in changing if runs[0].is_read(cells[i])}
     ledger = Ledger(question.blank(low), len(cells), effort.results, lambda: identity(question, runs))
     todo = []
     for i, cell in enumerate(cells):
@@ -317,16 +322,17 @@ class Sizes:
             place = ".".join(name.split(".")[:2]) if name.startswith("blocks.") else name
             if not point.lazy or name in heard:
                 elements[place] = elements.get(place, 0) + point.elements(sizes)
-        width = torch.empty((), dtype=model.cfg.dtype).element_size()
-        self.per_position = run.rows * max(width, 4) * max(elements.values())
+        width = run.rows * max(torch.empty((), dtype=model.cfg.dtype).element_size(), 4)
+        behind = 0 if run.read is None or any(run.entry(cell) == -1 for cell in cells) else elements.pop("hook_logits")
+        self.per_position, self.at_end = width * max(elements.values()), width * behind
         self.length, self.alone = run.length, run.alone
-        self.limit = effort.max_bytes or (ON_CPU if run.batch.value.device.type == "cpu" else ON_ACCELERATOR)
+        on_cpu = run.batch.value.device.type == "cpu"
+        self.limit = effort.max_bytes or (ON_CPU if on_cpu else ON_ACCELERATOR)
         self.most = None if effort.max_rows is None else effort.max_rows // run.rows
-        self.call = (
-            CALL * self.limit / self.per_position
-        )  # as many positions of a cell take as long as a call's own work
+        call = min(CALL_ON_CPU if on_cpu else CALL_ON_ACCELERATOR, CALL_PART * self.limit)
+        self.call = call / self.per_position  # in positions of a cell
 
     def cells(self, start: int) -> int:
         """How many cells a batch holds whose runs start at this position."""
-        fitting = self.limit // (self.per_position * (self.length - start))
+        fitting = self.limit // max(self.per_position * (self.length - start), self.at_end)
         return 1 if self.alone else max(1, fitting if self.most is None else min(fitting, self.most))
