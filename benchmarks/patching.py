@@ -2,6 +2,7 @@
 
 python -m benchmarks.patching resid_pre changed      prompts that differ at every position; also: mixer_out, and
 python -m benchmarks.patching resid_pre one          prompts that differ in one token, as counterfactuals do
+python -m benchmarks.patching resid_pre one own      the same with a metric of one's own, which may read all logits
 
 One thread, float32, batch 1, no gradients. TransformerLens runs the model once a cell; both give the same numbers, which
 is asserted: to 1e-5 of the largest logit, where float32 itself is good to half of that.
@@ -51,18 +52,21 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
 
 
 @torch.no_grad()
-def sweep(point: str, differ: str) -> dict[str, float]:
+def sweep(point: str, differ: str, whose: str = "library") -> dict[str, float]:
     """CPU seconds of a whole sweep: ours twice around theirs once, the mean of ours, so that noise hits both."""
     from transformer_lens import patching as peer
 
+    import gatedlens as gl
     from gatedlens import patching
 
     hooked = model()
     clean, corrupted = prompts(differ)
     _, cache = hooked.run_with_cache(clean)
 
-    def metric(logits: torch.Tensor) -> torch.Tensor:
+    def own(logits: torch.Tensor) -> torch.Tensor:
         return logits[:, -1, 3].mean() - logits[:, -1, 5].mean()
+
+    metric = own if whose == "own" else gl.metrics.logit_difference(3, 5)
 
     def ours() -> Any:
         function = getattr(patching, f"get_act_patch_{point}")
@@ -70,7 +74,7 @@ def sweep(point: str, differ: str) -> dict[str, float]:
 
     def theirs() -> Any:
         with redirect_stderr(io.StringIO()):  # its progress bar has no switch
-            return getattr(peer, THEIRS[point])(hooked, corrupted, cache, metric)
+            return getattr(peer, THEIRS[point])(hooked, corrupted, cache, lambda logits: metric(logits).mean())
 
     before, found = timed(ours)
     peer_seconds, wanted = timed(theirs)

@@ -5,7 +5,8 @@
     score = gl.metrics.normalised(metric, clean_logits, corrupted_logits)    # 1 as clean, 0 as corrupted
 
 logits are [batch, pos, d_vocab], read at `pos` (the last position; one number or one a row), or a classifier's [batch, d_vocab].
-A metric of your own is any function logits -> [batch] (or -> a scalar, where no row is asked for).
+A metric of your own is any function logits -> [batch] (or -> a scalar, where no row is asked for). `AtPosition(function, pos)`
+makes one that says which position it reads: a sweep then computes no logits of others.
 
 `pos` counts a row's real positions (`positions.py`). Whoever measures a padded batch hands a metric `Logits`, which know where
 they are; call a metric yourself with `Logits.of(logits, mask)`. In plain logits every position counts as real. A metric of
@@ -31,6 +32,7 @@ from gatedlens.errors import InputError
 from gatedlens.model.language import next_token_loss
 
 __all__ = [
+    "AtPosition",
     "Logits",
     "Metric",
     "at_position",
@@ -178,32 +180,42 @@ def _chosen(values: Float[Tensor, "batch d_vocab"], tokens: Tokens, what: str) -
 # -- what is measured -----------------------------------------------------------------------------------------------
 
 
+class AtPosition:
+    """`gl.metrics.AtPosition(lambda logits: logits[:, 3] - logits[:, 5], -1)`: a metric of one position a row.
+
+    of: logits there [batch, d_vocab] -> one number a row. reads: the position, or one a row. It is called with logits of all
+    positions, or [batch, d_vocab] of these alone.
+    """
+
+    def __init__(self, of: Callable[[Float[Tensor, "batch d_vocab"]], Tensor], reads: Positions = -1):
+        self.of = of
+        self.reads = reads
+
+    def __call__(self, logits: Float[Tensor, "batch *pos d_vocab"]) -> Float[Tensor, " batch"]:
+        return self.of(at_position(logits, self.reads))
+
+
 def logit(token: Tokens, pos: Positions = -1) -> Metric:
     """`gl.metrics.logit(token)`: logit[token] at `pos`, one number a row.
 
     token: an id for all rows or one a row. pos: a real position, or one a row (a classifier has none).
     """
-    return lambda logits: _chosen(at_position(logits, pos), token, "token")
+    return AtPosition(lambda here: _chosen(here, token, "token"), pos)
 
 
 def logit_difference(right: Tokens, wrong: Tokens, pos: Positions = -1) -> Metric:
     """`gl.metrics.logit_difference(right, wrong)`: logit[right] - logit[wrong] at `pos`, one number a row."""
-
-    def metric(logits: Float[Tensor, "batch *pos d_vocab"]) -> Float[Tensor, " batch"]:
-        here = at_position(logits, pos)
-        return _chosen(here, right, "right") - _chosen(here, wrong, "wrong")
-
-    return metric
+    return AtPosition(lambda here: _chosen(here, right, "right") - _chosen(here, wrong, "wrong"), pos)
 
 
 def log_probability(token: Tokens, pos: Positions = -1) -> Metric:
     """`gl.metrics.log_probability(token)`: log softmax(logits)[token] at `pos`, in nats."""
-    return lambda logits: _chosen(at_position(logits, pos).log_softmax(-1), token, "token")
+    return AtPosition(lambda here: _chosen(here.log_softmax(-1), token, "token"), pos)
 
 
 def probability(token: Tokens, pos: Positions = -1) -> Metric:
     """`gl.metrics.probability(token)`: softmax(logits)[token] at `pos`, from 0 to 1."""
-    return lambda logits: _chosen(at_position(logits, pos).softmax(-1), token, "token")
+    return AtPosition(lambda here: _chosen(here.softmax(-1), token, "token"), pos)
 
 
 def kl(reference: Float[Tensor, "batch *pos d_vocab"], pos: Positions = -1) -> Metric:
@@ -261,6 +273,9 @@ def normalised(
     high, low = (float(per_row(metric, Logits.of(logits, mask)).mean()) for logits in (clean, corrupted))
     if abs(high - low) < 1e-12 * max(abs(high), abs(low), 1e-12):
         raise InputError(f"The metric is {high:.6g} in the clean and in the corrupted run: nothing to normalise by.")
+    if isinstance(metric, AtPosition):
+        of = metric.of
+        return AtPosition(lambda here: (of(here) - low) / (high - low), metric.reads)
     return lambda logits: (metric(logits) - low) / (high - low)
 
 

@@ -112,6 +112,14 @@ class RecurrentState:
         picked = self.map(lambda t: t[index])
         return RecurrentState(picked.tensors, self.seen[index], self.model_name)
 
+    def repeated(self, n: int) -> RecurrentState:
+        """`state.repeated(3)`: the batch `n` times over; what has one row is not copied."""
+
+        def many(t: Tensor) -> Tensor:
+            return t.expand(n, *t.shape).flatten(0, 1)
+
+        return RecurrentState(self.map(many).tensors, many(self.seen), self.model_name)
+
     def save(self, path: str | Path) -> None:
         """`state.save("state.safetensors")`: write a safetensors file."""
         tensors = {k: t.detach().contiguous().cpu().clone() for k, t in self.tensors.items()}

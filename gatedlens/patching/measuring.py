@@ -31,7 +31,7 @@ class Options(Effort):
     "scalar" (the metric gives one number). normalised: (value - corrupted) / (clean - corrupted), 1 where a patch
     restores the clean run and 0 where it does nothing. results: an earlier, interrupted Result to complete, or a path
     to which results are written batch by batch, and from which they are taken up if they are of the same sweep.
-    attention_mask: that of the corrupted run. max_bytes: about how much a batch's activations may take (None: 8 MiB on
+    attention_mask: that of the corrupted run. max_bytes: about how much a batch's activations may take (None: 64 MiB on
     a CPU, where more is slower, and 1 GiB on an accelerator), max_rows: how many rows; one patch at least goes at a time.
     """
 

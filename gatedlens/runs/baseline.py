@@ -23,10 +23,11 @@ by itself the input stays as it is, and the activation that a cell edits is turn
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from gatedlens.address import positions
@@ -77,6 +78,7 @@ class Baseline:
         self.state: RecurrentState | None = None
         self.resid: dict[int, Tensor] = {}
         self.base = torch.empty(0)  # the run's own logits, laid out as it is run
+        self.read: Int[Tensor, " batch"] | None = None  # the one position of each row that is read; None: all may be
 
     # -- padding -------------------------------------------------------------------------------------------------
 
@@ -169,6 +171,19 @@ class Baseline:
             _, self.state = self.model(part, return_type=None, state=self.state if begin else None, return_state=True)
         self.start = start
 
+    def read_only(self, place: Int[Tensor, " batch"] | None, cells: Sequence[Cell]) -> None:
+        """Let runs of `cells` have logits at one place of each row of the input alone, where that can be."""
+        self.read = None
+        if place is None or self.alone or not self.causal or any(cell.beyond(self) for cell in cells):
+            return
+        place = place.to(self.batch.value.device)
+        rank = self.padding.rank
+        self.read = place if rank is None else rank.to(place.device).gather(1, place.unsqueeze(1)).squeeze(1)
+
+    def is_read(self, cell: Cell) -> bool:
+        """Whether anything that a metric reads stands at or behind the first position that a cell touches."""
+        return self.read is None or cell.first <= int(self.read.max())
+
     def _input(self, begin: int, end: int | None = None) -> Batch:
         mask = self.batch.mask
         return Batch(self.batch.value[:, begin:end], None if mask is None else mask[:, begin:end])
@@ -183,27 +198,54 @@ class Baseline:
     # -- runs ----------------------------------------------------------------------------------------------------
 
     def run(self, cells: Sequence[Cell]) -> Float[Tensor, "cell batch ..."]:
-        """The logits of each cell: all of one `entry`, none of which touches what is before `start`.
+        """The logits of each cell, none of which touches what is before `start`. They are in the order of their entries;
+        those that enter with the input, or whose `behind` is another block than their entry, are among their like.
 
         Positions before `start` are missing; `whole` puts them in front.
         """
         one, n = cells[0], len(cells)
-        entry = self.entry(one)
         hooks = one.hooks(cells, self)
-        if entry == -1:
+        if self.entry(one) == -1:
             with self.model.hooks([*self._noisy(self.start, self.length, n), *hooks]):
                 value = _tile(self._input(self.start).value if self.start else self.batch.value, n)
                 logits = self.model(self._many(value, self.start, n), **self.options, **self._from_state(n))
             return logits.unflatten(0, (n, self.rows))
-        streams, behind = _tile(self.resid[entry], n), one.behind(self)
+        groups = [(entry, list(group)) for entry, group in groupby(cells, key=self.entry)]
+        with self.model.hooks(hooks):
+            batch = self._entering(*groups[0])
+            for (_, group), (entry, joining) in pairwise(
+                groups
+            ):  # each batch runs up to the block where others join it
+                here = self._onwards(batch, group[0].behind(self), stop_at_layer=entry)
+                batch = torch.cat([here, self._entering(entry, joining)])
+            behind = groups[-1][1][0].behind(self)
+            logits = self._onwards(batch, behind) if self.read is None else self._there(batch, behind)
+        return logits.unflatten(0, (n, self.rows))
+
+    def _entering(self, entry: int, cells: Sequence[Cell]) -> Float[Tensor, "row pos d_model"]:
+        """The streams of cells that enter at one block, from `start` on, as they are `behind` it."""
+        n, behind = len(cells), cells[0].behind(self)
+        streams = _tile(self.resid[entry], n)
         for i, edit in by_name(cells).get(_behind(entry - 1), ()):  # its point has fired before a run begins
             edit.apply(streams[i * self.rows : (i + 1) * self.rows], 0)
-        with self.model.hooks(hooks):
-            if behind > entry:
-                streams = self.model(self._many(streams, 0, n, True), start_at_layer=entry, stop_at_layer=behind)
-            streams = streams[:, self.start :]
-            logits = self.model(self._many(streams, self.start, n, True), start_at_layer=behind, **self._from_state(n))
-        return logits.unflatten(0, (n, self.rows))
+        if behind > entry:
+            streams = self.model(self._many(streams, 0, n, True), start_at_layer=entry, stop_at_layer=behind)
+        return streams[:, self.start :]
+
+    def _onwards(self, streams: Float[Tensor, "row pos d_model"], layer: int, **options: Any) -> Tensor:
+        """What becomes of streams that have reached a block."""
+        n = len(streams) // self.rows
+        batch = self._many(streams, self.start, n, True)
+        return self.model(batch, start_at_layer=layer, **options, **self._from_state(n))
+
+    def _there(self, streams: Float[Tensor, "row pos d_model"], layer: int) -> Float[Tensor, "row d_vocab"]:
+        """The logits of streams that have reached a block, where they are read. (Before `start` they are anything.)"""
+        n_layers, n = self.model.cfg.n_layers, len(streams) // self.rows
+        assert self.read is not None
+        here = (self.read - self.start).clamp(min=0).repeat(n)
+        last = self._onwards(streams, layer, stop_at_layer=n_layers)
+        last = last[torch.arange(len(last), device=last.device), here].unsqueeze(1)
+        return self.model(Batch(last, None, True), start_at_layer=n_layers).squeeze(1)
 
     def _many(self, value: Tensor, start: int, n: int, is_resid: bool = False) -> Batch:
         """A batch of `n` runs from position `start` on."""
@@ -211,11 +253,19 @@ class Baseline:
         return Batch(value, None if mask is None else _tile(mask[:, start:], n), is_resid)
 
     def _from_state(self, n: int) -> dict[str, Any]:
-        rows = torch.arange(self.rows, device=self.batch.value.device).repeat(n)
-        return {} if self.state is None else {"state": self.state.rows(rows)}
+        return {} if self.state is None else {"state": self.state.repeated(n)}
 
     def whole(self, logits: Tensor) -> Tensor:
-        """One cell's logits as a metric reads them, with this run's own before the position at which it started."""
+        """One cell's logits as a metric reads them, with this run's own before the position at which it started.
+
+        [batch, d_vocab] where one position alone is read.
+        """
+        if self.read is not None:
+            rows = torch.arange(len(self.read), device=logits.device)
+            if logits.ndim == 3:  # of a run that entered with the input
+                logits = logits[rows, (self.read - self.start).clamp(min=0)]
+            before = (self.read < self.start).unsqueeze(1)  # in rows that are shorter than others
+            return torch.where(before, self.base[rows, self.read], logits) if self.start else logits
         return self._as_given(torch.cat([self.base[:, : self.start], logits], dim=1) if self.start else logits)
 
 

@@ -210,14 +210,24 @@ class Cell:
         """`cell.behind(run)`: the block up to which runs have all their positions; from there on, those from the start on."""
         return self.entry(run)
 
+    def beyond(self, run: Baseline) -> bool:
+        """`cell.beyond(run)`: whether it touches what follows the blocks, where runs may have only what a metric reads."""
+        last = run.model.cfg.n_layers
+        return any(layer_of(edit.name) is None and run.entry_of(edit.name) == last for edit in self.edits)
+
     def hooks(self, cells: Sequence[Cell], run: Baseline) -> list[tuple[str, Any]]:
-        """`cell.hooks(cells, run)`: [(name, hook)] that do what `cells` of this kind do, run in one batch."""
+        """`cell.hooks(cells, run)`: [(name, hook)] that do what `cells` of this kind do, run in one batch.
+
+        A hook may get the rows of the first cells alone: those that have entered before its block.
+        """
         edits = by_name(cells)
 
         def apply(x: Tensor, hook: Any) -> Tensor:
             turned = run.by_number(x, hook.point.dims)
             for i, edit in edits[hook.name]:
-                edit.apply(turned[i * run.rows : (i + 1) * run.rows], run.start)
+                rows = turned[i * run.rows : (i + 1) * run.rows]
+                if len(rows):  # a cell that enters behind this point has none yet
+                    edit.apply(rows, run.start)
             return run.by_place(turned, hook.point.dims)
 
         return [(name, apply) for name in edits]

@@ -5,7 +5,8 @@
 
 Patching, knockout, tracing, path and edge patching and the curve of a circuit are data for it: the cells of a plan (what each
 edits, where it may start) and how a cell's value is read. Cells are taken in bands of neighbouring positions: a band's runs
-start at its first position, and those that enter the model at one block share a batch. What was measured is kept batch by batch.
+start at its first position, and each joins its batch at the block where it enters the model. What was measured is kept batch by
+batch.
 
 `fill` is the one loop over batches, with its progress bar and what a stop does. Gradients, which need backward passes and no
 batches of cells, go through it too (`gradients.py`).
@@ -28,6 +29,7 @@ from tqdm.auto import tqdm
 from gatedlens.errors import InputError
 from gatedlens.model.base import HookedModel
 from gatedlens.result.result import Result
+from gatedlens.runs import inputs
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Cell, Plan
 from gatedlens.runs.fingerprints import fingerprint
@@ -36,7 +38,9 @@ from gatedlens.runs.ledger import AGAIN, Ledger
 from gatedlens.runs.meter import Meter
 from gatedlens.runs.stopping import Interrupted, NotSaved, stoppable
 
-ON_CPU, ON_ACCELERATOR = 8 << 20, 1 << 30  # bytes of a batch's activations; a CPU is fastest while they fit its caches
+ON_CPU, ON_ACCELERATOR = 64 << 20, 1 << 30  # bytes of a batch's activations; more was slower on a CPU
+# As many bytes of activations are computed in the time that calls take however little they run; at most a part of a batch.
+CALL_ON_CPU, CALL_ON_ACCELERATOR, CALL_PART = 1 << 20, 128 << 20, 1 / 8
 HELD = 31 << 20  # bytes; just under the 32 MiB up to which glibc learns
 
 
@@ -54,7 +58,7 @@ class Effort:
     """How a sweep runs; none of it changes a number.
 
     results: an earlier, interrupted Result to complete, or a path to which results are written as they come, and from
-    which they are taken up. max_bytes: about how much a batch's activations may take (None: 8 MiB on a CPU, where more is
+    which they are taken up. max_bytes: about how much a batch's activations may take (None: 64 MiB on a CPU, where more is
     slower, and 1 GiB on an accelerator); max_rows: how many rows a batch may have; one cell at least goes at a time.
     """
 
@@ -124,6 +128,9 @@ def answer(
     """
     hold_memory()
     cells = question.plan.cells
+    for run in runs:
+        run.read_only(question.meter.reads(inputs.real(run.model, run.given)), cells)
+    changing = {i for i in changing if runs[0].is_read(cells[i])}
     ledger = Ledger(question.blank(low), len(cells), effort.results, lambda: identity(question, runs))
     todo = []
     for i, cell in enumerate(cells):
@@ -267,30 +274,38 @@ def another_sweep(where: str, then: Tensor, now: Tensor) -> InputError:
 def batches(runs: Sequence[Baseline], cells: Sequence[Cell], size: Sizes) -> Iterator[list[Cell]]:
     """The cells, batch by batch; before each the runs are advanced to the position at which it starts."""
     one = runs[0]
-    kind = {id(cell): (one.entry(cell), cell.behind(one)) for cell in cells}  # cells of one kind share a batch
-    ordered = sorted(cells, key=lambda cell: (cell.first, kind[id(cell)]))
-    for start, band in bands(one, ordered, size, lambda cell: kind[id(cell)]):
+
+    def kind(cell: Cell) -> tuple[int, int]:
+        """Cells of one kind share a batch: those that join it at their entry, wherever that is, or of one entry only."""
+        entry, behind = one.entry(cell), cell.behind(one)
+        return (entry, behind) if entry == -1 or behind > entry else (0, 0)
+
+    for start, band in bands(one, sorted(cells, key=lambda cell: cell.first), size):
         for run in runs:
             run.advance(start)
-        for _, group in groupby(sorted(band, key=lambda cell: kind[id(cell)]), key=lambda cell: kind[id(cell)]):
+        for _, group in groupby(sorted(band, key=lambda cell: (kind(cell), one.entry(cell))), key=kind):
             same, n = list(group), size.cells(start)
             yield from (same[i : i + n] for i in range(0, len(same), n))
 
 
-def bands(
-    run: Baseline, ordered: Sequence[Cell], size: Sizes, kind: Callable[[Cell], Any]
-) -> Iterator[tuple[int, list[Cell]]]:
-    """(start, cells) of neighbouring positions: as wide as a batch of those of one kind allows."""
-    start, most = 0, 0
+def bands(run: Baseline, ordered: Sequence[Cell], size: Sizes) -> Iterator[tuple[int, list[Cell]]]:
+    """(start, cells) of neighbouring positions.
+
+    To start anew costs calls; to go on costs positions that later cells run in vain. A band ends where the next position would
+    cost more than the ones in it did on average, which makes that average the least.
+    """
+    n_layers = run.model.cfg.n_layers
+    start, spent, positions = 0, 0.0, 0
     band: list[Cell] = []
     for first, group in groupby(ordered, key=lambda cell: cell.first):
-        here = list(group)
-        here_most = max(sum(1 for _ in same) for _, same in groupby(here, key=kind))
-        at = run.earliest(first)
-        if band and (at > start and most + here_most > size.cells(start)):
+        here, at = list(group), run.earliest(first)
+        in_vain = (at - start) * sum(n_layers - max(run.entry(cell), 0) for cell in here)
+        if band and in_vain * positions > spent:
             yield start, band
-            band, most = [], 0
-        start, band, most = (start if band else at), [*band, *here], most + here_most
+            band = []
+        if not band:
+            start, spent, positions, in_vain = at, size.call * n_layers, 0, 0
+        band, spent, positions = [*band, *here], spent + in_vain, positions + 1
     if band:
         yield start, band
 
@@ -307,13 +322,17 @@ class Sizes:
             place = ".".join(name.split(".")[:2]) if name.startswith("blocks.") else name
             if not point.lazy or name in heard:
                 elements[place] = elements.get(place, 0) + point.elements(sizes)
-        width = torch.empty((), dtype=model.cfg.dtype).element_size()
-        self.per_position = run.rows * max(width, 4) * max(elements.values())
+        width = run.rows * max(torch.empty((), dtype=model.cfg.dtype).element_size(), 4)
+        behind = 0 if run.read is None or any(run.entry(cell) == -1 for cell in cells) else elements.pop("hook_logits")
+        self.per_position, self.at_end = width * max(elements.values()), width * behind
         self.length, self.alone = run.length, run.alone
-        self.limit = effort.max_bytes or (ON_CPU if run.batch.value.device.type == "cpu" else ON_ACCELERATOR)
+        on_cpu = run.batch.value.device.type == "cpu"
+        self.limit = effort.max_bytes or (ON_CPU if on_cpu else ON_ACCELERATOR)
         self.most = None if effort.max_rows is None else effort.max_rows // run.rows
+        call = min(CALL_ON_CPU if on_cpu else CALL_ON_ACCELERATOR, CALL_PART * self.limit)
+        self.call = call / self.per_position  # in positions of a cell
 
     def cells(self, start: int) -> int:
         """How many cells a batch holds whose runs start at this position."""
-        fitting = self.limit // (self.per_position * (self.length - start))
+        fitting = self.limit // max(self.per_position * (self.length - start), self.at_end)
         return 1 if self.alone else max(1, fitting if self.most is None else min(fitting, self.most))

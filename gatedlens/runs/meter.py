@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from gatedlens.address.positions import one_a_row
 from gatedlens.errors import InputError
-from gatedlens.metrics import Metric, by_rows, measure
+from gatedlens.metrics import AtPosition, Metric, by_rows, measure
 
 # One metric, or several by name. For editors and type checkers: whoever passes something else gets the error of `Meter`.
 if TYPE_CHECKING:
@@ -42,6 +43,16 @@ class Meter:
                 f"The metric is {metric!r}; it is a function of logits: gl.metrics.logit_difference(...), say, or a dict "
                 "of such functions by name."
             )
+
+    def reads(self, real: Bool[Tensor, "rows pos"]) -> Int[Tensor, " rows"] | None:
+        """`meter.reads(real)`: the place that every metric reads in each row of an input that is `real` there; None where they
+        do not say, or read different ones."""
+        said = [metric.reads for metric in self.metrics if isinstance(metric, AtPosition)]
+        if len(said) < len(self.metrics):
+            return None
+        places = [one_a_row(pos, "pos", real[: self.rows]) for pos in said]
+        same = all(torch.equal(place, places[0]) for place in places)
+        return places[0].repeat(len(real) // self.rows) if same else None
 
     def __call__(self, logits: Tensor, where: str) -> Float[Tensor, "metric rows"]:
         try:

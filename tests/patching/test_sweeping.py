@@ -337,3 +337,48 @@ def test_batches_keep_to_their_bytes(model):
         if limit == 1:
             assert max(rows) == 2, "one patch at a time"
         rows.clear()
+
+
+@pytest.mark.parametrize("pos", [-1, 3, [2, -2, 1]])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("limit", [1, None])
+def test_a_metric_that_says_what_it_reads(lm, pos, side, limit):
+    """The same numbers as by a function that may read anything, of rows of unequal length, behind the blocks too."""
+    clean, mask = padded([example(lm, 1, n, seed=n)[0] for n in (7, 4, 6)], side)
+    corrupted, _ = padded([example(lm, 1, n, seed=10 + n)[0] for n in (7, 4, 6)], side)
+    cache = caches(lm, clean, attention_mask=mask)
+    said = gl.metrics.logit_difference(3, 1, pos)
+    options = {"attention_mask": mask, "max_bytes": limit, "reduce": "none", **QUIET}
+    for name in ("blocks.*.hook_mixer_out", "blocks.*.hook_resid_post", "hook_embed", "ln_final.hook_out"):
+        axes = ("layer", "pos") if name.startswith("blocks") else ("pos",)
+        own = patching.sweep(lm, corrupted, cache, lambda logits: said(logits), name, axes, **options)
+        assert close(patching.sweep(lm, corrupted, cache, said, name, axes, **options), own)
+        several = {"same": said, "other": gl.metrics.logit(1, pos), "at 0": gl.metrics.logit(1, 0)}
+        for chosen in (["same", "other"], ["same", "at 0"]):
+            metrics = {key: several[key] for key in chosen}
+            assert close(patching.sweep(lm, corrupted, cache, metrics, name, axes, **options).values[0], own)
+
+
+def test_logits_are_computed_where_they_are_read(lm):
+    clean, corrupted = pair(lm)
+    cache, shapes = caches(lm, clean), []
+
+    class Spy(Saver):
+        def __call__(self, x, hook):
+            shapes.append(tuple(x.shape[:2]))
+
+    def run(measure):
+        shapes.clear()
+        with lm.hooks([("hook_logits", Spy())]):
+            found = patching.get_act_patch_resid_pre(lm, corrupted, cache, measure, **QUIET)
+        return found, {length for rows, length in shapes if rows > 2}
+
+    said = gl.metrics.logit(3, 2)
+    cut, lengths = run(said)
+    assert lengths == {1}
+    own, lengths = run(lambda logits: said(logits))
+    assert lengths == {7} and close(cut, own)
+    assert (cut.values[:, 3:] == cut.facts["corrupted"]).all(), "nothing behind what is read changes it"
+    score = gl.metrics.normalised(said, lm(clean), lm(corrupted))
+    found, lengths = run(score)
+    assert lengths == {1} and close(found, run(lambda logits: score(logits))[0])

@@ -95,7 +95,7 @@ SWEEPS = {
     "patching": 8,
     "knockout": 7,
     "tracing": 8,
-    "senders": 3,
+    "senders": 4,
     "edges": 6,
     "curve": 7,
 }  # at which call it is stopped
