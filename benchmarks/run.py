@@ -51,6 +51,33 @@ def language() -> Iterator[Line]:
         yield Line(f"{title}: forward + backward, pos 1024", seconds["ours"], seconds["theirs"], "s", 0.25)
 
 
+def heads() -> Iterator[Line]:
+    """Heads with matrix states against transformers' own forms, and the scan's matrix against the products it is made of."""
+    titles = {"mamba2": "Mamba-2's scan", "gated_delta": "gated delta rule", "kimi_delta": "Kimi delta rule"}
+    limits = {
+        "mamba2": {"forward, pos 1024": 0.22, "forward, pos 2048": 0.2, "both, pos 1024": 0.35, "both, pos 2048": 0.3},
+        "gated_delta": {
+            "forward, pos 1024": 0.65,
+            "forward, pos 2048": 0.65,
+            "both, pos 1024": 0.75,
+            "both, pos 2048": 0.55,
+        },
+        "kimi_delta": dict.fromkeys(
+            ("forward, pos 1024", "forward, pos 2048", "both, pos 1024", "both, pos 2048"), 0.05
+        ),
+    }
+    for name, title in titles.items():
+        for what, seconds in fresh("benchmarks.heads", name).items():
+            limit = limits[name][what.replace("forward + backward", "both")]
+            yield Line(f"{title}: {what}, against transformers'", seconds["ours"], seconds["theirs"], "s", limit)
+        peaks = {who: fresh("benchmarks.heads", "memory", name, who) for who in ("ours", "theirs")}
+        what = f"{title}: peak memory of forward + backward, pos 1024"
+        yield Line(what, peaks["ours"], peaks["theirs"], "MiB", 0.5)
+    for what, seconds in fresh("benchmarks.heads", "matrix").items():
+        limit = 3.0 if what.endswith("1024") else 2.5
+        yield Line(f"{what}, over its matrix products", seconds["ours"], seconds["theirs"], "s", limit)
+
+
 def attention() -> Iterator[Line]:
     name = "benchmarks.attention"
     limits = {"mean(), pos 256": 1 / 30, "mean(), pos 64": 1.0, "A @ x, pos 1024": 2.0}
@@ -128,7 +155,7 @@ def table(lines: list[Line]) -> str:
 
 
 def main() -> None:
-    parts = (mamba, language, attention, patching, circuits, store, imports)
+    parts = (mamba, language, heads, attention, patching, circuits, store, imports)
     lines = [line for part in parts for line in part()]
     print(table(lines))
     machine = {"machine": platform.machine(), "python": platform.python_version(), "threads": 1}
