@@ -70,7 +70,7 @@ _BEFORE_THE_SCAN = (
     Point(
         "hook_conv_taps",
         "batch pos channel tap",
-        "conv1d.weight[tap] * x[pos - (tap.size - 1) + tap]",
+        "conv1d.weight[tap] * x[pos - (tap.size - 1) + tap], 0 from another document",
         f"{UIA}, eq. 9",
         True,
     ),
@@ -78,7 +78,7 @@ _BEFORE_THE_SCAN = (
         Point(
             f"hook_{name}_conv_taps",
             "batch pos group state tap",
-            f"conv1d.weight[tap] * {name}_pre[pos - (tap.size - 1) + tap]",
+            f"conv1d.weight[tap] * {name}_pre[pos - (tap.size - 1) + tap], 0 from another document",
             BLOCK,
             True,
         )
@@ -91,6 +91,7 @@ _BEFORE_THE_SCAN = (
     Point("hook_B", "batch pos group state", "SiLU(B_conv)", BLOCK),
     Point("hook_C", "batch pos group state", "SiLU(C_conv)", BLOCK),
     Point("hook_dt", "batch pos head", "clamp(softplus(dt_pre))", BLOCK),
+    Point("hook_reset", "batch pos one", "1 where a document begins (position 0 of position_ids), else 0", SSD),
     Point(
         "hook_state_start",
         "batch head value state",
@@ -98,7 +99,9 @@ _BEFORE_THE_SCAN = (
         SSD,
         True,
     ),
-    Point("hook_decay", "batch pos head value state", "exp(dt * A), the same for all of a head", SSD, True),
+    Point(
+        "hook_decay", "batch pos head value state", "exp(dt * A) * (1 - reset), the same for all of a head", SSD, True
+    ),
     Point("hook_write", "batch pos head value state", "dt * u * B", SSD, True),
     Point("hook_state", "batch pos head value state", "decay * state[pos - 1] + write", SSD, True),
     Point("hook_scan", "batch pos channel", "sum over state of C * state", SSD),
@@ -308,6 +311,7 @@ class Mamba2Config(StackConfig):
 class HookedMamba2(MambaStack):
     """`HookedMamba2(Mamba2ForCausalLM(...))`, or better `gl.wrap(...)`: Mamba-2 with every intermediate a hook point.
 
+    Documents packed in a row, told apart by `position_ids`, are as if each stood alone: conv and state begin anew at position 0.
     The norm inside a mixer goes by groups, as in mamba-ssm. (Some versions of transformers, 5.12 among them, take all channels
     together where there are several groups, limit no time step while decoding, and let padding into the state.)
     """
@@ -334,10 +338,11 @@ class HookedMamba2(MambaStack):
         "x": "x",
         "o": "gated",
         "gate": "gate * norm.weight / scale",
-        "scan": "S[i, j] = sum over state of C[i] * B[j] * exp(A * (dt[j + 1] + ... + dt[i])) * dt[j], j <= i, of each head",
+        "scan": "S[i, j] = sum over state of C[i] * B[j] * exp(A * (dt[j + 1] + ... + dt[i])) * dt[j], j <= i, of each head; "
+        "0 where a reset lies between, j < reset <= i",
         "skip": "D",
         "act": "sigmoid(conv): u = act * conv",
-        "conv": "M[i, j] = conv1d.weight[K - 1 - (i - j)], 0 <= i - j < K taps",
+        "conv": "M[i, j] = conv1d.weight[K - 1 - (i - j)], 0 <= i - j < K taps, within a document",
         "r": "gate * (S + D) * act * conv1d.bias; with a carried state also what its conv tail and its scan state bring",
     }
     wraps = ("Mamba2ForCausalLM", "MambaLMHeadModel", "Mamba2Weights")
@@ -346,6 +351,7 @@ class HookedMamba2(MambaStack):
     original_fields = ORIGINAL_FIELDS
     block_points = BLOCK_ROWS
     aliases = ALIASES
+    has_positions = True
     carried: ClassVar = {
         "scan": Carried("scan", "batch head value state"),
         "conv": Carried("conv", "batch tail conv_channel"),

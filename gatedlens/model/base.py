@@ -34,6 +34,7 @@ from gatedlens.model.hooking import Hooking
 from gatedlens.model.hookpoint import HookPoint, rows_of, same
 from gatedlens.model.image import Grid
 from gatedlens.model.padding import Padding
+from gatedlens.model.run import DocumentRun
 from gatedlens.model.state import CARRIED, Carried, RecurrentState
 from gatedlens.model.tokenizer import TokenizerLike
 from gatedlens.model.turns import Turns
@@ -71,7 +72,7 @@ class HookedModel(Hooking):
     last_points: ClassVar[tuple[Point, ...]] = ()
     aliases: ClassVar[tuple[Alias, ...]] = ()
     views: ClassVar[tuple[View, ...]] = ()
-    has_positions: ClassVar[bool] = False  # whether position_ids mean anything to it
+    has_positions: ClassVar[bool] = False  # whether position_ids mean anything to it: they tell packed documents apart
     carried: ClassVar[Mapping[str, Carried]] = CARRIED  # what a RecurrentState holds of a layer, by name
     cfg: HookedConfig
     blocks: Sequence[Block]  # an nn.ModuleList of them
@@ -450,7 +451,13 @@ class HookedModel(Hooking):
             positions = place if state is None else place + state.seen.to(place.device).unsqueeze(1)
         else:
             positions = self._check_positions(position_ids, rows, length).to(batch.value.device)
-        return Run(positions, padding, state, {} if return_state else None)
+        left: dict[str, Tensor] | None = {} if return_state else None
+        if not self.has_positions:
+            return Run(positions, padding, state, left)
+        run = DocumentRun(positions, padding, state, left)
+        if position_ids is not None:
+            run.documents = run.begins.long().cumsum(1)
+        return run
 
     def _check_state(self, state: Any, rows: int) -> None:
         if not isinstance(state, RecurrentState):

@@ -68,6 +68,10 @@ class Run:
         """Which taps of each conv window are of the same document as the window's position; None: a row is one document."""
         return None
 
+    def resets(self, like: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos one"] | None:
+        """1 where a document begins, else 0; None: no position_ids told of documents."""
+        return None
+
     def of_last_document(
         self, long: Float[Tensor, "batch long channel"], width: int
     ) -> Float[Tensor, "batch long channel"]:

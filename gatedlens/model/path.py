@@ -29,6 +29,7 @@ from gatedlens.recurrence.factors import Factors, reach
 from gatedlens.recurrence.head_matrix import HeadScan
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.terms import Terms
+from gatedlens.recurrence.transforms import anywhere
 
 if TYPE_CHECKING:
     Streams = dict[str, Float[Tensor, "batch pos ..."]]
@@ -119,7 +120,7 @@ class PathMixer(Mixer):
             return padding.pack(at_least_float32(cached(f"hook_{name}")))
 
         x = packed("x")
-        held = Held(packed, padding, state, x, {"drift": torch.zeros_like(x)})
+        held = Held(packed, padding, state, x, {})
         for stage in reversed(self.path):
             stage.hold(self, held)
         return Factors(x=x, o=packed(self.output_point.removeprefix("hook_")), **held.factors)
@@ -153,13 +154,14 @@ class Conv(Stage):
         conv, some = getattr(mixer.weights, self.name), self.content(mixer)
         taps = conv.weight.to(held.x.dtype).squeeze(1)[some]
         held.factors["taps"] = taps
+        drift = torch.zeros_like(held.x)
         if conv.bias is not None:
-            held.factors["drift"] = held.factors["drift"] + conv.bias[some].to(held.x.dtype) * held.padding.packed_mask(
-                held.x
-            )
+            drift = drift + conv.bias[some].to(held.x.dtype) * held.padding.packed_mask(held.x)
         if held.state is not None:
-            tail = held.state["conv", mixer.layer][..., some]
-            held.factors["drift"] = held.factors["drift"] + reach(tail, held.x, taps)
+            tail = reach(held.state["conv", mixer.layer][..., some], held.x, taps)
+            documents = held.factors.get("document")  # the first is the one that a state goes on with
+            drift = drift + (tail if documents is None else tail * (documents == 0).unsqueeze(-1))
+        held.factors["drift"] = drift
 
 
 def _conv_point(stream: str) -> str:
@@ -188,14 +190,18 @@ class SiLU(Stage):
 
 @dataclass(frozen=True)
 class Scan(Stage):
-    """scan_t = S_t read_t, by the terms of the mixer. Its result stays at least float32."""
+    """scan_t = S_t read_t, by the terms of the mixer, from nothing where a document begins. Its result stays at least float32."""
 
     def reads(self, mixer: PathMixer) -> tuple[str, ...]:
-        return mixer.selection
+        return (*mixer.selection, "reset")
 
     def forward(self, mixer: PathMixer, content: Content, streams: Streams, run: Run) -> Content:
         mixer.select(content, streams, run)
         terms = mixer.terms(**{name: at_least_float32(streams[name]) for name in mixer.selection})
+        resets = run.resets(terms.log_decay)
+        if resets is not None or not mixer.hook_reset.at_rest():
+            none = torch.zeros_like(terms.log_decay[:, :, :1, 0])
+            terms = terms._replace(fresh=run.padding.zero(mixer.fire("reset", none if resets is None else resets)))
         u = at_least_float32(content).unflatten(2, (mixer.heads, -1))
         shape = (len(u), *u.shape[2:], terms.key.shape[-1])
         scan, last = mixer.recur_heads(terms, u, run.start("scan", mixer.layer, shape, u), run.padding)
@@ -203,7 +209,10 @@ class Scan(Stage):
         return mixer.fire("scan", scan.flatten(2))
 
     def hold(self, mixer: PathMixer, held: Held) -> None:
-        terms = mixer.terms(**{name: held.cached(name) for name in mixer.selection})
+        terms, reset = mixer.terms(**{name: held.cached(name) for name in mixer.selection}), held.cached("reset")
+        if anywhere(reset != 0):
+            terms = terms._replace(fresh=reset)
+            held.factors["document"] = (reset.squeeze(-1) == 1).long().cumsum(1)
         held.factors["scan"] = HeadScan.of(terms, held.x.shape[2] // mixer.heads)
         if held.state is not None:
             held.factors["start"] = held.state["scan", mixer.layer].to(held.x).flatten(1, 2)

@@ -42,6 +42,10 @@ class DocumentRun(Run):
         """Where a document begins: the recurrence forgets what was before."""
         return self.real & (self.positions == 0)
 
+    def resets(self, like: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos one"] | None:
+        """As `Run.resets`."""
+        return None if self.documents is None else self.begins.unsqueeze(-1).to(like.dtype)
+
     @property
     def next_position(self) -> Int[Tensor, " batch"]:
         """The position of the token that would come next."""

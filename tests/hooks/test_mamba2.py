@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -112,12 +113,14 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     out["mixer.hook_dt"] = torch.log1p(torch.exp(c("mixer.hook_dt_pre"))).clamp(low, high)
     A, u = -torch.exp(m.A_log), c("mixer.hook_u").reshape(batch, length, H, V)
     D = m.D.repeat_interleave(V) if len(m.D) == H else m.D
+    out["mixer.hook_reset"] = torch.zeros(batch, length, 1, dtype=torch.float64)
     out["mixer.hook_state_start"] = torch.zeros(batch, H, V, N, dtype=torch.float64)
     decay, write = (torch.zeros(batch, length, H, V, N, dtype=torch.float64) for _ in range(2))
     scan = torch.zeros(batch, length, H, V, dtype=torch.float64)
     for h in range(H):
         g = h // (H // G)
-        decay[:, :, h] = torch.exp(c("mixer.hook_dt")[:, :, h] * A[h])[..., None, None]
+        kept = torch.exp(c("mixer.hook_dt")[:, :, h] * A[h]) * (1 - c("mixer.hook_reset")[..., 0])
+        decay[:, :, h] = kept[..., None, None]
         value = c("mixer.hook_dt")[:, :, h, None] * u[:, :, h]
         write[:, :, h] = value[..., :, None] * c("mixer.hook_B")[:, :, g, None, :]
         scan[:, :, h] = (c("mixer.hook_state")[:, :, h] * c("mixer.hook_C")[:, :, g, None]).sum(-1)
@@ -205,6 +208,62 @@ def test_padding_counts_for_nothing_in_every_variant(model):
         logits = model(tokens, attention_mask=mask)
         for i, row in enumerate(rows):
             assert relative(logits[i][mask[i]], model(row[None])[0]) < 1e-12
+
+
+PACKED = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0], [6, 7, 0, 1, 0, 0, 1, 2, 3]])  # three documents and four
+
+
+def documents(row: int) -> list[slice]:
+    """Where the documents of a row of PACKED are; the first of the second row goes on from a state."""
+    begins = [0, *(i for i in range(1, 9) if PACKED[row, i] == 0), 9]
+    return [slice(a, b) for a, b in pairwise(begins)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("listening", [False, True], ids=["", "inside"])
+def test_packed_documents_are_as_if_each_stood_alone(model, listening):
+    prefix = torch.randint(40, (2, 5), generator=torch.Generator().manual_seed(7))
+    _, before = model(prefix, return_state=True)
+    for state in (None, before):
+        names = (lambda name: True) if listening else "hook_logits"
+        logits, cache = model.run_with_cache(TOKENS, position_ids=PACKED, state=state, names_filter=names)
+        _, left = model(TOKENS, position_ids=PACKED, state=state, return_state=True)
+        for row in range(2):
+            for number, part in enumerate(documents(row)):
+                begun = state is not None and number == 0 and PACKED[row, 0] > 0
+                own = {"state": state.rows([row])} if begun else {}
+                alone, end = model(TOKENS[row : row + 1, part], return_state=True, **own)
+                assert relative(logits[row, part], alone[0]) < 1e-12
+            for key in end:  # what is left is the last document's
+                kept = end[key][:, -min(3, part.stop - part.start) :] if key.endswith("conv") else end[key]
+                assert relative(left[key][row : row + 1][:, -kept.shape[1] :], kept) < 1e-12, key
+        if listening:
+            for layer in range(2):
+                A = gl.implicit_attention(cache, layer=layer)
+                assert A.check().relative < 1e-12
+                dense = A.dense()
+                numbers = (PACKED == 0).cumsum(1)
+                apart = (numbers.unsqueeze(2) != numbers.unsqueeze(1)).unsqueeze(1)
+                assert (dense * apart == 0).all() and (dense * ~apart != 0).any()
+
+
+@torch.no_grad()
+def test_documents_and_padding_together():
+    model = tiny("norm after the gate")
+    mask = torch.tensor([[False, False] + [True] * 7, [True] * 9])
+    places = torch.tensor([[0, 0, 0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 0, 1, 2]])
+    out = model(TOKENS, attention_mask=mask, position_ids=places)
+    assert relative(out[0, 2:5], model(TOKENS[:1, 2:5])[0]) < 1e-12
+    assert relative(out[0, 5:], model(TOKENS[:1, 5:])[0]) < 1e-12
+    assert relative(out[1, 6:], model(TOKENS[1:, 6:])[0]) < 1e-12
+
+
+def test_a_gradient_does_not_pass_from_one_document_into_the_next():
+    model = tiny("norm after the gate")
+    embedded = model.embed(TOKENS).detach().requires_grad_()
+    out = model(embedded, start_at_layer=0, position_ids=PACKED)
+    (grad,) = torch.autograd.grad(out[0, 3:8].sum(), embedded)
+    assert (grad[0, 3:8] != 0).any() and (grad[0, :3] == 0).all() and (grad[0, 8:] == 0).all() and (grad[1] == 0).all()
 
 
 @pytest.mark.parametrize(

@@ -490,12 +490,10 @@ class HookedGriffin(HookedLanguageModel):
         return_state: bool,
         position_ids: Shaped[Tensor, "*document position"] | None = None,
     ) -> DocumentRun:
-        """As in every model, and: positions go on in the state's last document, and documents are told apart."""
-        plain = super().begin(batch, state, return_state, position_ids)
-        run = DocumentRun(**vars(plain))
-        if position_ids is not None:
-            run.documents = run.begins.long().cumsum(1)
-        elif state is not None:
+        """As in every model, and: positions go on in the state's last document."""
+        run = super().begin(batch, state, return_state, position_ids)
+        assert isinstance(run, DocumentRun)  # of a model that has positions
+        if position_ids is None and state is not None:
             skipped = state["next_position", 0] - state.seen  # tokens of documents that ended before the state
             run.positions = run.positions + skipped.to(run.positions.device).unsqueeze(1)
         run.leave("next_position", 0, run.next_position)
