@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from gatedlens.address import Alias, HookTable, Point, View
     from gatedlens.attention import AttentionStack, Contributions, ImplicitAttention, implicit_attention
+    from gatedlens.hooks import register
     from gatedlens.hooks.griffin import HookedGriffin
     from gatedlens.hooks.mamba import HookedMamba
     from gatedlens.hooks.mamba2 import HookedMamba2
@@ -44,6 +45,7 @@ else:
     __getattr__ = late(__name__, {
         "address": ("Alias", "HookTable", "Point", "View"),
         "attention": ("AttentionStack", "Contributions", "ImplicitAttention", "implicit_attention"),
+        "hooks": ("register",),
         "hooks.griffin": ("HookedGriffin",),
         "hooks.mamba": ("HookedMamba",),
         "hooks.mamba2": ("HookedMamba2",),
@@ -60,8 +62,8 @@ __all__ = [
     "HookedModel", "HookedRWKV", "HookedViM", "ImplicitAttention", "InputError", "Point", "PointError",
     "RecurrentState", "Result", "StoreError", "TooLargeError", "View", "__version__", "ablation", "amplify",
     "attribution", "bundled_models", "circuits", "data", "evaluation", "from_pretrained", "fused",
-    "implicit_attention", "knockout", "lens", "metrics", "patching", "plot", "profiles", "states", "steering",
-    "store", "tasks", "tracing", "wrap",
+    "implicit_attention", "knockout", "lens", "metrics", "patching", "plot", "profiles", "register", "states",
+    "steering", "store", "tasks", "tracing", "wrap",
 ]
 # isort: on
 # fmt: on

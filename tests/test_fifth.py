@@ -1,12 +1,13 @@
 """A fifth architecture costs one file: HGRN, `tutorials/fifth/hgrn.py`, keeps every general promise as it stands.
 
-Its folder joins `gatedlens.hooks.__path__`, as a file put beside the others would, and nothing else is touched. Then every
+It is registered, and nothing else is touched. Then every
 test of the other files that takes a `model`, a language model or an architecture runs here on it: they are imported, with
 the fixtures below in place of conftest's. What follows is what those tests cannot know: the equations themselves.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import json
@@ -20,9 +21,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import gatedlens as gl
-import gatedlens.hooks
 from gatedlens import catalogue
-from gatedlens.hooks import architectures
+from gatedlens.hooks import architectures, unregister
 from tests import test_amplify, test_metrics, test_steering
 from tests.ablation import test_ablation, test_components
 from tests.address import test_names
@@ -61,11 +61,13 @@ FOLDER = ROOT / "tutorials" / "fifth"
 
 @pytest.fixture(scope="module")
 def hooked():
-    """HGRN, found where the architectures are found, for the time of this module."""
+    """HGRN, registered for the time of this module."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gatedlens.hooks, "__path__", [*gatedlens.hooks.__path__, str(FOLDER)])
+        patch.syspath_prepend(str(FOLDER))
+        gl.register(importlib.import_module("hgrn").HookedHGRN)
         yield architectures()["hgrn"]
-    del sys.modules["gatedlens.hooks.hgrn"], gatedlens.hooks.hgrn
+        unregister("hgrn")
+    del sys.modules["hgrn"]
     assert architectures() == EVERY
 
 

@@ -90,26 +90,24 @@
 #
 # `HookedHGRN` subclasses `HookedLanguageModel` and says where things are in your module: `describe` (the sizes),
 # `make_block`, `make_final_norm`, `embedding`, `unembedding`, and `tiny` for tests. `wraps = ("HGRN",)` is the name of the
-# class that `gl.wrap` hands over, and the last line makes it found:
-#
-# ```python
-# HOOKED = HookedHGRN
-# ```
-#
-# Put into `gatedlens/hooks/`, that is all. A folder of your own can join:
+# class that `gl.wrap` hands over. One call makes it known (a package of yours can name it under the entry point group
+# `gatedlens.architectures` instead):
 
 # %%
+import sys
 from pathlib import Path
 
 import torch
 
 import gatedlens as gl
-import gatedlens.hooks
 from gatedlens import catalogue
+from gatedlens.hooks import architectures
 
-folder = Path(globals().get("__file__", "here")).resolve().parent / "fifth"
-gatedlens.hooks.__path__.append(str(folder))
-print(list(gatedlens.hooks.architectures()))
+sys.path.append(str(Path(globals().get("__file__", "here")).resolve().parent / "fifth"))
+from hgrn import HGRN, HookedHGRN
+
+gl.register(HookedHGRN)
+print(list(architectures()))
 
 # %% [markdown]
 # ## What follows from it
@@ -117,8 +115,6 @@ print(list(gatedlens.hooks.architectures()))
 # A module of our own becomes a hooked model; here is the table of the points of one block.
 
 # %%
-from gatedlens.hooks.hgrn import HGRN  # noqa: E402
-
 torch.manual_seed(0)
 sizes = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 8, "intermediate_size": 32}
 model = gl.wrap(HGRN(sizes))

@@ -1,22 +1,90 @@
 """The architectures: one file each, holding its rows, its open forward and how it fills the one recurrence.
 
-`architectures()` finds them; a file beside these that defines `HOOKED` (a HookedModel subclass) is one more.
+`architectures()` finds them: those that `gl.register` was given, those that an installed package names under the entry point
+group `gatedlens.architectures`, and the files beside this one, each with its `HOOKED` (a HookedModel subclass).
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import TYPE_CHECKING
+import warnings
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from gatedlens.errors import InputError, did_you_mean
 from gatedlens.late import late
 from gatedlens.model.base import HookedModel
 
 if not TYPE_CHECKING:  # a checker would take every misspelt name for an architecture
     __getattr__ = late(__name__, {})  # `gatedlens.hooks.mamba`, whether or not a Mamba was asked for before
 
+GROUP = "gatedlens.architectures"
+NEEDED = ("title", "wraps", "block_points", "recurrence", "attention_words")  # what every architecture says of itself
+# For checkers alone: whoever registers something else gets the error of `register`.
+if TYPE_CHECKING:
+    Hooked = TypeVar("Hooked", bound=type[HookedModel])
+else:
+    Hooked = Any
+_registered: dict[str, type[HookedModel]] = {}  # what a program adds to itself, as it would by putting a file here
+
 
 def architectures() -> dict[str, type[HookedModel]]:
-    """`architectures()["mamba"]`: every architecture in this folder, by file name: `{"mamba": HookedMamba, ...}`."""
+    """`architectures()["mamba"]`: every architecture by name: `{"mamba": HookedMamba, ...}`. Those that were registered come
+    first, so that `gl.wrap` prefers them where two wrap the same class.
+    """
+    return {**_registered, **{name: a for name, a in {**_plugins(), **shipped()}.items() if name not in _registered}}
+
+
+def shipped() -> dict[str, type[HookedModel]]:
+    """The architectures that gatedlens comes with, by file name."""
     modules = {info.name: importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)}
     return {name: module.HOOKED for name, module in modules.items()}
+
+
+def register(hooked: Hooked, name: str | None = None) -> Hooked:
+    """`gl.register(HookedHGRN)`: from now on `gl.wrap`, `gl.from_pretrained` and the catalogue know an architecture of yours.
+
+    hooked: a HookedModel subclass, as tutorial 8 writes one; it is returned, so this is a decorator, too. name: what it is called
+    in `architectures()` (None: the file it is in). A package of yours can name it under the entry point group
+    `gatedlens.architectures` instead; then nobody needs to call this.
+
+    InputError for what is no such class or lacks what an architecture says of itself, and for a name that another has.
+    """
+    if not isinstance(hooked, type) or not issubclass(hooked, HookedModel):
+        raise InputError(f"register takes a HookedModel subclass, not {hooked!r:.80}. gl.wrap(model) takes a model.")
+    missing = [need for need in NEEDED if not getattr(hooked, need, None)]
+    if missing:
+        raise InputError(
+            f"{hooked.__name__} lacks {', '.join(missing)}: what an architecture says of itself. gl.HookedMamba shows each."
+        )
+    known = hooked.__module__.rpartition(".")[2] if name is None else name
+    other = architectures().get(known)
+    if other is not None and other is not hooked:
+        close = did_you_mean(hooked.__name__, [other.__name__])
+        raise InputError(f"{known!r} is the name of {other.__name__}: give another, register(..., name=...).{close}")
+    _registered[known] = hooked
+    return hooked
+
+
+def unregister(name: str) -> None:
+    """`unregister("hgrn")`: take back `gl.register`. InputError for a name that was not registered."""
+    if name not in _registered:
+        known = ", ".join(_registered) or "nothing is"
+        raise InputError(f"{name!r} was not registered; {known}.{did_you_mean(name, _registered)}")
+    del _registered[name]
+
+
+def _plugins() -> dict[str, type[HookedModel]]:
+    """What installed packages name; one that cannot be loaded is told, and is no reason to lose the others."""
+    loaded = ((entry.name, _loaded(entry)) for entry in entry_points(group=GROUP))
+    return {name: hooked for name, hooked in loaded if hooked is not None}
+
+
+def _loaded(entry: EntryPoint) -> type[HookedModel] | None:
+    try:
+        hooked: type[HookedModel] = entry.load()
+        return hooked
+    except Exception as error:  # whatever a stranger's import raises
+        warnings.warn(f"The architecture {entry.name} ({entry.value}) cannot be loaded: {error}", stacklevel=4)
+        return None

@@ -291,6 +291,3 @@ def _layer(d: int, inner: int, mlp: int) -> nn.ModuleDict:
     mixer = linear(i_proj=(d, inner), f_proj=(d, inner), g_proj=(d, inner), out_proj=(inner, d))
     glu = linear(gate_proj=(d, mlp), up_proj=(d, mlp), down_proj=(mlp, d))
     return nn.ModuleDict({"ln1": nn.RMSNorm(d, EPS), "mixer": mixer, "ln2": nn.RMSNorm(d, EPS), "mlp": glu})
-
-
-HOOKED = HookedHGRN
