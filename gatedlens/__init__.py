@@ -15,9 +15,7 @@ Zimerman, Ali and Wolf, "Explaining Modern Gated-Linear RNNs via a Unified Impli
 # isort: off
 from typing import TYPE_CHECKING
 
-from gatedlens.errors import (
-    CheckpointError, GatedlensError, HookError, InputError, PointError, StoreError, TooLargeError,
-)
+from gatedlens.errors import CheckpointError, GatedlensError, HookError, InputError, PointError, StoreError, TooLargeError
 from gatedlens.late import late
 from gatedlens.version import __version__
 
@@ -37,9 +35,7 @@ if TYPE_CHECKING:
     from gatedlens.hooks.rwkv import HookedRWKV
     from gatedlens.hooks.vim import HookedViM
     from gatedlens.loading import bundled_models, from_pretrained, wrap
-    from gatedlens.model import (
-        ActivationCache, HookPoint, HookedConfig, HookedLanguageModel, HookedModel, RecurrentState,
-    )
+    from gatedlens.model import ActivationCache, HookPoint, HookedConfig, HookedLanguageModel, HookedModel, RecurrentState
     from gatedlens.result import Result
 else:
     __getattr__ = late(__name__, {

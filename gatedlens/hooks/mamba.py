@@ -520,8 +520,8 @@ class HookedMamba(MambaStack):
         if len(backbone.layers) == 0:
             raise CheckpointError(f"{model_name} has no layers.")
         first = backbone.layers[0]
-        given: Any = config if isinstance(config, dict) else config.to_dict() if _is_hf(config) else vars(config)
-        fields.check(given, cls.hub_fields if _is_hf(config) else cls.original_fields, f"{model_name}'s config")
+        given: Any = config if isinstance(config, dict) else config.to_dict() if is_hf(config) else vars(config)
+        fields.check(given, cls.hub_fields if is_hf(config) else cls.original_fields, f"{model_name}'s config")
         if given.get("attn_layer_idx") or given.get("d_intermediate"):
             raise CheckpointError(
                 f"{model_name} mixes Mamba with attention or MLP layers (attn_layer_idx={given.get('attn_layer_idx')}, "
@@ -603,7 +603,7 @@ class HookedMamba(MambaStack):
         return cls(weights.to(dtype).eval(), model_name="tiny-mamba")
 
 
-def _is_hf(config: Any) -> bool:
+def is_hf(config: Any) -> bool:
     """Whether this is a transformers config (mamba-ssm's is a dataclass, a checkpoint's a dict)."""
     return any(base.__name__ in ("PretrainedConfig", "PreTrainedConfig") for base in type(config).__mro__)
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from gatedlens.address.point import Point, block_aliases, block_rows
 from gatedlens.errors import CheckpointError
 from gatedlens.hooks.mamba import PAPER as MAMBA
-from gatedlens.hooks.mamba import MambaStack, StackConfig, embedding_of, has_matrix_states, norm_eps, with_eps
+from gatedlens.hooks.mamba import MambaStack, StackConfig, embedding_of, has_matrix_states, is_hf, norm_eps, with_eps
 from gatedlens.model import fields
 from gatedlens.model.base import Wrapped
 from gatedlens.model.block import Block, Norm, Run, eps_of, norm_rows, residual_rows
@@ -369,8 +369,8 @@ class HookedMamba2(MambaStack):
         if len(backbone.layers) == 0:
             raise CheckpointError(f"{model_name} has no layers.")
         first, mixer = backbone.layers[0], backbone.layers[0].mixer
-        given: Any = config if isinstance(config, dict) else config.to_dict() if _is_hf(config) else vars(config)
-        fields.check(given, cls.hub_fields if _is_hf(config) else cls.original_fields, f"{model_name}'s config")
+        given: Any = config if isinstance(config, dict) else config.to_dict() if is_hf(config) else vars(config)
+        fields.check(given, cls.hub_fields if is_hf(config) else cls.original_fields, f"{model_name}'s config")
         if given.get("attn_layer_idx") or given.get("d_intermediate"):
             raise CheckpointError(
                 f"{model_name} mixes Mamba-2 with attention or MLP layers (attn_layer_idx={given.get('attn_layer_idx')}, "
@@ -465,12 +465,8 @@ class HookedMamba2(MambaStack):
         return cls(weights.to(dtype).eval(), model_name="tiny-mamba2")
 
 
-def _is_hf(config: Any) -> bool:
-    return hasattr(config, "to_dict")
-
-
 def _given(config: Any) -> Mapping[str, Any]:
-    return config if isinstance(config, Mapping) else config.to_dict() if _is_hf(config) else vars(config)
+    return config if isinstance(config, Mapping) else config.to_dict() if is_hf(config) else vars(config)
 
 
 def _told(mixer: Any, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES, ArchitectureAdapterFactory
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoTokenizer, FalconMambaConfig, FalconMambaForCausalLM
+from transformers import AutoTokenizer, FalconMambaConfig, FalconMambaForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
 import gatedlens as gl
 from gatedlens.compat import transformer_bridge as bridging
@@ -34,7 +34,14 @@ def pair(request, registered):
 
 def test_registering_is_undone(registered):
     names = bridging.bridged()
-    assert {"MambaForCausalLM", "FalconMambaForCausalLM", "RecurrentGemmaForCausalLM", "RwkvForCausalLM"} == set(names)
+    ours = {
+        "MambaForCausalLM",
+        "FalconMambaForCausalLM",
+        "Mamba2ForCausalLM",
+        "RecurrentGemmaForCausalLM",
+        "RwkvForCausalLM",
+    }
+    assert ours == set(names)
     adapters = ArchitectureAdapterFactory._adapters
     assert {name for name in adapters if adapters[name] is not SUPPORTED_ARCHITECTURES[name]} == set(names)
     bridging.unregister()
@@ -125,18 +132,27 @@ def test_what_its_design_rules_out_raises(pair):
         bridge(torch.zeros(1, 3, bridge.cfg.d_model, dtype=torch.float64))
 
 
+FALCON = FalconMambaConfig(vocab_size=257, hidden_size=16, state_size=4, num_hidden_layers=2, time_step_rank=3)
+HEADS = {"num_heads": 4, "head_dim": 8, "n_groups": 1}
+MAMBA2 = Mamba2Config(vocab_size=257, hidden_size=16, state_size=4, num_hidden_layers=2, **HEADS)
+
+
 @torch.no_grad()
-def test_a_model_that_exists(registered):
-    """FalconMamba, random, from an object."""
+@pytest.mark.parametrize(
+    ("cls", "config", "state"),
+    [(FalconMambaForCausalLM, FALCON, (32, 4)), (Mamba2ForCausalLM, MAMBA2, (4, 8, 4))],
+    ids=["FalconMamba", "Mamba-2"],
+)
+def test_a_model_that_exists(registered, cls, config, state):
+    """A random one, from an object."""
     torch.manual_seed(0)
-    config = FalconMambaConfig(vocab_size=257, hidden_size=16, state_size=4, num_hidden_layers=2, time_step_rank=3)
-    config.architectures = ["FalconMambaForCausalLM"]
-    model = FalconMambaForCausalLM(config).eval()
+    config.architectures = [cls.__name__]
+    model = cls(config).eval()
     want = model(TOKENS).logits
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "mamba-moby")
-    bridge = TransformerBridge.boot_transformers("falcon", hf_model=model, tokenizer=tokenizer, device="cpu")
+    bridge = TransformerBridge.boot_transformers("mine", hf_model=model, tokenizer=tokenizer, device="cpu")
     logits, cache = bridge.run_with_cache(TOKENS, names_filter="blocks.1.mixer.hook_state")
-    assert relative(logits, want) < 1e-5 and cache["blocks.1.mixer.hook_state"].shape == (2, 6, 32, 4)
+    assert relative(logits, want) < 1e-5 and cache["blocks.1.mixer.hook_state"].shape == (2, 6, *state)
 
 
 @pytest.mark.parametrize("name", ["mamba-recall", "griffin-recall", "rwkv-recall"])

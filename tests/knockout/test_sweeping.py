@@ -385,7 +385,7 @@ def test_a_block_called_by_itself_is_refused(lm):
         (lambda: knockout.cut(1, 4, layers=7), gl.InputError, "layers=7 does not exist"),
         (lambda: knockout.cut(1, 4, layers="x"), gl.InputError, "layers=.x. names no layer"),
         (lambda: knockout.cut(1, 4, layers=[]), gl.InputError, "names no layer"),
-        (lambda: knockout.cut(1, 4, layers=0, head=0), gl.PointError, "has no axis 'head'; its axes are: batch pos channel"),
+        (lambda: knockout.cut(1, 4, layers=0, state=0), gl.PointError, "has no axis 'state'; its axes are: batch pos channel"),
         (lambda: knockout.cut(1, 4, layers=0, channel=999), gl.InputError, "channel=999 is out of range"),
         (lambda: knockout.cut(1, 4, pos=3), gl.InputError, "said by src and dst"),
     ],
