@@ -76,17 +76,19 @@ def _table(rows: tuple[Point, ...], sizes: dict[str, int], prefix: str) -> str:
     return "\n".join(lines)
 
 
-def imported(name: str, hooked: Any) -> str:
+def imported(hooked: Any) -> str:
     """The line that imports an architecture's class from its file: it holds for one that `gl` does not list, too."""
-    return f"from gatedlens.hooks.{name} import {hooked.__name__}"
+    return f"from {hooked.__module__} import {hooked.__name__}"
 
 
 def page(name: str, hooked: type[HookedModel]) -> str:
     """`page("mamba", HookedMamba)`: the page of one architecture."""
     model, sizes = hooked.reference
+    own = hooked.__module__.startswith("gatedlens.")
+    file = f"gatedlens/hooks/{name}.py" if own else f"{hooked.__module__.replace('.', '/')}.py"
     out = [
         f"# {hooked.title}: hook points",
-        f"{hooked.paper}\n\nWritten by `python -m gatedlens.catalogue` from `gatedlens/hooks/{name}.py`; do not edit.",
+        f"{hooked.paper}\n\nWritten by `python -m gatedlens.catalogue` from `{file}`; do not edit.",
         f"`{{l}}` is a layer. A lazy point (rounded) builds its tensor only when somebody listens. Bytes per token are those "
         f"of {model} in float32.",
         "## The recurrence",
@@ -99,7 +101,7 @@ def page(name: str, hooked: type[HookedModel]) -> str:
         "| factor | from the points |\n|---|---|\n"
         + "\n".join(f"| {factor} | `{here}` |" for factor, here in hooked.attention_words.items()),
         "## Read one point",
-        f"```python\n{imported(name, hooked)}\n\nmodel = {hooked.__name__}.tiny()\n{hooked.snippet()}\n```",
+        f"```python\n{imported(hooked)}\n\nmodel = {hooked.__name__}.tiny()\n{hooked.snippet()}\n```",
     ]
     for kind, rows in hooked.kinds().items():
         many = len(hooked.kinds()) > 1
