@@ -116,11 +116,8 @@ class Where:
         not reach.
         """
         for axis, index in self.at(name).items():
-            if axis in point.dims or point.whole(axis, sizes) is None:
-                try:
-                    point.spans(axis)
-                except PointError:
-                    raise PointError(f"{name} has no axis {axis!r}; its axes are: {point.axes}.") from None
+            if not point.reaches(axis, sizes):
+                raise PointError(f"{name} has no axis {axis!r}; its axes are: {point.axes}.")
             size = sizes.get(axis)
             if size is not None and axis != "pos":
                 along(axis, index, size, name)

@@ -61,9 +61,16 @@ class Point:
         """`point.spans("channel")`: the dimensions that an axis name addresses: its own, or those that it is made of: a
         channel is (head value). A PointError that lists the axes there are.
         """
-        if name not in self.dims and name in MADE_OF and all(part in self.dims for part in MADE_OF[name]):
-            return tuple(self.dims.index(part) for part in MADE_OF[name])
-        return (self.axis(name),)
+        return tuple(map(self.dims.index, MADE_OF[name])) if self._has_parts_of(name) else (self.axis(name),)
+
+    def reaches(self, name: str, sizes: Mapping[str, int]) -> bool:
+        """`point.reaches("head", model.cfg.sizes)`: whether an index may go by this axis: its own, what its axes make up, or a
+        part of one.
+        """
+        return name in self.dims or self._has_parts_of(name) or self.whole(name, sizes) is not None
+
+    def _has_parts_of(self, name: str) -> bool:
+        return name not in self.dims and name in MADE_OF and all(part in self.dims for part in MADE_OF[name])
 
     def whole(self, name: str, sizes: Mapping[str, int]) -> str | None:
         """`point.whole("head", model.cfg.sizes)`: the axis of this point that the axis `name` is a part of, "channel"; None if it

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import warnings
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -75,6 +76,7 @@ def unregister(name: str) -> None:
     del _registered[name]
 
 
+@cache  # installed packages do not change while a program runs
 def _plugins() -> dict[str, type[HookedModel]]:
     """What installed packages name; one that cannot be loaded is told, and is no reason to lose the others."""
     loaded = ((entry.name, _loaded(entry)) for entry in entry_points(group=GROUP))

@@ -410,12 +410,10 @@ SSM_FIELDS = {
     "dt_init": TEXT,
     "use_fast_path": FLAG,
 }
-ORIGINAL_FIELDS = {
+STACK_FIELDS = {  # of mamba-ssm's config.json, whatever its mixers are
     "d_model": SIZE,
-    "n_layer": layers_of(9),
     "vocab_size": SIZE,
     "d_intermediate": COUNT,
-    "ssm_cfg": table(**SSM_FIELDS).or_null(),
     "attn_layer_idx": listed(INTEGER).or_null(),
     "rms_norm": FLAG,
     "residual_in_fp32": FLAG,
@@ -423,6 +421,7 @@ ORIGINAL_FIELDS = {
     "pad_vocab_size_multiple": SIZE,
     "tie_embeddings": FLAG,
 }
+ORIGINAL_FIELDS = {**STACK_FIELDS, "n_layer": layers_of(9), "ssm_cfg": table(**SSM_FIELDS).or_null()}
 
 
 # -- the model ------------------------------------------------------------------------------------------------------
@@ -459,6 +458,51 @@ class MambaStack(HookedLanguageModel):
     """Blocks under `backbone`, between an embedding and `lm_head`: as transformers and mamba-ssm lay out Mamba and Mamba-2."""
 
     cfg: StackConfig
+
+    @classmethod
+    def told(cls, wrapped: Wrapped, model_name: str) -> Mapping[str, Any]:
+        """The config of a wrapped model, by name; CheckpointError for a value that does not fit, and for a hybrid."""
+        if len(wrapped.backbone.layers) == 0:
+            raise CheckpointError(f"{model_name} has no layers.")
+        given = config_of(wrapped)
+        fields.check(given, cls.hub_fields if is_hf(wrapped.config) else cls.original_fields, f"{model_name}'s config")
+        if given.get("attn_layer_idx") or given.get("d_intermediate"):
+            raise CheckpointError(
+                f"{model_name} mixes {cls.title} with attention or MLP layers (attn_layer_idx={given.get('attn_layer_idx')}, "
+                f"d_intermediate={given.get('d_intermediate')}); gatedlens supports pure {cls.title} stacks."
+            )
+        return given
+
+    @staticmethod
+    def check_activation(wrapped: Wrapped, given: Mapping[str, Any], model_name: str) -> None:
+        """CheckpointError for a mixer whose activation is no SiLU."""
+        for layer in wrapped.backbone.layers:
+            act = vars(layer.mixer).get("activation", given.get("hidden_act", "silu"))
+            if act not in ("silu", "swish"):
+                raise CheckpointError(f"{model_name} has hidden_act={act!r}; gatedlens supports 'silu'.")
+
+    @staticmethod
+    def shared(wrapped: Wrapped, given: Mapping[str, Any], d_inner: int) -> dict[str, Any]:
+        """What any such stack says in its cfg."""
+        first, weight = wrapped.backbone.layers[0], embedding_of(wrapped).weight
+        mixer = first.mixer
+        return {
+            "n_layers": len(wrapped.backbone.layers),
+            "d_model": weight.shape[1],
+            "d_vocab": weight.shape[0],
+            "normalization_type": "RMS" if getattr(first.norm, "bias", None) is None else "LN",
+            "eps": eps_of(first.norm, norm_eps(given)),
+            "dtype": mixer.in_proj.weight.dtype,
+            "device": str(weight.device),
+            "original_architecture": type(wrapped).__name__,
+            "d_inner": d_inner,
+            "d_conv": mixer.conv1d.weight.shape[-1],
+            "expand": d_inner / weight.shape[1],
+            "residual_in_fp32": bool(vars(first).get("residual_in_fp32", given.get("residual_in_fp32", True))),
+            "use_bias": mixer.in_proj.bias is not None,
+            "use_conv_bias": mixer.conv1d.bias is not None,
+            "tie_word_embeddings": wrapped.lm_head.weight is weight,
+        }
 
     def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:
         return Norm(self.wrapped.backbone.norm_f, rows, self.cfg.eps, centred=self.cfg.normalization_type == "LN")
@@ -516,49 +560,21 @@ class HookedMamba(MambaStack):
     @classmethod
     def describe(cls, wrapped: Wrapped, model_name: str) -> MambaConfig:
         """The cfg of a wrapped model, from the shapes of its parameters and the few numbers that shapes do not tell."""
-        backbone, config = wrapped.backbone, wrapped.config
-        if len(backbone.layers) == 0:
-            raise CheckpointError(f"{model_name} has no layers.")
-        first = backbone.layers[0]
-        given: Any = config if isinstance(config, dict) else config.to_dict() if is_hf(config) else vars(config)
-        fields.check(given, cls.hub_fields if is_hf(config) else cls.original_fields, f"{model_name}'s config")
-        if given.get("attn_layer_idx") or given.get("d_intermediate"):
-            raise CheckpointError(
-                f"{model_name} mixes Mamba with attention or MLP layers (attn_layer_idx={given.get('attn_layer_idx')}, "
-                f"d_intermediate={given.get('d_intermediate')}); gatedlens supports pure Mamba stacks."
-            )
+        given = cls.told(wrapped, model_name)
+        first = wrapped.backbone.layers[0]
         if not isinstance(getattr(first.mixer, "A_log", None), Tensor) or first.mixer.A_log.ndim != 2:
             raise CheckpointError(
                 f"{model_name} is no Mamba-1 model: A_log must be [channel, state]; supported are Mamba and FalconMamba."
             )
-        for layer in backbone.layers:
-            act = vars(layer.mixer).get("activation", given.get("hidden_act", "silu"))
-            if act not in ("silu", "swish"):
-                raise CheckpointError(f"{model_name} has hidden_act={act!r}; gatedlens supports 'silu'.")
-        weight = embedding_of(wrapped).weight
+        cls.check_activation(wrapped, given, model_name)
         d_inner, d_state = first.mixer.A_log.shape
-        layernorm = getattr(first.norm, "bias", None) is not None
         return MambaConfig(
+            **cls.shared(wrapped, given, d_inner),
             model_name=model_name,
             architecture="mamba",
-            n_layers=len(backbone.layers),
-            d_model=weight.shape[1],
-            d_vocab=weight.shape[0],
-            normalization_type="LN" if layernorm else "RMS",
-            eps=eps_of(first.norm, norm_eps(given)),
-            dtype=first.mixer.in_proj.weight.dtype,
-            device=str(weight.device),
-            original_architecture=type(wrapped).__name__,
-            d_inner=d_inner,
             d_state=d_state,
-            d_conv=first.mixer.conv1d.weight.shape[-1],
             dt_rank=first.mixer.dt_proj.weight.shape[1],
-            expand=d_inner / weight.shape[1],
             rms_eps=given.get("mixer_rms_eps") if given.get("model_type") == "falcon_mamba" else None,
-            residual_in_fp32=bool(vars(first).get("residual_in_fp32", given.get("residual_in_fp32", True))),
-            use_bias=first.mixer.in_proj.bias is not None,
-            use_conv_bias=first.mixer.conv1d.bias is not None,
-            tie_word_embeddings=wrapped.lm_head.weight is weight,
         )
 
     def make_block(self, layer: int) -> Block:
@@ -608,6 +624,15 @@ def is_hf(config: Any) -> bool:
     return any(base.__name__ in ("PretrainedConfig", "PreTrainedConfig") for base in type(config).__mro__)
 
 
+def config_of(wrapped: Any) -> Mapping[str, Any]:
+    """The config of a wrapped model by name, whoever made it."""
+    config = wrapped.config
+    if isinstance(config, Mapping):
+        return config
+    given: Mapping[str, Any] = config.to_dict() if is_hf(config) else vars(config)
+    return given
+
+
 def has_matrix_states(wrapped: Any) -> bool:
     """Whether the first mixer of a model has one decay a head, A_log [head], as Mamba-2's."""
     layers = getattr(getattr(wrapped, "backbone", None), "layers", None) or [None]
@@ -637,7 +662,25 @@ def embedding_of(wrapped: Any) -> Any:
 # -- the original checkpoint layout ---------------------------------------------------------------------------------
 
 
-class Weights(nn.Module):
+class StackWeights(nn.Module):
+    """The parameters of a stack by mamba-ssm's names, around the `layers` that a config's ssm_cfg asks for."""
+
+    def __init__(self, config: Mapping[str, Any], layer: Callable[..., nn.Module], ssm: Mapping[str, Any]):
+        super().__init__()
+        self.config = dict(config)
+        d, multiple = config["d_model"], config.get("pad_vocab_size_multiple", 8)
+        vocab = math.ceil(config["vocab_size"] / multiple) * multiple
+        norm = with_eps(nn.RMSNorm if config.get("rms_norm", True) else nn.LayerNorm, norm_eps(config))
+        self.backbone = nn.Module()
+        self.backbone.embedding = nn.Embedding(vocab, d)
+        self.backbone.layers = nn.ModuleList(layer(d, norm, **ssm) for _ in range(config["n_layer"]))
+        self.backbone.norm_f = norm(d)
+        self.lm_head = nn.Linear(d, vocab, bias=False)
+        if config.get("tie_embeddings", True):
+            self.lm_head.weight = self.backbone.embedding.weight
+
+
+class Weights(StackWeights):
     """Parameters in mamba-ssm's layout and names, without mamba-ssm: `Weights(config.json).load_state_dict(...)`.
 
     config: `d_model, n_layer, vocab_size`, and optionally `ssm_cfg {d_state 16, d_conv 4, expand 2, dt_rank "auto",
@@ -646,23 +689,12 @@ class Weights(nn.Module):
     """
 
     def __init__(self, config: dict[str, Any]):
-        super().__init__()
         fields.check(config, ORIGINAL_FIELDS, "The config", required=("d_model", "n_layer", "vocab_size"))
-        self.config = dict(config)
         ssm = dict(config.get("ssm_cfg") or {})
         kind = ssm.pop("layer", "Mamba1")
         if kind != "Mamba1":
             raise CheckpointError(f"ssm_cfg.layer is {kind!r}; supported is 'Mamba1'.")
-        d, multiple = config["d_model"], config.get("pad_vocab_size_multiple", 8)
-        vocab = math.ceil(config["vocab_size"] / multiple) * multiple
-        norm = with_eps(nn.RMSNorm if config.get("rms_norm", True) else nn.LayerNorm, norm_eps(config))
-        self.backbone = nn.Module()
-        self.backbone.embedding = nn.Embedding(vocab, d)
-        self.backbone.layers = nn.ModuleList(layer_parameters(d, norm, **ssm) for _ in range(config["n_layer"]))
-        self.backbone.norm_f = norm(d)
-        self.lm_head = nn.Linear(d, vocab, bias=False)
-        if config.get("tie_embeddings", True):
-            self.lm_head.weight = self.backbone.embedding.weight
+        super().__init__(config, layer_parameters, ssm)
 
 
 def with_eps(norm: Any, eps: float) -> Callable[[int], nn.Module]:

@@ -28,22 +28,19 @@ from torch import Tensor, nn
 from gatedlens.address.point import Point, block_aliases, block_rows
 from gatedlens.errors import CheckpointError
 from gatedlens.hooks.mamba import PAPER as MAMBA
-from gatedlens.hooks.mamba import MambaStack, StackConfig, embedding_of, has_matrix_states, is_hf, norm_eps, with_eps
+from gatedlens.hooks.mamba import STACK_FIELDS, MambaStack, StackConfig, StackWeights, config_of, has_matrix_states
 from gatedlens.model import fields
 from gatedlens.model.base import Wrapped
 from gatedlens.model.block import Block, Norm, Run, eps_of, norm_rows, residual_rows
 from gatedlens.model.fields import (
-    COUNT,
     EPS,
     FLAG,
-    INTEGER,
     POSITIVE,
     SIZE,
     TEXT,
     ConfigValue,
     Field,
     layers_of,
-    listed,
     one_of,
     table,
 )
@@ -275,19 +272,7 @@ SSM_FIELDS = {
     "conv_bias": FLAG,
     "chunk_size": SIZE,
 }
-ORIGINAL_FIELDS = {
-    "d_model": SIZE,
-    "n_layer": layers_of(8),
-    "vocab_size": SIZE,
-    "d_intermediate": COUNT,
-    "ssm_cfg": table(**SSM_FIELDS),
-    "attn_layer_idx": listed(INTEGER).or_null(),
-    "rms_norm": FLAG,
-    "residual_in_fp32": FLAG,
-    "norm_epsilon": EPS,
-    "pad_vocab_size_multiple": SIZE,
-    "tie_embeddings": FLAG,
-}
+ORIGINAL_FIELDS = {**STACK_FIELDS, "n_layer": layers_of(8), "ssm_cfg": table(**SSM_FIELDS)}
 
 
 # -- the model ------------------------------------------------------------------------------------------------------
@@ -365,24 +350,13 @@ class HookedMamba2(MambaStack):
     @classmethod
     def describe(cls, wrapped: Wrapped, model_name: str) -> Mamba2Config:
         """The cfg of a wrapped model, from the shapes of its parameters and the few numbers that shapes do not tell."""
-        backbone, config = wrapped.backbone, wrapped.config
-        if len(backbone.layers) == 0:
-            raise CheckpointError(f"{model_name} has no layers.")
-        first, mixer = backbone.layers[0], backbone.layers[0].mixer
-        given: Any = config if isinstance(config, dict) else config.to_dict() if is_hf(config) else vars(config)
-        fields.check(given, cls.hub_fields if is_hf(config) else cls.original_fields, f"{model_name}'s config")
-        if given.get("attn_layer_idx") or given.get("d_intermediate"):
-            raise CheckpointError(
-                f"{model_name} mixes Mamba-2 with attention or MLP layers (attn_layer_idx={given.get('attn_layer_idx')}, "
-                f"d_intermediate={given.get('d_intermediate')}); gatedlens supports pure Mamba-2 stacks."
-            )
-        for number, layer in enumerate(backbone.layers):
+        given = cls.told(wrapped, model_name)
+        for number, layer in enumerate(wrapped.backbone.layers):
             A_log = getattr(layer.mixer, "A_log", None)
             if not isinstance(A_log, Tensor) or A_log.ndim != 1:
                 raise CheckpointError(f"Layer {number} of {model_name} is no Mamba-2 mixer: its A_log must be [head].")
-            act = vars(layer.mixer).get("activation", given.get("hidden_act", "silu"))
-            if act not in ("silu", "swish"):
-                raise CheckpointError(f"{model_name} has hidden_act={act!r}; gatedlens supports 'silu'.")
+        cls.check_activation(wrapped, given, model_name)
+        mixer = wrapped.backbone.layers[0].mixer
         told = _told(mixer, given)
         inner, heads = mixer.out_proj.weight.shape[1], len(mixer.A_log)
         groups = int(told["n_groups"])
@@ -394,32 +368,17 @@ class HookedMamba2(MambaStack):
                 f"{inner} channels in {heads} heads with {groups} groups of {d_state} states. A mixer with channels beside its "
                 "heads (d_ssm below expand * d_model) is not supported."
             )
-        weight = embedding_of(wrapped).weight
         return Mamba2Config(
+            **cls.shared(wrapped, given, inner),
             model_name=model_name,
             architecture="mamba2",
-            n_layers=len(backbone.layers),
-            d_model=weight.shape[1],
-            d_vocab=weight.shape[0],
-            normalization_type="LN" if getattr(first.norm, "bias", None) is not None else "RMS",
-            eps=eps_of(first.norm, norm_eps(given)),
-            dtype=mixer.in_proj.weight.dtype,
-            device=str(weight.device),
-            original_architecture=type(wrapped).__name__,
             n_heads=heads,
             d_head=inner // heads,
-            d_inner=inner,
             d_state=d_state,
-            d_conv=mixer.conv1d.weight.shape[-1],
             n_groups=groups,
-            expand=inner / weight.shape[1],
             dt_limit=told["dt_limit"],
             mixer_norm=told["norm"],
             mixer_eps=told["eps"],
-            residual_in_fp32=bool(vars(first).get("residual_in_fp32", given.get("residual_in_fp32", True))),
-            use_bias=mixer.in_proj.bias is not None,
-            use_conv_bias=mixer.conv1d.bias is not None,
-            tie_word_embeddings=wrapped.lm_head.weight is weight,
         )
 
     @classmethod
@@ -432,7 +391,7 @@ class HookedMamba2(MambaStack):
     def make_block(self, layer: int) -> Block:
         w, cfg, rows = self.wrapped.backbone.layers[layer], self.cfg, self.rows_for(layer)
         ln1 = Norm(w.norm, rows_of("ln1", rows), cfg.eps, centred=cfg.normalization_type == "LN")
-        own = replace(cfg, dt_limit=_told(w.mixer, _given(self.wrapped.config))["dt_limit"])
+        own = replace(cfg, dt_limit=_told(w.mixer, config_of(self.wrapped))["dt_limit"])
         return Block(w, rows, ln1, Mamba2Mixer(w.mixer, rows_of("mixer", rows), layer, own))
 
     @classmethod
@@ -465,10 +424,6 @@ class HookedMamba2(MambaStack):
         return cls(weights.to(dtype).eval(), model_name="tiny-mamba2")
 
 
-def _given(config: Any) -> Mapping[str, Any]:
-    return config if isinstance(config, Mapping) else config.to_dict() if is_hf(config) else vars(config)
-
-
 def _told(mixer: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """What shapes do not tell of a mixer: its groups, the limits of dt, where its norm is and the norm's eps.
 
@@ -492,7 +447,7 @@ def _told(mixer: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 # -- the original checkpoint layout ---------------------------------------------------------------------------------
 
 
-class Mamba2Weights(nn.Module):
+class Mamba2Weights(StackWeights):
     """Parameters in mamba-ssm's layout and names, without mamba-ssm: `Mamba2Weights(config.json).load_state_dict(...)`.
 
     config: `d_model, n_layer, vocab_size`, and `ssm_cfg {layer "Mamba2", d_state 128, d_conv 4, expand 2, headdim 64, ngroups 1,
@@ -501,21 +456,9 @@ class Mamba2Weights(nn.Module):
     """
 
     def __init__(self, config: dict[str, Any]):
-        super().__init__()
         fields.check(config, ORIGINAL_FIELDS, "The config", required=("d_model", "n_layer", "vocab_size", "ssm_cfg"))
-        self.config = dict(config)
-        ssm = dict(config["ssm_cfg"])
-        ssm.pop("layer", None)
-        d, multiple = config["d_model"], config.get("pad_vocab_size_multiple", 8)
-        vocab = math.ceil(config["vocab_size"] / multiple) * multiple
-        norm = with_eps(nn.RMSNorm if config.get("rms_norm", True) else nn.LayerNorm, norm_eps(config))
-        self.backbone = nn.Module()
-        self.backbone.embedding = nn.Embedding(vocab, d)
-        self.backbone.layers = nn.ModuleList(_layer(d, norm, **ssm) for _ in range(config["n_layer"]))
-        self.backbone.norm_f = norm(d)
-        self.lm_head = nn.Linear(d, vocab, bias=False)
-        if config.get("tie_embeddings", True):
-            self.lm_head.weight = self.backbone.embedding.weight
+        ssm = {name: value for name, value in config["ssm_cfg"].items() if name != "layer"}
+        super().__init__(config, _layer, ssm)
 
 
 def _layer(

@@ -41,9 +41,7 @@ class Patch:
 
 def patches(terms: Terms) -> Iterator[Patch]:
     """Patches that tile the lower triangle, each entry once."""
-    if terms.has_delta_rule or terms.log_decays().shape[-1] > 1:
-        return _in_blocks(terms)
-    return _by_head(terms)
+    return _in_blocks(terms) if terms.has_delta_rule or terms.by_key else _by_head(terms)
 
 
 def _squares(rows: slice, sources: slice) -> Iterator[tuple[slice, slice]]:

@@ -119,12 +119,6 @@ class HeadScan(ScanMatrix):
         heads, which = self.heads.unique(return_inverse=True)
         return self.by_head(heads.tolist())[:, which]
 
-    def contracted(
-        self, left: Float[Tensor, "batch pos channel"], right: Float[Tensor, "batch pos channel"]
-    ) -> Float[Tensor, "batch dst src"]:
-        """sum_c left_i[c] * S[i, j][c] * right_j[c]"""
-        return self.summed(left, right, right.new_ones(right.shape[2], 1))
-
     def summed(
         self,
         left: Float[Tensor, "batch pos channel"],

@@ -49,6 +49,11 @@ class Terms(NamedTuple):
         return self.log_decay.shape[2]
 
     @property
+    def by_key(self) -> bool:
+        """Whether the keys of a head decay each at its own pace."""
+        return self.log_decay.shape[3] > 1 or (self.rate is not None and self.rate.shape[1] > 1)
+
+    @property
     def has_delta_rule(self) -> bool:
         """Whether a step also removes what its probe finds."""
         return self.erase is not None

@@ -213,9 +213,8 @@ class Baseline:
         groups = [(entry, list(group)) for entry, group in groupby(cells, key=self.entry)]
         with self.model.hooks(hooks):
             batch = self._entering(*groups[0])
-            for (_, group), (entry, joining) in pairwise(
-                groups
-            ):  # each batch runs up to the block where others join it
+            # Each batch runs up to the block where others join it.
+            for (_, group), (entry, joining) in pairwise(groups):
                 here = self._onwards(batch, group[0].behind(self), stop_at_layer=entry)
                 batch = torch.cat([here, self._entering(entry, joining)])
             behind = groups[-1][1][0].behind(self)

@@ -23,7 +23,9 @@ class Mine(HookedMamba):
 @pytest.fixture(autouse=True)
 def as_before():
     before = dict(hooks._registered)
+    hooks._plugins.cache_clear()
     yield
+    hooks._plugins.cache_clear()
     hooks._registered.clear()
     hooks._registered.update(before)
 
@@ -79,5 +81,5 @@ def test_installed_packages_name_theirs(monkeypatch):
         found = architectures()
     assert found == {"mine": Mine, **shipped()}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("error")  # told once
         assert type(gl.wrap(HookedMamba.tiny().wrapped)) is Mine
