@@ -461,7 +461,10 @@ class MambaStack(HookedLanguageModel):
 
     @classmethod
     def told(cls, wrapped: Wrapped, model_name: str) -> Mapping[str, Any]:
-        """The config of a wrapped model, by name; CheckpointError for a value that does not fit, and for a hybrid."""
+        """`HookedMamba.told(wrapped, "mine")`: the config of a wrapped model, by name.
+
+        CheckpointError for a value that does not fit, for a hybrid, and for a model without layers.
+        """
         if len(wrapped.backbone.layers) == 0:
             raise CheckpointError(f"{model_name} has no layers.")
         given = config_of(wrapped)
@@ -475,7 +478,7 @@ class MambaStack(HookedLanguageModel):
 
     @staticmethod
     def check_activation(wrapped: Wrapped, given: Mapping[str, Any], model_name: str) -> None:
-        """CheckpointError for a mixer whose activation is no SiLU."""
+        """`HookedMamba.check_activation(wrapped, given, "mine")`: CheckpointError for a mixer whose activation is no SiLU."""
         for layer in wrapped.backbone.layers:
             act = vars(layer.mixer).get("activation", given.get("hidden_act", "silu"))
             if act not in ("silu", "swish"):
@@ -483,7 +486,7 @@ class MambaStack(HookedLanguageModel):
 
     @staticmethod
     def shared(wrapped: Wrapped, given: Mapping[str, Any], d_inner: int) -> dict[str, Any]:
-        """What any such stack says in its cfg."""
+        """`MambaConfig(**cls.shared(wrapped, given, d_inner), ...)`: what any such stack says in its cfg."""
         first, weight = wrapped.backbone.layers[0], embedding_of(wrapped).weight
         mixer = first.mixer
         return {
