@@ -486,8 +486,8 @@ class HookedModel(Hooking):
 
 
 def _architectures(base: type[HookedModel] = HookedModel) -> list[type[HookedModel]]:
-    """Every architecture that has been defined: the subclasses that have rows."""
-    found = [base] if base.block_points else []
+    """Every architecture that has been defined: the subclasses that write rows. One that inherits them has no point more."""
+    found = [base] if "block_points" in vars(base) and base.block_points else []
     for sub in base.__subclasses__():
         found += _architectures(sub)
     return found

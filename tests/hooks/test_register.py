@@ -42,6 +42,11 @@ def test_what_is_registered_is_found_first():
         unregister("test_register")
 
 
+def test_who_inherits_the_points_is_not_named_beside_them():
+    with pytest.raises(gl.PointError, match=r"tiny-griffin\. Mamba and Vision Mamba have such a point"):
+        gl.HookedGriffin.tiny().names.find("blocks.0.mixer.hook_dt_rank")
+
+
 def test_a_decorator_and_a_name():
     @gl.register
     class Other(Mine):
