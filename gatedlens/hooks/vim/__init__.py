@@ -13,7 +13,7 @@ with parameters of its own (bimamba "v2"), or only with an A of its own ("v1": i
 and nothing is halved); "none" is Mamba. **Everything is in image token order**: position p is the same patch at
 `mixer.fwd.hook_dt` and `mixer.bwd.hook_dt`; `mixer.bwd.hook_state` at p has consumed the tokens from the last to p.
 
-Wraps `VisionMamba` (visionmamba.py), which holds a checkpoint of hustvl/Vim by its names, and the official class.
+Wraps `VisionMamba` (formats/vision_mamba.py), which holds a checkpoint of hustvl/Vim by its names, and the official class.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gatedlens.address.point import Point, View, block_rows
+from gatedlens.address.point import Point, block_rows
+from gatedlens.compat.names.mamba import ALIASES
+from gatedlens.compat.names.vim import VIEWS
 from gatedlens.errors import CheckpointError, InputError, did_you_mean
-from gatedlens.hooks.mamba import ALIASES, MIXER_ROWS, RMSNORM, SelectiveScan
-from gatedlens.hooks.vim.checkpoint import (
+from gatedlens.formats.vision_mamba import (
     BACKWARD,
     FIELDS,
     SHORT,
@@ -38,9 +39,11 @@ from gatedlens.hooks.vim.checkpoint import (
     check_supported,
     cls_place,
     config_from_shapes,
+    divides,
     pair,
     variant_config,
 )
+from gatedlens.hooks.mamba import MIXER_ROWS, RMSNORM, SelectiveScan
 from gatedlens.model import fields, placement
 from gatedlens.model.base import HookedModel, Wrapped
 from gatedlens.model.batch import Array, Batch, ForwardOutput, Input, Option, Output, check_return_type
@@ -226,23 +229,6 @@ class ViMBlock(Block):
         return self.hook_resid_post(resid + mixer_out)
 
 
-def both_directions(
-    model: HookedModel, layer: int, fwd: Float[Tensor, "batch pos channel"], bwd: Float[Tensor, "batch pos channel"]
-) -> Float[Tensor, "batch pos channel"]:
-    """scale * (fwd + bwd)"""
-    return model.blocks[layer].mixer.scale * (fwd + bwd)
-
-
-VIEWS = (
-    View(
-        "blocks.{l}.mixer.hook_y", "batch pos channel", "scale * (fwd.y + bwd.y)", "gatedlens",
-        read=both_directions,
-        needs=("blocks.{l}.mixer.fwd.hook_y", "blocks.{l}.mixer.bwd.hook_y"),
-        instead="hook its directions, mixer.fwd.hook_y and mixer.bwd.hook_y",
-    ),
-)  # fmt: skip
-
-
 # -- the model ------------------------------------------------------------------------------------------------------
 
 
@@ -379,7 +365,7 @@ class HookedViM(HookedModel):
             num_classes=wrapped.head.weight.shape[0],
             expand=d_inner / wrapped.norm_f.weight.shape[0],
             bimamba_type=first.bimamba_type,
-            divide_out=_divides(first),
+            divide_out=divides(first),
             layer_scale=first.init_layer_scale is not None,
             cls=cls_place(told),
             pool=wrapped.final_pool_type,
@@ -415,7 +401,7 @@ class HookedViM(HookedModel):
 
     def make_block(self, layer: int) -> ViMBlock:
         w, cfg, rows = self.wrapped.layers[layer], self.cfg, self.rows_for(layer)
-        scale = 0.5 if _divides(w.mixer) else 1.0
+        scale = 0.5 if divides(w.mixer) else 1.0
         ln1 = Norm(w.norm, rows_of("ln1", rows), cfg.eps, centred=cfg.normalization_type == "LN")
         return ViMBlock(w, rows, ln1, ViMMixer(w.mixer, rows_of("mixer", rows), layer, cfg.bimamba_type, scale))
 
@@ -686,12 +672,6 @@ class HookedViM(HookedModel):
                 else:
                     p.add_(noise * 0.3)
         return cls(wrapped.to(dtype).eval(), model_name="tiny-vim")
-
-
-def _divides(mixer: Any) -> bool:
-    """Whether a mixer halves the sum of its directions."""
-    told = vars(mixer)
-    return mixer.bimamba_type == "v2" and bool(told.get("if_divide_out", told.get("if_devide_out")))
 
 
 SEQUENCE_OPTIONS = {
