@@ -15,6 +15,7 @@ from gatedlens.formats.transformers_config import LIMIT, read_limit
 from gatedlens.model import fields
 from gatedlens.model.block import eps_of
 from gatedlens.model.fields import FLAG, POSITIVE, SIZE, layers_of, one_of, table
+from gatedlens.model.layout import Layout
 
 SSM_FIELDS = {
     "layer": one_of("Mamba2"),
@@ -113,3 +114,17 @@ def _layer(
         mixer.norm = nn.RMSNorm(inner, eps=1e-5)
     mixer.out_proj = nn.Linear(inner, d, bias=bias)
     return layer
+
+
+class Mamba2Ssm(Layout):
+    """`Mamba2Ssm()`: mamba-ssm's config.json whose ssm_cfg says "layer": "Mamba2"."""
+
+    fields = ORIGINAL_FIELDS
+
+    def knows(self, config: Mapping[str, Any]) -> bool:
+        ssm = config.get("ssm_cfg")
+        named = isinstance(ssm, Mapping) and ssm.get("layer") == "Mamba2"
+        return named and {"d_model", "n_layer", "vocab_size"} <= set(config)
+
+    def empty(self, config: dict[str, Any]) -> nn.Module:
+        return Mamba2Weights(config)

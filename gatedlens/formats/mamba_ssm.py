@@ -26,6 +26,7 @@ from gatedlens.model.fields import (
     one_of,
     table,
 )
+from gatedlens.model.layout import Layout
 
 SSM_FIELDS = {
     "layer": TEXT,
@@ -127,3 +128,18 @@ def layer_parameters(
     mixer.D = nn.Parameter(torch.ones(inner))
     mixer.out_proj = nn.Linear(inner, d, bias=bias)
     return layer
+
+
+class MambaSsm(Layout):
+    """`MambaSsm()`: mamba-ssm's config.json (d_model, n_layer, vocab_size, ssm_cfg, and no model_type), unless it says Mamba2."""
+
+    fields = ORIGINAL_FIELDS
+
+    def knows(self, config: Mapping[str, Any]) -> bool:
+        ssm = config.get("ssm_cfg")
+        if isinstance(ssm, Mapping) and ssm.get("layer") == "Mamba2":
+            return False
+        return {"d_model", "n_layer", "vocab_size"} <= set(config)
+
+    def empty(self, config: dict[str, Any]) -> nn.Module:
+        return Weights(config)

@@ -48,7 +48,7 @@ class MambaStack(HookedLanguageModel):
         if len(wrapped.backbone.layers) == 0:
             raise CheckpointError(f"{model_name} has no layers.")
         given = config_of(wrapped)
-        fields.check(given, cls.hub_fields if is_hf(wrapped.config) else cls.original_fields, f"{model_name}'s config")
+        fields.check(given, cls.hub_fields if is_hf(wrapped.config) else cls.layout.fields, f"{model_name}'s config")
         if given.get("attn_layer_idx") or given.get("d_intermediate"):
             raise CheckpointError(
                 f"{model_name} mixes {cls.title} with attention or MLP layers (attn_layer_idx={given.get('attn_layer_idx')}, "

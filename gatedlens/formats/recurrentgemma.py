@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gatedlens.errors import CheckpointError
 from gatedlens.formats.transformers_config import KINDS
+from gatedlens.model import fields
 from gatedlens.model.fields import COUNT, FLAG, NOT_NEGATIVE, SIZE
+from gatedlens.model.layout import Layout
 
 FIELDS = {
     "vocab_size": SIZE,
@@ -84,3 +87,32 @@ def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
             raise CheckpointError(f"{name} is one of two tensors that are {', '.join(sorted(twice))} here.")
         out |= found
     return out
+
+
+class RecurrentGemma(Layout):
+    """`RecurrentGemma()`: the arguments of recurrentgemma's GriffinConfig."""
+
+    fields = FIELDS
+
+    def knows(self, config: Mapping[str, Any]) -> bool:
+        return {"width", "mlp_expanded_width", "num_heads", "block_types"} <= set(config) and "model_type" not in config
+
+    def empty(self, config: dict[str, Any]) -> nn.Module:
+        fields.check(config, FIELDS, "The config", required=("vocab_size",))
+        wrapped: nn.Module = new_model(
+            vocab_size=config["vocab_size"],
+            hidden_size=config["width"],
+            intermediate_size=2 * config["mlp_expanded_width"],
+            num_attention_heads=config["num_heads"],
+            num_key_value_heads=1,
+            num_hidden_layers=len(config["block_types"]),
+            lru_width=config.get("lru_width"),
+            block_types=config["block_types"],
+            attention_window_size=config.get("attention_window_size", 2048) + 1,  # theirs leaves out the own token
+            logits_soft_cap=config.get("logits_soft_cap") or 0.0,
+            scaled=config.get("embeddings_scale_by_sqrt_dim", True),
+        )
+        return wrapped
+
+    def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return renamed(state)

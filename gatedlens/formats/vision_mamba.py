@@ -24,6 +24,7 @@ from gatedlens.formats.mamba_ssm import SSM_FIELDS, layer_parameters, with_eps
 from gatedlens.model import fields
 from gatedlens.model.checkpoint import depth, shape_of
 from gatedlens.model.fields import EPS, FLAG, NUMBER, PAIR, POSITIVE, SIZE, TEXT, layers_of, listed, one_of, table
+from gatedlens.model.layout import Layout
 
 BACKWARD = {  # what the backward direction calls Mamba's parameters
     "v1": {"A_log": "A_b_log"},
@@ -309,3 +310,29 @@ def divides(mixer: Any) -> bool:
     """Whether a mixer halves the sum of its directions."""
     told = vars(mixer)
     return mixer.bimamba_type == "v2" and bool(told.get("if_divide_out", told.get("if_devide_out")))
+
+
+class Vim(Layout):
+    """`Vim()`: a config.json of the official constructor's arguments, or a training checkpoint, which names its variant."""
+
+    fields = FIELDS
+
+    def knows(self, config: Mapping[str, Any]) -> bool:
+        return {"embed_dim", "depth", "patch_size"} <= set(config) and "model_type" not in config
+
+    def empty(self, config: dict[str, Any]) -> nn.Module:
+        return VisionMamba(**config)
+
+    def config_of_file(
+        self, state: Mapping[str, Tensor], told: Mapping[str, Any], variant: str | None
+    ) -> dict[str, Any] | None:
+        """Sizes from the shapes; what shapes do not tell from `variant`, or from the name that training left behind."""
+        if "patch_embed.proj.weight" not in state or "layers.0.mixer.A_log" not in state:
+            return None
+        name = variant or told.get("model")
+        if name is None:
+            raise CheckpointError(
+                "The file does not say which ViM it holds (its `args.model` is missing), and shapes do not tell where "
+                f"the class token stands: pass variant=..., one of {', '.join(SHORT)}."
+            )
+        return config_from_shapes(state, variant_config(str(name)), told.get("input_size"))

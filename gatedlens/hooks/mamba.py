@@ -13,7 +13,7 @@ and `Weights` of formats/mamba_ssm.py, which holds a checkpoint in mamba-ssm's o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -27,7 +27,7 @@ from gatedlens import fused
 from gatedlens.address.point import Point, block_rows
 from gatedlens.compat.names.mamba import ALIASES, VIEWS
 from gatedlens.errors import CheckpointError
-from gatedlens.formats.mamba_ssm import ORIGINAL_FIELDS, Weights
+from gatedlens.formats.mamba_ssm import MambaSsm, Weights
 from gatedlens.formats.mamba_stack import MambaStack, StackConfig, has_matrix_states
 from gatedlens.formats.transformers_config import MAMBA
 from gatedlens.model.base import Wrapped
@@ -254,7 +254,7 @@ class HookedMamba(MambaStack):
     wraps = ("MambaForCausalLM", "FalconMambaForCausalLM", "MambaLMHeadModel", "Weights")
     hub_types = ("mamba", "falcon_mamba")
     hub_fields = MAMBA
-    original_fields = ORIGINAL_FIELDS
+    layout = MambaSsm()
     block_points = BLOCK_ROWS
     aliases = ALIASES
     views = VIEWS
@@ -289,18 +289,6 @@ class HookedMamba(MambaStack):
         ln1 = Norm(w.norm, rows_of("ln1", BLOCK_ROWS), cfg.eps, centred=cfg.normalization_type == "LN")
         rms_eps = None if cfg.rms_eps is None else _selection_eps(w.mixer, cfg.rms_eps)
         return Block(w, BLOCK_ROWS, ln1, MambaMixer(w.mixer, rows_of("mixer", BLOCK_ROWS), layer, rms_eps))
-
-    @classmethod
-    def is_original(cls, config: dict[str, Any]) -> bool:
-        """mamba-ssm's config.json: d_model, n_layer, vocab_size, ssm_cfg, and no model_type; unless it says Mamba2."""
-        ssm = config.get("ssm_cfg")
-        if isinstance(ssm, Mapping) and ssm.get("layer") == "Mamba2":
-            return False
-        return {"d_model", "n_layer", "vocab_size"} <= set(config)
-
-    @classmethod
-    def empty(cls, config: dict[str, Any]) -> nn.Module:
-        return Weights(config)
 
     @classmethod
     def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> HookedMamba:

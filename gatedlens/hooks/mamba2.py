@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from gatedlens.address.point import Point, block_rows
 from gatedlens.compat.names.mamba2 import ALIASES
 from gatedlens.errors import CheckpointError
-from gatedlens.formats.mamba2_ssm import ORIGINAL_FIELDS, Mamba2Weights, told
+from gatedlens.formats.mamba2_ssm import Mamba2Ssm, Mamba2Weights, told
 from gatedlens.formats.mamba_stack import MambaStack, StackConfig, has_matrix_states
 from gatedlens.formats.transformers_config import MAMBA2, config_of
 from gatedlens.hooks.mamba import PAPER as MAMBA
@@ -250,7 +250,7 @@ class HookedMamba2(MambaStack):
     wraps = ("Mamba2ForCausalLM", "MambaLMHeadModel", "Mamba2Weights")
     hub_types = ("mamba2",)
     hub_fields = MAMBA2
-    original_fields = ORIGINAL_FIELDS
+    layout = Mamba2Ssm()
     block_points = BLOCK_ROWS
     aliases = ALIASES
     has_positions = True
@@ -310,17 +310,6 @@ class HookedMamba2(MambaStack):
         ln1 = Norm(w.norm, rows_of("ln1", rows), cfg.eps, centred=cfg.normalization_type == "LN")
         own = replace(cfg, dt_limit=told(w.mixer, config_of(self.wrapped))["dt_limit"])
         return Block(w, rows, ln1, Mamba2Mixer(w.mixer, rows_of("mixer", rows), layer, own))
-
-    @classmethod
-    def is_original(cls, config: dict[str, Any]) -> bool:
-        """mamba-ssm's config.json whose ssm_cfg says "layer": "Mamba2"."""
-        ssm = config.get("ssm_cfg")
-        named = isinstance(ssm, Mapping) and ssm.get("layer") == "Mamba2"
-        return named and {"d_model", "n_layer", "vocab_size"} <= set(config)
-
-    @classmethod
-    def empty(cls, config: dict[str, Any]) -> nn.Module:
-        return Mamba2Weights(config)
 
     @classmethod
     def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> HookedMamba2:

@@ -23,7 +23,7 @@ Wraps transformers' RwkvForCausalLM; the official .pth key layout is renamed to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -35,12 +35,11 @@ from torch import Tensor, nn
 from gatedlens.address.point import Point, block_rows
 from gatedlens.compat.names.rwkv import ALIASES
 from gatedlens.errors import CheckpointError
-from gatedlens.formats.rwkv_lm import FIELDS, check_version, renamed_key, uninitialised
+from gatedlens.formats.rwkv_lm import RwkvLm, uninitialised
 from gatedlens.formats.transformers_config import RWKV
 from gatedlens.model import fields
 from gatedlens.model.base import Wrapped
 from gatedlens.model.block import MlpBlock, Norm, Run, TokenMixing, eps_of, mlp_residual_rows, norm_rows
-from gatedlens.model.checkpoint import depth, shape_of
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.fields import ConfigValue
 from gatedlens.model.hookpoint import Part, rows_of
@@ -318,7 +317,7 @@ class HookedRWKV(HookedLanguageModel):
     wraps = ("RwkvForCausalLM",)
     hub_types = ("rwkv",)
     hub_fields = RWKV
-    original_fields = FIELDS
+    layout = RwkvLm()
     block_points = BLOCK_ROWS
     final_points = _layer_norm_rows("ln_final", "blocks.-1.hook_resid_post")
     aliases = ALIASES
@@ -401,62 +400,6 @@ class HookedRWKV(HookedLanguageModel):
     ) -> Float[Tensor, " d_model"]:
         """Zeros: RWKV's projections have no biases."""
         return torch.zeros(self.cfg.d_model, device=self.W_U.device)
-
-    # -- the official layout -------------------------------------------------------------------------------------
-
-    @classmethod
-    def is_original(cls, config: dict[str, Any]) -> bool:
-        """RWKV-LM's arguments: n_embd, n_layer, vocab_size, and no model_type."""
-        return {"n_embd", "n_layer", "vocab_size"} <= set(config) and "model_type" not in config
-
-    @classmethod
-    def config_of_file(
-        cls, state: Mapping[str, Tensor], told: Mapping[str, Any], variant: str | None
-    ) -> dict[str, Any] | None:
-        """The arguments behind an official RWKV-4 .pth, read off its shapes; None if it is not one."""
-        if "emb.weight" not in state or not any(name.startswith("blocks.") and ".att." in name for name in state):
-            return None
-        check_version(state)
-        vocab_size, width = shape_of(state, "emb.weight", 2)
-        return {
-            "vocab_size": vocab_size,
-            "n_embd": width,
-            "n_layer": depth(state, "blocks."),
-            "dim_att": shape_of(state, "blocks.0.att.key.weight", 2)[0],
-            "dim_ffn": shape_of(state, "blocks.0.ffn.key.weight", 2)[0],
-        }
-
-    @classmethod
-    def rename(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`blocks.0.att.time_mix_k` is `rwkv.blocks.0.attention.time_mix_key`: official names to transformers'."""
-        check_version(state)
-        out: dict[str, Tensor] = {}
-        for name, tensor in state.items():
-            if renamed_key(name) in out:
-                raise CheckpointError(f"{name} is one of two tensors that are {renamed_key(name)} here.")
-            out[renamed_key(name)] = tensor
-        return out
-
-    @classmethod
-    def empty(cls, config: dict[str, Any]) -> nn.Module:
-        """transformers' model for official arguments; `rescale_layer` is RWKV-LM's 6 unless given (0 for none)."""
-        from transformers import RwkvConfig, RwkvForCausalLM
-
-        if config.get("version", 4) not in (4, "4"):
-            raise CheckpointError(f"The config says RWKV version {config['version']!r}; gatedlens supports RWKV-4.")
-        fields.check(config, FIELDS, "The config")
-        return uninitialised(
-            RwkvForCausalLM,
-            RwkvConfig(
-                vocab_size=config["vocab_size"],
-                hidden_size=config["n_embd"],
-                num_hidden_layers=config["n_layer"],
-                attention_hidden_size=config.get("dim_att") or None,
-                intermediate_size=config.get("dim_ffn") or None,
-                context_length=config.get("ctx_len", 1024),
-                rescale_every=config.get("rescale_layer", 6),
-            ),
-        )
 
     @classmethod
     def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> HookedRWKV:

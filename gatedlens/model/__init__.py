@@ -6,7 +6,8 @@
     path.py        a mixer as a path of stages: Conv, Scan, Gate ...
     hookpoint.py   one named place                                     state.py      what a layer hands to the next call
     padding.py     rows of unequal length                              run.py        several documents in a row
-    text.py, image.py, batch.py, tokenizer.py, generation.py           config.py, fields.py, checkpoint.py, placement.py
+    text.py, image.py, batch.py, tokenizer.py, generation.py           config.py, fields.py, checkpoint.py, layout.py,
+                                                                       placement.py
     intervention.py  edits as values                                   watch.py, turns.py, memory.py
 
 It knows no architecture and no analysis.
@@ -31,6 +32,7 @@ from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import HookPoint, Part, rows_of
 from gatedlens.model.intervention import Edit, EditStep, Intervention, Step, edit
 from gatedlens.model.language import HookedLanguageModel
+from gatedlens.model.layout import Layout
 from gatedlens.model.padding import Padding, windows
 from gatedlens.model.path import Conv, Gate, GroupNorm, PathMixer, Scan, SiLU, Skip, Stage
 from gatedlens.model.run import DocumentRun
@@ -39,7 +41,7 @@ from gatedlens.model.state import RecurrentState
 # fmt: off
 __all__ = [
     "ActivationCache", "Batch", "Block", "Conv", "DocumentRun", "Edit", "EditStep", "Gate", "GroupNorm", "HookPoint",
-    "HookedConfig", "HookedLanguageModel", "HookedModel", "Input", "Intervention", "Mixer", "MlpBlock", "Norm",
+    "HookedConfig", "HookedLanguageModel", "HookedModel", "Input", "Intervention", "Layout", "Mixer", "MlpBlock", "Norm",
     "Output", "Padding", "Part", "PathMixer", "RecurrentState", "Run", "Scan", "SiLU", "Skip", "Stage", "Step",
     "TokenMixing", "edit", "eps_of", "mlp_residual_rows", "norm_rows", "residual_rows", "rows_of", "windows",
 ]

@@ -16,7 +16,7 @@ It is the example of tutorial 8: an architecture that gatedlens does not ship, i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,6 +29,7 @@ from gatedlens.address import Alias, Point, block_rows
 from gatedlens.model import (
     HookedConfig,
     HookedLanguageModel,
+    Layout,
     Mixer,
     MlpBlock,
     Norm,
@@ -174,6 +175,16 @@ class HgrnConfig(HookedConfig):
         return {**super().sizes, "channel": self.d_inner, "d_mlp": self.d_mlp or 0}
 
 
+class Folder(Layout):
+    """A folder that `gl.from_pretrained` then loads: a config.json that `HGRN` takes, and its parameters."""
+
+    def knows(self, config: Mapping[str, Any]) -> bool:
+        return config.get("model_type") == "hgrn"
+
+    def empty(self, config: dict[str, Any]) -> nn.Module:
+        return HGRN(config)
+
+
 class HookedHGRN(HookedLanguageModel):
     """`HookedHGRN(HGRN(config))`, or `gl.wrap(...)`: HGRN with every intermediate a hook point."""
 
@@ -202,6 +213,7 @@ class HookedHGRN(HookedLanguageModel):
         "r": "0; with a carried state what it brings",
     }
     wraps = ("HGRN",)
+    layout = Folder()
     block_points = BLOCK_ROWS
     aliases = (Alias("blocks.{l}.hook_attn_out", "blocks.{l}.hook_mixer_out", "TransformerLens"),)
     cfg: HgrnConfig
@@ -240,15 +252,6 @@ class HookedHGRN(HookedLanguageModel):
     @property
     def unembedding(self) -> Any:
         return self.wrapped.head
-
-    @classmethod
-    def is_original(cls, config: dict[str, Any]) -> bool:
-        """Whether a config.json is one that `HGRN` takes: `gl.from_pretrained` then loads the folder."""
-        return config.get("model_type") == "hgrn"
-
-    @classmethod
-    def empty(cls, config: dict[str, Any]) -> nn.Module:
-        return HGRN(config)
 
     @classmethod
     def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> HookedHGRN:

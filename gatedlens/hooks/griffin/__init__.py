@@ -29,7 +29,7 @@ from torch.autograd.function import Function
 from gatedlens.address.point import Point, block_rows
 from gatedlens.compat.names.griffin import ALIASES
 from gatedlens.errors import CheckpointError
-from gatedlens.formats.recurrentgemma import FIELDS, new_model, renamed
+from gatedlens.formats.recurrentgemma import RecurrentGemma, new_model
 from gatedlens.formats.transformers_config import RECURRENT_GEMMA
 from gatedlens.hooks.griffin.local_attention import LocalAttention
 from gatedlens.model import fields
@@ -336,7 +336,7 @@ class HookedGriffin(HookedLanguageModel):
     wraps = ("RecurrentGemmaForCausalLM",)
     hub_types = ("recurrent_gemma",)
     hub_fields = RECURRENT_GEMMA
-    original_fields = FIELDS
+    layout = RecurrentGemma()
     block_points = (*RECURRENT_BLOCK, *block_rows("attn", ATTENTION_ROWS))  # of either kind; see rows_for
     final_points = norm_rows("ln_final", "blocks.-1.hook_resid_post", "the final norm", NORMED)
     first_points = (Point("hook_embed", "batch pos d_model", "sqrt(d_model) * embedding[token]", "the embedding"),)
@@ -466,33 +466,6 @@ class HookedGriffin(HookedLanguageModel):
             if include_mlp_biases and number < layer:
                 total = total + block.mlp.weights.down_proj.bias
         return total
-
-    @classmethod
-    def is_original(cls, config: dict[str, Any]) -> bool:
-        """The arguments of recurrentgemma's GriffinConfig."""
-        return {"width", "mlp_expanded_width", "num_heads", "block_types"} <= set(config) and "model_type" not in config
-
-    @classmethod
-    def empty(cls, config: dict[str, Any]) -> nn.Module:
-        fields.check(config, FIELDS, "The config", required=("vocab_size",))
-        return new_model(
-            vocab_size=config["vocab_size"],
-            hidden_size=config["width"],
-            intermediate_size=2 * config["mlp_expanded_width"],
-            num_attention_heads=config["num_heads"],
-            num_key_value_heads=1,
-            num_hidden_layers=len(config["block_types"]),
-            lru_width=config.get("lru_width"),
-            block_types=config["block_types"],
-            attention_window_size=config.get("attention_window_size", 2048)
-            + 1,  # the original's leaves out the own token
-            logits_soft_cap=config.get("logits_soft_cap") or 0.0,
-            scaled=config.get("embeddings_scale_by_sqrt_dim", True),
-        )
-
-    @classmethod
-    def rename(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return renamed(state)
 
     @classmethod
     def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> HookedGriffin:

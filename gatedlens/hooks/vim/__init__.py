@@ -34,14 +34,12 @@ from gatedlens.errors import CheckpointError, InputError, did_you_mean
 from gatedlens.formats.vision_mamba import (
     BACKWARD,
     FIELDS,
-    SHORT,
+    Vim,
     VisionMamba,
     check_supported,
     cls_place,
-    config_from_shapes,
     divides,
     pair,
-    variant_config,
 )
 from gatedlens.hooks.mamba import MIXER_ROWS, RMSNORM, SelectiveScan
 from gatedlens.model import fields, placement
@@ -306,7 +304,7 @@ class HookedViM(HookedModel):
         "r": "scale * (gate * (S + D) * act * conv1d.bias), summed over directions",
     }
     wraps = ("VisionMamba",)
-    original_fields = FIELDS
+    layout = Vim()
     block_points = BLOCK_ROWS
     first_points = (
         Point("hook_patch_embed", "batch patch d_model", "patch_embed.proj(image), row by row", f"{PAPER}, eq. 3"),
@@ -620,32 +618,6 @@ class HookedViM(HookedModel):
         ln_final) is read along.
         """
         return self.W_U.T[torch.as_tensor(tokens, device=self.W_U.device)]
-
-    # -- checkpoints ---------------------------------------------------------------------------------------------
-
-    @classmethod
-    def is_original(cls, config: dict[str, Any]) -> bool:
-        """A config.json of the official constructor's arguments."""
-        return {"embed_dim", "depth", "patch_size"} <= set(config) and "model_type" not in config
-
-    @classmethod
-    def empty(cls, config: dict[str, Any]) -> nn.Module:
-        return VisionMamba(**config)
-
-    @classmethod
-    def config_of_file(
-        cls, state: Mapping[str, Tensor], told: Mapping[str, Any], variant: str | None
-    ) -> dict[str, Any] | None:
-        """Sizes from the shapes; what shapes do not tell from `variant`, or from the name that training left behind."""
-        if "patch_embed.proj.weight" not in state or "layers.0.mixer.A_log" not in state:
-            return None
-        name = variant or told.get("model")
-        if name is None:
-            raise CheckpointError(
-                "The file does not say which ViM it holds (its `args.model` is missing), and shapes do not tell where "
-                f"the class token stands: pass variant=..., one of {', '.join(SHORT)}."
-            )
-        return config_from_shapes(state, variant_config(str(name)), told.get("input_size"))
 
     @classmethod
     def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> HookedViM:
