@@ -16,6 +16,7 @@ from gatedlens.model import fields
 from gatedlens.model.block import eps_of
 from gatedlens.model.fields import FLAG, POSITIVE, SIZE, layers_of, one_of, table
 from gatedlens.model.layout import Layout
+from gatedlens.model.tiny import Tiny, fresh
 
 SSM_FIELDS = {
     "layer": one_of("Mamba2"),
@@ -128,3 +129,12 @@ class Mamba2Ssm(Layout):
 
     def empty(self, config: dict[str, Any]) -> nn.Module:
         return Mamba2Weights(config)
+
+
+_HEADS = {"layer": "Mamba2", "d_state": 4, "d_conv": 4, "headdim": 8, "ngroups": 2}
+TINY = Tiny(
+    "tiny-mamba2",
+    Mamba2Weights,
+    {"d_model": 16, "n_layer": 2, "vocab_size": 40, "ssm_cfg": _HEADS},
+    {"embed": fresh(0.5)},
+)

@@ -27,6 +27,7 @@ from gatedlens.model.fields import (
     table,
 )
 from gatedlens.model.layout import Layout
+from gatedlens.model.tiny import Tiny, around, fresh
 
 SSM_FIELDS = {
     "layer": TEXT,
@@ -143,3 +144,11 @@ class MambaSsm(Layout):
 
     def empty(self, config: dict[str, Any]) -> nn.Module:
         return Weights(config)
+
+
+TINY = Tiny(
+    "tiny-mamba",
+    Weights,
+    {"d_model": 16, "n_layer": 2, "vocab_size": 40, "ssm_cfg": {"d_state": 4, "d_conv": 4}},
+    {"embed": fresh(0.5), "A_log": around(0.3), "norm": None},
+)

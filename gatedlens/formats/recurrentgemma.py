@@ -13,6 +13,7 @@ from gatedlens.formats.transformers_config import KINDS
 from gatedlens.model import fields
 from gatedlens.model.fields import COUNT, FLAG, NOT_NEGATIVE, SIZE
 from gatedlens.model.layout import Layout
+from gatedlens.model.tiny import Tiny, around, fresh
 
 FIELDS = {
     "vocab_size": SIZE,
@@ -116,3 +117,20 @@ class RecurrentGemma(Layout):
 
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return renamed(state)
+
+
+TINY = Tiny(  # blocks R R A; the matrices around transformers' own
+    "tiny-griffin",
+    lambda config: new_model(**config),
+    {
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "vocab_size": 40,
+        "intermediate_size": 48,
+        "lru_width": 24,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "attention_window_size": 8,
+    },
+    {"embed_tokens": fresh(0.3), r"(proj|linear_\w+|conv_1d)\.weight|gate_(weight|bias)": around(0.1)},
+)

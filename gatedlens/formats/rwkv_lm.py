@@ -13,6 +13,7 @@ from gatedlens.model import fields
 from gatedlens.model.checkpoint import depth, shape_of
 from gatedlens.model.fields import COUNT, INTEGER, SIZE, layers_of
 from gatedlens.model.layout import Layout
+from gatedlens.model.tiny import Tiny, by_fan_in, fresh
 
 FIELDS = {
     "vocab_size": SIZE,
@@ -34,12 +35,15 @@ def check_version(names: Iterable[str]) -> None:
             raise CheckpointError(f"This is RWKV-{version} (it has {found}); gatedlens supports RWKV-4.")
 
 
-def uninitialised(kind: Any, config: Any) -> nn.Module:
-    """A model without values: transformers' initialisation is slow, draws random numbers and divides by n_layer - 1."""
+def new_model(config: Mapping[str, Any]) -> nn.Module:
+    """A RwkvForCausalLM without values: its own initialisation is slow, draws random numbers and divides by n_layer - 1."""
+    from transformers import RwkvConfig, RwkvForCausalLM
+
     with torch.device("meta"):
-        model = kind(config)
+        model: Any = RwkvForCausalLM(RwkvConfig(**config))
     model.to_empty(device=torch.get_default_device()).tie_weights()  # meta, for who asks for shapes alone
-    return model.eval()
+    module: nn.Module = model.eval()
+    return module
 
 
 NAMES = {"att": "attention", "ffn": "feed_forward", "ln0": "pre_ln", "emb": "embeddings"}
@@ -88,20 +92,32 @@ class RwkvLm(Layout):
 
     def empty(self, config: dict[str, Any]) -> nn.Module:
         """transformers' model for official arguments; `rescale_layer` is RWKV-LM's 6 unless given (0 for none)."""
-        from transformers import RwkvConfig, RwkvForCausalLM
-
         if config.get("version", 4) not in (4, "4"):
             raise CheckpointError(f"The config says RWKV version {config['version']!r}; gatedlens supports RWKV-4.")
         fields.check(config, FIELDS, "The config")
-        return uninitialised(
-            RwkvForCausalLM,
-            RwkvConfig(
-                vocab_size=config["vocab_size"],
-                hidden_size=config["n_embd"],
-                num_hidden_layers=config["n_layer"],
-                attention_hidden_size=config.get("dim_att") or None,
-                intermediate_size=config.get("dim_ffn") or None,
-                context_length=config.get("ctx_len", 1024),
-                rescale_every=config.get("rescale_layer", 6),
-            ),
+        return new_model(
+            {
+                "vocab_size": config["vocab_size"],
+                "hidden_size": config["n_embd"],
+                "num_hidden_layers": config["n_layer"],
+                "attention_hidden_size": config.get("dim_att") or None,
+                "intermediate_size": config.get("dim_ffn") or None,
+                "context_length": config.get("ctx_len", 1024),
+                "rescale_every": config.get("rescale_layer", 6),
+            }
         )
+
+
+TINY = Tiny(  # halved after each layer; transformers' own values are nearly silent (zero matrices, constant time_first)
+    "tiny-rwkv",
+    new_model,
+    {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24, "rescale_every": 1},
+    {
+        "time_decay": lambda start, noise: torch.linspace(-4, 1, noise.numel()) + 0.1 * noise,
+        "time_mix": lambda start, noise: torch.sigmoid(noise),
+        "bias": fresh(0.2),
+        "ln": lambda start, noise: 1 + 0.2 * noise,
+        "time_first|embeddings": fresh(1.0),
+        "": by_fan_in(1.5),
+    },
+)

@@ -25,6 +25,7 @@ from gatedlens.model import fields
 from gatedlens.model.checkpoint import depth, shape_of
 from gatedlens.model.fields import EPS, FLAG, NUMBER, PAIR, POSITIVE, SIZE, TEXT, layers_of, listed, one_of, table
 from gatedlens.model.layout import Layout
+from gatedlens.model.tiny import Tiny, around, fresh
 
 BACKWARD = {  # what the backward direction calls Mamba's parameters
     "v1": {"A_log": "A_b_log"},
@@ -336,3 +337,20 @@ class Vim(Layout):
                 f"the class token stands: pass variant=..., one of {', '.join(SHORT)}."
             )
         return config_from_shapes(state, variant_config(str(name)), told.get("input_size"))
+
+
+TINY = Tiny(  # images of 12 x 12, patches of 4
+    "tiny-vim",
+    lambda config: VisionMamba(**config),
+    {
+        "img_size": 12,
+        "patch_size": 4,
+        "stride": 4,
+        "depth": 2,
+        "embed_dim": 16,
+        "d_state": 4,
+        "num_classes": 5,
+        "final_pool_type": "mean",
+    },
+    {r"conv1d(_b)?\.bias": fresh(0.3), r"conv1d|pos_embed|cls_token(_tail)?$": fresh(0.5), "_log": around(0.3)},
+)

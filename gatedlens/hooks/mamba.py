@@ -27,14 +27,11 @@ from gatedlens import fused
 from gatedlens.address.point import Point, block_rows
 from gatedlens.compat.names.mamba import ALIASES, VIEWS
 from gatedlens.errors import CheckpointError
-from gatedlens.formats.mamba_ssm import MambaSsm, Weights
+from gatedlens.formats.mamba_ssm import TINY, MambaSsm
 from gatedlens.formats.mamba_stack import MambaStack, StackConfig, has_matrix_states
 from gatedlens.formats.transformers_config import MAMBA
 from gatedlens.model.base import Wrapped
 from gatedlens.model.block import Block, Mixer, Norm, Run, eps_of, norm_rows, residual_rows
-from gatedlens.model.fields import (
-    ConfigValue,
-)
 from gatedlens.model.hookpoint import rows_of
 from gatedlens.model.padding import Padding
 from gatedlens.model.state import RecurrentState
@@ -255,6 +252,7 @@ class HookedMamba(MambaStack):
     hub_types = ("mamba", "falcon_mamba")
     hub_fields = MAMBA
     layout = MambaSsm()
+    small = TINY
     block_points = BLOCK_ROWS
     aliases = ALIASES
     views = VIEWS
@@ -289,29 +287,6 @@ class HookedMamba(MambaStack):
         ln1 = Norm(w.norm, rows_of("ln1", BLOCK_ROWS), cfg.eps, centred=cfg.normalization_type == "LN")
         rms_eps = None if cfg.rms_eps is None else _selection_eps(w.mixer, cfg.rms_eps)
         return Block(w, BLOCK_ROWS, ln1, MambaMixer(w.mixer, rows_of("mixer", BLOCK_ROWS), layer, rms_eps))
-
-    @classmethod
-    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> HookedMamba:
-        """A small random model for tests and tours: 2 layers, 16 wide, state 4, 3 taps... whatever `sizes` say."""
-        config: dict[str, Any] = {
-            "d_model": 16,
-            "n_layer": 2,
-            "vocab_size": 40,
-            "ssm_cfg": {"d_state": 4, "d_conv": 4},
-        } | sizes
-        generator = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            weights = Weights(config)
-        with torch.no_grad():
-            for name, p in weights.named_parameters():
-                if p.ndim > 1 and "A_log" not in name:
-                    p.copy_(
-                        torch.randn(p.shape, generator=generator) * (0.5 if "embed" in name else p.shape[-1] ** -0.5)
-                    )
-                elif "norm" not in name:
-                    p.add_(torch.randn(p.shape, generator=generator) * 0.3)
-        return cls(weights.to(dtype).eval(), model_name="tiny-mamba")
 
 
 def _selection_eps(mixer: Any, otherwise: float) -> tuple[float, float, float]:

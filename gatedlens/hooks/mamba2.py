@@ -28,15 +28,12 @@ from torch import Tensor, nn
 from gatedlens.address.point import Point, block_rows
 from gatedlens.compat.names.mamba2 import ALIASES
 from gatedlens.errors import CheckpointError
-from gatedlens.formats.mamba2_ssm import Mamba2Ssm, Mamba2Weights, told
+from gatedlens.formats.mamba2_ssm import TINY, Mamba2Ssm, told
 from gatedlens.formats.mamba_stack import MambaStack, StackConfig, has_matrix_states
 from gatedlens.formats.transformers_config import MAMBA2, config_of
 from gatedlens.hooks.mamba import PAPER as MAMBA
 from gatedlens.model.base import Wrapped
 from gatedlens.model.block import Block, Norm, Run, norm_rows, residual_rows
-from gatedlens.model.fields import (
-    ConfigValue,
-)
 from gatedlens.model.hookpoint import rows_of
 from gatedlens.model.path import Conv, Gate, GroupNorm, PathMixer, Scan, SiLU, Skip, Stage, Streams
 from gatedlens.model.state import Carried
@@ -251,6 +248,7 @@ class HookedMamba2(MambaStack):
     hub_types = ("mamba2",)
     hub_fields = MAMBA2
     layout = Mamba2Ssm()
+    small = TINY
     block_points = BLOCK_ROWS
     aliases = ALIASES
     has_positions = True
@@ -310,24 +308,6 @@ class HookedMamba2(MambaStack):
         ln1 = Norm(w.norm, rows_of("ln1", rows), cfg.eps, centred=cfg.normalization_type == "LN")
         own = replace(cfg, dt_limit=told(w.mixer, config_of(self.wrapped))["dt_limit"])
         return Block(w, rows, ln1, Mamba2Mixer(w.mixer, rows_of("mixer", rows), layer, own))
-
-    @classmethod
-    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> HookedMamba2:
-        """A small random model for tests and tours: 2 layers, 16 wide, 4 heads of 8 in 2 groups... whatever `sizes` say."""
-        ssm = {"layer": "Mamba2", "d_state": 4, "d_conv": 4, "headdim": 8, "ngroups": 2}
-        config: dict[str, Any] = {"d_model": 16, "n_layer": 2, "vocab_size": 40, "ssm_cfg": ssm} | sizes
-        generator = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            weights = Mamba2Weights(config)
-        with torch.no_grad():
-            for name, p in weights.named_parameters():
-                noise = torch.randn(p.shape, generator=generator)
-                if p.ndim > 1:
-                    p.copy_(noise * (0.5 if "embed" in name else p.shape[-1] ** -0.5))
-                else:
-                    p.add_(0.3 * noise)
-        return cls(weights.to(dtype).eval(), model_name="tiny-mamba2")
 
 
 HOOKED = HookedMamba2

@@ -35,13 +35,12 @@ from torch import Tensor, nn
 from gatedlens.address.point import Point, block_rows
 from gatedlens.compat.names.rwkv import ALIASES
 from gatedlens.errors import CheckpointError
-from gatedlens.formats.rwkv_lm import RwkvLm, uninitialised
+from gatedlens.formats.rwkv_lm import TINY, RwkvLm
 from gatedlens.formats.transformers_config import RWKV
 from gatedlens.model import fields
 from gatedlens.model.base import Wrapped
 from gatedlens.model.block import MlpBlock, Norm, Run, TokenMixing, eps_of, mlp_residual_rows, norm_rows
 from gatedlens.model.config import HookedConfig
-from gatedlens.model.fields import ConfigValue
 from gatedlens.model.hookpoint import Part, rows_of
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.padding import Padding
@@ -318,6 +317,7 @@ class HookedRWKV(HookedLanguageModel):
     hub_types = ("rwkv",)
     hub_fields = RWKV
     layout = RwkvLm()
+    small = TINY
     block_points = BLOCK_ROWS
     final_points = _layer_norm_rows("ln_final", "blocks.-1.hook_resid_post")
     aliases = ALIASES
@@ -400,44 +400,6 @@ class HookedRWKV(HookedLanguageModel):
     ) -> Float[Tensor, " d_model"]:
         """Zeros: RWKV's projections have no biases."""
         return torch.zeros(self.cfg.d_model, device=self.W_U.device)
-
-    @classmethod
-    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> HookedRWKV:
-        """A small random model for tests and tours: 2 layers, 16 wide, halved after each... whatever `sizes` say.
-
-        sizes: arguments of transformers' RwkvConfig. Its own initialisation is nearly silent (zero matrices, constant
-        time_first), so every parameter is drawn anew.
-        """
-        from transformers import RwkvConfig, RwkvForCausalLM
-
-        config = {
-            "vocab_size": 40,
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "intermediate_size": 24,
-            "rescale_every": 1,
-        }
-        wrapped = uninitialised(RwkvForCausalLM, RwkvConfig(**(config | sizes)))
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, p in wrapped.named_parameters():
-                noise = torch.randn(p.shape, generator=generator)
-                p.copy_(_tiny_value(name.rpartition(".")[2], name, noise))
-        return cls(wrapped.to(dtype), model_name="tiny-rwkv")
-
-
-def _tiny_value(leaf: str, name: str, noise: Tensor) -> Tensor:
-    if leaf == "time_decay":
-        return torch.linspace(-4, 1, noise.numel()) + 0.1 * noise
-    if leaf.startswith("time_mix"):
-        return torch.sigmoid(noise)
-    if leaf == "bias":
-        return 0.2 * noise
-    if noise.ndim == 1 and leaf == "weight":
-        return 1 + 0.2 * noise
-    if leaf == "time_first" or "embeddings" in name:
-        return noise
-    return noise * 1.5 * noise.shape[-1] ** -0.5
 
 
 HOOKED = HookedRWKV

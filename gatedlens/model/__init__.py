@@ -7,7 +7,7 @@
     hookpoint.py   one named place                                     state.py      what a layer hands to the next call
     padding.py     rows of unequal length                              run.py        several documents in a row
     text.py, image.py, batch.py, tokenizer.py, generation.py           config.py, fields.py, checkpoint.py, layout.py,
-                                                                       placement.py
+                                                                       tiny.py, placement.py
     intervention.py  edits as values                                   watch.py, turns.py, memory.py
 
 It knows no architecture and no analysis.
@@ -37,12 +37,14 @@ from gatedlens.model.padding import Padding, windows
 from gatedlens.model.path import Conv, Gate, GroupNorm, PathMixer, Scan, SiLU, Skip, Stage
 from gatedlens.model.run import DocumentRun
 from gatedlens.model.state import RecurrentState
+from gatedlens.model.tiny import Tiny, around, by_fan_in, fresh
 
 # fmt: off
 __all__ = [
     "ActivationCache", "Batch", "Block", "Conv", "DocumentRun", "Edit", "EditStep", "Gate", "GroupNorm", "HookPoint",
     "HookedConfig", "HookedLanguageModel", "HookedModel", "Input", "Intervention", "Layout", "Mixer", "MlpBlock", "Norm",
     "Output", "Padding", "Part", "PathMixer", "RecurrentState", "Run", "Scan", "SiLU", "Skip", "Stage", "Step",
-    "TokenMixing", "edit", "eps_of", "mlp_residual_rows", "norm_rows", "residual_rows", "rows_of", "windows",
+    "Tiny", "TokenMixing", "around", "by_fan_in", "edit", "eps_of", "fresh",
+    "mlp_residual_rows", "norm_rows", "residual_rows", "rows_of", "windows",
 ]
 # fmt: on

@@ -37,6 +37,7 @@ from gatedlens.model.layout import Layout
 from gatedlens.model.padding import Padding
 from gatedlens.model.run import DocumentRun
 from gatedlens.model.state import CARRIED, Carried, RecurrentState
+from gatedlens.model.tiny import Tiny
 from gatedlens.model.tokenizer import TokenizerLike
 from gatedlens.model.turns import Turns
 from gatedlens.model.watch import AGAIN, Watch, check_plain
@@ -53,6 +54,7 @@ else:
     Wrapped = TracedModel = Any
 
 R = TypeVar("R")
+M = TypeVar("M", bound="HookedModel")
 
 
 class HookedModel(Hooking):
@@ -66,6 +68,7 @@ class HookedModel(Hooking):
     wraps: ClassVar[tuple[str, ...]] = ()  # class names that `gl.wrap` hands to this architecture
     hub_types: ClassVar[tuple[str, ...]] = ()  # model_type in a config.json of transformers
     hub_fields: ClassVar[Mapping[str, Field]] = {}  # what the keys of such a config.json may hold
+    small: ClassVar[Tiny]  # the model that `tiny` makes
     layout: ClassVar[Layout] = Layout()  # of an original checkpoint, which transformers does not read
     block_points: ClassVar[tuple[Point, ...]] = ()
     first_points: ClassVar[tuple[Point, ...]] = ()
@@ -169,9 +172,12 @@ class HookedModel(Hooking):
         return None
 
     @classmethod
-    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> HookedModel:
-        """`HookedMamba.tiny(seed=0)`: a small random model for tests and tours."""
-        raise NotImplementedError
+    def tiny(cls: type[M], seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> M:
+        """`HookedMamba.tiny(seed=0, n_layer=3)`: a small random model for tests and tours.
+
+        sizes: words of its config, as in `HookedMamba.small.config`; they stand for those there.
+        """
+        return cls(cls.small.module(seed, sizes).to(dtype), model_name=cls.small.name)
 
     @classmethod
     def kinds(cls) -> dict[str, tuple[Point, ...]]:

@@ -37,6 +37,8 @@ from gatedlens.model import (
     Part,
     RecurrentState,
     Run,
+    Tiny,
+    fresh,
     mlp_residual_rows,
     norm_rows,
     rows_of,
@@ -214,6 +216,12 @@ class HookedHGRN(HookedLanguageModel):
     }
     wraps = ("HGRN",)
     layout = Folder()
+    small = Tiny(
+        "tiny-hgrn",
+        lambda config: HGRN(config),
+        {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 40, "intermediate_size": 48, "expand_ratio": 1.5},
+        {"bound": fresh(1.0)},
+    )
     block_points = BLOCK_ROWS
     aliases = (Alias("blocks.{l}.hook_attn_out", "blocks.{l}.hook_mixer_out", "TransformerLens"),)
     cfg: HgrnConfig
@@ -252,18 +260,6 @@ class HookedHGRN(HookedLanguageModel):
     @property
     def unembedding(self) -> Any:
         return self.wrapped.head
-
-    @classmethod
-    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> HookedHGRN:
-        """A small random model for tests and tours: 2 layers, 16 wide, 24 channels... whatever `sizes` say."""
-        small = {"hidden_size": 16, "expand_ratio": 1.5, "intermediate_size": 48, "num_hidden_layers": 2}
-        wrapped = HGRN({"vocab_size": 40, **small, **sizes})
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, p in wrapped.named_parameters():
-                noise = torch.randn(p.shape, generator=generator)
-                p.copy_(1 + 0.3 * noise if p.ndim == 1 else noise if "bound" in name else noise * p.shape[1] ** -0.5)
-        return cls(wrapped.to(dtype).eval(), model_name="tiny-hgrn")
 
 
 EPS = 1e-6

@@ -29,7 +29,7 @@ from torch.autograd.function import Function
 from gatedlens.address.point import Point, block_rows
 from gatedlens.compat.names.griffin import ALIASES
 from gatedlens.errors import CheckpointError
-from gatedlens.formats.recurrentgemma import RecurrentGemma, new_model
+from gatedlens.formats.recurrentgemma import TINY, RecurrentGemma
 from gatedlens.formats.transformers_config import RECURRENT_GEMMA
 from gatedlens.hooks.griffin.local_attention import LocalAttention
 from gatedlens.model import fields
@@ -37,7 +37,6 @@ from gatedlens.model.base import Wrapped
 from gatedlens.model.batch import Batch
 from gatedlens.model.block import Mixer, MlpBlock, Norm, Run, mlp_residual_rows, norm_rows
 from gatedlens.model.config import HookedConfig
-from gatedlens.model.fields import ConfigValue
 from gatedlens.model.hookpoint import Part, rows_of
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.padding import Padding
@@ -337,6 +336,7 @@ class HookedGriffin(HookedLanguageModel):
     hub_types = ("recurrent_gemma",)
     hub_fields = RECURRENT_GEMMA
     layout = RecurrentGemma()
+    small = TINY
     block_points = (*RECURRENT_BLOCK, *block_rows("attn", ATTENTION_ROWS))  # of either kind; see rows_for
     final_points = norm_rows("ln_final", "blocks.-1.hook_resid_post", "the final norm", NORMED)
     first_points = (Point("hook_embed", "batch pos d_model", "sqrt(d_model) * embedding[token]", "the embedding"),)
@@ -466,30 +466,6 @@ class HookedGriffin(HookedLanguageModel):
             if include_mlp_biases and number < layer:
                 total = total + block.mlp.weights.down_proj.bias
         return total
-
-    @classmethod
-    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> HookedGriffin:
-        """A small random model for tests and tours: blocks R R A, 16 wide, window 8... whatever `sizes` say, in the
-        words of transformers' RecurrentGemmaConfig."""
-        given: dict[str, Any] = {
-            "hidden_size": 16,
-            "num_hidden_layers": 3,
-            "vocab_size": 40,
-            "intermediate_size": 48,
-            "lru_width": 24,
-        }
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "attention_window_size": 8}
-        generator = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            wrapped = new_model(**(given | heads | sizes))
-        with torch.no_grad():
-            for name, p in wrapped.named_parameters():
-                if name.endswith("embed_tokens.weight"):
-                    p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
-                else:
-                    p.add_(torch.randn(p.shape, generator=generator) * (0.3 if p.ndim == 1 else 0.1))
-        return cls(wrapped.to(dtype).eval(), model_name="tiny-griffin")
 
 
 def _kind(temporal_block: nn.Module) -> str:

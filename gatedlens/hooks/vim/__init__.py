@@ -34,8 +34,8 @@ from gatedlens.errors import CheckpointError, InputError, did_you_mean
 from gatedlens.formats.vision_mamba import (
     BACKWARD,
     FIELDS,
+    TINY,
     Vim,
-    VisionMamba,
     check_supported,
     cls_place,
     divides,
@@ -47,7 +47,6 @@ from gatedlens.model.base import HookedModel, Wrapped
 from gatedlens.model.batch import Array, Batch, ForwardOutput, Input, Option, Output, check_return_type
 from gatedlens.model.block import Block, Norm, Run, TokenMixing, norm_rows, residual_rows
 from gatedlens.model.config import HookedConfig
-from gatedlens.model.fields import ConfigValue
 from gatedlens.model.hookpoint import rows_of
 from gatedlens.model.image import IMAGENET_MEAN, IMAGENET_STD, Grid, preprocess, preprocess_mask
 from gatedlens.model.padding import Padding
@@ -305,6 +304,7 @@ class HookedViM(HookedModel):
     }
     wraps = ("VisionMamba",)
     layout = Vim()
+    small = TINY
     block_points = BLOCK_ROWS
     first_points = (
         Point("hook_patch_embed", "batch patch d_model", "patch_embed.proj(image), row by row", f"{PAPER}, eq. 3"),
@@ -618,32 +618,6 @@ class HookedViM(HookedModel):
         ln_final) is read along.
         """
         return self.W_U.T[torch.as_tensor(tokens, device=self.W_U.device)]
-
-    @classmethod
-    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> HookedViM:
-        """A small random model for tests and tours: 12 x 12 images, patches of 4, 2 layers, 16 wide, 5 classes."""
-        config: dict[str, Any] = {
-            "img_size": 12,
-            "patch_size": 4,
-            "stride": 4,
-            "depth": 2,
-            "embed_dim": 16,
-            "d_state": 4,
-            "num_classes": 5,
-        }
-        wrapped = VisionMamba(**(config | {"final_pool_type": "mean"} | sizes))
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, p in wrapped.named_parameters():
-                noise = torch.randn(p.shape, generator=generator)
-                if p.ndim > 1 and not name.endswith("_log"):
-                    fan = p.shape[1:].numel() if "proj" in name or "head" in name else 4
-                    p.copy_(noise * fan**-0.5)
-                elif "conv1d" in name:
-                    p.copy_(noise * 0.3)
-                else:
-                    p.add_(noise * 0.3)
-        return cls(wrapped.to(dtype).eval(), model_name="tiny-vim")
 
 
 SEQUENCE_OPTIONS = {
