@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from gatedlens.hooks.rwkv import HookedRWKV
     from gatedlens.hooks.vim import HookedViM
     from gatedlens.loading import bundled_models, from_pretrained, wrap
-    from gatedlens.model import ActivationCache, HookPoint, HookedConfig, HookedLanguageModel, HookedModel, RecurrentState
+    from gatedlens.model import (
+        ActivationCache, HookPoint, HookedConfig, HookedLanguageModel, HookedModel, HookedVisionModel, RecurrentState,
+    )
     from gatedlens.result import Result
 else:
     __getattr__ = late(__name__, {
@@ -48,14 +50,17 @@ else:
         "hooks.rwkv": ("HookedRWKV",),
         "hooks.vim": ("HookedViM",),
         "loading": ("bundled_models", "from_pretrained", "wrap"),
-        "model": ("ActivationCache", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "RecurrentState"),
+        "model": (
+            "ActivationCache", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "HookedVisionModel",
+            "RecurrentState",
+        ),
         "result": ("Result",),
     })
 
 __all__ = [
     "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError",
     "HookPoint", "HookTable", "HookedConfig", "HookedGriffin", "HookedLanguageModel", "HookedMamba", "HookedMamba2",
-    "HookedModel", "HookedRWKV", "HookedViM", "ImplicitAttention", "InputError", "Point", "PointError",
+    "HookedModel", "HookedRWKV", "HookedViM", "HookedVisionModel", "ImplicitAttention", "InputError", "Point", "PointError",
     "RecurrentState", "Result", "StoreError", "TooLargeError", "View", "__version__", "ablation", "amplify",
     "attribution", "bundled_models", "circuits", "data", "evaluation", "from_pretrained", "fused",
     "implicit_attention", "knockout", "lens", "metrics", "patching", "plot", "profiles", "register", "states",

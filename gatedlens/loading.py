@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from gatedlens.errors import CheckpointError, did_you_mean
 from gatedlens.hooks import architectures
-from gatedlens.hooks.vim import HookedViM
 from gatedlens.model import checkpoint, fields, placement
 from gatedlens.model import tokenizer as tokenizers
 from gatedlens.model.base import HookedModel
@@ -33,12 +32,13 @@ from gatedlens.model.checkpoint import about, reading
 from gatedlens.model.config import dtype_of
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.tokenizer import TokenizerLike
+from gatedlens.model.vision import HookedVisionModel
 from gatedlens.model.watch import check_plain
 from gatedlens.options import checked
 
 # What `wrap` and `from_pretrained` return: an editor completes the methods of both; isinstance tells which it is. A fifth
-# architecture is a HookedLanguageModel, or joins the union.
-Model: TypeAlias = HookedLanguageModel | HookedViM
+# architecture is one of the two, or joins the union.
+Model: TypeAlias = HookedLanguageModel | HookedVisionModel
 # What they take; for type checkers alone, since the functions say more of what is none.
 if TYPE_CHECKING:
     Vendors: TypeAlias = nn.Module

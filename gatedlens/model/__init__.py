@@ -2,6 +2,7 @@
 
     base.py        HookedModel: the forward, read down one page        hooking.py    hooks on and off, run_with_cache
     language.py    tokens in, logits out                               views.py      other tools' names, served from our points
+    vision.py      images in, logits out
     block.py       Block and Mixer: what an architecture fills in      cache.py      ActivationCache
     path.py        a mixer as a path of stages: Conv, Scan, Gate ...
     hookpoint.py   one named place                                     state.py      what a layer hands to the next call
@@ -38,13 +39,14 @@ from gatedlens.model.path import Conv, Gate, GroupNorm, PathMixer, Scan, SiLU, S
 from gatedlens.model.run import DocumentRun
 from gatedlens.model.state import RecurrentState
 from gatedlens.model.tiny import Tiny, around, by_fan_in, fresh
+from gatedlens.model.vision import HookedVisionModel, VisionConfig
 
 # fmt: off
 __all__ = [
     "ActivationCache", "Batch", "Block", "Conv", "DocumentRun", "Edit", "EditStep", "Gate", "GroupNorm", "HookPoint",
-    "HookedConfig", "HookedLanguageModel", "HookedModel", "Input", "Intervention", "Layout", "Mixer", "MlpBlock", "Norm",
-    "Output", "Padding", "Part", "PathMixer", "RecurrentState", "Run", "Scan", "SiLU", "Skip", "Stage", "Step",
-    "Tiny", "TokenMixing", "around", "by_fan_in", "edit", "eps_of", "fresh",
+    "HookedConfig", "HookedLanguageModel", "HookedModel", "HookedVisionModel", "Input", "Intervention", "Layout",
+    "Mixer", "MlpBlock", "Norm", "Output", "Padding", "Part", "PathMixer", "RecurrentState", "Run", "Scan", "SiLU",
+    "Skip", "Stage", "Step", "Tiny", "TokenMixing", "VisionConfig", "around", "by_fan_in", "edit", "eps_of", "fresh",
     "mlp_residual_rows", "norm_rows", "residual_rows", "rows_of", "windows",
 ]
 # fmt: on

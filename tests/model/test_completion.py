@@ -14,7 +14,7 @@ import torch
 import gatedlens as gl
 
 model = gl.from_pretrained("gatedlens/mamba-moby")
-reveal_type(model)  # gatedlens.hooks.vim.HookedViM
+reveal_type(model)  # gatedlens.model.vision.HookedVisionModel
 reveal_type(gl.wrap(torch.nn.Linear(1, 1)))  # gatedlens.model.language.HookedLanguageModel
 reveal_type(model("Call me"))  # torch._tensor.Tensor
 reveal_type(model("Call me", return_type="loss"))  # torch._tensor.Tensor
@@ -27,7 +27,7 @@ reveal_type(model.run_with_cache("Call me")[1]["dt", 3])  # torch._tensor.Tensor
 reveal_type(model.run_with_hooks("Call me", fwd_hooks=[]))  # torch._tensor.Tensor
 reveal_type(model.hook_table(layer=None))  # gatedlens.address.table.HookTable
 with model.hooks() as same:
-    reveal_type(same)  # gatedlens.hooks.vim.HookedViM
+    reveal_type(same)  # gatedlens.model.vision.HookedVisionModel
 
 mamba = gl.HookedMamba.tiny()
 reveal_type(mamba)  # gatedlens.hooks.mamba.HookedMamba
