@@ -45,7 +45,8 @@ from gatedlens.model.fields import (
     table,
 )
 from gatedlens.model.hookpoint import rows_of
-from gatedlens.model.path import Conv, Gate, GroupNorm, PathMixer, Scan, SiLU, Skip, Stage, Streams
+from gatedlens.model.path import PathMixer, Stage, Streams
+from gatedlens.model.stages import Conv, Gate, GroupNorm, Scan, SiLU, Skip
 from gatedlens.model.state import Carried
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.terms import Terms

@@ -3,7 +3,7 @@
     base.py        HookedModel: the forward, read down one page        hooking.py    hooks on and off, run_with_cache
     language.py    tokens in, logits out                               views.py      other tools' names, served from our points
     block.py       Block and Mixer: what an architecture fills in      cache.py      ActivationCache
-    path.py        a mixer as a path of stages: Conv, Scan, Gate ...
+    path.py        a mixer as a path of stages                         stages.py     Conv, Scan, Gate ...
     hookpoint.py   one named place                                     state.py      what a layer hands to the next call
     padding.py     rows of unequal length                              run.py        several documents in a row
     text.py, image.py, batch.py, tokenizer.py, generation.py           config.py, fields.py, checkpoint.py, placement.py
@@ -32,15 +32,16 @@ from gatedlens.model.hookpoint import HookPoint, Part, rows_of
 from gatedlens.model.intervention import Edit, EditStep, Intervention, Step, edit
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.padding import Padding, windows
-from gatedlens.model.path import Conv, Gate, GroupNorm, PathMixer, Scan, SiLU, Skip, Stage
+from gatedlens.model.path import PathMixer, Stage
 from gatedlens.model.run import DocumentRun
+from gatedlens.model.stages import ChannelScan, Conv, Gate, GroupNorm, Named, Real, Scan, SiLU, Skip
 from gatedlens.model.state import RecurrentState
 
 # fmt: off
 __all__ = [
-    "ActivationCache", "Batch", "Block", "Conv", "DocumentRun", "Edit", "EditStep", "Gate", "GroupNorm", "HookPoint",
-    "HookedConfig", "HookedLanguageModel", "HookedModel", "Input", "Intervention", "Mixer", "MlpBlock", "Norm",
-    "Output", "Padding", "Part", "PathMixer", "RecurrentState", "Run", "Scan", "SiLU", "Skip", "Stage", "Step",
+    "ActivationCache", "Batch", "Block", "ChannelScan", "Conv", "DocumentRun", "Edit", "EditStep", "Gate", "GroupNorm",
+    "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "Input", "Intervention", "Mixer", "MlpBlock", "Named",
+    "Norm", "Output", "Padding", "Part", "PathMixer", "Real", "RecurrentState", "Run", "Scan", "SiLU", "Skip", "Stage", "Step",
     "TokenMixing", "edit", "eps_of", "mlp_residual_rows", "norm_rows", "residual_rows", "rows_of", "windows",
 ]
 # fmt: on
