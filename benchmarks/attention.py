@@ -147,16 +147,17 @@ def _plain_scan(A: Any) -> Callable[[], Tensor]:
     """The forward's scan, conv and gate on the same tensors: what `@ x` is compared with."""
     import torch.nn.functional as F
 
-    from gatedlens.hooks.mamba import mamba_terms
+    from gatedlens.recurrence import ChannelTerms
     from gatedlens.recurrence.scanning import scan
 
     f = A.factors
-    sequences, start = (f.scan.amount, f.scan.key, f.scan.read), f.x.new_zeros(1, f.x.shape[2], f.scan.rate.shape[1])
+    dt, start = f.scan.amount, f.x.new_zeros(1, f.x.shape[2], f.scan.rate.shape[1])
+    terms = ChannelTerms(dt, amount=dt, key=f.scan.key, read=f.scan.read, rate=f.scan.rate)
 
     def run() -> Tensor:
         c = F.conv1d(F.pad(f.x.mT, (f.taps.shape[1] - 1, 0)), f.taps.unsqueeze(1), groups=len(f.taps)).mT
         u = F.silu(c)
-        return (scan(mamba_terms, (*sequences, u), (f.scan.rate,), start)[0] + u * f.skip) * f.gate
+        return (scan(*terms.steps(u), start)[0] + u * f.skip) * f.gate
 
     return run
 

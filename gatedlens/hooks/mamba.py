@@ -13,7 +13,6 @@ and `Weights` of formats/mamba_ssm.py, which holds a checkpoint in mamba-ssm's o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -28,28 +27,30 @@ from gatedlens.address.point import Point, block_rows
 from gatedlens.compat.names.mamba import ALIASES, VIEWS
 from gatedlens.errors import CheckpointError
 from gatedlens.formats.mamba_ssm import TINY, MambaSsm
+from gatedlens.formats.mamba_ssm import Weights as Weights  # by the name that it had, here
 from gatedlens.formats.mamba_stack import MambaStack, StackConfig, has_matrix_states
 from gatedlens.formats.transformers_config import MAMBA
 from gatedlens.model.base import Wrapped
-from gatedlens.model.block import Block, Mixer, Norm, Run, eps_of, norm_rows, residual_rows
+from gatedlens.model.block import Block, Norm, Run, eps_of, norm_rows, residual_rows
 from gatedlens.model.hookpoint import rows_of
-from gatedlens.model.padding import Padding
-from gatedlens.model.state import RecurrentState
-from gatedlens.recurrence.decay_matrix import DecayScan
-from gatedlens.recurrence.factors import Factors, reach
+from gatedlens.model.path import Kernel, PathMixer, Streams
+from gatedlens.model.stages import ChannelScan, Conv, Gate, SiLU, Skip
+from gatedlens.recurrence.channels import ChannelTerms
 from gatedlens.recurrence.scanning import at_least_float32
-from gatedlens.recurrence.transforms import forward_mode
 
 PAPER = "Mamba, arXiv 2312.00752"
 UIA = "UIA, arXiv 2405.16504"
 
+RESET = Point(
+    "hook_reset", "batch pos one", "1 where a document begins (position 0 of position_ids), else 0", f"{PAPER}, eq. 2"
+)
 MIXER_ROWS = (
     Point("hook_x", "batch pos channel", "in_proj(ln1.out)[:channel]", f"{PAPER}, fig. 3"),
     Point("hook_gate_pre", "batch pos channel", "in_proj(ln1.out)[channel:]", f"{PAPER}, fig. 3"),
     Point(
         "hook_conv_taps",
         "batch pos channel tap",
-        "conv1d.weight[tap] * x[pos - (tap.size - 1) + tap]",
+        "conv1d.weight[tap] * x[pos - (tap.size - 1) + tap], 0 from another document",
         f"{UIA}, eq. 9",
         True,
     ),
@@ -60,6 +61,7 @@ MIXER_ROWS = (
     Point("hook_C", "batch pos state", "x_proj(u)[dt_rank + state:]", f"{PAPER}, alg. 2"),
     Point("hook_dt_pre", "batch pos channel", "dt_proj(dt_rank)", f"{PAPER}, alg. 2"),
     Point("hook_dt", "batch pos channel", "softplus(dt_pre)", f"{PAPER}, alg. 2"),
+    RESET,
     Point(
         "hook_state_start",
         "batch channel state",
@@ -67,7 +69,7 @@ MIXER_ROWS = (
         f"{PAPER}, eq. 2",
         True,
     ),
-    Point("hook_decay", "batch pos channel state", "exp(dt * A)", f"{PAPER}, eq. 4", True),
+    Point("hook_decay", "batch pos channel state", "exp(dt * A) * (1 - reset)", f"{PAPER}, eq. 4", True),
     Point("hook_write", "batch pos channel state", "dt * B * u", f"{PAPER}, eq. 4 (Euler)", True),
     Point("hook_state", "batch pos channel state", "decay * state[pos - 1] + write", f"{PAPER}, eq. 2a", True),
     Point("hook_scan", "batch pos channel", "sum over state of C * state", f"{PAPER}, eq. 2b"),
@@ -80,27 +82,11 @@ RMSNORM = "RMSNorm, arXiv 1910.07467"
 BLOCK_ROWS = residual_rows(norm_rows("ln1", "mixer_in", RMSNORM), block_rows("mixer", MIXER_ROWS))
 
 
-def mamba_terms(
-    dt: Float[Tensor, "... channel"],
-    B: Float[Tensor, "... state"],
-    C: Float[Tensor, "... state"],
-    u: Float[Tensor, "... channel"],
-    A: Float[Tensor, "channel state"],
-) -> tuple[Float[Tensor, "... channel state"], Float[Tensor, "... channel state"], Float[Tensor, "... state"]]:
-    """decay = exp(dt A), write = dt B u, read = C for any slice of positions: Mamba, eq. 2 and 4.
-
-    The tensors are [b, l, c, n] and lie in memory with channels innermost: states are few, and a processor likes long rows.
-    """
-    exp = torch.exp if forward_mode() else torch.exp_  # a second tensor of this size costs more than the exponential
-    decay = exp(dt.unsqueeze(-2) * A.mT).mT
-    write = ((dt * u).unsqueeze(-2) * B.unsqueeze(-1)).mT
-    return decay, write, C
-
-
-class SelectiveScan(Mixer):
+class SelectiveScan(PathMixer):
     """gated = y * SiLU(z), y = SSM(SiLU(conv(x))): what lies between the two projections, every intermediate a point."""
 
-    attention_points = ("hook_x", "hook_conv", "hook_dt", "hook_B", "hook_C", "hook_gate", "hook_gated")
+    path = (Conv("conv1d"), SiLU(), Skip(ChannelScan()), Gate(F.silu))
+    selection = ("dt", "B", "C")
 
     def __init__(
         self, weights: Any, rows: tuple[Point, ...], layer: int, rms_eps: tuple[float, float, float] | None = None
@@ -113,72 +99,40 @@ class SelectiveScan(Mixer):
         """-exp(A_log), at least float32."""
         return -torch.exp(at_least_float32(self.weights.A_log))
 
+    def select(self, u: Float[Tensor, "batch pos channel"], streams: Streams, run: Run) -> None:
+        w, pad = self.weights, run.padding
+        ranks, n_state = w.dt_proj.weight.shape[1], w.A_log.shape[1]
+        dt_rank, B, C = self.normed(*F.linear(u, w.x_proj.weight).split([ranks, n_state, n_state], dim=-1))
+        dt_rank = self.hook_dt_rank(dt_rank)
+        streams["B"] = self.hook_B(B)
+        streams["C"] = self.hook_C(C)
+        dt_pre = self.hook_dt_pre(F.linear(dt_rank, w.dt_proj.weight, w.dt_proj.bias))
+        # 0 at a masked position: the state passes unchanged
+        streams["dt"] = pad.zero(self.hook_dt(pad.zero(F.softplus(dt_pre))))
+
     def normed(self, *selection: Tensor) -> tuple[Tensor, ...]:
         """FalconMamba's weightless RMS norm of dt, B and C; the identity in Mamba."""
         if self.rms_eps is None:
             return selection
         return tuple(map(_rms, selection, self.rms_eps))
 
-    def factors(self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None) -> Factors:
-        """The factors of the implicit attention: c = M x + drift, u = sigmoid(c) c, S from dt, B, C and A (UIA, eq. 9).
+    def terms(  # type: ignore[override]
+        self,
+        dt: Float[Tensor, "batch pos channel"],
+        B: Float[Tensor, "batch pos state"],
+        C: Float[Tensor, "batch pos state"],
+    ) -> ChannelTerms:
+        """decay = exp(dt A), write = dt B u, read = C: Mamba, eq. 2 and 4."""
+        return ChannelTerms(dt, amount=dt, key=B, read=C, rate=self.A.to(dt))
 
-        Positions are in the order of the scan (`along`), so S and M look back.
-        """
-        x, conv, dt, B, C, gate, o = (
-            self.along(padding.pack(at_least_float32(cached(name)))) for name in self.attention_points
-        )
-        taps, bias = self.weights.conv1d.weight.to(x.dtype).squeeze(1), self.weights.conv1d.bias
-        drift, start = torch.zeros_like(x), None
-        if state is not None:
-            drift = reach(state["conv", self.layer], x, taps)
-            start = state["scan", self.layer].to(x)
-        real = padding.packed_mask(x)
-        return Factors(
-            x=x,
-            o=o,
-            scan=DecayScan(dt.double().cumsum(1), self.A.to(x.dtype), read=C, amount=dt, key=B),
-            gate=gate,
-            skip=at_least_float32(self.weights.D).to(x.dtype),
-            act=torch.sigmoid(conv) * real,
-            taps=taps,
-            drift=drift if bias is None else drift + bias.to(x.dtype) * real,
-            start=start,
-        )
-
-    def kernel(self, x: Tensor, run: Run) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    def kernel(self, terms: ChannelTerms, u: Float[Tensor, "batch pos channel"], run: Run) -> Kernel | None:
         """mamba-ssm's scan, where it can stand in for ours: from no state, and without gradients if it leaves one."""
-        found = fused.kernels_for(x) if run.before is None else None
+        found = fused.kernels_for(u) if run.before is None and terms.fresh is None else None
         if found is None or (run.left is not None and torch.is_grad_enabled()):
             return None
-        return partial(fused.selective_scan, found)
-
-    def gated(
-        self, x: Float[Tensor, "batch pos channel"], z: Float[Tensor, "batch pos channel"], run: Run
-    ) -> Float[Tensor, "batch pos channel"]:
-        """What the output projection reads, from the two halves of the input projection."""
-        w, pad = self.weights, run.padding
-        x = self.hook_x(pad.zero(x))
-        z = self.hook_gate_pre(z)
-        c = self.hook_conv(self.causal_conv(x, run, self.weights.conv1d))
-        u = self.hook_u(pad.zero(F.silu(c)))
-
-        ranks, n_state = w.dt_proj.weight.shape[1], w.A_log.shape[1]
-        dt_rank, B, C = self.normed(*F.linear(u, w.x_proj.weight).split([ranks, n_state, n_state], dim=-1))
-        dt_rank = self.hook_dt_rank(dt_rank)
-        B = self.hook_B(B)
-        C = self.hook_C(C)
-        dt_pre = self.hook_dt_pre(F.linear(dt_rank, w.dt_proj.weight, w.dt_proj.bias))
-        dt = pad.zero(self.hook_dt(pad.zero(F.softplus(dt_pre))))  # 0 at a masked position: the state passes unchanged
-
-        wide = tuple(at_least_float32(t) for t in (dt, B, C, u))
-        start = run.start("scan", self.layer, (u.shape[0], u.shape[2], n_state), wide[0])
-        scan, last = self.recur(mamba_terms, wide, (self.A.mT.contiguous().mT,), start, pad, self.kernel(x, run))
-        run.leave("scan", self.layer, last)
-
-        scan = self.hook_scan(scan.to(u.dtype))
-        y = self.hook_y(scan + u * at_least_float32(w.D))
-        gate = self.hook_gate(F.silu(z))
-        return self.hook_gated((y * gate).to(u.dtype))
+        assert terms.key is not None and terms.read is not None and terms.rate is not None
+        dt, B, C, u = (self.along(x) for x in (terms.log_decay, terms.key, terms.read, u))
+        return partial(fused.selective_scan, found, dt, B, C, u, terms.rate)
 
 
 def _rms(x: Tensor, eps: float) -> Tensor:
@@ -189,22 +143,25 @@ def _rms(x: Tensor, eps: float) -> Tensor:
 class MambaMixer(SelectiveScan):
     """out = out_proj(gated), x and z = in_proj(n)."""
 
+    def project(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Streams:
+        x, z = F.linear(n, self.weights.in_proj.weight, self.weights.in_proj.bias).chunk(2, dim=-1)
+        return {"x": self.hook_x(run.padding.zero(x)), "gate_pre": self.hook_gate_pre(z)}
+
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
         return self.weights.out_proj.weight, self.weights.out_proj.bias
 
-    def plain(self, run: Run) -> bool:
-        """Whether a call is what mamba-ssm's fused mixer computes: no state, no padding, no norms inside, no listener."""
-        alone = run.before is None and run.left is None and run.padding.mask is None
-        known = self.rms_eps is None and self.weights.conv1d.weight.shape[-1] in fused.TAPS
-        return alone and known and self.at_rest()
-
     def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
-        w = self.weights
         found = fused.kernels_for(n)
         if found is not None and found.mamba_inner is not None and self.plain(run):
-            return fused.mixer(found.mamba_inner, n, w, self.A)
-        x, z = F.linear(n, w.in_proj.weight, w.in_proj.bias).chunk(2, dim=-1)
-        return F.linear(self.gated(x, z, run), w.out_proj.weight, w.out_proj.bias)
+            return fused.mixer(found.mamba_inner, n, self.weights, self.A)
+        return super().forward(n, run)
+
+    def plain(self, run: Run) -> bool:
+        """Whether a call is what mamba-ssm's fused mixer computes: no state, no padding, no documents, no norms inside, no
+        listener."""
+        taps = self.weights.conv1d.weight.shape[-1]
+        alone = run.before is None and run.left is None and run.padding.mask is None and run.in_document(taps) is None
+        return alone and self.rms_eps is None and taps in fused.TAPS and self.at_rest()
 
 
 # -- the model ------------------------------------------------------------------------------------------------------
@@ -256,6 +213,7 @@ class HookedMamba(MambaStack):
     block_points = BLOCK_ROWS
     aliases = ALIASES
     views = VIEWS
+    has_positions = True
     cfg: MambaConfig
 
     @classmethod

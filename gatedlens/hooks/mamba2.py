@@ -29,13 +29,15 @@ from gatedlens.address.point import Point, block_rows
 from gatedlens.compat.names.mamba2 import ALIASES
 from gatedlens.errors import CheckpointError
 from gatedlens.formats.mamba2_ssm import TINY, Mamba2Ssm, told
+from gatedlens.formats.mamba2_ssm import Mamba2Weights as Mamba2Weights  # by the name that it had, here
 from gatedlens.formats.mamba_stack import MambaStack, StackConfig, has_matrix_states
 from gatedlens.formats.transformers_config import MAMBA2, config_of
 from gatedlens.hooks.mamba import PAPER as MAMBA
 from gatedlens.model.base import Wrapped
 from gatedlens.model.block import Block, Norm, Run, norm_rows, residual_rows
 from gatedlens.model.hookpoint import rows_of
-from gatedlens.model.path import Conv, Gate, GroupNorm, PathMixer, Scan, SiLU, Skip, Stage, Streams
+from gatedlens.model.path import PathMixer, Stage, Streams
+from gatedlens.model.stages import Conv, Gate, GroupNorm, Scan, SiLU, Skip
 from gatedlens.model.state import Carried
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.terms import Terms

@@ -4,7 +4,7 @@
     language.py    tokens in, logits out                               views.py      other tools' names, served from our points
     vision.py      images in, logits out
     block.py       Block and Mixer: what an architecture fills in      cache.py      ActivationCache
-    path.py        a mixer as a path of stages: Conv, Scan, Gate ...
+    path.py        a mixer as a path of stages                         stages.py     Conv, Scan, Gate ...
     hookpoint.py   one named place                                     state.py      what a layer hands to the next call
     padding.py     rows of unequal length                              run.py        several documents in a row
     text.py, image.py, batch.py, tokenizer.py, generation.py           config.py, fields.py, checkpoint.py, layout.py,
@@ -35,18 +35,20 @@ from gatedlens.model.intervention import Edit, EditStep, Intervention, Step, edi
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.layout import Layout
 from gatedlens.model.padding import Padding, windows
-from gatedlens.model.path import Conv, Gate, GroupNorm, PathMixer, Scan, SiLU, Skip, Stage
+from gatedlens.model.path import PathMixer, Stage, Streams
 from gatedlens.model.run import DocumentRun
-from gatedlens.model.state import RecurrentState
+from gatedlens.model.stages import ChannelScan, Conv, Gate, GroupNorm, Named, Real, Scan, SiLU, Skip
+from gatedlens.model.state import Carried, RecurrentState
 from gatedlens.model.tiny import Tiny, around, by_fan_in, fresh
 from gatedlens.model.vision import HookedVisionModel, VisionConfig
 
 # fmt: off
 __all__ = [
-    "ActivationCache", "Batch", "Block", "Conv", "DocumentRun", "Edit", "EditStep", "Gate", "GroupNorm", "HookPoint",
-    "HookedConfig", "HookedLanguageModel", "HookedModel", "HookedVisionModel", "Input", "Intervention", "Layout",
-    "Mixer", "MlpBlock", "Norm", "Output", "Padding", "Part", "PathMixer", "RecurrentState", "Run", "Scan", "SiLU",
-    "Skip", "Stage", "Step", "Tiny", "TokenMixing", "VisionConfig", "around", "by_fan_in", "edit", "eps_of", "fresh",
-    "mlp_residual_rows", "norm_rows", "residual_rows", "rows_of", "windows",
+    "ActivationCache", "Batch", "Block", "Carried", "ChannelScan", "Conv", "DocumentRun", "Edit", "EditStep", "Gate",
+    "GroupNorm", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "HookedVisionModel", "Input",
+    "Intervention", "Layout", "Mixer", "MlpBlock", "Named", "Norm", "Output", "Padding", "Part", "PathMixer", "Real",
+    "RecurrentState", "Run", "Scan", "SiLU", "Skip", "Stage", "Step", "Streams", "Tiny", "TokenMixing",
+    "VisionConfig", "around", "by_fan_in", "edit", "eps_of", "fresh", "mlp_residual_rows", "norm_rows",
+    "residual_rows", "rows_of", "windows",
 ]
 # fmt: on

@@ -30,6 +30,8 @@ from gatedlens.recurrence.literal import march
 from gatedlens.recurrence.scanning import StepTerms, at_least_float32, linear_scan, readout, scan
 from gatedlens.recurrence.terms import Terms
 
+Kernel = Callable[[], tuple[Tensor, Tensor]]  # computes a recurrence: (scan, last state)
+
 
 @dataclass
 class Run:
@@ -234,15 +236,14 @@ class Mixer(TokenMixing):
         constants: tuple[Tensor, ...],
         initial: Tensor,
         padding: Padding,
-        kernel: Callable[..., tuple[Tensor, Tensor]] | None = None,
+        kernel: Kernel | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The recurrence with its four lazy points: (scan, last state).
 
-        If nobody listens, nothing inside is materialised, and `kernel(*sequences, *constants)`, if given, computes it from a
-        zero state. Otherwise decay and write become tensors, so an edit of
-        either re-runs the recurrence; an edit of hook_state changes what the readout reads and nothing later. A masked
-        position keeps decay 1 and write 0 whatever a hook does there. Sequences, points and scan are in token order; in
-        between all is `along` the scan.
+        If nobody listens, nothing inside is materialised, and `kernel()`, if given, computes it, `along` the scan. Otherwise
+        decay and write become tensors, so an edit of either re-runs the recurrence; an edit of hook_state changes what the
+        readout reads and nothing later. A masked position keeps decay 1 and write 0 whatever a hook does there. Sequences,
+        points and scan are in token order; in between all is `along` the scan.
         """
         sequences = tuple(self.along(s) for s in sequences)
         # Each point is asked right before it fires: an nnsight trace parks on one location at a time.
@@ -259,9 +260,7 @@ class Mixer(TokenMixing):
             built = decay, self.along(padding.zero(self.hook_write(self.along(write)))), read
         if not self.hook_state.heard():
             if built is None:
-                out, last = (
-                    scan(terms, sequences, constants, initial) if kernel is None else kernel(*sequences, *constants)
-                )
+                out, last = scan(terms, sequences, constants, initial) if kernel is None else kernel()
             else:
                 out, last = scan(_as_they_are, tuple(t for t in built if t is not None), (), initial)
             return self.along(out), last

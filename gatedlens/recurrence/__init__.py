@@ -3,6 +3,7 @@
 state_t = decay_t * state_{t-1} + write_t            scan_t = sum over state of read_t * state_t
 
 scan(terms, sequences, constants, state)     # scanning.py: forward and backward, segment by segment
+ChannelTerms(log_decay, amount, key, read)   # channels.py: what `scan` runs where a head is a channel
 chunked(Terms(...), u, state)                # chunks.py: heads with matrix states, delta rules; literal.py: word for word
 wkv_scan.py                                  # RWKV-4's normalised scan
 DecayScan(time, rate, read, amount, key)     # decay_matrix.py: the same as a matrix, its blocks in decay_blocks.py
@@ -12,6 +13,7 @@ Factors, Branch                              # factors.py, operator.py: A = diag
 convolution.py, autocast.py, transforms.py   # within documents; under autocast; under torch.func
 """
 
+from gatedlens.recurrence.channels import ChannelTerms
 from gatedlens.recurrence.chunks import chunked
 from gatedlens.recurrence.decay_matrix import DecayScan
 from gatedlens.recurrence.factors import Factors, reach
@@ -32,7 +34,7 @@ from gatedlens.recurrence.wkv_matrix import WkvScan
 
 # fmt: off
 __all__ = [
-    "Branch", "DecayScan", "Factors", "HeadScan", "LinearScan", "PatternScan", "SegmentedScan", "StepTerms", "Terms",
-    "WkvScan", "at_least_float32", "chunked", "linear_scan", "reach", "readout", "scan",
+    "Branch", "ChannelTerms", "DecayScan", "Factors", "HeadScan", "LinearScan", "PatternScan", "SegmentedScan", "StepTerms",
+    "Terms", "WkvScan", "at_least_float32", "chunked", "linear_scan", "reach", "readout", "scan",
 ]
 # fmt: on

@@ -1,7 +1,8 @@
 """The scan as a matrix: S[i, j] = sum_n read_i[n] * exp(rate[n] * (time_i - time_j)) * amount_j * key_j[n], j <= i.
 
 It is never built with a state axis. b batch, l pos (i row, j source), c channel, n state. `time` grows along pos (the
-cumulative dt, or log decay) and `rate` <= 0 turns it into a log decay, so every exponential below is of a number <= 0:
+cumulative dt, or log decay) and `rate` <= 0 turns it into a log decay, so every exponential below is of a number <= 0
+(`document` and `kept`, where a state is forgotten or partly so, have no channel: they multiply what is done):
 
     a block of rows behind a boundary m and sources up to it is one matrix product, since
     exp(rate (time_i - time_j)) = exp(rate (time_i - time_m)) * exp(rate (time_m - time_j)),
@@ -20,9 +21,11 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from gatedlens.recurrence.channels import ChannelTerms
 from gatedlens.recurrence.decay_blocks import DiagonalTile, Halving, Pieces, Scratch, scaled_by_power, scratch_for
 from gatedlens.recurrence.matrix import ScanMatrix
 from gatedlens.recurrence.scanning import scan
+from gatedlens.recurrence.transforms import anywhere
 
 NARROW = 4  # blocks of this many positions go by diagonals
 ROW_ELEMENTS = 1 << 18  # numbers in a temporary [sources, channels, state] of `seen`, for a single row
@@ -31,7 +34,8 @@ CHUNK_ELEMENTS = 1 << 19  # numbers in a temporary [rows, channels, state]: 2 Mi
 
 @dataclass(frozen=True)
 class DecayScan(ScanMatrix):
-    """The factors of S. `document` [b, l] numbers the documents of a packed row: none sees another's tokens."""
+    """The factors of S. `document` [b, l] numbers the documents of a packed row: none sees another's tokens. `kept` [b, l] is
+    the logarithm of what the resets up to a position leave, as far as they are no whole ones: S[i, j] exp(kept_i - kept_j)."""
 
     time: Float[Tensor, "batch pos channel"]  # float64
     rate: Float[Tensor, "channel state"]
@@ -39,6 +43,18 @@ class DecayScan(ScanMatrix):
     amount: Float[Tensor, "batch pos channel"]
     key: Float[Tensor, "batch pos state"]
     document: Int[Tensor, "batch pos"] | None = None
+    kept: Float[Tensor, "batch pos"] | None = None  # float64
+
+    @classmethod
+    def of(cls, terms: ChannelTerms) -> DecayScan:
+        """`DecayScan.of(ChannelTerms(dt, amount=dt, key=B, read=C, rate=A))`: the matrix of these terms."""
+        log, amount = terms.log_decay, terms.amount
+        one = torch.ones_like(log[..., :1])
+        rate = log.new_ones(log.shape[2], 1) if terms.rate is None else terms.rate
+        read, key = (one if x is None else x for x in (terms.read, terms.key))
+        amount = torch.ones_like(log) if amount is None else amount
+        document, kept = (None, None) if terms.fresh is None else resets(terms.fresh)
+        return cls(log.double().cumsum(1), rate, read, amount, key, document, kept)
 
     @property
     def length(self) -> int:
@@ -56,7 +72,10 @@ class DecayScan(ScanMatrix):
     def undecayed(self, own: Bool[Tensor, "batch pos"]) -> DecayScan:
         """With exp(rate * (time_{i - 1} - time_j)) in the rows i of `own`; it is meant for these rows alone."""
         before = torch.cat([self.time[:, :1], self.time[:, :-1]], dim=1)
-        return replace(self, time=torch.where(own.unsqueeze(-1), before, self.time))
+        kept = self.kept
+        if kept is not None:
+            kept = torch.where(own, torch.cat([kept[:, :1], kept[:, :-1]], dim=1), kept)
+        return replace(self, time=torch.where(own.unsqueeze(-1), before, self.time), kept=kept)
 
     def decay(
         self, later: Float[Tensor, "... channel"], earlier: Float[Tensor, "... channel"]
@@ -87,11 +106,15 @@ class DecayScan(ScanMatrix):
         return self.amount * scan(_terms, sequences, (self.rate,), start)[0].flip(1)
 
     def fresh(self) -> Float[Tensor, "batch pos one"]:
-        """1 where a document begins anew (the state before it is forgotten), 0 elsewhere."""
+        """1 where a document begins anew (the state before it is forgotten), 0 elsewhere; between them in part."""
+        fresh = self.read.new_zeros(*self.time.shape[:2], 1)
+        if self.kept is not None:
+            fresh = -torch.expm1(torch.diff(self.kept, dim=1, prepend=torch.zeros_like(self.kept[:, :1])))
+            fresh = fresh.unsqueeze(-1).to(self.read.dtype)
         if self.document is None:
-            return self.read.new_zeros(*self.time.shape[:2], 1)
+            return fresh
         first = torch.diff(self.document, dim=1, prepend=self.document[:, :1]) != 0
-        return first.unsqueeze(-1).to(self.read.dtype)
+        return torch.where(first.unsqueeze(-1), 1.0, fresh)
 
     # -- rows and columns ----------------------------------------------------------------------------------------
 
@@ -119,6 +142,9 @@ class DecayScan(ScanMatrix):
             )
             pieces.append(torch.matmul(decay, (read * self.key[:, part]).unsqueeze(-1)).squeeze(-1))
         weight = torch.cat(pieces, dim=1) * self.amount[:, :reach] * visible.unsqueeze(-1)
+        if self.kept is not None:
+            left = ((self.kept[batch, i].unsqueeze(1) - self.kept[:, :reach]) * visible).exp()
+            weight = weight * left.to(weight.dtype).unsqueeze(-1)
         return torch.nn.functional.pad(weight, (0, 0, 0, self.length - reach))
 
     def column(self, j: int) -> Float[Tensor, "batch channel dst"]:
@@ -128,6 +154,8 @@ class DecayScan(ScanMatrix):
         weight = weight * self.amount[:, j].unsqueeze(-1)
         if self.document is not None:
             weight = weight * (self.document[:, j:] == self.document[:, j : j + 1]).unsqueeze(1)
+        if self.kept is not None:
+            weight = weight * (self.kept[:, j:] - self.kept[:, j : j + 1]).exp().to(weight.dtype).unsqueeze(1)
         return torch.nn.functional.pad(weight, (j, 0))
 
     # -- the whole matrix, channels summed or apart --------------------------------------------------------------
@@ -196,10 +224,27 @@ class DecayScan(ScanMatrix):
         return Pieces(halving, time, self.rate, cut(self.read), cut(self.key), *weights, scratch)
 
     def _within_documents(self, total: Tensor) -> Tensor:
-        if self.document is None:
+        if self.document is not None:
+            same = self.document.unsqueeze(2) == self.document.unsqueeze(1)
+            total = total * (same if total.ndim == 3 else same.unsqueeze(1))
+        if self.kept is None:
             return total
-        same = self.document.unsqueeze(2) == self.document.unsqueeze(1)
-        return total * (same if total.ndim == 3 else same.unsqueeze(1))
+        left = (self.kept.unsqueeze(2) - self.kept.unsqueeze(1)).clamp(max=0).exp().to(total.dtype)
+        return total * (left if total.ndim == 3 else left.unsqueeze(1))
+
+
+def resets(
+    fresh: Float[Tensor, "batch pos one"],
+) -> tuple[Int[Tensor, "batch pos"] | None, Float[Tensor, "batch pos"] | None]:
+    """(document, kept) of resets: which positions a whole reset lies between, and the logarithm of what the others leave.
+
+    None where there is nothing of the kind behind the first position: a row has no sources before that.
+    """
+    whole = fresh.squeeze(-1) >= 1
+    document = whole.long().cumsum(1) if anywhere(whole[:, 1:]) else None
+    partly = fresh.squeeze(-1).double().masked_fill(whole, 0)
+    kept = torch.log1p(-partly).cumsum(1) if anywhere(partly != 0) or partly.requires_grad else None
+    return document, kept
 
 
 def _add_contracted(blocks: Pieces, tiles: Tensor, products: list[Tensor]) -> None:

@@ -63,8 +63,10 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     out["mixer.hook_dt_pre"] = c("mixer.hook_dt_rank") @ m.dt_proj.weight.T + m.dt_proj.bias
     out["mixer.hook_dt"] = torch.log1p(torch.exp(c("mixer.hook_dt_pre")))
     A = -torch.exp(m.A_log)
+    out["mixer.hook_reset"] = torch.zeros(batch, length, 1, dtype=torch.float64)
     out["mixer.hook_state_start"] = torch.zeros(batch, channels, n, dtype=torch.float64)
-    out["mixer.hook_decay"] = torch.exp(c("mixer.hook_dt")[..., None] * A)
+    kept = (1 - c("mixer.hook_reset"))[..., None]
+    out["mixer.hook_decay"] = torch.exp(c("mixer.hook_dt")[..., None] * A) * kept
     out["mixer.hook_write"] = (
         c("mixer.hook_dt")[..., None] * c("mixer.hook_B")[:, :, None] * c("mixer.hook_u")[..., None]
     )

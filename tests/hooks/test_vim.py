@@ -166,9 +166,10 @@ class Literal:
         C = self.row(name + "hook_C", selected[..., ranks + states :])
         dt_pre = self.row(name + "hook_dt_pre", dt_rank @ w("dt_proj.weight").T + w("dt_proj.bias"))
         dt = self.row(name + "hook_dt", torch.log1p(torch.exp(dt_pre)))
+        reset = self.row(name + "hook_reset", x.new_zeros(batch, length, 1))
         state = self.row(name + "hook_state_start", x.new_zeros(batch, channels, states))
         A = -torch.exp(w("A_log"))
-        decay = self.row(name + "hook_decay", torch.exp(dt[..., None] * A))
+        decay = self.row(name + "hook_decay", torch.exp(dt[..., None] * A) * (1 - reset)[..., None])
         write = self.row(name + "hook_write", dt[..., None] * B[:, :, None] * u[..., None])
         after: list = [None] * length
         for pos in reversed(range(length)) if backward else range(length):

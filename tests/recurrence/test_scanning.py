@@ -5,10 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gatedlens.hooks.mamba import mamba_terms
 from gatedlens.recurrence import scanning
+from gatedlens.recurrence.channels import vectors
 from gatedlens.recurrence.scanning import linear_scan, readout, scan
 from gatedlens.recurrence.wkv_scan import Carry, wkv
+
+
+def mamba_terms(dt, B, C, u, A):
+    """Mamba's: decay exp(dt A), write dt u B, read C."""
+    return vectors(dt, dt * u, B, C, A)
 
 
 def inputs(length=9, channels=3, state=2, batch=2, grad=True):

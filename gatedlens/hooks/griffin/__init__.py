@@ -15,8 +15,8 @@ Wraps transformers' RecurrentGemmaForCausalLM; formats/recurrentgemma.py reads t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -35,15 +35,15 @@ from gatedlens.hooks.griffin.local_attention import LocalAttention
 from gatedlens.model import fields
 from gatedlens.model.base import Wrapped
 from gatedlens.model.batch import Batch
-from gatedlens.model.block import Mixer, MlpBlock, Norm, Run, mlp_residual_rows, norm_rows
+from gatedlens.model.block import MlpBlock, Norm, Run, mlp_residual_rows, norm_rows
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import Part, rows_of
 from gatedlens.model.language import HookedLanguageModel
-from gatedlens.model.padding import Padding
+from gatedlens.model.path import PathMixer, Streams
 from gatedlens.model.run import DocumentRun
+from gatedlens.model.stages import ChannelScan, Conv, Gate, Named, Real
 from gatedlens.model.state import CARRIED, Carried, RecurrentState
-from gatedlens.recurrence.decay_matrix import DecayScan
-from gatedlens.recurrence.factors import Factors, reach
+from gatedlens.recurrence.channels import ChannelTerms
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.transforms import transformed
 
@@ -114,7 +114,6 @@ ATTENTION_BLOCK = _rows("attn", ATTENTION_ROWS, "o_proj(z)")
 
 MAX_SQRT_SLOPE = 1000.0
 STEEP = 1 / (4 * MAX_SQRT_SLOPE**2)  # below it a square root is steeper
-FORGOTTEN = -1000.0  # a log decay that leaves nothing, and is finite
 
 
 class BoundedSqrt(Function):
@@ -154,78 +153,42 @@ def block_diagonal(
     return out.flatten(2)
 
 
-def griffin_terms(
-    log_a: Float[Tensor, "... channel"],
-    reset: Float[Tensor, "... one"],
-    m: Float[Tensor, "... channel"],
-    i: Float[Tensor, "... channel"],
-    u: Float[Tensor, "... channel"],
-) -> tuple[Float[Tensor, "... channel"], Float[Tensor, "... channel"], None]:
-    """decay = a, 0 at resets, write = m i u, read = 1 for any slice of positions: Griffin, eq. 4."""
-    return torch.exp(log_a) * (1 - reset), m * i * u, None
-
-
-class GriffinMixer(Mixer):
+class GriffinMixer(PathMixer):
     """The gated recurrent block around an RG-LRU, every intermediate a point."""
 
-    attention_points = (
-        "hook_x",
-        "hook_input_gate",
-        "hook_log_decay",
-        "hook_reset",
-        "hook_multiplier",
-        "hook_gate",
-        "hook_gated",
-    )
+    path = (Conv("conv_1d"), Real("u"), ChannelScan(), Named("y"), Gate(partial(F.gelu, approximate="tanh")))
+    selection = ("input_gate", "log_decay", "reset", "multiplier")
 
-    def factors(self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None) -> Factors:
-        """The factors of the implicit attention: u = M x + drift, S[i, j] = a_i ... a_{j+1} m_j i_j (UIA, eq. 13)."""
-        x, i, log_a, reset, m, gate, o = (
-            padding.pack(at_least_float32(cached(name))) for name in self.attention_points
-        )
-        document = (reset.squeeze(-1) == 1).long().cumsum(1)  # 0: the one that a carried state began
-        taps, bias = self.weights.conv_1d.weight.to(x.dtype).squeeze(1), self.weights.conv_1d.bias.to(x.dtype)
-        drift, start = bias * padding.packed_mask(x), None
-        if state is not None:
-            drift = drift + reach(state["conv", self.layer], x, taps) * (document == 0).unsqueeze(-1)
-            start = state["scan", self.layer].to(x).unsqueeze(-1)
-        kept = torch.log1p(-reset.double()).clamp(min=FORGOTTEN)
-        one = x.new_ones(*x.shape[:2], 1)
-        packed = document if bool((reset[:, 1:] == 1).any()) else None
-        scan = DecayScan((log_a.double() + kept).cumsum(1), x.new_ones(x.shape[2], 1), one, m * i, one, packed)
-        return Factors(x=x, o=o, scan=scan, gate=gate, taps=taps, drift=drift, document=packed, start=start)
+    def project(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Streams:
+        w = self.weights
+        x = self.hook_x(run.padding.zero(F.linear(n, w.linear_x.weight, w.linear_x.bias)))
+        return {"x": x, "gate_pre": self.hook_gate_pre(F.linear(n, w.linear_y.weight, w.linear_y.bias))}
+
+    def select(self, u: Float[Tensor, "batch pos channel"], streams: Streams, run: DocumentRun) -> None:  # type: ignore[override]
+        lru, pad = self.weights.rg_lru, run.padding
+        i = torch.sigmoid(block_diagonal(u, lru.input_gate_weight, lru.input_gate_bias))
+        streams["input_gate"] = self.hook_input_gate(i)
+        r = torch.sigmoid(block_diagonal(u, lru.recurrent_gate_weight, lru.recurrent_gate_bias))
+        r = self.hook_recurrence_gate(r)
+        log_a = r * (-8.0 * F.softplus(at_least_float32(lru.recurrent_param)))
+        # a = 1, m = 0 at a masked position: the state passes unchanged
+        log_a = pad.zero(self.hook_log_decay(pad.zero(log_a)))
+        reset = self.hook_reset(run.begins.unsqueeze(-1).to(log_a.dtype))
+        m = self.hook_multiplier(reset + (1 - reset) * bounded_sqrt(-torch.expm1(2 * log_a)))
+        streams |= {"log_decay": log_a, "reset": reset, "multiplier": m}
+
+    def terms(  # type: ignore[override]
+        self,
+        input_gate: Float[Tensor, "batch pos channel"],
+        log_decay: Float[Tensor, "batch pos channel"],
+        reset: Float[Tensor, "batch pos one"],
+        multiplier: Float[Tensor, "batch pos channel"],
+    ) -> ChannelTerms:
+        """decay = a, 0 at resets, write = m i u, read = 1: Griffin, eq. 4."""
+        return ChannelTerms(log_decay, amount=multiplier * input_gate, fresh=reset)
 
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
         return self.weights.linear_out.weight, self.weights.linear_out.bias
-
-    def forward(self, n: Float[Tensor, "batch pos d_model"], run: DocumentRun) -> Float[Tensor, "batch pos d_model"]:
-        w, lru, pad = self.weights, self.weights.rg_lru, run.padding
-        x = self.hook_x(pad.zero(F.linear(n, w.linear_x.weight, w.linear_x.bias)))
-        gate_pre = self.hook_gate_pre(F.linear(n, w.linear_y.weight, w.linear_y.bias))
-        c = self.hook_conv(self.causal_conv(x, run, self.weights.conv_1d))
-        u = self.hook_u(pad.zero(c))
-
-        i = self.hook_input_gate(torch.sigmoid(block_diagonal(u, lru.input_gate_weight, lru.input_gate_bias)))
-        r = self.hook_recurrence_gate(
-            torch.sigmoid(block_diagonal(u, lru.recurrent_gate_weight, lru.recurrent_gate_bias))
-        )
-        log_a = r * (-8.0 * F.softplus(at_least_float32(lru.recurrent_param)))
-        log_a = pad.zero(
-            self.hook_log_decay(pad.zero(log_a))
-        )  # a = 1, m = 0 at a masked position: the state passes unchanged
-        reset = self.hook_reset(run.begins.unsqueeze(-1).to(log_a.dtype))
-        m = self.hook_multiplier(reset + (1 - reset) * bounded_sqrt(-torch.expm1(2 * log_a)))
-
-        wide = at_least_float32(u)
-        start = run.start("scan", self.layer, (u.shape[0], u.shape[2]), wide)
-        scan, last = self.recur(griffin_terms, (log_a, reset, m, i, wide), (), start, pad)
-        run.leave("scan", self.layer, last)
-
-        scan = self.hook_scan(scan.to(u.dtype))
-        y = self.hook_y(scan)
-        gate = self.hook_gate(F.gelu(gate_pre, approximate="tanh"))
-        gated = self.hook_gated(y * gate)
-        return F.linear(gated, w.linear_out.weight, w.linear_out.bias)
 
 
 # -- the blocks -----------------------------------------------------------------------------------------------------

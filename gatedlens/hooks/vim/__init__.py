@@ -69,12 +69,14 @@ FWD_ROWS = _with(
     {
         "hook_x": "mixer.x (a copy: edits reach this direction only)",
         "hook_gate_pre": "mixer.gate_pre (a copy: edits reach this direction only)",
+        "hook_conv_taps": "conv1d.weight[tap] * x[pos - (tap.size - 1) + tap]",
+        "hook_reset": "0: an image is one document",
         "hook_state_start": "state before the first position (zero)",
     },
 )
 _FROM_THE_END = {
     "hook_state_start": "state behind the last position (zero)",
-    "hook_decay": "exp(dt * A_b)",
+    "hook_decay": "exp(dt * A_b) * (1 - reset)",
     "hook_state": "decay * state[pos + 1] + write",
 }
 BWD_ROWS = {
@@ -128,10 +130,10 @@ class Renamed:
 class Forward(SelectiveScan):
     """fwd: Mamba's conv, selection, scan, skip and gate, from the first position to the last."""
 
-    def forward(
+    def forward(  # type: ignore[override]  # the projection is one for both directions
         self, x: Float[Tensor, "batch pos channel"], z: Float[Tensor, "batch pos channel"], run: Run
     ) -> Float[Tensor, "batch pos channel"]:
-        return self.gated(x, z, run)
+        return self.walk({"x": self.hook_x(run.padding.zero(x)), "gate_pre": self.hook_gate_pre(z)}, run)
 
 
 class Backward(Forward):

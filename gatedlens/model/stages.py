@@ -1,0 +1,250 @@
+"""The stages of a path: what the content passes on its way through a mixer, each once, for every architecture.
+
+    path = (Conv("conv1d"), SiLU(), Skip(ChannelScan()), Gate(F.silu))          # Mamba's
+
+`forward` runs and fires the stage's points; `hold` puts what the stage is, with its coefficients held, into the factors of the
+implicit attention. path.py says how they are strung together. b batch, l pos, c channel = (head value).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gatedlens.errors import InputError
+from gatedlens.model.block import Run
+from gatedlens.model.path import Content, Held, PathMixer, Stage, Streams
+from gatedlens.recurrence.decay_matrix import DecayScan
+from gatedlens.recurrence.factors import reach
+from gatedlens.recurrence.head_matrix import HeadScan
+from gatedlens.recurrence.scanning import at_least_float32
+from gatedlens.recurrence.transforms import anywhere
+
+
+@dataclass(frozen=True)
+class Conv(Stage):
+    """c = causal depthwise conv of the streams side by side, with bias; the content is one of them."""
+
+    name: str  # of the wrapped nn.Conv1d
+    streams: tuple[str, ...] = ("x",)
+
+    def content(self, mixer: PathMixer) -> slice:
+        """Which channels of the convolution the content is."""
+        if self.streams == ("x",):
+            return slice(None)
+        before = sum(mixer.sizes[name] for name in self.streams[: self.streams.index("x")])
+        return slice(before, before + mixer.sizes["x"])
+
+    def forward(self, mixer: PathMixer, content: Content, streams: Streams, run: Run) -> Content:
+        names = {_conv_point(name): name for name in self.streams}
+        together = {point: streams[name] for point, name in names.items()}
+        for point, c in mixer.causal_convs(together, run, getattr(mixer.weights, self.name)).items():
+            streams[names[point]] = c
+        for point, name in names.items():
+            streams[name] = mixer.fire(point, streams[name])
+        return streams["x"]
+
+    def hold(self, mixer: PathMixer, held: Held) -> None:
+        conv, some = getattr(mixer.weights, self.name), self.content(mixer)
+        taps = conv.weight.to(held.x.dtype).squeeze(1)[some]
+        held.factors["taps"] = taps
+        drift = torch.zeros_like(held.x)
+        if conv.bias is not None:
+            drift = drift + conv.bias[some].to(held.x.dtype) * held.padding.packed_mask(held.x)
+        if held.state is not None:
+            tail = reach(held.state["conv", mixer.layer][..., some], held.x, taps)
+            drift = drift + (tail if held.document is None else tail * (held.document == 0).unsqueeze(-1))
+        held.factors["drift"] = drift
+
+
+def _conv_point(stream: str) -> str:
+    """What the result of a stream's convolution is called: the content's is `conv`, that of B `B_conv`."""
+    return "conv" if stream == "x" else f"{stream}_conv"
+
+
+@dataclass(frozen=True)
+class SiLU(Stage):
+    """u = SiLU(c) = sigmoid(c) c, c the point `of`; of other streams that passed the convolution too."""
+
+    streams: tuple[str, ...] = ()
+    of: str = "conv"
+
+    def reads(self, mixer: PathMixer) -> tuple[str, ...]:
+        return (self.of,)
+
+    def forward(self, mixer: PathMixer, content: Content, streams: Streams, run: Run) -> Content:
+        u = mixer.fire("u", run.padding.zero(F.silu(content)))
+        for name in self.streams:
+            streams[name] = run.padding.zero(F.silu(streams[name]))
+        return u
+
+    def hold(self, mixer: PathMixer, held: Held) -> None:
+        held.times("act", torch.sigmoid(held.cached(self.of)) * held.padding.packed_mask(held.x))
+
+
+@dataclass(frozen=True)
+class Named(Stage):
+    """The content as it is, at a point of its own: `Named("y")` where there is no skip, say."""
+
+    point: str
+
+    def forward(self, mixer: PathMixer, content: Content, streams: Streams, run: Run) -> Content:
+        return mixer.fire(self.point, content)
+
+    def hold(self, mixer: PathMixer, held: Held) -> None:
+        pass  # the identity
+
+
+@dataclass(frozen=True)
+class Real(Named):
+    """The same, 0 at padding: what enters a scan where no activation does."""
+
+    def forward(self, mixer: PathMixer, content: Content, streams: Streams, run: Run) -> Content:
+        return mixer.fire(self.point, run.padding.zero(content))
+
+
+@dataclass(frozen=True)
+class Scan(Stage):
+    """scan_t = S_t read_t, by the terms of the mixer, from nothing where a document begins. Its result stays at least float32."""
+
+    def reads(self, mixer: PathMixer) -> tuple[str, ...]:
+        return (*mixer.selection, "reset")
+
+    def forward(self, mixer: PathMixer, content: Content, streams: Streams, run: Run) -> Content:
+        mixer.select(content, streams, run)
+        terms = mixer.terms(**{name: at_least_float32(streams[name]) for name in mixer.selection})
+        terms = terms._replace(fresh=mixer.resets(run, terms.log_decay[..., 0]))
+        u = at_least_float32(content).unflatten(2, (mixer.heads, -1))
+        shape = (len(u), *u.shape[2:], terms.key.shape[-1])
+        scan, last = mixer.recur_heads(terms, u, run.start("scan", mixer.layer, shape, u), run.padding)
+        run.leave("scan", mixer.layer, last)
+        return mixer.fire("scan", scan.flatten(2))
+
+    def hold(self, mixer: PathMixer, held: Held) -> None:
+        terms, reset = mixer.terms(**{name: held.cached(name) for name in mixer.selection}), held.cached("reset")
+        if anywhere(reset != 0):
+            terms = terms._replace(fresh=reset)
+            held.factors["document"] = held.document = documents(reset)
+        held.factors["scan"] = HeadScan.of(terms, held.x.shape[2] // mixer.heads)
+        if held.state is not None:
+            held.factors["start"] = held.state["scan", mixer.layer].to(held.x).flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class ChannelScan(Stage):
+    """The same where a head is a channel: scan_t[c] = sum over state of read_t state_t[c]; see `ChannelTerms`.
+
+    A mixer whose terms are made of the reset as well has it in its `selection`, and fires hook_reset itself.
+    """
+
+    def reads(self, mixer: PathMixer) -> tuple[str, ...]:
+        return mixer.selection if "reset" in mixer.selection else (*mixer.selection, "reset")
+
+    def forward(self, mixer: PathMixer, content: Content, streams: Streams, run: Run) -> Content:
+        mixer.select(content, streams, run)
+        terms = mixer.terms(**{name: at_least_float32(streams[name]) for name in mixer.selection})
+        if "reset" not in mixer.selection:
+            terms = terms._replace(fresh=mixer.resets(run, terms.log_decay))
+        u = at_least_float32(content)
+        start, kernel = run.start("scan", mixer.layer, terms.shape(), u), mixer.kernel(terms, u, run)
+        step, sequences, constants = terms.steps(u)
+        scan, last = mixer.recur(step, sequences, constants, start, run.padding, kernel)
+        run.leave("scan", mixer.layer, last)
+        return mixer.fire("scan", scan.to(content.dtype))
+
+    def hold(self, mixer: PathMixer, held: Held) -> None:
+        terms, reset = mixer.terms(**{name: held.cached(name) for name in mixer.selection}), held.cached("reset")
+        if anywhere((reset < 0) | (reset > 1)):
+            raise InputError("hook_reset is below 0 or above 1 somewhere: the implicit attention knows no such reset.")
+        whole = None
+        if reset.requires_grad or anywhere(reset != 0):
+            terms, whole = terms._replace(fresh=reset), documents(reset)
+        scan = held.factors["scan"] = DecayScan.of(terms)
+        held.document, held.factors["document"] = whole, scan.document
+        if held.state is not None:
+            start = held.state["scan", mixer.layer].to(held.x)
+            start = start.unsqueeze(-1) if terms.rate is None else start
+            # What a reset at the first position leaves of it is known to the scan as far as it is no whole one.
+            held.factors["start"] = start if whole is None else start * (whole[:, 0] == 0).view(-1, 1, 1)
+
+
+def documents(reset: Float[Tensor, "batch pos one"]) -> Int[Tensor, "batch pos"]:
+    """How many documents have begun: 0 is the one that a state goes on with."""
+    return (reset.squeeze(-1) == 1).long().cumsum(1)
+
+
+@dataclass(frozen=True)
+class Skip(Stage):
+    """y = inner(u) + D u; D is a number a channel, or a head."""
+
+    inner: Stage
+    name: str = "D"
+
+    def weight(self, mixer: PathMixer, like: Content) -> Float[Tensor, " channel"]:
+        """D of each channel."""
+        given = at_least_float32(getattr(mixer.weights, self.name))
+        return given.repeat_interleave(like.shape[-1] // len(given))
+
+    def reads(self, mixer: PathMixer) -> tuple[str, ...]:
+        return self.inner.reads(mixer)
+
+    def forward(self, mixer: PathMixer, content: Content, streams: Streams, run: Run) -> Content:
+        inner = self.inner.forward(mixer, content, streams, run)
+        return mixer.fire("y", inner + self.weight(mixer, content) * content)
+
+    def hold(self, mixer: PathMixer, held: Held) -> None:
+        held.factors["skip"] = self.weight(mixer, held.x).to(held.x.dtype)
+        self.inner.hold(mixer, held)
+
+
+@dataclass(frozen=True)
+class Gate(Stage):
+    """out = content * act(gate_pre)."""
+
+    act: Callable[[Tensor], Tensor]
+    out: str = "gated"
+
+    def reads(self, mixer: PathMixer) -> tuple[str, ...]:
+        return ("gate",)
+
+    def forward(self, mixer: PathMixer, content: Content, streams: Streams, run: Run) -> Content:
+        gate = mixer.fire("gate", self.act(streams["gate_pre"]))
+        return mixer.put_out(self.out, content * gate, streams)
+
+    def hold(self, mixer: PathMixer, held: Held) -> None:
+        held.times("gate", held.cached("gate"))
+
+
+@dataclass(frozen=True)
+class GroupNorm(Stage):
+    """out = weight * content / scale, scale = sqrt(mean over a group of channels of content^2 + eps). Its scale is held."""
+
+    groups: int
+    eps: float
+    name: str = "norm"
+    out: str = "gated"
+
+    def spread(self, scale: Float[Tensor, "batch pos group"], like: Content) -> Content:
+        """The scale of each channel's group."""
+        return scale.repeat_interleave(like.shape[-1] // self.groups, dim=-1)
+
+    def weight(self, mixer: PathMixer) -> Float[Tensor, " channel"]:
+        """The gain of each channel."""
+        return at_least_float32(getattr(mixer.weights, self.name).weight)
+
+    def reads(self, mixer: PathMixer) -> tuple[str, ...]:
+        return ("scale",)
+
+    def forward(self, mixer: PathMixer, content: Content, streams: Streams, run: Run) -> Content:
+        wide = at_least_float32(content)
+        squares = wide.unflatten(-1, (self.groups, -1)).pow(2).mean(-1)
+        scale = mixer.fire("scale", (squares + self.eps).sqrt())
+        return mixer.put_out(self.out, self.weight(mixer) * (wide / self.spread(scale, wide)), streams)
+
+    def hold(self, mixer: PathMixer, held: Held) -> None:
+        held.times("gate", self.weight(mixer).to(held.x.dtype) / self.spread(held.cached("scale"), held.x))

@@ -1,0 +1,108 @@
+"""ChannelTerms: a recurrence whose heads are single channels, each with a state vector of its own, or with one number.
+
+    state_t[c, n] = decay_t[c, n] state_{t-1}[c, n] + amount_t[c] key_t[n] u_t[c]        scan_t[c] = sum_n read_t[n] state_t[c, n]
+    decay_t[c, n] = exp(log_decay_t[c] rate[c, n]) (1 - fresh_t)
+
+It is `Terms` with heads of one value: `as_heads` writes it so. Key and read are shared by all channels. Where both are None the
+state has no axis of its own: a channel's state is a number, and the scan reads it as it is.
+
+    Mamba, ViM      log_decay dt, rate A, amount dt, key B, read C
+    RG-LRU, HGRN    log_decay log a, amount the input gate; no key, no read
+
+b batch, l pos, c channel, n state.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gatedlens.recurrence.scanning import StepTerms
+from gatedlens.recurrence.terms import Terms
+from gatedlens.recurrence.transforms import forward_mode
+
+
+class Steps(NamedTuple):
+    """What `scan(steps.terms, steps.sequences, steps.constants, state)` takes."""
+
+    terms: StepTerms
+    sequences: tuple[Tensor, ...]
+    constants: tuple[Tensor, ...]
+
+
+class ChannelTerms(NamedTuple):
+    """`ChannelTerms(dt, amount=dt, key=B, read=C, rate=A)`: one recurrence, over any run of positions.
+
+    log_decay * rate <= 0. A factor that is None is 1 (fresh: 0); key, read and rate are there together, or none of them is.
+    """
+
+    log_decay: Float[Tensor, "batch pos channel"]
+    amount: Float[Tensor, "batch pos channel"] | None = None
+    key: Float[Tensor, "batch pos state"] | None = None
+    read: Float[Tensor, "batch pos state"] | None = None
+    rate: Float[Tensor, "channel state"] | None = None
+    fresh: Float[Tensor, "batch pos one"] | None = None  # 1 where a document begins: the state before it is forgotten
+
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a state: [batch, channel, state], or [batch, channel]."""
+        batch, _, channels = self.log_decay.shape
+        return (batch, channels) if self.rate is None else (batch, channels, self.rate.shape[1])
+
+    def steps(self, u: Float[Tensor, "batch pos channel"]) -> Steps:
+        """The recurrence of the content `u`, as `scan` runs it."""
+        amount = torch.ones_like(u) if self.amount is None else self.amount
+        fresh = () if self.fresh is None else (self.fresh,)
+        if self.key is None or self.read is None or self.rate is None:
+            return Steps(numbers, (self.log_decay, amount, u, *fresh), ())
+        # The rate lies in memory with channels innermost: `vectors` says why.
+        rate = self.rate.mT.contiguous().mT
+        return Steps(vectors, (self.log_decay, amount * u, self.key, self.read, *fresh), (rate,))
+
+    def as_heads(self) -> Terms:
+        """The same with a head for each channel, of one value and one key a state: slow, and what tests compare with."""
+        one = torch.ones_like(self.log_decay[..., :1])
+        key, read = (one if x is None else x for x in (self.key, self.read))
+        return Terms(
+            self.log_decay.unsqueeze(-1),
+            key.unsqueeze(2),
+            read.unsqueeze(2),
+            self.amount,
+            None,
+            None,
+            self.rate,
+            self.fresh,
+        )
+
+
+def vectors(
+    log: Float[Tensor, "... channel"],
+    value: Float[Tensor, "... channel"],
+    key: Float[Tensor, "... state"],
+    read: Float[Tensor, "... state"],
+    *fresh_and_rate: Float[Tensor, ...],
+) -> tuple[Float[Tensor, "... channel state"], Float[Tensor, "... channel state"], Float[Tensor, "... state"]]:
+    """decay = exp(log rate) (1 - fresh), write = value key, read, for any slice of positions.
+
+    The tensors are [b, l, c, n] and lie in memory with channels innermost: states are few, and a processor likes long rows.
+    """
+    *fresh, rate = fresh_and_rate
+    exp = torch.exp if forward_mode() else torch.exp_  # a second tensor of this size costs more than the exponential
+    decay = exp(log.unsqueeze(-2) * rate.mT).mT
+    if fresh:
+        decay = decay * (1 - fresh[0]).unsqueeze(-1)
+    return decay, (value.unsqueeze(-2) * key.unsqueeze(-1)).mT, read
+
+
+def numbers(
+    log: Float[Tensor, "... channel"],
+    amount: Float[Tensor, "... channel"],
+    u: Float[Tensor, "... channel"],
+    *fresh: Float[Tensor, "... one"],
+) -> tuple[Float[Tensor, "... channel"], Float[Tensor, "... channel"], None]:
+    """decay = exp(log) (1 - fresh), write = amount u; the state itself is read."""
+    # The product is taken here, not before: `scan` turns what is written into states, in its place.
+    decay = torch.exp(log)
+    return decay * (1 - fresh[0]) if fresh else decay, amount * u, None
