@@ -86,11 +86,12 @@ def page(name: str, hooked: type[HookedModel]) -> str:
     model, sizes = hooked.reference
     own = hooked.__module__.startswith("gatedlens.")
     file = f"gatedlens/hooks/{name}.py" if own else f"{hooked.__module__.replace('.', '/')}.py"
+    counted = f" Bytes per token are those of {model} in float32." if model else ""
+    made = f"{hooked.__name__}.tiny()" if hooked.small else f"{hooked.__name__}(module)  # yours"
     out = [
         f"# {hooked.title}: hook points",
         f"{hooked.paper}\n\nWritten by `python -m gatedlens.catalogue` from `{file}`; do not edit.",
-        f"`{{l}}` is a layer. A lazy point (rounded) builds its tensor only when somebody listens. Bytes per token are those "
-        f"of {model} in float32.",
+        f"`{{l}}` is a layer. A lazy point (rounded) builds its tensor only when somebody listens.{counted}",
         "## The recurrence",
         "    state_t = decay_t * state_{t-1} + write_t      scan_t = read_t . state_t      y_t = scan_t + skip * u_t",
         "| term | here |\n|---|---|\n" + "\n".join(f"| {term} | {here} |" for term, here in hooked.recurrence.items()),
@@ -101,7 +102,7 @@ def page(name: str, hooked: type[HookedModel]) -> str:
         "| factor | from the points |\n|---|---|\n"
         + "\n".join(f"| {factor} | `{here}` |" for factor, here in hooked.attention_words.items()),
         "## Read one point",
-        f"```python\n{imported(hooked)}\n\nmodel = {hooked.__name__}.tiny()\n{hooked.snippet()}\n```",
+        f"```python\n{imported(hooked)}\n\nmodel = {made}\n{hooked.snippet()}\n```",
     ]
     for kind, rows in hooked.kinds().items():
         many = len(hooked.kinds()) > 1

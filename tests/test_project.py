@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import json
 import os
 import re
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from gatedlens import catalogue
-from gatedlens.hooks import architectures
+import gatedlens as gl
+from gatedlens import catalogue, model
+from gatedlens.hooks import architectures, unregister
+from gatedlens.model import stages
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "gatedlens"
@@ -80,6 +83,43 @@ def test_readme_blocks_run(tmp_path, monkeypatch):
     scope: dict = {}
     for i, block in enumerate(blocks):
         exec(compile(block, f"README.md block {i}", "exec"), scope)
+
+
+def test_the_page_of_the_contract_runs_and_names_what_there_is():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    scope: dict = {}
+    try:
+        for i, block in enumerate(blocks):
+            exec(compile(block, f"docs/architecture.md block {i}", "exec"), scope)
+    finally:
+        unregister("forget")
+        scope.clear()
+        gc.collect()  # an error of another test names every architecture that is defined
+    tables = re.split(r"\n\n+", page.partition("## What you give")[2].partition("Rules.")[0])
+    given = {
+        "of the model": {*dir(gl.HookedLanguageModel), *dir(gl.HookedVisionModel), "title", "small"},
+        "of the mixer": {*dir(model.PathMixer), "sizes"},
+        "stage": {name for name, one in vars(stages).items() if isinstance(one, type) and issubclass(one, model.Stage)},
+    }
+    for head, known in given.items():
+        (table,) = [one for one in tables if one.startswith(f"| {head}")]
+        first = " ".join(row.split("|")[1] for row in table.splitlines()[2:])
+        named = {name.partition("(")[0] for name in re.findall(r"`([^`]+)`", first)}
+        assert named <= known, named - known
+        if head == "stage":
+            assert named == {name for name in known if getattr(stages, name).__module__ == stages.__name__}
+
+
+def test_the_tutorial_quotes_the_file():
+    """Each block of code that tutorial 8 shows in its text is in the file that it walks through, word for word."""
+    text = (ROOT / "tutorials" / "8-a-fifth-architecture.py").read_text(encoding="utf-8")
+    source = (ROOT / "tutorials" / "fifth" / "my_mamba2.py").read_text(encoding="utf-8")
+    prose = "\n".join(line.removeprefix("#").removeprefix(" ") for line in text.splitlines() if line.startswith("#"))
+    quoted = re.findall(r"```python\n(.*?)\n```", prose, re.S)
+    assert len(quoted) >= 4
+    for block in quoted:
+        assert block in source, block
 
 
 @pytest.mark.slow

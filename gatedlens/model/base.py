@@ -68,7 +68,7 @@ class HookedModel(Hooking):
     wraps: ClassVar[tuple[str, ...]] = ()  # class names that `gl.wrap` hands to this architecture
     hub_types: ClassVar[tuple[str, ...]] = ()  # model_type in a config.json of transformers
     hub_fields: ClassVar[Mapping[str, Field]] = {}  # what the keys of such a config.json may hold
-    small: ClassVar[Tiny]  # the model that `tiny` makes
+    small: ClassVar[Tiny | None] = None  # the model that `tiny` makes
     layout: ClassVar[Layout] = Layout()  # of an original checkpoint, which transformers does not read
     block_points: ClassVar[tuple[Point, ...]] = ()
     first_points: ClassVar[tuple[Point, ...]] = ()
@@ -175,8 +175,11 @@ class HookedModel(Hooking):
     def tiny(cls: type[M], seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> M:
         """`HookedMamba.tiny(seed=0, n_layer=3)`: a small random model for tests and tours.
 
-        sizes: words of its config, as in `HookedMamba.small.config`; they stand for those there.
+        sizes: words of its config, as in `HookedMamba.small.config`; they stand for those there. InputError for an architecture
+        that says no such config.
         """
+        if cls.small is None:
+            raise InputError(f"{cls.__name__} has no tiny model: it says none, small = Tiny(name, make, config).")
         return cls(cls.small.module(seed, sizes).to(dtype), model_name=cls.small.name)
 
     @classmethod

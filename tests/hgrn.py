@@ -11,7 +11,7 @@ b batch, l pos, d d_model, c channel (expand_ratio * d_model), f d_mlp; n and m 
 This is the real recurrence (the paper also turns each state by a fixed angle), with SiLU for the gates as in the
 flash-linear-attention library, and without that library's norm before `out_proj`.
 
-It is the example of tutorial 8: an architecture that gatedlens does not ship, in one file.
+An architecture that gatedlens does not ship, in one file: `test_fifth.py` runs every general test on it.
 """
 
 from __future__ import annotations
