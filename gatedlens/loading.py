@@ -254,9 +254,9 @@ def _from_folder(source: str, name: str, dtype: torch.dtype | None, hub: Mapping
             fields.check(config, hooked.hub_fields, where)
             return hooked, _from_transformers(hooked, source, where, config, dtype, hub)
     for hooked in architectures().values():
-        if hooked.is_original(config):
+        if hooked.layout.knows(config):
             _check_options(hub)
-            fields.check(config, hooked.original_fields, where)
+            fields.check(config, hooked.layout.fields, where)
             state = checkpoint.find(source, hub).tensors()
             return hooked, _from_original(hooked, source, where, config, state, dtype)
     what = f"model_type {kind!r}" if kind else f"a config.json with {', '.join(list(config)[:6]) or 'nothing'}"
@@ -288,9 +288,9 @@ def _from_file(
         state = {name.removeprefix(prefix): tensor for name, tensor in held.items()}
         for hooked in architectures().values():
             with reading(path, f"is no {hooked.title} that gatedlens can read"), about(path):
-                config = hooked.config_of_file(state, told, variant)
+                config = hooked.layout.config_of_file(state, told, variant)
             if config is not None:
-                fields.check(config, hooked.original_fields, path)
+                fields.check(config, hooked.layout.fields, path)
                 return hooked, _from_original(hooked, str(path), path, config, state, dtype)
     names = ", ".join(list(held)[:3])
     raise CheckpointError(f"{path} holds {names}, ...: no architecture that loads from one file. {supported()}")
@@ -428,16 +428,16 @@ def _from_original(
     dtype: torch.dtype | None,
 ) -> nn.Module:
     """An original checkpoint into the architecture's own parameter module, which is built once everything fits."""
-    fields.check_depth(config, hooked.original_fields, where, len(state))
+    fields.check_depth(config, hooked.layout.fields, where, len(state))
     with reading(where, f"asks for a {hooked.title} that cannot be built"), about(where), torch.device("meta"):
-        expected: nn.Module = hooked.empty(config)
+        expected: nn.Module = hooked.layout.empty(config)
     wanted = expected.state_dict()
     with reading(source, f"holds tensors that are not as {hooked.title}'s are"), about(source):
         bare = [{name.removeprefix(p): t for name, t in state.items()} for p in checkpoint.prefixes(state)]
-        found = [hooked.rename(one) for one in bare]
+        found = [hooked.layout.rename(one) for one in bare]
     renamed = next((one for one in found if set(one) & set(wanted)), found[0])
     shapes = {name: tensor.shape for name, tensor in renamed.items()}
     _complete(source, _missing(expected, renamed), set(renamed) - set(wanted), _misshapen(wanted, shapes))
-    wrapped: nn.Module = hooked.empty(config)
+    wrapped: nn.Module = hooked.layout.empty(config)
     wrapped.load_state_dict(renamed, strict=False)
     return wrapped.to(dtype or next(iter(renamed.values())).dtype)

@@ -366,7 +366,7 @@ def test_weights_that_are_not_finite_are_told(hooked, value):
 def test_values_of_a_config_are_checked_when_a_model_is_wrapped(hooked):
     wrapped = hooked.tiny().wrapped
     config = wrapped.config if isinstance(wrapped.config, dict) else vars(wrapped.config)
-    known = hooked.original_fields if isinstance(wrapped.config, dict) else hooked.hub_fields
+    known = hooked.layout.fields if isinstance(wrapped.config, dict) else hooked.hub_fields
     for key in known:
         if key in config:
             before = config[key]

@@ -80,7 +80,7 @@ def rwkv(d_model: int, n_layers: int, mlp: int) -> Callable[[int], nn.Module]:
 
 def vim(classes: int) -> nn.Module:
     """Vision Mamba on 8 x 8 pixels: 16 patches of 2 x 2, mean pooling."""
-    from gatedlens.hooks.vim.checkpoint import VisionMamba
+    from gatedlens.formats.vision_mamba import VisionMamba
 
     image: dict[str, Any] = {"img_size": 8, "patch_size": 2, "stride": 2, "channels": 1}
     return VisionMamba(**image, num_classes=classes, embed_dim=40, depth=3, d_state=4, final_pool_type="mean")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedlens.errors import InputError
+from gatedlens.formats.mamba_ssm import Weights
 from gatedlens.hooks import mamba
 
 
@@ -181,13 +182,13 @@ def convert_hooked_state_dict_to_original_state_dict(
     return out
 
 
-def new_weights(cfg: MambaCfg, initialize: bool) -> mamba.Weights:
+def new_weights(cfg: MambaCfg, initialize: bool) -> Weights:
     """Parameters of these sizes, drawn as mamba-ssm draws them if `initialize`."""
     init = cfg.initializer_cfg
     ssm = {name: getattr(cfg, name) for name in SSM}
     ssm |= {"dt_min": init.dt_min, "dt_max": init.dt_max, "dt_init_floor": init.dt_init_floor}
     sizes = {"d_model": cfg.d_model, "n_layer": cfg.n_layers, "vocab_size": cfg.vocab_size, "ssm_cfg": ssm}
-    made: Any = mamba.Weights({**sizes, "pad_vocab_size_multiple": cfg.pad_vocab_size_multiple})
+    made: Any = Weights({**sizes, "pad_vocab_size_multiple": cfg.pad_vocab_size_multiple})
     if initialize:
         nn.init.normal_(made.backbone.embedding.weight, std=init.initializer_range)
         for layer in made.backbone.layers:

@@ -9,14 +9,14 @@ b batch, l pos, d d_model, h head, v value (of a head), c channel = (head value)
 
 A checkpoint of mamba-ssm may have its norm before the gate, RMSNorm(y) SiLU(z), or none, and D by channel.
 
-Wraps transformers' Mamba2ForCausalLM, mamba-ssm's MambaLMHeadModel (by its parameter names) and `Mamba2Weights` below, which
-holds a checkpoint in mamba-ssm's original layout.
+Wraps transformers' Mamba2ForCausalLM, mamba-ssm's MambaLMHeadModel (by its parameter names) and `Mamba2Weights` of
+formats/mamba2_ssm.py, which holds a checkpoint in mamba-ssm's original layout.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -25,25 +25,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatedlens.address.point import Point, block_aliases, block_rows
+from gatedlens.address.point import Point, block_rows
+from gatedlens.compat.names.mamba2 import ALIASES
 from gatedlens.errors import CheckpointError
+from gatedlens.formats.mamba2_ssm import TINY, Mamba2Ssm, told
+from gatedlens.formats.mamba_stack import MambaStack, StackConfig, has_matrix_states
+from gatedlens.formats.transformers_config import MAMBA2, config_of
 from gatedlens.hooks.mamba import PAPER as MAMBA
-from gatedlens.hooks.mamba import STACK_FIELDS, MambaStack, StackConfig, StackWeights, config_of, has_matrix_states
-from gatedlens.model import fields
 from gatedlens.model.base import Wrapped
-from gatedlens.model.block import Block, Norm, Run, eps_of, norm_rows, residual_rows
-from gatedlens.model.fields import (
-    EPS,
-    FLAG,
-    POSITIVE,
-    SIZE,
-    TEXT,
-    ConfigValue,
-    Field,
-    layers_of,
-    one_of,
-    table,
-)
+from gatedlens.model.block import Block, Norm, Run, norm_rows, residual_rows
 from gatedlens.model.hookpoint import rows_of
 from gatedlens.model.path import PathMixer, Stage, Streams
 from gatedlens.model.stages import Conv, Gate, GroupNorm, Scan, SiLU, Skip
@@ -200,82 +190,6 @@ class Mamba2Mixer(PathMixer):
         return self.weights.out_proj.weight, self.weights.out_proj.bias
 
 
-ALIASES = block_aliases(
-    "TransformerLens",
-    ("hook_in", "hook_resid_pre"),
-    ("hook_out", "hook_resid_post"),
-    ("hook_attn_out", "hook_mixer_out"),
-    ("norm.hook_out", "ln1.hook_out"),
-    ("norm.hook_scale", "ln1.hook_scale"),
-    ("norm.hook_normalized", "ln1.hook_normalized"),
-    ("mixer.hook_in", "ln1.hook_out"),
-    ("mixer.hook_out", "hook_mixer_out"),
-    ("mixer.hook_ssm_out", "hook_mixer_out"),
-    ("mixer.hook_ssm_dt", "mixer.hook_dt"),
-    ("mixer.hook_ssm_write", "mixer.hook_write"),
-    ("mixer.hook_ssm_state", "mixer.hook_state"),
-    ("mixer.out_proj.hook_in", "mixer.hook_gated"),
-)
-
-
-# -- configs --------------------------------------------------------------------------------------------------------
-
-
-def _limit(v: Any) -> bool:
-    """Two numbers, low and high; transformers writes infinity as an object, mamba-ssm as Infinity."""
-    return isinstance(v, list | tuple) and len(v) == 2 and _read_limit(v) is not None
-
-
-def _read_limit(v: Any) -> tuple[float, float] | None:
-    """(low, high) of a time_step_limit or dt_limit."""
-    numbers: list[Any] = [x.get("__float__") if isinstance(x, Mapping) else x for x in v]
-    try:
-        low, high = (float(x) for x in numbers if not isinstance(x, bool))
-    except (TypeError, ValueError):
-        return None
-    return (low, high) if 0 <= low <= high else None
-
-
-LIMIT = Field("two numbers, 0 <= low <= high (high may be infinite)", _limit)
-HUB_FIELDS = {
-    **fields.TRANSFORMERS,
-    "vocab_size": SIZE,
-    "hidden_size": SIZE,
-    "num_hidden_layers": layers_of(9),
-    "state_size": SIZE,
-    "conv_kernel": SIZE,
-    "expand": POSITIVE,
-    "num_heads": SIZE,
-    "head_dim": SIZE,
-    "n_groups": SIZE,
-    "time_step_rank": SIZE | one_of("auto"),
-    "time_step_limit": LIMIT,
-    "layer_norm_epsilon": EPS,
-    "hidden_act": TEXT,
-    "residual_in_fp32": FLAG,
-    "use_bias": FLAG,
-    "use_conv_bias": FLAG,
-    "chunk_size": SIZE,
-}
-SSM_FIELDS = {
-    "layer": one_of("Mamba2"),
-    "d_state": SIZE,
-    "d_conv": SIZE,
-    "expand": POSITIVE,
-    "headdim": SIZE,
-    "d_ssm": SIZE.or_null(),
-    "ngroups": SIZE,
-    "D_has_hdim": FLAG,
-    "rmsnorm": FLAG,
-    "norm_before_gate": FLAG,
-    "dt_limit": LIMIT,
-    "bias": FLAG,
-    "conv_bias": FLAG,
-    "chunk_size": SIZE,
-}
-ORIGINAL_FIELDS = {**STACK_FIELDS, "n_layer": layers_of(8), "ssm_cfg": table(**SSM_FIELDS)}
-
-
 # -- the model ------------------------------------------------------------------------------------------------------
 
 
@@ -333,8 +247,9 @@ class HookedMamba2(MambaStack):
     }
     wraps = ("Mamba2ForCausalLM", "MambaLMHeadModel", "Mamba2Weights")
     hub_types = ("mamba2",)
-    hub_fields = HUB_FIELDS
-    original_fields = ORIGINAL_FIELDS
+    hub_fields = MAMBA2
+    layout = Mamba2Ssm()
+    small = TINY
     block_points = BLOCK_ROWS
     aliases = ALIASES
     has_positions = True
@@ -358,9 +273,9 @@ class HookedMamba2(MambaStack):
                 raise CheckpointError(f"Layer {number} of {model_name} is no Mamba-2 mixer: its A_log must be [head].")
         cls.check_activation(wrapped, given, model_name)
         mixer = wrapped.backbone.layers[0].mixer
-        told = _told(mixer, given)
+        own = told(mixer, given)
         inner, heads = mixer.out_proj.weight.shape[1], len(mixer.A_log)
-        groups = int(told["n_groups"])
+        groups = int(own["n_groups"])
         d_state = (mixer.conv1d.weight.shape[0] - inner) // (2 * groups)
         rows = 2 * inner + 2 * groups * d_state + heads
         if mixer.in_proj.weight.shape[0] != rows or inner % heads:
@@ -377,9 +292,9 @@ class HookedMamba2(MambaStack):
             d_head=inner // heads,
             d_state=d_state,
             n_groups=groups,
-            dt_limit=told["dt_limit"],
-            mixer_norm=told["norm"],
-            mixer_eps=told["eps"],
+            dt_limit=own["dt_limit"],
+            mixer_norm=own["norm"],
+            mixer_eps=own["eps"],
         )
 
     @classmethod
@@ -392,120 +307,8 @@ class HookedMamba2(MambaStack):
     def make_block(self, layer: int) -> Block:
         w, cfg, rows = self.wrapped.backbone.layers[layer], self.cfg, self.rows_for(layer)
         ln1 = Norm(w.norm, rows_of("ln1", rows), cfg.eps, centred=cfg.normalization_type == "LN")
-        own = replace(cfg, dt_limit=_told(w.mixer, config_of(self.wrapped))["dt_limit"])
+        own = replace(cfg, dt_limit=told(w.mixer, config_of(self.wrapped))["dt_limit"])
         return Block(w, rows, ln1, Mamba2Mixer(w.mixer, rows_of("mixer", rows), layer, own))
-
-    @classmethod
-    def is_original(cls, config: dict[str, Any]) -> bool:
-        """mamba-ssm's config.json whose ssm_cfg says "layer": "Mamba2"."""
-        ssm = config.get("ssm_cfg")
-        named = isinstance(ssm, Mapping) and ssm.get("layer") == "Mamba2"
-        return named and {"d_model", "n_layer", "vocab_size"} <= set(config)
-
-    @classmethod
-    def empty(cls, config: dict[str, Any]) -> nn.Module:
-        return Mamba2Weights(config)
-
-    @classmethod
-    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> HookedMamba2:
-        """A small random model for tests and tours: 2 layers, 16 wide, 4 heads of 8 in 2 groups... whatever `sizes` say."""
-        ssm = {"layer": "Mamba2", "d_state": 4, "d_conv": 4, "headdim": 8, "ngroups": 2}
-        config: dict[str, Any] = {"d_model": 16, "n_layer": 2, "vocab_size": 40, "ssm_cfg": ssm} | sizes
-        generator = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            weights = Mamba2Weights(config)
-        with torch.no_grad():
-            for name, p in weights.named_parameters():
-                noise = torch.randn(p.shape, generator=generator)
-                if p.ndim > 1:
-                    p.copy_(noise * (0.5 if "embed" in name else p.shape[-1] ** -0.5))
-                else:
-                    p.add_(0.3 * noise)
-        return cls(weights.to(dtype).eval(), model_name="tiny-mamba2")
-
-
-def _told(mixer: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What shapes do not tell of a mixer: its groups, the limits of dt, where its norm is and the norm's eps.
-
-    transformers keeps it on the mixer by its own names, mamba-ssm by others, a checkpoint's config in ssm_cfg.
-    """
-    own, ssm = vars(mixer), dict(given.get("ssm_cfg") or {})
-    norm = mixer._modules.get("norm")
-    groups = own.get("n_groups", own.get("ngroups", ssm.get("ngroups", given.get("n_groups", 1))))
-    limit = own.get("time_step_limit", own.get("dt_limit", ssm.get("dt_limit", given.get("time_step_limit"))))
-    first = own.get("norm_before_gate", ssm.get("norm_before_gate", False))
-    eps = 1e-5 if norm is None else eps_of(norm, float(given.get("layer_norm_epsilon", 1e-5)))
-    where = "none" if norm is None else "before the gate" if first else "after the gate"
-    return {
-        "n_groups": groups,
-        "dt_limit": _read_limit(limit) if limit is not None else (0.0, math.inf),
-        "norm": where,
-        "eps": eps,
-    }
-
-
-# -- the original checkpoint layout ---------------------------------------------------------------------------------
-
-
-class Mamba2Weights(StackWeights):
-    """Parameters in mamba-ssm's layout and names, without mamba-ssm: `Mamba2Weights(config.json).load_state_dict(...)`.
-
-    config: `d_model, n_layer, vocab_size`, and `ssm_cfg {layer "Mamba2", d_state 128, d_conv 4, expand 2, headdim 64, ngroups 1,
-    D_has_hdim False, rmsnorm True, norm_before_gate False, dt_limit [0, inf], bias False, conv_bias True}`; optionally `rms_norm`
-    True (False: LayerNorm), `residual_in_fp32` True, `pad_vocab_size_multiple` 8, `tie_embeddings` True.
-    """
-
-    def __init__(self, config: dict[str, Any]):
-        fields.check(config, ORIGINAL_FIELDS, "The config", required=("d_model", "n_layer", "vocab_size", "ssm_cfg"))
-        ssm = {name: value for name, value in config["ssm_cfg"].items() if name != "layer"}
-        super().__init__(config, _layer, ssm)
-
-
-def _layer(
-    d: int,
-    norm: Callable[[int], nn.Module],
-    d_state: int = 128,
-    d_conv: int = 4,
-    expand: int | float = 2,
-    headdim: int = 64,
-    d_ssm: int | None = None,
-    ngroups: int = 1,
-    D_has_hdim: bool = False,
-    rmsnorm: bool = True,
-    norm_before_gate: bool = False,
-    dt_limit: Any = None,
-    bias: bool = False,
-    conv_bias: bool = True,
-    **unsupported: Any,
-) -> nn.Module:
-    """One layer as mamba-ssm initialises it: A_log = log of 1 to 16, D = 1, softplus(dt_bias) log-uniform in dt."""
-    harmless = {"chunk_size", "dt_min", "dt_max", "dt_init_floor", "A_init_range", "use_mem_eff_path", "conv_init"}
-    if unknown := set(unsupported) - harmless:
-        raise CheckpointError(f"ssm_cfg asks for {', '.join(sorted(unknown))}, which gatedlens does not support.")
-    inner = int(expand * d)
-    if d_ssm not in (None, inner):
-        raise CheckpointError(f"ssm_cfg.d_ssm is {d_ssm}; supported is {inner} (expand * d_model), or null.")
-    if inner % headdim or (inner // headdim) % ngroups:
-        raise CheckpointError(
-            f"ssm_cfg: {inner} channels cannot be cut into heads of {headdim} in {ngroups} groups evenly."
-        )
-    heads = inner // headdim
-    layer, mixer = nn.Module(), nn.Module()
-    layer.norm, layer.mixer = norm(d), mixer
-    through_conv = inner + 2 * ngroups * d_state
-    mixer.in_proj = nn.Linear(d, inner + through_conv + heads, bias=bias)
-    mixer.conv1d = nn.Conv1d(
-        through_conv, through_conv, d_conv, groups=through_conv, bias=conv_bias, padding=d_conv - 1
-    )
-    dt = torch.exp(torch.linspace(math.log(0.001), math.log(0.1), heads)).clamp(min=1e-4)
-    mixer.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-    mixer.A_log = nn.Parameter(torch.log(torch.linspace(1.0, 16.0, heads)))
-    mixer.D = nn.Parameter(torch.ones(inner if D_has_hdim else heads))
-    if rmsnorm:
-        mixer.norm = nn.RMSNorm(inner, eps=1e-5)
-    mixer.out_proj = nn.Linear(inner, d, bias=bias)
-    return layer
 
 
 HOOKED = HookedMamba2

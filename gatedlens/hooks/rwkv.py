@@ -23,7 +23,7 @@ Wraps transformers' RwkvForCausalLM; the official .pth key layout is renamed to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -32,14 +32,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatedlens.address.point import Alias, Point, block_aliases, block_rows
+from gatedlens.address.point import Point, block_rows
+from gatedlens.compat.names.rwkv import ALIASES
 from gatedlens.errors import CheckpointError
+from gatedlens.formats.rwkv_lm import TINY, RwkvLm
+from gatedlens.formats.transformers_config import RWKV
 from gatedlens.model import fields
 from gatedlens.model.base import Wrapped
 from gatedlens.model.block import MlpBlock, Norm, Run, TokenMixing, eps_of, mlp_residual_rows, norm_rows
-from gatedlens.model.checkpoint import depth, shape_of
 from gatedlens.model.config import HookedConfig
-from gatedlens.model.fields import COUNT, EPS, INTEGER, SIZE, ConfigValue, layers_of
 from gatedlens.model.hookpoint import Part, rows_of
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.padding import Padding
@@ -270,94 +271,6 @@ class RwkvMlp(RwkvMix):
         return kv * gate
 
 
-# -- other tools' names ---------------------------------------------------------------------------------------------
-
-
-ALIASES = (
-    Alias("blocks.0.pre_ln.hook_in", "hook_embed", "TransformerLens"),
-    *block_aliases(
-        "RWKV-LM",
-        ("mixer.hook_v", "mixer.hook_x"),
-        ("mixer.hook_r", "mixer.hook_gate_pre"),
-        ("mixer.hook_wkv", "mixer.hook_scan"),
-        ("mixer.hook_aa", "mixer.hook_num"),
-        ("mixer.hook_bb", "mixer.hook_den"),
-        ("mixer.hook_pp", "mixer.hook_max"),
-        ("mlp.hook_r", "mlp.hook_gate_pre"),
-        ("mlp.hook_v", "mlp.hook_kv"),
-    ),
-    *block_aliases(
-        "TransformerLens",
-        ("hook_in", "hook_resid_pre"),
-        ("hook_out", "hook_resid_post"),
-        ("hook_attn_in", "hook_mixer_in"),
-        ("hook_attn_out", "hook_mixer_out"),
-        ("pre_ln.hook_scale", "ln0.hook_scale"),
-        ("pre_ln.hook_normalized", "ln0.hook_normalized"),
-        ("pre_ln.hook_out", "ln0.hook_out"),
-        ("ln1.hook_in", "hook_mixer_in"),
-        ("ln2.hook_in", "hook_mlp_in"),
-        ("hook_time_mix_in", "ln1.hook_out"),
-        ("hook_time_mix_out", "hook_mixer_out"),
-        ("hook_channel_mix_in", "ln2.hook_out"),
-        ("hook_channel_mix_out", "hook_mlp_out"),
-        ("time_mix.hook_in", "ln1.hook_out"),
-        ("time_mix.hook_out", "hook_mixer_out"),
-        ("time_mix.key.hook_in", "mixer.hook_xk"),
-        ("time_mix.key.hook_out", "mixer.hook_k"),
-        ("time_mix.value.hook_in", "mixer.hook_xv"),
-        ("time_mix.value.hook_out", "mixer.hook_x"),
-        ("time_mix.receptance.hook_in", "mixer.hook_xr"),
-        ("time_mix.receptance.hook_out", "mixer.hook_gate_pre"),
-        ("time_mix.output.hook_in", "mixer.hook_gated"),
-        ("time_mix.output.hook_out", "hook_mixer_out"),
-        ("channel_mix.hook_in", "ln2.hook_out"),
-        ("channel_mix.hook_out", "hook_mlp_out"),
-        ("channel_mix.in.hook_in", "mlp.hook_xk"),
-        ("channel_mix.in.hook_out", "mlp.hook_k"),
-        ("channel_mix.receptance.hook_in", "mlp.hook_xr"),
-        ("channel_mix.receptance.hook_out", "mlp.hook_gate_pre"),
-        ("channel_mix.out.hook_in", "mlp.hook_k_act"),
-        ("channel_mix.out.hook_out", "mlp.hook_kv"),
-        ("mlp.hook_pre", "mlp.hook_k"),
-        ("mlp.hook_post", "mlp.hook_k_act"),
-    ),
-)
-
-
-# -- configs --------------------------------------------------------------------------------------------------------
-
-HUB_FIELDS = {
-    **fields.TRANSFORMERS,
-    "vocab_size": SIZE,
-    "hidden_size": SIZE,
-    "num_hidden_layers": layers_of(18),
-    "attention_hidden_size": SIZE.or_null(),
-    "intermediate_size": SIZE.or_null(),
-    "context_length": SIZE,
-    "layer_norm_epsilon": EPS,
-    "rescale_every": INTEGER,
-}
-ORIGINAL_FIELDS = {
-    "vocab_size": SIZE,
-    "n_embd": SIZE,
-    "n_layer": layers_of(18),
-    "dim_att": COUNT.or_null(),  # 0: as RWKV-LM has it by default
-    "dim_ffn": COUNT.or_null(),
-    "ctx_len": SIZE,
-    "rescale_layer": INTEGER,
-}
-MARKS = {"7": ("att.x_r", "att.r_k"), "6": ("att.time_maa_",), "5": ("att.ln_x.", "att.time_faaaa", "att.gate.")}
-
-
-def check_version(names: Iterable[str]) -> None:
-    """CheckpointError for the tensors of a later RWKV, by names that RWKV-4 does not have."""
-    for version, marks in MARKS.items():
-        found = next((name for name in names if any(mark in name for mark in marks)), None)
-        if found is not None:
-            raise CheckpointError(f"This is RWKV-{version} (it has {found}); gatedlens supports RWKV-4.")
-
-
 # -- the model ------------------------------------------------------------------------------------------------------
 
 
@@ -402,8 +315,9 @@ class HookedRWKV(HookedLanguageModel):
     }
     wraps = ("RwkvForCausalLM",)
     hub_types = ("rwkv",)
-    hub_fields = HUB_FIELDS
-    original_fields = ORIGINAL_FIELDS
+    hub_fields = RWKV
+    layout = RwkvLm()
+    small = TINY
     block_points = BLOCK_ROWS
     final_points = _layer_norm_rows("ln_final", "blocks.-1.hook_resid_post")
     aliases = ALIASES
@@ -486,117 +400,6 @@ class HookedRWKV(HookedLanguageModel):
     ) -> Float[Tensor, " d_model"]:
         """Zeros: RWKV's projections have no biases."""
         return torch.zeros(self.cfg.d_model, device=self.W_U.device)
-
-    # -- the official layout -------------------------------------------------------------------------------------
-
-    @classmethod
-    def is_original(cls, config: dict[str, Any]) -> bool:
-        """RWKV-LM's arguments: n_embd, n_layer, vocab_size, and no model_type."""
-        return {"n_embd", "n_layer", "vocab_size"} <= set(config) and "model_type" not in config
-
-    @classmethod
-    def config_of_file(
-        cls, state: Mapping[str, Tensor], told: Mapping[str, Any], variant: str | None
-    ) -> dict[str, Any] | None:
-        """The arguments behind an official RWKV-4 .pth, read off its shapes; None if it is not one."""
-        if "emb.weight" not in state or not any(name.startswith("blocks.") and ".att." in name for name in state):
-            return None
-        check_version(state)
-        vocab_size, width = shape_of(state, "emb.weight", 2)
-        return {
-            "vocab_size": vocab_size,
-            "n_embd": width,
-            "n_layer": depth(state, "blocks."),
-            "dim_att": shape_of(state, "blocks.0.att.key.weight", 2)[0],
-            "dim_ffn": shape_of(state, "blocks.0.ffn.key.weight", 2)[0],
-        }
-
-    @classmethod
-    def rename(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`blocks.0.att.time_mix_k` is `rwkv.blocks.0.attention.time_mix_key`: official names to transformers'."""
-        check_version(state)
-        out: dict[str, Tensor] = {}
-        for name, tensor in state.items():
-            if _renamed(name) in out:
-                raise CheckpointError(f"{name} is one of two tensors that are {_renamed(name)} here.")
-            out[_renamed(name)] = tensor
-        return out
-
-    @classmethod
-    def empty(cls, config: dict[str, Any]) -> nn.Module:
-        """transformers' model for official arguments; `rescale_layer` is RWKV-LM's 6 unless given (0 for none)."""
-        from transformers import RwkvConfig, RwkvForCausalLM
-
-        if config.get("version", 4) not in (4, "4"):
-            raise CheckpointError(f"The config says RWKV version {config['version']!r}; gatedlens supports RWKV-4.")
-        fields.check(config, ORIGINAL_FIELDS, "The config")
-        return _uninitialised(
-            RwkvForCausalLM,
-            RwkvConfig(
-                vocab_size=config["vocab_size"],
-                hidden_size=config["n_embd"],
-                num_hidden_layers=config["n_layer"],
-                attention_hidden_size=config.get("dim_att") or None,
-                intermediate_size=config.get("dim_ffn") or None,
-                context_length=config.get("ctx_len", 1024),
-                rescale_every=config.get("rescale_layer", 6),
-            ),
-        )
-
-    @classmethod
-    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> HookedRWKV:
-        """A small random model for tests and tours: 2 layers, 16 wide, halved after each... whatever `sizes` say.
-
-        sizes: arguments of transformers' RwkvConfig. Its own initialisation is nearly silent (zero matrices, constant
-        time_first), so every parameter is drawn anew.
-        """
-        from transformers import RwkvConfig, RwkvForCausalLM
-
-        config = {
-            "vocab_size": 40,
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "intermediate_size": 24,
-            "rescale_every": 1,
-        }
-        wrapped = _uninitialised(RwkvForCausalLM, RwkvConfig(**(config | sizes)))
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, p in wrapped.named_parameters():
-                noise = torch.randn(p.shape, generator=generator)
-                p.copy_(_tiny_value(name.rpartition(".")[2], name, noise))
-        return cls(wrapped.to(dtype), model_name="tiny-rwkv")
-
-
-def _tiny_value(leaf: str, name: str, noise: Tensor) -> Tensor:
-    if leaf == "time_decay":
-        return torch.linspace(-4, 1, noise.numel()) + 0.1 * noise
-    if leaf.startswith("time_mix"):
-        return torch.sigmoid(noise)
-    if leaf == "bias":
-        return 0.2 * noise
-    if noise.ndim == 1 and leaf == "weight":
-        return 1 + 0.2 * noise
-    if leaf == "time_first" or "embeddings" in name:
-        return noise
-    return noise * 1.5 * noise.shape[-1] ** -0.5
-
-
-def _uninitialised(kind: Any, config: Any) -> nn.Module:
-    """A model without values: transformers' initialisation is slow, draws random numbers and divides by n_layer - 1."""
-    with torch.device("meta"):
-        model = kind(config)
-    model.to_empty(device=torch.get_default_device()).tie_weights()  # meta, for who asks for shapes alone
-    return model.eval()
-
-
-NAMES = {"att": "attention", "ffn": "feed_forward", "ln0": "pre_ln", "emb": "embeddings"}
-MIXES = {"time_mix_k": "time_mix_key", "time_mix_v": "time_mix_value", "time_mix_r": "time_mix_receptance"}
-
-
-def _renamed(name: str) -> str:
-    words = [NAMES.get(word, MIXES.get(word, word)) for word in name.split(".")]
-    return ".".join(words if words[0] == "head" else ["rwkv", *words])
 
 
 HOOKED = HookedRWKV

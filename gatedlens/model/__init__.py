@@ -6,7 +6,8 @@
     path.py        a mixer as a path of stages                         stages.py     Conv, Scan, Gate ...
     hookpoint.py   one named place                                     state.py      what a layer hands to the next call
     padding.py     rows of unequal length                              run.py        several documents in a row
-    text.py, image.py, batch.py, tokenizer.py, generation.py           config.py, fields.py, checkpoint.py, placement.py
+    text.py, image.py, batch.py, tokenizer.py, generation.py           config.py, fields.py, checkpoint.py, layout.py,
+                                                                       tiny.py, placement.py
     intervention.py  edits as values                                   watch.py, turns.py, memory.py
 
 It knows no architecture and no analysis.
@@ -31,17 +32,20 @@ from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import HookPoint, Part, rows_of
 from gatedlens.model.intervention import Edit, EditStep, Intervention, Step, edit
 from gatedlens.model.language import HookedLanguageModel
+from gatedlens.model.layout import Layout
 from gatedlens.model.padding import Padding, windows
 from gatedlens.model.path import PathMixer, Stage
 from gatedlens.model.run import DocumentRun
 from gatedlens.model.stages import ChannelScan, Conv, Gate, GroupNorm, Named, Real, Scan, SiLU, Skip
 from gatedlens.model.state import RecurrentState
+from gatedlens.model.tiny import Tiny, around, by_fan_in, fresh
 
 # fmt: off
 __all__ = [
     "ActivationCache", "Batch", "Block", "ChannelScan", "Conv", "DocumentRun", "Edit", "EditStep", "Gate", "GroupNorm",
-    "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "Input", "Intervention", "Mixer", "MlpBlock", "Named",
-    "Norm", "Output", "Padding", "Part", "PathMixer", "Real", "RecurrentState", "Run", "Scan", "SiLU", "Skip", "Stage", "Step",
-    "TokenMixing", "edit", "eps_of", "mlp_residual_rows", "norm_rows", "residual_rows", "rows_of", "windows",
+    "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "Input", "Intervention", "Layout", "Mixer",
+    "MlpBlock", "Named", "Norm", "Output", "Padding", "Part", "PathMixer", "Real", "RecurrentState", "Run", "Scan", "SiLU",
+    "Skip", "Stage", "Step", "Tiny", "TokenMixing", "around", "by_fan_in", "edit", "eps_of", "fresh", "mlp_residual_rows",
+    "norm_rows", "residual_rows", "rows_of", "windows",
 ]
 # fmt: on

@@ -33,9 +33,11 @@ from gatedlens.model.fields import ConfigValue, Field
 from gatedlens.model.hooking import Hooking
 from gatedlens.model.hookpoint import HookPoint, rows_of, same
 from gatedlens.model.image import Grid
+from gatedlens.model.layout import Layout
 from gatedlens.model.padding import Padding
 from gatedlens.model.run import DocumentRun
 from gatedlens.model.state import CARRIED, Carried, RecurrentState
+from gatedlens.model.tiny import Tiny
 from gatedlens.model.tokenizer import TokenizerLike
 from gatedlens.model.turns import Turns
 from gatedlens.model.watch import AGAIN, Watch, check_plain
@@ -52,6 +54,7 @@ else:
     Wrapped = TracedModel = Any
 
 R = TypeVar("R")
+M = TypeVar("M", bound="HookedModel")
 
 
 class HookedModel(Hooking):
@@ -65,7 +68,8 @@ class HookedModel(Hooking):
     wraps: ClassVar[tuple[str, ...]] = ()  # class names that `gl.wrap` hands to this architecture
     hub_types: ClassVar[tuple[str, ...]] = ()  # model_type in a config.json of transformers
     hub_fields: ClassVar[Mapping[str, Field]] = {}  # what the keys of such a config.json may hold
-    original_fields: ClassVar[Mapping[str, Field]] = {}  # and those of an original checkpoint's; see `is_original`
+    small: ClassVar[Tiny]  # the model that `tiny` makes
+    layout: ClassVar[Layout] = Layout()  # of an original checkpoint, which transformers does not read
     block_points: ClassVar[tuple[Point, ...]] = ()
     first_points: ClassVar[tuple[Point, ...]] = ()
     final_points: ClassVar[tuple[Point, ...]] = norm_rows("ln_final", "blocks.-1.hook_resid_post", "the final norm")
@@ -168,32 +172,12 @@ class HookedModel(Hooking):
         return None
 
     @classmethod
-    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> HookedModel:
-        """`HookedMamba.tiny(seed=0)`: a small random model for tests and tours."""
-        raise NotImplementedError
+    def tiny(cls: type[M], seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> M:
+        """`HookedMamba.tiny(seed=0, n_layer=3)`: a small random model for tests and tours.
 
-    @classmethod
-    def is_original(cls, config: dict[str, Any]) -> bool:
-        """`HookedMamba.is_original(config)`: whether a config.json describes this architecture's original (not
-        transformers') checkpoint layout.
+        sizes: words of its config, as in `HookedMamba.small.config`; they stand for those there.
         """
-        return False
-
-    @classmethod
-    def empty(cls, config: dict[str, Any]) -> nn.Module:
-        """`HookedMamba.empty(config)`: a module for the parameters of an original checkpoint with this config."""
-        raise NotImplementedError
-
-    @classmethod
-    def config_of_file(
-        cls, state: Mapping[str, Tensor], told: Mapping[str, Any], variant: str | None
-    ) -> dict[str, Any] | None:
-        """`HookedRWKV.config_of_file(state, told, variant)`: the config for `empty` of a checkpoint that is one file; None
-        when its keys are not this architecture's.
-
-        state: its tensors. told: what its training script left beside them (`args`). variant: what the caller says.
-        """
-        return None
+        return cls(cls.small.module(seed, sizes).to(dtype), model_name=cls.small.name)
 
     @classmethod
     def kinds(cls) -> dict[str, tuple[Point, ...]]:
@@ -206,11 +190,6 @@ class HookedModel(Hooking):
     def snippet(cls) -> str:
         """`HookedModel.snippet()`: three lines of code that read one point of `model`, for the catalogue."""
         raise NotImplementedError
-
-    @classmethod
-    def rename(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`HookedRWKV.rename(state)`: an original checkpoint's tensors by the names of `empty`."""
-        return state
 
     # -- the wrapped model, as it is now -------------------------------------------------------------------------
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import gatedlens as gl
 from gatedlens.errors import CheckpointError, InputError, PointError
-from gatedlens.hooks.griffin import GriffinMixer, HookedGriffin, bounded_sqrt, renamed
+from gatedlens.formats.recurrentgemma import renamed
+from gatedlens.hooks.griffin import GriffinMixer, HookedGriffin, bounded_sqrt
 from gatedlens.model.hookpoint import rows_of
 from gatedlens.model.padding import Padding
 from gatedlens.model.run import DocumentRun

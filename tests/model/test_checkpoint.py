@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
 
 import gatedlens as gl
-from gatedlens.hooks import architectures, griffin, rwkv
+from gatedlens.formats import recurrentgemma, rwkv_lm
+from gatedlens.hooks import architectures
 from gatedlens.hooks.griffin import HookedGriffin
 from gatedlens.hooks.mamba import HookedMamba
 from gatedlens.hooks.rwkv import HookedRWKV
@@ -53,7 +54,7 @@ def griffin_state():
             value = both.transpose(1, 2) if kind == "w" else both[:, None, None]
             name = f"{name.rpartition('up_proj')[0]}ffw_up.{kind}"
         new = "attention_block" if ".2." in name else "recurrent_block"
-        for theirs, our in griffin.RENAMES.items():
+        for theirs, our in recurrentgemma.RENAMES.items():
             if our != "temporal_block":
                 name = name.replace(our, theirs)
         name = name.replace("temporal_block", new).replace("final_norm.weight", "final_norm.scale")
@@ -63,7 +64,7 @@ def griffin_state():
 
 def rwkv_state():
     """A tiny RWKV by RWKV-LM's names."""
-    words = {our: theirs for table in (rwkv.NAMES, rwkv.MIXES) for theirs, our in table.items()}
+    words = {our: theirs for table in (rwkv_lm.NAMES, rwkv_lm.MIXES) for theirs, our in table.items()}
     state = HookedRWKV.tiny().wrapped.state_dict()
     return {".".join(words.get(w, w) for w in key.removeprefix("rwkv.").split(".")): v for key, v in state.items()}
 

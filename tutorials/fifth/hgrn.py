@@ -16,7 +16,7 @@ It is the example of tutorial 8: an architecture that gatedlens does not ship, i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,6 +29,7 @@ from gatedlens.address import Alias, Point, block_rows
 from gatedlens.model import (
     HookedConfig,
     HookedLanguageModel,
+    Layout,
     Mixer,
     MlpBlock,
     Norm,
@@ -36,6 +37,8 @@ from gatedlens.model import (
     Part,
     RecurrentState,
     Run,
+    Tiny,
+    fresh,
     mlp_residual_rows,
     norm_rows,
     rows_of,
@@ -174,6 +177,16 @@ class HgrnConfig(HookedConfig):
         return {**super().sizes, "channel": self.d_inner, "d_mlp": self.d_mlp or 0}
 
 
+class Folder(Layout):
+    """A folder that `gl.from_pretrained` then loads: a config.json that `HGRN` takes, and its parameters."""
+
+    def knows(self, config: Mapping[str, Any]) -> bool:
+        return config.get("model_type") == "hgrn"
+
+    def empty(self, config: dict[str, Any]) -> nn.Module:
+        return HGRN(config)
+
+
 class HookedHGRN(HookedLanguageModel):
     """`HookedHGRN(HGRN(config))`, or `gl.wrap(...)`: HGRN with every intermediate a hook point."""
 
@@ -202,6 +215,13 @@ class HookedHGRN(HookedLanguageModel):
         "r": "0; with a carried state what it brings",
     }
     wraps = ("HGRN",)
+    layout = Folder()
+    small = Tiny(
+        "tiny-hgrn",
+        lambda config: HGRN(config),
+        {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 40, "intermediate_size": 48, "expand_ratio": 1.5},
+        {"bound": fresh(1.0)},
+    )
     block_points = BLOCK_ROWS
     aliases = (Alias("blocks.{l}.hook_attn_out", "blocks.{l}.hook_mixer_out", "TransformerLens"),)
     cfg: HgrnConfig
@@ -240,27 +260,6 @@ class HookedHGRN(HookedLanguageModel):
     @property
     def unembedding(self) -> Any:
         return self.wrapped.head
-
-    @classmethod
-    def is_original(cls, config: dict[str, Any]) -> bool:
-        """Whether a config.json is one that `HGRN` takes: `gl.from_pretrained` then loads the folder."""
-        return config.get("model_type") == "hgrn"
-
-    @classmethod
-    def empty(cls, config: dict[str, Any]) -> nn.Module:
-        return HGRN(config)
-
-    @classmethod
-    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> HookedHGRN:
-        """A small random model for tests and tours: 2 layers, 16 wide, 24 channels... whatever `sizes` say."""
-        small = {"hidden_size": 16, "expand_ratio": 1.5, "intermediate_size": 48, "num_hidden_layers": 2}
-        wrapped = HGRN({"vocab_size": 40, **small, **sizes})
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, p in wrapped.named_parameters():
-                noise = torch.randn(p.shape, generator=generator)
-                p.copy_(1 + 0.3 * noise if p.ndim == 1 else noise if "bound" in name else noise * p.shape[1] ** -0.5)
-        return cls(wrapped.to(dtype).eval(), model_name="tiny-hgrn")
 
 
 EPS = 1e-6

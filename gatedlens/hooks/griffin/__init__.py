@@ -10,12 +10,12 @@ is a run of tokens whose first has position 0: nothing passes from one document 
     attention    q, k, v = proj(n), half of each head rotary; softmax(q k / sqrt(d_head)) v over the last W tokens
     channel mix  down(gelu(gate(m)) up(m))
 
-Wraps transformers' RecurrentGemmaForCausalLM; `renamed` reads the original checkpoints' (recurrentgemma's) layout.
+Wraps transformers' RecurrentGemmaForCausalLM; formats/recurrentgemma.py reads the original checkpoints' layout.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -26,29 +26,17 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
-from gatedlens.address.point import Point, block_aliases, block_rows
+from gatedlens.address.point import Point, block_rows
+from gatedlens.compat.names.griffin import ALIASES
 from gatedlens.errors import CheckpointError
+from gatedlens.formats.recurrentgemma import TINY, RecurrentGemma
+from gatedlens.formats.transformers_config import RECURRENT_GEMMA
 from gatedlens.hooks.griffin.local_attention import LocalAttention
 from gatedlens.model import fields
 from gatedlens.model.base import Wrapped
 from gatedlens.model.batch import Batch
 from gatedlens.model.block import MlpBlock, Norm, Run, mlp_residual_rows, norm_rows
 from gatedlens.model.config import HookedConfig
-from gatedlens.model.fields import (
-    COUNT,
-    EPS,
-    FLAG,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SHARE,
-    SIZE,
-    TEXT,
-    ConfigValue,
-    layers_of,
-    listed,
-    one_of,
-    table,
-)
 from gatedlens.model.hookpoint import Part, rows_of
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.path import PathMixer, Streams
@@ -249,64 +237,6 @@ class AttentionBlock(MlpBlock):
         return self.attn
 
 
-# -- other tools' names ---------------------------------------------------------------------------------------------
-
-
-ALIASES = block_aliases(
-    "TransformerLens",
-    ("hook_in", "hook_resid_pre"),
-    ("hook_out", "hook_resid_post"),
-    ("hook_attn_out", "hook_mixer_out"),
-    ("attn.hook_in", "ln1.hook_out"),
-    ("attn.hook_out", "hook_mixer_out"),
-    ("mlp.hook_in", "ln2.hook_out"),
-    ("mlp.hook_out", "hook_mlp_out"),
-    ("mixer.hook_in", "ln1.hook_out"),
-    ("mixer.hook_out", "hook_mixer_out"),
-    ("mixer.hook_ssm_out", "hook_mixer_out"),
-    ("mixer.hook_ssm_write", "mixer.hook_write"),
-    ("mixer.hook_ssm_state", "mixer.hook_state"),
-    ("mixer.out_proj.hook_in", "mixer.hook_gated"),
-)
-
-
-# -- configs --------------------------------------------------------------------------------------------------------
-
-KINDS = listed(one_of("recurrent", "attention"), low=1)
-HUB_FIELDS = {
-    **fields.TRANSFORMERS,
-    "vocab_size": SIZE,
-    "hidden_size": SIZE,
-    "intermediate_size": SIZE,
-    "num_hidden_layers": layers_of(11),
-    "num_attention_heads": SIZE,
-    "num_key_value_heads": SIZE.or_null(),
-    "head_dim": SIZE,
-    "lru_width": SIZE.or_null(),
-    "conv1d_width": SIZE,
-    "block_types": KINDS,
-    "attention_window_size": SIZE,
-    "attention_bias": FLAG,
-    "logits_soft_cap": NOT_NEGATIVE.or_null(),
-    "rms_norm_eps": EPS,
-    "hidden_activation": TEXT,
-    "rope_theta": POSITIVE,
-    "partial_rotary_factor": SHARE,
-    "rope_parameters": table(rope_type=TEXT, rope_theta=POSITIVE, partial_rotary_factor=SHARE).or_null(),
-}
-ORIGINAL_FIELDS = {
-    "vocab_size": SIZE,
-    "width": SIZE,
-    "mlp_expanded_width": SIZE,
-    "num_heads": SIZE,
-    "lru_width": SIZE.or_null(),
-    "block_types": replace(KINDS, layer_tensors=11),
-    "embeddings_scale_by_sqrt_dim": FLAG,
-    "attention_window_size": COUNT,
-    "logits_soft_cap": NOT_NEGATIVE.or_null(),
-}
-
-
 # -- the model ------------------------------------------------------------------------------------------------------
 
 
@@ -367,8 +297,9 @@ class HookedGriffin(HookedLanguageModel):
     }
     wraps = ("RecurrentGemmaForCausalLM",)
     hub_types = ("recurrent_gemma",)
-    hub_fields = HUB_FIELDS
-    original_fields = ORIGINAL_FIELDS
+    hub_fields = RECURRENT_GEMMA
+    layout = RecurrentGemma()
+    small = TINY
     block_points = (*RECURRENT_BLOCK, *block_rows("attn", ATTENTION_ROWS))  # of either kind; see rows_for
     final_points = norm_rows("ln_final", "blocks.-1.hook_resid_post", "the final norm", NORMED)
     first_points = (Point("hook_embed", "batch pos d_model", "sqrt(d_model) * embedding[token]", "the embedding"),)
@@ -499,125 +430,10 @@ class HookedGriffin(HookedLanguageModel):
                 total = total + block.mlp.weights.down_proj.bias
         return total
 
-    @classmethod
-    def is_original(cls, config: dict[str, Any]) -> bool:
-        """The arguments of recurrentgemma's GriffinConfig."""
-        return {"width", "mlp_expanded_width", "num_heads", "block_types"} <= set(config) and "model_type" not in config
-
-    @classmethod
-    def empty(cls, config: dict[str, Any]) -> nn.Module:
-        fields.check(config, ORIGINAL_FIELDS, "The config", required=("vocab_size",))
-        return _wrapped(
-            vocab_size=config["vocab_size"],
-            hidden_size=config["width"],
-            intermediate_size=2 * config["mlp_expanded_width"],
-            num_attention_heads=config["num_heads"],
-            num_key_value_heads=1,
-            num_hidden_layers=len(config["block_types"]),
-            lru_width=config.get("lru_width"),
-            block_types=config["block_types"],
-            attention_window_size=config.get("attention_window_size", 2048)
-            + 1,  # the original's leaves out the own token
-            logits_soft_cap=config.get("logits_soft_cap") or 0.0,
-            scaled=config.get("embeddings_scale_by_sqrt_dim", True),
-        )
-
-    @classmethod
-    def rename(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return renamed(state)
-
-    @classmethod
-    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> HookedGriffin:
-        """A small random model for tests and tours: blocks R R A, 16 wide, window 8... whatever `sizes` say, in the
-        words of transformers' RecurrentGemmaConfig."""
-        given: dict[str, Any] = {
-            "hidden_size": 16,
-            "num_hidden_layers": 3,
-            "vocab_size": 40,
-            "intermediate_size": 48,
-            "lru_width": 24,
-        }
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "attention_window_size": 8}
-        generator = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            wrapped = _wrapped(**(given | heads | sizes))
-        with torch.no_grad():
-            for name, p in wrapped.named_parameters():
-                if name.endswith("embed_tokens.weight"):
-                    p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
-                else:
-                    p.add_(torch.randn(p.shape, generator=generator) * (0.3 if p.ndim == 1 else 0.1))
-        return cls(wrapped.to(dtype).eval(), model_name="tiny-griffin")
-
 
 def _kind(temporal_block: nn.Module) -> str:
     """What a layer is, by the parameters it has: configs name it differently from one transformers to the next."""
     return "attention" if "q_proj" in dict(temporal_block.named_children()) else "recurrent"
-
-
-def _wrapped(scaled: bool = True, **config: Any) -> Any:
-    """A RecurrentGemmaForCausalLM of this config, without special tokens."""
-    from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
-
-    special = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    # The default variance (0.01) leaves a small random model all but silent.
-    model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**(special | {"w_init_variance_scale": 1.0} | config)))
-    if not scaled:
-        model.model.normalizer.fill_(1.0)
-    return model
-
-
-# -- the original checkpoint layout ---------------------------------------------------------------------------------
-
-RENAMES = {
-    "blocks.": "model.layers.",
-    "recurrent_block": "temporal_block",
-    "attention_block": "temporal_block",
-    "norm.scale": "norm.weight",
-    "proj_final": "o_proj",
-    "proj_q": "q_proj",
-    "proj_k": "k_proj",
-    "proj_v": "v_proj",
-    "a_param": "recurrent_param",
-    "input_gate.w": "input_gate_weight",
-    "input_gate.b": "input_gate_bias",
-    "a_gate.w": "recurrent_gate_weight",
-    "a_gate.b": "recurrent_gate_bias",
-    "conv_1d.w": "conv_1d.weight",
-    "conv_1d.b": "conv_1d.bias",
-    "ffw_down": "down_proj",
-    "embedder.input_embedding": "model.embed_tokens.weight",
-    "final_norm": "model.final_norm",
-}
-AXES = {
-    "ffw_up.w": "2 d_model d_mlp",
-    "ffw_up.b": "2 1 1 d_mlp",
-    "conv_1d.w": "tap channel",
-}  # of what changes its shape
-
-
-def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """recurrentgemma's parameters under transformers' names: `blocks.0.recurrent_block.conv_1d.w` [tap, channel] is
-    `model.layers.0.temporal_block.conv_1d.weight` [channel, 1, tap], and so on."""
-    out: dict[str, Tensor] = {}
-    for name, value in state.items():
-        new = name
-        for theirs, ours in RENAMES.items():
-            new = new.replace(theirs, ours)
-        axes = next((axes for end, axes in AXES.items() if name.endswith(end)), None)
-        if axes is not None and (value.ndim != len(axes.split()) or ("2" in axes and value.shape[0] != 2)):
-            raise CheckpointError(f"{name} has shape {list(value.shape)}; expected is [{axes.replace(' ', ', ')}].")
-        if "ffw_up." in name and axes is not None:  # the gate, then what it gates
-            gate, up = value.transpose(1, 2) if name.endswith("w") else value.flatten(1)
-            stem, kind = new.rpartition("ffw_up")[0], "weight" if name.endswith("w") else "bias"
-            found = {f"{stem}gate_proj.{kind}": gate.contiguous(), f"{stem}up_proj.{kind}": up.contiguous()}
-        else:
-            found = {new: value.t().unsqueeze(1).contiguous() if name.endswith("conv_1d.w") else value}
-        if twice := set(found) & set(out):
-            raise CheckpointError(f"{name} is one of two tensors that are {', '.join(sorted(twice))} here.")
-        out |= found
-    return out
 
 
 HOOKED = HookedGriffin

@@ -13,7 +13,7 @@ with parameters of its own (bimamba "v2"), or only with an A of its own ("v1": i
 and nothing is halved); "none" is Mamba. **Everything is in image token order**: position p is the same patch at
 `mixer.fwd.hook_dt` and `mixer.bwd.hook_dt`; `mixer.bwd.hook_state` at p has consumed the tokens from the last to p.
 
-Wraps `VisionMamba` (visionmamba.py), which holds a checkpoint of hustvl/Vim by its names, and the official class.
+Wraps `VisionMamba` (formats/vision_mamba.py), which holds a checkpoint of hustvl/Vim by its names, and the official class.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gatedlens.address.point import Point, View, block_rows
+from gatedlens.address.point import Point, block_rows
+from gatedlens.compat.names.mamba import ALIASES
+from gatedlens.compat.names.vim import VIEWS
 from gatedlens.errors import CheckpointError, InputError, did_you_mean
-from gatedlens.hooks.mamba import ALIASES, MIXER_ROWS, RMSNORM, SelectiveScan
-from gatedlens.hooks.vim.checkpoint import (
+from gatedlens.formats.vision_mamba import (
     BACKWARD,
     FIELDS,
-    SHORT,
-    VisionMamba,
+    TINY,
+    Vim,
     check_supported,
     cls_place,
-    config_from_shapes,
+    divides,
     pair,
-    variant_config,
 )
+from gatedlens.hooks.mamba import MIXER_ROWS, RMSNORM, SelectiveScan
 from gatedlens.model import fields, placement
 from gatedlens.model.base import HookedModel, Wrapped
 from gatedlens.model.batch import Array, Batch, ForwardOutput, Input, Option, Output, check_return_type
 from gatedlens.model.block import Block, Norm, Run, TokenMixing, norm_rows, residual_rows
 from gatedlens.model.config import HookedConfig
-from gatedlens.model.fields import ConfigValue
 from gatedlens.model.hookpoint import rows_of
 from gatedlens.model.image import IMAGENET_MEAN, IMAGENET_STD, Grid, preprocess, preprocess_mask
 from gatedlens.model.padding import Padding
@@ -228,23 +228,6 @@ class ViMBlock(Block):
         return self.hook_resid_post(resid + mixer_out)
 
 
-def both_directions(
-    model: HookedModel, layer: int, fwd: Float[Tensor, "batch pos channel"], bwd: Float[Tensor, "batch pos channel"]
-) -> Float[Tensor, "batch pos channel"]:
-    """scale * (fwd + bwd)"""
-    return model.blocks[layer].mixer.scale * (fwd + bwd)
-
-
-VIEWS = (
-    View(
-        "blocks.{l}.mixer.hook_y", "batch pos channel", "scale * (fwd.y + bwd.y)", "gatedlens",
-        read=both_directions,
-        needs=("blocks.{l}.mixer.fwd.hook_y", "blocks.{l}.mixer.bwd.hook_y"),
-        instead="hook its directions, mixer.fwd.hook_y and mixer.bwd.hook_y",
-    ),
-)  # fmt: skip
-
-
 # -- the model ------------------------------------------------------------------------------------------------------
 
 
@@ -322,7 +305,8 @@ class HookedViM(HookedModel):
         "r": "scale * (gate * (S + D) * act * conv1d.bias), summed over directions",
     }
     wraps = ("VisionMamba",)
-    original_fields = FIELDS
+    layout = Vim()
+    small = TINY
     block_points = BLOCK_ROWS
     first_points = (
         Point("hook_patch_embed", "batch patch d_model", "patch_embed.proj(image), row by row", f"{PAPER}, eq. 3"),
@@ -381,7 +365,7 @@ class HookedViM(HookedModel):
             num_classes=wrapped.head.weight.shape[0],
             expand=d_inner / wrapped.norm_f.weight.shape[0],
             bimamba_type=first.bimamba_type,
-            divide_out=_divides(first),
+            divide_out=divides(first),
             layer_scale=first.init_layer_scale is not None,
             cls=cls_place(told),
             pool=wrapped.final_pool_type,
@@ -417,7 +401,7 @@ class HookedViM(HookedModel):
 
     def make_block(self, layer: int) -> ViMBlock:
         w, cfg, rows = self.wrapped.layers[layer], self.cfg, self.rows_for(layer)
-        scale = 0.5 if _divides(w.mixer) else 1.0
+        scale = 0.5 if divides(w.mixer) else 1.0
         ln1 = Norm(w.norm, rows_of("ln1", rows), cfg.eps, centred=cfg.normalization_type == "LN")
         return ViMBlock(w, rows, ln1, ViMMixer(w.mixer, rows_of("mixer", rows), layer, cfg.bimamba_type, scale))
 
@@ -636,64 +620,6 @@ class HookedViM(HookedModel):
         ln_final) is read along.
         """
         return self.W_U.T[torch.as_tensor(tokens, device=self.W_U.device)]
-
-    # -- checkpoints ---------------------------------------------------------------------------------------------
-
-    @classmethod
-    def is_original(cls, config: dict[str, Any]) -> bool:
-        """A config.json of the official constructor's arguments."""
-        return {"embed_dim", "depth", "patch_size"} <= set(config) and "model_type" not in config
-
-    @classmethod
-    def empty(cls, config: dict[str, Any]) -> nn.Module:
-        return VisionMamba(**config)
-
-    @classmethod
-    def config_of_file(
-        cls, state: Mapping[str, Tensor], told: Mapping[str, Any], variant: str | None
-    ) -> dict[str, Any] | None:
-        """Sizes from the shapes; what shapes do not tell from `variant`, or from the name that training left behind."""
-        if "patch_embed.proj.weight" not in state or "layers.0.mixer.A_log" not in state:
-            return None
-        name = variant or told.get("model")
-        if name is None:
-            raise CheckpointError(
-                "The file does not say which ViM it holds (its `args.model` is missing), and shapes do not tell where "
-                f"the class token stands: pass variant=..., one of {', '.join(SHORT)}."
-            )
-        return config_from_shapes(state, variant_config(str(name)), told.get("input_size"))
-
-    @classmethod
-    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: ConfigValue) -> HookedViM:
-        """A small random model for tests and tours: 12 x 12 images, patches of 4, 2 layers, 16 wide, 5 classes."""
-        config: dict[str, Any] = {
-            "img_size": 12,
-            "patch_size": 4,
-            "stride": 4,
-            "depth": 2,
-            "embed_dim": 16,
-            "d_state": 4,
-            "num_classes": 5,
-        }
-        wrapped = VisionMamba(**(config | {"final_pool_type": "mean"} | sizes))
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, p in wrapped.named_parameters():
-                noise = torch.randn(p.shape, generator=generator)
-                if p.ndim > 1 and not name.endswith("_log"):
-                    fan = p.shape[1:].numel() if "proj" in name or "head" in name else 4
-                    p.copy_(noise * fan**-0.5)
-                elif "conv1d" in name:
-                    p.copy_(noise * 0.3)
-                else:
-                    p.add_(noise * 0.3)
-        return cls(wrapped.to(dtype).eval(), model_name="tiny-vim")
-
-
-def _divides(mixer: Any) -> bool:
-    """Whether a mixer halves the sum of its directions."""
-    told = vars(mixer)
-    return mixer.bimamba_type == "v2" and bool(told.get("if_divide_out", told.get("if_devide_out")))
 
 
 SEQUENCE_OPTIONS = {

@@ -1,0 +1,1 @@
+"""Other tools' names for the points of each architecture, as data: one file an architecture, which imports no model."""

@@ -1,0 +1,56 @@
+"""What RWKV-LM and TransformerLens call RWKV's points."""
+
+from __future__ import annotations
+
+from gatedlens.address.point import Alias, block_aliases
+
+ALIASES = (
+    Alias("blocks.0.pre_ln.hook_in", "hook_embed", "TransformerLens"),
+    *block_aliases(
+        "RWKV-LM",
+        ("mixer.hook_v", "mixer.hook_x"),
+        ("mixer.hook_r", "mixer.hook_gate_pre"),
+        ("mixer.hook_wkv", "mixer.hook_scan"),
+        ("mixer.hook_aa", "mixer.hook_num"),
+        ("mixer.hook_bb", "mixer.hook_den"),
+        ("mixer.hook_pp", "mixer.hook_max"),
+        ("mlp.hook_r", "mlp.hook_gate_pre"),
+        ("mlp.hook_v", "mlp.hook_kv"),
+    ),
+    *block_aliases(
+        "TransformerLens",
+        ("hook_in", "hook_resid_pre"),
+        ("hook_out", "hook_resid_post"),
+        ("hook_attn_in", "hook_mixer_in"),
+        ("hook_attn_out", "hook_mixer_out"),
+        ("pre_ln.hook_scale", "ln0.hook_scale"),
+        ("pre_ln.hook_normalized", "ln0.hook_normalized"),
+        ("pre_ln.hook_out", "ln0.hook_out"),
+        ("ln1.hook_in", "hook_mixer_in"),
+        ("ln2.hook_in", "hook_mlp_in"),
+        ("hook_time_mix_in", "ln1.hook_out"),
+        ("hook_time_mix_out", "hook_mixer_out"),
+        ("hook_channel_mix_in", "ln2.hook_out"),
+        ("hook_channel_mix_out", "hook_mlp_out"),
+        ("time_mix.hook_in", "ln1.hook_out"),
+        ("time_mix.hook_out", "hook_mixer_out"),
+        ("time_mix.key.hook_in", "mixer.hook_xk"),
+        ("time_mix.key.hook_out", "mixer.hook_k"),
+        ("time_mix.value.hook_in", "mixer.hook_xv"),
+        ("time_mix.value.hook_out", "mixer.hook_x"),
+        ("time_mix.receptance.hook_in", "mixer.hook_xr"),
+        ("time_mix.receptance.hook_out", "mixer.hook_gate_pre"),
+        ("time_mix.output.hook_in", "mixer.hook_gated"),
+        ("time_mix.output.hook_out", "hook_mixer_out"),
+        ("channel_mix.hook_in", "ln2.hook_out"),
+        ("channel_mix.hook_out", "hook_mlp_out"),
+        ("channel_mix.in.hook_in", "mlp.hook_xk"),
+        ("channel_mix.in.hook_out", "mlp.hook_k"),
+        ("channel_mix.receptance.hook_in", "mlp.hook_xr"),
+        ("channel_mix.receptance.hook_out", "mlp.hook_gate_pre"),
+        ("channel_mix.out.hook_in", "mlp.hook_k_act"),
+        ("channel_mix.out.hook_out", "mlp.hook_kv"),
+        ("mlp.hook_pre", "mlp.hook_k"),
+        ("mlp.hook_post", "mlp.hook_k_act"),
+    ),
+)
