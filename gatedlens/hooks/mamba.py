@@ -27,7 +27,7 @@ from gatedlens.address.point import Point, block_rows
 from gatedlens.compat.names.mamba import ALIASES, VIEWS
 from gatedlens.errors import CheckpointError
 from gatedlens.formats.mamba_ssm import TINY, MambaSsm
-from gatedlens.formats.mamba_ssm import Weights as Weights  # by the name that it had, here
+from gatedlens.formats.mamba_ssm import Weights as Weights  # where it was before
 from gatedlens.formats.mamba_stack import MambaStack, StackConfig, has_matrix_states
 from gatedlens.formats.transformers_config import MAMBA
 from gatedlens.model.base import Wrapped

@@ -29,7 +29,7 @@ from gatedlens.address.point import Point, block_rows
 from gatedlens.compat.names.mamba2 import ALIASES
 from gatedlens.errors import CheckpointError
 from gatedlens.formats.mamba2_ssm import TINY, Mamba2Ssm, told
-from gatedlens.formats.mamba2_ssm import Mamba2Weights as Mamba2Weights  # by the name that it had, here
+from gatedlens.formats.mamba2_ssm import Mamba2Weights as Mamba2Weights  # where it was before
 from gatedlens.formats.mamba_stack import MambaStack, StackConfig, has_matrix_states
 from gatedlens.formats.transformers_config import MAMBA2, config_of
 from gatedlens.hooks.mamba import PAPER as MAMBA

@@ -23,7 +23,6 @@ Wraps transformers' RwkvForCausalLM; the official .pth key layout is renamed to 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -43,10 +42,11 @@ from gatedlens.model.block import MlpBlock, Norm, Run, TokenMixing, eps_of, mlp_
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import Part, rows_of
 from gatedlens.model.language import HookedLanguageModel
-from gatedlens.model.padding import Padding
+from gatedlens.model.path import Content, Held, PathMixer, Stage, Streams
+from gatedlens.model.stages import Gate, Named
 from gatedlens.model.state import Carried, RecurrentState
-from gatedlens.recurrence.factors import Factors
 from gatedlens.recurrence.scanning import at_least_float32
+from gatedlens.recurrence.transforms import anywhere
 from gatedlens.recurrence.wkv_matrix import WkvScan
 from gatedlens.recurrence.wkv_scan import NOTHING, Carry, OpenWkv, wkv
 
@@ -60,7 +60,7 @@ def _mixed(norm: str, mix: str) -> str:
 
 
 MIXER_ROWS = (
-    Point("hook_shift", "batch pos d_model", "ln1.out[pos - 1]", f"{PAPER}, sec. 3.1.1 (token shift)"),
+    Point("hook_shift", "batch pos d_model", "ln1.out[pos - 1], 0 from another document", f"{PAPER}, sec. 3.1.1 (token shift)"),
     Point("hook_xk", "batch pos d_model", _mixed("ln1", "key"), f"{PAPER}, eq. 12"),
     Point("hook_xv", "batch pos d_model", _mixed("ln1", "value"), f"{PAPER}, eq. 13"),
     Point("hook_xr", "batch pos d_model", _mixed("ln1", "receptance"), f"{PAPER}, eq. 11"),
@@ -68,8 +68,9 @@ MIXER_ROWS = (
     Point("hook_x", "batch pos channel", "value(xv)", f"{PAPER}, eq. 13 (v)"),
     Point("hook_gate_pre", "batch pos channel", "receptance(xr)", f"{PAPER}, eq. 11 (r)"),
     Point("hook_u", "batch pos channel", "x", f"{PAPER}, eq. 16"),
+    Point("hook_reset", "batch pos one", "1 where a document begins (position 0 of position_ids), else 0", f"{PAPER}, eq. 16"),
     Point("hook_state_start", "batch channel state", "state before the first position (zero without one)", EQ16, True),
-    Point("hook_decay", "batch pos channel state", "exp(-exp(time_decay))", EQ16, True),
+    Point("hook_decay", "batch pos channel state", "exp(-exp(time_decay)) * (1 - reset)", EQ16, True),
     Point("hook_write", "batch pos channel state", "exp(k) * (u, 1)", EQ16, True),
     Point("hook_state", "batch pos channel state", "decay * state[pos - 1] + write", EQ16, True),
     Point("hook_num", "batch pos channel", "state[0] * exp(-max)", STABLE, True),
@@ -78,8 +79,8 @@ MIXER_ROWS = (
     Point(
         "hook_scan",
         "batch pos channel",
-        "(past * num[pos - 1] + bonus * u) / (past * den[pos - 1] + bonus), past = exp(max[pos - 1]), "
-        "bonus = exp(time_first + k)",
+        "(past * num[pos - 1] + bonus * u) / (past * den[pos - 1] + bonus), "
+        "past = exp(max[pos - 1]) * (1 - reset), bonus = exp(time_first + k)",
         f"{PAPER}, eq. 16 (wkv)",
     ),
     Point("hook_y", "batch pos channel", "scan (the bonus at pos itself is inside)", f"{PAPER}, eq. 16"),
@@ -88,9 +89,15 @@ MIXER_ROWS = (
 )  # fmt: skip
 INSIDE = ("state_start", "decay", "write", "state", "num", "den", "max")  # the points inside the scan, in firing order
 PASSED = {"decay": 1.0, "write": 0.0}
+EMPTY = {"num": 0.0, "den": 0.0, "max": NOTHING}  # the state before anything was read
 
 MLP_ROWS = (
-    Point("hook_shift", "batch pos d_model", "ln2.out[pos - 1]", f"{PAPER}, sec. 3.1.1 (token shift)"),
+    Point(
+        "hook_shift",
+        "batch pos d_model",
+        "ln2.out[pos - 1], 0 from another document",
+        f"{PAPER}, sec. 3.1.1 (token shift)",
+    ),
     Point("hook_xk", "batch pos d_model", _mixed("ln2", "key"), f"{PAPER}, eq. 15"),
     Point("hook_xr", "batch pos d_model", _mixed("ln2", "receptance"), f"{PAPER}, eq. 14"),
     Point("hook_k", "batch pos d_mlp", "key(xk)", f"{PAPER}, eq. 15"),
@@ -167,11 +174,12 @@ class RwkvMix(TokenMixing):
         self.rescale = rescale
 
     def shifted(self, n: Float[Tensor, "batch pos d_model"], run: Run, tail: str) -> Float[Tensor, "batch pos d_model"]:
-        """n[pos - 1]: across padding and calls; zero before the first token."""
+        """n[pos - 1]: across padding and calls; zero before the first token of a document."""
         before = run.start(tail, self.layer, (n.shape[0], 1, n.shape[2]), n)
-        long = run.padding.behind(n, before)
-        run.leave(tail, self.layer, run.padding.tail(long, 2))
-        return run.padding.spread(long[:, :-1])
+        long, within = run.padding.behind(n, before), run.in_document(2)
+        run.leave(tail, self.layer, run.padding.tail(run.of_last_document(long, 2), 2))
+        shift = long[:, :-1]
+        return run.padding.spread(shift if within is None else shift * within[..., 0])
 
 
 def _mix(n: Tensor, shift: Tensor, share: Tensor) -> Tensor:
@@ -179,24 +187,64 @@ def _mix(n: Tensor, shift: Tensor, share: Tensor) -> Tensor:
     return torch.lerp(shift, n, share)
 
 
-class RwkvMixer(RwkvMix):
+@dataclass(frozen=True)
+class Wkv(Stage):
+    """scan = the WKV recurrence with its lazy points: in segments if nobody listens, else laid open."""
+
+    def reads(self, mixer: PathMixer) -> tuple[str, ...]:
+        return "k", "reset"
+
+    def forward(self, mixer: PathMixer, content: Content, streams: Streams, run: Run) -> Content:
+        k, v = (at_least_float32(run.padding.zero(x)) for x in (streams["k"], content))
+        reset, layer, shape = mixer.resets(run, k), mixer.layer, (k.shape[0], k.shape[2])
+        starts = (run.start(name, layer, shape, k, nothing) for name, nothing in EMPTY.items())
+        given = k, v, *rates(mixer.weights), run.padding.mask, Carry(*starts), reset
+        inside: OpenWkv | None = None
+        for name in INSIDE:  # each is asked right before it fires: an nnsight trace parks on one location at a time
+            if getattr(mixer, f"hook_{name}").heard():
+                inside = inside or OpenWkv(*given)
+                value = mixer.fire(name, getattr(inside, name))
+                if name in PASSED:  # a masked position passes the state on, whatever a hook does there
+                    value = run.padding.fill(value, PASSED[name])
+                setattr(inside, name, value)
+        scan, last = wkv(*given) if inside is None else (inside.scan, inside.last)
+        for name, value in zip(last._fields, last, strict=True):
+            run.leave(name, layer, value)
+        return mixer.fire("scan", scan.to(content.dtype))
+
+    def hold(self, mixer: PathMixer, held: Held) -> None:
+        """S is a softmax over the past: UIA, sec. 3.3."""
+        k, reset = held.cached("k"), held.cached("reset")
+        fresh = reset if reset.requires_grad or anywhere(reset != 0) else None
+        nothing = k.new_zeros(k.shape[0], k.shape[2])
+        carry = Carry(nothing, nothing, nothing + NOTHING)
+        if held.state is not None:
+            carry = Carry(*(held.state[name, mixer.layer].to(k) for name in Carry._fields))
+            held.factors["start"] = carry.num.unsqueeze(-1)
+        w, u = (rate.to(k.dtype) for rate in rates(mixer.weights))
+        held.factors["scan"] = WkvScan(k, w, u, carry.den, carry.max, fresh)
+
+
+def rates(weights: Any) -> tuple[Float[Tensor, " channel"], Float[Tensor, " channel"]]:
+    """(w, u) = (-exp(time_decay), time_first), at least float32."""
+    return -torch.exp(at_least_float32(weights.time_decay)), at_least_float32(weights.time_first)
+
+
+class RwkvMixer(RwkvMix, PathMixer):
     """The time mix, every intermediate a point."""
 
-    attention_points = ("hook_k", "hook_x", "hook_gate", "hook_gated")
+    path = (Named("u"), Wkv(), Named("y"), Gate(torch.sigmoid))
 
-    def rates(self) -> tuple[Float[Tensor, " channel"], Float[Tensor, " channel"]]:
-        """(w, u) = (-exp(time_decay), time_first), at least float32."""
-        return -torch.exp(at_least_float32(self.weights.time_decay)), at_least_float32(self.weights.time_first)
-
-    def factors(self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None) -> Factors:
-        """The factors of the implicit attention: o = sigmoid(r) S v, S a softmax over the past (UIA, sec. 3.3)."""
-        k, v, gate, o = (padding.pack(at_least_float32(cached(name))) for name in self.attention_points)
-        w, u = (t.to(k.dtype) for t in self.rates())
-        if state is None:
-            nothing = k.new_zeros(k.shape[0], k.shape[2])
-            return Factors(x=v, o=o, scan=WkvScan(k, w, u, nothing, nothing + NOTHING), gate=gate)
-        num, den, top = (state[name, self.layer].to(k) for name in Carry._fields)
-        return Factors(x=v, o=o, scan=WkvScan(k, w, u, den, top), gate=gate, start=num.unsqueeze(-1))
+    def project(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Streams:
+        w = self.weights
+        n = n.to(w.key.weight.dtype)
+        shift = self.hook_shift(self.shifted(n, run, "shift"))
+        xk = self.hook_xk(_mix(n, shift, w.time_mix_key))
+        xv = self.hook_xv(_mix(n, shift, w.time_mix_value))
+        xr = self.hook_xr(_mix(n, shift, w.time_mix_receptance))
+        k = self.hook_k(F.linear(xk, w.key.weight))
+        v = self.hook_x(F.linear(xv, w.value.weight))
+        return {"k": k, "x": v, "gate_pre": self.hook_gate_pre(F.linear(xr, w.receptance.weight))}
 
     def state_of(self, state: RecurrentState) -> Tensor:
         """(N, D) = (num, den) e^max, in float64."""
@@ -207,51 +255,8 @@ class RwkvMixer(RwkvMix):
         return self.rescale.whole(self.weights.output.weight), None
 
     def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
-        w = self.weights
-        n = n.to(w.key.weight.dtype)
-        shift = self.hook_shift(self.shifted(n, run, "shift"))
-        xk = self.hook_xk(_mix(n, shift, w.time_mix_key))
-        xv = self.hook_xv(_mix(n, shift, w.time_mix_value))
-        xr = self.hook_xr(_mix(n, shift, w.time_mix_receptance))
-        k = self.hook_k(F.linear(xk, w.key.weight))
-        v = self.hook_x(F.linear(xv, w.value.weight))
-        r = self.hook_gate_pre(F.linear(xr, w.receptance.weight))
-        u = self.hook_u(v)
-
-        clean = [at_least_float32(run.padding.zero(t)) for t in (k, u)]
-        scan = self.hook_scan(self.recur(clean[0], clean[1], run).to(u.dtype))
-        y = self.hook_y(scan)
-        gate = self.hook_gate(torch.sigmoid(r))
-        gated = self.hook_gated(y * gate)
-        return self.rescale.whole(F.linear(gated, w.output.weight))
-
-    def recur(
-        self, k: Float[Tensor, "batch pos channel"], v: Float[Tensor, "batch pos channel"], run: Run
-    ) -> Float[Tensor, "batch pos channel"]:
-        """The WKV recurrence with its lazy points: in segments if nobody listens, else laid open."""
-        w, u = self.rates()
-        mask, shape = run.padding.mask, (k.shape[0], k.shape[2])
-        carry = Carry(
-            run.start("num", self.layer, shape, k),
-            run.start("den", self.layer, shape, k),
-            run.start("max", self.layer, shape, k, nothing=NOTHING),
-        )
-        inside: OpenWkv | None = None
-        for name in INSIDE:  # each is asked right before it fires: an nnsight trace parks on one location at a time
-            point = getattr(self, f"hook_{name}")
-            if point.heard():
-                inside = inside or OpenWkv(k, v, w, u, mask, carry)
-                value = point(getattr(inside, name))
-                if name in PASSED:  # a masked position passes the state on, whatever a hook does there
-                    value = run.padding.fill(value, PASSED[name])
-                setattr(inside, name, value)
-        if inside is None:
-            scan, last = wkv(k, v, w, u, mask, carry)
-        else:
-            scan, last = inside.scan, inside.last
-        for name, value in zip(last._fields, last, strict=True):
-            run.leave(name, self.layer, value)
-        return scan
+        # Rescaled behind the product: before it the weight might leave float16's range.
+        return self.rescale.whole(F.linear(self.walk(self.project(n, run), run), self.weights.output.weight))
 
 
 class RwkvMlp(RwkvMix):
@@ -321,6 +326,7 @@ class HookedRWKV(HookedLanguageModel):
     block_points = BLOCK_ROWS
     final_points = _layer_norm_rows("ln_final", "blocks.-1.hook_resid_post")
     aliases = ALIASES
+    has_positions = True
     carried: ClassVar = {
         **{name: Carried("scan", "batch channel") for name in Carry._fields},
         "shift": Carried("shift", "batch tail d_model"),

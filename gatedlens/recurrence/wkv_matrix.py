@@ -8,7 +8,8 @@ As in decay_matrix.py a block of rows i >= m and sources j < m is one matrix pro
 
     S[i, j] = e^{w (i - m) + P - log Z_i} * e^{w (m - 1 - j) + k_j - P},   both factors at most 1.
 
-Exponents are formed in float64: w i alone may be in the thousands.
+Exponents are formed in float64: w i alone may be in the thousands. Where documents begin (`fresh`), `K`, what the resets up to a
+position leave, as a logarithm, goes with w: e^{w (i - j - 1) + K_i - K_j + k_j}.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from torch import Tensor
 
 from gatedlens.recurrence.decay_matrix import CHUNK_ELEMENTS, NARROW, blocks
 from gatedlens.recurrence.matrix import ScanMatrix
-from gatedlens.recurrence.wkv_scan import TINY, Carry, wkv
+from gatedlens.recurrence.wkv_scan import TINY, Carry, log_kept, wkv
+
+GONE = -2000.0  # the logarithm of what a reset leaves: nothing in float64, and small beside its digits when many add up
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class WkvScan(ScanMatrix):
     u: Float[Tensor, " channel"]
     den: Float[Tensor, "batch channel"]
     max: Float[Tensor, "batch channel"]
+    fresh: Float[Tensor, "batch pos one"] | None = None  # 1 where the state before is forgotten
 
     @property
     def length(self) -> int:
@@ -52,7 +56,7 @@ class WkvScan(ScanMatrix):
     ) -> Float[Tensor, "batch pos channel"]:
         """S u (+ what the start numerator contributes), by the recurrence."""
         num = torch.zeros_like(self.den) if start is None else start.squeeze(-1)
-        return wkv(self.k, u, self.w, self.u, None, Carry(num, self.den, self.max))[0]
+        return wkv(self.k, u, self.w, self.u, None, Carry(num, self.den, self.max), self.fresh)[0]
 
     def mass(self, kept: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
         """How much of each row's sum is left when only the sources `kept` (1, else 0) and the carried state are."""
@@ -68,44 +72,55 @@ class WkvScan(ScanMatrix):
     # -- the matrix ----------------------------------------------------------------------------------------------
 
     @property
+    def _clock(self) -> Float[Tensor, "#batch pos channel"]:
+        """w i + K_i: the decay of a state up to a position, as a logarithm; float64."""
+        clock = self.w.double() * torch.arange(self.length, device=self.k.device).unsqueeze(-1)
+        return clock.unsqueeze(0) if self.fresh is None else clock + log_kept(self.fresh.double(), GONE).cumsum(1)
+
+    @property
     def _key_from_start(self) -> Float[Tensor, "batch pos channel"]:
-        """k_j - w j: a key as it is seen from position 0, whatever the row; float64."""
-        return self.k.double() - self.w.double() * torch.arange(self.length, device=self.k.device).unsqueeze(-1)
+        """k_j - w j - K_j: a key as it is seen from position 0, whatever the row; float64."""
+        return self.k.double() - self._clock
 
     @property
     def _log_total(self) -> Float[Tensor, "batch pos channel"]:
         """log Z; float64."""
         start = self.max.double() + self.den.double().clamp(min=TINY).log() + self.w.double()
         past = torch.cat([start.unsqueeze(1), self._key_from_start[:, :-1]], dim=1).logcumsumexp(1)
-        past = past + self.w.double() * (torch.arange(self.length, device=self.k.device).unsqueeze(-1) - 1)
+        past = past + self._clock - self.w.double()
         return torch.logaddexp(past, (self.u + self.k).double())
 
     def seen(self, i: Int[Tensor, " batch"]) -> Float[Tensor, "batch src channel"]:
         """S[i_b, :] for a row of its own in each batch element; zeros behind it."""
-        ago = i[:, None, None] - torch.arange(self.length, device=i.device)[:, None]
-        score = self.k.double() + torch.where(ago == 0, self.u.double(), self.w.double() * (ago - 1))
-        score = score - self._log_total[torch.arange(len(i), device=i.device), i].unsqueeze(1)
+        batch, ago = (
+            torch.arange(len(i), device=i.device),
+            i[:, None, None] - torch.arange(self.length, device=i.device)[:, None],
+        )
+        clock = self._clock.expand(len(i), -1, -1)
+        past = clock[batch, i].unsqueeze(1) - clock - self.w.double()
+        score = self.k.double() + torch.where(ago == 0, self.u.double(), past)
+        score = score - self._log_total[batch, i].unsqueeze(1)
         return torch.exp(score.masked_fill(ago < 0, -torch.inf)).to(self.k.dtype)
 
     def _diagonal(
         self, offset: int, log_total: Float[Tensor, "batch pos channel"]
     ) -> Float[Tensor, "batch some channel"]:
         """S[i, i - offset] for i >= offset."""
-        source = self.k[:, : self.length - offset].double()
-        score = source + (self.u.double() if offset == 0 else self.w.double() * (offset - 1))
+        source, clock = self.k[:, : self.length - offset].double(), self._clock
+        past = clock[:, offset:] - clock[:, : self.length - offset] - self.w.double()
+        score = source + (self.u.double() if offset == 0 else past)
         return torch.exp(score - log_total[:, offset:]).to(self.k.dtype)
 
     def _blocks(
         self, log_total: Float[Tensor, "batch pos channel"]
     ) -> Iterator[tuple[int, int, int, Float[Tensor, "batch rows channel"], Float[Tensor, "batch some channel"]]]:
         """(lo, mid, hi, left, right): S[mid:hi, lo:mid] = left * right, channel by channel."""
-        places = torch.arange(self.length, device=self.k.device).unsqueeze(-1)
-        keys, w = self._key_from_start, self.w.double()
+        keys, rows = self._key_from_start, self._clock - self.w.double()
         with torch.no_grad():
             tops = keys.cummax(1).values
         for lo, mid, hi in blocks(self.length):
             top = tops[:, mid - 1 : mid]
-            left = torch.exp(w * (places[mid:hi] - 1) + top - log_total[:, mid:hi])
+            left = torch.exp(rows[:, mid:hi] + top - log_total[:, mid:hi])
             right = torch.exp(keys[:, lo:mid] - top)
             yield lo, mid, hi, left.to(self.k.dtype), right.to(self.k.dtype)
 

@@ -12,7 +12,8 @@ may hold it fixed. There are two implementations of the same numbers:
     wkv      where no hook is inside the scan: segments, forward and backward, with factors that all lie in [0, 1]
     OpenWkv  where one is: N and D themselves, as one state of two, in float64, which holds e^{k} up to |k| = 700
 
-A masked position (mask False) passes the state on as it is.
+A masked position (mask False) passes the state on as it is. At a position where a document begins (fresh 1) the state before is
+forgotten: what is left of it, 1 - fresh, stands as a logarithm, `kept`, beside w wherever N_{t-1} and D_{t-1} are read.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.autograd.function import Function
 
@@ -33,6 +34,12 @@ from gatedlens.recurrence.transforms import anywhere, gradients, has_old_axis, t
 NOTHING = -1e38
 LARGEST_KEY = 700.0  # e^700 is still a float64
 TINY = 1e-304  # e^-700
+
+
+def log_kept(fresh: Float[Tensor, "batch pos one"], gone: float = NOTHING) -> Float[Tensor, "batch pos one"]:
+    """log(1 - fresh), and `gone` where nothing is left: finite, as `NOTHING` is."""
+    whole = fresh >= 1
+    return torch.log1p(-fresh.masked_fill(whole, 0)).masked_fill(whole, gone)  # no gradient of log(0)
 
 
 class Carry(NamedTuple):
@@ -92,13 +99,23 @@ class _Segment(NamedTuple):
 
 
 def _segment(
-    mask: Tensor | None, k: Tensor, v: Tensor, w: Tensor, u: Tensor, num: Tensor, den: Tensor, top: Tensor
+    mask: Tensor | None,
+    kept: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    num: Tensor,
+    den: Tensor,
+    top: Tensor,
 ) -> _Segment:
     """The recurrence over some positions after the carry; differentiable, with every maximum held fixed."""
     writes, log_decay = k, w.expand_as(k)
     # A masked position decays by e^0 and writes e^-inf: what it finds is what it hands on.
     if mask is not None:
         writes, log_decay = k.masked_fill(~mask.unsqueeze(-1), -torch.inf), w * mask.unsqueeze(-1)
+    if kept is not None:
+        log_decay = log_decay + kept
     # Detached: num and den are scaled by e^-max and the scan divides it out again, so max has no gradient to give.
     maxima = _running_max(log_decay.detach(), writes.detach(), top.detach())
     # `top` itself is not detached: the carry's maximum scales the num and den that came with it, so it has a gradient.
@@ -113,7 +130,7 @@ def _segment(
     past_state = _before_each(start, states)
     # The position's own key counts with the bonus u, which is no part of the state: past and present are brought to a
     # maximum of their own, the larger of max_{t-1} and u + k_t.
-    past, present = _exponentials(before, u + k)
+    past, present = _exponentials(before if kept is None else before + kept, u + k)
     total = past * past_state[:, :, 1] + present
     scan = (past * past_state[:, :, 0] + present * v) / total
     num, den = states[:, -1].unbind(1)
@@ -156,38 +173,38 @@ def _backward(p: _Segment, v: Tensor, grad_scan: Tensor, grad_state: Tensor) -> 
 
 
 class SegmentedWkv(Function):
-    """scan, num, den, max = SegmentedWkv.apply(mask, k, v, w, u, num, den, max).
+    """scan, num, den, max = SegmentedWkv.apply(mask, kept, k, v, w, u, num, den, max).
 
     Forward keeps the carry at each segment's start; backward rebuilds one segment at a time from there.
     """
 
     @staticmethod
-    def forward(ctx: Any, mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, mask: Tensor | None, kept: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         k, v, w, u, *carry = tensors
         slices = _segments(k.shape[1], k[:, 0].numel(), SEGMENT_ELEMENTS_GRAD)
         scan, starts = torch.empty_like(k), []
         for part in slices:
             starts += carry
-            segment = _segment(_part(mask, part), k[:, part], v[:, part], w, u, *carry)
+            segment = _segment(_part(mask, part), _part(kept, part), k[:, part], v[:, part], w, u, *carry)
             scan[:, part] = segment.scan
             carry = [t.clone() for t in segment.carry]  # a view would keep the segment's states alive
         ctx.slices = slices
-        ctx.save_for_backward(mask, k, v, w, u, *starts)
+        ctx.save_for_backward(mask, kept, k, v, w, u, *starts)
         ctx.mark_non_differentiable(carry[2])
         return scan, *carry
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        whole, k, v, w, u, *starts = ctx.saved_tensors
+        whole, kept, k, v, w, u, *starts = ctx.saved_tensors
         if torch.is_grad_enabled() or transformed() or has_old_axis(*grads):
             # The loop below writes into buffers, which no second derivative passes, and which lack an axis that a transform or
             # a batch of gradients hides. These go through the whole sequence in one segment of differentiable operations.
 
             def run(*given: Tensor) -> tuple[Tensor, ...]:
-                segment = _segment(whole, *given)
+                segment = _segment(whole, kept, *given)
                 return segment.scan, *segment.carry[:2]
 
-            return None, *gradients(run, (k, v, w, u, *starts[:3]), grads[:3])
+            return None, None, *gradients(run, (k, v, w, u, *starts[:3]), grads[:3])
         grad_scan, grad_num, grad_den, _ = grads
         grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
         grad_w, grad_u = torch.zeros_like(w), torch.zeros_like(u)
@@ -195,7 +212,7 @@ class SegmentedWkv(Function):
         for i in reversed(range(len(ctx.slices))):
             part = ctx.slices[i]
             mask, k_part, v_part = _part(whole, part), k[:, part], v[:, part]
-            segment = _segment(mask, k_part, v_part, w, u, *starts[3 * i : 3 * i + 3])
+            segment = _segment(mask, _part(kept, part), k_part, v_part, w, u, *starts[3 * i : 3 * i + 3])
             # The gradient of an inner maximum is dropped: it is held fixed. That of the first one is the carry's.
             grad_v[:, part], bonus, written, decay, grad_state, grad_top = _backward(
                 segment, v_part, grad_scan[:, part], grad_state
@@ -203,11 +220,11 @@ class SegmentedWkv(Function):
             grad_k[:, part] = bonus + written
             grad_u += bonus.sum((0, 1))
             grad_w += (decay if mask is None else decay * mask.unsqueeze(-1)).sum((0, 1))
-        return None, grad_k, grad_v, grad_w, grad_u, *grad_state.unbind(1), grad_top
+        return None, None, grad_k, grad_v, grad_w, grad_u, *grad_state.unbind(1), grad_top
 
 
-def _part(mask: Bool[Tensor, "batch pos"] | None, part: slice) -> Bool[Tensor, "batch some"] | None:
-    return None if mask is None else mask[:, part]
+def _part(x: Shaped[Tensor, "batch pos *rest"] | None, part: slice) -> Shaped[Tensor, "batch some *rest"] | None:
+    return None if x is None else x[:, part]
 
 
 def wkv(
@@ -217,30 +234,39 @@ def wkv(
     u: Float[Tensor, " channel"],
     mask: Bool[Tensor, "batch pos"] | None,
     carry: Carry,
+    fresh: Float[Tensor, "batch pos one"] | None = None,
 ) -> tuple[Float[Tensor, "batch pos channel"], Carry]:
-    """`scan, carry = wkv(k, v, w, u, mask, carry)`; O(b c) memory beyond inputs and output without gradients."""
+    """`scan, carry = wkv(k, v, w, u, mask, carry)`; O(b c) memory beyond inputs and output without gradients.
+
+    fresh: 1 where a document begins and the state before is forgotten, 0 elsewhere; None: nowhere.
+    """
+    kept = None if fresh is None else log_kept(fresh)
     compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
     # Four ways to the same numbers. Inside torch.compile a Function cannot stand, so with gradients the segment is written in
     # operations that the compiler differentiates; under torch.func too, which a Function's buffers would not survive.
     followed = grad and any(t.requires_grad for t in (k, v, w, u, *carry))
-    one_segment = followed if compiling else transformed()
+    # The gradient of a reset is nobody's but an edit's, and has no place in the backward by hand.
+    of_resets = grad and kept is not None and kept.requires_grad
+    one_segment = (followed or of_resets) if compiling else (transformed() or of_resets)
     if one_segment:
-        segment = _segment(mask, k, v, w, u, *carry)
+        segment = _segment(mask, kept, k, v, w, u, *carry)
         return segment.scan, Carry(*(t.clone() for t in segment.carry))
     if compiling:
-        scan, *rest = _wkv_operator(k, v, w, u, mask, *carry)
+        scan, *rest = _wkv_operator(k, v, w, u, mask, kept, *carry)
         return scan, Carry(*rest)
     if followed:
-        scan, *rest = SegmentedWkv.apply(mask, k, v, w, u, *carry)
+        scan, *rest = SegmentedWkv.apply(mask, kept, k, v, w, u, *carry)
         return scan, Carry(*rest)
-    return _segmented(k, v, w, u, mask, carry)
+    return _segmented(k, v, w, u, mask, kept, carry)
 
 
-def _segmented(k: Tensor, v: Tensor, w: Tensor, u: Tensor, mask: Tensor | None, carry: Carry) -> tuple[Tensor, Carry]:
+def _segmented(
+    k: Tensor, v: Tensor, w: Tensor, u: Tensor, mask: Tensor | None, kept: Tensor | None, carry: Carry
+) -> tuple[Tensor, Carry]:
     """Without gradients: one segment at a time."""
     scan = torch.empty_like(v)
     for part in _segments(k.shape[1], k[:, 0].numel(), SEGMENT_ELEMENTS):
-        segment = _segment(_part(mask, part), k[:, part], v[:, part], w, u, *carry)
+        segment = _segment(_part(mask, part), _part(kept, part), k[:, part], v[:, part], w, u, *carry)
         scan[:, part], carry = segment.scan, Carry(*segment.carry)
     return scan, carry
 
@@ -248,20 +274,36 @@ def _segmented(k: Tensor, v: Tensor, w: Tensor, u: Tensor, mask: Tensor | None, 
 @torch.library.custom_op(
     "gatedlens::wkv",
     mutates_args=(),
-    schema="(Tensor k, Tensor v, Tensor w, Tensor u, Tensor? mask, Tensor num, Tensor den, Tensor top)"
+    schema="(Tensor k, Tensor v, Tensor w, Tensor u, Tensor? mask, Tensor? kept, Tensor num, Tensor den, Tensor top)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _wkv_operator(
-    k: Tensor, v: Tensor, w: Tensor, u: Tensor, mask: Tensor | None, num: Tensor, den: Tensor, top: Tensor
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    mask: Tensor | None,
+    kept: Tensor | None,
+    num: Tensor,
+    den: Tensor,
+    top: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For torch.compile: one node of its graph, whatever the length."""
-    scan, carry = _segmented(k, v, w, u, mask, Carry(num, den, top))
+    scan, carry = _segmented(k, v, w, u, mask, kept, Carry(num, den, top))
     return scan, *(t.clone() for t in carry)  # type: ignore[return-value]
 
 
 @_wkv_operator.register_fake
 def _(
-    k: Tensor, v: Tensor, w: Tensor, u: Tensor, mask: Tensor | None, num: Tensor, den: Tensor, top: Tensor
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    mask: Tensor | None,
+    kept: Tensor | None,
+    num: Tensor,
+    den: Tensor,
+    top: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(v), torch.empty_like(num), torch.empty_like(den), torch.empty_like(top)
 
@@ -285,12 +327,14 @@ class OpenWkv:
         u: Float[Tensor, " channel"],
         mask: Bool[Tensor, "batch pos"] | None,
         carry: Carry,
+        fresh: Float[Tensor, "batch pos one"] | None = None,
     ):
         self.out_dtype = v.dtype
         self.k, self.v, self.w, self.u, self.num0, self.den0, top = (t.double() for t in (k, v, w, u, *carry))
         # NOTHING, and whatever else is below, is an empty past: e^-700 is still a normal float64, so e^-top below is finite.
         self.top = top.clamp(min=-LARGEST_KEY)
         self.mask = mask
+        self.kept = None if fresh is None else 1 - fresh.double()
 
     def _exp_in_range(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """e^x, or an error where float64 does not hold it."""
@@ -313,6 +357,8 @@ class OpenWkv:
     def decay(self) -> Float[Tensor, "batch pos channel two"]:
         # e^w, not e^{max + w - max}: hooks see the paper's decay, which float64 holds whatever the maximum is.
         constant = self.w.exp().reshape(1, 1, -1, 1).expand(*self.k.shape, 2)
+        if self.kept is not None:
+            constant = constant * self.kept.unsqueeze(-1)
         return constant if self.mask is None else torch.where(self.mask[:, :, None, None], constant, 1.0)
 
     @cached_property
@@ -362,6 +408,7 @@ class OpenWkv:
         num, den = (self.state_start * torch.exp(-self.top_start).unsqueeze(-1)).unbind(-1)
         num, den = _before_each(num, self.num.double()), _before_each(den, self.den.double())
         past, present = _exponentials(_before_each(self.top_start, self.max.double()), self.u + self.k)
+        past = past if self.kept is None else past * self.kept
         return ((past * num + present * self.v) / (past * den + present)).to(self.out_dtype)
 
     @cached_property

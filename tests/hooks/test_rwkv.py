@@ -269,8 +269,10 @@ def test_every_row_is_its_equation(training):
         v = check(m + "x", xv @ a.value.weight.T)
         r = check(m + "gate_pre", xr @ a.receptance.weight.T)
         check(m + "u", v)
+        reset = check(m + "reset", torch.zeros(2, 6, 1, dtype=torch.float64))
         state = check(m + "state_start", torch.zeros(2, 16, 2, dtype=torch.float64))
-        decay = check(m + "decay", torch.exp(-torch.exp(a.time_decay)).reshape(1, 1, 16, 1).repeat(2, 6, 1, 2))
+        rate = torch.exp(-torch.exp(a.time_decay)).reshape(1, 1, 16, 1).repeat(2, 6, 1, 2)
+        decay = check(m + "decay", rate * (1 - reset).unsqueeze(-1))
         write = check(m + "write", torch.stack([k.exp() * v, k.exp()], dim=-1))
         states, scans, tops, top = [], [], [], torch.full((2, 16), -700.0, dtype=torch.float64)
         for t in range(6):

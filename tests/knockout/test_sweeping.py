@@ -10,6 +10,7 @@ import torch
 import gatedlens as gl
 from gatedlens import ablation, knockout
 from gatedlens.hooks import architectures
+from gatedlens.hooks.rwkv import rates
 from gatedlens.model.batch import Batch
 from tests.helpers import example, padded
 
@@ -203,7 +204,7 @@ def test_cut_renormalised_in_rwkv_takes_numerator_and_denominator(case):
     layer = 1
     clean = run(model, ablation.Intervention(()), input, options)
     k, v, gate = (clean[name, layer] for name in ("k", "x", "gate"))
-    w, u = model.blocks[layer].mixer.rates()
+    w, u = rates(model.blocks[layer].mixer.weights)
     N0 = D0 = torch.zeros_like(k[:, 0])
     if options:
         N0, D0 = model.blocks[layer].mixer.state_of(options["state"]).unbind(-1)
