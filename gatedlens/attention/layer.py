@@ -86,7 +86,7 @@ class ImplicitAttention:
             raise PointError(
                 f"Implicit attention of layer {index} needs points that this cache lacks: {', '.join(missing)}."
             )
-        stem, padding = f"blocks.{index}.{mixer.place}.", Padding.of(cache.mask)
+        stem, padding = f"blocks.{index}.{mixer.place}.", replace(Padding.of(cache.mask), documents=cache.documents)
         with exact(cache[stem + mixer.attention_points[0]]):
             branches = mixer.branches(lambda name: cache[stem + name], padding, cache.state)
         return cls(branches, padding, model, index, cache.tokens)

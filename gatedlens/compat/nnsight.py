@@ -142,9 +142,12 @@ class Tracer(InterleavingTracer):
         batch = traced.batch
         tokens = None if batch is None or batch.is_resid else self.batcher.narrow(batch.value, group)
         mask = None if batch is None or batch.mask is None else self.batcher.narrow(batch.mask, group)
-        state = {**self.batcher.kwargs, **self.kwargs}.get("state")
+        options = {**self.batcher.kwargs, **self.kwargs}
+        documents = None if batch is None else model.documents(batch, options.get("position_ids"))
+        documents = None if documents is None else self.batcher.narrow(documents, group)
+        given = {"tokens": tokens, "mask": mask, "state": options.get("state"), "documents": documents}
         paths = {name: envoy.path for name, envoy in envoys.items()}
-        return nnsight.save(Visits(model, view, paths, tokens, mask, state))
+        return nnsight.save(Visits(model, view, paths, given))
 
 
 class Visits:
@@ -155,9 +158,8 @@ class Visits:
     a later run's cache holds some positions of its sequence and says so (`sliced`).
     """
 
-    def __init__(self, model: HookedModel, view: Any, paths: dict[str, str], tokens: Any, mask: Any, state: Any):
-        self.model, self.view, self.paths = model, view, paths
-        self.given = {"tokens": tokens, "mask": mask, "state": state}
+    def __init__(self, model: HookedModel, view: Any, paths: dict[str, str], given: dict[str, Any]):
+        self.model, self.view, self.paths, self.given = model, view, paths, given
 
     def _values(self, name: str) -> list[Tensor]:
         if self.paths[name] not in self.view:

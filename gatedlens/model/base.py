@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, overload
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from gatedlens.address.layers import layer_of
@@ -437,9 +437,7 @@ class HookedModel(Hooking):
         if not self.has_positions:
             return Run(positions, padding, state, left)
         run = DocumentRun(positions, padding, state, left)
-        if position_ids is not None:
-            run.documents = run.begins.long().cumsum(1)
-        return run
+        return run if position_ids is None else run.apart()
 
     def _check_state(self, state: Any, rows: int) -> None:
         if not isinstance(state, RecurrentState):
@@ -456,6 +454,16 @@ class HookedModel(Hooking):
             raise InputError(
                 f"The state holds {state.batch_size} rows and the input {rows}: `state.rows([...])` repeats or picks rows."
             )
+
+    def documents(
+        self, batch: Batch, position_ids: Shaped[Tensor, "*document position"] | None
+    ) -> Int[Tensor, "batch pos"] | None:
+        """`model.documents(batch, position_ids)`: how many documents have begun up to each position, as a call counts them; None
+        without positions."""
+        if position_ids is None:
+            return None
+        positions = self._check_positions(position_ids, batch.value.shape[0], self.positions(batch))
+        return DocumentRun(positions.to(batch.value.device), Padding.of(batch.mask)).apart().documents
 
     def _check_positions(
         self, position_ids: Shaped[Tensor, "*document position"], rows: int, length: int

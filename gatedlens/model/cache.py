@@ -2,7 +2,7 @@
 
 logits, cache = model.run_with_cache("The cat sat on the mat", names_filter=["blocks.*.mixer.hook_dt", "hook_embed"])
 cache["dt", 3]                      # also: cache["blocks.3.mixer.hook_dt"], cache["blocks.3.hook_delta"] (MambaLens)
-cache.tokens, cache.mask, cache.state
+cache.tokens, cache.mask, cache.state, cache.documents
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class ResidualCache(transformer_lens.ActivationCache):
 
 class ActivationCache(ResidualCache):
     """What one run fired. `tokens`, `mask` and `state` are what the run was given (None where it was not); `sliced` says
-    whether only some positions were kept.
+    whether only some positions were kept; `documents` [batch, pos] counts the documents that position_ids told of.
 
     Keys: a full name, another tool's name for it, or TransformerLens's shorthand (word, layer[, part]). Gradients of an
     `incl_bwd` run stand under the name with `_grad` behind it.
@@ -201,12 +201,14 @@ class ActivationCache(ResidualCache):
         mask: Tensor | None = None,
         state: RecurrentState | None = None,
         sliced: bool = False,
+        documents: Tensor | None = None,
     ):
         super().__init__(cache_dict, model, has_batch_dim=has_batch_dim)
         self.tokens = tokens
         self.mask = mask
         self.state = state
         self.sliced = sliced
+        self.documents = documents
 
     def find(self, key: Key) -> Found:
         """`cache.find(("dt", 3))`: the point or view that a key stands for in this model.
@@ -254,9 +256,12 @@ class ActivationCache(ResidualCache):
         """
         rows = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
         part = super().apply_slice_to_batch_dim(rows)
-        tokens, mask = (None if t is None else rows.apply(t, dim=0) for t in (self.tokens, self.mask))
+        given = (self.tokens, self.mask, self.documents)
+        tokens, mask, documents = (None if t is None else rows.apply(t, dim=0) for t in given)
         state = None if self.state is None else self.state.map(lambda t: rows.apply(t, dim=0))
-        return ActivationCache(part.cache_dict, self.model, part.has_batch_dim, tokens, mask, state, self.sliced)
+        return ActivationCache(
+            part.cache_dict, self.model, part.has_batch_dim, tokens, mask, state, self.sliced, documents
+        )
 
     def _stored(self, name: str, asked: Any) -> Tensor:
         if name in self.cache_dict:

@@ -335,7 +335,8 @@ class Hooking(transformer_lens.HookedRootModule):
         tokens = None if batch.is_resid else batch.value
         state = rest.get("state")
         sliced = kept.mode != "identity"
-        cache = ActivationCache(store, self, not remove_batch_dim, tokens, batch.mask, state, sliced)
+        documents = self.documents(batch, rest.get("position_ids"))
+        cache = ActivationCache(store, self, not remove_batch_dim, tokens, batch.mask, state, sliced, documents)
         return out, cache
 
     def _check_size(self, groups: list[list[str]], batch: Batch, pos_slice: Slice, limit: int | None) -> None:

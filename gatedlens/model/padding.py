@@ -27,6 +27,8 @@ class Padding:
     mask: Bool[Tensor, "batch pos"] | None = None
     order: Int[Tensor, "batch pos"] | None = None  # packed position -> position
     rank: Int[Tensor, "batch pos"] | None = None  # position -> packed position
+    # How many documents have begun in this call, up to each position (0: the state's goes on); None: each row is one.
+    documents: Int[Tensor, "batch pos"] | None = None
 
     @staticmethod
     def of(mask: Shaped[Tensor, "batch pos"] | None) -> Padding:

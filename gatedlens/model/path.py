@@ -46,9 +46,12 @@ class Held:
     state: RecurrentState | None
     x: Content
     factors: dict[str, Any]
-    document: Int[Tensor, "batch pos"] | None = (
-        None  # how many documents have begun; 0: the one that a state goes on with
-    )
+
+    @property
+    def documents(self) -> Int[Tensor, "batch pos"] | None:
+        """How many documents have begun, positions packed (0: the state's goes on); None: each row is one."""
+        number = self.padding.documents
+        return None if number is None else self.padding.pack(number)
 
     def times(self, name: str, factor: Tensor) -> None:
         """Multiply a factor into one that may be there already."""

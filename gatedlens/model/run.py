@@ -5,7 +5,7 @@ b batch, l pos. A document is a run of tokens whose first has position 0: nothin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,18 @@ from gatedlens.model.block import Run
 class DocumentRun(Run):
     """A Run whose rows may hold several documents.
 
-    `documents` counts the documents that have begun in this call, up to each position (0: the state's goes on). None
-    without position_ids: then each row is one document, and what lies before its beginning is empty anyway.
+    `documents` is known once `apart` was called, as for position_ids. Before that each row is one document, and what lies
+    before its beginning is empty anyway.
     """
 
-    documents: Int[Tensor, "batch pos"] | None = None
+    def apart(self) -> DocumentRun:
+        """`run = DocumentRun(positions).apart()`: the same, with the documents that its positions tell of."""
+        return replace(self, padding=replace(self.padding, documents=self.begins.long().cumsum(1)))
+
+    @property
+    def documents(self) -> Int[Tensor, "batch pos"] | None:
+        """How many documents have begun in this call, up to each position (0: the state's goes on)."""
+        return self.padding.documents
 
     @property
     def real(self) -> Bool[Tensor, "batch pos"]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.errors import InputError
@@ -52,13 +52,15 @@ class Conv(Stage):
     def hold(self, mixer: PathMixer, held: Held) -> None:
         conv, some = getattr(mixer.weights, self.name), self.content(mixer)
         taps = conv.weight.to(held.x.dtype).squeeze(1)[some]
-        held.factors["taps"] = taps
+        held.factors["taps"], documents = taps, held.documents
+        if documents is not None and anywhere(documents != documents[:, :1]):
+            held.factors["document"] = documents
         drift = torch.zeros_like(held.x)
         if conv.bias is not None:
             drift = drift + conv.bias[some].to(held.x.dtype) * held.padding.packed_mask(held.x)
         if held.state is not None:
             tail = reach(held.state["conv", mixer.layer][..., some], held.x, taps)
-            drift = drift + (tail if held.document is None else tail * (held.document == 0).unsqueeze(-1))
+            drift = drift + (tail if documents is None else tail * (documents == 0).unsqueeze(-1))
         held.factors["drift"] = drift
 
 
@@ -129,7 +131,6 @@ class Scan(Stage):
         terms, reset = mixer.terms(**{name: held.cached(name) for name in mixer.selection}), held.cached("reset")
         if anywhere(reset != 0):
             terms = terms._replace(fresh=reset)
-            held.factors["document"] = held.document = documents(reset)
         held.factors["scan"] = HeadScan.of(terms, held.x.shape[2] // mixer.heads)
         if held.state is not None:
             held.factors["start"] = held.state["scan", mixer.layer].to(held.x).flatten(1, 2)
@@ -161,21 +162,14 @@ class ChannelScan(Stage):
         terms, reset = mixer.terms(**{name: held.cached(name) for name in mixer.selection}), held.cached("reset")
         if anywhere((reset < 0) | (reset > 1)):
             raise InputError("hook_reset is below 0 or above 1 somewhere: the implicit attention knows no such reset.")
-        whole = None
         if reset.requires_grad or anywhere(reset != 0):
-            terms, whole = terms._replace(fresh=reset), documents(reset)
-        scan = held.factors["scan"] = DecayScan.of(terms)
-        held.document, held.factors["document"] = whole, scan.document
+            terms = terms._replace(fresh=reset)
+        held.factors["scan"] = DecayScan.of(terms)
         if held.state is not None:
             start = held.state["scan", mixer.layer].to(held.x)
-            start = start.unsqueeze(-1) if terms.rate is None else start
-            # What a reset at the first position leaves of it is known to the scan as far as it is no whole one.
-            held.factors["start"] = start if whole is None else start * (whole[:, 0] == 0).view(-1, 1, 1)
-
-
-def documents(reset: Float[Tensor, "batch pos one"]) -> Int[Tensor, "batch pos"]:
-    """How many documents have begun: 0 is the one that a state goes on with."""
-    return (reset.squeeze(-1) == 1).long().cumsum(1)
+            # The scan knows what resets leave of it, but for a whole one at the first position.
+            start = start.masked_fill((reset[:, 0] >= 1).view(-1, *[1] * (start.ndim - 1)), 0)
+            held.factors["start"] = start.unsqueeze(-1) if terms.rate is None else start
 
 
 @dataclass(frozen=True)

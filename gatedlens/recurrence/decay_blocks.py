@@ -24,7 +24,7 @@ for. Everything here is out of place where a gradient may need the old value.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -233,6 +233,7 @@ class Pieces:
 
     halving: Halving
     time: Float[Tensor, "batch pos channel"]  # float64, padded
+    kept: Float[Tensor, "batch pos"] | None  # the same of what resets leave, as a logarithm; None: there are none
     rate: Float[Tensor, "channel state"]
     read: Float[Tensor, "batch tile place state"]
     key: Float[Tensor, "batch tile place state"]
@@ -248,8 +249,11 @@ class Pieces:
         """
         b, t, _, c = self.left.shape
         step = torch.diff(self.time, dim=1, prepend=self.time[:, :1]).unflatten(1, (-1, TILE))
-        decays = self._exp(step, self.scratch.empty("decays", b, t, TILE, c, self.rate.shape[1])).unbind(2)  # b t c n
-        within = self._decays_within_tiles(decays)
+        decays = self._exp(step, self.scratch.empty("decays", b, t, TILE, c, self.rate.shape[1]))
+        if self.kept is not None:
+            kept = torch.diff(self.kept, dim=1, prepend=self.kept[:, :1]).exp().to(decays.dtype)
+            decays = decays * kept.unflatten(1, (-1, TILE))[..., None, None]
+        within = self._decays_within_tiles(decays.unbind(2))  # b t c n
         yield from self._diagonal_tiles(within)
         columns = self._columns(within)
         yield from self._off_diagonal_blocks(self._rows(within), columns)
@@ -259,12 +263,16 @@ class Pieces:
         self.scratch.multiply(out, time.to(self.rate.dtype).unsqueeze(-1), self.rate)
         return self.scratch.exp(out, self.scratch.floor)
 
-    def _block_decay(self, begin: Tensor, end: Tensor) -> Tensor:
-        """The decay of whole blocks. Clamped at the floor, not zeroed: below it a source is as good as forgotten, and a
-        product with a denormal number is slow."""
+    def _block_decay(self, begin: Sequence[int], end: Sequence[int]) -> Tensor:
+        """The decay of whole blocks, from some positions to others. Clamped at the floor, not zeroed: below it a source is as
+        good as forgotten, and a product with a denormal number is slow."""
         # The difference is taken in float64, before the cast: two late times differ little beside their own size.
-        time = (end - begin).to(self.rate.dtype).unsqueeze(-1) * self.rate
-        return torch.exp(time.clamp(min=math.log(self.scratch.floor)))
+        begin, end = list(begin), list(end)
+        time = (self.time[:, end] - self.time[:, begin]).to(self.rate.dtype).unsqueeze(-1) * self.rate
+        decay = torch.exp(time.clamp(min=math.log(self.scratch.floor)))
+        if self.kept is None:
+            return decay
+        return decay * (self.kept[:, end] - self.kept[:, begin]).exp().to(decay.dtype)[..., None, None]
 
     def _decays_within_tiles(self, decays: tuple[Tensor, ...]) -> dict[tuple[int, int], Tensor]:
         """[i, m]: the decay from place m to place i of a tile; place -1 is the last one before the tile."""
@@ -330,13 +338,12 @@ class Pieces:
     def _rows_of_larger_blocks(self, rows: Tensor, size: int, spans: list[Span]) -> Tensor:
         """Rows of blocks twice the size. Those of each right block take the decay across the left one; the left rows stay."""
         # Time just before each block. The first block has no sources before it, so any time will do.
-        begin = torch.cat([self.time[:, :1], self.time[:, size - 1 : -1 : size]], dim=1)
+        begin = [0, *range(size - 1, self.halving.padded - 1, size)]
         doubled = self.scratch.writable(rows)
         for start, pairs, _, height in spans:
             first, period = start // size, size + height
-            decay = self._block_decay(
-                begin[:, first : first + 2 * pairs : 2][:, :pairs], begin[:, first + 1 : first + 2 * pairs : 2]
-            )
+            right = begin[first + 1 : first + 2 * pairs : 2]
+            decay = self._block_decay(begin[first : first + 2 * pairs : 2][:pairs], right)
             old, new = (
                 x[:, start : start + pairs * period].unflatten(1, (pairs, period))[:, :, size:] for x in (rows, doubled)
             )
@@ -347,8 +354,8 @@ class Pieces:
         """Columns of full blocks twice the size. Those of each left block take the decay across the right one."""
         # A last block without a right neighbour is dropped: rows behind it, where there are any, have read it already.
         pairs, overlap = columns.shape[1] // 2, self.halving.taps - 1
-        end = self.time[:, size - 1 :: size]
-        decay = self._block_decay(end[:, 0 : 2 * pairs : 2], end[:, 1 : 2 * pairs : 2])
+        end = range(size - 1, self.halving.padded, size)
+        decay = self._block_decay(end[0 : 2 * pairs : 2], end[1 : 2 * pairs : 2])
         left, right = columns[:, 0 : 2 * pairs : 2], columns[:, 1 : 2 * pairs : 2]
         shape = columns.shape[0], pairs, 2 * size + overlap, *columns.shape[3:]
         # Two names in turn: this level reads the buffer that the level before wrote.

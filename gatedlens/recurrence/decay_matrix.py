@@ -2,7 +2,7 @@
 
 It is never built with a state axis. b batch, l pos (i row, j source), c channel, n state. `time` grows along pos (the
 cumulative dt, or log decay) and `rate` <= 0 turns it into a log decay, so every exponential below is of a number <= 0
-(`document` and `kept`, where a state is forgotten or partly so, have no channel: they multiply what is done):
+(so are those of `document` and `kept`, where a state is forgotten or partly so):
 
     a block of rows behind a boundary m and sources up to it is one matrix product, since
     exp(rate (time_i - time_j)) = exp(rate (time_i - time_m)) * exp(rate (time_m - time_j)),
@@ -27,6 +27,7 @@ from gatedlens.recurrence.matrix import ScanMatrix
 from gatedlens.recurrence.scanning import scan
 from gatedlens.recurrence.transforms import anywhere
 
+GONE = -2000.0  # the logarithm of what a reset leaves: nothing in float64, and small beside its digits when many add up
 NARROW = 4  # blocks of this many positions go by diagonals
 ROW_ELEMENTS = 1 << 18  # numbers in a temporary [sources, channels, state] of `seen`, for a single row
 CHUNK_ELEMENTS = 1 << 19  # numbers in a temporary [rows, channels, state]: 2 MiB of float32, about the L2 cache
@@ -176,7 +177,7 @@ class DecayScan(ScanMatrix):
             some = slice(start, start + size)
             blocks = scan.select(some)._pieces(halving, left[..., some], right[..., some], taps[some], scratch)
             _add_contracted(blocks, tiles, products)
-        return self._within_documents(halving.assemble(tiles, products, power))
+        return halving.assemble(tiles, products, power)
 
     def folded(
         self,
@@ -189,7 +190,7 @@ class DecayScan(ScanMatrix):
         scratch = self._scratch(left, right, taps)
         scan, left, right, taps, power = self._rescaled(scratch, left, right, taps)
         tiles, *products = _apart(scan._pieces(halving, left, right, taps, scratch))
-        return self._within_documents(halving.assemble(tiles, products, power))
+        return halving.assemble(tiles, products, power)
 
     def dense(self) -> Float[Tensor, "batch channel dst src"]:
         """S channel by channel: [b, c, l, l]."""
@@ -219,18 +220,19 @@ class DecayScan(ScanMatrix):
 
     def _pieces(self, halving: Halving, left: Tensor, right: Tensor, taps: Tensor, scratch: Scratch) -> Pieces:
         cut, over = halving.cut_into_tiles, halving.padded - halving.length
-        time = torch.cat([self.time, self.time[:, -1:].expand(-1, over, -1)], dim=1) if over else self.time
+        time, kept = self.time, self._log_left()
+        if over:
+            time = torch.cat([time, time[:, -1:].expand(-1, over, -1)], dim=1)
+            kept = None if kept is None else torch.cat([kept, kept[:, -1:].expand(-1, over)], dim=1)
         weights = cut(left), cut(right * self.amount), taps
-        return Pieces(halving, time, self.rate, cut(self.read), cut(self.key), *weights, scratch)
+        return Pieces(halving, time, kept, self.rate, cut(self.read), cut(self.key), *weights, scratch)
 
-    def _within_documents(self, total: Tensor) -> Tensor:
-        if self.document is not None:
-            same = self.document.unsqueeze(2) == self.document.unsqueeze(1)
-            total = total * (same if total.ndim == 3 else same.unsqueeze(1))
-        if self.kept is None:
-            return total
-        left = (self.kept.unsqueeze(2) - self.kept.unsqueeze(1)).clamp(max=0).exp().to(total.dtype)
-        return total * (left if total.ndim == 3 else left.unsqueeze(1))
+    def _log_left(self) -> Float[Tensor, "batch pos"] | None:
+        """`kept`, and nothing of what is of another document."""
+        if self.document is None:
+            return self.kept
+        whole = GONE * self.document.double()
+        return whole if self.kept is None else whole + self.kept
 
 
 def resets(

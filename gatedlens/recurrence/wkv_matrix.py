@@ -22,11 +22,9 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gatedlens.recurrence.decay_matrix import CHUNK_ELEMENTS, NARROW, blocks
+from gatedlens.recurrence.decay_matrix import CHUNK_ELEMENTS, GONE, NARROW, blocks
 from gatedlens.recurrence.matrix import ScanMatrix
 from gatedlens.recurrence.wkv_scan import TINY, Carry, log_kept, wkv
-
-GONE = -2000.0  # the logarithm of what a reset leaves: nothing in float64, and small beside its digits when many add up
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,13 @@ class Mixer(mamba.MambaMixer):
     """Mamba's, with other names for its points."""
 
     output_point = "hook_o"
-    attention_points = ("hook_in", "hook_short", "hook_dt", "hook_B", "hook_C", "hook_weight", "hook_o")
+    attention_points = ("hook_in", "hook_short", "hook_dt", "hook_B", "hook_C", "hook_reset", "hook_weight", "hook_o")
+
+    def factors(self, cached, padding, state):
+        def by_own_name(name):
+            return cached(f"hook_{NAMES.get(name.removeprefix('hook_'), name.removeprefix('hook_'))}")
+
+        return super().factors(by_own_name, padding, state)
 
 
 for word, name in NAMES.items():
