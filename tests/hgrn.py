@@ -16,7 +16,7 @@ An architecture that gatedlens does not ship, in one file: `test_fifth.py` runs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,23 +27,26 @@ from torch import Tensor, nn
 
 from gatedlens.address import Alias, Point, block_rows
 from gatedlens.model import (
+    ChannelScan,
+    Gate,
     HookedConfig,
     HookedLanguageModel,
     Layout,
-    Mixer,
     MlpBlock,
+    Named,
     Norm,
-    Padding,
     Part,
-    RecurrentState,
+    PathMixer,
     Run,
+    SiLU,
+    Streams,
     Tiny,
     fresh,
     mlp_residual_rows,
     norm_rows,
     rows_of,
 )
-from gatedlens.recurrence import DecayScan, Factors, at_least_float32
+from gatedlens.recurrence import ChannelTerms, at_least_float32
 
 # -- rows -----------------------------------------------------------------------------------------------------------
 
@@ -59,8 +62,9 @@ MIXER_ROWS = (
     Point("hook_gate_pre", "batch pos channel", "g_proj(ln1.out)", GATES),
     Point("hook_u", "batch pos channel", "SiLU(x)", HGRU),
     Point("hook_log_decay", "batch pos channel", "log(bound + (1 - bound) * sigmoid(forget_pre))", GATES),
+    Point("hook_reset", "batch pos one", "1 where a document begins (position 0 of position_ids), else 0", HGRU),
     Point("hook_state_start", "batch channel", "state before the first position (zero without one)", HGRU, True),
-    Point("hook_decay", "batch pos channel", "exp(log_decay)", HGRU, True),
+    Point("hook_decay", "batch pos channel", "exp(log_decay) * (1 - reset)", HGRU, True),
     Point("hook_write", "batch pos channel", "(1 - exp(log_decay)) * u", HGRU, True),
     Point("hook_state", "batch pos channel", "decay * state[pos - 1] + write", HGRU, True),
     Point("hook_scan", "batch pos channel", "state", HGRU),
@@ -86,11 +90,6 @@ BLOCK_ROWS = mlp_residual_rows(
 # -- the open forward -----------------------------------------------------------------------------------------------
 
 
-def hgrn_terms(log_decay: Tensor, u: Tensor) -> tuple[Tensor, Tensor, None]:
-    """decay, write = (1 - decay) u, read = 1 (the state itself), for any slice of positions."""
-    return torch.exp(log_decay), -torch.expm1(log_decay) * u, None
-
-
 @dataclass(frozen=True)
 class LowerBound:
     """The floor of one layer's forget gate: it belongs to the whole model, and is read from it at every call."""
@@ -107,50 +106,33 @@ class LowerBound:
         return torch.logaddexp(F.logsigmoid(f), bound + F.logsigmoid(-f))
 
 
-class HgrnMixer(Mixer):
+class HgrnMixer(PathMixer):
     """out = out_proj(scan * SiLU(z)), every intermediate a point."""
 
-    attention_points = ("hook_x", "hook_log_decay", "hook_gate", "hook_gated")
+    path = (SiLU(of="x"), ChannelScan(), Named("y"), Gate(F.silu))
+    selection = ("log_decay",)
 
     def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, bound: LowerBound):
         super().__init__(weights, rows, layer)
         self.bound = bound
 
-    def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
+    def project(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Streams:
         w, pad = self.weights, run.padding
         x = self.hook_x(pad.zero(w.i_proj(n)))
         f = self.hook_forget_pre(w.f_proj(n))
-        z = self.hook_gate_pre(w.g_proj(n))
-        u = pad.zero(self.hook_u(F.silu(x)))
-        # log decay 0 at a masked position: decay is 1 and write 0, the state passes unchanged
-        log_decay = self.hook_log_decay(pad.zero(self.bound.log_decay(at_least_float32(f))))
-        log_decay = pad.zero(log_decay)  # whatever a hook did there
+        return {"x": x, "forget_pre": f, "gate_pre": self.hook_gate_pre(w.g_proj(n))}
 
-        wide = at_least_float32(u)
-        start = run.start("scan", self.layer, (u.shape[0], u.shape[2]), wide)
-        scan, last = self.recur(hgrn_terms, (log_decay, wide), (), start, pad)
-        run.leave("scan", self.layer, last)
+    def select(self, u: Float[Tensor, "batch pos channel"], streams: Streams, run: Run) -> None:
+        # log decay 0 at a masked position, whatever a hook does there: decay is 1 and write 0, the state passes unchanged
+        log_decay = run.padding.zero(self.bound.log_decay(at_least_float32(streams["forget_pre"])))
+        streams["log_decay"] = run.padding.zero(self.hook_log_decay(log_decay))
 
-        y = self.hook_y(self.hook_scan(scan.to(u.dtype)))
-        gate = self.hook_gate(F.silu(z))
-        return w.out_proj(self.hook_gated(y * gate))
+    def terms(self, log_decay: Float[Tensor, "batch pos channel"]) -> ChannelTerms:  # type: ignore[override]
+        """decay, write = (1 - decay) u, read = 1 (the state itself)."""
+        return ChannelTerms(log_decay, amount=-torch.expm1(log_decay))
 
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
         return self.weights.out_proj.weight, None
-
-    def factors(self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None) -> Factors:
-        """u = sigmoid(x) x, S[i, j] = decay_i ... decay_{j+1} (1 - decay_j), and the gate: A = diag(gate) S diag(act)."""
-        x, log_decay, gate, o = (padding.pack(at_least_float32(cached(name))) for name in self.attention_points)
-        one = x.new_ones(*x.shape[:2], 1)
-        rate = x.new_ones(x.shape[2], 1)
-        return Factors(
-            x=x,
-            o=o,
-            scan=DecayScan(log_decay.double().cumsum(1), rate, read=one, amount=-torch.expm1(log_decay), key=one),
-            gate=gate,
-            act=torch.sigmoid(x),
-            start=None if state is None else state["scan", self.layer].to(x).unsqueeze(-1),
-        )
 
 
 class Glu(Part):
@@ -223,6 +205,7 @@ class HookedHGRN(HookedLanguageModel):
         {"bound": fresh(1.0)},
     )
     block_points = BLOCK_ROWS
+    has_positions = True
     aliases = (Alias("blocks.{l}.hook_attn_out", "blocks.{l}.hook_mixer_out", "TransformerLens"),)
     cfg: HgrnConfig
 
