@@ -11,7 +11,7 @@ from transformer_lens.model_protocol import TransformerLensModel, TransformerLen
 from transformer_lens.tools.analysis.direct_logit_attribution import direct_logit_attribution
 
 import gatedlens as gl
-from gatedlens.model.block import Norm
+from gatedlens.model.norm import Norm
 from tests.helpers import example, relative
 
 
