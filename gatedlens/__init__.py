@@ -35,9 +35,8 @@ if TYPE_CHECKING:
     from gatedlens.hooks.rwkv import HookedRWKV
     from gatedlens.hooks.vim import HookedViM
     from gatedlens.loading import bundled_models, from_pretrained, wrap
-    from gatedlens.model import (
-        ActivationCache, HookPoint, HookedConfig, HookedLanguageModel, HookedModel, HookedVisionModel, RecurrentState,
-    )
+    from gatedlens.model import ActivationCache, HookPoint, HookedConfig, HookedLanguageModel, HookedModel, RecurrentState
+    from gatedlens.model.vision import HookedVisionModel
     from gatedlens.result import Result
 else:
     __getattr__ = late(__name__, {
@@ -45,15 +44,11 @@ else:
         "attention": ("AttentionStack", "Contributions", "ImplicitAttention", "implicit_attention"),
         "hooks": ("register",),
         "hooks.griffin": ("HookedGriffin",),
-        "hooks.mamba": ("HookedMamba",),
-        "hooks.mamba2": ("HookedMamba2",),
-        "hooks.rwkv": ("HookedRWKV",),
-        "hooks.vim": ("HookedViM",),
+        "hooks.mamba": ("HookedMamba",), "hooks.mamba2": ("HookedMamba2",),
+        "hooks.rwkv": ("HookedRWKV",), "hooks.vim": ("HookedViM",),
         "loading": ("bundled_models", "from_pretrained", "wrap"),
-        "model": (
-            "ActivationCache", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "HookedVisionModel",
-            "RecurrentState",
-        ),
+        "model": ("ActivationCache", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "RecurrentState"),
+        "model.vision": ("HookedVisionModel",),
         "result": ("Result",),
     })
 
@@ -61,10 +56,10 @@ __all__ = [
     "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError",
     "HookPoint", "HookTable", "HookedConfig", "HookedGriffin", "HookedLanguageModel", "HookedMamba", "HookedMamba2",
     "HookedModel", "HookedRWKV", "HookedViM", "HookedVisionModel", "ImplicitAttention", "InputError", "Point", "PointError",
-    "RecurrentState", "Result", "StoreError", "TooLargeError", "View", "__version__", "ablation", "amplify",
-    "attribution", "bundled_models", "circuits", "data", "evaluation", "from_pretrained", "fused",
-    "implicit_attention", "knockout", "lens", "metrics", "patching", "plot", "profiles", "register", "states",
-    "steering", "store", "tasks", "tracing", "wrap",
+    "RecurrentState", "Result", "StoreError", "TooLargeError", "View", "__version__", "ablation", "amplify", "attribution",
+    "bundled_models", "circuits", "data", "evaluation", "from_pretrained", "fused", "implicit_attention", "knockout",
+    "lens", "metrics", "patching", "plot", "profiles", "register", "states", "steering", "store", "tasks", "tracing",
+    "wrap",
 ]
 # isort: on
 # fmt: on

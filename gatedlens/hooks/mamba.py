@@ -203,7 +203,8 @@ class HookedMamba(MambaStack):
         "x": "x",
         "o": "gated",
         "gate": "gate",
-        "scan": "S[i, j] = sum over state of C[i] * exp(A * (dt[j + 1] + ... + dt[i])) * dt[j] * B[j], j <= i",
+        "scan": "S[i, j] = sum over state of C[i] * exp(A * (dt[j + 1] + ... + dt[i])) * dt[j] * B[j], j <= i; "
+        "0 where a reset lies between, j < reset <= i",
         "skip": "D",
         "act": "sigmoid(conv): u = act * conv",
         "conv": "M[i, j] = conv1d.weight[K - 1 - (i - j)], 0 <= i - j < K taps",

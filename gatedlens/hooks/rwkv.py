@@ -311,7 +311,8 @@ class HookedRWKV(HookedLanguageModel):
         "o": "gated",
         "gate": "gate",
         "scan": "S[i, j] = exp(w (i - j - 1) + k[j]) / Z[i], j < i; exp(time_first + k[i]) / Z[i], j = i; w = -exp(time_decay); "
-        "Z[i] their sum, with a carried state also its denominator: rows sum to 1 without one",
+        "Z[i] their sum, with a carried state also its denominator: rows sum to 1 without one; "
+        "0 where a reset lies between, j < reset <= i",
         "skip": "none",
         "act": "none",
         "conv": "none",

@@ -263,7 +263,7 @@ class HookedViM(HookedVisionModel):
         "x": "fwd.x, bwd.x",
         "o": "scale * (fwd.gated + bwd.gated)",
         "gate": "fwd.gate, bwd.gate",
-        "scan": "S[i, j] as in Mamba, from dt, B and C of each direction, positions in the order of its scan",
+        "scan": "S[i, j] as in Mamba, from dt, B, C and reset of each direction, positions in the order of its scan",
         "skip": "D, D_b",
         "act": "sigmoid(conv) of each direction",
         "conv": "M[i, j] = conv1d.weight[K - 1 - (i - j)], conv1d_b.weight in bwd, positions in the order of the scan",
