@@ -4,6 +4,7 @@
     with anger.on(model, scale=4):                       # every position of the prompt and every new token
         model.generate("I think that you", max_new_tokens=20)
     anger.on(model, scale=4, pos=slice(-1, None))        # from the prompt's last position on
+    anger.on(model, scale=4, head=2)                     # in one head alone, of a point that has heads
     anger.on(model, scale=4, pos=-1)                     # at the prompt's last position, once (a tensor: one a row)
     anger.save("anger.safetensors"); SteeringVector.load("anger.safetensors"); anger.cosine(other)
 
@@ -18,7 +19,7 @@ Contrastive activation addition: Turner et al. 2023; Rimsky et al. 2024. Positio
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from jaxtyping import Bool
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gatedlens.address.entries import Index
+from gatedlens.address.entries import Index, Where
 from gatedlens.address.positions import Positions, mask_of, one_a_row
 from gatedlens.errors import CheckpointError, InputError, PointError
 from gatedlens.files import Fields, read_tensors
@@ -48,14 +49,18 @@ WRITE = ".hook_write"
 
 @checked
 @torch.no_grad()
-def vector(model: HookedModel, positive: Input, negative: Input, name: str, pos: int | None = -1) -> SteeringVector:
+def vector(
+    model: HookedModel, positive: Input, negative: Input, name: str, pos: int | None = -1, **index: Index
+) -> SteeringVector:
     """`gl.steering.vector(model, ["I hate you"], ["I love you"], "blocks.6.hook_resid_post")`: a SteeringVector.
 
     vector = mean over `positive` - mean over `negative` of what stands at the point `name`; it has the axes of the point but for
     batch and pos. positive, negative: a text or a list of texts, ids, pairs (ids, mask), images. pos: which position of each row,
-    counted among its real ones (-1: the last); None: the mean of all of them.
+    counted among its real ones (-1: the last); None: the mean of all of them. index: some entries of the point, head=2 or
+    channel=[3, 5] say; the vector is 0 at the others.
 
-    PointError for a point that does not exist or has no positions; InputError for a position that a row lacks. Turner et al. 2023
+    PointError for a point that does not exist or has no positions; InputError for a position that a row lacks,
+    and for an index that is out of range. Turner et al. 2023
     (Activation addition, arXiv 2308.10248); Rimsky et al. 2024 (Contrastive activation addition, arXiv 2312.06681).
     """
     found = model.names.find(name)
@@ -63,9 +68,21 @@ def vector(model: HookedModel, positive: Input, negative: Input, name: str, pos:
     if point is None or "pos" not in point.dims:
         axes = "it is a view" if point is None else f"its axes are {point.axes}"
         raise PointError(f"{name} cannot be steered: a vector is added at positions, and {axes}.")
+    where = _where(found.name, index)
+    where.points(model)
     with_means = [_mean(model, given, found.name, pos) for given in (positive, negative)]
     facts = {"model": model.cfg.model_name, "pos": pos, "positive": with_means[0][1], "negative": with_means[1][1]}
-    return SteeringVector(found.name, with_means[0][0] - with_means[1][0], facts)
+    difference, at = with_means[0][0] - with_means[1][0], point.dims.index("pos")
+    shape = list(difference.unsqueeze(0).unsqueeze(at).shape)
+    chosen = where.entries(shape, point, difference.device, found.name, sizes=model.cfg.sizes).squeeze(at).squeeze(0)
+    return SteeringVector(found.name, torch.where(chosen, difference, 0.0), facts)
+
+
+def _where(name: str, index: Mapping[str, Index]) -> Where:
+    """Some entries of a vector's point, whose positions are said by `pos`."""
+    if "batch" in index:
+        raise InputError(f"batch={index['batch']!r}: a vector has no rows; leave it out.")
+    return Where((name,), index)
 
 
 def _mean(model: HookedModel, given: Input, name: str, pos: int | None) -> tuple[Tensor, int]:
@@ -137,27 +154,31 @@ class SteeringVector:
 
     @checked
     @contextmanager
-    def on(self, model: HookedModel, scale: int | float = 1.0, pos: Positions = None) -> Iterator[HookedModel]:
+    def on(
+        self, model: HookedModel, scale: int | float = 1.0, pos: Positions = None, **index: Index
+    ) -> Iterator[HookedModel]:
         """`with anger.on(model, scale=4, pos=-1): ...`: `scale` times the vector is added while the block lasts.
 
         pos counts the real positions of a prompt: None is all of them and all new tokens; a slice without an end goes on
         through all new tokens too; a number, a list or a slice with an end is in the prompt alone. A call that goes on from
-        a state is new tokens, unless it is the first of the block.
+        a state is new tokens, unless it is the first of the block. index: only these entries, head=2 say, of the point `target`.
 
-        PointError for a model without the point; InputError for a vector of another model's size, and while the model runs for
-        positions that do not exist.
+        PointError for a model without the point, or an axis that it lacks; InputError for a vector of another model's size, an
+        index out of range, and while the model runs for positions that do not exist.
         """
         self._check(model)
-        calls = Calls(model)
-        with calls.watched(), model.hooks([(self.target, self._hook(calls, scale, pos))]):
+        calls, where = Calls(model), _where(self.target, index)
+        where.points(model)
+        with calls.watched(), model.hooks([(self.target, self._hook(calls, scale, pos, where))]):
             yield model
 
-    def _hook(self, calls: Calls, scale: int | float, pos: Positions) -> Callable[..., Tensor]:
+    def _hook(self, calls: Calls, scale: int | float, pos: Positions, entries: Where) -> Callable[..., Tensor]:
         def add(x: Tensor, hook: HookPoint) -> Tensor:
             assert hook.pos_dim is not None
             where = calls.chosen(pos).to(x.device)
             shape = [len(where), *[where.shape[1] if d == hook.pos_dim else 1 for d in range(1, x.ndim)]]
-            return torch.where(where.reshape(shape), x + self._shaped(x, hook, scale), x)
+            some = entries.entries(x.shape, hook.point, x.device, hook.name or "", sizes=calls.model.cfg.sizes)
+            return torch.where(where.reshape(shape) & some, x + self._shaped(x, hook, scale), x)
 
         return add
 

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 from gatedlens.address import Alias, Point, block_rows
 from gatedlens.model import (
+    Block,
     ChannelScan,
     Gate,
     HookedConfig,
     HookedLanguageModel,
     Layout,
-    MlpBlock,
     Named,
     Norm,
     Part,
@@ -40,10 +40,12 @@ from gatedlens.model import (
     Run,
     SiLU,
     Streams,
+    Sub,
+    SubRows,
     Tiny,
     fresh,
-    mlp_residual_rows,
     norm_rows,
+    residual_rows,
     rows_of,
 )
 from gatedlens.recurrence import ChannelTerms, at_least_float32
@@ -77,13 +79,9 @@ MLP_ROWS = (
     Point("hook_pre_linear", "batch pos d_mlp", "up_proj(ln2.out)", GLU),
     Point("hook_post", "batch pos d_mlp", "SiLU(pre) * pre_linear", GLU),
 )
-BLOCK_ROWS = mlp_residual_rows(
-    norm_rows("ln1", "mixer_in", RMSNORM),
-    block_rows("mixer", MIXER_ROWS),
-    norm_rows("ln2", "mlp_in", RMSNORM),
-    block_rows("mlp", MLP_ROWS),
-    out="out_proj(gated)",
-    mlp_out="down_proj(post)",
+BLOCK_ROWS = residual_rows(
+    SubRows("mixer", block_rows("mixer", MIXER_ROWS), "out_proj(gated)", norm_rows("ln1", "mixer_in", RMSNORM)),
+    SubRows("mlp", block_rows("mlp", MLP_ROWS), "down_proj(post)", norm_rows("ln2", "mlp_in", RMSNORM)),
 )
 
 
@@ -227,11 +225,12 @@ class HookedHGRN(HookedLanguageModel):
             original_architecture=type(wrapped).__name__,
         )
 
-    def make_block(self, layer: int) -> MlpBlock:
+    def make_block(self, layer: int) -> Block:
         w, eps = self.wrapped.layers[layer], self.cfg.eps
         ln1, ln2 = (Norm(w[part], rows_of(part, BLOCK_ROWS), eps) for part in ("ln1", "ln2"))
         mixer = HgrnMixer(w.mixer, rows_of("mixer", BLOCK_ROWS), layer, LowerBound(self.wrapped, layer))
-        return MlpBlock(w, BLOCK_ROWS, ln1, mixer, ln2, Glu(w.mlp, rows_of("mlp", BLOCK_ROWS)))
+        mlp = Glu(w.mlp, rows_of("mlp", BLOCK_ROWS))
+        return Block(w, BLOCK_ROWS, Sub("mixer", mixer, ln1), Sub("mlp", mlp, ln2, ln="ln2"))
 
     def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:
         return Norm(self.wrapped.norm, rows, self.cfg.eps)

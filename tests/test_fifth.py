@@ -46,6 +46,7 @@ from tests.knockout import test_sweeping as test_knockout
 from tests.knockout.test_sweeping import kind  # noqa: F401  a fixture
 from tests.lens import test_early_logits, test_logit_shares
 from tests.model import test_base, test_cache, test_hookpoint, test_language
+from tests.model import test_run as test_documents
 from tests.model.test_turns import impatient  # noqa: F401  a fixture
 from tests.model.test_watch import own, speaking  # noqa: F401  fixtures
 from tests.patching import test_sweeping as test_patching
@@ -118,6 +119,7 @@ GENERAL = [
     test_run,
     test_amplify,
     test_transforms,
+    test_documents,
 ]
 if importlib.util.find_spec("nnsight") is not None:
     from tests.compat import test_nnsight, test_traced
@@ -155,6 +157,7 @@ def test_the_general_tests_are_here():
         "test_attention_and_remainder_are_the_layers_output",
         "test_every_view_of_the_operator_is_the_dense_matrix",
         "test_keys",
+        "test_packed_documents_are_as_if_each_stood_alone",
         "test_rows_hold_together",
     ):
         assert any(found.startswith(f"{name}__") for found in globals())

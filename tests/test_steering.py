@@ -231,3 +231,25 @@ def test_mistakes_about_steering_leave_nothing_behind(model, tmp_path):
         SteeringVector.load(tmp_path / "other.safetensors")
     with pytest.raises(gl.CheckpointError, match="not a readable"):
         SteeringVector.load(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("leaf", ["gated", "state"])
+@torch.no_grad()
+def test_a_vector_of_one_head(leaf):
+    model, name = gl.HookedMamba2.tiny(dtype=torch.float64), f"blocks.0.mixer.hook_{leaf}"
+    whole = made(model, name)
+    vector = steering.vector(model, example(model, 3, seed=1), example(model, 2, seed=2), name, head=2)
+    own = vector.vector if leaf == "state" else vector.vector.unflatten(0, (4, 8))
+    every = whole.vector if leaf == "state" else whole.vector.unflatten(0, (4, 8))
+    assert torch.equal(own[2], every[2]) and not own[[0, 1, 3]].any() and every.all()
+    tokens, target = example(model), vector.target
+    want = by_hand(model, tokens, target, vector.vector, marks(tokens.shape, 3), 2.0)
+    for steered, index in ((vector, {}), (whole, {"head": 2}), (whole, {"channel": range(16, 24)})):
+        with steered.on(model, 2.0, pos=3, **index):
+            assert torch.allclose(model(tokens), want, **CLOSE)
+        got = model.run_with_hooks(tokens, fwd_hooks=steered.intervention(2.0, pos=3, **index).hooks(model))
+        assert torch.allclose(got, want, **CLOSE)
+    with pytest.raises(gl.InputError, match="head=4 is out of range"), whole.on(model, head=4):
+        pass
+    with pytest.raises(gl.InputError, match="batch=0: a vector has no rows"):
+        steering.vector(model, example(model), example(model), name, batch=0)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from gatedlens.model.cache import ActivationCache
 from gatedlens.model.hookpoint import HookPoint
 from gatedlens.model.intervention import EditStep, Intervention, edit
 from gatedlens.model.padding import Padding
-from gatedlens.options import checked
+from gatedlens.options import checked, is_number
 
 ROWS = ("batch",)
 
@@ -36,13 +36,29 @@ else:
     Source = Any
 
 
+@overload
+def constant(names: str | Sequence[str], *number: int | float, **index: Index) -> Intervention: ...
+@overload
+def constant(names: str | Sequence[str], *, value: int | float, **index: Index) -> Intervention: ...
 @checked
-def constant(names: str | Sequence[str], value: int | float, **index: Index) -> Intervention:
+def constant(names: str | Sequence[str], *number: int | float, **index: Any) -> Intervention:
     """`gl.ablation.constant("blocks.*.mixer.hook_gate", 1)`: these entries become a number; 1 opens every gate.
 
-    names, index and errors: as of `gl.ablation.zero`.
+    The number stands behind the names, or is said as `value=1`. Behind the names it leaves `value=` to the axis of that name, the
+    values of a head: `constant("blocks.*.mixer.hook_u", 0.5, head=2, value=[1, 3])`.
+
+    names, index and errors: as of `gl.ablation.zero`; InputError too for no number, or several.
     """
-    return edit(names, lambda x, point: torch.full_like(x, value), **index)
+    if not number and "value" in index:
+        number = (index.pop("value"),)
+        if not is_number(number[0]):
+            raise InputError(
+                f"constant(value={number[0]!r}): without a number behind the names, value= is the number that is put in. To say "
+                f"entries of the axis value, put the number first: constant(names, 0.0, value={number[0]!r})."
+            )
+    if len(number) != 1:
+        raise InputError(f"constant() puts in one number, and {len(number)} are given: constant(names, 1.0).")
+    return edit(names, lambda x, point: torch.full_like(x, number[0]), **index)
 
 
 @checked

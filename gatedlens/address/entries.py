@@ -20,7 +20,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from gatedlens.address.layers import Layers, layers_of
-from gatedlens.address.point import MADE_OF, Point
+from gatedlens.address.names import Names
+from gatedlens.address.point import MADE_OF, Point, refuse_overlap
 from gatedlens.address.positions import mask_of
 from gatedlens.errors import InputError, PointError
 
@@ -98,7 +99,7 @@ class Where:
         if not found:
             raise PointError(f"{', '.join(map(str, self.names))} names views only; ablate the points behind them.")
         for name in found:
-            self.check(name, model.names.points[name], model.cfg.sizes)
+            self.check(name, model.names, model.cfg.sizes)
         return list(found)
 
     def _named(self, model: HookedModel, name: str | Component) -> list[str]:
@@ -111,13 +112,14 @@ class Where:
             asked = [name.replace("{l}", str(layer)) for layer in layers_of(model, self.layers)]
         return [one.name for each in asked for one in model.names.hooked(each) if one.view is None]
 
-    def check(self, name: str, point: Point, sizes: Mapping[str, int]) -> None:
-        """`where.check(name, point, sizes)`: refuse an axis that `point` lacks, and an index that its size (if known) does
-        not reach.
+    def check(self, name: str, names: Names, sizes: Mapping[str, int]) -> None:
+        """`where.check(name, model.names, sizes)`: refuse an axis that the point lacks, one beside a part of it, and an index
+        that its size (if known) does not reach.
         """
+        refuse_overlap(self.index)
         for axis, index in self.at(name).items():
-            if not point.reaches(axis, sizes):
-                raise PointError(f"{name} has no axis {axis!r}; its axes are: {point.axes}.")
+            if not names.points[name].reaches(axis, sizes):
+                raise names.lacking(name, axis, sizes)
             size = sizes.get(axis)
             if size is not None and axis != "pos":
                 along(axis, index, size, name)
@@ -184,8 +186,14 @@ def _as_tensor(axis: str, index: Any) -> Tensor:
 def along(axis: str, index: Any, size: int, name: str) -> Tensor:
     """Which of the `size` entries of an axis an index means [size]; InputError for one that means none or too many."""
     chosen = torch.zeros(size, dtype=torch.bool)
+    chosen[numbers(axis, index, size, name)] = True
+    return chosen
+
+
+def numbers(axis: str, index: Any, size: int, name: str) -> list[int]:
+    """The numbers of the entries of an axis that an index means, as it orders them; errors as of `along`."""
     if isinstance(index, slice):
-        chosen[index] = True
+        found = list(range(size))[index]
     else:
         asked = _as_tensor(axis, index).cpu()
         if asked.dtype == torch.bool and tuple(asked.shape) != (size,):
@@ -194,7 +202,8 @@ def along(axis: str, index: Any, size: int, name: str) -> Tensor:
             raise InputError(f"{axis}={index} is no index: give whole numbers, a slice or a boolean mask.")
         if asked.dtype != torch.bool and asked.numel() and (asked.min() < -size or asked.max() >= size):
             raise InputError(f"{axis}={index} is out of range: {name} has {size} of that axis.")
-        chosen[asked if asked.dtype == torch.bool else asked.long()] = True
-    if not bool(chosen.any()):
+        places = asked.nonzero() if asked.dtype == torch.bool else asked.long()
+        found = [place % size for place in places.flatten().tolist()]
+    if not found:
         raise InputError(f"{axis}={index} names no entry: {name} has {size} of that axis.")
-    return chosen
+    return found

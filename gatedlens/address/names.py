@@ -146,6 +146,23 @@ class Names:
             hint += " What a recurrent layer attends to is derived: gl.implicit_attention(cache, layer)."
         return PointError(message + (hint or " `model.hook_table()` lists them all."))
 
+    def lacking(self, name: str, axis: str, sizes: Mapping[str, int]) -> PointError:
+        """The error for an axis that a point lacks, with the nearest point that has it."""
+        axes = self.points[name].axes
+        return PointError(f"{name} has no axis {axis!r}; its axes are: {axes}.{self.nearest(name, axis, sizes)}")
+
+    def nearest(self, name: str, axis: str, sizes: Mapping[str, int]) -> str:
+        """Which point has the axis that a point lacks, as a sentence: of those in its block, or else of all, the one that fires
+        closest to it.
+        """
+        order = list(self.points)
+        here, block = order.index(name), name.split(".")[:2]
+        has = [i for i, other in enumerate(order) if self.points[other].reaches(axis, sizes)]
+        if not has:
+            return f" No point of {self.model} has it.{did_you_mean(axis, self.points[name].dims)}"
+        found = order[min(has, key=lambda i: (order[i].split(".")[:2] != block, abs(i - here)))]
+        return f" The nearest point that has it is {found} ({self.points[found].axes})."
+
     # -- many names ----------------------------------------------------------------------------------------------
 
     def select(self, names_filter: NamesFilter) -> list[list[str]]:

@@ -81,6 +81,23 @@ class Point:
                 return whole
         return None
 
+    def by(self, axes: Iterable[str], sizes: Mapping[str, int]) -> tuple[str, ...]:
+        """`point.by(("head",), model.cfg.sizes)`: its dims once each of `axes` is one: "batch pos head value" of "batch pos
+        channel". A PointError for an axis that it does not reach, and for two that overlap.
+        """
+        refuse_overlap(axes)
+        dims = " ".join(self.dims)
+        for axis in axes:
+            if axis in dims.split():
+                continue
+            whole = self.whole(axis, sizes)
+            if whole is None:
+                self.spans(axis)  # raises, unless it is made of others
+                dims = dims.replace(" ".join(MADE_OF[axis]), axis)
+            else:
+                dims = dims.replace(whole, " ".join(MADE_OF[whole]))
+        return tuple(dims.split())
+
     def shape(self, sizes: Mapping[str, int]) -> tuple[int | str, ...]:
         """`point.shape({"channel": 1536})`: the axes with known sizes as numbers, the others (batch, pos) by name."""
         return tuple(sizes.get(dim, dim) for dim in self.dims)
@@ -93,6 +110,22 @@ class Point:
         for dim in self.dims:
             total *= given[dim] if dim in given else sizes[dim]
         return total
+
+
+def refuse_overlap(axes: Iterable[str]) -> None:
+    """`refuse_overlap(("channel", "head"))`: a PointError for an axis beside a part of it."""
+    asked = tuple(axes)
+    for whole, parts in MADE_OF.items():
+        both = [part for part in parts if part in asked]
+        if whole in asked and both:
+            raise PointError(
+                f"{whole} and {both[0]} overlap: a {whole} is ({' '.join(parts)}). Say {whole}, or {' and '.join(parts)}."
+            )
+
+
+def overlaps(axis: str, others: Iterable[str]) -> bool:
+    """`overlaps("head", ("channel",))`: whether one of the others is made of an axis, or the axis of it."""
+    return any(axis in MADE_OF.get(other, ()) or other in MADE_OF.get(axis, ()) for other in others)
 
 
 @dataclass(frozen=True)

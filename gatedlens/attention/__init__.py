@@ -7,6 +7,7 @@
     A.mean()                    # batch dst src, channels averaged; A.abs_mean(), A.weighted(w)
     A.grouped([slow, fast])     # batch group dst src: the mean of each group of channels
     A.dense(channels=[0, 5])    # batch channel dst src
+    A.mean(heads=slice(None))   # batch head dst src: the channels of each head averaged; A.select(heads=2), A.row(-1, heads=2)
     A.without("skip"), A.only("scan"), A.paper("unified"), A.paper("hidden")
     A.contributions()           # token to token, in d_model: norms, projections on a direction, vectors
     A.check()                   # how exactly A x + r is the layer's output, and every view the same A

@@ -6,6 +6,7 @@
     F.along(direction)          # batch dst src: every vector's part along a direction [d_model]
     F.along(W_U[:, a] - W_U[:, b])                       # what each token gives to the logit difference of a and b
     F.remainder(), F.output()   # batch pos d_model: what no token brings; the whole output
+    A.contributions(heads=2)    # through one head: the heads sum to F, the bias b aside, which is none's
     F.tap(2)                    # of these, what the conv's tap two tokens back brings; the taps sum to F
 
     F[i, j] = W (A[:, i, j] * x[j, :])          sum over j of F[i, j] + W r_i + b = the layer's output at i
@@ -68,7 +69,8 @@ class Contributions:
     @property
     def _projection(self) -> tuple[Tensor, Tensor | None]:
         found: tuple[Tensor, Tensor | None] = self.attention.model.blocks[self.attention.layer].mixer.output_weights()
-        return found
+        some = self.attention.channels
+        return found if some is None else (found[0][:, list(some)], None)  # the bias is no channel's
 
     def _branches(self) -> Iterator[tuple[ImplicitAttention, Float[Tensor, "batch pos channel"]]]:
         """Each summand of A with its own x in the tokens' order (an edit may give Vision Mamba's directions two)."""

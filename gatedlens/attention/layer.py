@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gatedlens.address.entries import Index
+from gatedlens.address.entries import Index, numbers
 from gatedlens.address.layers import layer_of
 from gatedlens.address.positions import Positions, one_a_row
 from gatedlens.attention.contributions import Contributions
@@ -29,7 +29,7 @@ from gatedlens.options import checked, tensor_of
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.factors import NAMES, Factors
 from gatedlens.recurrence.operator import Branch, branch_of
-from gatedlens.result.labelled_tensor import labelled
+from gatedlens.result.labelled_tensor import labelled, with_label
 
 # For type checkers alone: an operator made of factors of one's own has no model, and most of it works without one.
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ CHECK_ELEMENTS = 1 << 24  # numbers in the matrices that check() looks at
 ABS_ELEMENTS = 1 << 23  # numbers of a dense piece behind abs_mean(): 32 MiB of float32
 MEAN = "attention (mean over channels)"  # what the numbers of a view are, for the pictures of it
 ABS_MEAN = "|attention| (mean over channels)"
+OF_A_HEAD = "of a head"  # in place of "over channels", where heads are asked for
 PAPERS = {"unified": ("gate", "scan", "act", "conv"), "hidden": ("scan",)}
 
 
@@ -57,7 +58,8 @@ class Check(NamedTuple):
 
 @dataclass(frozen=True)
 class ImplicitAttention:
-    """The operator of one layer; see the head of this file. `parts` are the factors that are in it (all of them)."""
+    """The operator of one layer; see the head of this file. `parts` are the factors that are in it (all of them), `channels`
+    the layer's channels that it is of (None: all)."""
 
     branches: tuple[Factors, ...]
     padding: Padding
@@ -66,6 +68,7 @@ class ImplicitAttention:
     tokens: Tensor | None = None
     parts: tuple[str, ...] = NAMES
     transposed: bool = False
+    channels: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, cache: ActivationCache, layer: int) -> ImplicitAttention:
@@ -211,20 +214,59 @@ class ImplicitAttention:
                 (A @ v[..., :1].expand_as(v))[..., chosen] @ weights[:, None],
             )
 
-    def contributions(self) -> Contributions:
+    def contributions(self, heads: Index | None = None) -> Contributions:
         """`A.contributions()`: what each token writes into the residual stream through each other, in d_model: see
-        `contributions.py`.
+        `contributions.py`. `A.contributions(heads=2)`: through some heads alone; those of all heads sum to it, but for the
+        output projection's bias.
         """
-        return Contributions(self)
+        return Contributions(self._of(heads))
+
+    # -- heads ---------------------------------------------------------------------------------------------------
+
+    @property
+    def n_heads(self) -> int:
+        """How many heads the channels are cut into; PointError for a layer without heads."""
+        if self.channels is not None:
+            raise InputError(f"{self!r} is of some channels: ask for heads of the layer's whole operator.")
+        if self.model is None:
+            raise InputError("An operator without a model does not know its heads: say its channels.")
+        mixer, names, sizes = self.model.blocks[self.layer].mixer, self.model.names, self.model.cfg.sizes
+        name = f"blocks.{self.layer}.{mixer.place}.{mixer.output_point}"
+        if not names.points[name].reaches("head", sizes):
+            raise names.lacking(name, "head", sizes)
+        return sizes["head"]
+
+    def channels_of(self, heads: Index) -> list[int]:
+        """`A.grouped([A.channels_of([0, 1]), A.channels_of(2)])`: the channels of some heads, head by head.
+
+        heads: a number, a slice, a list or a mask. PointError for a layer without heads, InputError for one out of range.
+        """
+        total = self.n_heads
+        width = self.shape[2] // total
+        chosen = numbers("heads", heads, total, f"Layer {self.layer} of {self.model.cfg.model_name}")
+        return [channel for head in chosen for channel in range(head * width, (head + 1) * width)]
+
+    def _of(self, heads: Index | None) -> ImplicitAttention:
+        """The operator of some heads; of all channels for None."""
+        return self if heads is None else self.select(heads=heads)
+
+    def _by_head(
+        self, heads: Index, what: str, max_bytes: int | None, view: Callable[[ImplicitAttention], Tensor]
+    ) -> Tensor:
+        """A view of each head's operator, side by side: [batch head dst src]."""
+        chosen = numbers("heads", heads, self.n_heads, f"Layer {self.layer} of {self.model.cfg.model_name}")
+        self.afford(f"{what} of {len(chosen)} heads", 2 * len(chosen) + AT_ONCE, max_bytes)
+        return torch.stack([view(self.select(heads=head)) for head in chosen], dim=1)
 
     # -- parts of the matrix -------------------------------------------------------------------------------------
 
-    def row(self, i: Positions) -> Float[Tensor, "batch channel src"]:
+    def row(self, i: Positions, heads: Index | None = None) -> Float[Tensor, "batch channel src"]:
         """A[i, :] for every channel: what position i reads from each place. `row(-1)`: of each row's last.
 
         i counts a row's real positions; one for all, or one a row (`positions.py`). The places are those of the input.
+        heads: only their channels, head by head.
         """
-        return self.at(self.place(i, "row"))
+        return self._of(heads).at(self.place(i, "row"))
 
     @checked
     def place(self, pos: Positions, what: str) -> Int[Tensor, " batch"]:
@@ -258,9 +300,11 @@ class ImplicitAttention:
         basis[torch.arange(len(place), device=place.device), place] = 1
         return self._apply(basis, transposed=False)
 
-    def column(self, j: Positions) -> Float[Tensor, "batch channel dst"]:
-        """`A.column(0)`: [batch, channel, dst], A[:, j] for every channel: where position j's input goes; j as in `row`."""
-        return self.T.at(self.place(j, "column"))
+    def column(self, j: Positions, heads: Index | None = None) -> Float[Tensor, "batch channel dst"]:
+        """`A.column(0)`: [batch, channel, dst], A[:, j] for every channel: where position j's input goes; j and heads as in
+        `row`.
+        """
+        return self._of(heads).T.at(self.place(j, "column"))
 
     @checked
     def afford(self, what: str, matrices: int, max_bytes: int | None, instead: str = INSTEAD) -> None:
@@ -274,11 +318,12 @@ class ImplicitAttention:
     @checked
     @labelled("attention (of one channel)")
     def dense(
-        self, channels: Index | None = None, max_bytes: int | None = DENSE_LIMIT
+        self, channels: Index | None = None, max_bytes: int | None = DENSE_LIMIT, heads: Index | None = None
     ) -> Float[Tensor, "batch channel dst src"]:
-        """`A.dense(channels=[0, 5])`: [batch, channel, dst, src], the matrix of each channel (of `channels`, all if None).
-        Refuses more than `max_bytes`.
+        """`A.dense(channels=[0, 5])`: [batch, channel, dst, src], the matrix of each channel (of `channels`, all if None; or of
+        the channels of some `heads`, head by head). Refuses more than `max_bytes`.
         """
+        channels = self._either(channels, heads)
         chosen = _channels(channels, self.shape[2])
         instead = "Ask for mean(), row(i), `@ x`, or some channels=[...], or raise max_bytes."
         self.afford(f"dense() of {len(chosen)} channels", len(chosen), max_bytes, instead)
@@ -286,35 +331,55 @@ class ImplicitAttention:
         return whole.mT if self.transposed else whole
 
     @checked
-    @labelled("attention (weighted over channels)")
     def weighted(
-        self, weights: Float[Tensor, " weight"], max_bytes: int | None = DENSE_LIMIT
-    ) -> Float[Tensor, "batch dst src"]:
+        self, weights: Float[Tensor, " weight"], max_bytes: int | None = DENSE_LIMIT, heads: Index | None = None
+    ) -> Float[Tensor, "batch *head dst src"]:
         """`A.weighted(weights)`: [batch, dst, src], sum over channels of weights[c] * A[c]: one matrix product per block,
-        no channel apart.
+        no channel apart. With heads (a number, slice, list or mask) [batch, head, dst, src]: the sum of each one's channels,
+        the weights still those of all channels.
 
         Refuses what takes more than `max_bytes` on the way, as do all views that hold a matrix.
         """
-        self.afford("weighted()", AT_ONCE, max_bytes)
         if tuple(weights.shape) != (self.shape[2],):
             raise InputError(f"weights have shape {list(weights.shape)}; there are {self.shape[2]} channels.")
+        said = "attention (weighted over channels)"
+        if heads is not None:
+
+            def own(A: ImplicitAttention) -> Tensor:
+                return A.weighted(weights[list(A.channels or ())], max_bytes=None)
+
+            return with_label(self._by_head(heads, "weighted()", max_bytes, own), f"{said[:-1]} {OF_A_HEAD})")
+        self.afford("weighted()", AT_ONCE, max_bytes)
         weights = weights.to(self.branches[0].x)
         total = self._sum(lambda branch, turn: _turn_both(branch.weighted(weights).unsqueeze(1), turn))
         total = self._unpack_both(total).squeeze(1)
-        return total.mT if self.transposed else total
+        return with_label(total.mT if self.transposed else total, said)
 
     @checked
-    @labelled(MEAN)
-    def mean(self, max_bytes: int | None = DENSE_LIMIT) -> Float[Tensor, "batch dst src"]:
-        """`A.mean()`: [batch, dst, src], the mean over channels, signed."""
+    def mean(
+        self, max_bytes: int | None = DENSE_LIMIT, heads: Index | None = None
+    ) -> Float[Tensor, "batch *head dst src"]:
+        """`A.mean()`: [batch, dst, src], the mean over channels, signed. `A.mean(heads=slice(None))`: [batch, head, dst, src],
+        over the channels of each head (a number, slice, list or mask says which).
+        """
+        if heads is not None:
+            found = self._by_head(heads, "mean()", max_bytes, lambda A: A.mean(max_bytes=None))
+            return with_label(found, f"{MEAN[:-1]} {OF_A_HEAD})")
         self.afford("mean()", AT_ONCE, max_bytes)
         channels = self.shape[2]
-        return self.weighted(self.branches[0].x.new_full((channels,), 1 / channels), max_bytes=None)
+        total = self.weighted(self.branches[0].x.new_full((channels,), 1 / channels), max_bytes=None)
+        return with_label(total, MEAN)
 
     @checked
-    @labelled(ABS_MEAN)
-    def abs_mean(self, max_bytes: int | None = DENSE_LIMIT) -> Float[Tensor, "batch dst src"]:
-        """`A.abs_mean()`: [batch, dst, src], the mean over channels of absolute values, channel chunk by channel chunk."""
+    def abs_mean(
+        self, max_bytes: int | None = DENSE_LIMIT, heads: Index | None = None
+    ) -> Float[Tensor, "batch *head dst src"]:
+        """`A.abs_mean()`: [batch, dst, src], the mean over channels of absolute values, channel chunk by channel chunk; with
+        heads [batch, head, dst, src], as in `mean`.
+        """
+        if heads is not None:
+            found = self._by_head(heads, "abs_mean()", max_bytes, lambda A: A.abs_mean(max_bytes=None))
+            return with_label(found, f"{ABS_MEAN[:-1]} {OF_A_HEAD})")
         self.afford("abs_mean()", AT_ONCE, max_bytes)
         batch, length, channels = self.shape
         size = max(1, ABS_ELEMENTS // (batch * length * length))
@@ -322,12 +387,24 @@ class ImplicitAttention:
         for start in range(0, channels, size):
             dense = self.dense(range(channels)[start : start + size], max_bytes=None)
             total = total + torch.linalg.vector_norm(dense, ord=1, dim=1)
-        return total / channels
+        return with_label(total / channels, ABS_MEAN)
 
-    def select(self, channels: Index | None) -> ImplicitAttention:
-        """`A.select([0, 5])`: the operator of some channels."""
-        chosen = _channels(channels, self.shape[2])
-        return replace(self, branches=tuple(factors.select(chosen) for factors in self.branches))
+    def select(self, channels: Index | None = None, heads: Index | None = None) -> ImplicitAttention:
+        """`A.select([0, 5])`: the operator of some channels; `A.select(heads=2)`: of those of some heads."""
+        chosen = _channels(self._either(channels, heads), self.shape[2])
+        known = range(self.shape[2]) if self.channels is None else self.channels
+        branches = tuple(factors.select(chosen) for factors in self.branches)
+        return replace(self, branches=branches, channels=tuple(known[c] for c in chosen))
+
+    def _either(self, channels: Index | None, heads: Index | None) -> Index | None:
+        """The channels that are meant, by themselves or by their heads."""
+        if heads is None:
+            return channels
+        if channels is not None:
+            raise InputError(
+                f"channels={channels!r} and heads={heads!r} overlap: a head is some channels. Say one of them."
+            )
+        return self.channels_of(heads)
 
     @checked
     @labelled("attention (mean over a group of channels)")

@@ -2,6 +2,7 @@
 
     gl.profiles.of_layer(A).half_life               # batch: of the layer, |A| averaged over channels
     gl.profiles.of_channels(A).mean_distance        # batch channel
+    gl.profiles.of_heads(A).half_life               # batch head: |A| averaged over the channels of each
     gl.profiles.induction(A).score                  # batch; induction_of_channels(A): batch channel
 
 One definition for every architecture, one-directional or not, padded or not. i destination, j source, d distance:
@@ -22,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from gatedlens.address.entries import Index
 from gatedlens.attention.layer import ImplicitAttention
 from gatedlens.attention.limits import AT_ONCE, DENSE_LIMIT
 from gatedlens.errors import InputError
@@ -78,6 +80,15 @@ def of_channels(
 
 
 @checked
+def of_heads(attention: ImplicitAttention, heads: Index | None = None, max_bytes: int | None = DENSE_LIMIT) -> Profile:
+    """`gl.profiles.of_heads(A).half_life`: [batch, head], the profile of each head (of `heads`, all if None): of |A| averaged
+    over its channels; every field [batch, head]. PointError for a layer without heads.
+    """
+    _afford("profiles of heads", attention, max_bytes)
+    return _profile(_of_heads(attention, heads, max_bytes), attention)
+
+
+@checked
 def induction(
     attention: ImplicitAttention,
     tokens: Int[Tensor, "batch pos"] | None = None,
@@ -105,6 +116,20 @@ def induction_of_channels(
     """`gl.profiles.induction_of_channels(A).score`: [batch, channel], `induction` of each channel."""
     _afford("induction of channels", attention, max_bytes)
     return Induction(*_by_channel(attention, channels, lambda weights: _induction(weights, attention, tokens)))
+
+
+@checked
+def induction_of_heads(
+    attention: ImplicitAttention,
+    heads: Index | None = None,
+    tokens: Int[Tensor, "batch pos"] | None = None,
+    max_bytes: int | None = DENSE_LIMIT,
+) -> Induction:
+    """`gl.profiles.induction_of_heads(A).score`: [batch, head], `induction` of each head (of `heads`, all if None).
+    PointError for a layer without heads.
+    """
+    _afford("induction of heads", attention, max_bytes)
+    return _induction(_of_heads(attention, heads, max_bytes), attention, tokens)
 
 
 # -- the definitions ------------------------------------------------------------------------------------------------
@@ -193,6 +218,12 @@ def _labels(attention: ImplicitAttention, tokens: Tensor | None) -> Tensor:
     if tuple(tokens.shape) != wanted:
         raise InputError(f"induction compares tokens of shape {list(wanted)}; these have shape {list(tokens.shape)}.")
     return tokens
+
+
+def _of_heads(
+    attention: ImplicitAttention, heads: Index | None, max_bytes: int | None
+) -> Float[Tensor, "batch head dst src"]:
+    return attention.abs_mean(max_bytes, heads=slice(None) if heads is None else heads)
 
 
 def _afford(what: str, attention: ImplicitAttention, max_bytes: int | None) -> None:

@@ -3,6 +3,7 @@
     stack = gl.implicit_attention(model, "The cat sat on the mat")     # every layer, one forward
     stack[3]                                # the ImplicitAttention of layer 3
     stack.mean(), stack.abs_mean()          # layer batch dst src
+    stack.mean(heads=slice(None))           # layer batch head dst src
     stack.layer_mean()                      # batch dst src
     stack.rollout(start_layer=2)            # batch dst src: the layers chained through the residual stream
     stack.profiles(), stack.induction()     # how far, how sharply, whether by induction: layer batch
@@ -24,10 +25,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from gatedlens.address.entries import Index, numbers
 from gatedlens.address.layers import START, Layers, layer_of, layers_of
-from gatedlens.attention.layer import ABS_MEAN, MEAN, Check, ImplicitAttention, points_of, worst
+from gatedlens.attention.layer import Check, ImplicitAttention, points_of, worst
 from gatedlens.attention.limits import AT_ONCE, DENSE_LIMIT
-from gatedlens.attention.profiles import Profile, induction, of_layer
+from gatedlens.attention.profiles import Profile, induction, induction_of_heads, of_heads, of_layer
 from gatedlens.errors import InputError
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
@@ -35,7 +37,7 @@ from gatedlens.model.cache import ActivationCache
 from gatedlens.options import checked, is_whole
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.factors import NAMES
-from gatedlens.result.labelled_tensor import labelled, with_label
+from gatedlens.result.labelled_tensor import label_of, labelled, with_label
 
 INSTEAD = (
     "Ask for fewer layers (`stack[2:5]`), for `stack[layer].row(i)` or `@ x`, for fewer positions, or raise max_bytes."
@@ -127,22 +129,35 @@ class AttentionStack:
             yield matrix(attention)
 
     @checked
-    @labelled(MEAN)
-    def mean(self, progress: bool = True, max_bytes: int | None = DENSE_LIMIT) -> Float[Tensor, "layer batch dst src"]:
-        """`stack.mean()`: [layer, batch, dst, src], each layer's signed mean over channels. Refuses what takes more than
-        `max_bytes` on the way, as all here does.
+    def mean(
+        self, progress: bool = True, max_bytes: int | None = DENSE_LIMIT, heads: Index | None = None
+    ) -> Float[Tensor, "layer batch *head dst src"]:
+        """`stack.mean()`: [layer, batch, dst, src], each layer's signed mean over channels; with heads, as in
+        `ImplicitAttention.mean`, [layer, batch, head, dst, src]. Refuses what takes more than `max_bytes` on the way, as all here
+        does.
         """
-        self._afford("mean()", 2 * len(self), max_bytes)
-        return torch.stack(list(self.each(_mean, "mean", progress)))
+        return self._stacked("mean", progress, max_bytes, heads)
 
     @checked
-    @labelled(ABS_MEAN)
     def abs_mean(
-        self, progress: bool = True, max_bytes: int | None = DENSE_LIMIT
-    ) -> Float[Tensor, "layer batch dst src"]:
-        """`stack.abs_mean()`: [layer, batch, dst, src], each layer's mean over channels of absolute values."""
-        self._afford("abs_mean()", 2 * len(self), max_bytes)
-        return torch.stack(list(self.each(_abs_mean, "abs_mean", progress)))
+        self, progress: bool = True, max_bytes: int | None = DENSE_LIMIT, heads: Index | None = None
+    ) -> Float[Tensor, "layer batch *head dst src"]:
+        """`stack.abs_mean()`: [layer, batch, dst, src], each layer's mean over channels of absolute values; heads as in
+        `mean`.
+        """
+        return self._stacked("abs_mean", progress, max_bytes, heads)
+
+    def _stacked(self, view: str, progress: bool, max_bytes: int | None, heads: Index | None) -> Tensor:
+        """A view of every layer, under what the view itself says it is."""
+        first = self._operator(self.layers[0])
+        each = 1 if heads is None else len(numbers("heads", heads, first.n_heads, repr(first)))
+        self._afford(f"{view}()", 2 * len(self) * each, max_bytes)
+
+        def of(attention: ImplicitAttention) -> Tensor:
+            return attention.mean(None, heads) if view == "mean" else attention.abs_mean(None, heads)
+
+        found = list(self.each(of, view, progress))
+        return with_label(torch.stack(found), label_of(found[0]) or "attention")
 
     @checked
     def layer_mean(
@@ -197,10 +212,14 @@ class AttentionStack:
     # -- profiles ------------------------------------------------------------------------------------------------
 
     @checked
-    def profiles(self, progress: bool = True, max_bytes: int | None = DENSE_LIMIT) -> Profile:
-        """`stack.profiles()`: how far and how sharply each layer looks: `profiles.of_layer` with a layer axis in front."""
+    def profiles(
+        self, progress: bool = True, max_bytes: int | None = DENSE_LIMIT, heads: Index | None = None
+    ) -> Profile:
+        """`stack.profiles()`: how far and how sharply each layer looks: `profiles.of_layer` with a layer axis in front; with
+        heads (`slice(None)` for all) `profiles.of_heads`, [layer, batch, head].
+        """
         bar = tqdm(self, total=len(self), disable=not progress, desc="profiles", unit="layer")
-        found = [of_layer(attention, max_bytes) for attention in bar]
+        found = [of_layer(one, max_bytes) if heads is None else of_heads(one, heads, max_bytes) for one in bar]
         return Profile(*(torch.stack(values) for values in zip(*found, strict=True)))
 
     @checked
@@ -209,9 +228,18 @@ class AttentionStack:
         tokens: Int[Tensor, "batch pos"] | None = None,
         progress: bool = True,
         max_bytes: int | None = DENSE_LIMIT,
-    ) -> Float[Tensor, "layer batch"]:
-        """`stack.induction()`: how much of each layer's attention goes to what followed earlier: `profiles.induction`."""
-        return torch.stack(list(self.each(lambda a: induction(a, tokens, max_bytes).score, "induction", progress)))
+        heads: Index | None = None,
+    ) -> Float[Tensor, "layer batch *head"]:
+        """`stack.induction()`: how much of each layer's attention goes to what followed earlier: `profiles.induction`; with heads
+        `profiles.induction_of_heads`, [layer, batch, head].
+        """
+
+        def score(one: ImplicitAttention) -> Tensor:
+            if heads is None:
+                return induction(one, tokens, max_bytes).score
+            return induction_of_heads(one, heads, tokens, max_bytes).score
+
+        return torch.stack(list(self.each(score, "induction", progress)))
 
 
 def _mean(attention: ImplicitAttention) -> Tensor:

@@ -3,6 +3,7 @@
     found = attribution_patch(model, clean, corrupted, metric, "blocks.*.hook_resid_pre")   # a Result: layer, pos
     found = attribution_patch(model, clean, corrupted, metric)["mixer.hook_gate"]           # of every point that is not lazy
     attribution_patch(model, clean, corrupted, metric, "blocks.*.mixer.hook_u", keep=("pos", "channel"))
+    attribution_patch(model, clean, corrupted, metric, "blocks.*.mixer.hook_scan", keep=("head",))       # layer, head
 
     score = (clean - corrupted) * d metric / d activation ~ metric(patched) - metric(corrupted)
 
@@ -21,7 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gatedlens.address.composite import turned
 from gatedlens.address.names import NamesFilter, Point
+from gatedlens.address.point import overlaps, refuse_overlap
 from gatedlens.errors import InputError, PointError
 from gatedlens.metrics import Metric, per_row
 from gatedlens.model.base import HookedModel
@@ -267,19 +270,31 @@ class _Points:
                 f"{names!r} stands for {len(self.found)} points ({', '.join(list(self.found)[:3])}, ...): a string gives one "
                 f"Result. Ask for a list, [{names!r}], to get a dict of them."
             )
+        if len(self.found) == 1:
+            refuse_overlap(self.keep)
         for axis in self.keep:
-            if not any(axis in self.point(name).dims for name in self.names):
-                self.point(self.names[0]).axis(axis)  # raises, and names the axes
+            if not any(self.point(name).reaches(axis, model.cfg.sizes) for name in self.names):
+                raise model.names.lacking(self.names[0], axis, model.cfg.sizes)
 
     def point(self, name: str) -> Point:
         return self.model.names.points[name]
 
+    def dims(self, name: str) -> tuple[str, ...]:
+        """A point's axes, by those that are kept: (batch pos head value) of its channels, where heads are. Of two that overlap,
+        as they may where several points are asked for, the one that is its own.
+        """
+        point, sizes = self.point(name), self.model.cfg.sizes
+        own = [axis for axis in self.keep if axis in point.dims]
+        others = [axis for axis in self.keep if axis not in own and point.reaches(axis, sizes)]
+        return point.by([*own, *(axis for axis in others if not overlaps(axis, own))], sizes)
+
     def kept(self, name: str) -> list[str]:
-        return [axis for axis in self.point(name).dims if axis in self.keep]
+        return [axis for axis in self.dims(name) if axis in self.keep]
 
     def reduced(self, name: str, product: Tensor) -> Tensor:
         """The mean over rows (unless they are kept) of the sum over the axes that are not kept."""
-        dims = self.point(name).dims
+        dims = self.dims(name)
+        product = turned(product, self.point(name).dims, dims, self.model.cfg.sizes)
         gone = [i for i, axis in enumerate(dims) if axis not in self.keep]
         total = product.sum(gone) if gone else product
         return total if "batch" in self.keep else total / product.shape[0]

@@ -37,8 +37,9 @@ from gatedlens.errors import InputError
 from gatedlens.hooks import mamba
 from gatedlens.loading import from_pretrained
 from gatedlens.model.batch import ForwardOutput, Input
-from gatedlens.model.block import Norm, Run
 from gatedlens.model.hooking import Hooks
+from gatedlens.model.norm import Norm
+from gatedlens.model.run import Run
 from gatedlens.model.tokenizer import TokenizerLike
 
 __all__ = [

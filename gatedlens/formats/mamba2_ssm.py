@@ -13,9 +13,9 @@ from gatedlens.errors import CheckpointError
 from gatedlens.formats.mamba_ssm import STACK_FIELDS, StackWeights
 from gatedlens.formats.transformers_config import LIMIT, read_limit
 from gatedlens.model import fields
-from gatedlens.model.block import eps_of
 from gatedlens.model.fields import FLAG, POSITIVE, SIZE, layers_of, one_of, table
 from gatedlens.model.layout import Layout
+from gatedlens.model.norm import eps_of
 from gatedlens.model.tiny import Tiny, fresh
 
 SSM_FIELDS = {

@@ -14,9 +14,9 @@ from gatedlens.errors import CheckpointError
 from gatedlens.formats.transformers_config import config_of, is_hf, norm_eps
 from gatedlens.model import fields
 from gatedlens.model.base import Wrapped
-from gatedlens.model.block import Norm, eps_of
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.language import HookedLanguageModel
+from gatedlens.model.norm import Norm, eps_of
 from gatedlens.recurrence.scanning import at_least_float32
 
 

@@ -31,9 +31,11 @@ from gatedlens.formats.mamba_ssm import Weights as Weights  # where it was befor
 from gatedlens.formats.mamba_stack import MambaStack, StackConfig, has_matrix_states
 from gatedlens.formats.transformers_config import MAMBA
 from gatedlens.model.base import Wrapped
-from gatedlens.model.block import Block, Norm, Run, eps_of, norm_rows, residual_rows
+from gatedlens.model.block import Block, Sub, SubRows, residual_rows
 from gatedlens.model.hookpoint import rows_of
+from gatedlens.model.norm import NormOfNarrow, eps_of, norm_rows
 from gatedlens.model.path import Kernel, PathMixer, Streams
+from gatedlens.model.run import Run
 from gatedlens.model.stages import ChannelScan, Conv, Gate, SiLU, Skip
 from gatedlens.recurrence.channels import ChannelTerms
 from gatedlens.recurrence.scanning import at_least_float32
@@ -79,7 +81,9 @@ MIXER_ROWS = (
 )
 FALCON = "Falcon Mamba, arXiv 2410.05355"
 RMSNORM = "RMSNorm, arXiv 1910.07467"
-BLOCK_ROWS = residual_rows(norm_rows("ln1", "mixer_in", RMSNORM), block_rows("mixer", MIXER_ROWS))
+BLOCK_ROWS = residual_rows(
+    SubRows("mixer", block_rows("mixer", MIXER_ROWS), "out_proj(gated)", norm_rows("ln1", "mixer_in", RMSNORM))
+)
 
 
 class SelectiveScan(PathMixer):
@@ -243,9 +247,10 @@ class HookedMamba(MambaStack):
 
     def make_block(self, layer: int) -> Block:
         w, cfg = self.wrapped.backbone.layers[layer], self.cfg
-        ln1 = Norm(w.norm, rows_of("ln1", BLOCK_ROWS), cfg.eps, centred=cfg.normalization_type == "LN")
+        ln1 = NormOfNarrow(w.norm, rows_of("ln1", BLOCK_ROWS), cfg.eps, centred=cfg.normalization_type == "LN")
         rms_eps = None if cfg.rms_eps is None else _selection_eps(w.mixer, cfg.rms_eps)
-        return Block(w, BLOCK_ROWS, ln1, MambaMixer(w.mixer, rows_of("mixer", BLOCK_ROWS), layer, rms_eps))
+        mixer = MambaMixer(w.mixer, rows_of("mixer", BLOCK_ROWS), layer, rms_eps)
+        return Block(w, BLOCK_ROWS, Sub("mixer", mixer, ln1))
 
 
 def _selection_eps(mixer: Any, otherwise: float) -> tuple[float, float, float]:

@@ -34,9 +34,11 @@ from gatedlens.formats.mamba_stack import MambaStack, StackConfig, has_matrix_st
 from gatedlens.formats.transformers_config import MAMBA2, config_of
 from gatedlens.hooks.mamba import PAPER as MAMBA
 from gatedlens.model.base import Wrapped
-from gatedlens.model.block import Block, Norm, Run, norm_rows, residual_rows
+from gatedlens.model.block import Block, Sub, SubRows, residual_rows
 from gatedlens.model.hookpoint import rows_of
+from gatedlens.model.norm import NormOfNarrow, norm_rows
 from gatedlens.model.path import PathMixer, Stage, Streams
+from gatedlens.model.run import Run
 from gatedlens.model.stages import Conv, Gate, GroupNorm, Scan, SiLU, Skip
 from gatedlens.model.state import Carried
 from gatedlens.recurrence.scanning import at_least_float32
@@ -117,7 +119,7 @@ _AFTER_THE_SCAN = {
 def mamba2_rows(norm: str = "after the gate") -> tuple[Point, ...]:
     """The rows of a block, in firing order, for each place of the norm."""
     mixer = block_rows("mixer", (*_BEFORE_THE_SCAN, *_AFTER_THE_SCAN[norm]))
-    return residual_rows(norm_rows("ln1", "mixer_in", RMSNORM), mixer)
+    return residual_rows(SubRows("mixer", mixer, "out_proj(gated)", norm_rows("ln1", "mixer_in", RMSNORM)))
 
 
 BLOCK_ROWS = mamba2_rows()
@@ -307,9 +309,9 @@ class HookedMamba2(MambaStack):
 
     def make_block(self, layer: int) -> Block:
         w, cfg, rows = self.wrapped.backbone.layers[layer], self.cfg, self.rows_for(layer)
-        ln1 = Norm(w.norm, rows_of("ln1", rows), cfg.eps, centred=cfg.normalization_type == "LN")
+        ln1 = NormOfNarrow(w.norm, rows_of("ln1", rows), cfg.eps, centred=cfg.normalization_type == "LN")
         own = replace(cfg, dt_limit=told(w.mixer, config_of(self.wrapped))["dt_limit"])
-        return Block(w, rows, ln1, Mamba2Mixer(w.mixer, rows_of("mixer", rows), layer, own))
+        return Block(w, rows, Sub("mixer", Mamba2Mixer(w.mixer, rows_of("mixer", rows), layer, own), ln1))
 
 
 HOOKED = HookedMamba2

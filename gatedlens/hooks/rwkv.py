@@ -38,11 +38,14 @@ from gatedlens.formats.rwkv_lm import TINY, RwkvLm
 from gatedlens.formats.transformers_config import RWKV
 from gatedlens.model import fields
 from gatedlens.model.base import Wrapped
-from gatedlens.model.block import MlpBlock, Norm, Run, TokenMixing, eps_of, mlp_residual_rows, norm_rows
+from gatedlens.model.block import Block, Sub, SubRows, residual_rows
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import Part, rows_of
 from gatedlens.model.language import HookedLanguageModel
+from gatedlens.model.mixer import TokenMixing
+from gatedlens.model.norm import Norm, eps_of, norm_rows
 from gatedlens.model.path import Content, Held, PathMixer, Stage, Streams
+from gatedlens.model.run import Run
 from gatedlens.model.stages import Gate, Named
 from gatedlens.model.state import Carried, RecurrentState
 from gatedlens.recurrence.scanning import at_least_float32
@@ -114,13 +117,9 @@ def _layer_norm_rows(part: str, reads: str) -> tuple[Point, ...]:
 
 
 LN0_ROWS = _layer_norm_rows("ln0", "embed")
-BLOCK_ROWS = mlp_residual_rows(
-    _layer_norm_rows("ln1", "mixer_in"),
-    block_rows("mixer", MIXER_ROWS),
-    _layer_norm_rows("ln2", "mlp_in"),
-    block_rows("mlp", MLP_ROWS),
-    "output(gated)",
-    "mlp.kv * mlp.gate",
+BLOCK_ROWS = residual_rows(
+    SubRows("mixer", block_rows("mixer", MIXER_ROWS), "output(gated)", _layer_norm_rows("ln1", "mixer_in")),
+    SubRows("mlp", block_rows("mlp", MLP_ROWS), "mlp.kv * mlp.gate", _layer_norm_rows("ln2", "mlp_in")),
 )
 FIRST_BLOCK_ROWS = (*LN0_ROWS, replace(BLOCK_ROWS[0], equation="ln0.out"), *BLOCK_ROWS[1:])
 
@@ -370,17 +369,13 @@ class HookedRWKV(HookedLanguageModel):
     def rows_for(self, layer: int) -> tuple[Point, ...]:
         return FIRST_BLOCK_ROWS if layer == 0 else BLOCK_ROWS
 
-    def make_block(self, layer: int) -> MlpBlock:
+    def make_block(self, layer: int) -> Block:
         backbone, eps = self.wrapped.rwkv, self.cfg.eps
         w, rows, rescale = backbone.blocks[layer], self.rows_for(layer), Rescale(backbone, layer)
-        block = MlpBlock(
-            w,
-            rows,
-            RwkvNorm(w.ln1, rows_of("ln1", rows), eps, rescale),
-            RwkvMixer(w.attention, rows_of("mixer", rows), layer, rescale),
-            RwkvNorm(w.ln2, rows_of("ln2", rows), eps, rescale),
-            RwkvMlp(w.feed_forward, rows_of("mlp", rows), layer, rescale),
-        )
+        ln1, ln2 = (RwkvNorm(norm, rows_of(ln, rows), eps, rescale) for ln, norm in (("ln1", w.ln1), ("ln2", w.ln2)))
+        mixer = RwkvMixer(w.attention, rows_of("mixer", rows), layer, rescale)
+        mlp = RwkvMlp(w.feed_forward, rows_of("mlp", rows), layer, rescale)
+        block = Block(w, rows, Sub("mixer", mixer, ln1), Sub("mlp", mlp, ln2, ln="ln2"))
         if layer == 0:
             block.ln0 = RwkvNorm(w.pre_ln, rows_of("ln0", rows), eps, rescale)
         return block

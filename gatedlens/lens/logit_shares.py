@@ -4,6 +4,7 @@
     by.at(batch=0).plot()
     by = gl.lens.token_attribution(model, prompt, " Mary", " John")     # batch x component x src, and a remainder
     by.values.sum((1, 2))                                               # the logit difference
+    by = gl.lens.head_attribution(model, prompt, " Mary", " John")      # batch x layer x head
 
     logit = u . ln_final(resid) + b_U ,   resid = embed + sum over l of mixer_out_l + mlp_out_l
     mixer_out_l[i] = sum over j of F_l[i, j] + remainder_l[i]
@@ -85,6 +86,40 @@ def token_attribution(
     return reading.result(values, ("batch", "component", "src"), {"component": list(rows), "src": [*names, REMAINDER]})
 
 
+@checked
+@torch.no_grad()
+def head_attribution(
+    model: HookedModel, input: Input, right: Tokens, wrong: Tokens | None = None, pos: Positions = None
+) -> Result:
+    """`gl.lens.head_attribution(model, text, " whale")`: what each head of each layer gives to the logit, batch x layer x head.
+
+    A layer's heads, and the bias of its output projection where there is one (the last on the axis), sum to its `mixer_out` in
+    `logit_attribution`; the fact `error` says how exactly. Layers without heads are not on the axis. Options as in
+    `logit_attribution`; PointError for a model without heads.
+    """
+    mixers = {layer: block.mixer for layer, block in enumerate(model.blocks)}
+    outputs = {layer: f"blocks.{layer}.{mixer.place}.{mixer.output_point}" for layer, mixer in mixers.items()}
+    sizes = model.cfg.sizes
+    heads = {layer: name for layer, name in outputs.items() if model.names.points[name].reaches("head", sizes)}
+    if not heads:
+        raise model.names.lacking(outputs[0], "head", sizes)
+    reading = Reading.of(model, input, right, wrong, pos, tuple(heads.values()))
+    rows, off = [], 0.0
+    for layer, name in heads.items():
+        weight, bias = mixers[layer].output_weights()
+        along = reading.direction @ weight.double()  # batch pos channel: the direction, seen from the mixer's output
+        each = (along * reading.cache[name].double().flatten(2)).unflatten(2, (sizes["head"], -1)).sum((1, 3))
+        own = each.new_zeros(len(each)) if bias is None else (reading.direction @ bias.double()).sum(1)
+        rows.append(torch.cat([each, own.unsqueeze(1)], dim=1))
+        total = reading.of_stream(reading.cache[f"blocks.{layer}.hook_mixer_out"])
+        off = max(off, (rows[-1].sum(1) - total).abs().max().item())
+    values, names = torch.stack(rows, dim=1), [*range(sizes["head"]), "bias"]
+    if not bool(values[..., -1].any()):
+        values, names = values[..., :-1], names[:-1]
+    labels = {"layer": list(heads), "head": names}
+    return reading.titled(values, ("batch", "layer", "head"), labels, "Direct logit attribution, by head", off)
+
+
 @dataclass(frozen=True, eq=False)
 class Reading:
     """One logit (or difference) a row, read linearly off the last residual stream of `cache`: direction . resid + biases."""
@@ -159,6 +194,13 @@ class Reading:
         """The Result, with how far its sum is from the logit (rounding, unless hooks edited the streams)."""
         error = (values.flatten(1).sum(1) - self.logit).abs().max().item()
         title = "Direct logit attribution" + (", by source token" if "src" in axes else "")
+        return self.titled(values, axes, labels, title, error)
+
+    @checked
+    def titled(
+        self, values: Tensor, axes: tuple[str, ...], labels: dict[str, Any], title: str, error: int | float
+    ) -> Result:
+        """The Result, with how far what should add up does not."""
         what = "logit" if "wrong" not in self.facts else "logit difference"
         what += ", before the soft cap" if "before_soft_cap" in self.facts else ""
         return Result(values, axes, labels, title, what, {**self.facts, "error": error})

@@ -3,7 +3,8 @@
     base.py        HookedModel: the forward, read down one page        hooking.py    hooks on and off, run_with_cache
     language.py    tokens in, logits out                               views.py      other tools' names, served from our points
     vision.py      images in, logits out
-    block.py       Block and Mixer: what an architecture fills in      cache.py      ActivationCache
+    block.py       Block: branches at the residual stream, as data     cache.py      ActivationCache
+    mixer.py       what mixes tokens; the recurrence with its points   norm.py       norms
     path.py        a mixer as a path of stages                         stages.py     Conv, Scan, Gate ...
     hookpoint.py   one named place                                     state.py      what a layer hands to the next call
     padding.py     rows of unequal length                              run.py        several documents in a row
@@ -16,27 +17,18 @@ It knows no architecture and no analysis.
 
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Batch, Input, Output
-from gatedlens.model.block import (
-    Block,
-    Mixer,
-    MlpBlock,
-    Norm,
-    Run,
-    TokenMixing,
-    eps_of,
-    mlp_residual_rows,
-    norm_rows,
-    residual_rows,
-)
+from gatedlens.model.block import Block, Sub, SubRows, residual_rows
 from gatedlens.model.cache import ActivationCache
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import HookPoint, Part, rows_of
 from gatedlens.model.intervention import Edit, EditStep, Intervention, Step, edit
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.layout import Layout
+from gatedlens.model.mixer import Mixer, TokenMixing
+from gatedlens.model.norm import NarrowNorm, Norm, NormOfNarrow, eps_of, norm_rows
 from gatedlens.model.padding import Padding, windows
 from gatedlens.model.path import PathMixer, Stage, Streams
-from gatedlens.model.run import DocumentRun
+from gatedlens.model.run import DocumentRun, Run
 from gatedlens.model.stages import ChannelScan, Conv, Gate, GroupNorm, Named, Real, Scan, SiLU, Skip
 from gatedlens.model.state import Carried, RecurrentState
 from gatedlens.model.tiny import Tiny, around, by_fan_in, fresh
@@ -46,9 +38,9 @@ from gatedlens.model.vision import HookedVisionModel, VisionConfig
 __all__ = [
     "ActivationCache", "Batch", "Block", "Carried", "ChannelScan", "Conv", "DocumentRun", "Edit", "EditStep", "Gate",
     "GroupNorm", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "HookedVisionModel", "Input",
-    "Intervention", "Layout", "Mixer", "MlpBlock", "Named", "Norm", "Output", "Padding", "Part", "PathMixer", "Real",
-    "RecurrentState", "Run", "Scan", "SiLU", "Skip", "Stage", "Step", "Streams", "Tiny", "TokenMixing",
-    "VisionConfig", "around", "by_fan_in", "edit", "eps_of", "fresh", "mlp_residual_rows", "norm_rows",
-    "residual_rows", "rows_of", "windows",
+    "Intervention", "Layout", "Mixer", "Named", "NarrowNorm", "Norm", "NormOfNarrow", "Output", "Padding", "Part",
+    "PathMixer", "Real", "RecurrentState", "Run", "Scan", "SiLU", "Skip", "Stage", "Step", "Streams", "Sub", "SubRows",
+    "Tiny", "TokenMixing", "VisionConfig", "around", "by_fan_in", "edit", "eps_of", "fresh", "norm_rows", "residual_rows",
+    "rows_of", "windows",
 ]
 # fmt: on

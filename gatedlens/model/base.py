@@ -27,15 +27,16 @@ from gatedlens.address.table import HookTable
 from gatedlens.errors import CheckpointError, InputError
 from gatedlens.model import placement
 from gatedlens.model.batch import Batch, Input, Output
-from gatedlens.model.block import Block, Norm, Run, norm_rows
+from gatedlens.model.block import Block
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.fields import ConfigValue, Field
 from gatedlens.model.hooking import Hooking
 from gatedlens.model.hookpoint import HookPoint, rows_of, same
 from gatedlens.model.image import Grid
 from gatedlens.model.layout import Layout
+from gatedlens.model.norm import Norm, norm_rows
 from gatedlens.model.padding import Padding
-from gatedlens.model.run import DocumentRun
+from gatedlens.model.run import DocumentRun, Run
 from gatedlens.model.state import CARRIED, Carried, RecurrentState
 from gatedlens.model.tiny import Tiny
 from gatedlens.model.tokenizer import TokenizerLike

@@ -1,388 +1,137 @@
-"""The block: the residual stream around a mixer (and, where there is one, a channel mixer), and what a call carries.
+"""The block: branches at the residual stream, one after the other or side by side, as data.
 
-    resid -> mixer_in -> norm -> mixer -> mixer_out -+-> resid_post
-       `---------------------------------------------'
+    Block(w, rows, Sub("mixer", mixer, ln1), Sub("mlp", mlp, ln2, ln="ln2"))
 
-Run is the luggage of one forward call: padding, the state it came from, the state it leaves.
+    resid_pre -> mixer_in -> ln1 -> mixer -> mixer_out -+-> resid_mid -> mlp_in -> ln2 -> mlp -> mlp_out -+-> resid_post
+        `-----------------------------------------------'       `----------------------------------------'
+
+Branches that stand in a tuple are parallel: they read the same stream, and all are added to it. `residual_rows` gives the rows
+of such a block. b batch, l pos.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
-from gatedlens import fused
 from gatedlens.address.point import Point
-from gatedlens.errors import InputError
 from gatedlens.model.hookpoint import Part
-from gatedlens.model.padding import Padding, windows
-from gatedlens.model.state import RecurrentState
-from gatedlens.model.watch import NORMS
-from gatedlens.recurrence.chunks import chunked
-from gatedlens.recurrence.factors import Factors
-from gatedlens.recurrence.literal import march
-from gatedlens.recurrence.scanning import StepTerms, at_least_float32, linear_scan, readout, scan
-from gatedlens.recurrence.terms import Terms
-
-Kernel = Callable[[], tuple[Tensor, Tensor]]  # computes a recurrence: (scan, last state)
+from gatedlens.model.mixer import TokenMixing
+from gatedlens.model.norm import Norm
+from gatedlens.model.run import Run
 
 
-@dataclass
-class Run:
-    """One forward call: `padding`, `positions` (each token's place in its document, counted through the state), the
-    `before` state (None: from nothing) and, if wanted, the tensors that are `left` for the next call."""
+class Sub(NamedTuple):
+    """One branch at the residual stream: resid + scale * after(part(norm(resid))).
 
-    positions: Int[Tensor, "batch pos"]
-    padding: Padding = field(default_factory=Padding)
-    before: RecurrentState | None = None
-    left: dict[str, Tensor] | None = None  # None: nobody wants the state
-
-    def start(self, name: str, layer: int, shape: tuple[int, ...], like: Tensor, nothing: float = 0.0) -> Tensor:
-        """The tensor `name` of the state that this call continues; full of `nothing` if it starts from none.
-
-        A size of -1 stands for whatever the state has there, and for 0 when there is no state.
-        """
-        if self.before is None:
-            return like.new_full([max(size, 0) for size in shape], nothing)
-        key = RecurrentState.key(name, layer)
-        if key not in self.before.tensors:
-            raise InputError(
-                f"The state that this call goes on from holds no {key}: block {layer}, or that part of it, did not run in "
-                "the call that left the state (it was skipped, or the run stopped before it), or the state is another "
-                "model's. While generating, skip a block in every step or in none. The state holds "
-                f"{', '.join(self.before.tensors)}."
-            )
-        given = self.before[key]
-        if given.ndim != len(shape) or any(size not in (-1, has) for size, has in zip(shape, given.shape, strict=True)):
-            raise InputError(
-                f"The state's {key} has shape {list(given.shape)}; this call needs {list(shape)}"
-                " (batch first). `state.rows([...])` repeats or picks rows."
-            )
-        return given.to(device=like.device, dtype=like.dtype)
-
-    def in_document(self, width: int) -> Bool[Tensor, "batch pos one tap"] | None:
-        """Which taps of each conv window are of the same document as the window's position; None: a row is one document."""
-        return None
-
-    def resets(self, like: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos one"] | None:
-        """1 where a document begins, else 0; None: no position_ids told of documents."""
-        return None
-
-    def of_last_document(
-        self, long: Float[Tensor, "batch long channel"], width: int
-    ) -> Float[Tensor, "batch long channel"]:
-        """A row behind its tail, 0 where it is not of the row's last document: what the next call may see of it."""
-        return long
-
-    def leave(self, name: str, layer: int, value: Tensor) -> None:
-        """Hand `value` to the next call."""
-        if self.left is not None:
-            self.left[RecurrentState.key(name, layer)] = value.clone()
-
-
-class Norm(Part):
-    """out = weight * x / scale (+ bias), scale = sqrt(mean(x^2) + eps), computed in at least float32.
-
-    RMSNorm or LayerNorm (x centred first), as the wrapped norm's class says, or else `centred`; so with the wrapped norm's
-    own eps and `eps`. The result has x's dtype times the weight's, as in transformers. Zhang and Sennrich 2019 (RMSNorm),
-    Ba et al. 2016 (LayerNorm).
+    `name` is in its points at the stream, hook_{name}_in and hook_{name}_out; `place` (None: the name) and `ln` are where part
+    and norm stand in the block. A part is called with (x, run); norm and after may be None, the identity.
     """
 
-    torch_norms: ClassVar[tuple[type, ...]] = NORMS  # torch's norms that this is the mathematics of
-
-    def __init__(self, weights: Any, rows: tuple[Point, ...], eps: float, centred: bool = False):
-        super().__init__(weights, rows)
-        self.eps = eps_of(weights, eps)
-        self.centred = isinstance(weights, nn.LayerNorm) if isinstance(weights, NORMS) else centred
-
-    @property
-    def gain(self) -> Float[Tensor, " d_model"]:
-        """What `normalized` is multiplied by."""
-        return self.weights.weight
-
-    def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-        if not self.centred and fused.fits(x) and x.dtype == self.weights.weight.dtype and self.at_rest():
-            return F.rms_norm(x, x.shape[-1:], self.weights.weight, self.eps)
-        wide = at_least_float32(x)
-        if self.centred:
-            wide = wide - wide.mean(-1, keepdim=True)
-        scale = self.hook_scale((wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
-        normalized = self.hook_normalized((wide / scale).to(x.dtype))
-        out = self.weights.weight * normalized
-        bias = self.weights.bias if self.centred else None
-        return self.hook_out(out if bias is None else out + bias)
+    name: str
+    part: Part
+    norm: Norm | None = None
+    ln: str = "ln1"
+    place: str | None = None
+    after: Norm | None = None
+    after_ln: str = "ln1_post"
+    scale: float = 1.0
 
 
-def eps_of(norm: Any, otherwise: float) -> float:
-    """The eps that a wrapped norm adds; `otherwise` if it does not say."""
-    told = vars(norm)
-    eps = told.get("eps", told.get("variance_epsilon", otherwise))
-    return float(torch.finfo(norm.weight.dtype).eps if eps is None else eps)  # None is torch's way to say so
+class Way(NamedTuple):
+    """A `Sub` by the names of what it passes: the modules themselves may be replaced by those of another wrapped model."""
 
+    before: tuple[str, ...]
+    place: str
+    after: tuple[str, ...]
+    out: str
+    scale: float
 
-def norm_rows(part: str, reads: str, source: str, equation: str = "w * normalized") -> tuple[Point, ...]:
-    """The points of a norm under `part`, which normalises the row `reads`."""
-    return (
-        Point(f"{part}.hook_scale", "batch pos one", f"sqrt(mean({reads}^2) + eps)", source),
-        Point(f"{part}.hook_normalized", "batch pos d_model", f"{reads} / scale", source),
-        Point(f"{part}.hook_out", "batch pos d_model", equation, source),
-    )
-
-
-class TokenMixing(Part):
-    """What mixes tokens in a block. Subclasses write `forward(n, run)` like the paper.
-
-    `place` is its name in the block, `attention_points` what its implicit attention is derived from (relative to it), and
-    `factors(cached, padding, state)` that derivation, where `cached(name)` reads a point. `output_point` holds what the
-    implicit attention yields, the input of the output projection. `scans` names what runs side by side, in the order of
-    `branches`: "fwd", "bwd"; one scan that has no name stands for itself.
-    """
-
-    place = "mixer"
-    attention_points: tuple[str, ...] = ()
-    output_point = "hook_gated"
-    scans: tuple[str, ...] = ("",)
-
-    def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int):
-        super().__init__(weights, rows)
-        self.layer = layer  # the block it is in
-
-    def factors(self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None) -> Factors:
-        """How the cached activations fill A x + r; see `factors.py`."""
-        raise NotImplementedError
-
-    def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
-        """(W, b) of the output projection: the mixer's output is W o + b, o what the implicit attention yields."""
-        raise NotImplementedError
-
-    def branches(
-        self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None
-    ) -> tuple[Factors, ...]:
-        """The summands of the implicit attention: one, unless the mixer runs several scans side by side."""
-        return (self.factors(cached, padding, state),)
-
-    def state_of(self, state: RecurrentState) -> Tensor:
-        """What `state` carries of the scan, in the form of hook_state at one position: [batch, channel] (state)."""
-        return state["scan", self.layer]
-
-
-class Mixer(TokenMixing):
-    """A token mixer by the one recurrence, `recur`."""
-
-    def along(self, x: Tensor) -> Tensor:
-        """`x` from token order to the order of the scan, or back: the identity, unless the mixer runs from the end."""
-        return x
-
-    def along_conv(self, x: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos ..."]:
-        """As `along`: the convolution runs the way the scan does, unless a mixer says otherwise."""
-        return self.along(x)
-
-    def causal_conv(
-        self, x: Float[Tensor, "batch pos channel"], run: Run, conv: Any
-    ) -> Float[Tensor, "batch pos channel"]:
-        """The causal depthwise convolution of a wrapped nn.Conv1d with its bias, across padding, calls and documents.
-
-        c[i] = sum over k of weight[K - 1 - k] x[i - k] + bias. Its lazy point `hook_conv_taps` is the summands.
-        """
-        return self.causal_convs({"conv": x}, run, conv)["conv"]
-
-    def causal_convs(
-        self, streams: Mapping[str, Float[Tensor, "batch pos ..."]], run: Run, conv: Any
-    ) -> dict[str, Float[Tensor, "batch pos ..."]]:
-        """The same of streams side by side in one nn.Conv1d, each with lazy taps of its own: `hook_B_conv_taps` of "B_conv"."""
-        weight, bias, width = conv.weight, conv.bias, conv.weight.shape[-1]
-        x = torch.cat([stream.flatten(2) for stream in streams.values()], dim=-1)
-        tail = run.start("conv", self.layer, (x.shape[0], width - 1, x.shape[2]), x)
-        long = run.padding.behind(self.along_conv(x), tail)
-        run.leave("conv", self.layer, run.padding.tail(run.of_last_document(long, width), width))
-        within = run.in_document(width)
-
-        def summands(some: slice) -> Tensor:
-            taps = windows(long[..., some], width) * weight.squeeze(1)[some]
-            taps = taps if within is None else taps * within
-            return self.along_conv(torch.stack([run.padding.spread(tap) for tap in taps.unbind(-1)], dim=-1))
-
-        found, whole, place = {}, None, 0
-        for name, stream in streams.items():
-            some, point = slice(place, place + stream[0, 0].numel()), getattr(self, f"hook_{name}_taps")
-            place = some.stop
-            if point.heard():
-                taps = point(summands(some).unflatten(2, stream.shape[2:]))
-                c = taps.sum(-1).flatten(2)
-            elif within is not None:
-                c = summands(some).sum(-1)
-            else:  # one convolution does all that nobody listens to, and adds its bias
-                if whole is None:
-                    whole = F.conv1d(long.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)
-                    whole = self.along_conv(run.padding.spread(whole))
-                # In memory of its own: a copy that a hook gets has the same layout then, and so the same rounding behind it.
-                found[name] = whole[..., some].unflatten(2, stream.shape[2:])
-                if len(streams) > 1:
-                    found[name] = found[name].contiguous()
-                continue
-            found[name] = (c if bias is None else c + bias[some]).unflatten(2, stream.shape[2:])
-        return found
-
-    def recur(
-        self,
-        terms: StepTerms,
-        sequences: tuple[Tensor, ...],
-        constants: tuple[Tensor, ...],
-        initial: Tensor,
-        padding: Padding,
-        kernel: Kernel | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The recurrence with its four lazy points: (scan, last state).
-
-        If nobody listens, nothing inside is materialised, and `kernel()`, if given, computes it, `along` the scan. Otherwise
-        decay and write become tensors, so an edit of either re-runs the recurrence; an edit of hook_state changes what the
-        readout reads and nothing later. A masked position keeps decay 1 and write 0 whatever a hook does there. Sequences,
-        points and scan are in token order; in between all is `along` the scan.
-        """
-        sequences = tuple(self.along(s) for s in sequences)
-        # Each point is asked right before it fires: an nnsight trace parks on one location at a time.
-        if self.hook_state_start.heard():
-            initial, kernel = self.hook_state_start(initial), None
-        built: tuple[Tensor, Tensor, Tensor | None] | None = None
-        # `terms` is computed anew at each point that is heard, unless an earlier one has built it: the tensors are large, and
-        # most calls listen to none or one of them.
-        if self.hook_decay.heard():
-            decay, write, read = terms(*sequences, *constants)
-            built = self.along(padding.fill(self.hook_decay(self.along(decay)), 1.0)), write, read
-        if self.hook_write.heard():
-            decay, write, read = built or terms(*sequences, *constants)
-            built = decay, self.along(padding.zero(self.hook_write(self.along(write)))), read
-        if not self.hook_state.heard():
-            if built is None:
-                out, last = scan(terms, sequences, constants, initial) if kernel is None else kernel()
-            else:
-                out, last = scan(_as_they_are, tuple(t for t in built if t is not None), (), initial)
-            return self.along(out), last
-        decay, write, read = built or terms(*sequences, *constants)
-        states = linear_scan(decay, write, initial)
-        heard = self.along(self.hook_state(self.along(states)))
-        return self.along(readout(heard, read)), states[:, -1]
-
-    def recur_heads(
-        self,
-        terms: Terms,
-        u: Float[Tensor, "batch pos head value"],
-        initial: Float[Tensor, "batch head value key"],
-        padding: Padding,
-    ) -> tuple[Float[Tensor, "batch pos head value"], Float[Tensor, "batch head value key"]]:
-        """The recurrence of heads with matrix states, with its lazy points: (scan, last state).
-
-        As `recur`: nothing inside is materialised unless somebody listens, and then an edit of any point is in all that
-        follows. hook_decay has the axes of the state, whatever the decays are shared by.
-        """
-        if self.hook_state_start.heard():
-            initial = self.hook_state_start(initial)
-        decay = write = None
-        if self.hook_decay.heard():
-            whole = terms.decays().unsqueeze(-2).expand(*u.shape, terms.key.shape[-1])
-            decay = padding.fill(self.hook_decay(whole), 1.0)
-        if self.hook_write.heard():
-            write = padding.zero(self.hook_write(_outer(terms, u)))
-        heard = self.hook_state.heard()
-        if decay is None and write is None and not heard:
-            return chunked(terms, u, initial)
-        decay = terms.decays().unsqueeze(-2) if decay is None else decay
-        write = _outer(terms, u) if write is None else write
-        if terms.has_delta_rule:
-            states = march(decay, write, terms.erase, terms.probes(), initial)
-        else:
-            states = linear_scan(decay, write, initial)
-        last = states[:, -1]
-        states = self.hook_state(states) if heard else states
-        return (states * terms.of_heads(terms.read).unsqueeze(-2)).sum(-1), last
-
-
-def _outer(terms: Terms, u: Float[Tensor, "batch pos head value"]) -> Float[Tensor, "batch pos head value key"]:
-    """What each position writes: value key^T."""
-    return terms.value(u).unsqueeze(-1) * terms.of_heads(terms.key).unsqueeze(-2)
-
-
-def _as_they_are(decay: Tensor, write: Tensor, read: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    # `scan` may overwrite what its terms give; decay and write here are what the hooks returned, and may be kept elsewhere.
-    return decay, write.clone(), read
+    @staticmethod
+    def of(sub: Sub) -> Way:
+        norm = () if sub.norm is None else (sub.ln,)
+        after = () if sub.after is None else (sub.after_ln,)
+        return Way((f"hook_{sub.name}_in", *norm), sub.place or sub.name, after, f"hook_{sub.name}_out", sub.scale)
 
 
 class Block(Part):
-    """resid_post = resid + mixer(norm(resid)): a block with a token mixer alone."""
+    """A layer: its branches in order; those in a tuple are parallel."""
 
     hook_out_is_single_residual_stream = True  # what TransformerLens's logit lens asks of a block
 
-    def __init__(self, weights: Any, rows: tuple[Point, ...], ln1: Norm, mixer: Part):
+    def __init__(self, weights: Any, rows: tuple[Point, ...], *subs: Sub | tuple[Sub, ...]):
         super().__init__(weights, rows)
-        self.ln1 = ln1
-        self.mixer = mixer
+        groups = [(sub,) if isinstance(sub, Sub) else sub for sub in subs]
+        every = [sub for group in groups for sub in group]
+        for sub in every:
+            named = {sub.place or sub.name: sub.part, sub.ln: sub.norm, sub.after_ln: sub.after}
+            for place, part in named.items():
+                if part is not None:
+                    self.add_module(place, part)
+        self.groups = [tuple(Way.of(sub) for sub in group) for group in groups]
+        self.stream = [f"hook_{point}" for point in stream_points(len(groups))[1:]]
+        mixing = [sub.place or sub.name for sub in every if isinstance(sub.part, TokenMixing)]
+        self.mixing = mixing[0] if mixing else None
+
+    @property
+    def mixer(self) -> Part:
+        """What mixes tokens in this block (the first, where several do), wherever it stands."""
+        return self._modules[self.mixing or "mixer"]  # type: ignore[return-value]
 
     def forward(self, resid: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
         resid = self.hook_resid_pre(resid)
-        mixer_in = self.hook_mixer_in(resid)
-        n = self.ln1(mixer_in.to(self.ln1.weights.weight.dtype))
-        mixer_out = self.hook_mixer_out(self.mixer(n, run))
-        return self.hook_resid_post(resid + mixer_out)
+        for point, group in zip(self.stream, self.groups, strict=True):
+            after = resid
+            for way in group:
+                after = after + self.branch(way, resid, run)
+            resid = getattr(self, point)(after)
+        return resid
+
+    def branch(
+        self, way: Way, resid: Float[Tensor, "batch pos d_model"], run: Run
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """What one branch adds to the stream."""
+        x = resid
+        for place in way.before:
+            x = getattr(self, place)(x)
+        x = getattr(self, way.place)(x, run)
+        for place in way.after:
+            x = getattr(self, place)(x)
+        return getattr(self, way.out)(x if way.scale == 1 else x * way.scale)
 
 
-class MlpBlock(Block):
-    """resid_mid = resid + mixer(norm(resid)); resid_post = resid_mid + mlp(norm(resid_mid)): with a channel mixer.
-
-    `mlp` is a Part whose forward(m, run) reads the second norm's output.
-    """
-
-    def __init__(self, weights: Any, rows: tuple[Point, ...], ln1: Norm, mixer: Part, ln2: Norm, mlp: Part):
-        super().__init__(weights, rows, ln1, mixer)
-        self.ln2 = ln2
-        self.mlp = mlp
-
-    def forward(self, resid: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
-        resid = self.hook_resid_pre(resid)
-        n = self.ln1(self.hook_mixer_in(resid))
-        resid = self.hook_resid_mid(resid + self.hook_mixer_out(self.mixer(n, run)))
-        m = self.ln2(self.hook_mlp_in(resid))
-        return self.hook_resid_post(resid + self.hook_mlp_out(self.mlp(m, run)))
+def stream_points(groups: int) -> list[str]:
+    """The points of the stream itself in a block of so many branches one after the other: resid_pre, resid_mid, resid_post."""
+    inner = ["resid_mid"] if groups == 2 else [f"resid_mid{i}" for i in range(1, groups)]
+    return ["resid_pre", *inner, "resid_post"]
 
 
-def mlp_residual_rows(
-    ln1: tuple[Point, ...],
-    mixer: tuple[Point, ...],
-    ln2: tuple[Point, ...],
-    mlp: tuple[Point, ...],
-    out: str,
-    mlp_out: str,
-) -> tuple[Point, ...]:
-    """The rows of an `MlpBlock`, in firing order; `out` and `mlp_out` are the equations of the two branches' outputs."""
-    stream = "the residual stream (pre-norm block)"
-    return (
-        Point("hook_resid_pre", "batch pos d_model", "resid_post of the block before, or embed", stream),
-        Point("hook_mixer_in", "batch pos d_model", "resid_pre (a copy: edits reach the mixer only)", stream),
-        *ln1,
-        *mixer,
-        Point("hook_mixer_out", "batch pos d_model", out, stream),
-        Point("hook_resid_mid", "batch pos d_model", "resid_pre + mixer_out", stream),
-        Point("hook_mlp_in", "batch pos d_model", "resid_mid (a copy: edits reach the MLP only)", stream),
-        *ln2,
-        *mlp,
-        Point("hook_mlp_out", "batch pos d_model", mlp_out, stream),
-        Point("hook_resid_post", "batch pos d_model", "resid_mid + mlp_out", stream),
-    )
+class SubRows(NamedTuple):
+    """The rows of a `Sub`: those of its part and its norms, where they stand in the block, and the equation of its output."""
+
+    name: str
+    part: tuple[Point, ...]
+    out: str
+    norm: tuple[Point, ...] = ()
+    after: tuple[Point, ...] = ()
 
 
-def residual_rows(ln1: tuple[Point, ...], mixer: tuple[Point, ...]) -> tuple[Point, ...]:
-    """The rows of a `Block`, in firing order, around those of its norm and its mixer."""
-    stream = "the residual stream (pre-norm block)"
-    return (
-        Point("hook_resid_pre", "batch pos d_model", "resid_post of the block before, or embed", stream),
-        Point("hook_mixer_in", "batch pos d_model", "resid_pre (a copy: edits reach the mixer only)", stream),
-        *ln1,
-        *mixer,
-        Point("hook_mixer_out", "batch pos d_model", "out_proj(gated)", stream),
-        Point("hook_resid_post", "batch pos d_model", "resid_pre + mixer_out", stream),
-    )
+def residual_rows(*subs: SubRows | tuple[SubRows, ...]) -> tuple[Point, ...]:
+    """`residual_rows(SubRows("mixer", MIXER_ROWS, "out_proj(gated)", norm_rows("ln1", "mixer_in", PAPER)))`: the rows of a
+    `Block`, in firing order."""
+    groups = [(sub,) if isinstance(sub, SubRows) else sub for sub in subs]
+    names = stream_points(len(groups))
+    source = "the residual stream (pre-norm block)"
+    rows = [Point("hook_resid_pre", "batch pos d_model", "resid_post of the block before, or embed", source)]
+    for before, after, group in zip(names, names[1:], groups, strict=False):
+        for sub in group:
+            who = "MLP" if sub.name == "mlp" else sub.name
+            copied = f"{before} (a copy: edits reach the {who} only)"
+            rows.append(Point(f"hook_{sub.name}_in", "batch pos d_model", copied, source))
+            rows += (*sub.norm, *sub.part, *sub.after)
+            rows.append(Point(f"hook_{sub.name}_out", "batch pos d_model", sub.out, source))
+        total = " + ".join([before, *(f"{sub.name}_out" for sub in group)])
+        rows.append(Point(f"hook_{after}", "batch pos d_model", total, source))
+    return tuple(rows)

@@ -2,6 +2,7 @@
 
 logits, cache = model.run_with_cache("The cat sat on the mat", names_filter=["blocks.*.mixer.hook_dt", "hook_embed"])
 cache["dt", 3]                      # also: cache["blocks.3.mixer.hook_dt"], cache["blocks.3.hook_delta"] (MambaLens)
+cache.select(("scan", 3), head=2)   # some entries: batch pos value
 cache.tokens, cache.mask, cache.state, cache.documents
 """
 
@@ -14,10 +15,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 import numpy
 import torch
 import transformer_lens
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from transformer_lens.utilities import Slice
 
+from gatedlens.address.composite import picked
+from gatedlens.address.entries import Index, Where
+from gatedlens.address.layers import layer_of
 from gatedlens.address.names import SHORTHAND
 from gatedlens.address.point import Found
 from gatedlens.errors import InputError, PointError, did_you_mean
@@ -47,7 +51,9 @@ else:
 #     cache.logit_attrs(parts, tokens=" whale")                      # each component's share of a logit; they sum to it
 #     cache.accumulated_resid(apply_ln=True)                         # the stream before each layer, through the final norm
 #
-# What TransformerLens computes for attention heads and neurons says what there is instead. ActivationCache inherits all this.
+#     cache.stack_head_results(return_labels=True)                   # what each head writes: L0H0, L0H1, ...
+#
+# What TransformerLens computes for neurons says what there is instead. ActivationCache inherits all this.
 
 
 class ResidualCache(transformer_lens.ActivationCache):
@@ -159,6 +165,112 @@ class ResidualCache(transformer_lens.ActivationCache):
             along = along.unsqueeze(1)
         return (scaled * self.model.ln_final.gain * along).sum(-1)
 
+    # -- heads ---------------------------------------------------------------------------------------------------
+
+    def head_results(self, layer: int) -> Float[Tensor, "*batch pos head d_model"]:
+        """`cache.head_results(0)`: [batch, pos, head, d_model], what each head of a layer writes into the residual stream.
+
+        That is W_out of what the head gives to the output projection; the heads sum to `hook_mixer_out`, but for the projection's
+        bias. TransformerLens's `cache["result", 0]` is the same. PointError for a layer without heads, and where the cache lacks
+        its output point.
+        """
+        layer = layer_of(self.model, layer)
+        mixer, name = self.model.blocks[layer].mixer, self._head_outputs().get(layer)
+        if name is None:
+            asked = f"blocks.{layer}.{mixer.place}.{mixer.output_point}"
+            raise self.model.names.lacking(asked, "head", self.model.cfg.sizes)
+        point, sizes = self.model.names.points[name], self.model.cfg.sizes
+        o, weight = self[name], mixer.output_weights()[0]
+        o = o.flatten(-2) if "head" in point.dims else o
+        with exact(o):
+            return torch.einsum(
+                "...hv,dhv->...hd",
+                o.unflatten(-1, (sizes["head"], -1)).to(weight.dtype),
+                weight.to(o.device).unflatten(1, (sizes["head"], -1)),
+            )
+
+    def _head_outputs(self) -> dict[int, str]:
+        """The output point of each layer that has heads; a PointError that says so where none has."""
+        mixers = [(layer, block.mixer) for layer, block in enumerate(self.model.blocks)]
+        names = {layer: f"blocks.{layer}.{mixer.place}.{mixer.output_point}" for layer, mixer in mixers}
+        points, sizes = self.model.names.points, self.model.cfg.sizes
+        return {layer: name for layer, name in names.items() if points[name].reaches("head", sizes)} or self._no_heads()
+
+    def stack_head_results(
+        self,
+        layer: int | None = -1,
+        return_labels: bool = False,
+        incl_remainder: bool = False,
+        pos_slice: SliceLike = None,
+        apply_ln: bool = False,
+    ) -> Float[Tensor, "component ..."] | tuple[Float[Tensor, "component ..."], list[str]]:
+        """`parts, labels = cache.stack_head_results(return_labels=True)`: [component, batch, pos, d_model], as TransformerLens's.
+
+        What every head of the layers before `layer` (None, -1: of all) writes: `L0H0`, `L0H1`, ...; layers without heads have
+        none. incl_remainder: what else the residual stream holds there, `remainder`. PointError for a model without heads.
+        """
+        outputs, end = self._head_outputs(), self._boundary(layer)
+        slice_ = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
+        stream = slice_.apply(
+            self["resid_pre", end] if end < self.model.cfg.n_layers else self["resid_post", -1], dim=-2
+        )
+        found, labels = [stream.new_zeros(0, *stream.shape)], list[str]()
+        for number in [one for one in outputs if one < end]:
+            results = slice_.apply(self.head_results(number), dim=-3).to(stream)
+            found.append(results.movedim(-2, 0))
+            labels += [f"L{number}H{head}" for head in range(len(found[-1]))]
+        parts = torch.cat(found)
+        if incl_remainder:
+            parts, labels = torch.cat([parts, (stream - parts.sum(0)).unsqueeze(0)]), [*labels, "remainder"]
+        if apply_ln:
+            parts = self.apply_ln_to_stack(parts, end, pos_slice=slice_)
+        return (parts, labels) if return_labels else parts
+
+    def compute_head_results(self) -> None:
+        """`cache.compute_head_results()`: keep `head_results` of every layer that has heads, as TransformerLens's does.
+
+        They stand under `blocks.{l}.mixer.hook_result`, in TransformerLens's layout; `cache["result", 0]` needs no such call.
+        """
+        for layer in self._head_outputs():
+            self.cache_dict[f"blocks.{layer}.{self.model.blocks[layer].mixer.place}.hook_result"] = self.head_results(
+                layer
+            )
+
+    def get_full_resid_decomposition(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        expand_neurons: bool = True,
+        apply_ln: bool = False,
+        pos_slice: SliceLike = None,
+        return_labels: bool = False,
+        project_output_onto: Tensor | None = None,
+    ) -> Float[Tensor, "component ..."] | tuple[Float[Tensor, "component ..."], list[str]]:
+        """`parts, labels = cache.get_full_resid_decomposition(return_labels=True)`: the residual stream before `layer` (None, -1:
+        at the end) by heads, as TransformerLens's.
+
+        Components: every head (`L0H0`), then the mixers without heads and the channel mixers (`0_mlp_out`; expand_neurons=False
+        where there are any), `embed`, and `bias`, that of the output projections. They sum to the stream. project_output_onto:
+        [d_model] or [d_model, some]. PointError for a model without heads, and for neurons.
+        """
+        outputs, end = self._head_outputs(), self._boundary(layer)
+        slice_ = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
+        parts, names = self.decompose_resid(end, mlp_input, pos_slice=slice_, return_labels=True)
+        if expand_neurons and any(name.endswith("_mlp_out") for name in names):
+            self._no_neurons()
+        upto = end + 1 if mlp_input else end
+        heads, labels = self.stack_head_results(upto, True, pos_slice=slice_)
+        split = {f"{number}_mixer_out" for number in outputs if number < upto}
+        whole = [i for i, name in enumerate(names) if name not in split]
+        bias = parts[[i for i, name in enumerate(names) if name in split]].sum(0) - heads.sum(0)
+        order = [*(i for i in whole if names[i] != "embed"), *(i for i in whole if names[i] == "embed")]
+        stack = torch.cat([heads, parts[order], bias.unsqueeze(0)])
+        if apply_ln:
+            stack = self.apply_ln_to_stack(stack, end, mlp_input, pos_slice=slice_)
+        if project_output_onto is not None:
+            stack = stack @ project_output_onto.to(stack)
+        return (stack, [*labels, *(names[i] for i in order), "bias"]) if return_labels else stack
+
     # -- what TransformerLens computes for attention heads, neurons and its own SSM bridges alone --------------------------
 
     def _no_heads(self, *_: object, **__: object) -> NoReturn:
@@ -179,7 +291,6 @@ class ResidualCache(transformer_lens.ActivationCache):
             "the scan's matrix, and cache['state', layer] its states, with names_filter='blocks.*.hook_state'."
         )
 
-    compute_head_results = stack_head_results = get_full_resid_decomposition = _no_heads
     get_neuron_results = stack_neuron_results = _no_neurons
     ssm_layers = compute_ssm_state = compute_ssm_effective_attention = _no_ssm_bridge
 
@@ -226,6 +337,8 @@ class ActivationCache(ResidualCache):
     def __getitem__(self, key: Key) -> Tensor:
         if isinstance(key, str) and key in self.cache_dict:
             return self.cache_dict[key]
+        if isinstance(key, tuple) and key[0:1] == ("result",) and 1 < len(key) < 4:  # TransformerLens's word
+            return self.head_results(key[1])
         suffix = ""
         if isinstance(key, str) and key.endswith("_grad"):
             key, suffix = key[: -len("_grad")], "_grad"
@@ -239,6 +352,31 @@ class ActivationCache(ResidualCache):
         if "t" in params:
             self._check_position(key, params["t"], values[0])
         return found.view.read(self.model, found.layer, *values, **params)
+
+    def select(self, key: Key, **index: Index) -> Shaped[Tensor, ...]:
+        """`cache.select(("scan", 0), head=2)`: the entries of a cached activation by its axes, or by what these make up.
+
+        index: any axis but batch and pos: a number, which takes the axis away, or a slice, list or mask, which keeps it. So
+        head=2 of [batch pos channel] is [batch pos value], head=[0, 2] [batch pos head value], and channel=[3, 5] of a state
+        [batch pos head value state] is [batch pos channel state]. PointError for an axis that the point lacks, for two that
+        overlap, and for a view; InputError for an index out of range.
+        """
+        name, grad = (key[: -len("_grad")], "_grad") if isinstance(key, str) and key.endswith("_grad") else (key, "")
+        found = self.find(name)
+        if found.view is not None:
+            raise PointError(f"{key!r} is computed from {', '.join(found.needs())}: select entries of these.")
+        for axis in ("batch", "pos"):
+            if axis in index:
+                raise InputError(
+                    f"{axis}={index[axis]!r}: rows are chosen by apply_slice_to_batch_dim, positions by pos_slice, or either of "
+                    "the tensor that you get."
+                )
+        where, point, sizes = Where((), index), self.model.names.points[found.name], self.model.cfg.sizes
+        where.check(found.name, self.model.names, sizes)
+        value = self._stored(found.name + grad, key)
+        value = value if self.has_batch_dim else value.unsqueeze(0)
+        chosen = picked(value, point, where.at(found.name), sizes, found.name)
+        return chosen if self.has_batch_dim else chosen.squeeze(0)
 
     def _check_position(self, key: Any, t: int, states: Tensor) -> None:
         if self.sliced:

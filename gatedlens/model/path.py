@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gatedlens.model.block import Kernel, Mixer, Run
+from gatedlens.model.mixer import Kernel, Mixer
 from gatedlens.model.padding import Padding
+from gatedlens.model.run import Run
 from gatedlens.model.state import RecurrentState
 from gatedlens.recurrence.factors import Factors
 from gatedlens.recurrence.scanning import at_least_float32
@@ -128,7 +129,7 @@ class PathMixer(Mixer):
     def attention_points(self) -> tuple[str, ...]:  # type: ignore[override]
         """x, what the stages are held by, and what comes out."""
         inside = (f"hook_{name}" for stage in self.path for name in stage.reads(self))
-        return ("hook_x", *inside, self.output_point)
+        return tuple(dict.fromkeys(("hook_x", *inside, self.output_point)))
 
     def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
         return F.linear(self.walk(self.project(n, run), run), *self.output_weights())

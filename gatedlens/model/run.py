@@ -1,18 +1,73 @@
-"""DocumentRun: a forward call whose rows may hold several documents, each beginning at position 0.
+"""Run: what one forward call carries; DocumentRun: one whose rows may hold several documents, each beginning at position 0.
 
 b batch, l pos. A document is a run of tokens whose first has position 0: nothing passes from one into the next.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gatedlens.model.block import Run
+from gatedlens.errors import InputError
+from gatedlens.model.padding import Padding
+from gatedlens.model.state import RecurrentState
+
+
+@dataclass
+class Run:
+    """One forward call: `padding`, `positions` (each token's place in its document, counted through the state), the
+    `before` state (None: from nothing) and, if wanted, the tensors that are `left` for the next call."""
+
+    positions: Int[Tensor, "batch pos"]
+    padding: Padding = field(default_factory=Padding)
+    before: RecurrentState | None = None
+    left: dict[str, Tensor] | None = None  # None: nobody wants the state
+
+    def start(self, name: str, layer: int, shape: tuple[int, ...], like: Tensor, nothing: float = 0.0) -> Tensor:
+        """The tensor `name` of the state that this call continues; full of `nothing` if it starts from none.
+
+        A size of -1 stands for whatever the state has there, and for 0 when there is no state.
+        """
+        if self.before is None:
+            return like.new_full([max(size, 0) for size in shape], nothing)
+        key = RecurrentState.key(name, layer)
+        if key not in self.before.tensors:
+            raise InputError(
+                f"The state that this call goes on from holds no {key}: block {layer}, or that part of it, did not run in "
+                "the call that left the state (it was skipped, or the run stopped before it), or the state is another "
+                "model's. While generating, skip a block in every step or in none. The state holds "
+                f"{', '.join(self.before.tensors)}."
+            )
+        given = self.before[key]
+        if given.ndim != len(shape) or any(size not in (-1, has) for size, has in zip(shape, given.shape, strict=True)):
+            raise InputError(
+                f"The state's {key} has shape {list(given.shape)}; this call needs {list(shape)}"
+                " (batch first). `state.rows([...])` repeats or picks rows."
+            )
+        return given.to(device=like.device, dtype=like.dtype)
+
+    def in_document(self, width: int) -> Bool[Tensor, "batch pos one tap"] | None:
+        """Which taps of each conv window are of the same document as the window's position; None: a row is one document."""
+        return None
+
+    def resets(self, like: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos one"] | None:
+        """1 where a document begins, else 0; None: no position_ids told of documents."""
+        return None
+
+    def of_last_document(
+        self, long: Float[Tensor, "batch long channel"], width: int
+    ) -> Float[Tensor, "batch long channel"]:
+        """A row behind its tail, 0 where it is not of the row's last document: what the next call may see of it."""
+        return long
+
+    def leave(self, name: str, layer: int, value: Tensor) -> None:
+        """Hand `value` to the next call."""
+        if self.left is not None:
+            self.left[RecurrentState.key(name, layer)] = value.clone()
 
 
 @dataclass

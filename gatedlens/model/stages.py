@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.model.block import Run
 from gatedlens.model.path import Content, Held, PathMixer, Stage, Streams
+from gatedlens.model.run import Run
 from gatedlens.recurrence.decay_matrix import DecayScan
 from gatedlens.recurrence.factors import reach
 from gatedlens.recurrence.head_matrix import HeadScan

@@ -2,10 +2,12 @@
 
     sweep(model, corrupted, clean_cache, metric, "blocks.*.mixer.hook_gate", ("layer", "pos"))
     sweep(model, corrupted, clean_cache, metric, "blocks.*.mixer.hook_dt", ("layer", "channel"), groups={"channel": 8})
+    sweep(model, corrupted, clean_cache, metric, "blocks.*.mixer.hook_scan", ("layer", "head"))
     sweep(model, corrupted, clean_cache, metric, "blocks.3.mixer.hook_conv_taps", ("pos", "tap"))
     sweep(model, corrupted, clean_cache, metric, "blocks.*.mixer.hook_state", ("layer", "pos"), edits=carried)
 
-An axis is "layer" or any of the point's own but batch. What is not named is patched whole: without "layer" all layers at
+An axis is "layer" or any of the point's own but batch, or one that these make up or are made of: "head" and "value" where a
+channel is (head value), "channel" of a state [head value]. What is not named is patched whole: without "layer" all layers at
 once, without "pos" all positions. Layers that lack the point (Griffin's attention layers have no gate) are not on the
 axis: its labels say which layers there are. Where the pattern names several points of a layer (fwd and bwd of Vision
 Mamba) they get an axis "point" in front. Position k is each row's k-th real one; a row without it is left unpatched.
@@ -20,6 +22,8 @@ from typing import Any
 from torch import Tensor
 
 from gatedlens.address import positions
+from gatedlens.address.composite import own_indices
+from gatedlens.address.point import refuse_overlap
 from gatedlens.errors import InputError, PointError
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
@@ -121,19 +125,22 @@ class Spread:
             if axis == "pos":
                 self.entries[axis] = _at_positions(run, groups.get(axis))
             elif axis != "layer":
-                each = _entries(axis, shape[first.axis(axis)], groups.get(axis))
+                size = shape[first.axis(axis)] if axis in first.dims else run.model.cfg.sizes[axis]
+                each = _entries(axis, size, groups.get(axis))
                 self.entries[axis] = [(label, ({axis: index},)) for label, index in each]
 
     def _check(self, groups: Mapping[str, Any]) -> None:
-        points = self.run.model.names.points
+        names, sizes = self.run.model.names, self.run.model.cfg.sizes
         if not self.axes or len(set(self.axes)) != len(self.axes):
             raise InputError(f"axes={self.axes}: name each axis once, for example ('layer', 'pos').")
+        refuse_overlap(self.axes)
         for name in self.names:
-            known = ["layer"] * (layer_of(name) is not None) + [d for d in points[name].dims if d != "batch"]
+            point = names.points[name]
+            known = ["layer"] * (layer_of(name) is not None) + [d for d in point.dims if d != "batch"]
             for axis in self.axes:
-                if axis not in known:
+                if axis not in known and (axis in ("layer", "batch") or not point.reaches(axis, sizes)):
                     hint = " The rows of a batch are patched together: reduce='none' keeps their numbers apart."
-                    hint = hint if axis == "batch" else ""
+                    hint = hint if axis == "batch" else "" if axis == "layer" else names.nearest(name, axis, sizes)
                     raise PointError(f"{name} has no axis {axis!r} to sweep; it has: {', '.join(known)}.{hint}")
         for axis in groups:
             if axis not in self.axes or axis == "layer":
@@ -169,7 +176,8 @@ class Spread:
         for target, source in self._sources(name):
             dims = rows[target].dims
             local = self.run.causal and may_start_within(dims, sizes)
-            out.append(Put(target, dims, dict(index), source, local))
+            own = own_indices(rows[target], index, sizes)
+            out.extend(Put(target, dims, one, source, local) for one in own)
         return out
 
     def _sources(self, name: str) -> list[tuple[str, Tensor | None]]:

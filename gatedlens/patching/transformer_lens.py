@@ -2,6 +2,7 @@
 
     get_act_patch_gate(model, corrupted_tokens, clean_cache, metric)       # layer pos
     get_act_patch_by_tap(model, corrupted_tokens, clean_cache, metric)     # layer tap
+    get_act_patch_attn_head_out_all_pos(model, corrupted_tokens, clean_cache, metric)      # layer head
     get_act_patch_resid_pre(..., normalised=True, results="sweep.json")    # options of every sweep: `Options`
     generic_activation_patch(model, corrupted_tokens, clean_cache, metric, patch_setter, "resid_pre", ("layer", "pos"))
 
@@ -137,14 +138,15 @@ def _size(run: Baseline, name: str, axis: str) -> int:
         return int(cfg.n_layers)
     if axis in POSITIONS:
         return run.longest
-    if axis in HEADS:
-        return int(cfg.n_heads)
-    if axis not in point.dims or axis not in cfg.sizes:
+    part = "head" if axis in HEADS else axis
+    if part == "head" and not point.reaches(part, cfg.sizes):
+        raise run.model.names.lacking(_point(run.model, name, 0), part, cfg.sizes)
+    if not point.reaches(part, cfg.sizes) or part not in cfg.sizes:
         known = ["layer", *POSITIONS, *HEADS, *(dim for dim in point.dims if dim in cfg.sizes)]
         raise PointError(
             f"{point.name} has no axis {axis!r}; an index may have {', '.join(known)}.{did_you_mean(axis, known)}"
         )
-    return int(cfg.sizes[axis])
+    return int(cfg.sizes[part])
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,92 @@ get_act_patch_conv = Kind("blocks.*.mixer.*hook_conv")
 get_act_patch_gate = Kind("blocks.*.mixer.*hook_gate")
 get_act_patch_scan = Kind("blocks.*.mixer.*hook_scan")
 get_act_patch_state = Kind("blocks.*.mixer.*hook_state", edits=carried)  # what later positions go on from
+
+# By head, as TransformerLens's get_act_patch_attn_head_*: all positions of a head at once, or each by itself.
+ALL_POS, BY_POS = ("layer", "head"), ("layer", "pos", "head")
+get_act_patch_scan_head_all_pos = Kind("blocks.*.mixer.*hook_scan", ALL_POS)
+get_act_patch_scan_head_by_pos = Kind("blocks.*.mixer.*hook_scan", BY_POS)
+get_act_patch_y_head_all_pos = Kind("blocks.*.mixer.*hook_y", ALL_POS)
+get_act_patch_y_head_by_pos = Kind("blocks.*.mixer.*hook_y", BY_POS)
+get_act_patch_gated_head_all_pos = Kind("blocks.*.mixer.hook_gated", ALL_POS)
+get_act_patch_gated_head_by_pos = Kind("blocks.*.mixer.hook_gated", BY_POS)
+get_act_patch_state_head_by_pos = Kind("blocks.*.mixer.*hook_state", BY_POS, carried)
+
+# What a head takes in, how long it keeps it, what it reads, what lets it through and what it gives to the output projection;
+# of an attention its query, its pattern and what it gives.
+OF_A_HEAD = ("hook_u", "hook_dt", "hook_scan", "hook_gate", "hook_gated", "hook_q", "hook_pattern", "hook_z")
+
+
+@checked
+def get_act_patch_attn_head_out_all_pos(
+    model: HookedModel, corrupted_tokens: Input, clean_cache: Cached, patching_metric: Metrics, **options: Any
+) -> Result:
+    """`get_act_patch_attn_head_out_all_pos(model, corrupted_tokens, clean_cache, metric)`: a Result [layer, head].
+
+    What each head gives to its layer's output projection, all positions at once: hook_gated of Mamba-2, hook_z of an attention
+    layer. Layers without heads are not on the axis. options and errors: as of `gl.patching.sweep`; PointError too for a model
+    without heads.
+    """
+    return sweep(
+        model,
+        corrupted_tokens,
+        clean_cache,
+        patching_metric,
+        _head_outputs(model),
+        options.pop("axes", ALL_POS),
+        **options,
+    )
+
+
+@checked
+def get_act_patch_attn_head_out_by_pos(
+    model: HookedModel, corrupted_tokens: Input, clean_cache: Cached, patching_metric: Metrics, **options: Any
+) -> Result:
+    """`get_act_patch_attn_head_out_by_pos(model, corrupted_tokens, clean_cache, metric)`: a Result [layer, pos, head].
+
+    As `get_act_patch_attn_head_out_all_pos`, each position by itself.
+    """
+    options = {"axes": BY_POS, **options}
+    return get_act_patch_attn_head_out_all_pos(model, corrupted_tokens, clean_cache, patching_metric, **options)
+
+
+@checked
+def get_act_patch_attn_head_all_pos_every(
+    model: HookedModel, corrupted_tokens: Input, clean_cache: Cached, patching_metric: Metrics, **options: Any
+) -> Result:
+    """`get_act_patch_attn_head_all_pos_every(model, corrupted_tokens, clean_cache, metric)`: a Result [point, layer, head].
+
+    The points of a head: of Mamba-2 what it takes in (u), how fast it forgets (dt), what it reads (scan), its gate and what it
+    gives (gated); of an attention layer q, pattern and z. Not a number where a layer lacks the point. options and errors: as of
+    `get_act_patch_attn_head_out_all_pos`.
+    """
+    words = dict.fromkeys(name.rpartition(".")[0] for name in _head_outputs(model))
+    sizes, rows = model.cfg.sizes, model.names.points
+    points = [f"{part}.{leaf}" for part in words for leaf in OF_A_HEAD if f"{part}.{leaf}" in rows]
+    points = [name for name in points if rows[name].reaches("head", sizes)]
+    return sweep(model, corrupted_tokens, clean_cache, patching_metric, points, options.pop("axes", ALL_POS), **options)
+
+
+@checked
+def get_act_patch_attn_head_by_pos_every(
+    model: HookedModel, corrupted_tokens: Input, clean_cache: Cached, patching_metric: Metrics, **options: Any
+) -> Result:
+    """`get_act_patch_attn_head_by_pos_every(model, corrupted_tokens, clean_cache, metric)`: a Result [point, layer, pos, head].
+
+    As `get_act_patch_attn_head_all_pos_every`, each position by itself.
+    """
+    options = {"axes": BY_POS, **options}
+    return get_act_patch_attn_head_all_pos_every(model, corrupted_tokens, clean_cache, patching_metric, **options)
+
+
+def _head_outputs(model: HookedModel) -> list[str]:
+    """The output points of the layers that have heads, by their full names."""
+    mixers = [(layer, block.mixer) for layer, block in enumerate(model.blocks)]
+    names = [f"blocks.{layer}.{mixer.place}.{mixer.output_point}" for layer, mixer in mixers]
+    found = [name for name in names if model.names.points[name].reaches("head", model.cfg.sizes)]
+    if not found:
+        raise model.names.lacking(names[0], "head", model.cfg.sizes)
+    return found
 
 
 @checked

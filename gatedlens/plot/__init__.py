@@ -3,6 +3,7 @@
     gl.plot.heatmap(attention.abs_mean()[0], tokens=model.to_str_tokens(text)) # a matplotlib Figure
     gl.plot.heatmap(attention)                                                  # its mean, its own tokens
     gl.plot.layers(stack); gl.plot.layers({0: A0, 1: A1}, tokens)               # one panel a layer
+    gl.plot.heads(attention)                                                    # one panel a head
     gl.plot.text(scores, tokens)                                                # coloured tokens, shows in a notebook
     gl.plot.over_image(attention.mean()[0, cls], images[0], model.grid)         # a map over the image it was read from
     gl.plot.activation(cache, ("dt", 3), tokens)                                # one activation, titled by its row
@@ -11,13 +12,25 @@ matplotlib is an extra (`pip install gatedlens[plot]`) and is imported when a fi
 `$` in a token, a title or a name is a `$`.
 """
 
-from gatedlens.plot.matrices import Html, activation, heatmap, image, label, labels_of, layers, over_image, panels, text
+from gatedlens.plot.matrices import (
+    Html,
+    activation,
+    heads,
+    heatmap,
+    image,
+    label,
+    labels_of,
+    layers,
+    over_image,
+    panels,
+    text,
+)
 from gatedlens.plot.page import attention_page
 from gatedlens.plot.results import result
 
 # fmt: off
 __all__ = [
-    "Html", "activation", "attention_page", "heatmap", "image", "label", "labels_of", "layers", "over_image", "panels",
+    "Html", "activation", "attention_page", "heads", "heatmap", "image", "label", "labels_of", "layers", "over_image", "panels",
     "result", "text",
 ]
 # fmt: on

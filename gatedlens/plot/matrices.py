@@ -167,7 +167,6 @@ def layers(
 
     matrices: a matrix by layer (or by any name), or a stack, each layer of which is drawn as its mean over channels.
     """
-    plt = _pyplot()
     if isinstance(matrices, AttentionStack):
         tokens = labels_of(matrices) if tokens is None else tokens
         matrices = {attention.layer: attention for attention in matrices}
@@ -182,17 +181,57 @@ def layers(
         raise InputError("There is no layer to plot: the mapping is empty.")
     first = next(iter(matrices.values()))
     tokens = labels_of(first) if tokens is None and isinstance(first, ImplicitAttention) else tokens
-    drawn = {name: _matrix(matrix, tokens) for name, matrix in matrices.items()}
+    drawn = {
+        f"layer {name}" if isinstance(name, int) else str(name): _matrix(matrix, tokens)
+        for name, matrix in matrices.items()
+    }
+    return _grid(drawn, tokens, title, style)
+
+
+@checked
+def heads(
+    matrices: Matrix,
+    tokens: Sequence[str] | None = None,
+    title: str | None = None,
+    names: Sequence[int] | None = None,
+    **style: Any,
+) -> Figure:
+    """`gl.plot.heads(A)`: one heat map a head, side by side, each on a scale of its own. Returns the matplotlib Figure.
+
+    matrices: an ImplicitAttention, of which each head's mean over its channels is drawn with its own tokens; or numbers
+    [head, dst, src], such as `A.abs_mean(heads=[0, 3])[0]`. names: the heads' numbers (None: 0, 1, ...). InputError for numbers
+    of another shape, PointError for a layer without heads.
+    """
+    said = "Implicit attention by head"
+    if isinstance(matrices, ImplicitAttention):
+        tokens = labels_of(matrices) if tokens is None else tokens
+        said = f"{said}, layer {matrices.layer}"
+        matrices = matrices.mean(heads=slice(None) if names is None else list(names))
+    data = _numbers(matrices, "heads()")
+    data = data[0] if data.ndim == 4 and len(data) == 1 else data
+    if data.ndim != 3 or not data.numel():
+        raise InputError(
+            f"heads() draws a matrix a head, [head, dst, src]; this has shape {list(data.shape)}. Pick a row of the batch: "
+            "A.mean(heads=slice(None))[0]."
+        )
+    numbers = range(len(data)) if names is None else names
+    if len(numbers) != len(data):
+        raise InputError(f"{len(numbers)} names for the matrices of {len(data)} heads.")
+    drawn = {f"head {name}": _matrix(matrix, tokens) for name, matrix in zip(numbers, data, strict=True)}
+    style.setdefault("value", label_of(data))
+    return _grid(drawn, tokens, said if title is None else title, style)
+
+
+def _grid(drawn: Mapping[str, Tensor], tokens: Sequence[str] | None, title: str, style: Mapping[str, Any]) -> Figure:
+    """One heat map a matrix, under its name, at most four side by side."""
     size = min(4 + 0.13 * len(next(iter(drawn.values()))), 9)
     columns = min(len(drawn), 4)
     rows = -(-len(drawn) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(size * columns, (size - 0.6) * rows), squeeze=False, layout="constrained"
-    )
+    figure, axes = panels(rows, columns, size)
     for ax in axes.flat[len(drawn) :]:
         ax.remove()
     for ax, (name, matrix) in zip(axes.flat, drawn.items(), strict=False):
-        heatmap(matrix, tokens, title=f"layer {name}" if isinstance(name, int) else str(name), ax=ax, **style)
+        heatmap(matrix, tokens, title=name, ax=ax, **style)
     plain(figure.suptitle(title))
     return figure
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gatedlens.address.entries import Index, Where
 from gatedlens.address.layers import Layers, layers_of
-from gatedlens.address.names import Point
+from gatedlens.address.names import Names, Point
 from gatedlens.address.positions import Positions
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.model.base import HookedModel
@@ -96,14 +96,15 @@ def splice(
     if set(chosen) == layered and not index:
         return source.clone()
     out = into.clone()
+    tensors = {key: _point(model, key, source[key]) for key in chosen}
     for key, carried in chosen.items():
         new = source[key]
         if carried.part == "window":
             _check_window(into, source, key)
         if index:
-            where, point = Where((), index), Point(key, " ".join(carried.axes.split()[: new.ndim]), "", "")
-            where.check(key, point, model.cfg.sizes)
-            new = torch.where(where.entries(new.shape, point, new.device, sizes=model.cfg.sizes), new, into[key])
+            where, sizes = Where((), index), model.cfg.sizes
+            where.check(key, Names(tensors, model=f"this state of {model.cfg.model_name}"), sizes)
+            new = torch.where(where.entries(new.shape, tensors[key], new.device, sizes=sizes), new, into[key])
         out.tensors[key] = new.clone()
     return out
 
@@ -122,6 +123,11 @@ def swap(
     The states that were given stay as they are. Parameters and errors: as of `gl.states.splice`.
     """
     return splice(model, a, b, layers, parts, **index), splice(model, b, a, layers, parts, **index)
+
+
+def _point(model: HookedModel, key: str, tensor: Tensor) -> Point:
+    """A tensor of the state as the point that an index speaks of."""
+    return Point(key, " ".join(_carried(model, key).axes.split()[: tensor.ndim]), "", "")
 
 
 def _carried(model: HookedModel, key: str) -> Carried:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
+from gatedlens.address.composite import picked
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.files import optional
 from gatedlens.model.base import HookedModel
@@ -43,7 +44,12 @@ class Work:
     @torch.no_grad()
     def __call__(self, rows: Rows) -> dict[str, Tensor]:
         cache = activations(self.model, rows, [layout.name for layout in self.layouts])
-        return {layout.name: layout.flat(cache[layout.name], rows.keep) for layout in self.layouts}
+        return {layout.name: layout.flat(self._kept(layout, cache[layout.name]), rows.keep) for layout in self.layouts}
+
+    def _kept(self, layout: Layout, activation: Tensor) -> Tensor:
+        """The entries of an activation that are harvested."""
+        point = self.model.names.points[layout.name]
+        return picked(activation, point, layout.kept, self.model.cfg.sizes) if layout.kept else activation
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,21 @@ named and done again. The stored values are those of `run_with_cache` on the sam
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from gatedlens.address.entries import Index, Where
 from gatedlens.address.names import NamesFilter
-from gatedlens.errors import InputError, StoreError
+from gatedlens.errors import InputError, StoreError, did_you_mean
 from gatedlens.model.base import HookedModel
 from gatedlens.model.config import dtype_name, dtype_of
 from gatedlens.options import checked
@@ -31,7 +34,7 @@ from gatedlens.store.corpus.sources import Documents, read
 from gatedlens.store.disk import manifest
 from gatedlens.store.disk.arrow import Columns
 from gatedlens.store.disk.files import explained, locked
-from gatedlens.store.disk.layout import Layout, aliases, resolve
+from gatedlens.store.disk.layout import Layout, aliases, chosen_of, resolve
 from gatedlens.store.disk.shards import card, checksum, fits
 from gatedlens.store.disk.sinks import Sink, StatisticsSink, TensorSink
 from gatedlens.store.engines import Engine, EngineLike, Reduce, Work, activations
@@ -63,6 +66,7 @@ def harvest(
     workers: int = 2,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
+    **index: Index,
 ) -> Store:
     """`gl.store.harvest(model, "corpus.jsonl", "blocks.*.mixer.hook_gated", "out", context=128)`: the store in `out`.
 
@@ -73,15 +77,16 @@ def harvest(
     bfloat16 is stored as float32, which holds it exactly). reduce: statistics instead of tensors: "mean", "variance",
     "covariance", "second_moment", "kurtosis", "max", "sample", or a list of them. field: which field of a record holds
     the text or ids. engine: "local", or "ray" with so many `workers`. shard_bytes: the size of one file.
+    index: some entries of the points by axis, head=[0, 3] say; the others are not stored.
 
-    PointError for a point that the model lacks, InputError for a corpus or an option that cannot be read, TooLargeError if
-    the disk lacks room, StoreError if the folder is in use, or holds another harvest.
+    PointError for a point that the model lacks, or an axis that a point lacks, InputError for a corpus or an option that
+    cannot be read, TooLargeError if the disk lacks room, StoreError if the folder is in use, or holds another harvest.
     """
     kept, reductions = dtype_of(dtype), chosen(reduce)
     if not isinstance(shard_bytes, int) or shard_bytes < 1:
         raise InputError(f"shard_bytes={shard_bytes!r}: it is a number of bytes, at least 1.")
     batches = Batches(read(dataset, model, field), model, batch_size, context, max_tokens, positions)
-    layouts = plan(batches, names, kept)
+    layouts = plan(batches, names, kept, index)
     folder = Path(out).expanduser()
     if "\0" in str(folder):
         raise StoreError(f"{str(folder)!r} is no name of a folder: it holds a null character.")
@@ -144,6 +149,7 @@ def estimate(
     *,
     context: int | None = None,
     field: str | None = None,
+    **index: Index,
 ) -> Estimate:
     """`gl.store.estimate(model, "corpus.jsonl", "blocks.*.mixer.hook_gated", context=128)`: how large a harvest would be.
 
@@ -151,19 +157,22 @@ def estimate(
     model reads two tokens (or one image). Errors as those of `harvest`; a lack of room is none here.
     """
     batches = Batches(read(dataset, model, field), model, batch_size, context, max_tokens, positions)
-    layouts = plan(batches, names, dtype_of(dtype))
+    layouts = plan(batches, names, dtype_of(dtype), index)
     return estimate_of(batches, layouts, chosen(reduce), Path(out).expanduser())
 
 
 # -- the steps of a harvest -----------------------------------------------------------------------------------------
 
 
-def plan(batches: Batches, names: NamesFilter, dtype: torch.dtype | None) -> list[Layout]:
+def plan(
+    batches: Batches, names: NamesFilter, dtype: torch.dtype | None, index: Mapping[str, Index] | None = None
+) -> list[Layout]:
     """How each point that was asked for will lie in the store, in firing order, learnt from a run on two tokens.
 
-    PointError if a point does not fire, InputError if there is nothing to run.
+    PointError if a point does not fire, or lacks an axis of `index`; InputError if there is nothing to run.
     """
     wanted, model = resolve(batches.model, names), batches.model
+    where = _where(model, wanted, index or {})
     first = next(iter(batches), None)
     if first is None:
         raise InputError(_nothing(batches))
@@ -171,8 +180,32 @@ def plan(batches: Batches, names: NamesFilter, dtype: torch.dtype | None) -> lis
     some = Rows(first.value[:1, :length], None, first.keep[:1, :length], first.documents[:1, :length])
     with torch.no_grad():
         fired = activations(model, some, wanted)
-    points = model.names.points
-    return [Layout.of(points[name], name, fired[name], dtype, batches.length) for name in wanted]
+    layouts = []
+    for name in wanted:
+        point, sizes = model.names.points[name], model.cfg.sizes
+        own, example, kept, known = chosen_of(point, name, fired[name], where.at(name), sizes)
+        layout = Layout.of(own, name, example, dtype, batches.length)
+        layouts.append(replace(layout, kept=kept, sizes=known))
+    return layouts
+
+
+def _where(model: HookedModel, wanted: list[str], index: Mapping[str, Index]) -> Where:
+    """Which entries are harvested, checked; an axis that nothing has is most likely a misspelt option."""
+    options = [*inspect.signature(harvest).parameters][:-1]
+    for axis in index:
+        if axis in ("batch", "pos"):
+            raise InputError(
+                f"{axis}={index[axis]!r}: which rows and positions are kept is said by the corpus and positions=."
+            )
+        if not any(point.reaches(axis, model.cfg.sizes) for point in model.names.points.values()):
+            raise InputError(
+                f"harvest() has no option {axis!r}, and no point of {model.cfg.model_name} such an axis."
+                f"{did_you_mean(axis, options)}"
+            )
+    where = Where(tuple(wanted), index)
+    if index:
+        where.points(model)
+    return where
 
 
 def _nothing(batches: Batches) -> str:

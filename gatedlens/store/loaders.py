@@ -10,7 +10,7 @@ An entry is a stored token (of a point without positions, a sample). Entries are
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -18,6 +18,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from gatedlens.address.entries import Index
 from gatedlens.address.key import Key
 from gatedlens.errors import InputError
 from gatedlens.options import checked, tensor_of
@@ -35,8 +36,9 @@ else:
 class Activations(Dataset):
     """`data[i]`: the entry `i` at one point, or {name: entry} at several; with `labels`, (entry, label)."""
 
-    def __init__(self, store: Any, keys: Keys, labels: Tensor | None = None):
+    def __init__(self, store: Any, keys: Keys, labels: Tensor | None = None, index: Mapping[str, Index] | None = None):
         self.store = store
+        self.index = dict(index or {})
         self.single = not isinstance(keys, list)
         self.layouts = [store.find(key) for key in ([keys] if self.single else keys)]
         if not self.layouts:
@@ -82,7 +84,8 @@ class Activations(Dataset):
             at.append(index - self.first[batch])
         for batch, (to, at) in sorted(places.items()):
             out[to] = self.store.batch_of(layout.name, batch)[0][at]
-        return out
+        picked: Tensor = layout.picked(out, self.index, ("entry",))
+        return picked
 
     @checked
     def loader(self, batch_size: int, shuffle: bool = False, seed: int = 0, **options: Any) -> DataLoader:

@@ -4,6 +4,7 @@
     gated = store["gated", 1]                  # also a full name, or another tool's name for it
     gated[7]                                   # pos channel: the eighth sample
     gated[7, -1]                               # channel: at its last stored position
+    gated.select(head=2)[7]                    # pos value: one head of it
     gated[0:16]                                # sample pos channel, where the samples have one length
     for batch in store.loader("blocks.1.mixer.hook_gated", batch_size=1024, shuffle=True): ...
     for x, y in store.with_labels(labels).loader(("gated", 1), batch_size=256): ...
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import bisect
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from gatedlens.address.entries import Index
 from gatedlens.address.key import Key
 from gatedlens.errors import InputError, PointError, StoreError, did_you_mean
 from gatedlens.options import checked, is_whole
@@ -52,15 +54,28 @@ class Column:
         column[7]                 # pos channel: the eighth sample
         column[7, -1]             # channel: at its last stored position; a slice, list or tensor of positions as well
         column[0:16]              # sample pos channel, where the samples have one length
+        column.select(head=2)[7]  # pos value: one head, of a point whose channels are (head value)
         for sample in column: ...
 
     InputError for an index that is no such number, for a sample or position that is not there, and for samples of
     different lengths side by side.
     """
 
-    def __init__(self, store: Store, layout: Layout):
+    def __init__(self, store: Store, layout: Layout, index: Mapping[str, Index] | None = None):
         self.store = store
         self.layout = layout
+        self.index = dict(index or {})
+
+    def select(self, **index: Index) -> Column:
+        """`column.select(head=2)[7]`: the column with only these entries of each activation.
+
+        index: any axis of an entry, or one that these make up or are part of: a number, which takes the axis away, or a slice,
+        list or mask, which keeps it; heads by their numbers in the model. PointError for an axis that there is not; InputError
+        for an index out of range, and for what was not harvested.
+        """
+        empty = torch.empty(0, *self.layout.shape, dtype=self.layout.dtype)
+        self.layout.picked(empty, index, ("entry",))
+        return Column(self.store, self.layout, index)
 
     @property
     def name(self) -> str:
@@ -90,7 +105,9 @@ class Column:
     def _sample(self, sample: int) -> Tensor:
         batch, row = self.store.place(sample)
         values, ends = self.store.batch_of(self.name, batch)
-        return (values[row] if self.layout.per == "row" else values[ends[row] : ends[row + 1]]).clone()
+        found = values[row] if self.layout.per == "row" else values[ends[row] : ends[row + 1]]
+        front = () if self.layout.per == "row" else ("entry",)
+        return self.layout.picked(found, self.index, front).clone()
 
     def _several(self, samples: Any, position: Any) -> Tensor:
         chosen = self._numbers(samples, len(self), "a sample")
@@ -463,13 +480,15 @@ class Store:
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def dataset(self, keys: Keys) -> Activations:
+    def dataset(self, keys: Keys, **index: Index) -> Activations:
         """`store.dataset(("gated", 1))`: a torch Dataset of the entries at one point, or of {name: entry} at a list of them.
+
+        `store.dataset(("gated", 1), head=2).loader(batch_size=1024)`: of these entries alone, as in `Column.select`.
 
         An entry is a stored token; of a point without positions, a sample. PointError for a point that the store lacks;
         InputError for an empty list, and for points with and without positions side by side.
         """
-        return Activations(self, keys)
+        return Activations(self, keys, index=index)
 
     @checked
     def loader(self, keys: Keys, batch_size: int, shuffle: bool = False, seed: int = 0, **options: Any) -> DataLoader:

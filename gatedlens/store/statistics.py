@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
+from gatedlens.address.entries import Index
+from gatedlens.address.key import Key
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.options import is_many
 from gatedlens.store.disk.layout import Layout
@@ -226,6 +228,9 @@ def by_name(name: object) -> Reduction:
     raise InputError(f"reduce={name!r}: it is {', '.join(known)}, or a list of these.{did_you_mean(str(name), known)}")
 
 
+PAIRS = ("covariance", "second_moment")  # of every number of an entry with every other
+
+
 class Statistics:
     """`statistics["gated", 1]["mean"]`: {reduction: tensor} of a point, named as in a store; `merge` adds another corpus.
 
@@ -243,6 +248,32 @@ class Statistics:
         name = self._find(key).name
         found = {key.partition("/")[2]: part for key, part in self.parts.items() if key.partition("/")[0] == name}
         return {reduction: by_name(reduction).result(part) for reduction, part in found.items()}
+
+    def select(self, key: Key, **index: Index) -> dict[str, Tensor]:
+        """`statistics.select(("gated", 1), head=2)["covariance"]`: the statistics of some entries of a point, as in
+        `Column.select`: of a covariance those entries by those entries. PointError for an axis that there is not.
+        """
+        layout = self._find(key)
+        found, shape = {}, layout.shape
+        for name, value in self[key].items():
+            if name in PAIRS:  # [numbers, numbers], each side an entry laid flat
+                n = layout.numbers
+                value = layout.picked(value.reshape(n, *shape), index, ("entry",)).flatten(1)
+                found[name] = layout.picked(value.T.reshape(-1, *shape), index, ("entry",)).flatten(1).T
+            else:
+                front = ("entry",) if value.ndim > len(shape) else ()  # a sample has entries
+                found[name] = layout.picked(value, index, front)
+        return found
+
+    def by_head(self, key: Key) -> dict[str, Tensor]:
+        """`statistics.by_head(("gated", 1))["covariance"]`: [head, value, value], the statistics of each head of a point.
+
+        Each as in `select`, the heads that were harvested one behind the other. PointError for a point without heads.
+        """
+        layout = self._find(key)
+        total = {**layout.sizes, **dict(zip(layout.entry_axes, layout.shape, strict=True))}.get("head", 1)
+        each = [self.select(key, head=head) for head in layout.kept.get("head", range(total))]
+        return {name: torch.stack([one[name] for one in each]) for name in each[0]}
 
     def merge(self, other: Statistics) -> Statistics:
         """`both = statistics.merge(other)`: the statistics of both corpora together.

@@ -235,3 +235,24 @@ def test_rows_of_other_lengths_are_not_resampled(lm):
     with pytest.raises(gl.InputError, match="The batch is padded: another row's blocks.0.hook_mixer_out"):
         lm.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=ablation.resample(NAME).hooks(lm))
     assert not lm.is_hooked()
+
+
+@torch.no_grad()
+def test_a_number_beside_the_axis_value():
+    """Behind the names the number leaves `value=` to the axis; by keyword it is the number."""
+    model, name = gl.HookedMamba2.tiny(dtype=torch.float64), "blocks.0.mixer.hook_u"
+    x = fired(model, ablation.Intervention(()), name)
+    want = x.unflatten(2, (4, 8)).clone()
+    want[:, :, :, [1, 3]] = 0.5
+    assert torch.equal(fired(model, ablation.constant(name, 0.5, value=[1, 3]), name), want.flatten(2))
+    assert (fired(model, ablation.constant(name, value=0.5), name) == 0.5).all()
+    want = x.unflatten(2, (4, 8)).clone()
+    want[:, :, 2] = 0.5
+    assert torch.equal(fired(model, ablation.constant(name, value=0.5, head=2), name), want.flatten(2))
+    with pytest.raises(
+        gl.InputError, match=r"value= is the number that is put in.* constant\(names, 0.0, value=\[1, 3\]\)"
+    ):
+        ablation.constant(name, value=[1, 3])
+    for numbers in ((), (1.0, 2.0)):
+        with pytest.raises(gl.InputError, match="constant\\(\\) puts in one number"):
+            ablation.constant(name, *numbers, head=2)

@@ -38,6 +38,34 @@ def test_attribution_is_difference_times_gradient_at_every_point_lazy_ones_too(m
         assert torch.allclose(got, want, rtol=1e-8, atol=1e-11), name
 
 
+@pytest.mark.parametrize("leaf", ["scan", "state", "dt", "gated"])
+def test_by_head_is_the_sum_over_its_entries(leaf):
+    """Each head's number by a loop: difference * gradient over the head's own channels, rows averaged."""
+    model, name = gl.HookedMamba2.tiny(dtype=torch.float64), f"blocks.1.mixer.hook_{leaf}"
+    clean, corrupted = two(model, pos=5)
+    good, bad = (fired(model, one, lambda name: True) for one in (clean, corrupted))
+    product = (good[name] - bad[name]) * gradient(model, corrupted, name, bad[name])
+    heads = product.unflatten(2, (4, 8)) if "channel" in axes_of(model, name) else product
+    want = torch.stack([torch.stack([heads[:, t, h].sum() / len(heads) for h in range(4)]) for t in range(5)])
+    found = circuits.attribution_patch(
+        model, clean, corrupted, METRIC, f"blocks.*.mixer.hook_{leaf}", keep=("head", "pos")
+    )
+    assert found.axes == ("layer", "pos", "head") and found["head"] == [0, 1, 2, 3]
+    assert torch.allclose(found.values[1], want, rtol=1e-10, atol=1e-11)
+    whole = circuits.attribution_patch(model, clean, corrupted, METRIC, f"blocks.*.mixer.hook_{leaf}")
+    assert torch.allclose(found.values.sum(-1), whole.values, rtol=1e-10, atol=1e-11)
+    for how in (circuits.attribution_patch_ig, circuits.attribution_patch_ig_activations):
+        by_head, whole = (
+            how(model, clean, corrupted, METRIC, name, keep=keep, steps=2, progress=False) for keep in ("head", ())
+        )
+        assert by_head.axes == ("layer", "head")
+        assert torch.allclose(by_head.values.sum(-1), whole.values, rtol=1e-10, atol=1e-11)
+    if leaf == "state":
+        by_channel = circuits.attribution_patch(model, clean, corrupted, METRIC, name, keep=("channel",))
+        want = product.flatten(2, 3).sum((0, 1, 3)) / len(product)
+        assert torch.allclose(by_channel.values[0], want, rtol=1e-10, atol=1e-11)
+
+
 def test_without_names_every_point_that_is_not_lazy_takes_part(model):
     clean, corrupted = two(model)
     found = circuits.attribution_patch(model, clean, corrupted, METRIC)

@@ -12,8 +12,9 @@ import gatedlens as gl
 from gatedlens.address.names import Point
 from gatedlens.attention.layer import ImplicitAttention
 from gatedlens.hooks import mamba
-from gatedlens.model.block import MlpBlock, mlp_residual_rows, norm_rows
+from gatedlens.model.block import Block, Sub, SubRows, residual_rows
 from gatedlens.model.hookpoint import Part
+from gatedlens.model.norm import Norm, norm_rows
 from gatedlens.model.padding import Padding
 from gatedlens.recurrence.decay_matrix import DecayScan
 from gatedlens.recurrence.factors import Factors
@@ -206,9 +207,9 @@ def model_of(wrapped, rows, mixer, block=None):
 
         def make_block(self, layer):
             w = self.wrapped.backbone.layers[layer]
-            norm = mamba.Norm(w.norm, mamba.rows_of("ln1", rows), self.cfg.eps)
+            norm = Norm(w.norm, mamba.rows_of("ln1", rows), self.cfg.eps)
             own = mixer(w.mixer, mamba.rows_of("mixer", rows), layer)
-            return (block or mamba.Block)(w, rows, norm, own)
+            return Block(w, rows, Sub("mixer", own, norm)) if block is None else block(w, rows, norm, own)
 
     return Model(wrapped)
 
@@ -275,18 +276,19 @@ def test_relevance_under_an_edit_inside_the_recurrence_is_refused(model):
 
 def test_a_channel_mixer_that_no_rule_knows_is_refused(good):
     mlp = tuple(Point(f"mlp.hook_{word}", "batch pos d_model", word, "here") for word in ("in_here", "out_there"))
-    rows = mlp_residual_rows(
-        norm_rows("ln1", "mixer_in", "here"), tuple(row for row in mamba.BLOCK_ROWS if row.part == "mixer"),
-        norm_rows("ln2", "mlp_in", "here"), mlp, "out_proj(gated)", "out_there",
-    )  # fmt: skip
+    own = tuple(row for row in mamba.BLOCK_ROWS if row.part == "mixer")
+    rows = residual_rows(
+        SubRows("mixer", own, "out_proj(gated)", norm_rows("ln1", "mixer_in", "here")),
+        SubRows("mlp", mlp, "out_there", norm_rows("ln2", "mlp_in", "here")),
+    )
 
     class Mlp(Part):
         def forward(self, m, run):
             return self.hook_out_there(torch.tanh(self.hook_in_here(m)))
 
     def block(w, rows, norm, mixer):
-        ln2 = mamba.Norm(w.norm, mamba.rows_of("ln2", rows), norm.eps)
-        return MlpBlock(w, rows, norm, mixer, ln2, Mlp(w, mamba.rows_of("mlp", rows)))
+        ln2 = Norm(w.norm, mamba.rows_of("ln2", rows), norm.eps)
+        return Block(w, rows, Sub("mixer", mixer, norm), Sub("mlp", Mlp(w, mamba.rows_of("mlp", rows)), ln2, ln="ln2"))
 
     model = model_of(good.wrapped, rows, mamba.MambaMixer, block)
     with pytest.raises(gl.InputError, match="no rule knows the channel mixer of layer 0"):

@@ -12,7 +12,7 @@ from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig,
 
 import gatedlens as gl
 from gatedlens.hooks.mamba import HookedMamba, Weights
-from gatedlens.model.block import Run
+from gatedlens.model.run import Run
 from tests.helpers import golden, relative
 
 KINDS = {"Mamba": (MambaConfig, MambaForCausalLM), "FalconMamba": (FalconMambaConfig, FalconMambaForCausalLM)}

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 import gatedlens as gl
-from gatedlens.model.block import Norm
 from gatedlens.model.hookpoint import Part
+from gatedlens.model.norm import Norm
 from tests.helpers import example, relative
 
 

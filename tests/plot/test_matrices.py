@@ -32,6 +32,30 @@ def test_layers_draws_one_panel_each():
     assert figure.get_suptitle() == "All"
 
 
+def test_heads_draws_one_panel_each():
+    model = gl.HookedMamba2.tiny(dtype=torch.float64)
+    A = gl.implicit_attention(model, example(model, 1, 5), layer=1)
+    figure = gl.plot.heads(A)
+    shown = [ax for ax in figure.axes if ax.images]
+    assert [ax.get_title() for ax in shown] == ["head 0", "head 1", "head 2", "head 3"]
+    assert figure.get_suptitle() == "Implicit attention by head, layer 1"
+    for ax, matrix in zip(shown, A.mean(heads=slice(None))[0].detach().float(), strict=True):
+        assert torch.allclose(torch.as_tensor(ax.images[0].get_array().data), matrix)
+    labels = [ax.get_ylabel() for ax in figure.axes if not ax.images]
+    assert set(labels) == {"attention (mean over channels of a head)"}
+    some = gl.plot.heads(A.abs_mean(heads=[3, 1])[0], TOKENS, names=[3, 1], title="Two")
+    assert [ax.get_title() for ax in some.axes if ax.images] == ["head 3", "head 1"] and some.get_suptitle() == "Two"
+    assert "|attention| (mean over channels of a head)" in [ax.get_ylabel() for ax in some.axes]
+    assert [ax.get_title() for ax in gl.plot.heads(A, names=[2]).axes if ax.images] == ["head 2"]
+
+
+def test_a_result_by_head_says_head():
+    found = gl.Result(torch.rand(2, 3, 4), ("head", "layer", "pos"), {"head": [3, 5]}, title="T")
+    assert [ax.get_title() for ax in found.plot().axes if ax.images] == ["head 3", "head 5"]
+    two = gl.Result(torch.rand(3, 2), ("layer", "head"), {"head": [3, 5]}).plot().axes[0]
+    assert two.get_xlabel() == "head" and [t.get_text() for t in two.get_xticklabels()] == ["3", "5"]
+
+
 def test_text_is_escaped_and_coloured():
     shown = gl.plot.text([0.0, 1.0, -0.5, 0.25, 0.0], TOKENS, title="A <title>")
     body = shown._repr_html_()
@@ -56,6 +80,8 @@ def test_pages_are_saved_whole(tmp_path):
         (lambda: gl.plot.heatmap(torch.rand(4, 4), TOKENS), "5 token labels for a matrix of 4"),
         (lambda: gl.plot.text(torch.rand(4), TOKENS), r"5 tokens by as many scores; these have shape \[4\]"),
         (lambda: gl.plot.layers({}), "no layer to plot"),
+        (lambda: gl.plot.heads(torch.rand(2, 3, 5, 5)), "a matrix a head, .* Pick a row of the batch"),
+        (lambda: gl.plot.heads(torch.rand(3, 5, 5), names=[1]), "1 names for the matrices of 3 heads"),
     ],
 )
 def test_what_cannot_be_drawn_is_explained(call, message):

@@ -35,6 +35,8 @@ from gatedlens.model import (
     SiLU,
     Skip,
     Streams,
+    Sub,
+    SubRows,
     norm_rows,
     residual_rows,
     rows_of,
@@ -72,7 +74,8 @@ MIXER_ROWS = (
     Point("hook_scale", "batch pos group", "sqrt(mean over the group's channels of product^2 + eps)", PAPER),
     Point("hook_gated", "batch pos channel", "norm.weight * product / scale", PAPER),
 )
-ROWS = residual_rows(norm_rows("ln1", "mixer_in", "RMSNorm, arXiv 1910.07467"), block_rows("mixer", MIXER_ROWS))
+LN1_ROWS = norm_rows("ln1", "mixer_in", "RMSNorm, arXiv 1910.07467")
+ROWS = residual_rows(SubRows("mixer", block_rows("mixer", MIXER_ROWS), "out_proj(gated)", LN1_ROWS))
 
 
 # -- the mixer ------------------------------------------------------------------------------------------------------
@@ -187,7 +190,7 @@ class MyMamba2(HookedLanguageModel):
     def make_block(self, layer: int) -> Block:
         w = self.wrapped.backbone.layers[layer]
         mixer = Mixer(w.mixer, rows_of("mixer", ROWS), layer, self.cfg)
-        return Block(w, ROWS, Norm(w.norm, rows_of("ln1", ROWS), self.cfg.eps), mixer)
+        return Block(w, ROWS, Sub("mixer", mixer, Norm(w.norm, rows_of("ln1", ROWS), self.cfg.eps)))
 
     def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:
         return Norm(self.wrapped.backbone.norm_f, rows, self.cfg.eps)

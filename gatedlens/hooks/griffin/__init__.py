@@ -35,12 +35,13 @@ from gatedlens.hooks.griffin.local_attention import LocalAttention
 from gatedlens.model import fields
 from gatedlens.model.base import Wrapped
 from gatedlens.model.batch import Batch
-from gatedlens.model.block import MlpBlock, Norm, Run, mlp_residual_rows, norm_rows
+from gatedlens.model.block import Block, Sub, SubRows, residual_rows
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import Part, rows_of
 from gatedlens.model.language import HookedLanguageModel
+from gatedlens.model.norm import Norm, norm_rows
 from gatedlens.model.path import PathMixer, Streams
-from gatedlens.model.run import DocumentRun
+from gatedlens.model.run import DocumentRun, Run
 from gatedlens.model.stages import ChannelScan, Conv, Gate, Named, Real
 from gatedlens.model.state import CARRIED, Carried, RecurrentState
 from gatedlens.recurrence.channels import ChannelTerms
@@ -103,7 +104,8 @@ NORMED = "(1 + w) * normalized"
 def _rows(part: str, rows: tuple[Point, ...], out: str) -> tuple[Point, ...]:
     """The rows of a block whose token mixing stands under `part`."""
     ln1, ln2 = norm_rows("ln1", "mixer_in", RMSNORM, NORMED), norm_rows("ln2", "mlp_in", RMSNORM, NORMED)
-    return mlp_residual_rows(ln1, block_rows(part, rows), ln2, block_rows("mlp", MLP_ROWS), out, "down_proj(post)")
+    mixer = SubRows("mixer", block_rows(part, rows), out, ln1)
+    return residual_rows(mixer, SubRows("mlp", block_rows("mlp", MLP_ROWS), "down_proj(post)", ln2))
 
 
 RECURRENT_BLOCK = _rows("mixer", MIXER_ROWS, "linear_out(gated)")
@@ -219,22 +221,6 @@ class GatedMlp(Part):
         pre_linear = self.hook_pre_linear(F.linear(m, w.up_proj.weight, w.up_proj.bias))
         post = self.hook_post(F.gelu(pre, approximate="tanh") * pre_linear)
         return F.linear(post, w.down_proj.weight, w.down_proj.bias)
-
-
-class AttentionBlock(MlpBlock):
-    """A block whose token mixing is attention: its points stand under `attn.`, where TransformerLens has them."""
-
-    def __init__(self, weights: Any, rows: tuple[Point, ...], ln1: Norm, attn: Part, ln2: Norm, mlp: Part):
-        Part.__init__(self, weights, rows)
-        self.ln1 = ln1
-        self.attn = attn
-        self.ln2 = ln2
-        self.mlp = mlp
-
-    @property
-    def mixer(self) -> Part:  # type: ignore[override]
-        """What mixes tokens in this block, by the name that it has in every other."""
-        return self.attn
 
 
 # -- the model ------------------------------------------------------------------------------------------------------
@@ -363,16 +349,17 @@ class HookedGriffin(HookedLanguageModel):
     def rows_for(self, layer: int) -> tuple[Point, ...]:
         return self.kinds()[self.cfg.layer_types[layer]]
 
-    def make_block(self, layer: int) -> MlpBlock:
+    def make_block(self, layer: int) -> Block:
         w, cfg, rows = self.wrapped.model.layers[layer], self.cfg, self.rows_for(layer)
         ln1 = GemmaNorm(w.temporal_pre_norm, rows_of("ln1", rows), cfg.eps)
         ln2 = GemmaNorm(w.channel_pre_norm, rows_of("ln2", rows), cfg.eps)
-        mlp = GatedMlp(w.mlp_block, rows_of("mlp", rows))
+        mlp = Sub("mlp", GatedMlp(w.mlp_block, rows_of("mlp", rows)), ln2, ln="ln2")
         if cfg.layer_types[layer] == "recurrent":
-            return MlpBlock(w, rows, ln1, GriffinMixer(w.temporal_block, rows_of("mixer", rows), layer), ln2, mlp)
+            mixer = GriffinMixer(w.temporal_block, rows_of("mixer", rows), layer)
+            return Block(w, rows, Sub("mixer", mixer, ln1), mlp)
         heads: Any = w.temporal_block
         attn = LocalAttention(heads, rows_of("attn", rows), layer, heads.head_dim, cfg.window_size)
-        return AttentionBlock(w, rows, ln1, attn, ln2, mlp)
+        return Block(w, rows, Sub("mixer", attn, ln1, place="attn"), mlp)  # where TransformerLens has attention
 
     def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:
         return GemmaNorm(self.wrapped.model.final_norm, rows, self.cfg.eps)

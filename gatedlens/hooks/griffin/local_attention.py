@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gatedlens.address.point import Point
-from gatedlens.model.block import TokenMixing
 from gatedlens.model.memory import SMALL, afford, free
+from gatedlens.model.mixer import TokenMixing
 from gatedlens.model.padding import Padding
 from gatedlens.model.run import DocumentRun
 from gatedlens.model.state import RecurrentState

@@ -43,10 +43,13 @@ from gatedlens.formats.vision_mamba import (
 from gatedlens.hooks.mamba import MIXER_ROWS, RMSNORM, SelectiveScan
 from gatedlens.model import fields
 from gatedlens.model.base import Wrapped
-from gatedlens.model.block import Block, Norm, Run, TokenMixing, norm_rows, residual_rows
+from gatedlens.model.block import Block, Sub, SubRows, residual_rows
 from gatedlens.model.hookpoint import rows_of
 from gatedlens.model.image import IMAGENET_MEAN, IMAGENET_STD
+from gatedlens.model.mixer import TokenMixing
+from gatedlens.model.norm import NarrowNorm, Norm, norm_rows
 from gatedlens.model.padding import Padding
+from gatedlens.model.run import Run
 from gatedlens.model.state import RecurrentState
 from gatedlens.model.vision import HookedVisionModel, VisionConfig
 from gatedlens.recurrence.factors import Factors
@@ -104,7 +107,8 @@ def vim_rows(bimamba_type: str = "v2", divided: bool = True, layer_scale: bool =
     fwd, bwd = block_rows("fwd", FWD_ROWS), block_rows("bwd", BWD_ROWS.get(bimamba_type, ()))
     total = "mixer.fwd.gated + mixer.bwd.gated" if bwd else "mixer.fwd.gated"
     gated = Point("hook_gated", "batch pos channel", f"({total}) / 2" if divided else total, f"{PAPER}, alg. 1")
-    rows = residual_rows(norm_rows("ln1", "mixer_in", RMSNORM), block_rows("mixer", (x, z, *fwd, *bwd, gated)))
+    mixer, ln1 = block_rows("mixer", (x, z, *fwd, *bwd, gated)), norm_rows("ln1", "mixer_in", RMSNORM)
+    rows = residual_rows(SubRows("mixer", mixer, "out_proj(gated)", ln1))
     return _with(rows, {"hook_mixer_out": "gamma * out_proj(mixer.gated)" if layer_scale else "out_proj(mixer.gated)"})
 
 
@@ -208,16 +212,6 @@ class ViMMixer(TokenMixing):
         gated = self.hook_gated(gated * self.scale)
         out = F.linear(gated, w.out_proj.weight, w.out_proj.bias)
         return out if w.init_layer_scale is None else out * w.gamma
-
-
-class ViMBlock(Block):
-    """A Block whose norm reads the residual stream at its full width: the official kernel fuses addition and norm."""
-
-    def forward(self, resid: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
-        resid = self.hook_resid_pre(resid)
-        n = self.ln1(self.hook_mixer_in(resid)).to(self.ln1.weights.weight.dtype)
-        mixer_out = self.hook_mixer_out(self.mixer(n, run))
-        return self.hook_resid_post(resid + mixer_out)
 
 
 # -- the model ------------------------------------------------------------------------------------------------------
@@ -367,11 +361,13 @@ class HookedViM(HookedVisionModel):
     def rows_for(self, layer: int) -> tuple[Point, ...]:
         return vim_rows(self.cfg.bimamba_type, self.cfg.divide_out, self.cfg.layer_scale)
 
-    def make_block(self, layer: int) -> ViMBlock:
+    def make_block(self, layer: int) -> Block:
         w, cfg, rows = self.wrapped.layers[layer], self.cfg, self.rows_for(layer)
         scale = 0.5 if divides(w.mixer) else 1.0
-        ln1 = Norm(w.norm, rows_of("ln1", rows), cfg.eps, centred=cfg.normalization_type == "LN")
-        return ViMBlock(w, rows, ln1, ViMMixer(w.mixer, rows_of("mixer", rows), layer, cfg.bimamba_type, scale))
+        # The norm reads the residual stream at its full width: the official kernel fuses addition and norm.
+        ln1 = NarrowNorm(w.norm, rows_of("ln1", rows), cfg.eps, centred=cfg.normalization_type == "LN")
+        mixer = ViMMixer(w.mixer, rows_of("mixer", rows), layer, cfg.bimamba_type, scale)
+        return Block(w, rows, Sub("mixer", mixer, ln1))
 
     def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:
         return Norm(self.wrapped.norm_f, rows, self.cfg.eps, centred=self.cfg.normalization_type == "LN")

@@ -1,0 +1,205 @@
+"""TokenMixing: what mixes tokens in a block; Mixer: one that does it by the recurrence, with its conv and its lazy points.
+
+A mixer of today is a path of stages (path.py), which call what is here. b batch, l pos, c channel, n state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from gatedlens.address.point import Point
+from gatedlens.model.hookpoint import Part
+from gatedlens.model.padding import Padding, windows
+from gatedlens.model.run import Run
+from gatedlens.model.state import RecurrentState
+from gatedlens.recurrence.chunks import chunked
+from gatedlens.recurrence.factors import Factors
+from gatedlens.recurrence.literal import march
+from gatedlens.recurrence.scanning import StepTerms, linear_scan, readout, scan
+from gatedlens.recurrence.terms import Terms
+
+Kernel = Callable[[], tuple[Tensor, Tensor]]  # computes a recurrence: (scan, last state)
+
+
+class TokenMixing(Part):
+    """What mixes tokens in a block. Subclasses write `forward(n, run)` like the paper.
+
+    `place` is its name in the block, `attention_points` what its implicit attention is derived from (relative to it), and
+    `factors(cached, padding, state)` that derivation, where `cached(name)` reads a point. `output_point` holds what the
+    implicit attention yields, the input of the output projection. `scans` names what runs side by side, in the order of
+    `branches`: "fwd", "bwd"; one scan that has no name stands for itself.
+    """
+
+    place = "mixer"
+    attention_points: tuple[str, ...] = ()
+    output_point = "hook_gated"
+    scans: tuple[str, ...] = ("",)
+
+    def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int):
+        super().__init__(weights, rows)
+        self.layer = layer  # the block it is in
+
+    def factors(self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None) -> Factors:
+        """How the cached activations fill A x + r; see `factors.py`."""
+        raise NotImplementedError
+
+    def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
+        """(W, b) of the output projection: the mixer's output is W o + b, o what the implicit attention yields."""
+        raise NotImplementedError
+
+    def branches(
+        self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None
+    ) -> tuple[Factors, ...]:
+        """The summands of the implicit attention: one, unless the mixer runs several scans side by side."""
+        return (self.factors(cached, padding, state),)
+
+    def state_of(self, state: RecurrentState) -> Tensor:
+        """What `state` carries of the scan, in the form of hook_state at one position: [batch, channel] (state)."""
+        return state["scan", self.layer]
+
+
+class Mixer(TokenMixing):
+    """A token mixer by the one recurrence, `recur`."""
+
+    def along(self, x: Tensor) -> Tensor:
+        """`x` from token order to the order of the scan, or back: the identity, unless the mixer runs from the end."""
+        return x
+
+    def along_conv(self, x: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos ..."]:
+        """As `along`: the convolution runs the way the scan does, unless a mixer says otherwise."""
+        return self.along(x)
+
+    def causal_conv(
+        self, x: Float[Tensor, "batch pos channel"], run: Run, conv: Any
+    ) -> Float[Tensor, "batch pos channel"]:
+        """The causal depthwise convolution of a wrapped nn.Conv1d with its bias, across padding, calls and documents.
+
+        c[i] = sum over k of weight[K - 1 - k] x[i - k] + bias. Its lazy point `hook_conv_taps` is the summands.
+        """
+        return self.causal_convs({"conv": x}, run, conv)["conv"]
+
+    def causal_convs(
+        self, streams: Mapping[str, Float[Tensor, "batch pos ..."]], run: Run, conv: Any
+    ) -> dict[str, Float[Tensor, "batch pos ..."]]:
+        """The same of streams side by side in one nn.Conv1d, each with lazy taps of its own: `hook_B_conv_taps` of "B_conv"."""
+        weight, bias, width = conv.weight, conv.bias, conv.weight.shape[-1]
+        x = torch.cat([stream.flatten(2) for stream in streams.values()], dim=-1)
+        tail = run.start("conv", self.layer, (x.shape[0], width - 1, x.shape[2]), x)
+        long = run.padding.behind(self.along_conv(x), tail)
+        run.leave("conv", self.layer, run.padding.tail(run.of_last_document(long, width), width))
+        within = run.in_document(width)
+
+        def summands(some: slice) -> Tensor:
+            taps = windows(long[..., some], width) * weight.squeeze(1)[some]
+            taps = taps if within is None else taps * within
+            return self.along_conv(torch.stack([run.padding.spread(tap) for tap in taps.unbind(-1)], dim=-1))
+
+        found, whole, place = {}, None, 0
+        for name, stream in streams.items():
+            some, point = slice(place, place + stream[0, 0].numel()), getattr(self, f"hook_{name}_taps")
+            place = some.stop
+            if point.heard():
+                taps = point(summands(some).unflatten(2, stream.shape[2:]))
+                c = taps.sum(-1).flatten(2)
+            elif within is not None:
+                c = summands(some).sum(-1)
+            else:  # one convolution does all that nobody listens to, and adds its bias
+                if whole is None:
+                    whole = F.conv1d(long.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)
+                    whole = self.along_conv(run.padding.spread(whole))
+                # In memory of its own: a copy that a hook gets has the same layout then, and so the same rounding behind it.
+                found[name] = whole[..., some].unflatten(2, stream.shape[2:])
+                if len(streams) > 1:
+                    found[name] = found[name].contiguous()
+                continue
+            found[name] = (c if bias is None else c + bias[some]).unflatten(2, stream.shape[2:])
+        return found
+
+    def recur(
+        self,
+        terms: StepTerms,
+        sequences: tuple[Tensor, ...],
+        constants: tuple[Tensor, ...],
+        initial: Tensor,
+        padding: Padding,
+        kernel: Kernel | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The recurrence with its four lazy points: (scan, last state).
+
+        If nobody listens, nothing inside is materialised, and `kernel()`, if given, computes it, `along` the scan. Otherwise
+        decay and write become tensors, so an edit of either re-runs the recurrence; an edit of hook_state changes what the
+        readout reads and nothing later. A masked position keeps decay 1 and write 0 whatever a hook does there. Sequences,
+        points and scan are in token order; in between all is `along` the scan.
+        """
+        sequences = tuple(self.along(s) for s in sequences)
+        # Each point is asked right before it fires: an nnsight trace parks on one location at a time.
+        if self.hook_state_start.heard():
+            initial, kernel = self.hook_state_start(initial), None
+        built: tuple[Tensor, Tensor, Tensor | None] | None = None
+        # `terms` is computed anew at each point that is heard, unless an earlier one has built it: the tensors are large, and
+        # most calls listen to none or one of them.
+        if self.hook_decay.heard():
+            decay, write, read = terms(*sequences, *constants)
+            built = self.along(padding.fill(self.hook_decay(self.along(decay)), 1.0)), write, read
+        if self.hook_write.heard():
+            decay, write, read = built or terms(*sequences, *constants)
+            built = decay, self.along(padding.zero(self.hook_write(self.along(write)))), read
+        if not self.hook_state.heard():
+            if built is None:
+                out, last = scan(terms, sequences, constants, initial) if kernel is None else kernel()
+            else:
+                out, last = scan(_as_they_are, tuple(t for t in built if t is not None), (), initial)
+            return self.along(out), last
+        decay, write, read = built or terms(*sequences, *constants)
+        states = linear_scan(decay, write, initial)
+        heard = self.along(self.hook_state(self.along(states)))
+        return self.along(readout(heard, read)), states[:, -1]
+
+    def recur_heads(
+        self,
+        terms: Terms,
+        u: Float[Tensor, "batch pos head value"],
+        initial: Float[Tensor, "batch head value key"],
+        padding: Padding,
+    ) -> tuple[Float[Tensor, "batch pos head value"], Float[Tensor, "batch head value key"]]:
+        """The recurrence of heads with matrix states, with its lazy points: (scan, last state).
+
+        As `recur`: nothing inside is materialised unless somebody listens, and then an edit of any point is in all that
+        follows. hook_decay has the axes of the state, whatever the decays are shared by.
+        """
+        if self.hook_state_start.heard():
+            initial = self.hook_state_start(initial)
+        decay = write = None
+        if self.hook_decay.heard():
+            whole = terms.decays().unsqueeze(-2).expand(*u.shape, terms.key.shape[-1])
+            decay = padding.fill(self.hook_decay(whole), 1.0)
+        if self.hook_write.heard():
+            write = padding.zero(self.hook_write(_outer(terms, u)))
+        heard = self.hook_state.heard()
+        if decay is None and write is None and not heard:
+            return chunked(terms, u, initial)
+        decay = terms.decays().unsqueeze(-2) if decay is None else decay
+        write = _outer(terms, u) if write is None else write
+        if terms.has_delta_rule:
+            states = march(decay, write, terms.erase, terms.probes(), initial)
+        else:
+            states = linear_scan(decay, write, initial)
+        last = states[:, -1]
+        states = self.hook_state(states) if heard else states
+        return (states * terms.of_heads(terms.read).unsqueeze(-2)).sum(-1), last
+
+
+def _outer(terms: Terms, u: Float[Tensor, "batch pos head value"]) -> Float[Tensor, "batch pos head value key"]:
+    """What each position writes: value key^T."""
+    return terms.value(u).unsqueeze(-1) * terms.of_heads(terms.key).unsqueeze(-2)
+
+
+def _as_they_are(decay: Tensor, write: Tensor, read: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    # `scan` may overwrite what its terms give; decay and write here are what the hooks returned, and may be kept elsewhere.
+    return decay, write.clone(), read

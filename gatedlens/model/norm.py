@@ -1,0 +1,85 @@
+"""Norm: a normalisation with its scale and its normalised input as points.
+
+    out = weight * x / scale (+ bias)        scale = sqrt(mean(x^2) + eps)
+
+Which of the two dtypes a model rounds in is its own: `NormOfNarrow` reads the stream in the dtype of its weights, `NarrowNorm`
+reads it at its full width and puts out what the weights are in.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gatedlens import fused
+from gatedlens.address.point import Point
+from gatedlens.model.hookpoint import Part
+from gatedlens.model.watch import NORMS
+from gatedlens.recurrence.scanning import at_least_float32
+
+
+class Norm(Part):
+    """out = weight * x / scale (+ bias), scale = sqrt(mean(x^2) + eps), computed in at least float32.
+
+    RMSNorm or LayerNorm (x centred first), as the wrapped norm's class says, or else `centred`; so with the wrapped norm's
+    own eps and `eps`. The result has x's dtype times the weight's, as in transformers. Zhang and Sennrich 2019 (RMSNorm),
+    Ba et al. 2016 (LayerNorm).
+    """
+
+    torch_norms: ClassVar[tuple[type, ...]] = NORMS  # torch's norms that this is the mathematics of
+
+    def __init__(self, weights: Any, rows: tuple[Point, ...], eps: float, centred: bool = False):
+        super().__init__(weights, rows)
+        self.eps = eps_of(weights, eps)
+        self.centred = isinstance(weights, nn.LayerNorm) if isinstance(weights, NORMS) else centred
+
+    @property
+    def gain(self) -> Float[Tensor, " d_model"]:
+        """What `normalized` is multiplied by."""
+        return self.weights.weight
+
+    def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        if not self.centred and fused.fits(x) and x.dtype == self.weights.weight.dtype and self.at_rest():
+            return F.rms_norm(x, x.shape[-1:], self.weights.weight, self.eps)
+        wide = at_least_float32(x)
+        if self.centred:
+            wide = wide - wide.mean(-1, keepdim=True)
+        scale = self.hook_scale((wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        normalized = self.hook_normalized((wide / scale).to(x.dtype))
+        out = self.weights.weight * normalized
+        bias = self.weights.bias if self.centred else None
+        return self.hook_out(out if bias is None else out + bias)
+
+
+class NormOfNarrow(Norm):
+    """The same of a stream that is rounded to the dtype of the weights first, as transformers' and mamba-ssm's Mamba does."""
+
+    def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        return super().forward(x.to(self.weights.weight.dtype))
+
+
+class NarrowNorm(Norm):
+    """The same of a stream at its full width, rounded to the dtype of the weights behind it, as a fused addition and norm do."""
+
+    def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        return super().forward(x).to(self.weights.weight.dtype)
+
+
+def eps_of(norm: Any, otherwise: float) -> float:
+    """The eps that a wrapped norm adds; `otherwise` if it does not say."""
+    told = vars(norm)
+    eps = told.get("eps", told.get("variance_epsilon", otherwise))
+    return float(torch.finfo(norm.weight.dtype).eps if eps is None else eps)  # None is torch's way to say so
+
+
+def norm_rows(part: str, reads: str, source: str, equation: str = "w * normalized") -> tuple[Point, ...]:
+    """The points of a norm under `part`, which normalises the row `reads`."""
+    return (
+        Point(f"{part}.hook_scale", "batch pos one", f"sqrt(mean({reads}^2) + eps)", source),
+        Point(f"{part}.hook_normalized", "batch pos d_model", f"{reads} / scale", source),
+        Point(f"{part}.hook_out", "batch pos d_model", equation, source),
+    )
