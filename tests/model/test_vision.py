@@ -10,7 +10,7 @@ from torch import nn
 import gatedlens as gl
 from gatedlens.formats.mamba_ssm import layer_parameters
 from gatedlens.hooks import mamba
-from gatedlens.model import Block, HookedVisionModel, Norm, VisionConfig, rows_of
+from gatedlens.model import Block, HookedVisionModel, Norm, Sub, VisionConfig, rows_of
 from tests.helpers import relative
 
 
@@ -45,7 +45,7 @@ class HookedPatches(HookedVisionModel):
     def make_block(self, layer):
         w, rows = self.wrapped.layers[layer], self.block_points
         mixer = mamba.MambaMixer(w.mixer, rows_of("mixer", rows), layer)
-        return Block(w, rows, Norm(w.norm, rows_of("ln1", rows), 1e-5), mixer)
+        return Block(w, rows, Sub("mixer", mixer, Norm(w.norm, rows_of("ln1", rows), 1e-5)))
 
     def make_final_norm(self, rows):
         return Norm(self.wrapped.norm, rows, 1e-5)
