@@ -140,15 +140,14 @@ class Chunk(ABC):
             return [solve(self.strict[0], value - self.reads(state, 1))]
         return [value, -solve(self.strict[1], self.reads(state, 1) + self.strict[0] @ value)]
 
-    def step(self, state: State, out: Tensor) -> State:
-        """S_C from S_0, and the scan into `out`; no derivative follows it."""
+    def step_(self, state: State, out: Tensor) -> None:
+        """The scan into `out`, and S_C in the place of S_0; no derivative follows it."""
         inner = self.inner(state)
         out.copy_(self.reads(state))
-        new = self.spread * state
+        state.mul_(self.spread)
         for kind, written in enumerate(inner):
             self.by_head(out).add_(self.matrices[kind] @ self.by_head(written))
-            plus_product_(new, self.ends[kind].mT, self.late(written))
-        return new
+            plus_product_(state, self.ends[kind].mT, self.late(written))
 
     def side_by_side(
         self, number: int, state: Float[Tensor, "row group key value"]
@@ -213,9 +212,7 @@ class Chunk(ABC):
         """The gradients from dscan (`out`) and Z (`ahead`)."""
         inner = self.inner(state)
         found = [self.writes_back(ahead, kind) for kind in range(len(inner))]
-        wanted = [
-            seen + self.by_group(self.matrices[kind].mT @ self.by_head(out)) for kind, seen in enumerate(found)
-        ]
+        wanted = [seen + self.by_group(self.matrices[kind].mT @ self.by_head(out)) for kind, seen in enumerate(found)]
         before = self.spread * ahead
         plus_product_(before, self.rows[0].mT, self.early(out))
         y = None
@@ -302,10 +299,8 @@ class HeadChunk(Chunk):
         dtype, self.rows, self.ends = given.value.dtype, [given.read], self.sources
         # Sums of logarithms in float64, where differences of long sums keep their digits.
         cum = given.log_decay.double().clamp(min=GONE).cumsum(-2)  # [b, g, C, r]
-        across = cum.mT.flatten(1, 2)  # [b, h, C]
-        # Above the diagonal the difference is that of a later position: at least 0, and of no use.
-        ago = (across.unsqueeze(-1) - across.unsqueeze(-2)).to(dtype)
-        self.between = torch.exp(ago.clamp(max=0)).tril()  # E(i, j): [b, h, C, C]
+        # In memory of its own: the layout of a few numbers becomes that of all the matrices.
+        self.between = _between(cum.mT.flatten(1, 2).contiguous(), dtype)  # E(i, j): [b, h, C, C]
         self.since = torch.exp(cum).to(dtype)  # E(i, 0): [b, g, C, r]
         self.until = torch.exp(cum[..., -1:, :] - cum).to(dtype)  # E(C, j)
         self.decay = self.since[..., -1, :]
@@ -396,7 +391,14 @@ def plus_product_(
     total.view(-1, *total.shape[2:]).baddbmm_(x.flatten(0, 1), y.flatten(0, 1))
 
 
-def _of_rows(x: Float[Tensor, "batch *state"], number: int) -> tuple[Tensor, ...]:
+def _between(cum: Float[Tensor, "batch head pos"], dtype: torch.dtype) -> Float[Tensor, "batch head pos pos"]:
+    """exp(cum_i - cum_j) for j <= i, else 0."""
+    ago = (cum.unsqueeze(-1) - cum.unsqueeze(-2)).to(dtype)
+    # Above the diagonal the difference is at least 0, and of no use.
+    return torch.exp(ago.clamp(max=0)).tril() if torch.is_grad_enabled() else ago.clamp_(max=0).exp_().tril_()
+
+
+def _of_rows(x: Float[Tensor, "batch ..."], number: int) -> tuple[Tensor, ...]:
     """[(row chunk), ...] -> of each chunk [row, ...]."""
     return x.unflatten(0, (-1, number)).unbind(1)
 

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import Function
 
+from gatedlens.recurrence import doubling
 from gatedlens.recurrence.chunk import GONE, Given, chunk_of
 from gatedlens.recurrence.terms import Terms
 from gatedlens.recurrence.transforms import forward_mode, gradients, has_old_axis, transformed
@@ -27,9 +28,7 @@ from gatedlens.recurrence.transforms import forward_mode, gradients, has_old_axi
 CHUNK = 64  # positions; their square is what a chunk costs beside its states
 WIDE_CHUNK = 32  # for a delta rule with wide keys, whose triangular solve grows with the square of the chunk
 WIDE = 96  # keys
-# Numbers of the largest tensor of chunks that are taken side by side: what stays in a processor's cache (128 KiB of
-# float32), and what is little of an accelerator's memory (256 MiB).
-SIDE_BY_SIDE, SIDE_BY_SIDE_ON_ACCELERATORS = 1 << 15, 1 << 26
+SIDE_BY_SIDE = 1 << 18  # numbers of the largest tensor of chunks side by side on a processor: 1 MiB of float32
 
 
 def chunk_size(terms: Terms) -> int:
@@ -41,7 +40,7 @@ def chunks_at_once(terms: Terms, u: Float[Tensor, "batch pos head value"], chunk
     """How many chunks are taken side by side best, by the device and the shape alone."""
     keys, values, width = terms.key.shape[-1], u.shape[-1], u.shape[0] * u.shape[2]
     largest = width * max(chunk * max(chunk, values, keys), keys * values)
-    budget = SIDE_BY_SIDE if u.device.type == "cpu" else SIDE_BY_SIDE_ON_ACCELERATORS
+    budget = doubling.ELEMENTS if doubling.pays(u) else SIDE_BY_SIDE
     return max(1, budget // max(largest, 1))
 
 
@@ -154,20 +153,20 @@ def _forward(
     out = value.new_empty(value.shape)
     starts = initial.new_empty(-(-value.shape[1] // size) if keep else 0, *initial.shape)
     together = out.unflatten(2, (key.shape[2], -1)).flatten(3)  # a view
-    state = initial
+    state = initial.clone()
     for part, several in _spans(value.shape[1], size, number):
         chunk = chunk_of(cut(same, part, log, key, value, read, erase, probe, number=several))
         first = part.start // size
         if several == 1:
             if keep:
                 starts[first] = state
-            state = chunk.step(state, together[:, part].transpose(1, 2))
+            chunk.step_(state, together[:, part].transpose(1, 2))
             continue
         piece, state, before = chunk.side_by_side(several, state)
         if keep:
             starts[first : first + several] = before
         out[:, part] = _laid_back(piece, several, value[:, part])
-    return out, state.clone() if state is initial else state, starts
+    return out, state, starts
 
 
 def _backward(
@@ -182,7 +181,7 @@ def _backward(
     """The gradients of the seven tensors: of each chunk from the last to the first."""
     found: list[Tensor | None] = [None if x is None else x.new_empty(x.shape) for x in terms]
     ahead = of_last.contiguous()
-    of_out = of_out.unflatten(2, (starts.shape[2], -1)).flatten(3)
+    of_out = of_out.contiguous().unflatten(2, (starts.shape[2], -1)).flatten(3)
     for part, several in reversed(_spans(of_out.shape[1], size, number)):
         given, out = cut(same, part, *terms, number=several), _apart(of_out[:, part], several)
         chunk, first = chunk_of(given, []), part.start // size
@@ -213,16 +212,18 @@ class Chunked(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.sizes = inputs[:3]
         ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)  # those of the starts would be zeros as large as they are
         ctx.save_for_backward(*inputs[3:], output[2])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         *tensors, starts = ctx.saved_tensors  # once: torch.utils.checkpoint recomputes them for one reader
-        if torch.is_grad_enabled() or transformed() or has_old_axis(*grads[:2]):
-            size, _, same = ctx.sizes
-            return None, None, None, *_again(size, same, tuple(tensors), grads[:2])
-        of_out, of_last = grads[:2]
-        return None, None, None, *_backward(*ctx.sizes, tuple(tensors[:6]), starts, of_out, of_last)
+        of_out = torch.zeros_like(tensors[2]) if grads[0] is None else grads[0]
+        of_last = torch.zeros_like(tensors[6]) if grads[1] is None else grads[1]
+        size, number, same = ctx.sizes
+        if torch.is_grad_enabled() or transformed() or has_old_axis(of_out, of_last):
+            return None, None, None, *_again(size, same, tuple(tensors), (of_out, of_last))
+        return None, None, None, *_backward(size, number, same, tuple(tensors[:6]), starts, of_out, of_last)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, size: int, number: int, same: bool, *tensors: Any) -> Any:
