@@ -314,15 +314,31 @@ class ImplicitAttention:
     @checked
     @labelled(ABS_MEAN)
     def abs_mean(self, max_bytes: int | None = DENSE_LIMIT) -> Float[Tensor, "batch dst src"]:
-        """`A.abs_mean()`: [batch, dst, src], the mean over channels of absolute values, channel chunk by channel chunk."""
+        """`A.abs_mean()`: [batch, dst, src], the mean over channels of absolute values, tile by tile where the channels of a
+        head share a matrix, else channel chunk by channel chunk.
+        """
         self.afford("abs_mean()", AT_ONCE, max_bytes)
         batch, length, channels = self.shape
+        tiled = self._absolute() if len(self.branches) == 1 else None
+        if tiled is not None:
+            return tiled / channels
         size = max(1, ABS_ELEMENTS // (batch * length * length))
         total = self.branches[0].x.new_zeros(batch, length, length)
         for start in range(0, channels, size):
             dense = self.dense(range(channels)[start : start + size], max_bytes=None)
             total = total + torch.linalg.vector_norm(dense, ord=1, dim=1)
         return total / channels
+
+    def _absolute(self) -> Float[Tensor, "batch dst src"] | None:
+        """The sum over channels of absolute values, of the only branch; None where its scan cannot do that at once."""
+        (factors,) = self.branches
+        with exact(factors.x):
+            total = branch_of(factors, self.parts).absolute()
+        if total is None:
+            return None
+        whole = _turn_both(abs(factors.scale) * total.unsqueeze(1), _flip if factors.reverse else _keep)
+        whole = self._unpack_both(whole).squeeze(1)
+        return whole.mT if self.transposed else whole
 
     def select(self, channels: Index | None) -> ImplicitAttention:
         """`A.select([0, 5])`: the operator of some channels."""
