@@ -140,6 +140,9 @@ def matrix() -> dict[str, Any]:
             with torch.no_grad():
                 runs = {"ours": partial(scan.summed, left, right, taps), "theirs": products}
                 found[f"{name}: mean with 4 taps, pos {length}"] = medians(runs, repeats=3)
+                absolute = partial(scan.absolute, left, right, taps, torch.zeros(heads * width))
+                runs = {"ours": absolute, "theirs": partial(scan.summed, left, right, taps)}
+                found[f"{name}: abs_mean with 4 taps over mean, pos {length}"] = medians(runs, repeats=1)
     return found
 
 

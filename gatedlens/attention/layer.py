@@ -374,20 +374,34 @@ class ImplicitAttention:
     def abs_mean(
         self, max_bytes: int | None = DENSE_LIMIT, heads: Index | None = None
     ) -> Float[Tensor, "batch *head dst src"]:
-        """`A.abs_mean()`: [batch, dst, src], the mean over channels of absolute values, channel chunk by channel chunk; with
-        heads [batch, head, dst, src], as in `mean`.
+        """`A.abs_mean()`: [batch, dst, src], the mean over channels of absolute values, tile by tile where the channels of a
+        head share a matrix, else channel chunk by channel chunk; with heads [batch, head, dst, src], as in `mean`.
         """
         if heads is not None:
             found = self._by_head(heads, "abs_mean()", max_bytes, lambda A: A.abs_mean(max_bytes=None))
             return with_label(found, f"{ABS_MEAN[:-1]} {OF_A_HEAD})")
         self.afford("abs_mean()", AT_ONCE, max_bytes)
         batch, length, channels = self.shape
+        tiled = self._absolute() if len(self.branches) == 1 else None
+        if tiled is not None:
+            return with_label(tiled / channels, ABS_MEAN)
         size = max(1, ABS_ELEMENTS // (batch * length * length))
         total = self.branches[0].x.new_zeros(batch, length, length)
         for start in range(0, channels, size):
             dense = self.dense(range(channels)[start : start + size], max_bytes=None)
             total = total + torch.linalg.vector_norm(dense, ord=1, dim=1)
         return with_label(total / channels, ABS_MEAN)
+
+    def _absolute(self) -> Float[Tensor, "batch dst src"] | None:
+        """The sum over channels of absolute values, of the only branch; None where its scan cannot do that at once."""
+        (factors,) = self.branches
+        with exact(factors.x):
+            total = branch_of(factors, self.parts).absolute()
+        if total is None:
+            return None
+        whole = _turn_both(abs(factors.scale) * total.unsqueeze(1), _flip if factors.reverse else _keep)
+        whole = self._unpack_both(whole).squeeze(1)
+        return whole.mT if self.transposed else whole
 
     def select(self, channels: Index | None = None, heads: Index | None = None) -> ImplicitAttention:
         """`A.select([0, 5])`: the operator of some channels; `A.select(heads=2)`: of those of some heads."""

@@ -19,8 +19,8 @@ from gatedlens.model.padding import Padding, windows
 from gatedlens.model.run import Run
 from gatedlens.model.state import RecurrentState
 from gatedlens.recurrence.chunks import chunked
+from gatedlens.recurrence.delta_states import states_of_delta_rule
 from gatedlens.recurrence.factors import Factors
-from gatedlens.recurrence.literal import march
 from gatedlens.recurrence.scanning import StepTerms, linear_scan, readout, scan
 from gatedlens.recurrence.terms import Terms
 
@@ -186,8 +186,9 @@ class Mixer(TokenMixing):
             return chunked(terms, u, initial)
         decay = terms.decays().unsqueeze(-2) if decay is None else decay
         write = _outer(terms, u) if write is None else write
-        if terms.has_delta_rule:
-            states = march(decay, write, terms.erase, terms.probes(), initial)
+        erase, probe = terms.erase, terms.probes()
+        if erase is not None and probe is not None:
+            states = states_of_delta_rule(decay, write, erase, probe, initial)
         else:
             states = linear_scan(decay, write, initial)
         last = states[:, -1]

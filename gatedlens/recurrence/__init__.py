@@ -5,6 +5,7 @@ state_t = decay_t * state_{t-1} + write_t            scan_t = sum over state of 
 scan(terms, sequences, constants, state)     # scanning.py: forward and backward, segment by segment
 ChannelTerms(log_decay, amount, key, read)   # channels.py: what `scan` runs where a head is a channel
 chunked(Terms(...), u, state)                # chunks.py: heads with matrix states, delta rules; literal.py: word for word
+doubling.py, delta_states.py                 # positions side by side; every state of a delta rule
 wkv_scan.py                                  # RWKV-4's normalised scan
 DecayScan(time, rate, read, amount, key)     # decay_matrix.py: the same as a matrix, its blocks in decay_blocks.py
 HeadScan(terms, width, channels)             # head_matrix.py: of heads with matrix states, in head_blocks.py

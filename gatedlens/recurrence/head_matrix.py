@@ -25,6 +25,7 @@ from gatedlens.recurrence.chunks import chunked
 from gatedlens.recurrence.head_blocks import Patch, patches
 from gatedlens.recurrence.matrix import ScanMatrix
 from gatedlens.recurrence.terms import Terms
+from gatedlens.recurrence.tiles import add_absolute, add_band, shifted
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,27 @@ class HeadScan(ScanMatrix):
                 self._add(total, patch, patch.of(head), left[..., mine], right[..., mine], taps[mine])
         return total[..., width - 1 :]
 
+    def absolute(
+        self,
+        left: Float[Tensor, "batch pos channel"],
+        right: Float[Tensor, "batch pos channel"],
+        taps: Float[Tensor, "channel tap"],
+        skip: Float[Tensor, " channel"],
+    ) -> Float[Tensor, "batch dst src"]:
+        """sum_c |left_i[c] * sum_k (S + diag(skip_c))[i, j + k] * right_{j + k}[c] * taps[c, K - 1 - k]|, tile by tile; a
+        head's matrix at a time."""
+        written = right if self.terms.amount is None else right * self.terms.amount[..., self.heads]
+        total = zeros((left.shape[0], self.length, self.length), left, right, taps, skip, *self.terms)
+        near = zeros((left.shape[0], taps.shape[1], self.length), left, right, taps, skip, *self.terms)
+        for head, mine in self._members():
+            S = _of_one(self.terms, head)
+            weights, bare = (shifted(x[..., mine], taps[mine]) for x in (written, right))
+            add_absolute(total, S, left[..., mine].abs(), weights)
+            add_band(near, S, left[..., mine], weights, bare * skip[mine])
+        for k in range(min(taps.shape[1], self.length)):  # where diag(skip) is, whatever the tiles made of it
+            total.diagonal(-k, -2, -1).copy_(near[:, k, k:])
+        return total
+
     @staticmethod
     def _add(total: Tensor, patch: Patch, S: Tensor, left: Tensor, right: Tensor, taps: Tensor) -> None:
         """Add a head's patch to `total`, whose columns begin K - 1 places before the first position."""
@@ -155,6 +177,23 @@ class HeadScan(ScanMatrix):
             together = int(places[-1]) - first + 1 == count
             found.append((head, slice(first, first + count) if together else places))
         return found
+
+
+def _of_one(terms: Terms, head: int) -> Float[Tensor, "batch dst src"]:
+    """S of one head, the amounts left out: made of what that head alone has."""
+    group = slice(head // terms.share, head // terms.share + 1)
+    one = slice(head, head + 1)
+    key, erase = terms.key[:, :, group], None if terms.erase is None else terms.erase[:, :, one]
+    alone = terms._replace(
+        log_decay=terms.log_decay[:, :, one],
+        key=key,
+        read=terms.read[:, :, group],
+        amount=None,
+        erase=key if terms.erase is terms.key else erase,
+        probe=None if terms.probe is None else terms.probe[:, :, one],
+        rate=None if terms.rate is None else terms.rate[one],
+    )
+    return HeadScan.of(alone, 1).by_head([0]).squeeze(1)
 
 
 def zeros(shape: tuple[int, ...], *made_of: Tensor | None) -> Float[Tensor, ...]:

@@ -83,6 +83,16 @@ class ScanMatrix(ABC):
         reach = min(taps.shape[1], self.length)
         return reduce(torch.add, (earlier(self.contracted(left, right * taps[:, -1 - k]), k) for k in range(reach)))
 
+    def absolute(
+        self,
+        left: Float[Tensor, "batch pos channel"],
+        right: Float[Tensor, "batch pos channel"],
+        taps: Float[Tensor, "channel tap"],
+        skip: Float[Tensor, " channel"],
+    ) -> Float[Tensor, "batch dst src"] | None:
+        """The sum over channels of the absolutes of what `folded` gives of S + diag(skip); None: only channel by channel."""
+        return None
+
     def folded(
         self,
         left: Float[Tensor, "batch pos channel"],

@@ -133,6 +133,13 @@ class Branch:
             total = total + torch.diag_embed(direct[:, k:, taps.shape[1] - 1 - k], offset=-k)
         return self._within(total.unsqueeze(1)).squeeze(1)
 
+    def absolute(self) -> Float[Tensor, "batch dst src"] | None:
+        """The sum over channels of |A[c]|; None where it takes each channel's matrix."""
+        if "scan" not in self.parts:
+            return None
+        total = self.factors.scan.absolute(self.gate, self.act, self.taps, self.skip)
+        return None if total is None else self._within(total.unsqueeze(1)).squeeze(1)
+
     def _within(self, matrix: Float[Tensor, "batch some dst src"]) -> Float[Tensor, "batch some dst src"]:
         """The matrix without its entries between documents."""
         document = self.factors.document
@@ -161,6 +168,9 @@ class AheadBranch(Branch):
 
     def row(self, i: Int[Tensor, " batch"]) -> Float[Tensor, "batch src channel"]:
         return _conv_transposed(self._bare.row(i).flip(1), self.taps, self._ahead).flip(1)
+
+    def absolute(self) -> Float[Tensor, "batch dst src"] | None:
+        return None
 
     def dense(self, chosen: list[int]) -> Float[Tensor, "batch some dst src"]:
         bare, taps = self._bare.dense(chosen), self.taps[chosen]

@@ -10,6 +10,7 @@ than one segment, forward and backward.
 Decays and states are at least float32: `at_least_float32`. For torch.compile the loops over positions are operators
 (`gatedlens::linear_scan`, `gatedlens::scan`): one node each in its graph, which would otherwise hold every position.
 vmap and grad of torch.func see through `LinearScan`; for forward mode the loop is laid out in torch's own operations.
+On accelerators positions run side by side, by doubling (doubling.py), in segments as long as memory allows.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from gatedlens.errors import InputError
+from gatedlens.recurrence import doubling
 from gatedlens.recurrence.autocast import is_on
 from gatedlens.recurrence.transforms import forward_mode, gradients, has_old_axis, transformed
 
@@ -54,6 +56,17 @@ def _scan_in_place(decay: Tensor, states: Tensor, state: Tensor | None) -> Tenso
     return states
 
 
+def _every_state(decay: Tensor, write: Tensor, state: Tensor) -> Tensor:
+    """Every state, by the way that the device likes. `write` may be overwritten."""
+    if not doubling.pays(write):
+        return _scan_in_place(decay, write, state)
+    out = torch.empty_like(write)
+    for part in _segments(write.shape[1], write[:, 0].numel(), doubling.ELEMENTS):
+        out[:, part] = doubling.doubled(decay[:, part], write[:, part], state)
+        state = out[:, part.stop - 1]
+    return out
+
+
 class LinearScan(Function):
     """states = LinearScan.apply(decay, write, initial): every state; differentiable any number of times.
 
@@ -66,7 +79,7 @@ class LinearScan(Function):
         if has_old_axis(decay, write, initial):
             # Autograd's own vmap runs an operator once for each of the inputs that it has batched.
             return _linear_scan(decay, write, initial)
-        return _scan_in_place(decay, write.clone(), initial)  # in the layout of write
+        return _every_state(decay, write.clone(), initial)  # in the layout of write
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -104,7 +117,7 @@ def linear_scan(
     if torch.compiler.is_compiling():
         return _linear_scan(decay, write, initial)
     if forward_mode():
-        return _unrolled(decay, write, initial)
+        return (doubling.doubled if doubling.pays(write) else _unrolled)(decay, write, initial)
     return LinearScan.apply(decay, write, initial)
 
 
@@ -133,7 +146,7 @@ def _broadcast(decay: Tensor, write: Tensor, initial: Tensor) -> tuple[Tensor, T
     "gatedlens::linear_scan", mutates_args=(), schema="(Tensor decay, Tensor write, Tensor initial) -> Tensor"
 )
 def _linear_scan(decay: Tensor, write: Tensor, initial: Tensor) -> Tensor:
-    return _scan_in_place(decay, write.clone(), initial)
+    return _every_state(decay, write.clone(), initial)
 
 
 @_linear_scan.register_fake
@@ -187,6 +200,11 @@ def _whole_scan(
     return readout(states, read), states[:, -1]
 
 
+def budget(like: Tensor, cache: int) -> int:
+    """How many numbers a segment's decay may have on the device of `like`; `cache`: on a processor."""
+    return doubling.ELEMENTS if doubling.pays(like) else cache
+
+
 def _segments(length: int, per_step: int, budget: int) -> list[slice]:
     # At least 4 positions, however large a step is: below that the cost is that of starting segments.
     size = max(4, min(length, budget // max(per_step, 1)))
@@ -203,12 +221,12 @@ class SegmentedScan(Function):
     @staticmethod
     def forward(ctx: Any, terms: StepTerms, n: int, initial: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         sequences, constants = tensors[:n], tensors[n:]
-        slices = _segments(sequences[0].shape[1], initial.numel(), SEGMENT_ELEMENTS_GRAD)
+        slices = _segments(sequences[0].shape[1], initial.numel(), budget(initial, SEGMENT_ELEMENTS_GRAD))
         scans, starts, state = [], [], initial
         for part in slices:
             starts.append(state)
             decay, write, read = terms(*(s[:, part] for s in sequences), *constants)
-            states = _scan_in_place(decay, write, state)
+            states = _every_state(decay, write, state)
             scans.append(states if read is None else readout(states, read))
             state = states[:, -1].clone()  # a view would keep the whole segment alive
         ctx.terms, ctx.n, ctx.slices = terms, n, slices
@@ -275,7 +293,7 @@ def _segmented(
 ) -> tuple[Tensor, Tensor]:
     """Without gradients: one segment's states at a time, of so many rows that they stay in the cache."""
     # A large batch in groups: a segment of all rows would be a position or two long, and leave the cache at each.
-    rows = max(1, SEGMENT_ELEMENTS // (SEGMENT_STEPS * max(initial[0].numel(), 1)))
+    rows = max(1, budget(initial, SEGMENT_ELEMENTS) // (SEGMENT_STEPS * max(initial[0].numel(), 1)))
     if rows >= len(initial):
         return _in_segments(terms, sequences, constants, initial)
     groups = range(0, len(initial), rows)
@@ -291,9 +309,9 @@ def _in_segments(
     """`scan` of some rows, segment by segment, without gradients."""
     out, state = None, initial
     length = sequences[0].shape[1]
-    for part in _segments(length, initial.numel(), SEGMENT_ELEMENTS):
+    for part in _segments(length, initial.numel(), budget(initial, SEGMENT_ELEMENTS)):
         decay, write, read = terms(*(s[:, part] for s in sequences), *constants)
-        states = _scan_in_place(decay, write, state)
+        states = _every_state(decay, write, state)
         y = readout(states, read)
         if out is None:  # only now its dtype and last axes are known: they are those of `terms`
             out = y.new_empty(y.shape[0], length, *y.shape[2:])

@@ -49,6 +49,14 @@ class Terms(NamedTuple):
         return self.log_decay.shape[2]
 
     @property
+    def share(self) -> int:
+        """How many heads share the keys of a group."""
+        groups = self.key.shape[2]
+        if groups == 0 or self.heads % groups:
+            raise InputError(f"{self.heads} heads cannot share the keys of {groups} groups evenly.")
+        return self.heads // groups
+
+    @property
     def by_key(self) -> bool:
         """Whether the keys of a head decay each at its own pace."""
         return self.log_decay.shape[3] > 1 or (self.rate is not None and self.rate.shape[1] > 1)
@@ -84,9 +92,4 @@ class Terms(NamedTuple):
 
     def of_heads(self, x: Float[Tensor, "batch pos group key"]) -> Float[Tensor, "batch pos head key"]:
         """A key or read of each group as one of each head."""
-        groups = x.shape[2]
-        if groups == self.heads:
-            return x
-        if groups == 0 or self.heads % groups:
-            raise InputError(f"{self.heads} heads cannot share the keys of {groups} groups evenly.")
-        return x.repeat_interleave(self.heads // groups, dim=2)
+        return x if self.share == 1 else x.repeat_interleave(self.share, dim=2)

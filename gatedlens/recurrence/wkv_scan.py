@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from gatedlens.errors import InputError
-from gatedlens.recurrence.scanning import SEGMENT_ELEMENTS, SEGMENT_ELEMENTS_GRAD, _segments, linear_scan
+from gatedlens.recurrence import doubling
+from gatedlens.recurrence.scanning import SEGMENT_ELEMENTS, SEGMENT_ELEMENTS_GRAD, _segments, budget, linear_scan
 from gatedlens.recurrence.transforms import anywhere, gradients, has_old_axis, transformed
 
 # The maximum of an empty past. Not -inf: a first position that is masked would give -inf - (-inf), which is NaN.
@@ -60,6 +61,8 @@ def _running_max(log_decay: Tensor, key: Tensor, start: Tensor) -> Tensor:
 
 
 def _running_max_loop(log_decay: Tensor, key: Tensor, start: Tensor) -> Tensor:
+    if doubling.pays(key):
+        return doubling.running_max(log_decay, key, start)
     maxima = []
     for w, k in zip(log_decay.unbind(1), key.unbind(1), strict=True):
         start = torch.maximum(start + w, k)
@@ -154,15 +157,7 @@ def _backward(p: _Segment, v: Tensor, grad_scan: Tensor, grad_state: Tensor) -> 
     bonus = p.present * per_total
     read = p.past * per_total
     reads = torch.stack([read, -read * p.scan], dim=2)
-    # The adjoint recurrence: what the state after t is worth is what its next reader and its next state make of it.
-    flows = torch.empty_like(reads)
-    flows[:, -1] = grad_state
-    steps = list(zip(flows.unbind(1), p.decay.unsqueeze(2).unbind(1), reads.unbind(1), strict=True))
-    for t in range(len(steps) - 1, 0, -1):
-        flow, decay, grad = steps[t]
-        torch.addcmul(grad, decay, flow, out=steps[t - 1][0])
-    flow, decay, grad = steps[0]
-    onward = torch.addcmul(grad, decay, flow)
+    flows, onward = _flows(p.decay.unsqueeze(2), reads, grad_state)
     # weight = e^{k - max} and decay = e^{... - max}: with max held, d weight / d k = weight and d decay / d w = decay.
     num_flow, den_flow = flows.unbind(2)
     grad_decay = (p.past_state * flows).sum(2).mul_(p.decay)
@@ -170,6 +165,22 @@ def _backward(p: _Segment, v: Tensor, grad_scan: Tensor, grad_state: Tensor) -> 
     grad_top = grad_decay[:, 0] + (p.past_state[:, 0] * reads[:, 0]).sum(1)
     grad_written = torch.addcmul(den_flow, num_flow, v).mul_(p.weight)
     return torch.addcmul(bonus, p.weight, num_flow), bonus * (v - p.scan), grad_written, grad_decay, onward, grad_top
+
+
+def _flows(decay: Tensor, reads: Tensor, grad_state: Tensor) -> tuple[Tensor, Tensor]:
+    """The adjoint recurrence: what the state after t is worth is what its next reader and its next state make of it. (Of the
+    states after each position, of the one before the first.)"""
+    if doubling.pays(reads):
+        back = doubling.doubled(decay.flip(1).expand_as(reads), reads.flip(1), grad_state).flip(1)
+        return torch.cat([back[:, 1:], grad_state.unsqueeze(1)], dim=1), back[:, 0]
+    flows = torch.empty_like(reads)
+    flows[:, -1] = grad_state
+    steps = list(zip(flows.unbind(1), decay.unbind(1), reads.unbind(1), strict=True))
+    for t in range(len(steps) - 1, 0, -1):
+        flow, step, grad = steps[t]
+        torch.addcmul(grad, step, flow, out=steps[t - 1][0])
+    flow, step, grad = steps[0]
+    return flows, torch.addcmul(grad, step, flow)
 
 
 class SegmentedWkv(Function):
@@ -181,7 +192,7 @@ class SegmentedWkv(Function):
     @staticmethod
     def forward(ctx: Any, mask: Tensor | None, kept: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         k, v, w, u, *carry = tensors
-        slices = _segments(k.shape[1], k[:, 0].numel(), SEGMENT_ELEMENTS_GRAD)
+        slices = _segments(k.shape[1], k[:, 0].numel(), budget(k, SEGMENT_ELEMENTS_GRAD))
         scan, starts = torch.empty_like(k), []
         for part in slices:
             starts += carry
@@ -265,7 +276,7 @@ def _segmented(
 ) -> tuple[Tensor, Carry]:
     """Without gradients: one segment at a time."""
     scan = torch.empty_like(v)
-    for part in _segments(k.shape[1], k[:, 0].numel(), SEGMENT_ELEMENTS):
+    for part in _segments(k.shape[1], k[:, 0].numel(), budget(k, SEGMENT_ELEMENTS)):
         segment = _segment(_part(mask, part), _part(kept, part), k[:, part], v[:, part], w, u, *carry)
         scan[:, part], carry = segment.scan, Carry(*segment.carry)
     return scan, carry

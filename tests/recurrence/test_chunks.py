@@ -74,14 +74,15 @@ def close(got, want, tolerance=1e-10):
     assert (got - want).abs().max() <= tolerance * want.abs().max()
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 100], ids=lambda n: f"{n} at once")
 @pytest.mark.parametrize("fresh", [False, True], ids=["one document", "several documents"])
 @pytest.mark.parametrize("chunk", [1, 5, 16, 64])
 @pytest.mark.parametrize("kind", KINDS)
-def test_values_and_gradients_are_those_of_the_literal_recurrence(kind, chunk, fresh):
+def test_values_and_gradients_are_those_of_the_literal_recurrence(kind, chunk, fresh, at_once):
     leaves, rebuilt = leaves_of(*draw(kind, fresh=fresh))
-    want, got = literal_scan(*rebuilt(*leaves)), chunked(*rebuilt(*leaves), chunk=chunk)
+    want, got = literal_scan(*rebuilt(*leaves)), chunked(*rebuilt(*leaves), chunk=chunk, at_once=at_once)
     with torch.no_grad():
-        free = chunked(*rebuilt(*leaves), chunk=chunk)
+        free = chunked(*rebuilt(*leaves), chunk=chunk, at_once=at_once)
     for a, b in zip((*got, *free), (*want, *want), strict=True):
         close(a, b)
     for a, b in zip(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gatedlens.errors import InputError
-from gatedlens.recurrence import chunks, head_blocks
+from gatedlens.recurrence import chunks, head_blocks, tiles
 from gatedlens.recurrence.chunks import chunked
 from gatedlens.recurrence.head_matrix import HeadScan
 from gatedlens.recurrence.literal import literal_matrix
@@ -67,6 +67,33 @@ def test_sums_over_channels_and_the_conv(kind, taps, sizes, fresh):
     close(scan.summed(left, right, conv), folded.sum(1))
     if taps == 1:
         close(scan.contracted(left, right * conv[:, 0]), folded.sum(1))
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_absolutes_tile_by_tile(kind, taps, fresh, monkeypatch):
+    monkeypatch.setattr(tiles, "ROWS", 4)
+    monkeypatch.setattr(tiles, "ELEMENTS", 100)
+    terms, _, _ = draw(kind, fresh=fresh)
+    scan = HeadScan.of(terms, V)
+    left, right, conv, skip = weights(2, L, H * V), 2 * weights(2, L, H * V), weights(H * V, taps), weights(H * V)
+    want = scan.folded(left, right, conv)
+    for k in range(taps):
+        want.diagonal(-k, -2, -1).add_(((left * skip * right)[:, k:] * conv[:, taps - 1 - k]).mT)
+    close(scan.absolute(left, right, conv, skip), want.abs().sum(1))
+    some = [3, 0, 19, 4, 7]
+    few = scan.select(some).absolute(left[..., some], right[..., some], conv[some], skip[some])
+    close(few, want[:, some].abs().sum(1))
+
+
+def test_absolutes_can_be_differentiated():
+    terms, _, _ = draw("head", length=9)
+    left, right, conv = weights(2, 9, H * V), weights(2, 9, H * V), weights(H * V, 3)
+    x = right.clone().requires_grad_()
+    none = torch.zeros(H * V, dtype=torch.float64)
+    ways = HeadScan.of(terms, V).absolute(left, x, conv, none), HeadScan.of(terms, V).folded(left, x, conv).abs().sum(1)
+    ours, theirs = (torch.autograd.grad(way.sin().sum(), x)[0] for way in ways)
+    close(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
