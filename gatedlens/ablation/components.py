@@ -138,7 +138,7 @@ def remove_layer(layers: Layers) -> Intervention:
 
     layers: a glob, a number, a slice or a list. Where it is put on a model: InputError for layers that do not exist.
     """
-    where = Where(("blocks.{l}.hook_m*_out",), layers=layers)  # mixer_out, and mlp_out where there is one
+    where = Where(("blocks.{l}.hook_*_out",), layers=layers)  # mixer_out, mlp_out, ...: whatever branches there are
     return Intervention((EditStep(where, lambda x, point: torch.zeros_like(x)),))
 
 

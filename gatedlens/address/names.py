@@ -82,6 +82,22 @@ class Names:
     def __getitem__(self, name: str) -> Point:
         return self.points[self.find(name).name]
 
+    def branches(self, layer: int) -> tuple[tuple[str, ...], ...]:
+        """`names.branches(0)`: what a block adds to the residual stream, in order, parallel ones together.
+
+        (("mixer",), ("mlp",)) in a block of both. A branch reads `hook_{name}_in` and writes `hook_{name}_out`.
+        """
+        stem, groups = f"blocks.{layer}.hook_", [[]]  # type: tuple[str, list[list[str]]]
+        for name in self.points:
+            word = name.removeprefix(stem)
+            if word == name:
+                continue
+            if word.startswith("resid_"):
+                groups.append([])
+            elif word.endswith("_in") and f"{stem}{word.removesuffix('_in')}_out" in self.points:
+                groups[-1].append(word.removesuffix("_in"))
+        return tuple(tuple(group) for group in groups if group)
+
     # -- one name ------------------------------------------------------------------------------------------------
 
     def find(self, name: str) -> Found:

@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 else:
     Name = Any
 
-BRANCHES = ("mixer", "mlp")  # what a block may have beside its residual stream, in running order
-
 
 @dataclass(frozen=True)
 class Node:
     """`Node("1.mixer", 1, reads="blocks.1.hook_mixer_in", writes="blocks.1.hook_mixer_out")`.
 
-    An edit of what it `reads` reaches it alone. `layer` is the block that holds these points.
+    An edit of what it `reads` reaches it alone. `layer` is the block that holds these points; `turn` counts from embed, and
+    parallel branches have the same.
     """
 
     name: str
     layer: int
     reads: str = ""  # embed reads nothing of the stream
     writes: str = ""  # and logits write nothing into it
+    turn: int = 0
 
 
 class Edge(NamedTuple):
@@ -61,17 +61,17 @@ class Graph:
 
     @classmethod
     def of(cls, model: HookedModel) -> Graph:
-        """`Graph.of(model)`: embed, then a mixer and an MLP (where there is one) a layer, then logits."""
-        last = model.cfg.n_layers - 1
-        branches = [
-            Node(f"{layer}.{kind}", layer, f"blocks.{layer}.hook_{kind}_in", f"blocks.{layer}.hook_{kind}_out")
-            for layer in range(last + 1)
-            for kind in BRANCHES
-            if f"blocks.{layer}.hook_{kind}_in" in model.names
-        ]
-        embed = Node("embed", 0, writes="blocks.0.hook_resid_pre")
+        """`Graph.of(model)`: embed, then what each layer adds to the stream (a mixer, and an MLP where there is one), then
+        logits."""
+        nodes, turn, last = [Node("embed", 0, writes="blocks.0.hook_resid_pre")], 0, model.cfg.n_layers - 1
+        for layer in range(last + 1):
+            for group in model.names.branches(layer):
+                turn += 1
+                for kind in group:
+                    point = f"blocks.{layer}.hook_{kind}"
+                    nodes.append(Node(f"{layer}.{kind}", layer, f"{point}_in", f"{point}_out", turn))
         # Behind the last block the stream goes to the final norm and nowhere else.
-        return cls((embed, *branches, Node("logits", last, reads=f"blocks.{last}.hook_resid_post")))
+        return cls((*nodes, Node("logits", last, reads=f"blocks.{last}.hook_resid_post", turn=turn + 1)))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -90,8 +90,9 @@ class Graph:
         return self.nodes.index(node)
 
     def before(self, receiver: Node) -> tuple[Node, ...]:
-        """`graph.before(graph.find("1.mixer"))`: the senders whose sum a receiver reads."""
-        return self.nodes[: self.place(receiver)]
+        """`graph.before(graph.find("1.mixer"))`: the senders whose sum a receiver reads; parallel branches do not read one
+        another."""
+        return tuple(node for node in self.nodes if node.turn < receiver.turn)
 
     def edges(self) -> list[Edge]:
         """`graph.edges()`: every edge, by receiver in running order."""
@@ -139,8 +140,9 @@ class Graph:
     def check_order(self, sender: Node, receivers: Sequence[Node]) -> None:
         """`graph.check_order(sender, receivers)`: InputError unless every receiver comes after the sender."""
         for receiver in receivers:
-            if self.place(receiver) <= self.place(sender):
+            if receiver.turn <= sender.turn:
+                later = [node.name for node in self.nodes if node.turn > sender.turn]
                 raise InputError(
                     f"{sender.name!r} does not reach {receiver.name!r}: a receiver reads what was written before it. After "
-                    f"{sender.name!r} come {', '.join(self.names[self.place(sender) + 1 :][:4])}."
+                    f"{sender.name!r} come {', '.join(later[:4])}."
                 )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gatedlens.address.entries import Index, numbers
 from gatedlens.attention.layer import ImplicitAttention
 from gatedlens.attention.stack import AttentionStack
 from gatedlens.errors import InputError
@@ -29,15 +30,17 @@ def for_circuitsvis(
     row: int = 0,
     groups: Sequence[Any] | None = None,
     absolute: bool = False,
+    heads: Index | None = None,
 ) -> dict[str, Any]:
     """`circuitsvis.attention.attention_heads(**for_circuitsvis(attention))`: the arguments, of one row of the batch.
 
     attention: a stack, whose layers become heads (their means over channels); or one layer's operator, whose mean is one
-    head, or the mean of each of `groups` of channels (as in `grouped`) one. absolute: means of absolute values. tokens: those
-    of the input if None. Holds `attention` [head, dst, src] as a numpy array, `tokens`, `attention_head_names`,
-    `max_value` and `min_value` (the largest magnitude: these are no probabilities) and `mask_upper_tri` (causal or not).
+    head, or the mean of each of `groups` of channels (as in `grouped`), or of each of its `heads` (`slice(None)`: all).
+    absolute: means of absolute values. tokens: those of the input if None. Holds `attention` [head, dst, src] as a numpy
+    array, `tokens`, `attention_head_names`, `max_value` and `min_value` (the largest magnitude: these are no probabilities)
+    and `mask_upper_tri` (causal or not).
     """
-    matrices, names = _heads(attention, groups, absolute)
+    matrices, names = _heads(attention, groups, absolute, heads)
     if not -len(matrices) <= row < len(matrices):
         raise InputError(f"row={row}: the batch has rows 0 to {len(matrices) - 1}.")
     heads = matrices[row].detach().float().cpu()
@@ -55,8 +58,12 @@ def for_circuitsvis(
     }
 
 
-def _heads(attention: Any, groups: Sequence[Any] | None, absolute: bool) -> tuple[Tensor, list[str]]:
+def _heads(
+    attention: Any, groups: Sequence[Any] | None, absolute: bool, heads: Index | None
+) -> tuple[Tensor, list[str]]:
     """([batch, head, dst, src], the heads' names)."""
+    if heads is not None and (groups is not None or isinstance(attention, AttentionStack)):
+        raise InputError("heads are those of one layer, and no groups: for_circuitsvis(stack[3], heads=slice(None)).")
     if isinstance(attention, AttentionStack):
         if groups is not None:
             raise InputError("groups are channels of one layer: pick it, as in stack[3].")
@@ -67,6 +74,10 @@ def _heads(attention: Any, groups: Sequence[Any] | None, absolute: bool) -> tupl
             f"for_circuitsvis takes an implicit attention, and this is {type(attention).__name__}: "
             "for_circuitsvis(gl.implicit_attention(...))."
         )
+    if heads is not None:
+        means = attention.abs_mean(heads=heads) if absolute else attention.mean(heads=heads)
+        chosen = numbers("heads", heads, attention.n_heads, repr(attention))
+        return means, [f"layer {attention.layer}, head {head}" for head in chosen]
     if groups is None:
         mean = attention.abs_mean() if absolute else attention.mean()
         return mean.unsqueeze(1), [f"layer {attention.layer}"]

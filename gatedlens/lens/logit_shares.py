@@ -138,7 +138,7 @@ class Reading:
     ) -> Reading:
         """The reading of an input (run once) or of a cache; `inside` are more points that are needed."""
         last_block = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
-        streams = ("blocks.0.hook_resid_pre", "blocks.*.hook_m*_out", last_block, SCALE)
+        streams = ("blocks.0.hook_resid_pre", "blocks.*.hook_*_out", last_block, SCALE)
         cache, batch = inputs.cached(model, input, (*streams, *inside))
         last = cache["resid_post", -1].double()
         u = _columns(model, right, len(last), "right")
@@ -165,9 +165,8 @@ class Reading:
         """What was written into the residual stream, by the names of `cache.decompose_resid`."""
         yield "embed", self.cache["resid_pre", 0]
         for layer in range(self.model.cfg.n_layers):
-            for kind in ("mixer_out", "mlp_out"):
-                if f"blocks.{layer}.hook_{kind}" in self.model.names:
-                    yield f"{layer}_{kind}", self.cache[f"blocks.{layer}.hook_{kind}"]
+            for kind in (kind for group in self.model.names.branches(layer) for kind in group):
+                yield f"{layer}_{kind}_out", self.cache[f"blocks.{layer}.hook_{kind}_out"]
 
     @checked
     def of_stream(self, value: Tensor) -> Float[Tensor, " batch"]:

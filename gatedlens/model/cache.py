@@ -88,15 +88,13 @@ class ResidualCache(transformer_lens.ActivationCache):
             self.find(("resid_mid", layer))
         slice_ = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
         wanted = [("embed", "blocks.0.hook_resid_pre")] if incl_embeds else []  # the embedding as the stream holds it
-        modes = {"all": ("mixer", "mlp"), "attn": ("mixer",), "mlp": ("mlp",)}
-        if mode not in modes:
+        if mode not in ("all", "attn", "mlp"):
             raise InputError(f"mode={mode!r}: it is 'all', 'attn' (the mixers) or 'mlp'.")
-        kinds = modes[mode]
         for block in range(layer + 1 if mlp_input else layer):
-            for kind in kinds if block < layer else ("mixer",):
-                name = f"blocks.{block}.hook_{kind}_out"
-                if name in self.model.names:
-                    wanted.append((f"{block}_{kind}_out", name))
+            kinds = [kind for group in self.model.names.branches(block) for kind in group]
+            kinds = kinds if block < layer else kinds[: kinds.index("mlp")]
+            kinds = [kind for kind in kinds if mode == "all" or (mode == "mlp") == (kind == "mlp")]
+            wanted += [(f"{block}_{kind}_out", f"blocks.{block}.hook_{kind}_out") for kind in kinds]
         stream = slice_.apply(self["resid_pre", 0], dim=-2)
         parts = stream.new_zeros(len(wanted), *stream.shape)
         for part, (_, name) in zip(parts, wanted, strict=True):

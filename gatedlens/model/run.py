@@ -65,9 +65,15 @@ class Run:
         return long
 
     def leave(self, name: str, layer: int, value: Tensor) -> None:
-        """Hand `value` to the next call."""
-        if self.left is not None:
-            self.left[RecurrentState.key(name, layer)] = value.clone()
+        """Hand `value` to the next call. InputError if another part of the block has left something by this name."""
+        if self.left is None:
+            return
+        key = RecurrentState.key(name, layer)
+        if key in self.left:
+            raise InputError(
+                f"Two parts of block {layer} leave a state {name!r} ({key}): each needs a name of its own."
+            )
+        self.left[key] = value.clone()
 
 
 @dataclass

@@ -186,6 +186,7 @@ get_act_patch_y_head_all_pos = Kind("blocks.*.mixer.*hook_y", ALL_POS)
 get_act_patch_y_head_by_pos = Kind("blocks.*.mixer.*hook_y", BY_POS)
 get_act_patch_gated_head_all_pos = Kind("blocks.*.mixer.hook_gated", ALL_POS)
 get_act_patch_gated_head_by_pos = Kind("blocks.*.mixer.hook_gated", BY_POS)
+get_act_patch_state_head_all_pos = Kind("blocks.*.mixer.*hook_state", ALL_POS, carried)
 get_act_patch_state_head_by_pos = Kind("blocks.*.mixer.*hook_state", BY_POS, carried)
 
 # What a head takes in, how long it keeps it, what it reads, what lets it through and what it gives to the output projection;

@@ -130,7 +130,8 @@ class Call:
 class PutByRow:
     """The entries at the positions `where` of each row get `source`'s. Runs of several samples repeat the rows of both.
 
-    dim: which axis of the point the positions are. local: whether a run may start at the first of them.
+    dim: which axis of the point the positions are. local: whether a run may start at the first of them. some: of which entries, a
+    mask that broadcasts to the point, the same for all rows and positions (None: of all).
     """
 
     name: str
@@ -138,19 +139,23 @@ class PutByRow:
     where: Bool[Tensor, "batch pos"]
     source: Tensor
     local: bool = True
+    some: Tensor | None = None
 
     @property
     def first(self) -> int:
         return int(self.where.any(0).nonzero()[0]) if self.local else 0
 
     def _here(self, rows: Tensor, start: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-        """The rows with positions in front, the index of what is edited there, and its value."""
+        """The rows with positions in front, the index of what is edited there, and its value, with what it has of the rows."""
         own, pos = self.where.to(self.source.device).nonzero(as_tuple=True)
         value = self.source.movedim(self.dim, 1)[own, pos].to(rows)
         samples = len(rows) // len(self.where)
         row = torch.cat([own + sample * len(self.where) for sample in range(samples)])
         here = (row.to(rows.device), (pos - start).repeat(samples).to(rows.device))
-        return rows.movedim(self.dim, 1), here, torch.cat([value] * samples)
+        moved, value = rows.movedim(self.dim, 1), torch.cat([value] * samples)
+        if self.some is not None:
+            value = torch.where(self.some.movedim(self.dim, 1)[0, 0].to(rows.device), value, moved[here])
+        return moved, here, value
 
     def apply(self, rows: Tensor, start: int) -> None:
         moved, here, value = self._here(rows, start)

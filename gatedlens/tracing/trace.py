@@ -6,7 +6,7 @@ effect[l, p] = metric(corrupted, with `point` of layers l - w // 2 .. l + ceil(w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -14,6 +14,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from gatedlens.address import positions as address
+from gatedlens.address.entries import Index, Where
 from gatedlens.address.positions import columns as columns_of
 from gatedlens.address.positions import listed, one_a_row
 from gatedlens.errors import InputError, PointError
@@ -57,6 +58,7 @@ def causal_trace(
     progress: bool = True,
     results: Earlier = None,
     max_bytes: int | None = None,
+    **index: Index,
 ) -> Result:
     """`gl.tracing.causal_trace(model, prompt, metric, subject=range(1, 5)).plot()`: the indirect effect, a Result [layer, pos].
 
@@ -73,16 +75,18 @@ def causal_trace(
     part in it), or a mapping of labels to a position, or to one a row: {"key": key_pos, "last": -1}. noise: its standard
     deviation, as a multiple of the embeddings'; samples: draws of it, the same for all cells. attention_mask: of inputs
     that are no pairs. max_rows: rows in one forward at most (memory), max_bytes: about how many bytes. results: as in
-    every sweep, `gl.patching.Options`: a path to which results are written as they come, or an interrupted Result. Facts
-    of the result: `clean` and `corrupted` (the metric), `total_effect`, what was corrupted and how.
+    every sweep, `gl.patching.Options`: a path to which results are written as they come, or an interrupted Result. index:
+    some entries of the point, head=2 say; the others are left as they are. Facts of the result: `clean` and `corrupted` (the
+    metric), `total_effect`, what was corrupted and how.
 
-    InputError for noise without a subject, a counterfactual with one or of another shape, and numbers below 1; PointError for a
-    point that no layer has or that has no positions. Meng et al. 2022 (arXiv 2202.05262); for Mamba Sharma, Atkinson and Bau
-    2024 (arXiv 2404.03646).
+    InputError for noise without a subject, a counterfactual with one or of another shape, and numbers below 1; PointError for
+    a point that no layer has or that has no positions, and for an axis that it lacks. Meng et al. 2022 (arXiv 2202.05262);
+    for Mamba Sharma, Atkinson and Bau 2024 (arXiv 2404.03646).
     """
     _check_numbers(window, samples, max_rows, noise)
     batch = inputs.ready(model, clean, attention_mask=attention_mask)
     layers = _points(model, point)
+    where = _entries(model, list(layers.values()), index)
     out, cache = model.run_with_cache(batch, names_filter=[EMBED, *layers.values()])
     real = inputs.real(model, batch)
     if isinstance(corrupt, str) and corrupt == "noise":
@@ -100,14 +104,15 @@ def causal_trace(
         _name(label, mask, real, inputs.labels(model, batch), corruption.marked) for label, mask in columns.items()
     ]
     padding = Padding.of(batch.mask)
-    edits = {layer: _restoring(model, name, cache[name], padding) for layer, name in layers.items()}
+    edits = {layer: _restoring(model, name, cache[name], padding, where) for layer, name in layers.items()}
     windows = [_window(layer, window, list(layers)) for layer in layers]
     cells = [
         Cell((row, column), tuple(edits[one](mask) for one in chosen))
         for row, chosen in enumerate(windows)
         for column, mask in enumerate(columns.values())
     ]
-    what = f"{point} restored" + (f", {window} layers at once" if window > 1 else "")
+    entries = "".join(f", {axis}={given}" for axis, given in index.items())
+    what = f"{point} restored{entries}" + (f", {window} layers at once" if window > 1 else "")
     labels: dict[str, list[Any]] = {"layer": list(layers), "pos": names}
     plan = Plan(("layer", "pos"), labels, (len(windows), len(columns)), tuple(cells), f"Causal trace: {what}")
 
@@ -127,7 +132,7 @@ def causal_trace(
     low = float(bad.mean())
     facts = {
         "model": model.cfg.model_name, "point": point, "window": window, "clean": good, "corrupted": low,
-        "total_effect": good - low, **corruption.facts,
+        "total_effect": good - low, **corruption.facts, **({"entries": entries[2:]} if entries else {}),
     }  # fmt: skip
     question = Question(plan, meter, effect, value="indirect effect", verb="restored", facts=facts)
     return answer(question, runs, changing, bad, Effort(results, max_bytes, max_rows, progress))
@@ -148,12 +153,26 @@ def _runs(model: HookedModel, corruption: Corruption, max_rows: int) -> list[Bas
     return found
 
 
-def _restoring(model: HookedModel, name: str, clean: Tensor, padding: Padding) -> Callable[[Tensor], PutByRow]:
+def _entries(model: HookedModel, names: Sequence[str], index: Mapping[str, Index]) -> Where:
+    """Which entries of the points are restored, checked."""
+    for axis in ("batch", "pos"):
+        if axis in index:
+            raise InputError(f"{axis}={index[axis]!r}: a trace says by positions= which are restored, in every row.")
+    where = Where(tuple(names), index)
+    where.points(model)
+    return where
+
+
+def _restoring(
+    model: HookedModel, name: str, clean: Tensor, padding: Padding, where: Where
+) -> Callable[[Tensor], PutByRow]:
     """What puts the clean values of a point back at some positions of the input."""
-    dims = model.names.points[name].dims
+    point, sizes = model.names.points[name], model.cfg.sizes
+    dims = point.dims
+    some = where.entries(clean.shape, point, clean.device, name, sizes=sizes) if where.index else None
     source = padding.by_number(clean, dims)
     at, local = dims.index("pos"), may_start_within(dims, model.cfg.sizes)
-    return lambda mask: PutByRow(name, at, padding.pack(mask), source, local)
+    return lambda mask: PutByRow(name, at, padding.pack(mask), source, local, some)
 
 
 def _check_numbers(window: Any, samples: Any, max_rows: Any, noise: int | float) -> None:

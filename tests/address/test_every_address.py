@@ -74,6 +74,11 @@ OF_A_MIXER = {
     "open_gate": lambda g, **i: g.run(ablation.open_gate(layers=0, **i)),
     "no_scan": lambda g, **i: g.run(ablation.no_scan(layers=0, **i)),
     "patch": lambda g, **i: g.run(states.patch(g.cache, 3, layers=0, source_pos=1, **i)),
+    "causal_trace": lambda g, **i: (
+        gl.tracing.causal_trace(
+            g.model, g.tokens, METRIC, corrupt=g.other, point="mixer.hook_gate", positions=[2, -1], **QUIET, **i
+        ).values
+    ),
     "splice": lambda g, **i: spliced(g, **i),
     "swap": lambda g, **i: spliced(g, states.swap, **i),
 }

@@ -42,6 +42,20 @@ def test_a_layer_has_a_head_a_group_of_channels(model):
 
 
 @torch.no_grad()
+def test_a_layer_has_its_heads():
+    model = gl.HookedMamba2.tiny(dtype=torch.float64)
+    stack = gl.implicit_attention(model, example(model))
+    for absolute in (False, True):
+        shown = for_circuitsvis(stack[1], row=1, heads=[3, 0], absolute=absolute)
+        view = stack[1].abs_mean if absolute else stack[1].mean
+        assert np.allclose(shown["attention"], view(heads=[3, 0])[1], atol=1e-6)
+        assert shown["attention_head_names"] == ["layer 1, head 3", "layer 1, head 0"]
+    for wrong in (lambda: for_circuitsvis(stack, heads=0), lambda: for_circuitsvis(stack[1], groups=[3], heads=0)):
+        with pytest.raises(gl.InputError, match="heads are those of one layer, and no groups"):
+            wrong()
+
+
+@torch.no_grad()
 def test_tokens(moby_model):
     stack = gl.implicit_attention(moby_model, "Call me")
     assert for_circuitsvis(stack)["tokens"] == moby_model.to_str_tokens("Call me")

@@ -139,6 +139,13 @@ def test_a_state_is_carried_by_head(heads):
             for layer in range(2)
         ]
     assert near(found, want)
+    # At every position: decay 0 and write the clean state, so the head has all the states of the clean run.
+    found = patching.get_act_patch_state_head_all_pos(heads, corrupted, cache, METRIC, **QUIET)
+    want = [
+        [by_hand(heads, corrupted, cache, f"blocks.{layer}.mixer.hook_state", of_head(head)) for head in range(HEADS)]
+        for layer in range(2)
+    ]
+    assert near(found, want)
 
 
 def test_heads_of_attention():

@@ -299,3 +299,32 @@ def test_mistakes_about_the_counterfactual_and_the_metric(model):
     with pytest.raises(gl.InputError, match="NaN"):
         causal_trace(model, x, lambda logits: logits.flatten(1)[:, 0] * torch.nan, subject=[1], progress=False)
     assert not model.list_hooks()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("leaf", ["scan", "write"])
+def test_heads_alone_are_restored(leaf):
+    """Each cell by hand: one head's clean values put back at one position of one layer, sample by sample."""
+    model, point = gl.HookedMamba2.tiny(dtype=torch.float64), f"mixer.hook_{leaf}"
+    x, names = example(model), layers_of(model, point)
+    _, clean = model.run_with_cache(x, names_filter=list(names.values()))
+    for options, runs in corruptions(model, x):
+        found = causal_trace(model, x, METRIC, point=point, positions=[1, 4], progress=False, **options, head=2)
+        for layer, name in names.items():
+            for column, n in enumerate((1, 4)):
+                some = slice(16, 24) if leaf == "scan" else 2
+
+                def put(value, hook, name=name, n=n, some=some):
+                    value[:, n, some] = clean[name][:, n, some]
+
+                want = torch.stack(
+                    [
+                        METRIC(model.run_with_hooks(given, fwd_hooks=[*hooks, (name, put)]))
+                        - METRIC(model.run_with_hooks(given, fwd_hooks=hooks))
+                        for given, hooks in runs
+                    ]
+                ).mean()
+                assert torch.allclose(found.at(layer=layer).values[column], want, **CLOSE), (layer, n)
+        assert found.facts["entries"] == "head=2" and "head=2" in found.title
+    with pytest.raises(gl.InputError, match="pos=1: a trace says by positions= which are restored"):
+        causal_trace(model, x, METRIC, point=point, corrupt=x, pos=1)
