@@ -104,8 +104,14 @@ class Point:
 
     def elements(self, sizes: Mapping[str, int], **given: int) -> int:
         """`point.elements(model.cfg.sizes, batch=2, pos=16)`: how many numbers one activation holds, `given` the sizes of
-        batch and pos.
+        batch and pos. A PointError for an axis of no known size.
         """
+        unknown = [dim for dim in self.dims if dim not in given and dim not in sizes]
+        if unknown:
+            raise PointError(
+                f"{self.name} has the axis {unknown[0]!r}, and nothing says its size; known are {', '.join({**sizes, **given})}. "
+                "An architecture says the sizes of its axes in the `sizes` of its config."
+            )
         total = 1
         for dim in self.dims:
             total *= given[dim] if dim in given else sizes[dim]

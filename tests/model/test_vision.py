@@ -114,3 +114,17 @@ def test_what_images_are_not_is_refused_by_its_own_name(model, images):
         model.generate("Call me")
     with pytest.raises(gl.InputError, match="HookedPatches has no tiny model"):
         HookedPatches.tiny()
+
+
+def test_an_axis_without_a_size_is_named(images):
+    class Forgotten(HookedPatches):
+        @classmethod
+        def describe(cls, wrapped, model_name):
+            cfg = super().describe(wrapped, model_name)
+            return VisionConfig(**cfg.to_dict())
+
+    forgotten = Forgotten(Patches().double())
+    with pytest.raises(
+        gl.PointError, match=r"hook_x has the axis 'channel', and nothing says its size; .* the `sizes` of"
+    ):
+        forgotten.run_with_cache(images, names_filter="blocks.0.mixer.hook_x")
