@@ -25,6 +25,7 @@ FLOORS = (
     {"fused"},  # what a mixer hands to mamba-ssm's kernels
     {"model"},
     {"formats", "compat.names"},  # data of the architectures: checkpoints, and other tools' names, though compat is a door
+    {"parts"},
     {"hooks", "attention"},
     {"plot", "metrics"},
     {"loading", "runs"},

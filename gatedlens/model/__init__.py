@@ -25,7 +25,7 @@ from gatedlens.model.intervention import Edit, EditStep, Intervention, Step, edi
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.layout import Layout
 from gatedlens.model.mixer import Mixer, TokenMixing
-from gatedlens.model.norm import NarrowNorm, Norm, NormOfNarrow, eps_of, norm_rows
+from gatedlens.model.norm import GemmaNorm, NarrowNorm, Norm, NormOfNarrow, eps_of, norm_rows
 from gatedlens.model.padding import Padding, windows
 from gatedlens.model.path import PathMixer, Stage, Streams
 from gatedlens.model.run import DocumentRun, Run
@@ -37,7 +37,7 @@ from gatedlens.model.vision import HookedVisionModel, VisionConfig
 # fmt: off
 __all__ = [
     "ActivationCache", "Batch", "Block", "Carried", "ChannelScan", "Conv", "DocumentRun", "Edit", "EditStep", "Gate",
-    "GroupNorm", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "HookedVisionModel", "Input",
+    "GemmaNorm", "GroupNorm", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "HookedVisionModel", "Input",
     "Intervention", "Layout", "Mixer", "Named", "NarrowNorm", "Norm", "NormOfNarrow", "Output", "Padding", "Part",
     "PathMixer", "Real", "RecurrentState", "Run", "Scan", "SiLU", "Skip", "Stage", "Step", "Streams", "Sub", "SubRows",
     "Tiny", "TokenMixing", "VisionConfig", "around", "by_fan_in", "edit", "eps_of", "fresh", "norm_rows", "residual_rows",

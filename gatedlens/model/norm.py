@@ -69,6 +69,25 @@ class NarrowNorm(Norm):
         return super().forward(x).to(self.weights.weight.dtype)
 
 
+class GemmaNorm(Norm):
+    """out = (1 + weight) * x / scale, scale = sqrt(mean(x^2) + eps); rounded to x's dtype only at the end.
+
+    As in Gemma's line of models, and in Qwen3-Next.
+    """
+
+    torch_norms = ()
+
+    @property
+    def gain(self) -> Float[Tensor, " d_model"]:
+        return 1 + at_least_float32(self.weights.weight)
+
+    def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        wide = at_least_float32(x)
+        scale = self.hook_scale((wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        normalized = self.hook_normalized(wide / scale)
+        return self.hook_out((normalized * self.gain).to(x.dtype))
+
+
 def eps_of(norm: Any, otherwise: float) -> float:
     """The eps that a wrapped norm adds; `otherwise` if it does not say."""
     told = vars(norm)
@@ -76,10 +95,13 @@ def eps_of(norm: Any, otherwise: float) -> float:
     return float(torch.finfo(norm.weight.dtype).eps if eps is None else eps)  # None is torch's way to say so
 
 
-def norm_rows(part: str, reads: str, source: str, equation: str = "w * normalized") -> tuple[Point, ...]:
-    """The points of a norm under `part`, which normalises the row `reads`."""
+def norm_rows(
+    part: str, reads: str, source: str, equation: str = "w * normalized", axes: str = "batch pos d_model"
+) -> tuple[Point, ...]:
+    """The points of a norm under `part`, which normalises the row `reads`, with these axes, along the last of them."""
+    outer = axes.rpartition(" ")[0]
     return (
-        Point(f"{part}.hook_scale", "batch pos one", f"sqrt(mean({reads}^2) + eps)", source),
-        Point(f"{part}.hook_normalized", "batch pos d_model", f"{reads} / scale", source),
-        Point(f"{part}.hook_out", "batch pos d_model", equation, source),
+        Point(f"{part}.hook_scale", f"{outer} one", f"sqrt(mean({reads}^2) + eps)", source),
+        Point(f"{part}.hook_normalized", axes, f"{reads} / scale", source),
+        Point(f"{part}.hook_out", axes, equation, source),
     )

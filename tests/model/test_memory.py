@@ -7,8 +7,8 @@ import torch
 
 import gatedlens as gl
 from gatedlens.attention import profiles
-from gatedlens.hooks.griffin import local_attention
 from gatedlens.model import memory
+from gatedlens.parts import attention
 from tests.helpers import example
 
 VIEWS = {
@@ -61,13 +61,13 @@ def test_thirty_thousand_positions_are_refused_at_once_and_rows_are_not():
 def test_a_pattern_that_the_device_does_not_hold_is_refused(monkeypatch):
     model = gl.HookedGriffin.tiny()
     layer = model.cfg.layer_types.index("attention")
-    monkeypatch.setattr(local_attention, "SMALL", 0)
-    monkeypatch.setattr(local_attention, "free", lambda device: 1000)
+    monkeypatch.setattr(attention, "SMALL", 0)
+    monkeypatch.setattr(attention, "free", lambda device: 1000)
     with pytest.raises(
         gl.TooLargeError, match=rf"layer {layer}, 2 heads over 7 x 7 .* the 1000 B that are free on cpu. Run"
     ):
         model(example(model))
-    monkeypatch.setattr(local_attention, "free", lambda device: None)
+    monkeypatch.setattr(attention, "free", lambda device: None)
     model(example(model))
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from gatedlens.hooks.mamba import mamba_terms
 from gatedlens.recurrence import delta_states, doubling
 from gatedlens.recurrence.chunks import chunked
 from gatedlens.recurrence.delta_states import states_of_delta_rule
@@ -15,7 +14,7 @@ from gatedlens.recurrence.literal import literal_states, march
 from gatedlens.recurrence.scanning import linear_scan, scan
 from gatedlens.recurrence.wkv_scan import Carry, wkv
 from tests.recurrence.test_chunks import KINDS, close, draw
-from tests.recurrence.test_scanning import check_everything, inputs, literal
+from tests.recurrence.test_scanning import check_everything, inputs, literal, mamba_terms
 
 # Dispatcher operators that only look at memory another way, or take some: no device runs anything for them.
 VIEWS = """

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
@@ -31,19 +31,20 @@ from gatedlens.compat.names.griffin import ALIASES
 from gatedlens.errors import CheckpointError
 from gatedlens.formats.recurrentgemma import TINY, RecurrentGemma
 from gatedlens.formats.transformers_config import RECURRENT_GEMMA
-from gatedlens.hooks.griffin.local_attention import LocalAttention
 from gatedlens.model import fields
 from gatedlens.model.base import Wrapped
-from gatedlens.model.batch import Batch
 from gatedlens.model.block import Block, Sub, SubRows, residual_rows
 from gatedlens.model.config import HookedConfig
-from gatedlens.model.hookpoint import Part, rows_of
-from gatedlens.model.language import HookedLanguageModel
-from gatedlens.model.norm import Norm, norm_rows
+from gatedlens.model.hookpoint import rows_of
+from gatedlens.model.norm import GemmaNorm, Norm, norm_rows
 from gatedlens.model.path import PathMixer, Streams
 from gatedlens.model.run import DocumentRun, Run
 from gatedlens.model.stages import ChannelScan, Conv, Gate, Named, Real
-from gatedlens.model.state import CARRIED, Carried, RecurrentState
+from gatedlens.model.state import CARRIED
+from gatedlens.parts.activation import GELU_TANH
+from gatedlens.parts.attention import CARRIED_WINDOW, Attention, AttentionKind
+from gatedlens.parts.glu import GatedMlp, gated_mlp_rows
+from gatedlens.parts.positioned import NEXT_POSITION, PositionedModel
 from gatedlens.recurrence.channels import ChannelTerms
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.transforms import transformed
@@ -78,24 +79,10 @@ MIXER_ROWS = (
 )  # fmt: skip
 
 LOCAL = f"{PAPER}, sec. 2.3"
-ROPE = "RoPE, arXiv 2104.09864"
-SCORES = "rot_q . rot_k / sqrt(d_head); -inf if the key is ahead, W or more behind, padding or of another document"
-ATTENTION_ROWS = (
-    Point("hook_q", "batch pos head d_head", "q_proj(ln1.out)", LOCAL),
-    Point("hook_k", "batch pos kv_head d_head", "k_proj(ln1.out)", LOCAL),
-    Point("hook_v", "batch pos kv_head d_head", "v_proj(ln1.out)", LOCAL),
-    Point("hook_rot_q", "batch pos head d_head", "q, its first rotary_dim turned by position", ROPE),
-    Point("hook_rot_k", "batch pos kv_head d_head", "k, its first rotary_dim turned by position", ROPE),
-    Point("hook_attn_scores", "batch head pos key_pos", SCORES, LOCAL),
-    Point("hook_pattern", "batch head pos key_pos", "softmax over key_pos of attn_scores", LOCAL),
-    Point("hook_z", "batch pos head d_head", "sum over key_pos of pattern * v", LOCAL),
-)
+LOCAL_ATTENTION = AttentionKind(windowed=True)
+ATTENTION_ROWS = LOCAL_ATTENTION.rows(LOCAL)
 
-MLP_ROWS = (
-    Point("hook_pre", "batch pos d_mlp", "gate_proj(ln2.out)", f"{PAPER}, fig. 2b"),
-    Point("hook_pre_linear", "batch pos d_mlp", "up_proj(ln2.out)", f"{PAPER}, fig. 2b"),
-    Point("hook_post", "batch pos d_mlp", "gelu_tanh(pre) * pre_linear", f"{PAPER}, fig. 2b"),
-)
+MLP_ROWS = gated_mlp_rows(GELU_TANH.word, f"{PAPER}, fig. 2b")
 
 RMSNORM = "RMSNorm, arXiv 1910.07467"
 NORMED = "(1 + w) * normalized"
@@ -193,36 +180,6 @@ class GriffinMixer(PathMixer):
         return self.weights.linear_out.weight, self.weights.linear_out.bias
 
 
-# -- the blocks -----------------------------------------------------------------------------------------------------
-
-
-class GemmaNorm(Norm):
-    """out = (1 + weight) * x / scale, scale = sqrt(mean(x^2) + eps); rounded to x's dtype only at the end."""
-
-    torch_norms = ()
-
-    @property
-    def gain(self) -> Float[Tensor, " d_model"]:
-        return 1 + at_least_float32(self.weights.weight)
-
-    def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-        wide = at_least_float32(x)
-        scale = self.hook_scale((wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
-        normalized = self.hook_normalized(wide / scale)
-        return self.hook_out((normalized * self.gain).to(x.dtype))
-
-
-class GatedMlp(Part):
-    """out = down_proj(gelu(gate_proj(m)) * up_proj(m))."""
-
-    def forward(self, m: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
-        w = self.weights
-        pre = self.hook_pre(F.linear(m, w.gate_proj.weight, w.gate_proj.bias))
-        pre_linear = self.hook_pre_linear(F.linear(m, w.up_proj.weight, w.up_proj.bias))
-        post = self.hook_post(F.gelu(pre, approximate="tanh") * pre_linear)
-        return F.linear(post, w.down_proj.weight, w.down_proj.bias)
-
-
 # -- the model ------------------------------------------------------------------------------------------------------
 
 
@@ -245,7 +202,7 @@ class GriffinConfig(HookedConfig):
         return {**super().sizes, **own, **attention}
 
 
-class HookedGriffin(HookedLanguageModel):
+class HookedGriffin(PositionedModel):
     """`HookedGriffin(RecurrentGemmaForCausalLM(...))`, or better `gl.wrap(...)`: Griffin (and Hawk) opened up.
 
     Documents packed in a row, told apart by `position_ids`, are as if each stood alone: conv, recurrence and attention
@@ -278,8 +235,7 @@ class HookedGriffin(HookedLanguageModel):
         "act": "none",
         "conv": "M[i, j] = conv_1d.weight[K - 1 - (i - j)], 0 <= i - j < K taps, within a document",
         "r": "gate * S * conv_1d.bias; with a carried state also what its conv tail and its scan state bring",
-        "attention layers": "x = v of each head, A[i, j] = pattern[i, j] of the channel's head, o = z; "
-        "r = the pattern times the values that a state carried",
+        "attention layers": LOCAL_ATTENTION.words,
     }
     wraps = ("RecurrentGemmaForCausalLM",)
     hub_types = ("recurrent_gemma",)
@@ -293,13 +249,10 @@ class HookedGriffin(HookedLanguageModel):
         Point("hook_logits", "batch pos d_vocab", "cap * tanh(unembedding(ln_final.out) / cap)", "the unembedding"),
     )
     aliases = ALIASES
-    has_positions = True
     carried: ClassVar = {
         **CARRIED,
-        "keys": Carried("window", "batch key_pos kv_head d_head"),
-        "values": Carried("window", "batch key_pos kv_head d_head"),
-        "key_positions": Carried("window", "batch key_pos"),
-        "next_position": Carried("", "batch"),  # of the document, whatever the layer
+        **CARRIED_WINDOW,
+        **NEXT_POSITION,
     }
     cfg: GriffinConfig
 
@@ -353,32 +306,18 @@ class HookedGriffin(HookedLanguageModel):
         w, cfg, rows = self.wrapped.model.layers[layer], self.cfg, self.rows_for(layer)
         ln1 = GemmaNorm(w.temporal_pre_norm, rows_of("ln1", rows), cfg.eps)
         ln2 = GemmaNorm(w.channel_pre_norm, rows_of("ln2", rows), cfg.eps)
-        mlp = Sub("mlp", GatedMlp(w.mlp_block, rows_of("mlp", rows)), ln2, ln="ln2")
+        mlp = Sub("mlp", GatedMlp(w.mlp_block, rows_of("mlp", rows), GELU_TANH), ln2, ln="ln2")
         if cfg.layer_types[layer] == "recurrent":
             mixer = GriffinMixer(w.temporal_block, rows_of("mixer", rows), layer)
             return Block(w, rows, Sub("mixer", mixer, ln1), mlp)
         heads: Any = w.temporal_block
-        attn = LocalAttention(heads, rows_of("attn", rows), layer, heads.head_dim, cfg.window_size)
+        attn = Attention(
+            heads, rows_of("attn", rows), layer, LOCAL_ATTENTION, heads.head_dim, cfg.window_size, heads.rotary_emb
+        )
         return Block(w, rows, Sub("mixer", attn, ln1, place="attn"), mlp)  # where TransformerLens has attention
 
     def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:
         return GemmaNorm(self.wrapped.model.final_norm, rows, self.cfg.eps)
-
-    def begin(
-        self,
-        batch: Batch,
-        state: RecurrentState | None,
-        return_state: bool,
-        position_ids: Shaped[Tensor, "*document position"] | None = None,
-    ) -> DocumentRun:
-        """As in every model, and: positions go on in the state's last document."""
-        run = super().begin(batch, state, return_state, position_ids)
-        assert isinstance(run, DocumentRun)  # of a model that has positions
-        if position_ids is None and state is not None:
-            skipped = state["next_position", 0] - state.seen  # tokens of documents that ended before the state
-            run.positions = run.positions + skipped.to(run.positions.device).unsqueeze(1)
-        run.leave("next_position", 0, run.next_position)
-        return run
 
     @property
     def embedding(self) -> Any:

@@ -1,0 +1,10 @@
+"""The parts that stand beside a recurrence in a layer, each once, for every architecture that has them.
+
+    attention.py    softmax attention: grouped heads, a window or none, rotary, norms of q and k, a gate
+    glu.py          channel mixers: gated (up times an activation), and plain
+    experts.py      a mixture of experts: router, weights, every expert's output, the shared expert
+    activation.py   activations by the names that configs give them, with their words in equations
+    positioned.py   a language model that counts positions through its states, as rotary attention needs it
+
+A part gives its rows (axes, equations, source) as data, and knows no architecture.
+"""

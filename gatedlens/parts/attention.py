@@ -1,0 +1,269 @@
+"""Softmax attention in a hybrid: grouped heads, a window or none, rotary or none, norms of q and k, a gate of its output.
+
+b batch, l pos, h head (of queries), k key position, W the window, d d_head:
+
+    q, k, v = proj(n), normed head by head, then partly rotary
+    pattern = softmax(q . k / sqrt(d)) over the last W tokens (all, without a window);   z = pattern v
+    out     = o_proj(z sigmoid(gate))             the gate of each head stands behind its query in q_proj
+
+Which of these a layer has is data, `AttentionKind`. Local attention: Griffin (arXiv 2402.19427), sec. 2.3; rotary embedding:
+arXiv 2104.09864; the gate: Qiu et al. 2025, arXiv 2505.06708.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from gatedlens.address.point import Point
+from gatedlens.model.memory import SMALL, afford, free
+from gatedlens.model.mixer import TokenMixing
+from gatedlens.model.norm import Norm, norm_rows
+from gatedlens.model.padding import Padding
+from gatedlens.model.run import DocumentRun
+from gatedlens.model.state import Carried, RecurrentState
+from gatedlens.recurrence.factors import Factors
+from gatedlens.recurrence.pattern_matrix import PatternScan
+from gatedlens.recurrence.scanning import at_least_float32
+
+ROPE = "RoPE, arXiv 2104.09864"
+RMSNORM = "RMSNorm, arXiv 1910.07467"
+CARRIED_WINDOW = {  # what a layer of attention leaves for the next call
+    "keys": Carried("window", "batch key_pos kv_head d_head"),
+    "values": Carried("window", "batch key_pos kv_head d_head"),
+    "key_positions": Carried("window", "batch key_pos"),
+}
+
+
+@dataclass(frozen=True)
+class AttentionKind:
+    """`AttentionKind(gated=True, normed="(1 + w) * normalized", head="q_head")`: what an attention does.
+
+    windowed: keys W or more behind are not seen. rotary: q and k are turned by position, the first rotary_dim of d_head.
+    normed: the equation of the norm of q and k, head by head; None: they have none. gated: z is multiplied by a sigmoid. head:
+    what the axis of the query heads is called ("head", unless heads of a recurrence stand in the same model).
+    """
+
+    windowed: bool = False
+    rotary: bool = True
+    normed: str | None = None
+    gated: bool = False
+    head: str = "head"
+
+    @property
+    def output(self) -> str:
+        """The point that o_proj reads."""
+        return "hook_gated" if self.gated else "hook_z"
+
+    def rows(self, source: str, reads: str = "ln1.out") -> tuple[Point, ...]:
+        """`AttentionKind().rows(PAPER)`: the points of such an `Attention`, in firing order."""
+        q, kv = f"batch pos {self.head} d_head", "batch pos kv_head d_head"
+        half = ", the first half of each head" if self.gated else ""
+        rows = [Point("hook_q", q, f"q_proj({reads}){half}", source)]
+        if self.gated:
+            rows.append(Point("hook_gate_pre", q, f"q_proj({reads}), the second half of each head", source))
+        rows += [Point("hook_k", kv, f"k_proj({reads})", source), Point("hook_v", kv, f"v_proj({reads})", source)]
+        names = {"q": "q", "k": "k"}
+        if self.normed is not None:
+            for name, axes in (("q", q), ("k", kv)):
+                rows += norm_rows(f"{name}_norm", name, RMSNORM, self.normed, axes)
+                names[name] = f"{name}_norm.out"
+        if self.rotary:
+            for name, axes in (("q", q), ("k", kv)):
+                turned = f"{names[name]}, its first rotary_dim turned by position"
+                rows.append(Point(f"hook_rot_{name}", axes, turned, ROPE))
+                names[name] = f"rot_{name}"
+        behind = ", W or more behind" if self.windowed else ""
+        unseen = f"-inf if the key is ahead{behind}, padding or of another document"
+        scores = f"{names['q']} . {names['k']} / sqrt(d_head); {unseen}"
+        pairs = f"batch {self.head} pos key_pos"
+        rows += [
+            Point("hook_attn_scores", pairs, scores, source),
+            Point("hook_pattern", pairs, "softmax over key_pos of attn_scores", source),
+            Point("hook_z", q, "sum over key_pos of pattern * v", source),
+        ]
+        if self.gated:
+            rows += [Point("hook_gate", q, "sigmoid(gate_pre)", source), Point("hook_gated", q, "z * gate", source)]
+        return tuple(rows)
+
+    @property
+    def words(self) -> str:
+        """The implicit attention of such a layer, for the catalogue."""
+        gate = "gate[i, channel] * " if self.gated else ""
+        out = self.output.removeprefix("hook_")
+        return (
+            f"x = v of each head, A[i, j] = {gate}pattern[i, j] of the channel's head, o = {out}; "
+            "r = the pattern times the values that a state carried"
+        )
+
+
+def rotate(
+    x: Float[Tensor, "batch pos some d_head"],
+    cos: Float[Tensor, "batch pos rotary"],
+    sin: Float[Tensor, "batch pos rotary"],
+) -> Float[Tensor, "batch pos some d_head"]:
+    """The first `rotary` of d_head turned in pairs (j, j + rotary / 2); the rest as it is."""
+    turning, still = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    first, second = turning.chunk(2, dim=-1)
+    aside = torch.cat([-second, first], dim=-1)
+    return torch.cat([turning * cos.unsqueeze(2) + aside * sin.unsqueeze(2), still], dim=-1)
+
+
+class Attention(TokenMixing):
+    """Causal attention over the last `window` tokens, the own one included, of the same document; None: over all of them.
+
+    `rotary` is the module that holds `inv_freq` (and, if it scales cos and sin, `attention_scaling`); None where the kind turns
+    nothing. `norms` are those of q and k, where it has them.
+
+    The state carries the last window - 1 `keys` (as the scores read them) and `values`, oldest first, with `key_positions`, -1
+    for an empty place; without a window all of them. A call that goes on from a state has them in front: key_pos = carried + pos.
+    """
+
+    place = "attn"
+
+    def __init__(
+        self,
+        weights: Any,
+        rows: tuple[Point, ...],
+        layer: int,
+        kind: AttentionKind,
+        d_head: int,
+        window: int | None = None,
+        rotary: Any = None,
+        norms: tuple[Norm, Norm] | None = None,
+    ):
+        super().__init__(weights, rows, layer)
+        self.kind = kind
+        self.d_head = d_head
+        self.window = window
+        self.__dict__["rotary"] = rotary  # of the wrapped model, as `weights` is
+        self.output_point = kind.output
+        self.attention_points = ("hook_v", "hook_pattern", *(("hook_gate",) if kind.gated else ()), kind.output)
+        if norms is not None:
+            self.q_norm, self.k_norm = norms
+
+    def branches(
+        self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None
+    ) -> tuple[Factors, ...]:
+        """A is the pattern of each channel's head times the gate, x the values, and r what the carried values bring."""
+        v, pattern, o = (at_least_float32(cached(name)) for name in ("hook_v", "hook_pattern", self.output_point))
+        gate = padding.pack(at_least_float32(cached("hook_gate")).flatten(2)) if self.kind.gated else None
+        heads, length = pattern.shape[1], v.shape[1]
+        groups = heads // v.shape[2]
+
+        def channels(values: Tensor) -> Tensor:
+            return values.repeat_interleave(groups, dim=2).flatten(2)
+
+        before, own = pattern[..., :-length], pattern[..., -length:]
+        if padding.order is not None:
+            rows = padding.order[:, None, :, None]
+            before = before.gather(2, rows.expand(-1, heads, -1, before.shape[-1]))
+            own = own.gather(2, rows.expand_as(own)).gather(3, rows.mT.expand_as(own))
+        head = torch.arange(heads, device=v.device).repeat_interleave(self.d_head)
+        start = None if state is None else channels(state["values", self.layer].to(v))
+        x, o = padding.pack(channels(v)), padding.pack(o.flatten(2))
+        return (Factors(x=x, o=o, scan=PatternScan(own, before, head), gate=gate, start=start),)
+
+    def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
+        return self.weights.o_proj.weight, self.weights.o_proj.bias
+
+    def project(
+        self, n: Float[Tensor, "batch pos d_model"], projection: nn.Linear
+    ) -> Float[Tensor, "batch pos some d_head"]:
+        return F.linear(n, projection.weight, projection.bias).unflatten(-1, (-1, self.d_head))
+
+    def angles(self, positions: Int[Tensor, "batch pos"], like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of position * theta^(-2j / rotary_dim), twice side by side, for the pairs of `rotate`."""
+        frequency = at_least_float32(self.rotary.inv_freq).to(positions.device)
+        angle = (positions.unsqueeze(-1) * frequency).repeat(1, 1, 2)
+        cos, sin, scaling = angle.cos(), angle.sin(), vars(self.rotary).get("attention_scaling", 1.0)
+        if scaling != 1:
+            cos, sin = cos * scaling, sin * scaling
+        return cos.to(like.dtype), sin.to(like.dtype)
+
+    def visible(self, carried: Int[Tensor, "batch carried"], run: DocumentRun) -> Bool[Tensor, "batch 1 pos key_pos"]:
+        """Which keys each query sees, counted in real tokens; a position always sees itself, so no row is empty."""
+        before = torch.arange(-carried.shape[1], 0, device=carried.device).expand_as(carried)
+        behind = run.ranks.unsqueeze(2) - torch.cat([before, run.ranks], dim=1).unsqueeze(1)
+        real = torch.cat([carried >= 0, run.real], dim=1).unsqueeze(1)
+        seen = (behind >= 0) & real
+        if self.window is not None:
+            seen = seen & (behind < self.window)
+        if run.documents is not None:
+            of_keys = torch.cat([torch.zeros_like(carried), run.documents], dim=1)
+            seen &= run.documents.unsqueeze(2) == of_keys.unsqueeze(1)
+        return (seen | (behind == 0)).unsqueeze(1)
+
+    def _afford(
+        self, q: Float[Tensor, "batch pos head d_head"], keys: Float[Tensor, "batch key_pos some d_head"]
+    ) -> None:
+        """TooLargeError for scores and a pattern that the device does not hold."""
+        batch, length, heads, _ = q.shape
+        pairs = batch * length * keys.shape[1]
+        size = pairs * (heads * (2 * q.element_size() + 8) + 10)  # scores twice, their float32 softmax; who sees whom
+        if size < SMALL or torch.compiler.is_compiling():
+            return
+        before = "the positions before it" if self.window is None else self.window - 1
+        afford(
+            f"The attention of layer {self.layer}, {heads} heads over {length} x {keys.shape[1]} positions,",
+            size,
+            free(q.device),
+            f"Run the text in parts: `_, state = model(first, return_state=True)`, then `model(rest, state=state)`; a part "
+            f"of n positions takes n * (n + {before}).",
+            f"the {{}} that are free on {q.device}",
+        )
+
+    def remember(self, keys: Tensor, values: Tensor, carried: Int[Tensor, "batch carried"], run: DocumentRun) -> None:
+        """Leave the real keys and values of each row, the last window - 1, without those of documents that have ended."""
+        if run.left is None:
+            return
+        places = torch.cat([carried, run.positions.masked_fill(~run.real, -1)], dim=1)
+        if run.documents is not None:
+            of_keys = torch.cat([torch.zeros_like(carried), run.documents], dim=1)
+            places = places.masked_fill(of_keys != run.last, -1)
+        # Oldest first with the empty places in front: a stable sort keeps the order of the others.
+        order = (places >= 0).to(torch.int8).argsort(dim=1, stable=True)
+        if self.window is not None:
+            order = order[:, max(0, order.shape[1] - (self.window - 1)) :]
+        rows = torch.arange(len(order), device=order.device).unsqueeze(1)
+        for name, value in (("keys", keys), ("values", values), ("key_positions", places)):
+            run.leave(name, self.layer, value[rows, order])
+
+    def forward(self, n: Float[Tensor, "batch pos d_model"], run: DocumentRun) -> Float[Tensor, "batch pos d_model"]:
+        w, gate_pre = self.weights, None
+        q = self.project(n, w.q_proj)
+        if self.kind.gated:  # a head of q_proj is its query, then its gate
+            q, gate_pre = q.unflatten(2, (-1, 2)).unbind(3)
+            q, gate_pre = self.hook_q(q), self.hook_gate_pre(gate_pre)
+        else:
+            q = self.hook_q(q)
+        k = self.hook_k(self.project(n, w.k_proj))
+        v = run.padding.zero(self.hook_v(self.project(n, w.v_proj)))  # 0 * NaN at a masked key would be NaN
+        if self.kind.normed is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.kind.rotary:
+            cos, sin = self.angles(run.positions, q)
+            q, k = self.hook_rot_q(rotate(q, cos, sin)), self.hook_rot_k(rotate(k, cos, sin))
+
+        carried = run.start("key_positions", self.layer, (len(n), -1), run.positions)
+        shape = (len(n), carried.shape[1], *k.shape[2:])
+        keys = torch.cat([run.start("keys", self.layer, shape, k), k], dim=1)
+        values = torch.cat([run.start("values", self.layer, shape, v), v], dim=1)
+        self.remember(keys, values, carried, run)
+
+        self._afford(q, keys)
+        groups = q.shape[2] // k.shape[2]  # so many heads share one key and value head
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, keys.repeat_interleave(groups, dim=2)) * self.d_head**-0.5
+        scores = self.hook_attn_scores(scores.masked_fill(~self.visible(carried, run), -torch.inf))
+        pattern = self.hook_pattern(at_least_float32(scores).softmax(-1).to(v.dtype))
+        pattern = F.dropout(pattern, w.attention_dropout, self.training)
+        out = self.hook_z(torch.einsum("bhqk,bkhd->bqhd", pattern, values.repeat_interleave(groups, dim=2)))
+        if gate_pre is not None:
+            out = self.hook_gated(out * self.hook_gate(torch.sigmoid(gate_pre)))
+        return F.linear(out.flatten(2), w.o_proj.weight, w.o_proj.bias)

@@ -1,0 +1,141 @@
+"""Experts: a mixture of experts, each a gated MLP, and a shared expert that every token passes.
+
+    weights = routing(router(m))                  [batch pos expert], 0 for an expert that is not chosen
+    out     = sum over experts e of weights_e down_e(act(gate_e(m)) up_e(m))  +  sigmoid(shared_expert_gate(m)) shared_expert(m)
+
+b batch, l pos, d d_model, e expert, m the width of an expert; the gate's rows stand first in gate_up_proj [e, 2 m, d]. Shazeer
+et al. 2017, arXiv 1701.06538; the shared expert: Qwen1.5-MoE.
+
+Only the chosen experts are computed, unless somebody asks for each one's output (lazy points), or for the gradient of a weight
+that is 0: then all of them are. The numbers are the same but for the order of a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from gatedlens.address.point import Point, block_rows
+from gatedlens.model.hookpoint import Part, rows_of
+from gatedlens.model.run import Run
+from gatedlens.parts.activation import Activation
+from gatedlens.parts.glu import GatedMlp, gated_mlp_rows
+from gatedlens.recurrence.scanning import at_least_float32
+from gatedlens.recurrence.transforms import transformed
+
+MOE = "mixture of experts, arXiv 1701.06538"
+Routing = Callable[[Tensor], Tensor]  # router logits [..., expert] -> weights [..., expert], 0 where not chosen
+
+
+def softmax_top(k: int, normalised: bool) -> Routing:
+    """`softmax_top(10, True)`: the k largest of the softmax over all experts; `normalised`: divided by their sum."""
+
+    def routing(logits: Float[Tensor, "... expert"]) -> Float[Tensor, "... expert"]:
+        shares = at_least_float32(logits).softmax(-1)
+        top, which = shares.topk(k, dim=-1)
+        if normalised:
+            top = top / top.sum(-1, keepdim=True)
+        return torch.zeros_like(shares).scatter(-1, which, top).to(logits.dtype)
+
+    return routing
+
+
+def experts_rows(act: str, weights: str, source: str = MOE, reads: str = "ln2.out") -> tuple[Point, ...]:
+    """`experts_rows("SiLU", "softmax over expert of router, the k largest, divided by their sum")`: the points of `Experts`
+    whose routing is `weights` in words."""
+    each = "batch pos expert d_expert"
+    shared = gated_mlp_rows(act, source, reads, "d_shared")
+    return (
+        Point("hook_router", "batch pos expert", f"gate({reads})", source),
+        Point("hook_expert_weights", "batch pos expert", f"{weights}; 0 for the others", source),
+        Point("experts.hook_pre", each, f"gate_up_proj[expert]({reads}), the first half", source, True),
+        Point("experts.hook_pre_linear", each, f"gate_up_proj[expert]({reads}), the second half", source, True),
+        Point("experts.hook_post", each, f"{act}(pre) * pre_linear", source, True),
+        Point("hook_experts", "batch pos expert d_model", "down_proj[expert](experts.post)", source, True),
+        *block_rows("shared", shared),
+        Point("shared.hook_gate_pre", "batch pos one", f"shared_expert_gate({reads})", source),
+        Point("shared.hook_gate", "batch pos one", "sigmoid(gate_pre)", source),
+    )
+
+
+EXPERTS_OUT = "sum over expert of expert_weights * experts, + shared.gate * shared_expert.down_proj(shared.post)"
+
+
+class Experts(Part):
+    """out = sum over experts of weight * expert(m) + sigmoid(shared_expert_gate(m)) * shared_expert(m)."""
+
+    def __init__(self, weights: Any, rows: tuple[Point, ...], act: Activation, routing: Routing):
+        super().__init__(weights, rows)
+        self.routing = routing
+        self.act = act.function
+        self.experts = Part(weights.experts, rows_of("experts", rows))
+        self.shared = SharedExpert(weights.shared_expert, rows_of("shared", rows), act)
+        self.shared.__dict__["gate"] = weights.shared_expert_gate
+
+    def forward(self, m: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
+        router = self.hook_router(F.linear(m, self.weights.gate.weight))
+        weights = self.hook_expert_weights(self.routing(router))
+        return self.of_chosen(m, weights) + self.shared(m, run)
+
+    def of_chosen(
+        self, m: Float[Tensor, "batch pos d_model"], weights: Float[Tensor, "batch pos expert"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The sum over experts, of as many as somebody wants to see."""
+        points = self.experts
+        up, down = points.weights.gate_up_proj, points.weights.down_proj
+        width = up.shape[1] // 2
+
+        def projected(some: slice) -> Float[Tensor, "batch pos expert d_expert"]:
+            return torch.einsum("bld,emd->blem", m, up[:, some])
+
+        # Each point is asked right before it fires: an nnsight trace parks on one location at a time.
+        pre = points.hook_pre(projected(slice(width))) if points.hook_pre.heard() else None
+        linear = points.hook_pre_linear(projected(slice(width, None))) if points.hook_pre_linear.heard() else None
+        heard, post = points.hook_post.heard(), None
+        if heard or pre is not None or linear is not None:
+            pre = projected(slice(width)) if pre is None else pre
+            linear = projected(slice(width, None)) if linear is None else linear
+            post = self.act(pre) * linear
+            post = points.hook_post(post) if heard else post
+        heard = self.hook_experts.heard()
+        if not heard and post is None and not self._all(weights):
+            return self._chosen_alone(m, weights)
+        if post is None:
+            post = self.act(projected(slice(width))) * projected(slice(width, None))
+        each = torch.einsum("blem,edm->bled", post, down)
+        each = self.hook_experts(each) if heard else each
+        return torch.einsum("ble,bled->bld", weights, each)
+
+    def _all(self, weights: Tensor) -> bool:
+        """Whether all experts must be computed: where no shape may depend on values, and where a hook may ask for the gradient
+        of a weight, which is that expert's output also where the weight is 0."""
+        if torch.compiler.is_compiling() or transformed():
+            return True
+        return weights.requires_grad and torch.is_grad_enabled() and not self.hook_expert_weights.at_rest()
+
+    def _chosen_alone(
+        self, m: Float[Tensor, "batch pos d_model"], weights: Float[Tensor, "batch pos expert"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The same, each expert on the positions alone that have chosen it."""
+        flat, shares = m.flatten(0, 1), weights.flatten(0, 1)
+        out, w = torch.zeros_like(flat), self.experts.weights
+        for expert in (shares != 0).any(0).nonzero().flatten().tolist():
+            places = shares[:, expert].nonzero().flatten()
+            pre, linear = F.linear(flat[places], w.gate_up_proj[expert]).chunk(2, dim=-1)
+            each = F.linear(self.act(pre) * linear, w.down_proj[expert])
+            out = out.index_add(0, places, each * shares[places, expert, None])
+        return out.view_as(m)
+
+
+class SharedExpert(GatedMlp):
+    """out = sigmoid(gate(m)) * mlp(m); the gate is a number a position."""
+
+    def forward(self, m: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
+        out = super().forward(m, run)
+        gate_pre = self.hook_gate_pre(F.linear(m, self.gate.weight))
+        return out * self.hook_gate(torch.sigmoid(gate_pre))
