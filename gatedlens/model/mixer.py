@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from gatedlens.model.padding import Padding, windows
 from gatedlens.model.run import Run
 from gatedlens.model.state import RecurrentState
 from gatedlens.recurrence.chunks import chunked
+from gatedlens.recurrence.convolution import slide
 from gatedlens.recurrence.delta_states import states_of_delta_rule
 from gatedlens.recurrence.factors import Factors
 from gatedlens.recurrence.scanning import StepTerms, linear_scan, readout, scan
@@ -111,8 +111,7 @@ class Mixer(TokenMixing):
                 c = summands(some).sum(-1)
             else:  # one convolution does all that nobody listens to, and adds its bias
                 if whole is None:
-                    whole = F.conv1d(long.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)
-                    whole = self.along_conv(run.padding.spread(whole))
+                    whole = self.along_conv(run.padding.spread(slide(long, weight.squeeze(1), bias)))
                 # In memory of its own: a copy that a hook gets has the same layout then, and so the same rounding behind it.
                 found[name] = whole[..., some].unflatten(2, stream.shape[2:])
                 if len(streams) > 1:

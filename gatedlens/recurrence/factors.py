@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gatedlens.recurrence.convolution import slide
 from gatedlens.recurrence.matrix import ScanMatrix
 
 NAMES = ("gate", "scan", "skip", "act", "conv")
@@ -57,7 +57,7 @@ def reach(
 ) -> Float[Tensor, "batch pos channel"]:
     """What the conv still brings of a carried tail, the K - 1 inputs before `x`: M of the tail and zeros behind it."""
     long = torch.cat([tail.to(x), torch.zeros_like(x)], dim=1)
-    return F.conv1d(long.mT, taps.unsqueeze(1), groups=len(taps)).mT
+    return slide(long, taps)
 
 
 def _pick(x: Tensor | None, axis: int, channels: list[int]) -> Any:

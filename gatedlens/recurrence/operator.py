@@ -199,7 +199,7 @@ def _conv(x: Tensor, taps: Tensor, document: Tensor | None) -> Tensor:
     if document is not None:
         return convolution.conv(x, taps, document)
     width = taps.shape[1]
-    return F.conv1d(F.pad(x.mT, (width - 1, 0)), taps.unsqueeze(1), groups=taps.shape[0]).mT
+    return convolution.slide(F.pad(x, (0, 0, width - 1, 0)), taps)
 
 
 def _conv_transposed(g: Tensor, taps: Tensor, document: Tensor | None) -> Tensor:
@@ -207,4 +207,4 @@ def _conv_transposed(g: Tensor, taps: Tensor, document: Tensor | None) -> Tensor
     if document is not None:
         return convolution.conv_transposed(g, taps, document)
     width = taps.shape[1]
-    return F.conv1d(F.pad(g.mT, (0, width - 1)), taps.flip(1).unsqueeze(1), groups=taps.shape[0]).mT
+    return convolution.slide(F.pad(g, (0, 0, 0, width - 1)), taps.flip(1))
