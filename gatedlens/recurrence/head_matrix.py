@@ -39,7 +39,7 @@ class HeadScan(ScanMatrix):
     @classmethod
     def of(cls, terms: Terms, width: int) -> HeadScan:
         """The scan of all channels of heads that are `width` wide."""
-        return cls(terms, width, torch.arange(terms.heads * width, device=terms.key.device))
+        return cls(terms.even(), width, torch.arange(terms.heads * width, device=terms.key.device))
 
     @property
     def length(self) -> int:
@@ -181,13 +181,15 @@ class HeadScan(ScanMatrix):
 
 def _of_one(terms: Terms, head: int) -> Float[Tensor, "batch dst src"]:
     """S of one head, the amounts left out: made of what that head alone has."""
-    group = slice(head // terms.share, head // terms.share + 1)
     one = slice(head, head + 1)
-    key, erase = terms.key[:, :, group], None if terms.erase is None else terms.erase[:, :, one]
+    key, read = (
+        x[:, :, slice(head // terms.sharing(x), head // terms.sharing(x) + 1)] for x in (terms.key, terms.read)
+    )
+    erase = None if terms.erase is None else terms.erase[:, :, one]
     alone = terms._replace(
         log_decay=terms.log_decay[:, :, one],
         key=key,
-        read=terms.read[:, :, group],
+        read=read,
         amount=None,
         erase=key if terms.erase is terms.key else erase,
         probe=None if terms.probe is None else terms.probe[:, :, one],

@@ -51,10 +51,20 @@ class Terms(NamedTuple):
     @property
     def share(self) -> int:
         """How many heads share the keys of a group."""
-        groups = self.key.shape[2]
+        return self.sharing(self.key)
+
+    def sharing(self, x: Float[Tensor, "batch pos group key"]) -> int:
+        """How many heads share each group of a key or a read."""
+        groups = x.shape[2]
         if groups == 0 or self.heads % groups:
             raise InputError(f"{self.heads} heads cannot share the keys of {groups} groups evenly.")
         return self.heads // groups
+
+    def even(self) -> Terms:
+        """The same with key and read of the same groups: each head's own, where they differ."""
+        if self.key.shape[2] == self.read.shape[2]:
+            return self
+        return self._replace(key=self.of_heads(self.key), read=self.of_heads(self.read))
 
     @property
     def by_key(self) -> bool:
@@ -92,4 +102,5 @@ class Terms(NamedTuple):
 
     def of_heads(self, x: Float[Tensor, "batch pos group key"]) -> Float[Tensor, "batch pos head key"]:
         """A key or read of each group as one of each head."""
-        return x if self.share == 1 else x.repeat_interleave(self.share, dim=2)
+        share = self.sharing(x)
+        return x if share == 1 else x.repeat_interleave(share, dim=2)

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from gatedlens.errors import InputError
 from gatedlens.recurrence import chunks
 from gatedlens.recurrence.chunks import chunk_size, chunked
-from gatedlens.recurrence.literal import literal_scan
+from gatedlens.recurrence.head_matrix import HeadScan
+from gatedlens.recurrence.literal import literal_matrix, literal_scan
 from gatedlens.recurrence.terms import Terms
 
 KINDS = ("head", "key", "head, delta", "key, delta", "head, delta, own erase", "key, delta, own erase")
@@ -251,3 +252,21 @@ def test_delta_rules_with_wide_keys_take_shorter_chunks():
     assert chunk_size(terms) == chunks.CHUNK
     wide = terms._replace(key=terms.key.repeat(1, 1, 1, 20))
     assert chunk_size(wide) == chunks.WIDE_CHUNK
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("groups", [(H, G), (G, H), (1, G)], ids=str)
+def test_key_and_read_may_be_shared_by_different_groups(kind, groups):
+    """As in Qwen3-Next, whose keys are each head's own after the write strength, and whose queries are shared."""
+    terms, u, state = draw(kind, length=20, groups=H)
+    key, read = (x[:, :, :number] for x, number in zip((terms.key, terms.read), groups, strict=True))
+    wide = [x.repeat_interleave(H // x.shape[2], dim=2) for x in (key, read)]
+    shared, apart = terms._replace(key=key, read=read), terms._replace(key=wide[0], read=wide[1])
+    if terms.erase is terms.key:
+        shared, apart = shared._replace(erase=wide[0]), apart._replace(erase=wide[0])
+    for at_once in (1, 3):
+        for got, want in zip(
+            chunked(shared, u, state, chunk=4, at_once=at_once), literal_scan(apart, u, state), strict=True
+        ):
+            close(got, want, 1e-12)
+    close(HeadScan.of(shared, 1).by_head(list(range(H))), literal_matrix(apart), 1e-12)
