@@ -22,6 +22,7 @@ class Given:
     def __init__(self, model, folder):
         self.model, self.folder = model, folder
         self.tokens, self.other = example(model), example(model, seed=1)
+        self.whole = {}  # stores without an index, each harvested once
         with torch.no_grad():
             self.cache = model.run_with_cache(self.tokens, names_filter=lambda name: True)[1]
 
@@ -32,6 +33,12 @@ class Given:
     def store(self, name, **options):
         out = self.folder / f"{name}-{len(list(self.folder.iterdir()))}"
         return gl.store.harvest(self.model, self.tokens, name, out, progress=False, batch_size=2, **options)
+
+    def stored(self, name, **options):
+        key = (name, *options.items())
+        if key not in self.whole:
+            self.whole[key] = self.store(name, **options)
+        return self.whole[key]
 
     def vector(self, name, **index):
         return steering.vector(self.model, self.tokens, self.other, name, **index)
@@ -62,9 +69,9 @@ BY_INDEX = {
     "steering as an intervention": lambda g, name, **i: g.run(g.vector(name).intervention(2.0, **i)),
     "harvest": lambda g, name, **i: g.store(name, **i)[name][0],
     "estimate": lambda g, name, **i: gl.store.estimate(g.model, g.tokens, name, **i).bytes,
-    "column": lambda g, name, **i: g.store(name)[name].select(**i)[0],
-    "dataset": lambda g, name, **i: g.store(name).dataset(name, **i)[3],
-    "statistics": lambda g, name, **i: g.store(name, reduce="mean").statistics.select(name, **i)["mean"],
+    "column": lambda g, name, **i: g.stored(name)[name].select(**i)[0],
+    "dataset": lambda g, name, **i: g.stored(name).dataset(name, **i)[3],
+    "statistics": lambda g, name, **i: g.stored(name, reduce="mean").statistics.select(name, **i)["mean"],
 }
 # Of the mixer's output, or its state, by themselves: (given, index).
 OF_A_MIXER = {
