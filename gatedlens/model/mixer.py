@@ -75,21 +75,17 @@ class Mixer(TokenMixing):
         """As `along`: the convolution runs the way the scan does, unless a mixer says otherwise."""
         return self.along(x)
 
-    def causal_conv(
-        self, x: Float[Tensor, "batch pos channel"], run: Run, conv: Any
-    ) -> Float[Tensor, "batch pos channel"]:
-        """The causal depthwise convolution of a wrapped nn.Conv1d with its bias, across padding, calls and documents.
-
-        c[i] = sum over k of weight[K - 1 - k] x[i - k] + bias. Its lazy point `hook_conv_taps` is the summands.
-        """
-        return self.causal_convs({"conv": x}, run, conv)["conv"]
-
     def causal_convs(
         self, streams: Mapping[str, Float[Tensor, "batch pos ..."]], run: Run, conv: Any
     ) -> dict[str, Float[Tensor, "batch pos ..."]]:
-        """The same of streams side by side in one nn.Conv1d, each with lazy taps of its own: `hook_B_conv_taps` of "B_conv"."""
+        """The causal depthwise convolution of a wrapped nn.Conv1d with its bias, across padding, calls and documents, of streams
+        side by side: c[i] = sum over k of weight[K - 1 - k] x[i - k] + bias.
+
+        Each stream has lazy taps of its own, the summands: `hook_conv_taps` of "conv", `hook_B_conv_taps` of "B_conv".
+        """
         weight, bias, width = conv.weight, conv.bias, conv.weight.shape[-1]
-        x = torch.cat([stream.flatten(2) for stream in streams.values()], dim=-1)
+        flat = [stream.flatten(2) for stream in streams.values()]
+        x = flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
         tail = run.start("conv", self.layer, (x.shape[0], width - 1, x.shape[2]), x)
         long = run.padding.behind(self.along_conv(x), tail)
         run.leave("conv", self.layer, run.padding.tail(run.of_last_document(long, width), width))

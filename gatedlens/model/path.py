@@ -96,6 +96,10 @@ class PathMixer(Mixer):
         """
         raise NotImplementedError
 
+    def terms_of(self, stream: Callable[[str], Tensor]) -> Any:
+        """The recurrence, of what `stream` gives for each name in `selection`."""
+        return self.terms(**{name: stream(name) for name in self.selection})
+
     @property
     def heads(self) -> int:
         """How many heads the channels are cut into."""

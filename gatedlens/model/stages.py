@@ -119,7 +119,7 @@ class Scan(Stage):
 
     def forward(self, mixer: PathMixer, content: Content, streams: Streams, run: Run) -> Content:
         mixer.select(content, streams, run)
-        terms = mixer.terms(**{name: at_least_float32(streams[name]) for name in mixer.selection})
+        terms = mixer.terms_of(lambda name: at_least_float32(streams[name]))
         terms = terms._replace(fresh=mixer.resets(run, terms.log_decay[..., 0]))
         u = at_least_float32(content).unflatten(2, (mixer.heads, -1))
         shape = (len(u), *u.shape[2:], terms.key.shape[-1])
@@ -128,7 +128,7 @@ class Scan(Stage):
         return mixer.fire("scan", scan.flatten(2))
 
     def hold(self, mixer: PathMixer, held: Held) -> None:
-        terms, reset = mixer.terms(**{name: held.cached(name) for name in mixer.selection}), held.cached("reset")
+        terms, reset = mixer.terms_of(held.cached), held.cached("reset")
         if anywhere(reset != 0):
             terms = terms._replace(fresh=reset)
         held.factors["scan"] = HeadScan.of(terms, held.x.shape[2] // mixer.heads)
@@ -148,7 +148,7 @@ class ChannelScan(Stage):
 
     def forward(self, mixer: PathMixer, content: Content, streams: Streams, run: Run) -> Content:
         mixer.select(content, streams, run)
-        terms = mixer.terms(**{name: at_least_float32(streams[name]) for name in mixer.selection})
+        terms = mixer.terms_of(lambda name: at_least_float32(streams[name]))
         if "reset" not in mixer.selection:
             terms = terms._replace(fresh=mixer.resets(run, terms.log_decay))
         u = at_least_float32(content)
@@ -159,7 +159,7 @@ class ChannelScan(Stage):
         return mixer.fire("scan", scan.to(content.dtype))
 
     def hold(self, mixer: PathMixer, held: Held) -> None:
-        terms, reset = mixer.terms(**{name: held.cached(name) for name in mixer.selection}), held.cached("reset")
+        terms, reset = mixer.terms_of(held.cached), held.cached("reset")
         if anywhere((reset < 0) | (reset > 1)):
             raise InputError("hook_reset is below 0 or above 1 somewhere: the implicit attention knows no such reset.")
         if reset.requires_grad or anywhere(reset != 0):

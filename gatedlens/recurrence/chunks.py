@@ -79,9 +79,10 @@ def _inside(state: Float[Tensor, "batch head value key"], share: int) -> Float[T
 def laid_out(terms: Terms) -> tuple[bool, tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]:
     """Whether erase is the key itself, and (log decay, key, read, erase, probe) as chunks take them."""
     same = terms.erase is terms.key
+    terms = terms.even()
     log, key, read = terms.log_decays(), terms.key, terms.read
-    # Decays in the keys, and the system of a delta rule, are each head's own; key and read of different groups are, too.
-    if terms.has_delta_rule or log.shape[-1] > 1 or key.shape[2] != read.shape[2]:
+    # Decays in the keys, and the system of a delta rule, are each head's own.
+    if terms.has_delta_rule or log.shape[-1] > 1:
         key, read = terms.of_heads(key), terms.of_heads(read)
     return same, (log, key, read, None if same else terms.erase, terms.probes())
 

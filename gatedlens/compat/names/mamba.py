@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gatedlens.address.point import Alias, View, block_aliases
+from gatedlens.compat.names.transformer_lens import BLOCK, DT, MIXER, NORM, STATE
 from gatedlens.recurrence.scanning import at_least_float32, linear_scan
 
 if TYPE_CHECKING:
@@ -39,23 +40,15 @@ ALIASES = (
     Alias("hook_norm", "ln_final.hook_out", "MambaLens"),
     *block_aliases(
         "TransformerLens",
-        ("hook_in", "hook_resid_pre"),
-        ("hook_out", "hook_resid_post"),
-        ("hook_attn_out", "hook_mixer_out"),
-        ("norm.hook_out", "ln1.hook_out"),
-        ("norm.hook_scale", "ln1.hook_scale"),
-        ("norm.hook_normalized", "ln1.hook_normalized"),
-        ("mixer.hook_in", "ln1.hook_out"),
-        ("mixer.hook_out", "hook_mixer_out"),
-        ("mixer.hook_ssm_out", "hook_mixer_out"),
+        *BLOCK,
+        *NORM,
+        *MIXER,
         ("mixer.x_proj.hook_in", "mixer.hook_u"),
         ("mixer.dt_proj.hook_in", "mixer.hook_dt_rank"),
         ("mixer.dt_proj.hook_out", "mixer.hook_dt_pre"),
         ("mixer.hook_dt_proj", "mixer.hook_dt_pre"),
-        ("mixer.hook_ssm_dt", "mixer.hook_dt"),
-        ("mixer.hook_ssm_write", "mixer.hook_write"),
-        ("mixer.hook_ssm_state", "mixer.hook_state"),
-        ("mixer.out_proj.hook_in", "mixer.hook_gated"),
+        DT,
+        *STATE,
     ),
 )
 

@@ -3,20 +3,6 @@
 from __future__ import annotations
 
 from gatedlens.address.point import block_aliases
+from gatedlens.compat.names.transformer_lens import BLOCK, DT, MIXER, NORM, STATE
 
-ALIASES = block_aliases(
-    "TransformerLens",
-    ("hook_in", "hook_resid_pre"),
-    ("hook_out", "hook_resid_post"),
-    ("hook_attn_out", "hook_mixer_out"),
-    ("norm.hook_out", "ln1.hook_out"),
-    ("norm.hook_scale", "ln1.hook_scale"),
-    ("norm.hook_normalized", "ln1.hook_normalized"),
-    ("mixer.hook_in", "ln1.hook_out"),
-    ("mixer.hook_out", "hook_mixer_out"),
-    ("mixer.hook_ssm_out", "hook_mixer_out"),
-    ("mixer.hook_ssm_dt", "mixer.hook_dt"),
-    ("mixer.hook_ssm_write", "mixer.hook_write"),
-    ("mixer.hook_ssm_state", "mixer.hook_state"),
-    ("mixer.out_proj.hook_in", "mixer.hook_gated"),
-)
+ALIASES = block_aliases("TransformerLens", *BLOCK, *NORM, *MIXER, DT, *STATE)
