@@ -29,7 +29,7 @@ from torch import Tensor
 
 from gatedlens.address.positions import Positions, one_a_row
 from gatedlens.errors import InputError
-from gatedlens.model.language import next_token_loss
+from gatedlens.model.loss import next_token_loss
 
 __all__ = [
     "AtPosition",

@@ -3,9 +3,9 @@ jaxtyping and beartype while the tests run."""
 
 from __future__ import annotations
 
-from jaxtyping import install_import_hook
+from tests import shapes
 
-install_import_hook("gatedlens", "beartype.beartype")
+shapes.install()
 
 import copy  # noqa: E402
 import os  # noqa: E402

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 # For type checkers: whoever passes something else gets a PointError that names the nearest point.
 if TYPE_CHECKING:
-    Key: TypeAlias = str | tuple[str, int] | tuple[str, int, str]
+    Key: TypeAlias = str | tuple[str] | tuple[str, int] | tuple[str, int, str]
 else:
     Key = Any
 

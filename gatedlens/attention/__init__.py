@@ -15,8 +15,9 @@
 o = A x + r with A = diag(gate) (S + diag(skip)) diag(act) M: see `factors.py`. Nothing of size [state, pos, pos] is built.
 """
 
+from gatedlens.attention.checking import Check
 from gatedlens.attention.contributions import Contributions
-from gatedlens.attention.layer import Check, ImplicitAttention
+from gatedlens.attention.layer import ImplicitAttention
 from gatedlens.attention.stack import AttentionStack, implicit_attention
 
 # fmt: off

@@ -6,10 +6,10 @@ are sums over blocks of the scan's matrix, rows and columns one pass of it. i is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -19,6 +19,7 @@ from torch import Tensor
 from gatedlens.address.entries import Index, numbers
 from gatedlens.address.layers import layer_of
 from gatedlens.address.positions import Positions, one_a_row
+from gatedlens.attention.checking import Check, off, views, worst
 from gatedlens.attention.contributions import Contributions
 from gatedlens.attention.limits import AT_ONCE, DENSE_LIMIT
 from gatedlens.errors import InputError, PointError, did_you_mean
@@ -40,20 +41,11 @@ else:
 INSTEAD = (
     "Ask for row(i), column(j) or `@ x`, which grow with the positions alone, for fewer positions, or raise max_bytes."
 )
-CHECK_ELEMENTS = 1 << 24  # numbers in the matrices that check() looks at
 ABS_ELEMENTS = 1 << 23  # numbers of a dense piece behind abs_mean(): 32 MiB of float32
 MEAN = "attention (mean over channels)"  # what the numbers of a view are, for the pictures of it
 ABS_MEAN = "|attention| (mean over channels)"
 OF_A_HEAD = "of a head"  # in place of "over channels", where heads are asked for
 PAPERS = {"unified": ("gate", "scan", "act", "conv"), "hidden": ("scan",)}
-
-
-class Check(NamedTuple):
-    """The largest absolute error of what was compared (in the units of the layer's output), and the largest relative one
-    (each error relative to the largest number that it is an error of)."""
-
-    absolute: float
-    relative: float
 
 
 @dataclass(frozen=True)
@@ -172,6 +164,10 @@ class ImplicitAttention:
         """r: what the output holds besides A x: the conv bias, a carried state's conv tail and its scan state."""
         return self.padding.spread(self._sum(lambda branch, turn: turn(branch.bias())))
 
+    def content(self) -> Float[Tensor, "batch pos channel"]:
+        """`A.content()`: [batch, pos, channel], the x of A x + r as the run had it."""
+        return self.padding.spread(self._sum(lambda branch, turn: turn(branch.factors.x)))
+
     def output(self) -> Float[Tensor, "batch pos channel"]:
         """`A.output()`: [batch, pos, channel], A x + r: with all factors, the layer's output before its output projection."""
         return self.padding.spread(self._sum(lambda branch, turn: turn(branch.output())))
@@ -185,34 +181,7 @@ class ImplicitAttention:
         no more than 2^24 numbers.
         """
         o = self.padding.spread(self._sum(lambda branch, turn: turn(branch.factors.o)))
-        return worst([_off(replace(self, parts=NAMES).output(), o), *(_off(*pair) for pair in self._views())])
-
-    def _views(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """What each view of the matrix makes of random inputs, beside what the operator does with them."""
-        A, (batch, length, channels) = replace(self, transposed=False), self.shape
-        generator = torch.Generator().manual_seed(0)
-
-        def signs(*shape: int) -> Tensor:
-            return (2 * torch.randint(2, shape, generator=generator) - 1).to(self.branches[0].x)
-
-        v = self.padding.spread(A._sum(lambda branch, turn: turn(branch.factors.x))) * signs(*self.shape)
-        g = signs(*self.shape) / length
-        forward, back = A @ v, A.T @ g
-        for i in sorted({length - 1, length // 2}):  # places of the input, real or not
-            place = torch.full((batch,), i, device=v.device)
-            yield (A.at(place) * v.mT).sum(-1), forward[:, i]
-            yield (A.T.at(place) * g.mT).sum(-1) * v[:, i], back[:, i] * v[:, i]
-        some = min(3, channels, CHECK_ELEMENTS // (batch * length * length))
-        if some == 0:
-            return
-        chosen = list(range(0, channels, -(-channels // some)))
-        few, weights = A.select(chosen), signs(len(chosen)) / len(chosen)
-        with exact(v):
-            yield torch.einsum("bcij,bjc->bic", few.dense(max_bytes=None), v[..., chosen]), forward[..., chosen]
-            yield (
-                few.weighted(weights, max_bytes=None) @ v[..., :1],
-                (A @ v[..., :1].expand_as(v))[..., chosen] @ weights[:, None],
-            )
+        return worst([off(replace(self, parts=NAMES).output(), o), *(off(*pair) for pair in views(self))])
 
     def contributions(self, heads: Index | None = None) -> Contributions:
         """`A.contributions()`: what each token writes into the residual stream through each other, in d_model: see
@@ -449,18 +418,6 @@ class ImplicitAttention:
 def points_of(mixer: Any, layer: int) -> list[str]:
     """The full names of the points that the attention of a layer is derived from."""
     return [f"blocks.{layer}.{mixer.place}.{name}" for name in mixer.attention_points]
-
-
-def _off(got: Tensor, wanted: Tensor) -> Check:
-    """How far `got` is from `wanted`."""
-    error = (got - wanted).abs().max().item()
-    return Check(error, error / max(wanted.abs().max().item(), torch.finfo(wanted.dtype).tiny))
-
-
-@checked
-def worst(checks: Iterable[Check]) -> Check:
-    """The largest errors; NaN is the largest of all."""
-    return Check(*torch.tensor(list(checks), dtype=torch.float64).amax(0).tolist())
 
 
 def _keep(x: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ from tqdm.auto import tqdm
 
 from gatedlens.address.entries import Index, numbers
 from gatedlens.address.layers import START, Layers, layer_of, layers_of
-from gatedlens.attention.layer import Check, ImplicitAttention, points_of, worst
+from gatedlens.attention.checking import Check, worst
+from gatedlens.attention.layer import ImplicitAttention, points_of
 from gatedlens.attention.limits import AT_ONCE, DENSE_LIMIT
 from gatedlens.attention.profiles import Profile, induction, induction_of_heads, of_heads, of_layer
 from gatedlens.errors import InputError

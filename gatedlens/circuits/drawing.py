@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gatedlens.foreign import Axes, Figure
-from gatedlens.plot.matrices import panels, plain
+from gatedlens.plot.drawing import panels, plain
 
 if TYPE_CHECKING:
     from gatedlens.circuits.circuit import Circuit

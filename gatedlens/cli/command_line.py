@@ -68,7 +68,7 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
     from rich.table import Table
 
     from gatedlens.cli.demo import run
-    from gatedlens.plot.matrices import label
+    from gatedlens.plot.drawing import label
 
     report = run(args.model, args.text, args.layer, args.out)
     if args.json:

@@ -22,7 +22,7 @@ from gatedlens.errors import InputError
 from gatedlens.hooks.vim import HookedViM
 from gatedlens.loading import BUNDLED, from_pretrained
 from gatedlens.model.language import HookedLanguageModel
-from gatedlens.plot.matrices import plain
+from gatedlens.plot.drawing import plain
 from gatedlens.plot.page import attention_page
 from gatedlens.result.labelled_tensor import label_of
 from gatedlens.result.rounding import order

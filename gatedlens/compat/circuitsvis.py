@@ -21,7 +21,7 @@ from gatedlens.address.entries import Index, numbers
 from gatedlens.attention.layer import ImplicitAttention
 from gatedlens.attention.stack import AttentionStack
 from gatedlens.errors import InputError
-from gatedlens.plot.matrices import labels_of
+from gatedlens.plot.drawing import labels_of
 
 
 def for_circuitsvis(

@@ -76,7 +76,7 @@ class Curve(Result):
         """The mean over samples, with its interval as a band. Returns the matplotlib Figure."""
         if self.axes != AXES:
             return super().plot(ax)
-        from gatedlens.plot.matrices import panels, plain
+        from gatedlens.plot.drawing import panels, plain
 
         if ax is None:
             _, axes = panels(1, 1)

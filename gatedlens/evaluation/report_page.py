@@ -26,7 +26,8 @@ from gatedlens.evaluation.protocol import PROTOCOLS
 from gatedlens.evaluation.result import MEASURED, Evaluation
 from gatedlens.model.base import HookedModel
 from gatedlens.options import checked
-from gatedlens.plot.matrices import Html, text, visible
+from gatedlens.plot.coloured_text import Html, text
+from gatedlens.plot.pixels import visible
 
 # -- charts and small pictures ----------------------------------------------------------------------------------------
 

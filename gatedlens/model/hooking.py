@@ -23,9 +23,10 @@ from transformer_lens.utilities import Slice
 from gatedlens.address.names import Names, NamesFilter
 from gatedlens.errors import InputError, PointError, TooLargeError, in_bytes
 from gatedlens.model.batch import Batch, ForwardOutput, Input, Option, Output
-from gatedlens.model.cache import ActivationCache, Keep, KeepLive, SliceLike, gradients
+from gatedlens.model.cache import ActivationCache
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import Capture, HookPoint, Saver
+from gatedlens.model.keeping import Keep, KeepLive, SliceLike, gradients
 from gatedlens.model.turns import Turns
 from gatedlens.model.views import Visit
 from gatedlens.options import Device, checked, device_of, is_many

@@ -8,8 +8,6 @@ model.generate("Call me", max_new_tokens=20, temperature=0.8, seed=0)
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
@@ -19,40 +17,14 @@ from torch import Tensor, nn
 
 from gatedlens.address.point import Point
 from gatedlens.errors import InputError
-from gatedlens.model import placement
 from gatedlens.model import text as text_
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Array, Batch, ForwardOutput, Input, Option, Output, check_return_type
 from gatedlens.model.generation import generate
-from gatedlens.model.padding import Padding
+from gatedlens.model.loss import next_token_loss
 from gatedlens.model.state import RecurrentState
-from gatedlens.model.tokenizer import TokenizerLike, tokenizer_of
-from gatedlens.recurrence.transforms import anywhere
-
-
-def next_token_loss(
-    logits: Float[Tensor, "batch pos d_vocab"],
-    tokens: Int[Tensor, "batch pos"],
-    mask: Shaped[Tensor, "batch pos"] | None = None,
-    per_token: bool = False,
-) -> Float[Tensor, ...]:
-    """`next_token_loss(logits, tokens)`: -log p(token[t + 1] | tokens[..t]), mean over the targets: each real token but
-    the first of its row.
-
-    per_token: [batch, pos - 1], the loss of the token behind each position, padding skipped; 0 where there is none.
-    """
-    padding = Padding.of(mask)
-    packed = padding.pack(tokens.unsqueeze(-1)).squeeze(-1)
-    losses = F.cross_entropy(padding.pack(logits)[:, :-1].flatten(0, 1), packed[:, 1:].flatten(), reduction="none")
-    losses = losses.reshape(len(tokens), -1)
-    real = torch.arange(1, tokens.shape[1], device=tokens.device) < padding.counts(tokens).unsqueeze(1)
-    if not anywhere(real):
-        raise InputError("A loss needs at least two tokens in some row: one to read and one to predict.")
-    losses = losses.masked_fill(~real, 0)
-    if not per_token:
-        return losses.sum() / real.sum()
-    return padding.spread(F.pad(losses, (0, 1)).unsqueeze(-1)).squeeze(-1)[:, :-1]
-
+from gatedlens.model.tokenizer import TokenizerLike
+from gatedlens.model.tokens import ReadsText
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -74,7 +46,7 @@ class ForwardOptions(TypedDict, total=False):
     token_type_ids: Array | None
 
 
-class HookedLanguageModel(HookedModel):
+class HookedLanguageModel(ReadsText, HookedModel):
     """What every language model shares; an architecture adds its rows, its blocks and where its embeddings are."""
 
     first_points = (Point("hook_embed", "batch pos d_model", "embedding[token]", "the embedding"),)
@@ -389,135 +361,3 @@ class HookedLanguageModel(HookedModel):
             bias = block.mixer.weights.out_proj.bias
             total = total if bias is None else total + bias
         return total
-
-    # -- text ----------------------------------------------------------------------------------------------------
-
-    def set_tokenizer(self, tokenizer: TokenizerLike) -> None:
-        """`model.set_tokenizer(tokenizer)`: use `tokenizer`: transformers', a folder of one, or anything that encodes and
-        decodes (None: none).
-
-        What is not transformers' is put behind its words; see `tokenizer.py`. InputError for what is no tokenizer.
-
-        Texts are padded on the side of `padding_side=` of the call; else on that which was set on the model's tokenizer,
-        `model.tokenizer.padding_side = "right"`; else on the left (cfg.default_padding_side). The side that a tokenizer comes
-        with is its maker's default, the right nearly always, and counts for nothing.
-        """
-        self.tokenizer = found = tokenizer_of(tokenizer)
-        text_.forget_side(found)
-        self.cfg.tokenizer_name = None if found is None else (getattr(found, "name_or_path", "") or None)
-        self.cfg.default_prepend_bos = found is not None and found.bos_token_id is not None
-
-    def _need_tokenizer(self, what: str) -> Any:
-        if self.tokenizer is None:
-            raise InputError(
-                f"{what} needs a tokenizer and {self.cfg.model_name} has none: pass token ids, or give it one with "
-                "model.set_tokenizer(AutoTokenizer.from_pretrained(...))."
-            )
-        return self.tokenizer
-
-    def _tokenize(
-        self, input: Input, prepend_bos: bool | None, side: str | None
-    ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"] | None]:
-        """(tokens on the model's device, mask or None)."""
-        device = placement.device_of(self.embedding)
-        if isinstance(input, str) or (isinstance(input, Sequence) and any(isinstance(i, str) for i in input)):
-            tokenizer = self._need_tokenizer("Text")
-            texts = [input] if isinstance(input, str) else list(input)
-            bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
-            rows = [text_.encode(tokenizer, text, bos) for text in texts]
-            for text, row in zip(texts, rows, strict=True):
-                if not row:
-                    raise InputError(f"The text {text!r} has no tokens; give at least one (or prepend_bos=True).")
-            pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-            side = side or text_.side_of(tokenizer) or self.cfg.default_padding_side
-            tokens, mask = text_.pad(rows, side, pad_id)
-            tokens = text_.check(tokens, self.embedding.weight.shape[0])
-            return tokens.to(device), None if bool(mask.all()) else mask.to(device)
-        try:
-            ids = torch.as_tensor(input)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"The input is {type(input).__name__}, and neither text nor a rectangle of token ids: {error}."
-            ) from error
-        ids = text_.check(ids, self.embedding.weight.shape[0]).to(device)
-        if prepend_bos:
-            bos_id = self._need_tokenizer("prepend_bos=True").bos_token_id
-            ids = torch.cat([torch.full_like(ids[:, :1], bos_id), ids], dim=1)
-        return ids, None
-
-    def to_tokens(
-        self,
-        input: str | Sequence[str],
-        prepend_bos: bool | None = None,
-        padding_side: str | None = None,
-        move_to_device: bool = True,
-        truncate: bool = False,
-    ) -> Int[Tensor, "batch pos"]:
-        """`model.to_tokens("Call me")`: ids [batch, pos], with BOS if the tokenizer has one (cfg.default_prepend_bos).
-
-        Ids do not tell padding from text: for texts of unequal length pass them to the model themselves, or
-        `attention_mask=` of `to_tokens_and_mask`; this warns.
-        """
-        ids, mask = self._tokenize([input] if isinstance(input, str) else input, prepend_bos, padding_side)
-        if mask is not None:
-            warnings.warn(
-                "These texts differ in length and were padded; ids alone do not say where. Give the model the texts, or "
-                "attention_mask from model.to_tokens_and_mask(texts).",
-                stacklevel=2,
-            )
-        ids = ids[:, : self.cfg.n_ctx] if truncate else ids
-        return ids if move_to_device else ids.cpu()
-
-    def to_tokens_and_mask(
-        self, input: str | Sequence[str], prepend_bos: bool | None = None, padding_side: str | None = None
-    ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
-        """`tokens, mask = model.to_tokens_and_mask(texts)`; `model(tokens, attention_mask=mask)` equals `model(texts)`."""
-        ids, mask = self._tokenize([input] if isinstance(input, str) else input, prepend_bos, padding_side)
-        return ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-
-    if TYPE_CHECKING:
-
-        @overload
-        def to_string(self, tokens: int | list[int]) -> str: ...
-        @overload
-        def to_string(self, tokens: Array) -> Any: ...
-
-    def to_string(self, tokens: int | Array) -> str | list[str]:
-        """`model.to_string(tokens)`: a text for ids [pos], a list of texts for [batch, pos]."""
-        tokenizer = self._need_tokenizer("to_string")
-        ids = torch.as_tensor(tokens)
-        if ids.ndim == 2:
-            return [tokenizer.decode(row) for row in ids.tolist()]
-        return tokenizer.decode([int(ids)] if ids.ndim == 0 else ids.tolist())
-
-    if TYPE_CHECKING:
-
-        @overload
-        def to_str_tokens(self, input: str, prepend_bos: bool | None = None) -> list[str]: ...
-        @overload
-        def to_str_tokens(self, input: list[str], prepend_bos: bool | None = None) -> list[list[str]]: ...
-        @overload
-        def to_str_tokens(self, input: Input, prepend_bos: bool | None = None) -> Any: ...
-
-    def to_str_tokens(self, input: Input, prepend_bos: bool | None = None) -> list[str] | list[list[str]]:
-        """`model.to_str_tokens("Call me")`: each token as a text; a list of lists for a list of texts or a batch of
-        several rows.
-        """
-        tokenizer = self._need_tokenizer("to_str_tokens")
-        if not isinstance(input, str) and isinstance(input, Sequence) and input and isinstance(input[0], str):
-            return [self.to_str_tokens(text, prepend_bos) for text in input]
-        ids = self.to_tokens(input, prepend_bos) if isinstance(input, str) else torch.as_tensor(input)
-        if ids.ndim == 2 and ids.shape[0] > 1:
-            return [self.to_str_tokens(row) for row in ids]
-        return [tokenizer.decode([i]) for i in ids.reshape(-1).tolist()]
-
-    def to_single_token(self, text: str) -> int:
-        """`model.to_single_token(" whale")`: the id of a text that is exactly one token; InputError for any other."""
-        ids = text_.encode(self._need_tokenizer("to_single_token"), text, prepend_bos=False)
-        if len(ids) != 1:
-            raise InputError(f"{text!r} is {len(ids)} tokens ({ids}), not one.")
-        return ids[0]
-
-    def to_single_str_token(self, token: int) -> str:
-        """`model.to_single_str_token(42)`: the text of one id."""
-        return str(self._need_tokenizer("to_single_str_token").decode([token]))

@@ -12,20 +12,11 @@ matplotlib is an extra (`pip install gatedlens[plot]`) and is imported when a fi
 `$` in a token, a title or a name is a `$`.
 """
 
-from gatedlens.plot.matrices import (
-    Html,
-    activation,
-    heads,
-    heatmap,
-    image,
-    label,
-    labels_of,
-    layers,
-    over_image,
-    panels,
-    text,
-)
+from gatedlens.plot.coloured_text import Html, text
+from gatedlens.plot.drawing import label, labels_of, panels
+from gatedlens.plot.matrices import activation, heads, heatmap, layers
 from gatedlens.plot.page import attention_page
+from gatedlens.plot.pixels import image, over_image
 from gatedlens.plot.results import result
 
 # fmt: off

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.files import in_page
-from gatedlens.plot.matrices import Html, label
+from gatedlens.plot.coloured_text import Html
+from gatedlens.plot.drawing import label
 
 SCRIPT = """
 const data = JSON.parse(document.getElementById('gl-data').textContent);

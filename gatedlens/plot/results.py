@@ -10,7 +10,7 @@ import torch
 
 from gatedlens.errors import InputError
 from gatedlens.foreign import Axes, Figure
-from gatedlens.plot.matrices import MAX_LABELS, colour_bar, farthest, label, label_axis, panels, plain
+from gatedlens.plot.drawing import MAX_LABELS, colour_bar, farthest, label, label_axis, panels, plain
 from gatedlens.result.result import Result
 
 MAX_PANELS = 24

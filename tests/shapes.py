@@ -1,0 +1,56 @@
+"""Shapes and types, checked while the tests run: `install()` before gatedlens is imported.
+
+Every function of gatedlens is checked by beartype; those whose annotations speak of axes by jaxtyping as well, which compares
+the axes of all arguments with one another. Jaxtyping's own import hook wraps every function, whether it speaks of axes or not,
+and that alone was a quarter of the time of all tests.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import jaxtyping
+from beartype import beartype
+from beartype.roar import BeartypeDecorHintException
+from jaxtyping import AbstractArray, install_import_hook
+
+BY_JAXTYPING = jaxtyping.jaxtyped
+
+
+def speaks_of_axes(fn: Callable[..., Any]) -> bool:
+    """Whether an annotation holds a jaxtyping array somewhere; one that cannot be read yet counts as such."""
+
+    def axes_in(annotation: Any) -> bool:
+        if inspect.isclass(annotation) and issubclass(annotation, AbstractArray):
+            return True
+        return any(axes_in(part) for part in typing.get_args(annotation))
+
+    try:
+        return any(axes_in(hint) for hint in typing.get_type_hints(fn).values())
+    except (NameError, TypeError, AttributeError, SyntaxError):
+        return True
+
+
+def checked(*, typechecker: Any) -> Callable[[Any], Any]:
+    """In place of `jaxtyping.jaxtyped`, as the import hook calls it on each function and class."""
+
+    def decorate(fn: Any) -> Any:
+        if not inspect.isfunction(fn) or speaks_of_axes(fn):
+            return BY_JAXTYPING(fn, typechecker=typechecker)
+        try:
+            return beartype(fn) if fn.__annotations__ else fn
+        except (
+            BeartypeDecorHintException
+        ):  # of a ParamSpec, say, that beartype reads only where jaxtyping has read it first
+            return BY_JAXTYPING(fn, typechecker=typechecker)
+
+    return decorate
+
+
+def install() -> None:
+    """Check every module of gatedlens that is imported from now on."""
+    jaxtyping.jaxtyped = checked
+    install_import_hook("gatedlens", "beartype.beartype")
