@@ -379,3 +379,15 @@ def test_channels_by_mask_and_number_types_and_rows_of_a_cache():
 def test_a_convolution_of_one_tap_and_a_carried_state():
     model = HookedMamba.tiny(ssm_cfg={"d_state": 1, "d_conv": 1}, dtype=torch.float64)
     assert gl.implicit_attention(cached(model, "holes+state"), layer=1).check().relative < 1e-12
+
+
+@torch.no_grad()
+def test_a_reset_that_is_none_is_refused(lm):
+    """Below 0 or above 1 nothing is a share of a state that is forgotten."""
+    name = next(name for name in lm.hook_dict if name.endswith("hook_reset"))
+    layer = int(name.split(".")[1])
+    for value in (1.5, -0.5):
+        with lm.hooks([(name, lambda x, hook, value=value: torch.full_like(x, value))]):
+            _, cache = lm.run_with_cache(example(lm))
+        with pytest.raises(gl.InputError, match="hook_reset is below 0 or above 1"):
+            gl.implicit_attention(cache, layer=layer).mean()
