@@ -1,4 +1,4 @@
-"""gatedlens: open up gated-linear recurrent models (Mamba, Mamba-2, Griffin, RWKV, Vision Mamba).
+"""gatedlens: open up gated-linear recurrent models (Mamba, Mamba-2, Griffin, RWKV, Qwen3-Next, Vision Mamba).
 
     import gatedlens as gl
 
@@ -44,8 +44,7 @@ else:
         "address": ("Alias", "HookTable", "Point", "View"),
         "attention": ("AttentionStack", "Contributions", "ImplicitAttention", "implicit_attention"),
         "hooks": ("register",),
-        "hooks.griffin": ("HookedGriffin",),
-        "hooks.mamba": ("HookedMamba",), "hooks.mamba2": ("HookedMamba2",),
+        "hooks.griffin": ("HookedGriffin",), "hooks.mamba": ("HookedMamba",), "hooks.mamba2": ("HookedMamba2",),
         "hooks.qwen3_next": ("HookedQwen3Next",), "hooks.rwkv": ("HookedRWKV",), "hooks.vim": ("HookedViM",),
         "loading": ("bundled_models", "from_pretrained", "wrap"),
         "model": ("ActivationCache", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "RecurrentState"),
