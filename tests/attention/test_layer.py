@@ -133,11 +133,16 @@ def test_mamba_against_the_literal_triple_loop():
 
 MAMBA = ("hook_gate", "hook_dt", "hook_B", "hook_C")
 GRIFFIN = ("hook_gate", "hook_input_gate", "hook_log_decay", "hook_multiplier", "hook_reset")
+DELTA = ("hook_gate", "hook_q", "hook_k", "hook_beta", "hook_log_decay", "hook_scale")
 # place -> (the input x, the output o, the points held fixed, the (input, output) of SiLUs whose sigmoid is held fixed)
 FROZEN = {
     "mamba": {"mixer": ("hook_x", "hook_gated", MAMBA, (("hook_conv", "hook_u"),))},
     "mamba2": {"mixer": ("hook_x", "hook_gated", (*MAMBA, "hook_scale"), (("hook_conv", "hook_u"),))},
     "griffin": {"mixer": ("hook_x", "hook_gated", GRIFFIN, ()), "attn": ("hook_v", "hook_z", ("hook_pattern",), ())},
+    "qwen3_next": {
+        "mixer": ("hook_x", "hook_gated", DELTA, (("hook_conv", "hook_u"),)),
+        "attn": ("hook_v", "hook_gated", ("hook_pattern", "hook_gate"), ()),
+    },
     "rwkv": {"mixer": ("hook_x", "hook_gated", ("hook_gate", "hook_k"), ())},
     "vim": {
         "mixer": (
