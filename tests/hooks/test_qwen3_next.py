@@ -79,7 +79,7 @@ def tiny(variant: str = "next", dtype: torch.dtype = torch.float64, seed: int = 
     return gl.wrap(later(variant).to(dtype))
 
 
-@pytest.fixture(params=[*VARIANTS, *LATER])
+@pytest.fixture(params=[*VARIANTS, "3.5", "3.5, experts, with images"])
 def model(request):
     return tiny(request.param)
 
@@ -374,7 +374,9 @@ def test_an_edit_of_log_decay_moves_the_probe_and_one_of_the_probe_stands_alone(
 
 
 @torch.no_grad()
-def test_logits_are_transformers_which_scans_in_float32(model):
+@pytest.mark.parametrize("variant", [*VARIANTS, *LATER])
+def test_logits_are_transformers_which_scans_in_float32(variant):
+    model = tiny(variant)
     tokens = torch.randint(40, (2, 90), generator=torch.Generator().manual_seed(4))  # more than a chunk
     assert relative(model(tokens), theirs(model, tokens)) < 2e-5
 
