@@ -96,3 +96,26 @@ def test_the_script_trains_saves_and_reports(tmp_path):
     assert json.loads((tmp_path / "mini" / "training.json").read_text()) == made
     assert model.to_str_tokens("A 3 ? A") == ["<bos>", "A", "3", "?", "A"]
     assert made["metric"] == {k: round(v, 4) for k, v in make.recall_metric(model).items()}
+
+
+def test_rewritten_prompts_are_what_they_say():
+    batch = gl.tasks.rewritten_recall(300, seed=1)
+    words = gl.tasks.VOCABULARY
+    for row, answer, at, old, old_at in zip(
+        batch.tokens.tolist(), batch.answers.tolist(), batch.answer_pos.tolist(),
+        batch.old_answers.tolist(), batch.old_pos.tolist(), strict=True,
+    ):  # fmt: skip
+        text = [words[i] for i in row]
+        assert len(text) == gl.tasks.recall(1).tokens.shape[1] and text[-2] == "?"
+        keys = [w for w in text[:-1] if w in gl.tasks.KEYS]
+        assert len(keys) == 5 and len(set(keys)) == 4 and keys.count(text[-1]) == 2
+        places = [i for i, word in enumerate(text[:-1]) if word == text[-1]]
+        assert [old_at - 1, at - 1] == places and row[at] == answer and row[old_at] == old != answer
+        assert sum(w in gl.tasks.NOISE for w in text) == 8
+    assert torch.equal(
+        batch.tokens.gather(1, batch.pair_pos).sort(1).values[:, 0] >= 14, torch.ones(300, dtype=torch.bool)
+    )
+    later = (batch.old_pos < batch.answer_pos).float().mean()
+    assert later == 1 and 4 < batch.old_pos.float().mean() < 12
+    first = batch.pair_pos[:, 0] == batch.answer_pos  # either of the two may come first
+    assert 0.4 < first.float().mean() < 0.6

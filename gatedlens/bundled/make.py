@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from gatedlens.data import digits, text
 from gatedlens.loading import BUNDLED, wrap
 from gatedlens.model.base import HookedModel
-from gatedlens.tasks import VOCABULARY, recall
+from gatedlens.tasks import VOCABULARY, Recall, recall, rewritten_recall
 
 BOS_BYTE = 256
 
@@ -68,6 +68,40 @@ def griffin(d_model: int, mlp: int) -> Callable[[int], nn.Module]:
     return build
 
 
+def mamba2(d_model: int, n_layers: int, heads: int, d_state: int = 16) -> Callable[[int], nn.Module]:
+    def build(vocabulary: int) -> nn.Module:
+        from transformers import Mamba2Config, Mamba2ForCausalLM
+
+        special = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": None}
+        sizes = {"hidden_size": d_model, "num_hidden_layers": n_layers, "state_size": d_state, "n_groups": 1}
+        shape = {"num_heads": heads, "head_dim": 2 * d_model // heads, "tie_word_embeddings": True}
+        return Mamba2ForCausalLM(Mamba2Config(vocab_size=vocabulary, **sizes, **shape, **special))
+
+    return build
+
+
+def gated_delta(d_model: int, layers: str, mlp: int, heads: int = 2) -> Callable[[int], nn.Module]:
+    """Qwen3-Next without experts; `layers`: d for a delta net, a for attention."""
+
+    def build(vocabulary: int) -> nn.Module:
+        from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+        special = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": None}
+        kinds = [{"d": "linear_attention", "a": "full_attention"}[one] for one in layers]
+        width = d_model // heads
+        delta = {
+            "linear_num_key_heads": heads, "linear_num_value_heads": heads, "linear_key_head_dim": width // 2,
+            "linear_value_head_dim": width,
+        }  # fmt: skip
+        attention = {"num_attention_heads": heads, "num_key_value_heads": 1, "head_dim": width}
+        sizes = {"hidden_size": d_model, "num_hidden_layers": len(layers), "intermediate_size": mlp}
+        dense = {"mlp_only_layers": list(range(len(layers))), "layer_types": kinds, "tie_word_embeddings": True}
+        config = Qwen3NextConfig(vocab_size=vocabulary, **sizes, **delta, **attention, **dense, **special)
+        return Qwen3NextForCausalLM(config)
+
+    return build
+
+
 def rwkv(d_model: int, n_layers: int, mlp: int) -> Callable[[int], nn.Module]:
     def build(vocabulary: int) -> nn.Module:
         from transformers import RwkvConfig, RwkvForCausalLM
@@ -91,6 +125,9 @@ RECIPES = (
     Recipe("mamba-moby", mamba(80, 3), "moby", steps=1600, batch=16, context=160, lr=6e-3),
     Recipe("griffin-recall", griffin(64, 192), "recall", steps=1800),
     Recipe("rwkv-recall", rwkv(64, 2, 128), "recall", steps=2500),
+    Recipe("mamba2-recall", mamba2(64, 2, 4), "rewritten", steps=2500, lr=2.5e-3, weight_decay=0.05),
+    Recipe("gdn-recall", gated_delta(64, "dd", 128), "rewritten", steps=2500),
+    Recipe("hybrid-recall", gated_delta(64, "da", 128), "rewritten", steps=2500),
     Recipe("vim-digits", vim, "digits", steps=1500, weight_decay=0.05),
     Recipe("griffin-moby", griffin(80, 240), "moby", steps=1600, batch=16, context=160, lr=5e-3),
     Recipe("rwkv-moby", rwkv(80, 3, 240), "moby", steps=1600, batch=16, context=160, lr=5e-3),
@@ -103,6 +140,13 @@ RECIPES = (
 def recall_loss(model: HookedModel, recipe: Recipe, step: int, data: Any) -> Tensor:
     """Cross entropy of the answer alone."""
     batch = recall(recipe.batch, seed=1_000_000 * (recipe.seed + 1) + step)
+    return nn.functional.cross_entropy(model(batch.tokens)[:, -1], batch.answers)
+
+
+def rewritten_loss(model: HookedModel, recipe: Recipe, step: int, data: Any) -> Tensor:
+    """The same, in every other step of prompts in which the queried key was rewritten."""
+    task = rewritten_recall if step % 2 else recall
+    batch = task(recipe.batch, seed=1_000_000 * (recipe.seed + 1) + step)
     return nn.functional.cross_entropy(model(batch.tokens)[:, -1], batch.answers)
 
 
@@ -134,11 +178,20 @@ def digits_metric(model: HookedModel) -> dict[str, float]:
 
 
 @torch.no_grad()
+def accuracy(model: HookedModel, batch: Recall) -> float:
+    """How often the answer is the largest logit."""
+    guesses = torch.cat([model(part)[:, -1].argmax(-1) for part in batch.tokens.split(512)])
+    return (guesses == batch.answers).float().mean().item()
+
+
 def recall_metric(model: HookedModel) -> dict[str, float]:
     """Accuracy on 4,096 fresh prompts."""
-    batch = recall(4096, seed=7)
-    guesses = torch.cat([model(part)[:, -1].argmax(-1) for part in batch.tokens.split(512)])
-    return {"accuracy": (guesses == batch.answers).float().mean().item()}
+    return {"accuracy": accuracy(model, recall(4096, seed=7))}
+
+
+def rewritten_metric(model: HookedModel) -> dict[str, float]:
+    """The same, and on as many in which the queried key was rewritten."""
+    return {**recall_metric(model), "rewritten": accuracy(model, rewritten_recall(4096, seed=7))}
 
 
 @torch.no_grad()
@@ -155,6 +208,7 @@ def moby_metric(model: HookedModel) -> dict[str, float]:
 
 TASKS: dict[str, tuple[Any, Any, Any, int]] = {
     "recall": (recall_loss, recall_metric, lambda: None, len(VOCABULARY)),
+    "rewritten": (rewritten_loss, rewritten_metric, lambda: None, len(VOCABULARY)),
     "moby": (moby_loss, moby_metric, text, 257),
     "digits": (digits_loss, digits_metric, digits, 10),
 }
@@ -188,7 +242,7 @@ def byte_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", clean_up_tokenization_spaces=False)
 
 
-TOKENIZERS = {"recall": word_tokenizer, "moby": byte_tokenizer}
+TOKENIZERS = {"recall": word_tokenizer, "rewritten": word_tokenizer, "moby": byte_tokenizer}
 
 
 def save_tokenizer(recipe: Recipe, folder: Path) -> None:
