@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gatedlens.hooks.griffin import HookedGriffin
     from gatedlens.hooks.mamba import HookedMamba
     from gatedlens.hooks.mamba2 import HookedMamba2
+    from gatedlens.hooks.qwen3_next import HookedQwen3Next
     from gatedlens.hooks.rwkv import HookedRWKV
     from gatedlens.hooks.vim import HookedViM
     from gatedlens.loading import bundled_models, from_pretrained, wrap
@@ -45,7 +46,7 @@ else:
         "hooks": ("register",),
         "hooks.griffin": ("HookedGriffin",),
         "hooks.mamba": ("HookedMamba",), "hooks.mamba2": ("HookedMamba2",),
-        "hooks.rwkv": ("HookedRWKV",), "hooks.vim": ("HookedViM",),
+        "hooks.qwen3_next": ("HookedQwen3Next",), "hooks.rwkv": ("HookedRWKV",), "hooks.vim": ("HookedViM",),
         "loading": ("bundled_models", "from_pretrained", "wrap"),
         "model": ("ActivationCache", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "RecurrentState"),
         "model.vision": ("HookedVisionModel",),
@@ -55,11 +56,11 @@ else:
 __all__ = [
     "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError",
     "HookPoint", "HookTable", "HookedConfig", "HookedGriffin", "HookedLanguageModel", "HookedMamba", "HookedMamba2",
-    "HookedModel", "HookedRWKV", "HookedViM", "HookedVisionModel", "ImplicitAttention", "InputError", "Point", "PointError",
-    "RecurrentState", "Result", "StoreError", "TooLargeError", "View", "__version__", "ablation", "amplify", "attribution",
-    "bundled_models", "circuits", "data", "evaluation", "from_pretrained", "fused", "implicit_attention", "knockout",
-    "lens", "metrics", "patching", "plot", "profiles", "register", "states", "steering", "store", "tasks", "tracing",
-    "wrap",
+    "HookedModel", "HookedQwen3Next", "HookedRWKV", "HookedViM", "HookedVisionModel", "ImplicitAttention", "InputError",
+    "Point", "PointError", "RecurrentState", "Result", "StoreError", "TooLargeError", "View", "__version__", "ablation",
+    "amplify", "attribution", "bundled_models", "circuits", "data", "evaluation", "from_pretrained", "fused",
+    "implicit_attention", "knockout", "lens", "metrics", "patching", "plot", "profiles", "register", "states", "steering",
+    "store", "tasks", "tracing", "wrap",
 ]
 # isort: on
 # fmt: on

@@ -7,6 +7,7 @@ from typing import Any
 
 from gatedlens.model import fields
 from gatedlens.model.fields import (
+    COUNT,
     EPS,
     FLAG,
     INTEGER,
@@ -100,6 +101,42 @@ RECURRENT_GEMMA = {
     "partial_rotary_factor": SHARE,
     "rope_parameters": table(rope_type=TEXT, rope_theta=POSITIVE, partial_rotary_factor=SHARE).or_null(),
 }
+LAYER_KINDS = listed(one_of("linear_attention", "full_attention"), low=1)
+_QWEN = {  # of the language model
+    "vocab_size": SIZE,
+    "hidden_size": SIZE,
+    "intermediate_size": SIZE.or_null(),
+    "num_hidden_layers": layers_of(11),
+    "num_attention_heads": SIZE,
+    "num_key_value_heads": SIZE,
+    "head_dim": SIZE,
+    "hidden_act": TEXT,
+    "layer_types": LAYER_KINDS.or_null(),
+    "full_attention_interval": SIZE,
+    "linear_conv_kernel_dim": SIZE,
+    "linear_key_head_dim": SIZE,
+    "linear_value_head_dim": SIZE,
+    "linear_num_key_heads": SIZE,
+    "linear_num_value_heads": SIZE,
+    "rms_norm_eps": EPS,
+    "attention_bias": FLAG,
+    "rope_theta": POSITIVE,
+    "partial_rotary_factor": SHARE,
+    "rope_parameters": table(rope_type=TEXT, rope_theta=POSITIVE, partial_rotary_factor=SHARE).or_null(),
+    "decoder_sparse_step": SIZE,
+    "mlp_only_layers": listed(COUNT).or_null(),
+    "num_experts": COUNT,
+    "num_experts_per_tok": COUNT,
+    "norm_topk_prob": FLAG,
+    "moe_intermediate_size": SIZE,
+    "shared_expert_intermediate_size": SIZE,
+    "tie_word_embeddings": FLAG,
+}
+QWEN3_NEXT = {
+    **fields.TRANSFORMERS,
+    **_QWEN,
+    "text_config": table(**_QWEN),
+}  # the table: inside a model of images and text
 RWKV = {
     **fields.TRANSFORMERS,
     "vocab_size": SIZE,

@@ -353,11 +353,11 @@ class HookedLanguageModel(ReadsText, HookedModel):
         """`model.accumulated_bias(layer)`: [d_model], the constant that the output biases of all mixers before `layer` add
         to the residual stream.
 
-        Of mixers whose output projection is named `out_proj`, and MLPs without biases; an architecture with others says so.
+        Of MLPs without biases; an architecture with others says so.
         """
         total = torch.zeros(self.cfg.d_model, device=self.W_U.device)
         blocks = self.blocks[: layer + int(mlp_input)]
         for block in blocks:
-            bias = block.mixer.weights.out_proj.bias
+            _, bias = block.mixer.output_weights()
             total = total if bias is None else total + bias
         return total

@@ -166,23 +166,30 @@ class Mixer(TokenMixing):
         """The recurrence of heads with matrix states, with its lazy points: (scan, last state).
 
         As `recur`: nothing inside is materialised unless somebody listens, and then an edit of any point is in all that
-        follows. hook_decay has the axes of the state, whatever the decays are shared by.
+        follows. hook_decay, hook_write and, of a delta rule, hook_erase have the axes of the state, whatever they are shared by.
+        A masked position keeps erase 0, too.
         """
         if self.hook_state_start.heard():
             initial = self.hook_state_start(initial)
-        decay = write = None
+        decay = write = erase = None
         if self.hook_decay.heard():
             whole = terms.decays().unsqueeze(-2).expand(*u.shape, terms.key.shape[-1])
             decay = padding.fill(self.hook_decay(whole), 1.0)
         if self.hook_write.heard():
             write = padding.zero(self.hook_write(_outer(terms, u)))
+        if terms.erase is not None:
+            if self.hook_erase.heard():
+                erase = padding.zero(self.hook_erase(terms.erase.unsqueeze(-2).expand(*u.shape, terms.key.shape[-1])))
+            if self.hook_probe.heard():
+                terms = terms.with_probe(padding.zero(self.hook_probe(terms.probes())))
         heard = self.hook_state.heard()
-        if decay is None and write is None and not heard:
+        if decay is None and write is None and erase is None and not heard:
             return chunked(terms, u, initial)
         decay = terms.decays().unsqueeze(-2) if decay is None else decay
         write = _outer(terms, u) if write is None else write
-        erase, probe = terms.erase, terms.probes()
-        if erase is not None and probe is not None:
+        probe = terms.probes()
+        if terms.erase is not None and probe is not None:
+            erase = terms.erase.unsqueeze(-2) if erase is None else erase
             states = states_of_delta_rule(decay, write, erase, probe, initial)
         else:
             states = linear_scan(decay, write, initial)

@@ -227,9 +227,10 @@ class GroupNorm(Stage):
         """The scale of each channel's group."""
         return scale.repeat_interleave(like.shape[-1] // self.groups, dim=-1)
 
-    def weight(self, mixer: PathMixer) -> Float[Tensor, " channel"]:
-        """The gain of each channel."""
-        return at_least_float32(getattr(mixer.weights, self.name).weight)
+    def weight(self, mixer: PathMixer, like: Content) -> Float[Tensor, " channel"]:
+        """The gain of each channel; one that is as long as a group is every group's."""
+        given = at_least_float32(getattr(mixer.weights, self.name).weight)
+        return given.repeat(like.shape[-1] // len(given))
 
     def reads(self, mixer: PathMixer) -> tuple[str, ...]:
         return ("scale",)
@@ -238,7 +239,7 @@ class GroupNorm(Stage):
         wide = at_least_float32(content)
         squares = wide.unflatten(-1, (self.groups, -1)).pow(2).mean(-1)
         scale = mixer.fire("scale", (squares + self.eps).sqrt())
-        return mixer.put_out(self.out, self.weight(mixer) * (wide / self.spread(scale, wide)), streams)
+        return mixer.put_out(self.out, self.weight(mixer, wide) * (wide / self.spread(scale, wide)), streams)
 
     def hold(self, mixer: PathMixer, held: Held) -> None:
-        held.times("gate", self.weight(mixer).to(held.x.dtype) / self.spread(held.cached("scale"), held.x))
+        held.times("gate", self.weight(mixer, held.x).to(held.x.dtype) / self.spread(held.cached("scale"), held.x))

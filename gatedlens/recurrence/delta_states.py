@@ -8,7 +8,7 @@ elementwise recurrence F (doubling.py); what its probes find, w_i = probe_i . S_
     (I + T) w = p S_0 + probe_i . F_{i-1}        T[i, j] = probe_i . E(i-1, j) erase_j        p_i = probe_i E(i-1, 0)
 
 and with w known all of it is an elementwise recurrence with the writes write_t - erase_t w_t. Where a hook gave each value a
-decay of its own, each is a head. b batch, l pos, h head, v value, k key, C positions of a chunk.
+decay or an erase of its own, each is a head. b batch, l pos, h head, v value, k key, C positions of a chunk.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CHUNK = 64  # positions, a power of 2
 def states_of_delta_rule(
     decay: Float[Tensor, "batch pos head #value #key"],
     write: Float[Tensor, "batch pos head value key"],
-    erase: Float[Tensor, "batch pos head key"],
+    erase: Float[Tensor, "batch pos head #value key"],
     probe: Float[Tensor, "batch pos head key"],
     state: Float[Tensor, "batch head value key"],
 ) -> Float[Tensor, "batch pos head value key"]:
@@ -39,12 +39,12 @@ def states_of_delta_rule(
         return march(decay, write, erase, probe, state)
     length, width, keys = write.shape[1], *write.shape[3:]
     decay = decay.expand(*decay.shape[:-1], keys)
-    if decay.shape[3] > 1:
-        erase, probe = (x.repeat_interleave(width, dim=2) for x in (erase, probe))
-        decay, whole = decay.flatten(2, 3), write.flatten(2, 3).unsqueeze(3)
+    if decay.shape[3] > 1 or erase.shape[3] > 1:
+        decay, erase = (x.expand(-1, -1, -1, width, -1).flatten(2, 3) for x in (decay, erase))
+        whole, probe = write.flatten(2, 3).unsqueeze(3), probe.repeat_interleave(width, dim=2)
         states = _in_chunks(decay, whole, erase, probe, state.flatten(1, 2).unsqueeze(2))
     else:
-        states = _in_chunks(decay.squeeze(3), write, erase, probe, state)
+        states = _in_chunks(decay.squeeze(3), write, erase.squeeze(3), probe, state)
     return states[:, :length].reshape(write.shape)
 
 

@@ -19,25 +19,24 @@ def literal_states(
 ) -> Float[Tensor, "batch pos head value key"]:
     """Every state, a position at a time."""
     value, key = terms.value(u), terms.of_heads(terms.key)
-    return march(
-        terms.decays().unsqueeze(-2), value.unsqueeze(-1) * key.unsqueeze(-2), terms.erase, terms.probes(), initial
-    )
+    erase = None if terms.erase is None else terms.erase.unsqueeze(-2)
+    return march(terms.decays().unsqueeze(-2), value.unsqueeze(-1) * key.unsqueeze(-2), erase, terms.probes(), initial)
 
 
 def march(
     decay: Float[Tensor, "batch pos head #value #key"],
     write: Float[Tensor, "batch pos head value key"],
-    erase: Float[Tensor, "batch pos head key"] | None,
+    erase: Float[Tensor, "batch pos head #value key"] | None,
     probe: Float[Tensor, "batch pos head key"] | None,
     state: Float[Tensor, "batch head value key"],
 ) -> Float[Tensor, "batch pos head value key"]:
-    """The same for a decay and a write of any form: what hooks may have made of them."""
+    """The same for a decay, a write and an erase of any form: what hooks may have made of them."""
     states = []
     for t in range(write.shape[1]):
         left = decay[:, t] * state
         if erase is not None and probe is not None:
             found = (state * probe[:, t].unsqueeze(-2)).sum(-1, keepdim=True)  # what the probe finds: [b, h, v, 1]
-            left = left - found * erase[:, t].unsqueeze(-2)
+            left = left - found * erase[:, t]
         state = left + write[:, t]
         states.append(state)
     return torch.stack(states, dim=1)

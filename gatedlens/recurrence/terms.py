@@ -100,6 +100,13 @@ class Terms(NamedTuple):
             return self.probe
         return self.probe * (1 - self.fresh).unsqueeze(-1)
 
+    def with_probe(self, probe: Float[Tensor, "batch pos head key"]) -> Terms:
+        """The same with another probe of the state before each step, as it stands: what a document's beginning forgets is in
+        the decays alone."""
+        if self.fresh is None:
+            return self._replace(probe=probe)
+        return self._replace(log_decay=self.log_decays(), rate=None, fresh=None, probe=probe)
+
     def of_heads(self, x: Float[Tensor, "batch pos group key"]) -> Float[Tensor, "batch pos head key"]:
         """A key or read of each group as one of each head."""
         share = self.sharing(x)

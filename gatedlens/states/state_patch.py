@@ -1,6 +1,6 @@
 """StatePatch: the step of an intervention that sets the state of a recurrence. `surgery.py` is its face.
 
-decay[t] := 0,  write[t] := the new state        so state_t is the new state, and positions after t follow
+decay[t] := 0,  erase[t] := 0 (of a delta rule),  write[t] := the new state    so state_t is the new state, later ones follow
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class StatePatch:
     index: Mapping[str, Index]
 
     def hooks(self, model: HookedModel) -> list[tuple[str, Callable[..., Any]]]:
-        """At decay and write of each scan; everything but the positions is checked here."""
+        """At decay, erase and write of each scan; everything but the positions is checked here."""
         for axis in ("batch", "pos"):
             if axis in self.index:
                 raise InputError(
@@ -52,8 +52,11 @@ class StatePatch:
             for name in scans_of(mixer, self.scan):
                 stem = f"blocks.{layer}.{mixer.place}.{name + '.' if name else ''}"
                 setting = Setting(self, model, layer, stem, self._state(mixer, stem))
-                where = Where((f"{stem}hook_decay", f"{stem}hook_write"), self.index)
-                found += zip(where.points(model), (setting.forget, setting.set), strict=True)
+                edits = {"decay": setting.forget, "erase": setting.forget, "write": setting.set}
+                edits = {
+                    f"{stem}hook_{name}": edit for name, edit in edits.items() if f"{stem}hook_{name}" in model.names
+                }
+                found += zip(Where(tuple(edits), self.index).points(model), edits.values(), strict=True)
         return found
 
     def _layers(self, model: HookedModel) -> list[int]:
@@ -97,7 +100,7 @@ def _scan_points(model: HookedModel, layer: int, mixer: Any) -> bool:
 
 @dataclass(frozen=True)
 class Setting:
-    """The two hooks that set one scan's state: decay 0 and write `state` at the position of each row."""
+    """The hooks that set one scan's state: decay and erase 0 and write `state` at the position of each row."""
 
     patch: StatePatch
     model: HookedModel
@@ -116,9 +119,9 @@ class Setting:
         )
         return at.reshape(rows, length, *[1] * (tensor.ndim - 2)) & chosen
 
-    def forget(self, decay: Tensor, hook: HookPoint) -> Tensor:
-        """decay[t] := 0"""
-        return torch.where(self._entries(decay, hook), 0.0, decay)
+    def forget(self, kept: Tensor, hook: HookPoint) -> Tensor:
+        """decay[t] := 0, erase[t] := 0"""
+        return torch.where(self._entries(kept, hook), 0.0, kept)
 
     def set(self, write: Tensor, hook: HookPoint) -> Tensor:
         """write[t] := the new state"""

@@ -1,6 +1,6 @@
 """Patching, splicing, swapping and reading states; `help(gl.states)` shows each.
 
-decay[t] := 0,  write[t] := the new state        (so state_t is the new state, and later positions follow)
+decay[t] := 0,  erase[t] := 0 (of a delta rule),  write[t] := the new state       (so state_t is that, and later positions follow)
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def patch(
 ) -> Intervention:
     """`gl.states.patch(cache_of_a, pos=7, layers=2, channel=[0, 3])`: the state after position 7 becomes that of the other run.
 
-    decay[7] := 0 and write[7] := the new state; later positions follow from it. Returns an Intervention: `.on(model)`, `a + b`.
+    decay[7] := 0 (a delta rule's erase too) and write[7] := the new state; later positions follow from it. Returns an
+    Intervention: `.on(model)`, `a + b`.
 
     source: an ActivationCache that holds hook_state, read at `source_pos` (default `pos`); a RecurrentState; or a tensor
     [batch, channel] (state) as hook_state has it at one position; one row goes for all. pos, source_pos: one position for

@@ -101,17 +101,18 @@ def test_the_states_of_a_delta_rule(kind, size, monkeypatch, side_by_side):
     monkeypatch.setattr(delta_states, "CHUNK", size)
     terms, u, state = draw(kind, fresh=True)
     write = terms.value(u).unsqueeze(-1) * terms.key.unsqueeze(-2)
-    decay, erase, probes = terms.decays().unsqueeze(-2), terms.erase, terms.probes()
+    decay, erase, probes = terms.decays().unsqueeze(-2), terms.erase.unsqueeze(-2), terms.probes()
     close(states_of_delta_rule(decay, write, erase, probes, state), literal_states(terms, u, state))
-    # What a hook may make of them: a decay of each value its own, of any sign.
-    edited = decay.expand_as(write).clone()
-    edited[:, 7], edited[:, 9, :, 2], write[:, 4] = -0.5, 0.0, 3.0
-    leaves = [x.detach().clone().requires_grad_() for x in (edited, write, erase, probes, state)]
-    got, want = states_of_delta_rule(*leaves), march(*leaves)
-    close(got, want)
-    ours, theirs = (torch.autograd.grad(x.sin().sum(), leaves) for x in (got, want))
-    for a, b in zip(ours, theirs, strict=True):
-        close(a, b)
+    # What a hook may make of them: a decay of each value its own, of any sign; an erase of each value its own.
+    edited, each = decay.expand_as(write).clone(), erase.expand_as(write).clone()
+    edited[:, 7], edited[:, 9, :, 2], write[:, 4], each[:, 8, :, 1] = -0.5, 0.0, 3.0, 0.0
+    for decays, erases in ((edited, erase), (decay, each), (edited, each)):
+        leaves = [x.detach().clone().requires_grad_() for x in (decays, write, erases, probes, state)]
+        got, want = states_of_delta_rule(*leaves), march(*leaves)
+        close(got, want)
+        ours, theirs = (torch.autograd.grad(x.sin().sum(), leaves) for x in (got, want))
+        for a, b in zip(ours, theirs, strict=True):
+            close(a, b)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -121,7 +122,10 @@ def test_heads_with_matrix_states_are_few_operators(kind, side_by_side):
     with torch.no_grad():
         assert operators(lambda: chunked(terms, u, state, at_once=16)) <= 300
         if terms.has_delta_rule:
-            assert operators(lambda: states_of_delta_rule(decay, write, terms.erase, terms.probe, state)) <= 300
+            assert (
+                operators(lambda: states_of_delta_rule(decay, write, terms.erase.unsqueeze(-2), terms.probe, state))
+                <= 300
+            )
         else:
             assert operators(lambda: linear_scan(decay, write, state)) <= 300
 
