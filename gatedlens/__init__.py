@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gatedlens.attention import AttentionStack, Contributions, ImplicitAttention, implicit_attention
     from gatedlens.hooks import register
     from gatedlens.hooks.griffin import HookedGriffin
+    from gatedlens.hooks.kimi_linear import HookedKimiLinear
     from gatedlens.hooks.mamba import HookedMamba
     from gatedlens.hooks.mamba2 import HookedMamba2
     from gatedlens.hooks.qwen3_next import HookedQwen3Next
@@ -45,7 +46,7 @@ else:
         "attention": ("AttentionStack", "Contributions", "ImplicitAttention", "implicit_attention"),
         "hooks": ("register",),
         "hooks.griffin": ("HookedGriffin",),
-        "hooks.mamba": ("HookedMamba",), "hooks.mamba2": ("HookedMamba2",),
+        "hooks.kimi_linear": ("HookedKimiLinear",), "hooks.mamba": ("HookedMamba",), "hooks.mamba2": ("HookedMamba2",),
         "hooks.qwen3_next": ("HookedQwen3Next",), "hooks.rwkv": ("HookedRWKV",), "hooks.vim": ("HookedViM",),
         "loading": ("bundled_models", "from_pretrained", "wrap"),
         "model": ("ActivationCache", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "RecurrentState"),
@@ -55,10 +56,10 @@ else:
 
 __all__ = [
     "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError",
-    "HookPoint", "HookTable", "HookedConfig", "HookedGriffin", "HookedLanguageModel", "HookedMamba", "HookedMamba2",
-    "HookedModel", "HookedQwen3Next", "HookedRWKV", "HookedViM", "HookedVisionModel", "ImplicitAttention", "InputError",
-    "Point", "PointError", "RecurrentState", "Result", "StoreError", "TooLargeError", "View", "__version__", "ablation",
-    "amplify", "attribution", "bundled_models", "circuits", "data", "evaluation", "from_pretrained", "fused",
+    "HookPoint", "HookTable", "HookedConfig", "HookedGriffin", "HookedKimiLinear", "HookedLanguageModel", "HookedMamba",
+    "HookedMamba2", "HookedModel", "HookedQwen3Next", "HookedRWKV", "HookedViM", "HookedVisionModel", "ImplicitAttention",
+    "InputError", "Point", "PointError", "RecurrentState", "Result", "StoreError", "TooLargeError", "View", "__version__",
+    "ablation", "amplify", "attribution", "bundled_models", "circuits", "data", "evaluation", "from_pretrained", "fused",
     "implicit_attention", "knockout", "lens", "metrics", "patching", "plot", "profiles", "register", "states", "steering",
     "store", "tasks", "tracing", "wrap",
 ]

@@ -48,13 +48,13 @@ def softmax_top(k: int, normalised: bool) -> Routing:
 
 def sigmoid_top(
     k: int,
-    bias: Float[Tensor, " expert"] | None = None,
+    router: Any = None,
     groups: int = 1,
     top_groups: int = 1,
     normalised: bool = True,
     scale: float = 1.0,
 ) -> Routing:
-    """`sigmoid_top(8, router.e_score_correction_bias, scale=2.446)`: the k largest of sigmoid(logits) + bias.
+    """`sigmoid_top(8, mlp.gate, scale=2.446)`: the k largest of sigmoid(logits) + the router's e_score_correction_bias.
 
     They are looked for in the `top_groups` of the `groups` that experts stand in whose two largest sum highest. The bias counts
     for the choice alone: weights are sigmoid(logits), divided by their sum if `normalised`, times `scale`. DeepSeek-V3, arXiv
@@ -63,7 +63,7 @@ def sigmoid_top(
 
     def routing(logits: Float[Tensor, "... expert"]) -> Float[Tensor, "... expert"]:
         shares = torch.sigmoid(at_least_float32(logits))
-        choice = shares if bias is None else shares + bias.to(shares)
+        choice = shares if router is None else shares + router.e_score_correction_bias.to(shares)
         if top_groups < groups:
             by_group = choice.unflatten(-1, (groups, -1))
             worth = by_group.topk(2, dim=-1).values.sum(-1)

@@ -1,6 +1,6 @@
 """Multi-head latent attention (MLA): keys and values of all heads from one small latent, and a part of the key for all heads.
 
-b batch, l pos, h head, d d_head (of a value), e d_shared (of the shared part of a key), qk a key's whole width:
+b batch, l pos, h head, d d_head (of a value), e d_shared_key (of the shared part of a key), qk a key's whole width:
 
     q           = q_proj(n)                                  or q_b(norm(q_a(n))), each head [.., the last e may be rotary]
     latent, s   = kv_a(n)                                    [.., r], [.., e]
@@ -28,18 +28,22 @@ from gatedlens.model.state import Carried
 from gatedlens.parts.attention import RMSNORM, ROPE, Attention, AttentionKind, rotate
 
 MLA = "multi-head latent attention, arXiv 2405.04434"
-CARRIED_LATENT = {  # what such a layer leaves for the next call
-    "keys": Carried("window", "batch key_pos head d_qk"),
-    "values": Carried("window", "batch key_pos head d_head"),
-    "key_positions": Carried("window", "batch key_pos"),
-}
+
+
+def carried_by(head: str = "head") -> dict[str, Carried]:
+    """`carried_by("q_head")`: what such a layer leaves for the next call, its axis of heads by this name."""
+    return {
+        "keys": Carried("window", f"batch key_pos {head} d_qk"),
+        "values": Carried("window", f"batch key_pos {head} d_head"),
+        "key_positions": Carried("window", "batch key_pos"),
+    }
 
 
 @dataclass(frozen=True)
 class LatentKind(AttentionKind):
     """`LatentKind(rotary=False, narrow_q=True)`: what a latent attention does.
 
-    rotary: the shared part of the key and the last d_shared of each query are turned by position. pairs: neighbours are turned
+    rotary: the shared part of the key, and as much at the end of each query, is turned by position. pairs: neighbours are turned
     with one another, (0, 1), (2, 3), ..., and stand apart behind it, as in DeepSeek's; else the halves are. narrow_q: queries
     come from a latent of their own. head: what the axis of the heads is called.
     """
@@ -59,15 +63,15 @@ class LatentKind(AttentionKind):
         rows += [
             Point("hook_q", qk, of_q, source),
             Point("hook_kv_latent", "batch pos kv_latent", f"{latent}[:kv_latent]", source),
-            Point("hook_k_shared", "batch pos d_shared", f"{latent}[kv_latent:]", source),
+            Point("hook_k_shared", "batch pos d_shared_key", f"{latent}[kv_latent:]", source),
             *norm_rows("kv_norm", "kv_latent", RMSNORM, axes="batch pos kv_latent"),
         ]
         shared = "k_shared"
         names = {"q": "q", "k": "k"}
         if self.rotary:
             turned = "turned by position" + (", neighbours in pairs" if self.pairs else "")
-            rows.append(Point("hook_rot_q", qk, f"q, its last d_shared {turned}", ROPE))
-            rows.append(Point("hook_rot_k_shared", "batch pos d_shared", f"k_shared {turned}", ROPE))
+            rows.append(Point("hook_rot_q", qk, f"q, its last d_shared_key {turned}", ROPE))
+            rows.append(Point("hook_rot_k_shared", "batch pos d_shared_key", f"k_shared {turned}", ROPE))
             shared, names["q"] = "rot_k_shared", "rot_q"
         own = "kv_b_proj(kv_norm.out), each head"
         rows += [
@@ -135,10 +139,10 @@ class LatentAttention(Attention):
 
     def turned(
         self,
-        x: Float[Tensor, "batch pos some d_shared"],
-        cos: Float[Tensor, "batch pos d_shared"],
-        sin: Float[Tensor, "batch pos d_shared"],
-    ) -> Float[Tensor, "batch pos some d_shared"]:
+        x: Float[Tensor, "batch pos some d_shared_key"],
+        cos: Float[Tensor, "batch pos d_shared_key"],
+        sin: Float[Tensor, "batch pos d_shared_key"],
+    ) -> Float[Tensor, "batch pos some d_shared_key"]:
         """`rotate`, of neighbours in pairs where the kind says so: the first of each pair then stand before the second."""
         if self.kind.pairs:
             x = torch.cat([x[..., 0::2], x[..., 1::2]], dim=-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -142,7 +144,7 @@ def test_a_shared_expert_without_a_gate_and_a_router_wider_than_the_model():
 def test_routing_by_groups_is_its_equation():
     torch.manual_seed(0)
     logits, bias = torch.randn(5, 12, dtype=torch.float64), torch.randn(12, dtype=torch.float64) / 2
-    got = sigmoid_top(3, bias, groups=4, top_groups=2, scale=2.5)(logits)
+    got = sigmoid_top(3, SimpleNamespace(e_score_correction_bias=bias), groups=4, top_groups=2, scale=2.5)(logits)
     for row, (x, weights) in enumerate(zip(logits, got, strict=True)):
         shares = torch.sigmoid(x)
         choice = shares + bias
@@ -168,5 +170,5 @@ def test_routing_by_groups_is_what_transformers_does():
         told = router(m)
         if not isinstance(told, tuple):
             pytest.skip("this version's router gives logits alone")
-        ours = sigmoid_top(3, router.e_score_correction_bias, 4, 2, True, 2.5)(F.linear(m, router.weight))
+        ours = sigmoid_top(3, router, 4, 2, True, 2.5)(F.linear(m, router.weight))
     torch.testing.assert_close(ours, torch.zeros(4, 12).scatter(-1, told[2], told[1]), atol=1e-6, rtol=0)
