@@ -1,4 +1,4 @@
-"""gatedlens: open up gated-linear recurrent models (Mamba, Mamba-2, Griffin, RWKV, Vision Mamba).
+"""gatedlens: open up gated-linear recurrent models (Mamba, Mamba-2, Griffin, RWKV, Qwen3-Next, Vision Mamba).
 
     import gatedlens as gl
 
@@ -28,14 +28,9 @@ if TYPE_CHECKING:
     )
     from gatedlens.address import Alias, HookTable, Point, View
     from gatedlens.attention import AttentionStack, Contributions, ImplicitAttention, implicit_attention
-    from gatedlens.hooks import register
-    from gatedlens.hooks.griffin import HookedGriffin
-    from gatedlens.hooks.kimi_linear import HookedKimiLinear
-    from gatedlens.hooks.mamba import HookedMamba
-    from gatedlens.hooks.mamba2 import HookedMamba2
-    from gatedlens.hooks.qwen3_next import HookedQwen3Next
-    from gatedlens.hooks.rwkv import HookedRWKV
-    from gatedlens.hooks.vim import HookedViM
+    from gatedlens.hooks import (
+        HookedGriffin, HookedKimiLinear, HookedMamba, HookedMamba2, HookedQwen3Next, HookedRWKV, HookedViM, register,
+    )
     from gatedlens.loading import bundled_models, from_pretrained, wrap
     from gatedlens.model import ActivationCache, HookPoint, HookedConfig, HookedLanguageModel, HookedModel, RecurrentState
     from gatedlens.model.vision import HookedVisionModel
@@ -44,10 +39,10 @@ else:
     __getattr__ = late(__name__, {
         "address": ("Alias", "HookTable", "Point", "View"),
         "attention": ("AttentionStack", "Contributions", "ImplicitAttention", "implicit_attention"),
-        "hooks": ("register",),
-        "hooks.griffin": ("HookedGriffin",),
-        "hooks.kimi_linear": ("HookedKimiLinear",), "hooks.mamba": ("HookedMamba",), "hooks.mamba2": ("HookedMamba2",),
-        "hooks.qwen3_next": ("HookedQwen3Next",), "hooks.rwkv": ("HookedRWKV",), "hooks.vim": ("HookedViM",),
+        "hooks": (
+            "HookedGriffin", "HookedKimiLinear", "HookedMamba", "HookedMamba2", "HookedQwen3Next", "HookedRWKV", "HookedViM",
+            "register",
+        ),
         "loading": ("bundled_models", "from_pretrained", "wrap"),
         "model": ("ActivationCache", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "RecurrentState"),
         "model.vision": ("HookedVisionModel",),

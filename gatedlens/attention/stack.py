@@ -54,11 +54,13 @@ else:
 
 @dataclass(frozen=True)
 class AttentionStack:
-    """The operators of `layers` (ascending); `parts` are the factors that are in each (all of them)."""
+    """The operators of `layers` (ascending); `parts` are the factors that are in each (all of them), `heads` the heads whose
+    channels they are of (None: all channels)."""
 
     cache: ActivationCache
     layers: tuple[int, ...]
     parts: tuple[str, ...] = NAMES
+    heads: Index | None = None
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -94,10 +96,14 @@ class AttentionStack:
         return layer
 
     def _operator(self, layer: int) -> ImplicitAttention:
-        return ImplicitAttention.of(self.cache, layer).only(*self.parts)
+        whole = ImplicitAttention.of(self.cache, layer).only(*self.parts)
+        return whole if self.heads is None else whole.select(heads=self.heads)
 
     def __repr__(self) -> str:
-        return f"AttentionStack({self.cache.model.cfg.model_name}, layers {list(self.layers)}: {' '.join(self.parts)})"
+        of = "" if self.heads is None else f", heads {self.heads}"
+        return (
+            f"AttentionStack({self.cache.model.cfg.model_name}, layers {list(self.layers)}{of}: {' '.join(self.parts)})"
+        )
 
     # -- which factors -------------------------------------------------------------------------------------------
 
@@ -113,6 +119,15 @@ class AttentionStack:
     def paper(self, which: str) -> AttentionStack:
         """`stack.paper("unified")`: the matrices of the papers, "unified" or "hidden"; see `ImplicitAttention.paper`."""
         return replace(self, parts=self._operator(self.layers[0]).paper(which).parts)
+
+    def select(self, heads: Index) -> AttentionStack:
+        """`stack.select(heads=[0, 2])`: every layer's operator of the channels of these heads; see `ImplicitAttention.select`.
+
+        PointError for a layer without heads; InputError for one out of range.
+        """
+        for layer in self.layers:
+            self._operator(layer).channels_of(heads)
+        return replace(self, heads=heads)
 
     # -- layer by layer ------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ factors      "unified" (gate, scan, act, conv: the matrix of UIA), "hidden" (the
 channels     "mean", "max", "min", "product", and sign: "signed", "abs", "clamp" (see `channels.py`)
 own          whether the row that is read keeps its own column, which holds what the residual stream carries straight
              through; None: as the method does. (Class tokens stand in no image anyway.)
+heads        which heads' channels count (a number, a slice, a list or a mask; None: all channels); of layers that have heads
 mode         "paper": the formulas; "official": the papers' code (`official_code.py`), which has its own channels, sign and own
 """
 
@@ -25,6 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gatedlens.address.entries import Index, numbers
 from gatedlens.address.layers import START, Layers, layer_of
 from gatedlens.attention.layer import PAPERS, ImplicitAttention
 from gatedlens.attention.stack import AttentionStack, implicit_attention
@@ -51,6 +53,7 @@ class Options:
     sign: str = "signed"
     own: bool | None = None
     mode: str = "paper"
+    heads: Index | None = None
 
     @property
     def is_official(self) -> bool:
@@ -77,8 +80,8 @@ class Options:
 class AttentionReader:
     """The operators of the layers that take part, in `stack`, and how they are read.
 
-    factors: as in `Options`, names as a list. own: whether the own column is kept. steps: the official ones, None for the
-    formulas.
+    factors: as in `Options`, names as a list. own: whether the own column is kept. heads: their numbers in the first layer,
+    None for all channels. steps: the official ones, None for the formulas.
     """
 
     question: Question
@@ -88,6 +91,7 @@ class AttentionReader:
     sign: str
     own: bool
     steps: official_code.Steps | None
+    heads: list[int] | None = None
 
     @staticmethod
     def of(question: Question, options: Options, keeps_own: bool, **formula: Any) -> AttentionReader:
@@ -102,10 +106,14 @@ class AttentionReader:
             stack = stack if factors == "all" else stack.paper(factors)
         else:
             stack, factors = stack.only(*factors), list(factors)
+        heads = None
+        if options.heads is not None:
+            first = stack[stack.layers[0]]
+            stack, heads = stack.select(options.heads), numbers("heads", options.heads, first.n_heads, repr(first))
         own = keeps_own if options.own is None else options.own
         steps = official_code.steps(factors) if options.is_official else None
         return AttentionReader(
-            question, stack, factors, options.channels, options.sign, own and not options.is_official, steps
+            question, stack, factors, options.channels, options.sign, own and not options.is_official, steps, heads
         )
 
     @property
@@ -144,7 +152,15 @@ class AttentionReader:
         scores = scores if self.own else scores.masked_fill(self.question.own, 0)
         mode = "paper" if self.steps is None else "official"
         self._tell_if_nothing_is_left(scores, method)
-        common = {"factors": self.factors, "channels": self.channels, "sign": self.sign, "own": self.own, "mode": mode}
+        common: dict[str, Any] = {
+            "factors": self.factors,
+            "channels": self.channels,
+            "sign": self.sign,
+            "own": self.own,
+            "mode": mode,
+        }
+        if self.heads is not None:
+            common["heads"] = self.heads
         return self.question.answer(scores, method, value, self.stack.layers, **common, **facts)
 
     def _tell_if_nothing_is_left(self, scores: Tensor, method: str) -> None:

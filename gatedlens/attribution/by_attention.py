@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gatedlens.address.entries import Index
 from gatedlens.address.layers import Layers
 from gatedlens.attribution import official_code
 from gatedlens.attribution.attention_options import AttentionReader, Options, through
@@ -48,11 +49,12 @@ def raw_attention(
     sign: str = "signed",
     own: bool | None = None,
     mode: str = "paper",
+    heads: Index | None = None,
     attention_mask: Tensor | None = None,
 ) -> Attribution:
     """`gl.attribution.raw_attention(model, text)`: mean over layers of the row that is read, E A_l[i, :], own column kept.
 
-    The target plays no part in the scores. layers, start_layer, factors, channels, sign, own, mode: see
+    The target plays no part in the scores. layers, start_layer, factors, channels, sign, own, mode, heads: see
     `attention_options.py`. mode="official": each layer's row min-maxed over channels and positions, negative means cut off,
     without the own column, layers from 15/24 of the depth on.
 
@@ -60,7 +62,7 @@ def raw_attention(
     Source: HA (arXiv 2403.01590), sec. 3.4.
     """
     question = Question.of(model, input, target, attention_mask)
-    options = Options(layers, start_layer, factors, channels, sign, own, mode)
+    options = Options(layers, start_layer, factors, channels, sign, own, mode, heads)
     reader = AttentionReader.of(question, options, keeps_own=True)
     if reader.steps is None:
         rows = [reader.row(A) for A in reader.stack]
@@ -82,12 +84,13 @@ def rollout(
     sign: str = "signed",
     own: bool | None = None,
     mode: str = "paper",
+    heads: Index | None = None,
     attention_mask: Tensor | None = None,
 ) -> Attribution:
     """`gl.attribution.rollout(model, text, start_layer=1)`: the row that is read of (I + E A_last) ... (I + E A_first).
 
     Signed, not normalised, without its own column; the target plays no part in the scores. The signed mean costs no matrix:
-    the row goes back through the layers, q <- q + E A_l^T q. layers, start_layer, factors, channels, sign, own, mode: see
+    the row goes back through the layers, q <- q + E A_l^T q. layers, start_layer, factors, channels, sign, own, mode, heads: see
     `attention_options.py`. mode="official": the rollout of one broadcast row a layer (see `official_code.py`), negative
     scores cut off.
 
@@ -95,7 +98,7 @@ def rollout(
     Source: HA (arXiv 2403.01590), sec. 3.4; Abnar and Zuidema 2020 (arXiv 2005.00928).
     """
     question = Question.of(model, input, target, attention_mask)
-    options = Options(layers, start_layer, factors, channels, sign, own, mode)
+    options = Options(layers, start_layer, factors, channels, sign, own, mode, heads)
     reader = AttentionReader.of(question, options, keeps_own=False)
     if reader.steps is None:
         q = reader.read
@@ -120,12 +123,13 @@ def gradient_attention(
     weighted: str | None = None,
     own: bool | None = None,
     mode: str = "paper",
+    heads: Index | None = None,
     attention_mask: Tensor | None = None,
 ) -> Attribution:
     """`gl.attribution.gradient_attention(model, text, target=7)`: the row that is read of the product over layers of
     I + relu(E grad y_l * E A_l), without its own column.
 
-    layers, start_layer, factors, channels, sign, own, mode: see `attention_options.py`.
+    layers, start_layer, factors, channels, sign, own, mode, heads: see `attention_options.py`.
     weighted: which end of A_l[dst, src] the gradient stands at. The formula leaves it open. "dst" (the default): what
     y_l[dst] does to the target times what src does to y_l[dst]; where the mean gradient at the position that is read is
     negative, relu leaves its row only negative attention. "src": as the papers' code has it. mode="official": that code.
@@ -140,7 +144,7 @@ def gradient_attention(
     if weighted not in (None, *WEIGHTED):
         raise InputError(f"weighted={weighted!r}: the gradient stands at 'dst' or 'src'.")
     question = Question.of(model, input, target, attention_mask)
-    options = Options(layers, start_layer, factors, channels, sign, own, mode)
+    options = Options(layers, start_layer, factors, channels, sign, own, mode, heads)
     reader = AttentionReader.of(question, options, keeps_own=False, weighted=weighted)
     end = "src" if mode == "official" else weighted or "dst"
     names = [f"blocks.{layer}.hook_mixer_out" for layer in reader.stack.layers]

@@ -6,7 +6,8 @@
 
     flows        a mixer's relevance goes back through its operator, o = A x + r, with A held as it is: from its output point to
                  what x is read from, and in equal parts to its gate where that has content. Nothing else inside gets any
-    detached     weighs content and carries none: gets no relevance. Every norm's scale, and a channel mixer's sigmoid
+    detached     weighs content and carries none: gets no relevance. Every norm's scale, a channel mixer's sigmoid, and the
+                 weights of experts
     shared       the relevance of a point goes in equal parts to the points that it reads, as if it were linear in each
 
 Norms, SiLU and the scan follow Jafari et al. 2024 (MambaLRP, arXiv 2406.07592). Of gates there are two kinds, so `gates` is a
@@ -50,7 +51,7 @@ ACTIVATION = re.compile(r"(\w+)\(([\w.]+)\)")  # the equation of a gate: an acti
 HAS_CONTENT = ("silu", "swish", "gelu", "gelu_tanh", "relu", "elu", "mish", "hardswish", "tanh")  # 0 at 0
 WEIGHS = ("sigmoid", "hardsigmoid", "softplus", "exp")  # not 0 at 0
 GATES = ("content", "half", "none")
-SCALE = ".hook_scale"
+SCALE, ROUTING = ".hook_scale", ".hook_expert_weights"
 NORMED, LOGITS = "ln_final.hook_out", "hook_logits"
 
 
@@ -110,7 +111,7 @@ class Rules:
         mixers = tuple(f"blocks.{layer}.{block.mixer.place}." for layer, block in enumerate(model.blocks))
         outside = [name for name in model.names.points if not name.startswith(mixers)]
         scales = [name for name in model.names.points if name.endswith(SCALE)]
-        weights = _weights(model, outside, gates)
+        weights = _weights(model, mixers, outside, gates)
         shares = tuple(_shares(model, mixers, set(weights)))
         _refuse_unknown(model, weights, shares)
         flows = tuple(_flow(model, layer) for layer in range(len(mixers)))
@@ -138,12 +139,17 @@ class Rules:
             yield model
 
 
-def _weights(model: HookedModel, outside: list[str], gates: str) -> list[str]:
-    """The gates of channel mixers that get no relevance."""
-    every = [name for name in outside if name.endswith(".hook_gate")]
+def _weights(model: HookedModel, mixers: tuple[str, ...], outside: list[str], gates: str) -> list[str]:
+    """What gets no relevance in channel mixers: gates, by the choice, and always the weights of experts. "half" is of products
+    that a row of SHARES knows.
+    """
+    every, routed = ([name for name in outside if name.endswith(end)] for end in (".hook_gate", ROUTING))
     if gates == "content":
-        return [name for name in every if model.names.points[name].equation.startswith(SIGMOID)]
-    return [] if gates == "half" else every
+        every = [name for name in every if model.names.points[name].equation.startswith(SIGMOID)]
+    elif gates == "half":
+        known = {read for share in _shares(model, mixers, set()) for read in share.reads}
+        every = [name for name in every if f"{name}_pre" not in known]
+    return every + routed
 
 
 def _shares(model: HookedModel, mixers: tuple[str, ...], weights: set[str]) -> Iterator[Share]:

@@ -16,6 +16,7 @@ how much the metric rises above the corrupted run's. Swap the inputs for the oth
     eap, eap_ig                       every edge between blocks                    (Syed et al. 2023, Hanna et al. 2024)
     edge_patch                        the same, exact: one forward an edge
     path_patch, path_patch_senders    a sender into chosen receivers, the rest frozen      (Goldowsky-Dill et al. 2023)
+    path_patch_heads                  ... from every head of every layer
 """
 
 from gatedlens.circuits.attribution_patching import (
@@ -26,11 +27,11 @@ from gatedlens.circuits.attribution_patching import (
 from gatedlens.circuits.circuit import Circuit
 from gatedlens.circuits.edge_scores import eap, eap_ig, edge_patch
 from gatedlens.circuits.graph import Edge, Graph, Node
-from gatedlens.circuits.path_patching import path_patch, path_patch_senders
+from gatedlens.circuits.path_patching import path_patch, path_patch_heads, path_patch_senders
 
 # fmt: off
 __all__ = [
     "Circuit", "Edge", "Graph", "Node", "attribution_patch", "attribution_patch_ig", "attribution_patch_ig_activations",
-    "eap", "eap_ig", "edge_patch", "path_patch", "path_patch_senders",
+    "eap", "eap_ig", "edge_patch", "path_patch", "path_patch_heads", "path_patch_senders",
 ]
 # fmt: on

@@ -3,6 +3,7 @@
     path_patch(model, clean, corrupted, metric, "0.mixer", "logits")             # the direct effect, [batch]
     path_patch(model, clean, corrupted, metric, "embed", ["1.mixer", "2.mixer"], pos=[3, 4])
     path_patch_senders(model, clean, corrupted, metric, "1.mixer").plot()        # every sender before it
+    path_patch_heads(model, clean, corrupted, metric, "logits").plot()           # every head before them, layer head
 
 The sender's output is the clean run's, every other node's output the corrupted run's; what each receiver then reads is
 put into the corrupted run, which goes on from there. The number is metric(patched) - metric(corrupted). Wang et al. 2022
@@ -105,11 +106,60 @@ def path_patch_senders(
     return paths.rises(plan, facts, Effort(results, max_bytes, max_rows, progress))
 
 
+@checked
+def path_patch_heads(
+    model: HookedModel,
+    clean: Input,
+    corrupted: Input,
+    metric: Metric,
+    receivers: str | Sequence[str] = "logits",
+    pos: Positions = None,
+    progress: bool = True,
+    results: Earlier = None,
+    max_bytes: int | None = None,
+    max_rows: int | None = None,
+    **options: Any,
+) -> Result:
+    """`gl.circuits.path_patch_heads(model, clean, corrupted, metric, "logits").plot()`: path patching from every head.
+
+    A Result layer x head: the layers with heads that come before the receivers; means over rows. What a head writes is its part
+    of the output projection, so the heads of a layer write what the layer does, but for the projection's bias. The rest, and
+    the errors, are those of `path_patch_senders`; PointError where no layer before the receivers has heads.
+    """
+    graph = Graph.of(model)
+    chosen = graph.some(receivers)
+    mixers = {node.layer: node for node in graph.before(chosen[0]) if node.writes.endswith(".hook_mixer_out")}
+    if not mixers:
+        raise InputError(f"No mixer writes before {chosen[0].name!r}: it receives from no head.")
+    outputs = {layer: output_point(model, layer) for layer in mixers}
+    layers = [layer for layer, name in outputs.items() if model.names.points[name].reaches("head", model.cfg.sizes)]
+    if not layers:
+        raise model.names.lacking(outputs[min(outputs)], "head", model.cfg.sizes)
+    paths = Paths(Pair.of(model, clean, corrupted, options), metric, [mixers[layer] for layer in layers], chosen)
+    heads, cells = model.cfg.sizes["head"], []
+    found = paths.pair.differences(outputs[layer] for layer in layers)
+    for row, layer in enumerate(layers):
+        written = model.blocks[layer].mixer.written_by_heads(found.pop(outputs[layer]), heads)
+        cells += [paths.putting((row, head), written[..., head, :], chosen, pos) for head in range(heads)]
+    labels = {"layer": layers, "head": list(range(heads))}
+    into = ", ".join(node.name for node in chosen)
+    plan = Plan(("layer", "head"), labels, (len(layers), heads), tuple(cells), f"Path patching by head into {into}")
+    facts = {"model": model.cfg.model_name, "receivers": [node.name for node in chosen]}
+    return paths.rises(plan, facts, Effort(results, max_bytes, max_rows, progress))
+
+
+def output_point(model: HookedModel, layer: int) -> str:
+    """`output_point(model, 0)`: the full name of what the output projection of a layer's mixer reads."""
+    mixer = model.blocks[layer].mixer
+    return f"blocks.{layer}.{mixer.place}.{mixer.output_point}"
+
+
 class Paths:
     """One pair of runs, cached once for any number of paths from some senders to some receivers."""
 
     @torch.no_grad()
     def __init__(self, pair: Pair, metric: Metric, senders: Sequence[Node], receivers: Sequence[Node]):
+        self.pair = pair
         self.run = Baseline(pair.model, pair.corrupted, options=pair.options)
         self.real = inputs.real(pair.model, pair.clean)
         self.meter = Meter(metric, "none", self.run.rows)
@@ -119,8 +169,18 @@ class Paths:
     @checked
     def cell(self, place: tuple[int, ...], sender: Node, receivers: Sequence[Node], pos: Positions = None) -> Cell:
         """The run in which each receiver reads what it does while all but the sender are frozen."""
+        return self.putting(place, self.written[sender.writes], receivers, pos)
+
+    def putting(
+        self,
+        place: tuple[int, ...],
+        written: Float[Tensor, "batch pos d_model"],
+        receivers: Sequence[Node],
+        pos: Positions,
+    ) -> Cell:
+        """The same of what a sender has written, clean minus corrupted."""
         pack = self.run.padding.pack
-        said = pack(at_positions(self.written[sender.writes], pos, self.real))
+        said = pack(at_positions(written, pos, self.real))
         return Cell(place, tuple(Add(node.reads, pack(self.frozen[node.reads]), said) for node in receivers))
 
     @checked

@@ -41,7 +41,7 @@ from gatedlens.model.hookpoint import rows_of
 from gatedlens.model.norm import GemmaNorm, Norm, eps_of, norm_rows
 from gatedlens.model.path import PathMixer, Stage, Streams
 from gatedlens.model.run import Run
-from gatedlens.model.stages import Conv, Gate, GroupNorm, Scan, SiLU
+from gatedlens.model.stages import Conv, Gate, GroupNorm, Named, Scan, SiLU
 from gatedlens.model.state import Carried
 from gatedlens.parts.activation import SILU
 from gatedlens.parts.attention import CARRIED_WINDOW, Attention, AttentionKind
@@ -92,8 +92,9 @@ MIXER_ROWS = (
         True,
     ),
     Point("hook_scan", "batch pos channel", "sum over state of q * state / sqrt(state.size)", RULE),
-    Point("hook_scale", "batch pos head", "sqrt(mean over the head's channels of scan^2 + eps)", RMSNORM),
-    Point("hook_normed", "batch pos channel", "norm.weight * scan / scale, one weight for all heads", RMSNORM),
+    Point("hook_y", "batch pos channel", "scan (no skip)", BLOCK),
+    Point("hook_scale", "batch pos head", "sqrt(mean over the head's channels of y^2 + eps)", RMSNORM),
+    Point("hook_normed", "batch pos channel", "norm.weight * y / scale, one weight for all heads", RMSNORM),
     Point("hook_gate", "batch pos channel", "SiLU(gate_pre)", BLOCK),
     Point("hook_gated", "batch pos channel", "normed * gate", BLOCK),
 )  # fmt: skip
@@ -194,7 +195,7 @@ class GatedDeltaMixer(PathMixer):
     @property
     def path(self) -> tuple[Stage, ...]:  # type: ignore[override]
         norm = GroupNorm(self.heads, self.norm_eps, out="normed")
-        return Conv("conv1d", ("q", "k", "x")), SiLU(("q", "k")), Scan(), norm, Gate(silu)
+        return Conv("conv1d", ("q", "k", "x")), SiLU(("q", "k")), Scan(), Named("y"), norm, Gate(silu)
 
     def projected(self, n: Float[Tensor, "batch pos d_model"]) -> Projected:
         """What the input projections give."""

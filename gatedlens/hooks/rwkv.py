@@ -49,7 +49,6 @@ from gatedlens.model.run import Run
 from gatedlens.model.stages import Gate, Named
 from gatedlens.model.state import Carried, RecurrentState
 from gatedlens.recurrence.scanning import at_least_float32
-from gatedlens.recurrence.transforms import anywhere
 from gatedlens.recurrence.wkv_matrix import WkvScan
 from gatedlens.recurrence.wkv_scan import NOTHING, Carry, OpenWkv, wkv
 
@@ -213,8 +212,7 @@ class Wkv(Stage):
 
     def hold(self, mixer: PathMixer, held: Held) -> None:
         """S is a softmax over the past: UIA, sec. 3.3."""
-        k, reset = held.cached("k"), held.cached("reset")
-        fresh = reset if reset.requires_grad or anywhere(reset != 0) else None
+        k, fresh = held.cached("k"), held.fresh
         nothing = k.new_zeros(k.shape[0], k.shape[2])
         carry = Carry(nothing, nothing, nothing + NOTHING)
         if held.state is not None:

@@ -17,6 +17,7 @@ from gatedlens.model.hookpoint import Part
 from gatedlens.model.padding import Padding, windows
 from gatedlens.model.run import Run
 from gatedlens.model.state import RecurrentState
+from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.chunks import chunked
 from gatedlens.recurrence.convolution import slide
 from gatedlens.recurrence.delta_states import states_of_delta_rule
@@ -52,6 +53,16 @@ class TokenMixing(Part):
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
         """(W, b) of the output projection: the mixer's output is W o + b, o what the implicit attention yields."""
         raise NotImplementedError
+
+    def written_by_heads(
+        self, o: Float[Tensor, "*batch pos channel"] | Float[Tensor, "*batch pos head value"], heads: int
+    ) -> Float[Tensor, "*batch pos head d_model"]:
+        """What each of the `heads` of `output_point` writes into the residual stream, the projection's bias left out."""
+        weight = self.output_weights()[0].to(o.device)
+        wide = o.flatten(-2) if o.shape[-1] != weight.shape[1] else o
+        with exact(o):
+            each = wide.unflatten(-1, (heads, -1)).to(weight.dtype)
+            return torch.einsum("...hv,dhv->...hd", each, weight.unflatten(1, (heads, -1)))
 
     def branches(
         self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gatedlens.errors import InputError
 from gatedlens.model.mixer import Kernel, Mixer
 from gatedlens.model.padding import Padding
 from gatedlens.model.run import Run
@@ -53,6 +54,14 @@ class Held:
         """How many documents have begun, positions packed (0: the state's goes on); None: each row is one."""
         number = self.padding.documents
         return None if number is None else self.padding.pack(number)
+
+    @property
+    def fresh(self) -> Float[Tensor, "batch pos one"] | None:
+        """How much of the state each position forgets, hook_reset; None where nothing is, and no gradient asks what if."""
+        reset = self.cached("reset")
+        if anywhere((reset < 0) | (reset > 1)):
+            raise InputError("hook_reset is below 0 or above 1 somewhere: the implicit attention knows no such reset.")
+        return reset if reset.requires_grad or anywhere(reset != 0) else None
 
     def times(self, name: str, factor: Tensor) -> None:
         """Multiply a factor into one that may be there already."""

@@ -24,7 +24,6 @@ from gatedlens.address.layers import layer_of
 from gatedlens.address.point import Found
 from gatedlens.errors import InputError, PointError
 from gatedlens.model.keeping import SliceLike
-from gatedlens.recurrence.autocast import exact
 
 # Whose logits are meant: a text of one token, an id, ids [batch] or [batch, pos]. For editors and type checkers; whoever passes
 # something else gets the error of the function that reads it.
@@ -157,15 +156,7 @@ class ResidualCache(transformer_lens.ActivationCache):
         if name is None:
             asked = f"blocks.{layer}.{mixer.place}.{mixer.output_point}"
             raise self.model.names.lacking(asked, "head", self.model.cfg.sizes)
-        point, sizes = self.model.names.points[name], self.model.cfg.sizes
-        o, weight = self[name], mixer.output_weights()[0]
-        o = o.flatten(-2) if "head" in point.dims else o
-        with exact(o):
-            return torch.einsum(
-                "...hv,dhv->...hd",
-                o.unflatten(-1, (sizes["head"], -1)).to(weight.dtype),
-                weight.to(o.device).unflatten(1, (sizes["head"], -1)),
-            )
+        return mixer.written_by_heads(self[name], self.model.cfg.sizes["head"])
 
     def _head_outputs(self) -> dict[int, str]:
         """The output point of each layer that has heads; a PointError that says so where none has."""

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from gatedlens.errors import InputError
 from gatedlens.model.path import Content, Held, PathMixer, Stage, Streams
 from gatedlens.model.run import Run
 from gatedlens.recurrence.decay_matrix import DecayScan
@@ -128,9 +127,7 @@ class Scan(Stage):
         return mixer.fire("scan", scan.flatten(2))
 
     def hold(self, mixer: PathMixer, held: Held) -> None:
-        terms, reset = mixer.terms_of(held.cached), held.cached("reset")
-        if anywhere(reset != 0):
-            terms = terms._replace(fresh=reset)
+        terms = mixer.terms_of(held.cached)._replace(fresh=held.fresh)
         held.factors["scan"] = HeadScan.of(terms, held.x.shape[2] // mixer.heads)
         if held.state is not None:
             held.factors["start"] = held.state["scan", mixer.layer].to(held.x).flatten(1, 2)
@@ -159,16 +156,13 @@ class ChannelScan(Stage):
         return mixer.fire("scan", scan.to(content.dtype))
 
     def hold(self, mixer: PathMixer, held: Held) -> None:
-        terms, reset = mixer.terms_of(held.cached), held.cached("reset")
-        if anywhere((reset < 0) | (reset > 1)):
-            raise InputError("hook_reset is below 0 or above 1 somewhere: the implicit attention knows no such reset.")
-        if reset.requires_grad or anywhere(reset != 0):
-            terms = terms._replace(fresh=reset)
+        reset = held.fresh
+        terms = mixer.terms_of(held.cached)._replace(fresh=reset)
         held.factors["scan"] = DecayScan.of(terms)
         if held.state is not None:
             start = held.state["scan", mixer.layer].to(held.x)
-            # The scan knows what resets leave of it, but for a whole one at the first position.
-            start = start.masked_fill((reset[:, 0] >= 1).view(-1, *[1] * (start.ndim - 1)), 0)
+            if reset is not None:  # the scan knows what resets leave of it, but for a whole one at the first position
+                start = start.masked_fill((reset[:, 0] >= 1).view(-1, *[1] * (start.ndim - 1)), 0)
             held.factors["start"] = start.unsqueeze(-1) if terms.rate is None else start
 
 

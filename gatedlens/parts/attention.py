@@ -252,7 +252,8 @@ class Attention(TokenMixing):
         w, gate_pre = self.weights, None
         q = self.project(n, w.q_proj)
         if self.kind.gated:  # a head of q_proj is its query, then its gate
-            q, gate_pre = q.unflatten(2, (-1, 2)).unbind(3)
+            # In memory of their own: a copy that a hook gets has the same layout then, and so the same rounding behind it.
+            q, gate_pre = (x.contiguous() for x in q.unflatten(2, (-1, 2)).unbind(3))
             q, gate_pre = self.hook_q(q), self.hook_gate_pre(gate_pre)
         else:
             q = self.hook_q(q)

@@ -14,6 +14,7 @@ that is 0: then all of them are. The numbers are the same but for the order of a
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,15 +36,15 @@ Routing = Callable[[Tensor], Tensor]  # router logits [..., expert] -> weights [
 
 def softmax_top(k: int, normalised: bool) -> Routing:
     """`softmax_top(10, True)`: the k largest of the softmax over all experts; `normalised`: divided by their sum."""
+    return partial(_softmax_top, k=k, normalised=normalised)
 
-    def routing(logits: Float[Tensor, "... expert"]) -> Float[Tensor, "... expert"]:
-        shares = at_least_float32(logits).softmax(-1)
-        top, which = shares.topk(k, dim=-1)
-        if normalised:
-            top = top / top.sum(-1, keepdim=True)
-        return torch.zeros_like(shares).scatter(-1, which, top).to(logits.dtype)
 
-    return routing
+def _softmax_top(logits: Float[Tensor, "... expert"], k: int, normalised: bool) -> Float[Tensor, "... expert"]:
+    shares = at_least_float32(logits).softmax(-1)
+    top, which = shares.topk(k, dim=-1)
+    if normalised:
+        top = top / top.sum(-1, keepdim=True)
+    return torch.zeros_like(shares).scatter(-1, which, top).to(logits.dtype)
 
 
 def sigmoid_top(

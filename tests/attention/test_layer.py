@@ -133,11 +133,16 @@ def test_mamba_against_the_literal_triple_loop():
 
 MAMBA = ("hook_gate", "hook_dt", "hook_B", "hook_C")
 GRIFFIN = ("hook_gate", "hook_input_gate", "hook_log_decay", "hook_multiplier", "hook_reset")
+DELTA = ("hook_gate", "hook_q", "hook_k", "hook_beta", "hook_log_decay", "hook_scale")
 # place -> (the input x, the output o, the points held fixed, the (input, output) of SiLUs whose sigmoid is held fixed)
 FROZEN = {
     "mamba": {"mixer": ("hook_x", "hook_gated", MAMBA, (("hook_conv", "hook_u"),))},
     "mamba2": {"mixer": ("hook_x", "hook_gated", (*MAMBA, "hook_scale"), (("hook_conv", "hook_u"),))},
     "griffin": {"mixer": ("hook_x", "hook_gated", GRIFFIN, ()), "attn": ("hook_v", "hook_z", ("hook_pattern",), ())},
+    "qwen3_next": {
+        "mixer": ("hook_x", "hook_gated", DELTA, (("hook_conv", "hook_u"),)),
+        "attn": ("hook_v", "hook_gated", ("hook_pattern", "hook_gate"), ()),
+    },
     "rwkv": {"mixer": ("hook_x", "hook_gated", ("hook_gate", "hook_k"), ())},
     "vim": {
         "mixer": (
@@ -379,3 +384,15 @@ def test_channels_by_mask_and_number_types_and_rows_of_a_cache():
 def test_a_convolution_of_one_tap_and_a_carried_state():
     model = HookedMamba.tiny(ssm_cfg={"d_state": 1, "d_conv": 1}, dtype=torch.float64)
     assert gl.implicit_attention(cached(model, "holes+state"), layer=1).check().relative < 1e-12
+
+
+@torch.no_grad()
+def test_a_reset_that_is_none_is_refused(lm):
+    """Below 0 or above 1 nothing is a share of a state that is forgotten."""
+    name = next(name for name in lm.hook_dict if name.endswith("hook_reset"))
+    layer = int(name.split(".")[1])
+    for value in (1.5, -0.5):
+        with lm.hooks([(name, lambda x, hook, value=value: torch.full_like(x, value))]):
+            _, cache = lm.run_with_cache(example(lm))
+        with pytest.raises(gl.InputError, match="hook_reset is below 0 or above 1"):
+            gl.implicit_attention(cache, layer=layer).mean()

@@ -198,6 +198,10 @@ def test_a_scan_without_its_own_decay_is_the_scan_elsewhere(model):
             for branch in A.branches:
                 own = torch.zeros(A.shape[:2], dtype=torch.bool)
                 own[:, -1] = True
+                if isinstance(branch.scan, HeadScan) and branch.scan.terms.has_delta_rule:
+                    with pytest.raises(gl.InputError, match="no delta rule has it"):
+                        branch.scan.undecayed(own)
+                    continue
                 before, after = branch.scan.dense(), branch.scan.undecayed(own).dense()
                 assert torch.allclose(before[:, :, :-1], after[:, :, :-1], atol=1e-14)
                 assert isinstance(branch.scan, DecayScan | HeadScan) != torch.allclose(before, after, atol=1e-14)
@@ -235,6 +239,10 @@ def theirs(rows, gradients, i, factors):
 def test_official_is_what_the_papers_code_does(model, factors):
     """Row by row and without padding, with whole matrices."""
     input, mask = case(model)
+    if factors == "hidden" and "erase" in model.recurrence:
+        with pytest.raises(gl.InputError, match="no delta rule has it"):
+            attribution.rollout(model, input, factors=factors, mode="official", start_layer=0, **options(mask))
+        return
     gradients, at, start = output_gradients(model, input, mask), places(model, input, mask), 0
     layers = range(start, model.cfg.n_layers)
     weighted, plain, raw = [], [], []
@@ -373,3 +381,41 @@ def test_numbers_that_are_no_whole_numbers_are_explained(model):
         attribution.integrated_gradients(model, input, n_steps=2.5)
     with pytest.raises(gl.InputError, match=r"n_samples=2.5: a whole number"):
         attribution.smoothgrad(model, input, n_samples=2.5)
+
+
+@pytest.mark.parametrize("method", ["raw_attention", "rollout", "gradient_attention"])
+@pytest.mark.parametrize("mode", ["paper", "official"])
+def test_some_heads_are_the_method_on_their_channels(method, mode):
+    """Of all heads it is the method itself; of some, what it makes of the other channels' being none."""
+    model = gl.HookedMamba2.tiny(seed=0, dtype=torch.float64)
+    input, mask = case(model)
+    run = getattr(attribution, method)
+    common = {"target": 3, "mode": mode, "start_layer": 0, **options(mask)}
+    whole = run(model, input, **common)
+    every = run(model, input, heads=slice(None), **common)
+    torch.testing.assert_close(every.scores, whole.scores, rtol=1e-12, atol=1e-14)
+    some = run(model, input, heads=[0, -1], **common)
+    total = model.cfg.sizes["head"]
+    assert some.facts["heads"] == [0, total - 1] and "heads" not in whole.facts
+    width = model.cfg.sizes["value"]
+    chosen = [*range(width), *range((total - 1) * width, total * width)]
+    if mode == "paper" and method != "gradient_attention":
+        matrices = [A[:, chosen].mean(1) for A in dense(model, input, mask)]
+        rows = []
+        for row, i in enumerate(places(model, input, mask)):
+            if method == "raw_attention":
+                rows.append(torch.stack([A[row, i] for A in matrices]).mean(0))
+                continue
+            product = torch.eye(input.shape[1], dtype=torch.float64)
+            for A in matrices:
+                product = (torch.eye(input.shape[1]) + A[row]) @ product
+            rows.append(product[i].masked_fill(torch.arange(input.shape[1]) == i, 0))
+        torch.testing.assert_close(some.scores, torch.stack(rows), rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(some.scores, whole.scores)
+
+
+def test_heads_of_a_layer_without_heads_are_refused():
+    with pytest.raises(gl.PointError, match="head"):
+        attribution.raw_attention(gl.HookedMamba.tiny(), [[1, 2, 3]], heads=0)
+    with pytest.raises(gl.InputError, match="out of range"):
+        attribution.rollout(gl.HookedMamba2.tiny(), [[1, 2, 3]], heads=99)

@@ -95,3 +95,45 @@ def test_paths_that_do_not_exist_are_explained(model):
     with pytest.raises(gl.InputError, match="need one shape"):
         circuits.path_patch(model, clean, corrupted[:1], METRIC, "embed")
     assert not model.list_hooks()
+
+
+@pytest.mark.parametrize("receivers", ["logits", ["1.mixer", "logits"]], ids=["logits", "several"])
+def test_a_path_from_a_head_is_its_three_passes(receivers):
+    """Pass 2 with the output of one head alone clean: only its channels of what the output projection reads."""
+    model = gl.HookedMamba2.tiny(seed=0, dtype=torch.float64)
+    clean, corrupted = two(model)
+    found = circuits.path_patch_heads(model, clean, corrupted, METRIC, receivers, progress=False)
+    layers = [0] if receivers != "logits" else [0, 1]
+    heads, width = model.cfg.sizes["head"], model.cfg.sizes["value"]
+    assert found.axes == ("layer", "head") and found["layer"] == layers and found["head"] == list(range(heads))
+    literal = Literally(model, clean, corrupted)
+    for row, layer in enumerate(layers):
+        name, written = f"blocks.{layer}.mixer.hook_gated", f"blocks.{layer}.hook_mixer_out"
+        good, bad = (fired(model, one, [name])[name] for one in (clean, corrupted))
+        for head in range(heads):
+            mixed, some = bad.clone(), slice(head * width, (head + 1) * width)
+            mixed[..., some] = good[..., some]
+            said = torch.nn.functional.linear(mixed, *model.blocks[layer].mixer.output_weights())
+            literal.good = {written: said}
+            want = literal.effect(f"{layer}.mixer", [receivers] if receivers == "logits" else receivers).mean()
+            assert torch.allclose(found.values[row, head], want, rtol=0, atol=1e-10)
+
+
+def test_what_heads_write_sums_to_what_their_mixer_writes():
+    model = gl.HookedMamba2.tiny(seed=0, dtype=torch.float64)
+    clean, corrupted = two(model)
+    name = "blocks.0.hook_mixer_out"
+    good, bad = (fired(model, one, [name, "blocks.0.mixer.hook_gated"]) for one in (clean, corrupted))
+    o = good["blocks.0.mixer.hook_gated"] - bad["blocks.0.mixer.hook_gated"]
+    assert torch.allclose(
+        model.blocks[0].mixer.written_by_heads(o, 4).sum(2), good[name] - bad[name], rtol=0, atol=1e-12
+    )
+
+
+def test_heads_that_are_not_there_are_explained():
+    model = gl.HookedMamba.tiny()
+    clean, corrupted = two(model)
+    with pytest.raises(gl.PointError, match="has no axis 'head'"):
+        circuits.path_patch_heads(model, clean, corrupted, METRIC)
+    with pytest.raises(gl.InputError, match="receives from no head"):
+        circuits.path_patch_heads(model, clean, corrupted, METRIC, "0.mixer")

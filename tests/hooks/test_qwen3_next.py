@@ -16,11 +16,11 @@ from tests.helpers import padded, relative
 
 torch.set_num_threads(1)
 TOKENS = torch.randint(40, (2, 11), generator=torch.Generator().manual_seed(0))
-SWAPPED = {"mlp_only_layers": [1], "norm_topk_prob": False, "linear_num_key_heads": 4, "linear_num_value_heads": 4}
+SWAPPED = {"num_experts": 3, "mlp_only_layers": [1], "norm_topk_prob": False, "linear_num_key_heads": 4, "linear_num_value_heads": 4}
 VARIANTS = {
-    "next": {},
+    "next": {"num_experts": 4, "rms_norm_eps": 1e-6},
     "next, the other way round": SWAPPED,
-    "next, one key head, biases": {"linear_num_key_heads": 1, "attention_bias": True, "num_key_value_heads": 2},
+    "next, one key head, biases": {"linear_num_key_heads": 1, "attention_bias": True, "num_attention_heads": 4, "num_key_value_heads": 2},
     "next, delta nets alone": {"layer_types": ["linear_attention"] * 2, "linear_conv_kernel_dim": 2},
 }
 
@@ -43,12 +43,12 @@ def theirs(model: HookedQwen3Next, tokens: torch.Tensor, **options) -> torch.Ten
 # -- every row ------------------------------------------------------------------------------------------------------
 
 
-def rms(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+def rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     return (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
 
 
-def norm_rows(out, c, part, x, weight):
-    out[f"{part}.hook_scale"] = rms(x)
+def norm_rows(out, c, part, x, weight, cfg):
+    out[f"{part}.hook_scale"] = rms(x, cfg.eps)
     out[f"{part}.hook_normalized"] = x / c(f"{part}.hook_scale")
     out[f"{part}.hook_out"] = (1 + weight) * c(f"{part}.hook_normalized")
 
@@ -64,12 +64,12 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     if layer > 0:
         out["hook_resid_pre"] = cache["resid_post", layer - 1]
     out["hook_mixer_in"] = c("hook_resid_pre")
-    norm_rows(out, c, "ln1", c("hook_mixer_in"), w.input_layernorm.weight)
+    norm_rows(out, c, "ln1", c("hook_mixer_in"), w.input_layernorm.weight, model.cfg)
     mixing = delta_net if kind.mixing == "delta net" else attention
     mixing(out, c, w, model.cfg)
     out["hook_resid_mid"] = c("hook_resid_pre") + c("hook_mixer_out")
     out["hook_mlp_in"] = c("hook_resid_mid")
-    norm_rows(out, c, "ln2", c("hook_mlp_in"), w.post_attention_layernorm.weight)
+    norm_rows(out, c, "ln2", c("hook_mlp_in"), w.post_attention_layernorm.weight, model.cfg)
     channels = mlp if kind.channels == "MLP" else experts
     channels(out, c, w.mlp, model.cfg)
     out["hook_resid_post"] = c("hook_resid_mid") + c("hook_mlp_out")
@@ -157,8 +157,9 @@ def delta_net(out, c, w, cfg) -> None:
         states.append(state)
     out["mixer.hook_state"] = torch.stack(states, dim=1)
     out["mixer.hook_scan"] = scan.flatten(2)
-    by_head = c("mixer.hook_scan").reshape(batch, length, H, V)
-    out["mixer.hook_scale"] = rms(by_head).squeeze(-1)
+    out["mixer.hook_y"] = c("mixer.hook_scan")
+    by_head = c("mixer.hook_y").reshape(batch, length, H, V)
+    out["mixer.hook_scale"] = rms(by_head, cfg.eps).squeeze(-1)
     out["mixer.hook_normed"] = (m.norm.weight * by_head / c("mixer.hook_scale")[..., None]).flatten(2)
     out["mixer.hook_gate"] = c("mixer.hook_gate_pre") * torch.sigmoid(c("mixer.hook_gate_pre"))
     out["mixer.hook_gated"] = c("mixer.hook_normed") * c("mixer.hook_gate")
@@ -182,7 +183,7 @@ def attention(out, c, w, cfg) -> None:
     out["attn.hook_gate_pre"] = torch.stack([head[..., D:] for head in heads], 2)
     out["attn.hook_k"], out["attn.hook_v"] = (x.reshape(batch, length, G, D) for x in (k, v))
     for name, norm in (("q", m.q_norm), ("k", m.k_norm)):
-        norm_rows(out, lambda row: c(f"attn.{row}"), f"{name}_norm", c(f"attn.hook_{name}"), norm.weight)
+        norm_rows(out, lambda row: c(f"attn.{row}"), f"{name}_norm", c(f"attn.hook_{name}"), norm.weight, cfg)
         for row in ("hook_scale", "hook_normalized", "hook_out"):
             out[f"attn.{name}_norm.{row}"] = out.pop(f"{name}_norm.{row}")
         x = c(f"attn.{name}_norm.hook_out")

@@ -118,13 +118,20 @@ def test_in_several_layers_each_sees_what_the_cuts_before_it_left(model):
 
 
 def literal_scan(model, cache, layer, scan, src, dst):
-    """read_dst . prod(decay) write_src for src before dst, or at it, in the scan's order: the change of hook_state at dst."""
+    """prod(transition) write_src for src before dst, or at it, in the scan's order: the change of hook_state at dst.
+
+    A transition is the decay, less what a delta rule erases.
+    """
     stem = f"blocks.{layer}.mixer.{scan}"
     decay, write = cache[f"{stem}hook_decay"], cache[f"{stem}hook_write"]
     step = 1 if src <= dst else -1
     left = write[:, src].clone()
     for k in range(src + step, dst + step, step):
-        left = decay[:, k] * left
+        kept = decay[:, k] * left
+        if f"{stem}hook_erase" in cache.cache_dict:
+            found = (cache[f"{stem}hook_probe"][:, k].unsqueeze(-2) * left).sum(-1, keepdim=True)
+            kept = kept - cache[f"{stem}hook_erase"][:, k] * found
+        left = kept
     return left
 
 

@@ -52,7 +52,7 @@ def test_gradient_edits_returned_and_in_place_are_the_same(model):
     for name in later_points(model):
         returned = gradient(model, input, name, None, lambda g, hook: g * 2)
         in_place = gradient(model, input, name, None, double)
-        halved = gradient(model, input, name, lambda x, hook: x.detach() + 2 * (x - x.detach()))
+        halved = gradient(model, input, name, lambda x, hook: torch.where(x.isinf(), x, x.detach() + 2 * (x - x.detach())))
         assert torch.equal(returned, in_place), name
         assert relative(returned, halved) < 1e-12, name
 
@@ -72,7 +72,7 @@ def test_models_and_caches_can_be_pickled(model):
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    assert torch.equal(torch.load(buffer, weights_only=False)(example(model)), logits)
+    assert torch.equal(torch.load(buffer, weights_only=False).run_with_cache(example(model))[0], logits)
     again = pickle.loads(pickle.dumps(cache))
     assert torch.equal(again["mixer_out", 1], cache["mixer_out", 1])
 
