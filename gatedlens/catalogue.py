@@ -88,12 +88,13 @@ def page(name: str, hooked: type[HookedModel]) -> str:
     file = f"gatedlens/hooks/{name}.py" if own else f"{hooked.__module__.replace('.', '/')}.py"
     counted = f" Bytes per token are those of {model} in float32." if model else ""
     made = f"{hooked.__name__}.tiny()" if hooked.small else f"{hooked.__name__}(module)  # yours"
+    erased = " - erase_t (probe_t . state_{t-1})" if "erase" in hooked.recurrence else ""
     out = [
         f"# {hooked.title}: hook points",
         f"{hooked.paper}\n\nWritten by `python -m gatedlens.catalogue` from `{file}`; do not edit.",
         f"`{{l}}` is a layer. A lazy point (rounded) builds its tensor only when somebody listens.{counted}",
         "## The recurrence",
-        "    state_t = decay_t * state_{t-1} + write_t      scan_t = read_t . state_t      y_t = scan_t + skip * u_t",
+        f"    state_t = decay_t * state_{{t-1}}{erased} + write_t      scan_t = read_t . state_t      y_t = scan_t + skip * u_t",
         "| term | here |\n|---|---|\n" + "\n".join(f"| {term} | {here} |" for term, here in hooked.recurrence.items()),
         "## The implicit attention",
         "    o = A x + r      A = diag(gate) (S + diag(skip)) diag(act) M      (UIA, arXiv 2405.16504; per channel, [pos, pos])",

@@ -73,6 +73,13 @@ NAMESAKES = {  # classes of other packages, and what to do with them
     "with gl.from_pretrained; of a hub name, gl.from_pretrained(name) loads it at once.",
 }
 
+NOT_OPENED = {  # models of transformers, by how their class and model_type begin, and why they are refused
+    "qwen4exp": "Qwen4Exp keeps several copies of the residual stream (hyper-connections), chooses by an indexer what it attends "
+    "to, and adds embeddings in every layer: gatedlens has no such block. Qwen3-Next and Qwen3.5 are open.",
+}
+
+ONE_EXPERT = re.compile(r".*\.experts\.(?=\d+\.)")
+
 
 def bundled_models() -> list[str]:
     """`gl.bundled_models()`: the names of the trained models that come with gatedlens, "gatedlens/mamba-recall" and so on."""
@@ -131,12 +138,18 @@ def _unknown(model: nn.Module) -> str:
     if inside is not None:
         path, part = inside
         return f"{name} is around a {type(part).__name__}: gl.wrap(model.{path}) takes that."
-    hint = NAMESAKES.get(name, "")
+    hint = NAMESAKES.get(name, "") or _why_not_opened(name)
     if not hint:
         hint = did_you_mean(name, [known for hooked in architectures().values() for known in hooked.wraps]).strip()
     if name.endswith("Model"):
         hint = f"Wrap the model with its head (…ForCausalLM). {hint}".strip()
     return f"gatedlens does not know {name}. {hint} {supported()}".replace("  ", " ")
+
+
+def _why_not_opened(name: str) -> str:
+    """Why a model of transformers with this class or model_type is refused, where it is known well enough to say."""
+    plain = name.replace("_", "").lower()
+    return next((why for begin, why in NOT_OPENED.items() if plain.startswith(begin)), "")
 
 
 @torch.no_grad()
@@ -260,7 +273,8 @@ def _from_folder(source: str, name: str, dtype: torch.dtype | None, hub: Mapping
             state = checkpoint.find(source, hub).tensors()
             return hooked, _from_original(hooked, source, where, config, state, dtype)
     what = f"model_type {kind!r}" if kind else f"a config.json with {', '.join(list(config)[:6]) or 'nothing'}"
-    raise CheckpointError(f"{name} has {what}, which gatedlens does not support. {supported()}")
+    why = f"{_why_not_opened(str(kind))} ".lstrip()
+    raise CheckpointError(f"{name} has {what}, which gatedlens does not support. {why}{supported()}")
 
 
 def _one_file(path: Path) -> Path | None:
@@ -366,7 +380,10 @@ def _check_shapes(source: str, expected: nn.Module, held: Mapping[str, Any]) -> 
     mismatched = _misshapen(wanted, held)
     asked, there = sum(p.numel() for p in expected.parameters()), sum(shape.numel() for shape in held.values())
     if mismatched or asked > there:
-        _complete(source, _missing(expected, held), set(held) - set(wanted), mismatched)
+        # Files hold experts one by one, where the model has them stacked: neither is missing, neither left over.
+        apart = {name: found[0] for name in held if (found := ONE_EXPERT.match(name))}
+        missing = {name for name in _missing(expected, held) if f"{name.rpartition('.')[0]}." not in apart.values()}
+        _complete(source, missing, set(held) - set(wanted) - set(apart), mismatched)
 
 
 def _misshapen(wanted: Mapping[str, Tensor], held: Mapping[str, Any]) -> list[str]:

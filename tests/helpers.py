@@ -39,6 +39,15 @@ def by_channel(x: torch.Tensor, model, axis: int) -> torch.Tensor:
     return x.flatten(axis, axis + 1) if "value" in model.cfg.sizes else x
 
 
+def kept(cache, stem: str, state: torch.Tensor, t: int) -> torch.Tensor:
+    """What the step `t` leaves of the state before it: decay state, less erase (probe . state) of a delta rule."""
+    left = cache[f"{stem}hook_decay"][:, t] * state
+    if f"{stem}hook_erase" not in cache.cache_dict:
+        return left
+    found = (cache[f"{stem}hook_probe"][:, t].unsqueeze(-2) * state).sum(-1, keepdim=True)
+    return left - cache[f"{stem}hook_erase"][:, t] * found
+
+
 def at_real(x: torch.Tensor, mask: torch.Tensor | None, pos: int, dim: int) -> torch.Tensor:
     """Of each row of `x` the entry along `dim` at the row's real position `pos`, negative ones from its last."""
     places = [pos if mask is None else mask[row].nonzero().flatten()[pos] for row in range(len(x))]

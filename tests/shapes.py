@@ -34,14 +34,21 @@ def speaks_of_axes(fn: Callable[..., Any]) -> bool:
         return True
 
 
+def told_apart(wrapper: Any, fn: Any, said: dict[str, Any]) -> Any:
+    """The wrapper, with annotations as they are written: beartype puts types in place of the texts that gatedlens reads."""
+    wrapper.__annotations__, fn.__annotations__ = said, said
+    return wrapper
+
+
 def checked(*, typechecker: Any) -> Callable[[Any], Any]:
     """In place of `jaxtyping.jaxtyped`, as the import hook calls it on each function and class."""
 
     def decorate(fn: Any) -> Any:
         if not inspect.isfunction(fn) or speaks_of_axes(fn):
             return BY_JAXTYPING(fn, typechecker=typechecker)
+        said = dict(fn.__annotations__)
         try:
-            return beartype(fn) if fn.__annotations__ else fn
+            return told_apart(beartype(fn), fn, said) if said else fn
         except (
             BeartypeDecorHintException
         ):  # of a ParamSpec, say, that beartype reads only where jaxtyping has read it first

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 import gatedlens as gl
 from gatedlens import steering
 from gatedlens.steering import SteeringVector
-from tests.helpers import example, padded
+from tests.helpers import example, kept, padded
 
 NAME = "blocks.0.hook_resid_post"
 CLOSE = {"rtol": 1e-10, "atol": 1e-11}
@@ -134,21 +134,21 @@ def test_generation_is_steered_as_the_whole_would_be(lm, pos):
 
 @torch.no_grad()
 def test_a_steered_state_propagates_by_the_recurrence(model):
-    """state_{t + k} = clean state_{t + k} + decay_{t + 1} ... decay_{t + k} v, in the order of the scan."""
+    """state_{t + k} = clean state_{t + k} + what the steps t + 1 ... t + k keep of v, in the order of the scan."""
     x, at = example(model), 2
     for name in states(model):
         found, stem = made(model, name), name.removesuffix("hook_state")
         assert found.target == f"{stem}hook_write"
-        keep = [name, f"{stem}hook_decay"]
+        keep = [row for row in model.names if row.startswith(stem)]
         _, clean = model.run_with_cache(x, names_filter=keep)
         with found.on(model, 0.5, at):
             _, steered = model.run_with_cache(x, names_filter=keep)
-        decay, want = clean[f"{stem}hook_decay"], clean[name].clone()
+        want = clean[name].clone()
         backward = ".bwd." in name
         order = range(at, -1, -1) if backward else range(at, want.shape[1])
         carried = 0.5 * found.vector.expand_as(want[:, 0])
         for t in order:
-            carried = carried if t == at else carried * decay[:, t]
+            carried = carried if t == at else kept(clean, stem, carried, t)
             want[:, t] += carried
         assert torch.allclose(steered[name], want, **CLOSE)
 

@@ -42,7 +42,7 @@ from gatedlens.model.tiny import Tiny
 from gatedlens.model.tokenizer import TokenizerLike
 from gatedlens.model.turns import Turns
 from gatedlens.model.watch import AGAIN, Watch, check_plain
-from gatedlens.options import checked, is_whole
+from gatedlens.options import checked, is_whole, tensor_of
 
 if TYPE_CHECKING:
     from gatedlens.compat.nnsight import TracedModel  # a door: at run time `nnsight()` alone imports it
@@ -471,9 +471,12 @@ class HookedModel(Hooking):
     ) -> Shaped[Tensor, "batch pos"]:
         if not self.has_positions:
             raise InputError(f"position_ids were given, and {self.title} knows no positions: it would ignore them.")
-        if tuple(position_ids.shape) not in ((rows, length), (1, length), (length,)):
-            raise InputError(f"position_ids have shape {list(position_ids.shape)}; the input is [{rows}, {length}].")
-        return position_ids.expand(rows, length)
+        positions = tensor_of(position_ids, "position_ids")
+        if tuple(positions.shape) not in ((rows, length), (1, length), (length,)):
+            raise InputError(f"position_ids have shape {list(positions.shape)}; the input is [{rows}, {length}].")
+        if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
+            raise InputError(f"position_ids are {positions.dtype}; they are whole numbers, 0 where a document begins.")
+        return positions.expand(rows, length)
 
 
 def _architectures(base: type[HookedModel] = HookedModel) -> list[type[HookedModel]]:

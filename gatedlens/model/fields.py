@@ -147,6 +147,8 @@ def check_depth(config: Mapping[str, Any], fields: Mapping[str, Field], where: A
                 f"{where}: {name} asks for {layers} layers, and the checkpoint holds {tensors} tensors in all; expected are "
                 f"at least {known.layer_tensors} a layer."
             )
+        if known.inside and isinstance(config.get(name), Mapping):
+            check_depth(config[name], known.inside, f"{where}: {name}", tensors)
 
 
 def _short(value: Any) -> str:

@@ -79,7 +79,7 @@ def test_a_component_without_is_a_model_whose_parameters_are_without(model, make
 
 
 def first_layer(model, cache):
-    """(gate, scan, y) of each direction of block 0's mixer, y -> what the gate multiplies, o -> what the block's mixer puts out."""
+    """(gate, scan, y) of each direction of block 0's mixer, y -> what the gate multiplies, o -> what the mixer puts out."""
     stems = [name.removesuffix("hook_gate") for name in cache if name.startswith("blocks.0.mixer.")]
     stems = [stem for stem in stems if f"{stem}hook_gate" in cache.cache_dict]
     weight, bias = model.blocks[0].mixer.output_weights()

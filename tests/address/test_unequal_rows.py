@@ -173,7 +173,6 @@ TAKES_SEVERAL = (
     "knockout",
     "steering",
     "path patching",
-    "path patching under hooks",
 )
 
 

@@ -53,7 +53,9 @@ def test_gradient_times_activation(model):
     for name in names(model)[::3]:
         x, grad = gradient(model, name, input)
         got = LayerGradientXActivation(score(model), model.hook_dict[name]).attribute(input)
-        got, want = (torch.where(x.isinf(), 0, product) for product in (got, x * grad))  # scores of keys that are not seen
+        got, want = (
+            torch.where(x.isinf(), 0, product) for product in (got, x * grad)
+        )  # scores of keys that are not seen
         assert (got - want).abs().max() <= 1e-10 * want.abs().max(), name
 
 

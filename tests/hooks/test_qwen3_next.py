@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import copy
+import json
 from itertools import pairwise
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    Qwen3_5Config,
+    Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+)
 
 import gatedlens as gl
 from gatedlens.formats.qwen3_next import TINY
@@ -16,20 +28,58 @@ from tests.helpers import padded, relative
 
 torch.set_num_threads(1)
 TOKENS = torch.randint(40, (2, 11), generator=torch.Generator().manual_seed(0))
-SWAPPED = {"num_experts": 3, "mlp_only_layers": [1], "norm_topk_prob": False, "linear_num_key_heads": 4, "linear_num_value_heads": 4}
+SWAPPED = {
+    "num_experts": 3,
+    "mlp_only_layers": [1],
+    "norm_topk_prob": False,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4,
+}
 VARIANTS = {
     "next": {"num_experts": 4, "rms_norm_eps": 1e-6},
     "next, the other way round": SWAPPED,
-    "next, one key head, biases": {"linear_num_key_heads": 1, "attention_bias": True, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "next, one key head, biases": {
+        "linear_num_key_heads": 1,
+        "attention_bias": True,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
     "next, delta nets alone": {"layer_types": ["linear_attention"] * 2, "linear_conv_kernel_dim": 2},
 }
 
 
+# Qwen3.5: the config of the language model, the model, and where it stands inside one of images and text.
+LATER = {
+    "3.5": (Qwen3_5TextConfig, Qwen3_5ForCausalLM, None),
+    "3.5, experts": (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM, None),
+    "3.5, with images": (Qwen3_5TextConfig, Qwen3_5ForConditionalGeneration, Qwen3_5Config),
+    "3.5, experts, with images": (Qwen3_5MoeTextConfig, Qwen3_5MoeForConditionalGeneration, Qwen3_5MoeConfig),
+}
+EYES = {"depth": 1, "hidden_size": 8, "num_heads": 2, "intermediate_size": 8, "out_hidden_size": 16, "patch_size": 4}
+
+
+def later(variant: str, **sizes) -> torch.nn.Module:
+    """A small Qwen3.5, its parameters drawn as those of the small Qwen3-Next are."""
+    told, model, around = LATER[variant]
+    special = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+
+    def make(config):
+        own = {key: value for key, value in config.items() if key != "mlp_only_layers"}
+        text = told(**own, **special)
+        if around is None:
+            return model(text)
+        return model(around(text_config=text.to_dict(), vision_config={**EYES, "num_position_embeddings": 16}))
+
+    return Tiny(TINY.name, make, TINY.config, TINY.draws).module(1, {"num_experts": 3, "rms_norm_eps": 1e-6, **sizes})
+
+
 def tiny(variant: str = "next", dtype: torch.dtype = torch.float64, seed: int = 1) -> HookedQwen3Next:
-    return HookedQwen3Next.tiny(seed=seed, dtype=dtype, **VARIANTS[variant])
+    if variant in VARIANTS:
+        return HookedQwen3Next.tiny(seed=seed, dtype=dtype, **VARIANTS[variant])
+    return gl.wrap(later(variant).to(dtype))
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=[*VARIANTS, "3.5", "3.5, experts, with images"])
 def model(request):
     return tiny(request.param)
 
@@ -324,7 +374,9 @@ def test_an_edit_of_log_decay_moves_the_probe_and_one_of_the_probe_stands_alone(
 
 
 @torch.no_grad()
-def test_logits_are_transformers_which_scans_in_float32(model):
+@pytest.mark.parametrize("variant", [*VARIANTS, *LATER])
+def test_logits_are_transformers_which_scans_in_float32(variant):
+    model = tiny(variant)
     tokens = torch.randint(40, (2, 90), generator=torch.Generator().manual_seed(4))  # more than a chunk
     assert relative(model(tokens), theirs(model, tokens)) < 2e-5
 
@@ -373,6 +425,58 @@ def test_gradcheck_of_what_a_scan_is_made_of():
             p.copy_(kept)
         slope = (sides[0] - sides[1]) / (2 * step)
         assert abs(slope - (grad * direction).sum()) < 1e-6 * max(1, abs(slope)), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["next", *LATER])
+def test_a_folder_is_read(variant, tmp_path):
+    """Of a model of images and text, the language model; what predicts several tokens is left, as in transformers."""
+    given = tiny(variant, torch.float32)
+    given.wrapped.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    spare = {"mtp.fc.weight": torch.zeros(3, 3), "mtp.layers.0.mlp.gate.weight": torch.zeros(2)}
+    save_file({**weights, **spare}, tmp_path / "model.safetensors", {"format": "pt"})
+    model = gl.from_pretrained(tmp_path, device="cpu")
+    assert isinstance(model, HookedQwen3Next) and type(model.wrapped).__name__.endswith("ForCausalLM")
+    assert relative(model(TOKENS), given(TOKENS)) < 1e-6
+    lost = next(name for name in weights if "conv1d" in name)
+    save_file({k: v for k, v in weights.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(gl.CheckpointError, match=r"is missing 1 weights: .*conv1d"):
+        gl.from_pretrained(tmp_path, device="cpu")
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.get("text_config", config)["num_hidden_layers"] = 10**6
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(gl.CheckpointError, match="num_hidden_layers asks for 1000000 layers"):
+        gl.from_pretrained(tmp_path, device="cpu")
+
+
+def test_the_language_model_of_a_model_of_images_is_shared_not_copied():
+    wrapped = later("3.5, with images")
+    model = gl.wrap(wrapped)
+    assert model.wrapped is wrapped and model.embedding is wrapped.model.language_model.embed_tokens
+    model(TOKENS).sum().backward()
+    assert wrapped.model.language_model.layers[0].linear_attn.in_proj_qkv.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in wrapped.model.visual.parameters())
+
+
+class Qwen4ExpForCausalLM(torch.nn.Module):
+    """A class of this name: it is refused by it."""
+
+
+def test_what_is_not_supported_is_named(tmp_path):
+    with pytest.raises(gl.CheckpointError, match="does not know Qwen4ExpForCausalLM. Qwen4Exp keeps several copies"):
+        gl.wrap(Qwen4ExpForCausalLM())
+    (tmp_path / "config.json").write_text('{"model_type": "qwen4_exp_text"}')
+    with pytest.raises(gl.CheckpointError, match="'qwen4_exp_text', which gatedlens does not support. Qwen4Exp keeps"):
+        gl.from_pretrained(tmp_path)
+    with pytest.raises(gl.CheckpointError, match="hidden_act='gelu'"):
+        HookedQwen3Next.tiny(hidden_act="gelu")
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0, "partial_rotary_factor": 0.25}
+    with pytest.raises(gl.CheckpointError, match="rope_type='dynamic'"):
+        HookedQwen3Next.tiny(rope_parameters=dynamic, head_dim=32)
+    with pytest.raises(gl.CheckpointError, match="Wrap the model with its head"):
+        gl.wrap(tiny().wrapped.model)
 
 
 # -- padding, documents, states -------------------------------------------------------------------------------------

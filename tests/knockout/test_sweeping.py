@@ -12,7 +12,7 @@ from gatedlens import ablation, knockout
 from gatedlens.hooks import architectures
 from gatedlens.hooks.rwkv import rates
 from gatedlens.model.batch import Batch
-from tests.helpers import example, padded
+from tests.helpers import example, kept, padded
 
 LENGTH = 9
 CASES = ["plain", "state", "left", "right"]
@@ -123,15 +123,10 @@ def literal_scan(model, cache, layer, scan, src, dst):
     A transition is the decay, less what a delta rule erases.
     """
     stem = f"blocks.{layer}.mixer.{scan}"
-    decay, write = cache[f"{stem}hook_decay"], cache[f"{stem}hook_write"]
     step = 1 if src <= dst else -1
-    left = write[:, src].clone()
+    left = cache[f"{stem}hook_write"][:, src].clone()
     for k in range(src + step, dst + step, step):
-        kept = decay[:, k] * left
-        if f"{stem}hook_erase" in cache.cache_dict:
-            found = (cache[f"{stem}hook_probe"][:, k].unsqueeze(-2) * left).sum(-1, keepdim=True)
-            kept = kept - cache[f"{stem}hook_erase"][:, k] * found
-        left = kept
+        left = kept(cache, stem, left, k)
     return left
 
 

@@ -52,7 +52,9 @@ def test_gradient_edits_returned_and_in_place_are_the_same(model):
     for name in later_points(model):
         returned = gradient(model, input, name, None, lambda g, hook: g * 2)
         in_place = gradient(model, input, name, None, double)
-        halved = gradient(model, input, name, lambda x, hook: torch.where(x.isinf(), x, x.detach() + 2 * (x - x.detach())))
+        halved = gradient(
+            model, input, name, lambda x, hook: torch.where(x.isinf(), x, x.detach() + 2 * (x - x.detach()))
+        )
         assert torch.equal(returned, in_place), name
         assert relative(returned, halved) < 1e-12, name
 

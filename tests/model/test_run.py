@@ -149,3 +149,7 @@ def test_a_reset_has_a_gradient(lm, value):
 def test_what_is_no_position_is_refused(lm):
     with pytest.raises(gl.InputError, match=r"position_ids have shape \[2, 8\]; the input is \[2, 9\]"):
         lm(TOKENS, position_ids=PACKED[:, :8])
+    with pytest.raises(gl.InputError, match=r"position_ids are torch.float64; they are whole numbers"):
+        lm(TOKENS, position_ids=PACKED.double())
+    with pytest.raises(gl.InputError, match=r"position_ids are torch.bool"):
+        lm(TOKENS, position_ids=PACKED == 0)

@@ -10,7 +10,7 @@ import torch
 import gatedlens as gl
 from gatedlens import ablation, knockout, states
 from gatedlens.hooks import architectures
-from tests.helpers import by_channel, example, padded, relative
+from tests.helpers import by_channel, example, kept, padded, relative
 
 AT = 3  # a position in the middle
 
@@ -52,18 +52,15 @@ def pair(model, split: int = 4):
 
 
 def by_loop(model, clean, stem, new, at, chosen=...):
-    """state_t = decay_t state_{t-1} + write_t, with the chosen entries of the state after `at` replaced by `new`."""
-    turn = (lambda x: x.flip(1)) if stem.endswith("bwd.") else (lambda x: x)
-    decay, write = turn(clean[f"{stem}hook_decay"]), turn(clean[f"{stem}hook_write"])
-    at = decay.shape[1] - 1 - at if stem.endswith("bwd.") else at
-    state, found = clean[f"{stem}hook_state_start"], []
-    for t in range(decay.shape[1]):
-        state = decay[:, t] * state + write[:, t]
+    """state_t = what is kept of state_{t-1} + write_t, with the chosen entries of the state after `at` replaced by `new`."""
+    write, state, found = clean[f"{stem}hook_write"], clean[f"{stem}hook_state_start"], {}
+    for t in sorted(range(write.shape[1]), reverse=stem.endswith("bwd.")):
+        state = kept(clean, stem, state, t) + write[:, t]
         if t == at:
-            state = state.clone()
+            state = state.clone(memory_format=torch.contiguous_format)
             by_channel(state, model, 1)[chosen] = by_channel(new, model, 1)[chosen]
-        found.append(state)
-    return turn(torch.stack(found, 1))
+        found[t] = state
+    return torch.stack([found[t] for t in range(write.shape[1])], 1)
 
 
 @pytest.mark.parametrize("index", [{}, {"channel": [0, 5, -1]}], ids=["all", "channels"])
@@ -203,7 +200,7 @@ def test_layers_parts_and_channels_and_nothing_else(lm):
     got = states.splice(lm, state_b, state_a, layers=[0], parts="scan", channel=[0, -1])
     for key in got:
         changed = key.startswith("blocks.0.") and lm.carried[key.rpartition(".")[2]].part == "scan"
-        want = state_b[key].clone()
+        want = state_b[key].clone(memory_format=torch.contiguous_format)
         if changed:
             by_channel(want, lm, 1)[:, [0, -1]] = by_channel(state_a[key], lm, 1)[:, [0, -1]]
         assert torch.equal(got[key], want)
@@ -227,7 +224,9 @@ def test_reading_a_state_through_another_prompt(lm):
     whole, at = torch.cat([b, suffix], 1), b.shape[1]
     all_of_a = states.read_through(lm, a, whole, at)
     assert same(all_of_a, go_on(lm, torch.cat([a, suffix], 1), None)[:, a.shape[1] :])
-    some = {"layers": 1, "parts": "scan"} if lm.cfg.n_layers < 3 else {"layers": [0, 1], "parts": "scan"}
+    words = (key.split(".")[1:] for key in run_to(lm, b))
+    scans = sorted({int(layer) for layer, name in words if lm.carried[name].part == "scan"})
+    some = {"layers": scans[-1] if lm.cfg.n_layers < 3 else [0, 1], "parts": "scan"}
     want = go_on(lm, suffix, states.splice(lm, run_to(lm, b), run_to(lm, a), **some))
     assert same(states.read_through(lm, a, whole, at, **some), want)
     assert same(states.read_through(lm, run_to(lm, a), whole, at, **some), want)
