@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from gatedlens.formats.qwen3_next import by_last_axis, slow
 from gatedlens.model.tiny import Tiny, fresh
 
 
@@ -18,21 +19,13 @@ def new_model(**config: Any) -> nn.Module:
     return model
 
 
-def by_last_axis(start: Tensor, noise: Tensor) -> Tensor:
-    """Noise of variance 1 / (how many numbers an output is summed over): the experts' matrices are stacked."""
-    return noise * noise.shape[-1] ** -0.5
-
-
-def slow(start: Tensor, noise: Tensor) -> Tensor:
-    """log A around -1: a step keeps about half of the state."""
-    return -1 + 0.3 * noise
-
-
-TINY = Tiny(  # a delta net with an MLP, an attention with experts
-    "tiny-kimi-linear",
+# A delta net with an MLP, an attention with experts. Its logits change smoothly, as integrals and differences of them ask: each
+# token goes to all experts, and eps is far above 0 (as in Qwen3-Next's).
+TINY = Tiny(
+    "tiny-kimi_linear",
     lambda config: new_model(**config),
     {
-        "hidden_size": 12,
+        "hidden_size": 16,
         "num_hidden_layers": 2,
         "vocab_size": 40,
         "intermediate_size": 10,
@@ -42,11 +35,12 @@ TINY = Tiny(  # a delta net with an MLP, an attention with experts
         "linear_head_dim": 4,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
+        "rms_norm_eps": 0.1,
         "kv_lora_rank": 6,
         "qk_nope_head_dim": 4,
         "qk_rope_head_dim": 2,
         "v_head_dim": 5,
-        "num_experts": 4,
+        "num_experts": 2,
         "num_experts_per_token": 2,
         "moe_intermediate_size": 4,
     },

@@ -27,26 +27,27 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from gatedlens.address.point import Point, block_rows
+from gatedlens.address.point import Point
 from gatedlens.compat.names.qwen3_next import ALIASES
 from gatedlens.errors import CheckpointError
 from gatedlens.formats.kimi_linear import TINY
 from gatedlens.formats.transformers_config import KIMI_LINEAR
-from gatedlens.hooks.qwen3_next import UNIT_EPS, LayerKind, unit
+from gatedlens.hooks.qwen3_next import UNIT_EPS, unit
 from gatedlens.model import fields
 from gatedlens.model.base import Wrapped
-from gatedlens.model.block import Block, Sub, SubRows, residual_rows
+from gatedlens.model.block import Block, Sub
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import rows_of
-from gatedlens.model.norm import Norm, eps_of, norm_rows
+from gatedlens.model.norm import Norm, eps_of
 from gatedlens.model.path import PathMixer, Stage, Streams
 from gatedlens.model.run import Run
-from gatedlens.model.stages import Conv, Gate, GroupNorm, Scan, SiLU
+from gatedlens.model.stages import Conv, Gate, GroupNorm, Named, Scan, SiLU
 from gatedlens.model.state import Carried
 from gatedlens.parts.activation import SILU
 from gatedlens.parts.experts import EXPERTS_OUT_UNGATED, Experts, experts_rows, sigmoid_top
 from gatedlens.parts.glu import GatedMlp, gated_mlp_rows
 from gatedlens.parts.latent_attention import LatentAttention, LatentKind, carried_by
+from gatedlens.parts.layer_kind import LayerKind, rows_by_kind
 from gatedlens.parts.positioned import NEXT_POSITION, PositionedModel
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.terms import Terms
@@ -95,8 +96,9 @@ MIXER_ROWS = (
         True,
     ),
     Point("hook_scan", "batch pos channel", "sum over state of q * state / sqrt(state.size)", RULE),
-    Point("hook_scale", "batch pos head", "sqrt(mean over the head's channels of scan^2 + eps)", RMSNORM),
-    Point("hook_normed", "batch pos channel", "o_norm.weight * scan / scale, one weight for all heads", RMSNORM),
+    Point("hook_y", "batch pos channel", "scan (no skip)", BLOCK),
+    Point("hook_scale", "batch pos head", "sqrt(mean over the head's channels of y^2 + eps)", RMSNORM),
+    Point("hook_normed", "batch pos channel", "o_norm.weight * y / scale, one weight for all heads", RMSNORM),
     Point("hook_gate", "batch pos channel", "sigmoid(gate_pre)", BLOCK),
     Point("hook_gated", "batch pos channel", "normed * gate", BLOCK),
 )  # fmt: skip
@@ -117,17 +119,7 @@ CHANNEL_MIXING = {
 }
 
 
-def rows_of_kind(kind: LayerKind) -> tuple[Point, ...]:
-    """The rows of such a block."""
-    part, points, out = MIXING[kind.mixing]
-    ln1, ln2 = norm_rows("ln1", "mixer_in", RMSNORM), norm_rows("ln2", "mlp_in", RMSNORM)
-    mlp, mlp_out = CHANNEL_MIXING[kind.channels]
-    return residual_rows(
-        SubRows("mixer", block_rows(part, points), out, ln1), SubRows("mlp", block_rows("mlp", mlp), mlp_out, ln2)
-    )
-
-
-ROWS = {kind: rows_of_kind(kind) for kind in (LayerKind(mixing, mlp) for mixing in MIXING for mlp in CHANNEL_MIXING)}
+ROWS = rows_by_kind(MIXING, CHANNEL_MIXING)
 
 
 # -- Kimi delta attention -------------------------------------------------------------------------------------------
@@ -164,7 +156,7 @@ class KimiDeltaMixer(PathMixer):
     @property
     def path(self) -> tuple[Stage, ...]:  # type: ignore[override]
         norm = GroupNorm(self.heads, self.norm_eps, name="o_norm", out="normed")
-        return Conv("conv1d", ("q", "k", "x")), SiLU(("q", "k")), Scan(), norm, Gate(sigmoid)
+        return Conv("conv1d", ("q", "k", "x")), SiLU(("q", "k")), Scan(), Named("y"), norm, Gate(sigmoid)
 
     def project(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Streams:
         w, pad, forget = self.weights, run.padding, self.weights.forget_gate

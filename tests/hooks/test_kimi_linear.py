@@ -14,9 +14,9 @@ from tests.helpers import relative
 torch.set_num_threads(1)
 TOKENS = torch.randint(40, (2, 11), generator=torch.Generator().manual_seed(0))
 VARIANTS = {
-    "tiny": {},
-    "the other way round": {"mlp_layer_types": ["sparse", "dense"], "moe_renormalize": False, "attention_bias": True},
-    "narrow queries, groups of experts": {
+    "tiny": {"num_experts": 4, "rms_norm_eps": 1e-5},
+    "the other way round": {"num_experts": 3, "mlp_layer_types": ["sparse", "dense"], "moe_renormalize": False, "attention_bias": True},
+    "narrow queries, groups of experts": {"num_experts": 4,
         "q_lora_rank": 5, "mlp_layer_types": ["sparse", "sparse"], "num_expert_group": 2, "topk_group": 1,
         "num_shared_experts": 2,
     },
@@ -131,7 +131,8 @@ def delta_net(out, c, m, cfg) -> None:
                     scan[b, t, h, v] = c("mixer.hook_state")[b, t, h, v] @ c("mixer.hook_q")[b, t, h] / N**0.5
     rows = {"decay": decay, "write": write, "erase": erase, "probe": probe, "state": states, "scan": scan.flatten(2)}
     out |= {f"mixer.hook_{name}": value for name, value in rows.items()}
-    scan = c("mixer.hook_scan").view(batch, length, H, V)
+    out["mixer.hook_y"] = c("mixer.hook_scan")
+    scan = c("mixer.hook_y").view(batch, length, H, V)
     out["mixer.hook_scale"] = rms(scan, cfg.eps).squeeze(-1)
     out["mixer.hook_normed"] = (m.o_norm.weight * scan / c("mixer.hook_scale")[..., None]).flatten(2)
     out["mixer.hook_gate"] = torch.sigmoid(c("mixer.hook_gate_pre"))
