@@ -8,6 +8,7 @@ model.generate("Call me", max_new_tokens=20, temperature=0.8, seed=0)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
@@ -38,6 +39,7 @@ class ForwardOptions(TypedDict, total=False):
     padding_side: str | None
     start_at_layer: int | None
     stop_at_layer: int | None
+    earlier: Mapping[str, Tensor] | None
     attention_mask: Array | None
     state: RecurrentState | None
     tokens: Tensor | None
@@ -172,6 +174,8 @@ class HookedLanguageModel(ReadsText, HookedModel):
             raise InputError(f"loss_per_token=True with return_type={return_type!r}: ask for 'loss' or 'both'.")
         if start is None and options.get("tokens") is not None:
             raise InputError("tokens=... goes with start_at_layer; otherwise the input holds the tokens.")
+        if start is None and options.get("earlier") is not None:
+            raise InputError("earlier=... goes with start_at_layer; otherwise every block that hands something on runs.")
         if start is not None and prepend_bos:
             raise InputError("prepend_bos=True with start_at_layer: a residual stream takes no BOS.")
 
@@ -232,6 +236,7 @@ class HookedLanguageModel(ReadsText, HookedModel):
         position_ids: Shaped[Tensor, "*document position"] | None = None,
         input_ids: Array | None = None,
         token_type_ids: Array | None = None,
+        earlier: Mapping[str, Tensor] | None = None,
     ) -> ForwardOutput:
         """`model.forward(input)`, called as `logits = model(input)`: `logits = model(input)`: logits [batch, pos,
         d_vocab], the loss, both (an Output) or None, by `return_type`.
@@ -242,14 +247,16 @@ class HookedLanguageModel(ReadsText, HookedModel):
         loss). attention_mask [batch, pos]: 0
         where a position is padding. stop_at_layer: stop before that block and return the residual stream. state:
         continue from a RecurrentState. return_state: return (output, state). position_ids [batch, pos]: each token's
-        place in its document, for architectures that have positions (a 0 starts a new one).
+        place in its document, for architectures that have positions (a 0 starts a new one). earlier: with start_at_layer, the
+        cache of a run (or activations by point) with what blocks before it hand on beside the stream, `model.hands_on`.
         """
         batch, _ = self.prepare(
             input, return_type, loss_per_token, prepend_bos, padding_side, attention_mask=attention_mask,
             start_at_layer=start_at_layer, stop_at_layer=stop_at_layer, state=state, tokens=tokens,
-            input_ids=input_ids, token_type_ids=token_type_ids,
+            input_ids=input_ids, token_type_ids=token_type_ids, earlier=earlier,
         )  # fmt: skip
         run = self.begin(batch, state, return_state, position_ids)
+        run.handed |= {name: earlier[name] for name in self.hands_on if earlier is not None and name in earlier}
         with self._carrying(run):
             if batch.is_resid:
                 known = self.embedding.weight.shape[0]
