@@ -196,7 +196,7 @@ TINY = Tiny(
         "hidden_size": 16,
         "num_hidden_layers": 2,
         "vocab_size": 40,
-        "head_dim": 8,
+        "head_dim": 4,
         "intermediate_size": 24,
         **dict.fromkeys(RANKS.values(), 4),
     },

@@ -174,13 +174,13 @@ class Rwkv7Mixer(PathMixer):
         w_pre = self.hook_w_pre(
             self.by_head(at_least_float32(lora[2].bias) + at_least_float32(low_rank(xw, lora, torch.tanh)))
         )
-        # 0 at a masked position, also after a hook: the state passes unchanged; so for kk and k, nothing is taken or written.
+        # 0 at a masked position, also after a hook: the state passes unchanged; so for kk and k: nothing is taken or written.
         log_decay = pad.zero(self.hook_log_decay(pad.zero(-SLOWEST * torch.sigmoid(w_pre))))
-        a = self.hook_a(self.by_head(torch.sigmoid(w.a_lora.lora[2].bias + low_rank(xa, w.a_lora.lora))))
+        a = self.hook_a(self.by_head(pad.zero(torch.sigmoid(w.a_lora.lora[2].bias + low_rank(xa, w.a_lora.lora)))))
         k = self.hook_k_pre(self.by_head(F.linear(xk, w.k_proj.weight)))
         kk = pad.zero(self.hook_kk(pad.zero(F.normalize(k * w.k_k.reshape(self.heads, -1), dim=-1))))
         k = pad.zero(self.hook_k(pad.zero(k * (1 + (a - 1) * w.k_a.reshape(self.heads, -1)))))
-        x = self.hook_x(self.values(xv, run))
+        x = self.hook_x(pad.zero(self.values(xv, run)))
         if self.layer == 0:
             run.hand_on(FIRST_VALUES, x)
         g = low_rank(xg, w.g_lora.lora, torch.sigmoid)

@@ -20,7 +20,8 @@ from gatedlens.address.point import Point
 from gatedlens.errors import InputError
 from gatedlens.model import text as text_
 from gatedlens.model.base import HookedModel
-from gatedlens.model.batch import Array, Batch, ForwardOutput, Input, Option, Output, check_return_type
+from gatedlens.model.batch import Array, Batch, Earlier, ForwardOutput, Input, Option, Output, check_return_type
+from gatedlens.model.cache import ActivationCache
 from gatedlens.model.generation import generate
 from gatedlens.model.loss import next_token_loss
 from gatedlens.model.state import RecurrentState
@@ -39,7 +40,7 @@ class ForwardOptions(TypedDict, total=False):
     padding_side: str | None
     start_at_layer: int | None
     stop_at_layer: int | None
-    earlier: Mapping[str, Tensor] | None
+    earlier: Earlier
     attention_mask: Array | None
     state: RecurrentState | None
     tokens: Tensor | None
@@ -236,7 +237,7 @@ class HookedLanguageModel(ReadsText, HookedModel):
         position_ids: Shaped[Tensor, "*document position"] | None = None,
         input_ids: Array | None = None,
         token_type_ids: Array | None = None,
-        earlier: Mapping[str, Tensor] | None = None,
+        earlier: Earlier = None,
     ) -> ForwardOutput:
         """`model.forward(input)`, called as `logits = model(input)`: `logits = model(input)`: logits [batch, pos,
         d_vocab], the loss, both (an Output) or None, by `return_type`.
@@ -256,7 +257,7 @@ class HookedLanguageModel(ReadsText, HookedModel):
             input_ids=input_ids, token_type_ids=token_type_ids, earlier=earlier,
         )  # fmt: skip
         run = self.begin(batch, state, return_state, position_ids)
-        run.handed |= {name: earlier[name] for name in self.hands_on if earlier is not None and name in earlier}
+        run.handed |= self._handed(earlier)
         with self._carrying(run):
             if batch.is_resid:
                 known = self.embedding.weight.shape[0]
@@ -279,6 +280,16 @@ class HookedLanguageModel(ReadsText, HookedModel):
             return out
         seen = run.padding.counts(batch.value) + (0 if state is None else state.seen.to(resid.device))
         return out, RecurrentState(run.left or {}, seen, self.cfg.model_name)
+
+    def _handed(self, earlier: Earlier) -> dict[str, Tensor]:
+        """What blocks handed on beside the stream in the run that `earlier` is of."""
+        if earlier is None:
+            return {}
+        if not isinstance(earlier, ActivationCache | Mapping):
+            raise InputError(
+                f"earlier is {type(earlier).__name__}; it must be the cache of a run, or a mapping of points to activations."
+            )
+        return {name: earlier[name] for name in self.hands_on if name in earlier}
 
     if TYPE_CHECKING:
         __call__ = forward  # type: ignore[assignment]  # by the same signatures, which name their options

@@ -92,7 +92,7 @@ class Run:
             raise InputError(
                 f"Two parts of block {layer} leave a state {name!r} ({key}): each needs a name of its own."
             )
-        self.left[key] = value.clone()
+        self.left[key] = value.clone(memory_format=torch.contiguous_format)  # so that entries of it are views
 
 
 @dataclass
