@@ -293,7 +293,8 @@ def _depends(value: Tensor | None, leaves: Mapping[str, Tensor]) -> list[str]:
     """The names of those that a value is computed from."""
     if value is None or not value.requires_grad:
         return []
-    found = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True)
+    # Branches may share what their gates are made of.
+    found = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True, retain_graph=True)
     named = [name for name, gradient in zip(leaves, found, strict=True) if gradient is not None]
     return [name for name in named if not name.endswith(SCALE)]  # a norm's scale is held, behind a gate too
 
