@@ -1,4 +1,4 @@
-"""gatedlens: open up gated-linear recurrent models (Mamba, Mamba-2, Griffin, RWKV, Qwen3-Next, Vision Mamba).
+"""gatedlens: open up gated-linear recurrent models (Mamba, Mamba-2, Griffin, RWKV, RWKV-7, Qwen3-Next, Vision Mamba).
 
     import gatedlens as gl
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from gatedlens.hooks.mamba2 import HookedMamba2
     from gatedlens.hooks.qwen3_next import HookedQwen3Next
     from gatedlens.hooks.rwkv import HookedRWKV
+    from gatedlens.hooks.rwkv7 import HookedRwkv7
     from gatedlens.hooks.vim import HookedViM
     from gatedlens.loading import bundled_models, from_pretrained, wrap
     from gatedlens.model import ActivationCache, HookPoint, HookedConfig, HookedLanguageModel, HookedModel, RecurrentState
@@ -45,7 +46,8 @@ else:
         "attention": ("AttentionStack", "Contributions", "ImplicitAttention", "implicit_attention"),
         "hooks": ("register",),
         "hooks.griffin": ("HookedGriffin",), "hooks.mamba": ("HookedMamba",), "hooks.mamba2": ("HookedMamba2",),
-        "hooks.qwen3_next": ("HookedQwen3Next",), "hooks.rwkv": ("HookedRWKV",), "hooks.vim": ("HookedViM",),
+        "hooks.qwen3_next": ("HookedQwen3Next",), "hooks.rwkv": ("HookedRWKV",), "hooks.rwkv7": ("HookedRwkv7",),
+        "hooks.vim": ("HookedViM",),
         "loading": ("bundled_models", "from_pretrained", "wrap"),
         "model": ("ActivationCache", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "RecurrentState"),
         "model.vision": ("HookedVisionModel",),
@@ -55,8 +57,8 @@ else:
 __all__ = [
     "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError",
     "HookPoint", "HookTable", "HookedConfig", "HookedGriffin", "HookedLanguageModel", "HookedMamba", "HookedMamba2",
-    "HookedModel", "HookedQwen3Next", "HookedRWKV", "HookedViM", "HookedVisionModel", "ImplicitAttention", "InputError",
-    "Point", "PointError", "RecurrentState", "Result", "StoreError", "TooLargeError", "View", "__version__", "ablation",
+    "HookedModel", "HookedQwen3Next", "HookedRWKV", "HookedRwkv7", "HookedViM", "HookedVisionModel", "ImplicitAttention",
+    "InputError", "Point", "PointError", "RecurrentState", "Result", "StoreError", "TooLargeError", "View", "__version__", "ablation",
     "amplify", "attribution", "bundled_models", "circuits", "data", "evaluation", "from_pretrained", "fused",
     "implicit_attention", "knockout", "lens", "metrics", "patching", "plot", "profiles", "register", "states", "steering",
     "store", "tasks", "tracing", "wrap",

@@ -81,7 +81,9 @@ class Unskipped:
         points, order = model.names.points, list(model.names.points)
         for name in SKIP.points(model, self.layers):
             scan = name.replace(SKIP.leaf, SCAN.leaf)
-            inner = [one for one in order[order.index(scan) : order.index(name)] if points[one].axes == points[name].axes]
+            inner = [
+                one for one in order[order.index(scan) : order.index(name)] if points[one].axes == points[name].axes
+            ]
             reads = (inner[-1].rpartition(".")[2],)
             found += EditStep(Where((name,), self.index), lambda y, point, inner: inner, reads).hooks(model)
         return found

@@ -10,7 +10,7 @@
     att.ln_x                                           attn.g_norm
     ffn.{x_k, key, value}                              ffn. the same
 
-and emb, ln_out, head are model.embeddings, model.norm, lm_head. Layer 0 has no v_lora: whatever a file holds there is read by nobody.
+and emb, ln_out, head are model.embeddings, model.norm, lm_head. Layer 0 has no v_lora: what a file holds there is read by nobody.
 The norm behind the scan adds 64e-5 in RWKV-LM and head_dim * norm_eps in fla: the same for heads of 64.
 """
 
@@ -102,9 +102,10 @@ def _layer(config: Mapping[str, Any], number: int) -> nn.Module:
 def _low_rank(d: int, rank: int, bias: bool) -> nn.Module:
     """fla's LoRA: two linear layers, and the place between them for an activation."""
     low = nn.Module()
-    low.lora = nn.Sequential(nn.Linear(d, rank, bias=False), nn.Identity(), nn.Linear(rank, d, bias=bias))
+    last = nn.Linear(rank, d, bias=bias)
+    low.lora = nn.Sequential(nn.Linear(d, rank, bias=False), nn.Identity(), last)
     if bias:
-        nn.init.zeros_(low.lora[2].bias)
+        nn.init.zeros_(last.bias)
     return low
 
 

@@ -1,7 +1,7 @@
 """RWKV-7 "Goose" (Peng et al. 2025, arXiv 2503.14456): token shift, a generalised delta rule on matrix states, a bonus.
 
-b batch, l pos, d d_model, h head, v value and k key (`state`) of a head, c channel = (head value), f d_mlp; n a norm's output, s the
-one of the position before.
+b batch, l pos, d d_model, h head, v value and k key (`state`) of a head, c channel = (head value), f d_mlp; n a norm's output, s
+the one of the position before.
 
     time mix      x_m = n + (s - n) x_m  for m = r, w, k, v, a, g
                   r, k, v = receptance(x_r), key(x_k), value(x_v)
@@ -13,14 +13,14 @@ one of the position before.
                   y = LayerNorm by head(scan) + bonus v          out = output(y g),  g = sigmoid(x_g g1) g2
     channel mix   x_k as above              out = value(relu(key(x_k))^2)
 
-The values of layer 0 reach every layer beside the residual stream: a run that starts at a later layer is given them (`earlier`).
+The values of layer 0 reach every layer beside the residual stream: a run that starts at a later one is given them (`earlier`).
 
 **Implicit attention.** x is v as the scan reads it, v_first in it. A matrix of the scan is its head's alone, so it passes the mean
 over a head's values on by itself, and what the centred norm leaves is S (v - mean v): the layer is that operator, weighed by
 g weight / scale, and beside it the bonus on v itself; r is g bias.
 
-Wraps `Rwkv7Weights` of formats/rwkv7_fla.py, which holds RWKV-LM's .pth or a checkpoint in flash-linear-attention's names, and fla's
-RWKV7ForCausalLM, whose parameters have these names.
+Wraps `Rwkv7Weights` of formats/rwkv7_fla.py, which holds RWKV-LM's .pth or a checkpoint in flash-linear-attention's names, and
+fla's RWKV7ForCausalLM, whose parameters have these names.
 """
 
 from __future__ import annotations
@@ -239,16 +239,21 @@ class Rwkv7Config(HookedConfig):
 
     @property
     def sizes(self) -> dict[str, int]:
-        heads = {"channel": self.n_heads * self.d_head, "head": self.n_heads, "value": self.d_head, "state": self.d_head}
+        heads = {
+            "channel": self.n_heads * self.d_head,
+            "head": self.n_heads,
+            "value": self.d_head,
+            "state": self.d_head,
+        }
         return {**super().sizes, **heads, "d_mlp": self.d_mlp or 0}
 
 
 class HookedRwkv7(HookedLanguageModel):
     """`gl.from_pretrained("RWKV-x070-World-0.4B-v2.9-20250107-ctx4096.pth")`: RWKV-7 with every intermediate a hook point.
 
-    Every layer reads the values of layer 0 beside the residual stream (`hook_v_first`), so a run that starts at a later layer needs
-    them: `model(resid, start_at_layer=3, earlier=cache)`, the cache of a run of these tokens. Documents packed in a row, told apart
-    by `position_ids`, are as if each stood alone.
+    Every layer reads the values of layer 0 beside the residual stream (`hook_v_first`), so a run that starts at a later layer
+    needs them: `model(resid, start_at_layer=3, earlier=cache)`, the cache of a run of these tokens. Documents packed in a row,
+    told apart by `position_ids`, are as if each stood alone.
     """
 
     title = "RWKV-7"

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     Input: TypeAlias = str | Sequence[Any] | Mapping[str, Any] | Tensor | Batch
     Earlier: TypeAlias = ActivationCache | Mapping[str, Tensor] | None
     Array: TypeAlias = Tensor | numpy.ndarray[Any, Any] | Sequence[Any]
-    Option: TypeAlias = Array | str | int | RecurrentState | None
+    Option: TypeAlias = Array | str | int | RecurrentState | Earlier
     ForwardOutput: TypeAlias = Tensor | Output | tuple[Tensor | Output | None, RecurrentState] | None
 else:
     Input = Array = Earlier = Option = ForwardOutput = Any

@@ -176,7 +176,9 @@ class HookedLanguageModel(ReadsText, HookedModel):
         if start is None and options.get("tokens") is not None:
             raise InputError("tokens=... goes with start_at_layer; otherwise the input holds the tokens.")
         if start is None and options.get("earlier") is not None:
-            raise InputError("earlier=... goes with start_at_layer; otherwise every block that hands something on runs.")
+            raise InputError(
+                "earlier=... goes with start_at_layer; otherwise every block that hands something on runs."
+            )
         if start is not None and prepend_bos:
             raise InputError("prepend_bos=True with start_at_layer: a residual stream takes no BOS.")
 

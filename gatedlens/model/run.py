@@ -26,7 +26,9 @@ class Run:
     padding: Padding = field(default_factory=Padding)
     before: RecurrentState | None = None
     left: dict[str, Tensor] | None = None  # None: nobody wants the state
-    handed: dict[str, Tensor] = field(default_factory=dict)  # what blocks hand to later ones beside the stream, by its point
+    handed: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # what blocks hand to later ones beside the stream, by its point
 
     def hand_on(self, name: str, value: Float[Tensor, "batch pos ..."]) -> None:
         """Hand the activation of a point to later blocks of this call, beside the residual stream."""

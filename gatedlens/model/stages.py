@@ -241,7 +241,7 @@ class Gate(Stage):
 class GroupNorm(Stage):
     """out = weight * content / scale, scale = sqrt(mean over a group of channels of content^2 + eps). Its scale is held.
 
-    centred: the content less the group's mean, and a bias: out = weight * (content - mean) / scale + bias, scale = sqrt(var + eps).
+    centred: of the content less the group's mean, with a bias: out = weight * (content - mean) / scale + bias.
     """
 
     groups: int

@@ -140,10 +140,8 @@ class Branch:
         """sum_c weights[c] A[c], no channel apart."""
         taps, length = self.taps, self.factors.x.shape[1]
         left = self.gate * weights
-        if self.scan is not None:
-            total = self.scan.summed(left, self.act, taps)
-        else:
-            total = left.new_zeros(left.shape[0], length, length)
+        nothing = left.new_zeros(left.shape[0], length, length)
+        total = nothing if self.scan is None else self.scan.summed(left, self.act, taps)
         direct = (left * self.skip * self.act) @ taps  # b pos tap
         for k in range(min(taps.shape[1], length)):
             total = total + torch.diag_embed(direct[:, k:, taps.shape[1] - 1 - k], offset=-k)

@@ -45,7 +45,7 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
         return cache[f"blocks.{layer}.{name}"]
 
     H, V = cfg.n_heads, cfg.d_head
-    batch, length, channels = c("mixer.hook_x").shape
+    batch, length, _ = c("mixer.hook_x").shape
     out = {}
 
     def norm(part, weights, x):
@@ -179,7 +179,9 @@ def test_attention_is_the_product_of_the_transitions():
         assert A.check().relative < 1e-12
         scanned, beside = A.branches
         x = get["x"].unflatten(2, (4, 4))
-        assert relative(scanned.x, (x - x.mean(-1, keepdim=True)).flatten(2)) < 1e-13 and torch.equal(beside.x, get["x"])
+        assert relative(scanned.x, (x - x.mean(-1, keepdim=True)).flatten(2)) < 1e-13 and torch.equal(
+            beside.x, get["x"]
+        )
         assert relative(A.bias, get["gate"] * norm.bias) < 1e-13
         dense = A.dense()
         for h, v in ((0, 1), (3, 2)):
@@ -278,14 +280,11 @@ def test_sweeps_that_start_at_a_cached_layer_are_exact(model, side):
     def metric(logits):
         return logits[mask].pow(2).sum()
 
-    for point in ("mixer_out", "mixer.hook_x", "resid_pre", "mixer.hook_v_own"):
-        found = gl.patching.sweep(
-            model, clean_tokens, tokens, metric, point, by=("layer", "pos"), progress=False, **options
-        )
+    for point in ("hook_mixer_out", "mixer.hook_x", "hook_resid_pre", "mixer.hook_v_own", "mixer.hook_xv"):
+        found = gl.patching.sweep(model, tokens, clean, metric, f"blocks.*.{point}", progress=False, **options)
         for layer in range(3):
             for pos in (0, 2, 5):
-                name = model.names.points[f"blocks.{layer}.{point}"] if "." in point else None
-                full = f"blocks.{layer}.{point}" if name else f"blocks.{layer}.hook_{point}"
+                full = f"blocks.{layer}.{point}"
 
                 def put(x, hook, full=full, pos=pos):
                     x = x.clone()
@@ -295,7 +294,25 @@ def test_sweeps_that_start_at_a_cached_layer_are_exact(model, side):
                     return x
 
                 want = metric(model.run_with_hooks(tokens, fwd_hooks=[(full, put)], **options))
-                assert abs(found[layer, pos] - want) < 1e-9 * abs(want), (point, layer, pos)
+                got = found.values[layer, pos]
+                assert abs(got - want) < 1e-10 * abs(want), (point, layer, pos)
+
+
+@torch.no_grad()
+def test_a_sweep_of_states_leaves_the_clean_state(model):
+    """decay 0, erase 0, write the clean state: what is behind goes on from it."""
+    _, clean = model.run_with_cache((TOKENS + 7) % 40, names_filter=everything)
+
+    def metric(logits):
+        return logits[:, -1].pow(2).sum()
+
+    found = gl.patching.sweep(
+        model, TOKENS, clean, metric, "blocks.*.mixer.hook_state", edits=gl.patching.carried, progress=False
+    )
+    for layer, pos in ((0, 3), (1, 0), (2, 7)):
+        with states.patch(clean["state", layer][:, pos], pos, layers=layer).on(model):
+            want = metric(model(TOKENS))
+        assert abs(found.values[layer, pos] - want) < 1e-10 * abs(want)
 
 
 # -- state, padding, documents --------------------------------------------------------------------------------------
