@@ -15,8 +15,8 @@ the one of the position before.
 
 The values of layer 0 reach every layer beside the residual stream: a run that starts at a later one is given them (`earlier`).
 
-**Implicit attention.** x is v as the scan reads it, v_first in it. A matrix of the scan is its head's alone, so it passes the mean
-over a head's values on by itself, and what the centred norm leaves is S (v - mean v): the layer is that operator, weighed by
+**Implicit attention.** x is v as the scan reads it, v_first in it. The scan's matrix is the same for all values of a head, so it
+passes their mean on by itself, and what the centred norm leaves is S (v - mean v): the layer is that operator, weighed by
 g weight / scale, and beside it the bonus on v itself; r is g bias.
 
 Wraps `Rwkv7Weights` of formats/rwkv7_fla.py, which holds RWKV-LM's .pth or a checkpoint in flash-linear-attention's names, and
@@ -276,7 +276,7 @@ class HookedRwkv7(HookedLanguageModel):
         "x": "x (v in the paper, v_first in it); what enters S less its mean over the head",
         "o": "gated",
         "gate": "gate; of S gate * ln_x.weight / scale",
-        "scan": "S[i, j] = r[i] . T[i] ... T[j + 1] k[j], T = diag(decay) - erase probe^T, j <= i, of each head; "
+        "scan": "S[i, j] = r[i] . T[i] ... T[j + 1] k[j], T = diag(exp(log_decay)) - (a * kk) kk^T, j <= i, of each head; "
         "0 where a reset lies between, j < reset <= i",
         "skip": "bonus, a number a head and position",
         "act": "none",
