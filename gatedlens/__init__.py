@@ -44,14 +44,12 @@ else:
     __getattr__ = late(__name__, {
         "address": ("Alias", "HookTable", "Point", "View"),
         "attention": ("AttentionStack", "Contributions", "ImplicitAttention", "implicit_attention"),
-        "hooks": ("register",),
-        "hooks.griffin": ("HookedGriffin",), "hooks.mamba": ("HookedMamba",), "hooks.mamba2": ("HookedMamba2",),
-        "hooks.qwen3_next": ("HookedQwen3Next",), "hooks.rwkv": ("HookedRWKV",), "hooks.rwkv7": ("HookedRwkv7",),
-        "hooks.vim": ("HookedViM",),
+        "hooks": ("register",), "hooks.griffin": ("HookedGriffin",), "hooks.mamba": ("HookedMamba",),
+        "hooks.mamba2": ("HookedMamba2",), "hooks.qwen3_next": ("HookedQwen3Next",), "hooks.rwkv": ("HookedRWKV",),
+        "hooks.rwkv7": ("HookedRwkv7",), "hooks.vim": ("HookedViM",),
         "loading": ("bundled_models", "from_pretrained", "wrap"),
         "model": ("ActivationCache", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "RecurrentState"),
-        "model.vision": ("HookedVisionModel",),
-        "result": ("Result",),
+        "model.vision": ("HookedVisionModel",), "result": ("Result",),
     })
 
 __all__ = [
