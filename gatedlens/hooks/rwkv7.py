@@ -37,7 +37,9 @@ from torch import Tensor
 from gatedlens.address.point import Point, block_rows
 from gatedlens.compat.names.rwkv7 import ALIASES
 from gatedlens.errors import CheckpointError
-from gatedlens.formats.rwkv7_fla import TINY, Rwkv7Layout
+from gatedlens.formats.rwkv7_fla import FIELDS, TINY, Rwkv7Layout
+from gatedlens.formats.transformers_config import config_of
+from gatedlens.model import fields
 from gatedlens.model.base import Wrapped
 from gatedlens.model.block import Block, Sub, SubRows, residual_rows
 from gatedlens.model.config import HookedConfig
@@ -194,7 +196,7 @@ class Rwkv7Mixer(PathMixer):
             return own
         first = self.hook_v_first(run.handed_on(FIRST_VALUES, self.layer, own))
         mix = self.hook_v_mix(torch.sigmoid(w.v_lora.lora[2].bias + low_rank(xv, w.v_lora.lora)))
-        return torch.lerp(own, first, mix)
+        return own + (first - own) * mix
 
     def select(self, u: Content, streams: Streams, run: Run) -> None:
         streams["bonus"] = self.hook_bonus((streams["r"] * streams["k"] * self.weights.r_k).sum(-1))
@@ -301,6 +303,7 @@ class HookedRwkv7(HookedLanguageModel):
     @classmethod
     def describe(cls, wrapped: Wrapped, model_name: str) -> Rwkv7Config:
         """The cfg of a wrapped model, from the shapes of its parameters."""
+        fields.check(config_of(wrapped), FIELDS, f"{model_name}'s config")
         backbone = wrapped.model
         if len(backbone.layers) == 0:
             raise CheckpointError(f"{model_name} has no layers.")
