@@ -15,9 +15,11 @@ torch.set_num_threads(1)
 TOKENS = torch.randint(40, (2, 11), generator=torch.Generator().manual_seed(0))
 VARIANTS = {
     "tiny": {"num_experts": 4, "rms_norm_eps": 1e-5},
-    "the other way round": {"num_experts": 3, "mlp_layer_types": ["sparse", "dense"], "moe_renormalize": False, "attention_bias": True},
-    "narrow queries, groups of experts": {"num_experts": 4,
-        "q_lora_rank": 5, "mlp_layer_types": ["sparse", "sparse"], "num_expert_group": 2, "topk_group": 1,
+    "the other way round": {
+        "num_experts": 3, "mlp_layer_types": ["sparse", "dense"], "moe_renormalize": False, "attention_bias": True,
+    },
+    "narrow queries, groups of experts": {
+        "num_experts": 4, "q_lora_rank": 5, "mlp_layer_types": ["sparse", "sparse"], "num_expert_group": 2, "topk_group": 1,
         "num_shared_experts": 2,
     },
     "narrow queries, no experts": {"q_lora_rank": 5, "mlp_layer_types": ["dense", "dense"], "linear_conv_kernel_dim": 2},
