@@ -31,7 +31,7 @@ TINY = Tiny(
         "intermediate_size": 10,
         "layer_types": ["linear_attention", "full_attention"],
         "mlp_layer_types": ["dense", "sparse"],
-        "linear_num_heads": 3,
+        "linear_num_heads": 4,
         "linear_head_dim": 4,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,

@@ -62,21 +62,32 @@ def sigmoid_top(
     2412.19437, eq. 13 to 16.
     """
 
-    def routing(logits: Float[Tensor, "... expert"]) -> Float[Tensor, "... expert"]:
-        shares = torch.sigmoid(at_least_float32(logits))
-        choice = shares if router is None else shares + router.e_score_correction_bias.to(shares)
-        if top_groups < groups:
-            by_group = choice.unflatten(-1, (groups, -1))
-            worth = by_group.topk(2, dim=-1).values.sum(-1)
-            kept = torch.zeros_like(worth).scatter(-1, worth.topk(top_groups, dim=-1).indices, 1.0)
-            choice = by_group.masked_fill(kept.unsqueeze(-1) == 0, -torch.inf).flatten(-2)
-        which = choice.topk(k, dim=-1).indices
-        top = shares.gather(-1, which)
-        if normalised:
-            top = top / (top.sum(-1, keepdim=True) + 1e-20)
-        return torch.zeros_like(shares).scatter(-1, which, top * scale).to(logits.dtype)
+    return partial(
+        _sigmoid_top, k=k, router=router, groups=groups, top_groups=top_groups, normalised=normalised, scale=scale
+    )
 
-    return routing
+
+def _sigmoid_top(
+    logits: Float[Tensor, "... expert"],
+    k: int,
+    router: Any,
+    groups: int,
+    top_groups: int,
+    normalised: bool,
+    scale: float,
+) -> Float[Tensor, "... expert"]:
+    shares = torch.sigmoid(at_least_float32(logits))
+    choice = shares if router is None else shares + router.e_score_correction_bias.to(shares)
+    if top_groups < groups:
+        by_group = choice.unflatten(-1, (groups, -1))
+        worth = by_group.topk(2, dim=-1).values.sum(-1)
+        kept = torch.zeros_like(worth).scatter(-1, worth.topk(top_groups, dim=-1).indices, 1.0)
+        choice = by_group.masked_fill(kept.unsqueeze(-1) == 0, -torch.inf).flatten(-2)
+    which = choice.topk(k, dim=-1).indices
+    top = shares.gather(-1, which)
+    if normalised:
+        top = top / (top.sum(-1, keepdim=True) + 1e-20)
+    return torch.zeros_like(shares).scatter(-1, which, top * scale).to(logits.dtype)
 
 
 def experts_rows(

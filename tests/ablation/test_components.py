@@ -95,7 +95,8 @@ def first_layer(model, cache):
     def before_the_gate(y):
         if "blocks.0.mixer.hook_normed" not in cache.cache_dict:
             return y
-        heads, norm = y.unflatten(-1, (model.cfg.n_value_heads, -1)), model.wrapped.model.layers[0].linear_attn.norm
+        mixer, named = model.blocks[0].mixer, {"kimi_linear": "o_norm", "qwen3_next": "norm"}
+        heads, norm = y.unflatten(-1, (mixer.heads, -1)), getattr(mixer.weights, named[model.cfg.architecture])
         return (norm.weight * heads / (heads.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()).flatten(-2)
 
     def multiplied(stem, scan):

@@ -278,7 +278,7 @@ def test_the_implicit_attention_reconstructs_every_layer(model):
 @torch.no_grad()
 def test_a_patched_state_is_a_fresh_start_from_it():
     model = tiny()
-    new = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    new = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
     _, before = model(TOKENS[:, :4], return_state=True)
     with gl.states.patch(new, pos=3, layers=0).on(model):
         scan = model.run_with_cache(TOKENS, names_filter="*.hook_scan")[1]["scan", 0]
