@@ -1,4 +1,4 @@
-"""gatedlens: open up gated-linear recurrent models (Mamba, Mamba-2, Griffin, RWKV, Qwen3-Next, Vision Mamba).
+"""gatedlens: open up gated-linear recurrent models (Mamba, Mamba-2, Griffin, RWKV, Qwen3-Next, Kimi Linear, Vision Mamba).
 
     import gatedlens as gl
 
@@ -28,13 +28,10 @@ if TYPE_CHECKING:
     )
     from gatedlens.address import Alias, HookTable, Point, View
     from gatedlens.attention import AttentionStack, Contributions, ImplicitAttention, implicit_attention
-    from gatedlens.hooks import register
-    from gatedlens.hooks.griffin import HookedGriffin
-    from gatedlens.hooks.mamba import HookedMamba
-    from gatedlens.hooks.mamba2 import HookedMamba2
-    from gatedlens.hooks.qwen3_next import HookedQwen3Next
-    from gatedlens.hooks.rwkv import HookedRWKV
-    from gatedlens.hooks.vim import HookedViM
+    from gatedlens.hooks import (
+        HookedGriffin, HookedKimiLinear, HookedMamba, HookedMamba2, HookedQwen3Next, HookedRWKV, HookedRWKV7,
+        HookedViM, register,
+    )
     from gatedlens.loading import bundled_models, from_pretrained, wrap
     from gatedlens.model import ActivationCache, HookPoint, HookedConfig, HookedLanguageModel, HookedModel, RecurrentState
     from gatedlens.model.vision import HookedVisionModel
@@ -43,23 +40,23 @@ else:
     __getattr__ = late(__name__, {
         "address": ("Alias", "HookTable", "Point", "View"),
         "attention": ("AttentionStack", "Contributions", "ImplicitAttention", "implicit_attention"),
-        "hooks": ("register",),
-        "hooks.griffin": ("HookedGriffin",), "hooks.mamba": ("HookedMamba",), "hooks.mamba2": ("HookedMamba2",),
-        "hooks.qwen3_next": ("HookedQwen3Next",), "hooks.rwkv": ("HookedRWKV",), "hooks.vim": ("HookedViM",),
+        "hooks": (
+            "HookedGriffin", "HookedKimiLinear", "HookedMamba", "HookedMamba2", "HookedQwen3Next", "HookedRWKV",
+            "HookedRWKV7", "HookedViM", "register",
+        ),
         "loading": ("bundled_models", "from_pretrained", "wrap"),
         "model": ("ActivationCache", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "RecurrentState"),
-        "model.vision": ("HookedVisionModel",),
-        "result": ("Result",),
+        "model.vision": ("HookedVisionModel",), "result": ("Result",),
     })
 
 __all__ = [
     "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError",
-    "HookPoint", "HookTable", "HookedConfig", "HookedGriffin", "HookedLanguageModel", "HookedMamba", "HookedMamba2",
-    "HookedModel", "HookedQwen3Next", "HookedRWKV", "HookedViM", "HookedVisionModel", "ImplicitAttention", "InputError",
-    "Point", "PointError", "RecurrentState", "Result", "StoreError", "TooLargeError", "View", "__version__", "ablation",
-    "amplify", "attribution", "bundled_models", "circuits", "data", "evaluation", "from_pretrained", "fused",
-    "implicit_attention", "knockout", "lens", "metrics", "patching", "plot", "profiles", "register", "states", "steering",
-    "store", "tasks", "tracing", "wrap",
+    "HookPoint", "HookTable", "HookedConfig", "HookedGriffin", "HookedKimiLinear", "HookedLanguageModel", "HookedMamba",
+    "HookedMamba2", "HookedModel", "HookedQwen3Next", "HookedRWKV", "HookedRWKV7", "HookedViM", "HookedVisionModel",
+    "ImplicitAttention", "InputError", "Point", "PointError", "RecurrentState", "Result", "StoreError", "TooLargeError",
+    "View", "__version__", "ablation", "amplify", "attribution", "bundled_models", "circuits", "data", "evaluation",
+    "from_pretrained", "fused", "implicit_attention", "knockout", "lens", "metrics", "patching", "plot", "profiles",
+    "register", "states", "steering", "store", "tasks", "tracing", "wrap",
 ]
 # isort: on
 # fmt: on

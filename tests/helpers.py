@@ -48,6 +48,14 @@ def kept(cache, stem: str, state: torch.Tensor, t: int) -> torch.Tensor:
     return left - cache[f"{stem}hook_erase"][:, t] * found
 
 
+def earlier(model, input) -> dict:
+    """What a run of `input` that starts at a later layer has to be given beside the residual stream."""
+    if not model.hands_on:
+        return {}
+    with torch.no_grad():
+        return {"earlier": model.run_with_cache(input, names_filter=list(model.hands_on))[1]}
+
+
 def at_real(x: torch.Tensor, mask: torch.Tensor | None, pos: int, dim: int) -> torch.Tensor:
     """Of each row of `x` the entry along `dim` at the row's real position `pos`, negative ones from its last."""
     places = [pos if mask is None else mask[row].nonzero().flatten()[pos] for row in range(len(x))]

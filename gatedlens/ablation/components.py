@@ -68,6 +68,27 @@ class BesideContent:
         return found
 
 
+@dataclass(frozen=True)
+class Unskipped:
+    """y without its skip: what the skip was added to, the scan or what a norm in front of y has made of it."""
+
+    layers: Layers
+    index: Mapping[str, Index]
+
+    def hooks(self, model: HookedModel) -> list[tuple[str, Callable[..., Any]]]:
+        """[(name, hook)], in the order in which they must be put on."""
+        found: list[tuple[str, Callable[..., Any]]] = []
+        points, order = model.names.points, list(model.names.points)
+        for name in SKIP.points(model, self.layers):
+            scan = name.replace(SKIP.leaf, SCAN.leaf)
+            inner = [
+                one for one in order[order.index(scan) : order.index(name)] if points[one].axes == points[name].axes
+            ]
+            reads = (inner[-1].rpartition(".")[2],)
+            found += EditStep(Where((name,), self.index), lambda y, point, inner: inner, reads).hooks(model)
+        return found
+
+
 def open_gate(layers: Layers = "*", **index: Index) -> Intervention:
     """`gl.ablation.open_gate(layers=[0, 2], channel=[3])`: gate = 1, so the mixer's output passes as it is.
 
@@ -90,8 +111,10 @@ def no_scan(layers: Layers = "*", **index: Index) -> Intervention:
 
 
 def no_skip(layers: Layers = "*", **index: Index) -> Intervention:
-    """`gl.ablation.no_skip()`: y = scan, without what passes by it. layers, index, errors: as of `gl.ablation.open_gate`."""
-    return _step(SKIP, lambda y, point, scan: scan, layers, index, "hook_scan")
+    """`gl.ablation.no_skip()`: y = scan (RWKV-7: its norm), without what passes by it. layers, index, errors: as of
+    `gl.ablation.open_gate`.
+    """
+    return Intervention((Unskipped(layers, index),))
 
 
 def identity_conv(layers: Layers = "*", **index: Index) -> Intervention:

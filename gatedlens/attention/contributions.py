@@ -208,7 +208,8 @@ def _only_tap(factors: Factors, parts: tuple[str, ...], back: int) -> Factors:
     taps = Branch(factors, parts).taps
     width = taps.shape[1]
     own = taps[:, width - 1 - back].unsqueeze(1) if back < width else torch.zeros_like(taps[:, :1])
-    return replace(factors, taps=torch.cat([own, own.new_zeros(len(own), back)], dim=1), drift=None, start=None)
+    taps = torch.cat([own, own.new_zeros(len(own), back)], dim=1)
+    return replace(factors, taps=taps, drift=None, start=None, rest=None)
 
 
 def _folded(factors: Factors, parts: tuple[str, ...]) -> Factors:

@@ -67,7 +67,10 @@ def official_rows(
     if steps.own:
         return rows(replace(attention, branches=branches), read)
     packed = attention.padding.pack(own.unsqueeze(-1)).squeeze(-1)
-    bare = (replace(f, scan=f.scan.undecayed(packed.flip(1) if f.reverse else packed)) for f in branches)
+    bare = (
+        f if f.scan is None else replace(f, scan=f.scan.undecayed(packed.flip(1) if f.reverse else packed))
+        for f in branches
+    )
     return rows(replace(attention, branches=tuple(bare)), read).masked_fill(own.unsqueeze(-1), 0)
 
 

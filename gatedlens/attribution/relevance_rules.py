@@ -6,8 +6,8 @@
 
     flows        a mixer's relevance goes back through its operator, o = A x + r, with A held as it is: from its output point to
                  what x is read from, and in equal parts to its gate where that has content. Nothing else inside gets any
-    detached     weighs content and carries none: gets no relevance. Every norm's scale, a channel mixer's sigmoid, and the
-                 weights of experts
+    detached     weighs content and carries none: gets no relevance. Every norm's scale, a channel mixer's sigmoid, one by which
+                 a mixer weighs what it reads, and the weights of experts
     shared       the relevance of a point goes in equal parts to the points that it reads, as if it were linear in each
 
 Norms, SiLU and the scan follow Jafari et al. 2024 (MambaLRP, arXiv 2406.07592). Of gates there are two kinds, so `gates` is a
@@ -51,7 +51,7 @@ ACTIVATION = re.compile(r"(\w+)\(([\w.]+)\)")  # the equation of a gate: an acti
 HAS_CONTENT = ("silu", "swish", "gelu", "gelu_tanh", "relu", "elu", "mish", "hardswish", "tanh")  # 0 at 0
 WEIGHS = ("sigmoid", "hardsigmoid", "softplus", "exp")  # not 0 at 0
 GATES = ("content", "half", "none")
-SCALE, ROUTING = ".hook_scale", ".hook_expert_weights"
+SCALE, GATE, ROUTING = ".hook_scale", ".hook_gate", ".hook_expert_weights"
 NORMED, LOGITS = "ln_final.hook_out", "hook_logits"
 
 
@@ -110,7 +110,7 @@ class Rules:
             raise InputError(f"gates={gates!r}: it is {', '.join(map(repr, GATES))}.{did_you_mean(str(gates), GATES)}")
         mixers = tuple(f"blocks.{layer}.{block.mixer.place}." for layer, block in enumerate(model.blocks))
         outside = [name for name in model.names.points if not name.startswith(mixers)]
-        scales = [name for name in model.names.points if name.endswith(SCALE)]
+        scales = [name for name in model.names.points if name.endswith(SCALE) or _mixes(model, name, mixers)]
         weights = _weights(model, mixers, outside, gates)
         shares = tuple(_shares(model, mixers, set(weights)))
         _refuse_unknown(model, weights, shares)
@@ -139,11 +139,16 @@ class Rules:
             yield model
 
 
+def _mixes(model: HookedModel, name: str, mixers: tuple[str, ...]) -> bool:
+    """Whether a point only weighs what a mixer reads, as RWKV-7's share of the values of layer 0."""
+    return name.startswith(mixers) and model.names.points[name].equation.startswith(SIGMOID) and not name.endswith(GATE)
+
+
 def _weights(model: HookedModel, mixers: tuple[str, ...], outside: list[str], gates: str) -> list[str]:
     """What gets no relevance in channel mixers: gates, by the choice, and always the weights of experts. "half" is of products
     that a row of SHARES knows.
     """
-    every, routed = ([name for name in outside if name.endswith(end)] for end in (".hook_gate", ROUTING))
+    every, routed = ([name for name in outside if name.endswith(end)] for end in (GATE, ROUTING))
     if gates == "content":
         every = [name for name in every if model.names.points[name].equation.startswith(SIGMOID)]
     elif gates == "half":
@@ -288,7 +293,8 @@ def _depends(value: Tensor | None, leaves: Mapping[str, Tensor]) -> list[str]:
     """The names of those that a value is computed from."""
     if value is None or not value.requires_grad:
         return []
-    found = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True)
+    # Branches may share what their gates are made of.
+    found = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True, retain_graph=True)
     named = [name for name, gradient in zip(leaves, found, strict=True) if gradient is not None]
     return [name for name in named if not name.endswith(SCALE)]  # a norm's scale is held, behind a gate too
 

@@ -24,7 +24,7 @@ FIELDS = {
     "ctx_len": SIZE,
     "rescale_layer": INTEGER,
 }
-MARKS = {"7": ("att.x_r", "att.r_k"), "6": ("att.time_maa_",), "5": ("att.ln_x.", "att.time_faaaa", "att.gate.")}
+MARKS = {"6": ("att.time_maa_",), "5": ("att.ln_x.", "att.time_faaaa", "att.gate.")}
 
 
 def check_version(names: Iterable[str]) -> None:
@@ -32,7 +32,7 @@ def check_version(names: Iterable[str]) -> None:
     for version, marks in MARKS.items():
         found = next((name for name in names if any(mark in name for mark in marks)), None)
         if found is not None:
-            raise CheckpointError(f"This is RWKV-{version} (it has {found}); gatedlens supports RWKV-4.")
+            raise CheckpointError(f"This is RWKV-{version} (it has {found}); gatedlens supports RWKV-4 and RWKV-7.")
 
 
 def new_model(config: Mapping[str, Any]) -> nn.Module:
@@ -69,6 +69,8 @@ class RwkvLm(Layout):
     ) -> dict[str, Any] | None:
         """The arguments behind an official RWKV-4 .pth, read off its shapes; None if it is not one."""
         if "emb.weight" not in state or not any(name.startswith("blocks.") and ".att." in name for name in state):
+            return None
+        if "blocks.0.att.r_k" in state:  # RWKV-7's: see rwkv7_fla.py
             return None
         check_version(state)
         vocab_size, width = shape_of(state, "emb.weight", 2)

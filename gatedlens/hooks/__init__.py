@@ -17,8 +17,29 @@ from gatedlens.errors import InputError, did_you_mean
 from gatedlens.late import late
 from gatedlens.model.base import HookedModel
 
-if not TYPE_CHECKING:  # a checker would take every misspelt name for an architecture
-    __getattr__ = late(__name__, {})  # `gatedlens.hooks.mamba`, whether or not a Mamba was asked for before
+# The files, and a class of each: loaded when it is first asked for, whether or not its file was asked for before. Checkers and
+# editors read the imports, Python the table.
+if TYPE_CHECKING:
+    from gatedlens.hooks.griffin import HookedGriffin as HookedGriffin
+    from gatedlens.hooks.kimi_linear import HookedKimiLinear as HookedKimiLinear
+    from gatedlens.hooks.mamba import HookedMamba as HookedMamba
+    from gatedlens.hooks.mamba2 import HookedMamba2 as HookedMamba2
+    from gatedlens.hooks.qwen3_next import HookedQwen3Next as HookedQwen3Next
+    from gatedlens.hooks.rwkv import HookedRWKV as HookedRWKV
+    from gatedlens.hooks.rwkv7 import HookedRWKV7 as HookedRWKV7
+    from gatedlens.hooks.vim import HookedViM as HookedViM
+else:
+    CLASSES = {
+        "griffin": ("HookedGriffin",),
+        "kimi_linear": ("HookedKimiLinear",),
+        "mamba": ("HookedMamba",),
+        "mamba2": ("HookedMamba2",),
+        "qwen3_next": ("HookedQwen3Next",),
+        "rwkv": ("HookedRWKV",),
+        "rwkv7": ("HookedRWKV7",),
+        "vim": ("HookedViM",),
+    }
+    __getattr__ = late(__name__, CLASSES)
 
 GROUP = "gatedlens.architectures"
 NEEDED = ("title", "wraps", "block_points", "recurrence", "attention_words")  # what every architecture says of itself

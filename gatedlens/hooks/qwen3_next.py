@@ -28,14 +28,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatedlens.address.point import Point, block_rows
+from gatedlens.address.point import Point
 from gatedlens.compat.names.qwen3_next import ALIASES
 from gatedlens.errors import CheckpointError
 from gatedlens.formats.qwen3_next import TINY
 from gatedlens.formats.transformers_config import QWEN3_NEXT
 from gatedlens.model import fields
 from gatedlens.model.base import Wrapped
-from gatedlens.model.block import Block, Sub, SubRows, residual_rows
+from gatedlens.model.block import Block, Sub
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import rows_of
 from gatedlens.model.norm import GemmaNorm, Norm, eps_of, norm_rows
@@ -47,6 +47,7 @@ from gatedlens.parts.activation import SILU
 from gatedlens.parts.attention import CARRIED_WINDOW, Attention, AttentionKind
 from gatedlens.parts.experts import EXPERTS_OUT, Experts, experts_rows, softmax_top
 from gatedlens.parts.glu import GatedMlp, gated_mlp_rows
+from gatedlens.parts.layer_kind import LayerKind, rows_by_kind
 from gatedlens.parts.positioned import NEXT_POSITION, PositionedModel
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.terms import Terms
@@ -113,34 +114,13 @@ CHANNEL_MIXING = {
 }
 
 
-class LayerKind(NamedTuple):
-    """What stands in a layer: "delta net" or "attention", then "MLP" or "experts"."""
-
-    mixing: str
-    channels: str
-
-    def __str__(self) -> str:
-        return f"{self.mixing}, {self.channels}"
-
-    def rows(self) -> tuple[Point, ...]:
-        """The rows of such a block."""
-        part, points, out = MIXING[self.mixing]
-        ln1, ln2 = norm_rows("ln1", "mixer_in", RMSNORM, NORMED), norm_rows("ln2", "mlp_in", RMSNORM, NORMED)
-        mlp, mlp_out = CHANNEL_MIXING[self.channels]
-        return residual_rows(
-            SubRows("mixer", block_rows(part, points), out, ln1), SubRows("mlp", block_rows("mlp", mlp), mlp_out, ln2)
-        )
-
-    @staticmethod
-    def of(layer: Wrapped) -> LayerKind:
-        """That of a wrapped layer, by the parts it has: configs name it differently from one transformers to the next."""
-        attends, chooses = "self_attn" in layer._modules, "experts" in layer.mlp._modules
-        return LayerKind("attention" if attends else "delta net", "experts" if chooses else "MLP")
+def kind_of(layer: Wrapped) -> LayerKind:
+    """What a wrapped layer is, by the parts it has: configs name it differently from one transformers to the next."""
+    attends, chooses = "self_attn" in layer._modules, "experts" in layer.mlp._modules
+    return LayerKind("attention" if attends else "delta net", "experts" if chooses else "MLP")
 
 
-ROWS = {
-    LayerKind(mixing, channels): LayerKind(mixing, channels).rows() for mixing in MIXING for channels in CHANNEL_MIXING
-}
+ROWS = rows_by_kind(MIXING, CHANNEL_MIXING, NORMED)
 
 
 # -- the gated delta net --------------------------------------------------------------------------------------------
@@ -369,7 +349,7 @@ class HookedQwen3Next(PositionedModel):
             raise CheckpointError(
                 f"{model_name} has rope_type={rope!r}, frequencies that go by length: it is not supported."
             )
-        weight, kinds = model.embed_tokens.weight, tuple(map(LayerKind.of, layers))
+        weight, kinds = model.embed_tokens.weight, tuple(map(kind_of, layers))
         mlps = {kind.channels: layer.mlp for kind, layer in zip(kinds, layers, strict=True)}
         experts: dict[str, Any] = {}
         if "experts" in mlps:

@@ -165,19 +165,11 @@ class RwkvNorm(Norm):
 
 
 class RwkvMix(TokenMixing):
-    """What both mixes share: the token shift (a mixing of neighbours), and weights that may be scaled."""
+    """What both mixes share: weights that may be scaled."""
 
     def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, rescale: Rescale):
         super().__init__(weights, rows, layer)
         self.rescale = rescale
-
-    def shifted(self, n: Float[Tensor, "batch pos d_model"], run: Run, tail: str) -> Float[Tensor, "batch pos d_model"]:
-        """n[pos - 1]: across padding and calls; zero before the first token of a document."""
-        before = run.start(tail, self.layer, (n.shape[0], 1, n.shape[2]), n)
-        long, within = run.padding.behind(n, before), run.in_document(2)
-        run.leave(tail, self.layer, run.padding.tail(run.of_last_document(long, 2), 2))
-        shift = long[:, :-1]
-        return run.padding.spread(shift if within is None else shift * within[..., 0])
 
 
 def _mix(n: Tensor, shift: Tensor, share: Tensor) -> Tensor:

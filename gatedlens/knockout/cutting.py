@@ -42,12 +42,14 @@ def token(branch: Branch, src: Tensor, dst: Tensor) -> Float[Tensor, "batch pos 
 
 def write(branch: Branch, src: Tensor, dst: Tensor) -> Float[Tensor, "batch pos channel"]:
     """gate S (u src)"""
-    return branch.gate * branch.factors.scan.apply(branch.entering() * src)
+    return branch.passed_on(branch.entering() * src)
 
 
 def share(branch: Branch, src: Tensor, dst: Tensor) -> Float[Tensor, "batch pos channel"]:
     """gate (S u - S (u kept) / S kept), kept = 1 - src, each S with what a state carried."""
-    scan, u, start = branch.factors.scan, branch.entering(), branch.factors.start
+    scan, u, start = branch.scan, branch.entering(), branch.factors.start
+    if scan is None:  # what passes by the scan has no share of its mass
+        return torch.zeros_like(u)
     kept = torch.where(dst.bool(), scan.mass((1 - src).expand_as(u).contiguous()), 1.0)
     if bool((kept <= 0).any()):
         raise InputError(
@@ -129,7 +131,10 @@ def _lost(attention: ImplicitAttention, together: list[Cutting], tensor: Tensor,
         real = torch.ones(tensor.shape[:2], dtype=torch.bool, device=tensor.device)
     wanted: dict[int, dict[Way, list[tuple[Tensor, Tensor]]]] = {}
     for cutting in together:
-        numbers = [mixer.scans.index(name) for name in scans_of(mixer, cutting.cut.scan)]
+        chosen = scans_of(mixer, cutting.cut.scan)
+        # A scan may have several branches, in a row: what passes by it is one of its own.
+        each = len(attention.branches) // len(mixer.scans)
+        numbers = [n for n in range(len(attention.branches)) if mixer.scans[n // each] in chosen]
         edges = cutting.cut.edges.matrix(real, visible([attention.branches[n] for n in numbers]))
         for number in numbers:
             ways = wanted.setdefault(number, {})

@@ -79,6 +79,7 @@ class HookedModel(Hooking):
     views: ClassVar[tuple[View, ...]] = ()
     has_positions: ClassVar[bool] = False  # whether position_ids mean anything to it: they tell packed documents apart
     carried: ClassVar[Mapping[str, Carried]] = CARRIED  # what a RecurrentState holds of a layer, by name
+    hands_on: ClassVar[tuple[str, ...]] = ()  # the points that later blocks read beside the residual stream
     cfg: HookedConfig
     blocks: Sequence[Block]  # an nn.ModuleList of them
     wrapped: Any

@@ -45,16 +45,19 @@ class Output(NamedTuple):
 #                a tokenizer's mapping
 # Array          numbers: a tensor, numpy's array, lists
 # Option         what `forward` takes beside its input; run_with_cache and run_with_hooks hand it on
+# Earlier        what blocks before the first that runs hand on: the cache of a run, or activations by point
 # ForwardOutput  what `forward` gives: logits, a loss, a residual stream, or as `return_type` and `return_state` say
 if TYPE_CHECKING:
+    from gatedlens.model.cache import ActivationCache
     from gatedlens.model.state import RecurrentState
 
     Input: TypeAlias = str | Sequence[Any] | Mapping[str, Any] | Tensor | Batch
+    Earlier: TypeAlias = ActivationCache | Mapping[str, Tensor] | None
     Array: TypeAlias = Tensor | numpy.ndarray[Any, Any] | Sequence[Any]
-    Option: TypeAlias = Array | str | int | RecurrentState | None
+    Option: TypeAlias = Array | str | int | RecurrentState | Earlier
     ForwardOutput: TypeAlias = Tensor | Output | tuple[Tensor | Output | None, RecurrentState] | None
 else:
-    Input = Array = Option = ForwardOutput = Any
+    Input = Array = Earlier = Option = ForwardOutput = Any
 
 
 def check_return_type(return_type: Any) -> None:

@@ -8,6 +8,7 @@ model.generate("Call me", max_new_tokens=20, temperature=0.8, seed=0)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
@@ -19,7 +20,8 @@ from gatedlens.address.point import Point
 from gatedlens.errors import InputError
 from gatedlens.model import text as text_
 from gatedlens.model.base import HookedModel
-from gatedlens.model.batch import Array, Batch, ForwardOutput, Input, Option, Output, check_return_type
+from gatedlens.model.batch import Array, Batch, Earlier, ForwardOutput, Input, Option, Output, check_return_type
+from gatedlens.model.cache import ActivationCache
 from gatedlens.model.generation import generate
 from gatedlens.model.loss import next_token_loss
 from gatedlens.model.state import RecurrentState
@@ -38,6 +40,7 @@ class ForwardOptions(TypedDict, total=False):
     padding_side: str | None
     start_at_layer: int | None
     stop_at_layer: int | None
+    earlier: Earlier
     attention_mask: Array | None
     state: RecurrentState | None
     tokens: Tensor | None
@@ -172,6 +175,10 @@ class HookedLanguageModel(ReadsText, HookedModel):
             raise InputError(f"loss_per_token=True with return_type={return_type!r}: ask for 'loss' or 'both'.")
         if start is None and options.get("tokens") is not None:
             raise InputError("tokens=... goes with start_at_layer; otherwise the input holds the tokens.")
+        if start is None and options.get("earlier") is not None:
+            raise InputError(
+                "earlier=... goes with start_at_layer; otherwise every block that hands something on runs."
+            )
         if start is not None and prepend_bos:
             raise InputError("prepend_bos=True with start_at_layer: a residual stream takes no BOS.")
 
@@ -232,6 +239,7 @@ class HookedLanguageModel(ReadsText, HookedModel):
         position_ids: Shaped[Tensor, "*document position"] | None = None,
         input_ids: Array | None = None,
         token_type_ids: Array | None = None,
+        earlier: Earlier = None,
     ) -> ForwardOutput:
         """`model.forward(input)`, called as `logits = model(input)`: `logits = model(input)`: logits [batch, pos,
         d_vocab], the loss, both (an Output) or None, by `return_type`.
@@ -242,14 +250,16 @@ class HookedLanguageModel(ReadsText, HookedModel):
         loss). attention_mask [batch, pos]: 0
         where a position is padding. stop_at_layer: stop before that block and return the residual stream. state:
         continue from a RecurrentState. return_state: return (output, state). position_ids [batch, pos]: each token's
-        place in its document, for architectures that have positions (a 0 starts a new one).
+        place in its document, for architectures that have positions (a 0 starts a new one). earlier: with start_at_layer, the
+        cache of a run (or activations by point) with what blocks before it hand on beside the stream, `model.hands_on`.
         """
         batch, _ = self.prepare(
             input, return_type, loss_per_token, prepend_bos, padding_side, attention_mask=attention_mask,
             start_at_layer=start_at_layer, stop_at_layer=stop_at_layer, state=state, tokens=tokens,
-            input_ids=input_ids, token_type_ids=token_type_ids,
+            input_ids=input_ids, token_type_ids=token_type_ids, earlier=earlier,
         )  # fmt: skip
         run = self.begin(batch, state, return_state, position_ids)
+        run.handed |= self._handed(earlier)
         with self._carrying(run):
             if batch.is_resid:
                 known = self.embedding.weight.shape[0]
@@ -272,6 +282,16 @@ class HookedLanguageModel(ReadsText, HookedModel):
             return out
         seen = run.padding.counts(batch.value) + (0 if state is None else state.seen.to(resid.device))
         return out, RecurrentState(run.left or {}, seen, self.cfg.model_name)
+
+    def _handed(self, earlier: Earlier) -> dict[str, Tensor]:
+        """What blocks handed on beside the stream in the run that `earlier` is of."""
+        if earlier is None:
+            return {}
+        if not isinstance(earlier, ActivationCache | Mapping):
+            raise InputError(
+                f"earlier is {type(earlier).__name__}; it must be the cache of a run, or a mapping of points to activations."
+            )
+        return {name: earlier[name] for name in self.hands_on if name in earlier}
 
     if TYPE_CHECKING:
         __call__ = forward  # type: ignore[assignment]  # by the same signatures, which name their options

@@ -6,6 +6,7 @@ A mixer of today is a path of stages (path.py), which call what is here. b batch
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,8 +68,19 @@ class TokenMixing(Part):
     def branches(
         self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None
     ) -> tuple[Factors, ...]:
-        """The summands of the implicit attention: one, unless the mixer runs several scans side by side."""
-        return (self.factors(cached, padding, state),)
+        """The summands of the implicit attention: one, unless the mixer runs several scans side by side, or what passes by
+        its scan has factors of its own."""
+        own = self.factors(cached, padding, state)
+        return (replace(own, beside=()), *own.beside) if own.beside else (own,)
+
+    def shifted(self, n: Float[Tensor, "batch pos d_model"], run: Run, tail: str) -> Float[Tensor, "batch pos d_model"]:
+        """The token shift n[pos - 1]: across padding and calls, by the tail of this name; zero before the first token of a
+        document."""
+        before = run.start(tail, self.layer, (n.shape[0], 1, n.shape[2]), n)
+        long, within = run.padding.behind(n, before), run.in_document(2)
+        run.leave(tail, self.layer, run.padding.tail(run.of_last_document(long, 2), 2))
+        shift = long[:, :-1]
+        return run.padding.spread(shift if within is None else shift * within[..., 0])
 
     def state_of(self, state: RecurrentState) -> Tensor:
         """What `state` carries of the scan, in the form of hook_state at one position: [batch, channel] (state)."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -48,6 +48,8 @@ class Held:
     state: RecurrentState | None
     x: Content
     factors: dict[str, Any]
+    groups: int | None = None  # of channels, whose mean a norm takes from what enters it; None: none does
+    beside: list[Held] = field(default_factory=list)  # other ways of the content, each with its own factors
 
     @property
     def documents(self) -> Int[Tensor, "batch pos"] | None:
@@ -62,6 +64,31 @@ class Held:
         if anywhere((reset < 0) | (reset > 1)):
             raise InputError("hook_reset is below 0 or above 1 somewhere: the implicit attention knows no such reset.")
         return reset if reset.requires_grad or anywhere(reset != 0) else None
+
+    def aside(self) -> Held:
+        """A way beside this one, with the factors of what comes behind both."""
+        self.beside.append(Held(self.cached, self.padding, self.state, self.x, dict(self.factors)))
+        return self.beside[-1]
+
+    def centred(self, x: Tensor, axis: int) -> Tensor:
+        """A content less its mean over each group of channels, where a norm behind takes it away.
+
+        A scan that is the same for all channels of a group passes the mean on by itself, so that it can be taken at once.
+        """
+        if self.groups is None:
+            return x
+        each = x.unflatten(axis, (self.groups, -1))
+        return (each - each.mean(axis + 1, keepdim=True)).flatten(axis, axis + 1)
+
+    def made(self, o: Content) -> Factors:
+        """The factors."""
+        if self.groups is not None and not self.factors.keys().isdisjoint(("taps", "act")):
+            raise InputError(
+                "A norm that centres its groups of channels stands behind a convolution or an activation, which differ from "
+                "channel to channel: with them it mixes channels, and no matrix a channel says that."
+            )
+        beside = tuple(one.made(torch.zeros_like(o)) for one in self.beside)
+        return Factors(x=self.centred(self.x, 2), o=o, beside=beside, **self.factors)
 
     def times(self, name: str, factor: Tensor) -> None:
         """Multiply a factor into one that may be there already."""
@@ -160,8 +187,8 @@ class PathMixer(Mixer):
         def packed(name: str) -> Tensor:
             return self.along(padding.pack(at_least_float32(cached(f"hook_{name}"))))
 
-        x = packed("x")
-        held = Held(packed, padding, state, x, {})
+        held = Held(packed, padding, state, packed("x"), {})
         for stage in reversed(self.path):
-            stage.hold(self, held)
-        return Factors(x=x, o=packed(self.output_point.removeprefix("hook_")), **held.factors)
+            for way in (held, *held.beside):
+                stage.hold(self, way)
+        return held.made(packed(self.output_point.removeprefix("hook_")))

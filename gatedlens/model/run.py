@@ -26,6 +26,32 @@ class Run:
     padding: Padding = field(default_factory=Padding)
     before: RecurrentState | None = None
     left: dict[str, Tensor] | None = None  # None: nobody wants the state
+    handed: dict[str, Tensor] = field(default_factory=dict)  # what blocks give later ones beside the stream
+    without_gradient: set[str] = field(default_factory=set)  # of these, what was handed on under no_grad
+
+    def hand_on(self, name: str, value: Float[Tensor, "batch pos ..."]) -> None:
+        """Hand the activation of a point to later blocks of this call, beside the residual stream."""
+        self.handed[name] = value
+        (self.without_gradient.discard if torch.is_grad_enabled() else self.without_gradient.add)(name)
+
+    def handed_on(self, name: str, layer: int, like: Tensor) -> Float[Tensor, "batch pos ..."]:
+        """What block `layer` reads of an earlier one; InputError where the call began, or went, past it."""
+        if name not in self.handed:
+            raise InputError(
+                f"Block {layer} reads {name} beside the residual stream, and that block did not run in this call. With "
+                f"start_at_layer give earlier=cache, the cache of a run of these tokens (or {{{name!r}: its activation}})."
+            )
+        if name in self.without_gradient and torch.is_grad_enabled():
+            raise InputError(
+                f"Block {layer} reads {name} beside the residual stream, which was handed on without gradients, as in a reentrant"
+                " checkpoint of its block: gradients would lack what goes that way. Checkpoint with use_reentrant=False."
+            )
+        given = self.handed[name]
+        if given.shape[:2] != like.shape[:2]:
+            raise InputError(
+                f"earlier[{name!r}] has shape {list(given.shape)}; this call has [batch, pos] = {list(like.shape[:2])}."
+            )
+        return given.to(device=like.device, dtype=like.dtype)
 
     def start(self, name: str, layer: int, shape: tuple[int, ...], like: Tensor, nothing: float = 0.0) -> Tensor:
         """The tensor `name` of the state that this call continues; full of `nothing` if it starts from none.
@@ -73,7 +99,7 @@ class Run:
             raise InputError(
                 f"Two parts of block {layer} leave a state {name!r} ({key}): each needs a name of its own."
             )
-        self.left[key] = value.clone()
+        self.left[key] = value.clone(memory_format=torch.contiguous_format)  # so that entries of it are views
 
 
 @dataclass

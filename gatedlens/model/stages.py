@@ -130,7 +130,7 @@ class Scan(Stage):
         terms = mixer.terms_of(held.cached)._replace(fresh=held.fresh)
         held.factors["scan"] = HeadScan.of(terms, held.x.shape[2] // mixer.heads)
         if held.state is not None:
-            held.factors["start"] = held.state["scan", mixer.layer].to(held.x).flatten(1, 2)
+            held.factors["start"] = held.centred(held.state["scan", mixer.layer].to(held.x).flatten(1, 2), 1)
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,35 @@ class Skip(Stage):
 
 
 @dataclass(frozen=True)
+class Bonus(Stage):
+    """y = inner(u) + bonus u: a number a head and position, the stream `name`, times the content as it is before `inner`.
+
+    It is an operator of its own beside that of `inner`, whose norm may have centred the content.
+    """
+
+    inner: tuple[Stage, ...]
+    name: str = "bonus"
+
+    def spread(self, bonus: Float[Tensor, "batch pos head"], like: Content) -> Content:
+        """The number of each channel's head."""
+        return bonus.repeat_interleave(like.shape[-1] // bonus.shape[-1], dim=-1)
+
+    def reads(self, mixer: PathMixer) -> tuple[str, ...]:
+        return (*(name for stage in self.inner for name in stage.reads(mixer)), self.name)
+
+    def forward(self, mixer: PathMixer, content: Content, streams: Streams, run: Run) -> Content:
+        inner = content
+        for stage in self.inner:
+            inner = stage.forward(mixer, inner, streams, run)
+        return mixer.fire("y", inner + self.spread(streams[self.name], content) * content)
+
+    def hold(self, mixer: PathMixer, held: Held) -> None:
+        held.aside().factors.update(scan=None, skip=self.spread(held.cached(self.name), held.x))
+        for stage in reversed(self.inner):
+            stage.hold(mixer, held)
+
+
+@dataclass(frozen=True)
 class Gate(Stage):
     """out = content * act(gate_pre)."""
 
@@ -210,12 +239,16 @@ class Gate(Stage):
 
 @dataclass(frozen=True)
 class GroupNorm(Stage):
-    """out = weight * content / scale, scale = sqrt(mean over a group of channels of content^2 + eps). Its scale is held."""
+    """out = weight * content / scale, scale = sqrt(mean over a group of channels of content^2 + eps). Its scale is held.
+
+    centred: of the content less the group's mean, with a bias: out = weight * (content - mean) / scale + bias.
+    """
 
     groups: int
     eps: float
     name: str = "norm"
     out: str = "gated"
+    centred: bool = False
 
     def spread(self, scale: Float[Tensor, "batch pos group"], like: Content) -> Content:
         """The scale of each channel's group."""
@@ -230,10 +263,21 @@ class GroupNorm(Stage):
         return ("scale",)
 
     def forward(self, mixer: PathMixer, content: Content, streams: Streams, run: Run) -> Content:
-        wide = at_least_float32(content)
-        squares = wide.unflatten(-1, (self.groups, -1)).pow(2).mean(-1)
-        scale = mixer.fire("scale", (squares + self.eps).sqrt())
-        return mixer.put_out(self.out, self.weight(mixer, wide) * (wide / self.spread(scale, wide)), streams)
+        wide = at_least_float32(content).unflatten(-1, (self.groups, -1))
+        if self.centred:
+            wide = wide - wide.mean(-1, keepdim=True)
+        scale = mixer.fire("scale", (wide.pow(2).mean(-1) + self.eps).sqrt())
+        wide = wide.flatten(-2)
+        out = self.weight(mixer, wide) * (wide / self.spread(scale, wide))
+        return mixer.put_out(self.out, out + self.bias(mixer) if self.centred else out, streams)
+
+    def bias(self, mixer: PathMixer) -> Float[Tensor, " channel"]:
+        """What a centred norm adds to each channel."""
+        return at_least_float32(getattr(mixer.weights, self.name).bias)
 
     def hold(self, mixer: PathMixer, held: Held) -> None:
+        if self.centred:
+            held.groups = self.groups
+            behind = held.factors.get("gate", torch.ones_like(held.x))
+            held.factors["rest"] = behind * self.bias(mixer).to(held.x.dtype) * held.padding.packed_mask(held.x)
         held.times("gate", self.weight(mixer, held.x).to(held.x.dtype) / self.spread(held.cached("scale"), held.x))

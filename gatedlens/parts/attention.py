@@ -12,7 +12,7 @@ arXiv 2104.09864; the gate: Qiu et al. 2025, arXiv 2505.06708.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,18 +79,23 @@ class AttentionKind:
                 turned = f"{names[name]}, its first rotary_dim turned by position"
                 rows.append(Point(f"hook_rot_{name}", axes, turned, ROPE))
                 names[name] = f"rot_{name}"
+        rows += self.mixing_rows(source, q, names)
+        return tuple(rows)
+
+    def mixing_rows(self, source: str, q: str, names: Mapping[str, str], width: str = "d_head") -> list[Point]:
+        """The points behind q, k and v: of which points the scores are (`names`), the axes of z (`q`), a key's width."""
         behind = ", W or more behind" if self.windowed else ""
         unseen = f"-inf if the key is ahead{behind}, padding or of another document"
-        scores = f"{names['q']} . {names['k']} / sqrt(d_head); {unseen}"
+        scores = f"{names['q']} . {names['k']} / sqrt({width}); {unseen}"
         pairs = f"batch {self.head} pos key_pos"
-        rows += [
+        rows = [
             Point("hook_attn_scores", pairs, scores, source),
             Point("hook_pattern", pairs, "softmax over key_pos of attn_scores", source),
             Point("hook_z", q, "sum over key_pos of pattern * v", source),
         ]
         if self.gated:
             rows += [Point("hook_gate", q, "sigmoid(gate_pre)", source), Point("hook_gated", q, "z * gate", source)]
-        return tuple(rows)
+        return rows
 
     @property
     def words(self) -> str:
@@ -155,7 +160,7 @@ class Attention(TokenMixing):
         v, pattern, o = (at_least_float32(cached(name)) for name in ("hook_v", "hook_pattern", self.output_point))
         gate = padding.pack(at_least_float32(cached("hook_gate")).flatten(2)) if self.kind.gated else None
         heads, length = pattern.shape[1], v.shape[1]
-        groups = heads // v.shape[2]
+        groups, width = heads // v.shape[2], v.shape[3]
 
         def channels(values: Tensor) -> Tensor:
             return values.repeat_interleave(groups, dim=2).flatten(2)
@@ -165,7 +170,7 @@ class Attention(TokenMixing):
             rows = padding.order[:, None, :, None]
             before = before.gather(2, rows.expand(-1, heads, -1, before.shape[-1]))
             own = own.gather(2, rows.expand_as(own)).gather(3, rows.mT.expand_as(own))
-        head = torch.arange(heads, device=v.device).repeat_interleave(self.d_head)
+        head = torch.arange(heads, device=v.device).repeat_interleave(width)
         start = None if state is None else channels(state["values", self.layer].to(v))
         x, o = padding.pack(channels(v)), padding.pack(o.flatten(2))
         return (Factors(x=x, o=o, scan=PatternScan(own, before, head), gate=gate, start=start),)
@@ -235,7 +240,15 @@ class Attention(TokenMixing):
         for name, value in (("keys", keys), ("values", values), ("key_positions", places)):
             run.leave(name, self.layer, value[rows, order])
 
-    def forward(self, n: Float[Tensor, "batch pos d_model"], run: DocumentRun) -> Float[Tensor, "batch pos d_model"]:
+    def read(
+        self, n: Float[Tensor, "batch pos d_model"], run: DocumentRun
+    ) -> tuple[
+        Float[Tensor, "batch pos head d_qk"],
+        Float[Tensor, "batch pos kv_head d_qk"],
+        Float[Tensor, "batch pos kv_head d_v"],
+        Float[Tensor, "batch pos head d_v"] | None,
+    ]:
+        """q and k as the scores read them, v, and what the gate is made of, their points fired."""
         w, gate_pre = self.weights, None
         q = self.project(n, w.q_proj)
         if self.kind.gated:  # a head of q_proj is its query, then its gate
@@ -245,22 +258,30 @@ class Attention(TokenMixing):
         else:
             q = self.hook_q(q)
         k = self.hook_k(self.project(n, w.k_proj))
-        v = run.padding.zero(self.hook_v(self.project(n, w.v_proj)))  # 0 * NaN at a masked key would be NaN
+        v = self.hook_v(self.project(n, w.v_proj))
         if self.kind.normed is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.kind.rotary:
             cos, sin = self.angles(run.positions, q)
             q, k = self.hook_rot_q(rotate(q, cos, sin)), self.hook_rot_k(rotate(k, cos, sin))
+        return q, k, v, gate_pre
 
+    def forward(self, n: Float[Tensor, "batch pos d_model"], run: DocumentRun) -> Float[Tensor, "batch pos d_model"]:
+        w = self.weights
+        q, k, v, gate_pre = self.read(n, run)
+        v = run.padding.zero(v)  # 0 * NaN at a masked key would be NaN
         carried = run.start("key_positions", self.layer, (len(n), -1), run.positions)
-        shape = (len(n), carried.shape[1], *k.shape[2:])
-        keys = torch.cat([run.start("keys", self.layer, shape, k), k], dim=1)
-        values = torch.cat([run.start("values", self.layer, shape, v), v], dim=1)
+
+        def behind(name: str, own: Tensor) -> Tensor:
+            shape = (len(n), carried.shape[1], *own.shape[2:])
+            return torch.cat([run.start(name, self.layer, shape, own), own], dim=1)
+
+        keys, values = behind("keys", k), behind("values", v)
         self.remember(keys, values, carried, run)
 
         self._afford(q, keys)
         groups = q.shape[2] // k.shape[2]  # so many heads share one key and value head
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, keys.repeat_interleave(groups, dim=2)) * self.d_head**-0.5
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, keys.repeat_interleave(groups, dim=2)) * q.shape[-1] ** -0.5
         scores = self.hook_attn_scores(scores.masked_fill(~self.visible(carried, run), -torch.inf))
         pattern = self.hook_pattern(at_least_float32(scores).softmax(-1).to(v.dtype))
         pattern = F.dropout(pattern, w.attention_dropout, self.training)

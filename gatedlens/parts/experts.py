@@ -3,8 +3,9 @@
     weights = routing(router(m))                  [batch pos expert], 0 for an expert that is not chosen
     out     = sum over experts e of weights_e down_e(act(gate_e(m)) up_e(m))  +  sigmoid(shared_expert_gate(m)) shared_expert(m)
 
-b batch, l pos, d d_model, e expert, m the width of an expert; the gate's rows stand first in gate_up_proj [e, 2 m, d]. Shazeer
-et al. 2017, arXiv 1701.06538; the shared expert: Qwen1.5-MoE.
+b batch, l pos, d d_model, e expert, m the width of an expert; the gate's rows stand first in gate_up_proj [e, 2 m, d]. How
+experts are chosen is a `Routing`: `softmax_top` (Qwen's), `sigmoid_top` (DeepSeek-V3's). The shared expert has a gate or none.
+Shazeer et al. 2017, arXiv 1701.06538; the shared expert: Qwen1.5-MoE, and without a gate DeepSeekMoE, arXiv 2401.06066.
 
 Only the chosen experts are computed, unless somebody asks for each one's output (lazy points), or for the gradient of a weight
 that is 0: then all of them are. The numbers are the same but for the order of a sum.
@@ -46,11 +47,60 @@ def _softmax_top(logits: Float[Tensor, "... expert"], k: int, normalised: bool) 
     return torch.zeros_like(shares).scatter(-1, which, top).to(logits.dtype)
 
 
-def experts_rows(act: str, weights: str, source: str = MOE, reads: str = "ln2.out") -> tuple[Point, ...]:
+def sigmoid_top(
+    k: int,
+    router: Any = None,
+    groups: int = 1,
+    top_groups: int = 1,
+    normalised: bool = True,
+    scale: float = 1.0,
+) -> Routing:
+    """`sigmoid_top(8, mlp.gate, scale=2.446)`: the k largest of sigmoid(logits) + the router's e_score_correction_bias.
+
+    They are looked for in the `top_groups` of the `groups` that experts stand in whose two largest sum highest. The bias counts
+    for the choice alone: weights are sigmoid(logits), divided by their sum if `normalised`, times `scale`. DeepSeek-V3, arXiv
+    2412.19437, eq. 13 to 16.
+    """
+
+    return partial(
+        _sigmoid_top, k=k, router=router, groups=groups, top_groups=top_groups, normalised=normalised, scale=scale
+    )
+
+
+def _sigmoid_top(
+    logits: Float[Tensor, "... expert"],
+    k: int,
+    router: Any,
+    groups: int,
+    top_groups: int,
+    normalised: bool,
+    scale: float,
+) -> Float[Tensor, "... expert"]:
+    shares = torch.sigmoid(at_least_float32(logits))
+    choice = shares if router is None else shares + router.e_score_correction_bias.to(shares)
+    if top_groups < groups:
+        by_group = choice.unflatten(-1, (groups, -1))
+        worth = by_group.topk(2, dim=-1).values.sum(-1)
+        kept = torch.zeros_like(worth).scatter(-1, worth.topk(top_groups, dim=-1).indices, 1.0)
+        choice = by_group.masked_fill(kept.unsqueeze(-1) == 0, -torch.inf).flatten(-2)
+    which = choice.topk(k, dim=-1).indices
+    top = shares.gather(-1, which)
+    if normalised:
+        top = top / (top.sum(-1, keepdim=True) + 1e-20)
+    return torch.zeros_like(shares).scatter(-1, which, top * scale).to(logits.dtype)
+
+
+def experts_rows(
+    act: str, weights: str, source: str = MOE, reads: str = "ln2.out", gated: bool = True
+) -> tuple[Point, ...]:
     """`experts_rows("SiLU", "softmax over expert of router, the k largest, divided by their sum")`: the points of `Experts`
-    whose routing is `weights` in words."""
+    whose routing is `weights` in words; `gated`: whether the shared expert has a gate."""
     each = "batch pos expert d_expert"
     shared = gated_mlp_rows(act, source, reads, "d_shared")
+    gate = (
+        Point("hook_gate_pre", "batch pos one", f"shared_expert_gate({reads})", source),
+        Point("hook_gate", "batch pos one", "sigmoid(gate_pre)", source),
+    )
     return (
         Point("hook_router", "batch pos expert", f"gate({reads})", source),
         Point("hook_expert_weights", "batch pos expert", f"{weights}; 0 for the others", source),
@@ -59,27 +109,35 @@ def experts_rows(act: str, weights: str, source: str = MOE, reads: str = "ln2.ou
         Point("experts.hook_post", each, f"{act}(pre) * pre_linear", source, True),
         Point("hook_experts", "batch pos expert d_model", "down_proj[expert](experts.post)", source, True),
         *block_rows("shared", shared),
-        Point("shared.hook_gate_pre", "batch pos one", f"shared_expert_gate({reads})", source),
-        Point("shared.hook_gate", "batch pos one", "sigmoid(gate_pre)", source),
+        *(block_rows("shared", gate) if gated else ()),
     )
 
 
 EXPERTS_OUT = "sum over expert of expert_weights * experts, + shared.gate * shared_expert.down_proj(shared.post)"
+EXPERTS_OUT_UNGATED = "sum over expert of expert_weights * experts, + shared_experts.down_proj(shared.post)"
 
 
 class Experts(Part):
-    """out = sum over experts of weight * expert(m) + sigmoid(shared_expert_gate(m)) * shared_expert(m)."""
+    """out = sum over experts of weight * expert(m) + sigmoid(shared_expert_gate(m)) * shared_expert(m).
 
-    def __init__(self, weights: Any, rows: tuple[Point, ...], act: Activation, routing: Routing):
+    gated: whether the shared expert has a gate; one without is the wrapped module's `shared_experts`.
+    """
+
+    def __init__(self, weights: Any, rows: tuple[Point, ...], act: Activation, routing: Routing, gated: bool = True):
         super().__init__(weights, rows)
         self.routing = routing
         self.act = act.function
         self.experts = Part(weights.experts, rows_of("experts", rows))
-        self.shared = SharedExpert(weights.shared_expert, rows_of("shared", rows), act)
-        self.shared.__dict__["gate"] = weights.shared_expert_gate
+        of_shared = rows_of("shared", rows)
+        self.shared: GatedMlp = (
+            SharedExpert(weights.shared_expert, of_shared, act, weights.shared_expert_gate)
+            if gated
+            else GatedMlp(weights.shared_experts, of_shared, act)
+        )
 
     def forward(self, m: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
-        router = self.hook_router(F.linear(m, self.weights.gate.weight))
+        gate = self.weights.gate.weight  # which may be wider than the model
+        router = self.hook_router(F.linear(m.to(gate.dtype), gate))
         weights = self.hook_expert_weights(self.routing(router))
         return self.of_chosen(m, weights) + self.shared(m, run)
 
@@ -110,7 +168,7 @@ class Experts(Part):
             post = self.act(projected(slice(width))) * projected(slice(width, None))
         each = torch.einsum("blem,edm->bled", post, down)
         each = self.hook_experts(each) if heard else each
-        return torch.einsum("ble,bled->bld", weights, each)
+        return torch.einsum("ble,bled->bld", weights, each.to(weights.dtype)).to(m.dtype)
 
     def _all(self, weights: Tensor) -> bool:
         """Whether all experts must be computed: where no shape may depend on values, and where a hook may ask for the gradient
@@ -129,12 +187,16 @@ class Experts(Part):
             places = shares[:, expert].nonzero().flatten()
             pre, linear = F.linear(flat[places], w.gate_up_proj[expert]).chunk(2, dim=-1)
             each = F.linear(self.act(pre) * linear, w.down_proj[expert])
-            out = out.index_add(0, places, each * shares[places, expert, None])
+            out = out.index_add(0, places, (each * shares[places, expert, None]).to(out.dtype))
         return out.view_as(m)
 
 
 class SharedExpert(GatedMlp):
     """out = sigmoid(gate(m)) * mlp(m); the gate is a number a position."""
+
+    def __init__(self, weights: Any, rows: tuple[Point, ...], act: Activation, gate: Any):
+        super().__init__(weights, rows, act)
+        self.__dict__["gate"] = gate  # of the wrapped model, as `weights` is
 
     def forward(self, m: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
         out = super().forward(m, run)

@@ -51,7 +51,8 @@ def copied(name: str, clean: Clean) -> list[tuple[str, Tensor | None]]:
 
 @checked
 def carried(name: str, clean: Clean) -> list[tuple[str, Tensor | None]]:
-    """`carried("blocks.0.mixer.hook_state", clean)`: decay[pos] = 0, write[pos] = clean state[pos], as [(name, tensor or None)].
+    """`carried("blocks.0.mixer.hook_state", clean)`: decay[pos] = 0 (so is a delta rule's erase), write[pos] = clean state[pos],
+    as [(name, tensor or None)].
 
     So later positions go on from the clean state. (`copied` at hook_state changes what is read at that position and nothing
     later.) PointError for a point that is no hook_state.
@@ -59,7 +60,8 @@ def carried(name: str, clean: Clean) -> list[tuple[str, Tensor | None]]:
     stem, word, rest = name.rpartition("hook_state")
     if word == "" or rest:
         raise PointError(f"edits=carried patches the state after a step, at a hook_state; {name} is none.")
-    return [(f"{stem}hook_decay", None), (f"{stem}hook_write", clean[name])]
+    forgotten = [one for one in (f"{stem}hook_decay", f"{stem}hook_erase") if one in clean.model.names.points]
+    return [*((one, None) for one in forgotten), (f"{stem}hook_write", clean[name])]
 
 
 @checked

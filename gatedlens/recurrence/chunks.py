@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from gatedlens.recurrence import doubling
+from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.chunk import GONE, Given, chunk_of
 from gatedlens.recurrence.terms import Terms
 from gatedlens.recurrence.transforms import forward_mode, gradients, has_old_axis, transformed
@@ -62,12 +63,14 @@ def chunked(
     tensors = (log, key, terms.value(u), read, erase, probe, _inside(initial, share))
     if torch.compiler.is_compiling():
         out, last, _ = _chunked(size, number, same, *tensors)
-    elif forward_mode():
-        out, last = _plain(size, same, *tensors)
-    elif transformed() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        out, last, _ = Chunked.apply(size, number, same, *tensors)
     else:
-        out, last, _ = _forward(size, number, same, *tensors, keep=False)
+        with exact(u):
+            if forward_mode():
+                out, last = _plain(size, same, *tensors)
+            elif transformed() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+                out, last, _ = Chunked.apply(size, number, same, *tensors)
+            else:
+                out, last, _ = _forward(size, number, same, *tensors, keep=False)
     return out, last.unflatten(-1, (share, -1)).permute(0, 1, 3, 4, 2).flatten(1, 2)
 
 
@@ -221,9 +224,10 @@ class Chunked(Function):
         of_out = torch.zeros_like(tensors[2]) if grads[0] is None else grads[0]
         of_last = torch.zeros_like(tensors[6]) if grads[1] is None else grads[1]
         size, number, same = ctx.sizes
-        if torch.is_grad_enabled() or transformed() or has_old_axis(of_out, of_last):
-            return None, None, None, *_again(size, same, tuple(tensors), (of_out, of_last))
-        return None, None, None, *_backward(size, number, same, tuple(tensors[:6]), starts, of_out, of_last)
+        with exact(of_out):
+            if torch.is_grad_enabled() or transformed() or has_old_axis(of_out, of_last):
+                return None, None, None, *_again(size, same, tuple(tensors), (of_out, of_last))
+            return None, None, None, *_backward(size, number, same, tuple(tensors[:6]), starts, of_out, of_last)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, size: int, number: int, same: bool, *tensors: Any) -> Any:

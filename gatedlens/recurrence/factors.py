@@ -4,9 +4,11 @@
 
 x what enters the token mixing; M the causal conv (taps), act the activation as a factor (sigmoid(c) of SiLU(c)), S the
 scan, skip its direct path, gate the gate after its activation. `drift` is what the conv adds besides M x (its bias, and
-the tail of a carried state); `start` the state that the scan began from. UIA (arXiv 2405.16504), eq. 9-15.
+the tail of a carried state); `start` the state that the scan began from; `rest` what is added behind the scan whatever x is
+(a norm's bias). UIA (arXiv 2405.16504), eq. 9-15.
 
-A factor that an architecture lacks is None: the identity (no skip: zero).
+A factor that an architecture lacks is None: the identity (no skip, no scan: zero). Where what passes by the scan is another
+content than what enters it, it has factors of its own, `beside` the scan's: their outputs are summed.
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ class Factors:
 
     x: Float[Tensor, "batch pos channel"]
     o: Float[Tensor, "batch pos channel"]
-    scan: ScanMatrix
+    scan: ScanMatrix | None
     gate: Float[Tensor, "batch pos channel"] | None = None
-    skip: Float[Tensor, " channel"] | None = None
+    skip: Float[Tensor, "*position channel"] | None = None  # a number a channel, or one a position, too
     act: Float[Tensor, "batch pos channel"] | None = None
     taps: Float[Tensor, "channel tap"] | None = None
     drift: Float[Tensor, "batch pos channel"] | None = None
@@ -41,13 +43,17 @@ class Factors:
     start: Float[Tensor, "batch _ _"] | None = None  # as the scan's `apply` takes it
     reverse: bool = False  # the scan runs from the last position to the first, and all tensors here are in its order
     scale: float = 1.0  # this branch's share of the layer's output
+    rest: Float[Tensor, "batch pos channel"] | None = None
+    beside: tuple[Factors, ...] = ()
 
     def select(self, channels: list[int]) -> Factors:
         """The factors of some channels."""
-        per_position = {name: _pick(getattr(self, name), 2, channels) for name in ("x", "o", "gate", "act", "drift")}
-        per_channel = {name: _pick(getattr(self, name), 0, channels) for name in ("skip", "taps")}
-        start = _pick(self.start, self.scan.start_axis, channels)
-        return replace(self, scan=self.scan.select(channels), start=start, **per_position, **per_channel)
+        along = {**dict.fromkeys(("x", "o", "gate", "act", "drift", "rest"), 2), "skip": -1, "taps": 0}
+        picked = {name: _pick(getattr(self, name), axis, channels) for name, axis in along.items()}
+        if self.scan is not None:
+            picked["start"] = _pick(self.start, self.scan.start_axis, channels)
+            picked["scan"] = self.scan.select(channels)
+        return replace(self, **picked)
 
 
 def reach(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from gatedlens.recurrence import convolution
 from gatedlens.recurrence.factors import NAMES, Factors
+from gatedlens.recurrence.matrix import ScanMatrix
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Branch:
     factors: Factors
     parts: tuple[str, ...] = NAMES
 
-    def _given(self, part: str, value: Tensor | None) -> Tensor | None:
+    def _given(self, part: str, value: Any) -> Any:
         return value if part in self.parts else None
 
     @property
@@ -45,9 +47,15 @@ class Branch:
         return self.factors.x.new_ones(self.factors.x.shape[2], 1) if taps is None else taps
 
     @property
-    def skip(self) -> Float[Tensor, " channel"]:
+    def skip(self) -> Float[Tensor, "*position channel"]:
         skip = self._given("skip", self.factors.skip)
         return self.factors.x.new_zeros(self.factors.x.shape[2]) if skip is None else skip
+
+    @property
+    def scan(self) -> ScanMatrix | None:
+        """None: zero."""
+        scan: ScanMatrix | None = self._given("scan", self.factors.scan)
+        return scan
 
     # -- as an operator ------------------------------------------------------------------------------------------
 
@@ -61,7 +69,7 @@ class Branch:
 
     def output(self) -> Float[Tensor, "batch pos channel"]:
         """A x + r, for this branch's own x."""
-        return self._after_conv(self._own_conv(), self.factors.start if "scan" in self.parts else None)
+        return self._with_rest(self._after_conv(self._own_conv(), self.factors.start))
 
     def entering(self) -> Float[Tensor, "batch pos channel"]:
         """act (M x + drift): what enters the scan."""
@@ -77,23 +85,31 @@ class Branch:
         """gate (S + skip) act c, and what the start state adds."""
         u = self.act * c
         y = self.skip * u
-        if "scan" in self.parts:
-            y = y + self.factors.scan.apply(u, start)
+        if self.scan is not None:
+            y = y + self.scan.apply(u, start)
         return self.gate * y
+
+    def _with_rest(self, o: Tensor) -> Tensor:
+        rest = self._given("gate", self.factors.rest)  # of a norm, which is in the gate
+        return o if rest is None else o + rest
+
+    def passed_on(self, u: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
+        """gate S u"""
+        return torch.zeros_like(u) if self.scan is None else self.gate * self.scan.apply(u)
 
     def backward(self, g: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
         """A^T g"""
         y = self.gate * g
         u = self.skip * y
-        if "scan" in self.parts:
-            u = u + self.factors.scan.apply_transposed(y)
+        if self.scan is not None:
+            u = u + self.scan.apply_transposed(y)
         return _conv_transposed(self.act * u, self.taps, self.factors.document)
 
     def bias(self) -> Float[Tensor, "batch pos channel"]:
         """r"""
         drift = self.factors.drift
         drift = torch.zeros_like(self.factors.x) if drift is None else drift
-        return self._after_conv(drift, self.factors.start if "scan" in self.parts else None)
+        return self._with_rest(self._after_conv(drift, self.factors.start))
 
     # -- the matrix ----------------------------------------------------------------------------------------------
 
@@ -101,11 +117,11 @@ class Branch:
         """The matrices of the chosen channels."""
         batch, length, _ = self.factors.x.shape
         left, right, taps = self.gate[:, :, chosen], self.act[:, :, chosen], self.taps[chosen]
-        if "scan" in self.parts:
-            whole = self.factors.scan.select(chosen).folded(left, right, taps)
+        if self.scan is not None:
+            whole = self.scan.select(chosen).folded(left, right, taps)
         else:
             whole = left.new_zeros(batch, len(chosen), length, length)
-        direct = rearrange(left * self.skip[chosen] * right, "b i c -> b c i")
+        direct = rearrange(left * self.skip[..., chosen] * right, "b i c -> b c i")
         for k in range(min(taps.shape[1], length)):
             whole.diagonal(-k, -2, -1).add_(direct[:, :, k:] * taps[:, -1 - k, None])
         return self._within(whole)
@@ -115,8 +131,8 @@ class Branch:
         batch = torch.arange(len(i), device=i.device)
         here = F.one_hot(i, self.factors.x.shape[1]).to(self.factors.x.dtype).unsqueeze(-1)
         row = here * self.skip
-        if "scan" in self.parts:
-            row = row + self.factors.scan.seen(i)
+        if self.scan is not None:
+            row = row + self.scan.seen(i)
         row = self.gate[batch, i].unsqueeze(1) * row * self.act
         return _conv_transposed(row, self.taps, self.factors.document)
 
@@ -124,10 +140,8 @@ class Branch:
         """sum_c weights[c] A[c], no channel apart."""
         taps, length = self.taps, self.factors.x.shape[1]
         left = self.gate * weights
-        if "scan" in self.parts:
-            total = self.factors.scan.summed(left, self.act, taps)
-        else:
-            total = left.new_zeros(left.shape[0], length, length)
+        nothing = left.new_zeros(left.shape[0], length, length)
+        total = nothing if self.scan is None else self.scan.summed(left, self.act, taps)
         direct = (left * self.skip * self.act) @ taps  # b pos tap
         for k in range(min(taps.shape[1], length)):
             total = total + torch.diag_embed(direct[:, k:, taps.shape[1] - 1 - k], offset=-k)
@@ -135,9 +149,9 @@ class Branch:
 
     def absolute(self) -> Float[Tensor, "batch dst src"] | None:
         """The sum over channels of |A[c]|; None where it takes each channel's matrix."""
-        if "scan" not in self.parts:
+        if self.scan is None:
             return None
-        total = self.factors.scan.absolute(self.gate, self.act, self.taps, self.skip)
+        total = self.scan.absolute(self.gate, self.act, self.taps, self.skip)
         return None if total is None else self._within(total.unsqueeze(1)).squeeze(1)
 
     def _within(self, matrix: Float[Tensor, "batch some dst src"]) -> Float[Tensor, "batch some dst src"]:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -36,6 +36,7 @@ from gatedlens.errors import InputError
 from gatedlens.metrics import Logits
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Batch, Input
+from gatedlens.model.hookpoint import Capture
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.padding import Padding
 from gatedlens.model.state import RecurrentState
@@ -44,6 +45,22 @@ from gatedlens.runs.cells import Cell, by_name
 
 EMBED = "hook_embed"  # where an input enters, in every architecture
 ALIKE = frozenset(("return_type", "loss_per_token"))  # options of the forward that do not go by row or position
+
+
+class Streams(NamedTuple):
+    """What runs hold at a block, a row each: the stream, and what blocks handed on beside it, by point."""
+
+    value: Tensor
+    handed: dict[str, Tensor]
+
+    def since(self, start: int) -> Streams:
+        """From position `start` on."""
+        return Streams(self.value[:, start:], {name: x[:, start:] for name, x in self.handed.items()})
+
+    def joined(self, others: Streams) -> Streams:
+        """With the rows of others behind these."""
+        handed = {name: torch.cat([x, others.handed[name]]) for name, x in self.handed.items()}
+        return Streams(torch.cat([self.value, others.value]), handed)
 
 
 class Baseline:
@@ -77,6 +94,7 @@ class Baseline:
         self.start = 0
         self.state: RecurrentState | None = None
         self.resid: dict[int, Tensor] = {}
+        self.handed: dict[str, Tensor] = {}  # what blocks handed on beside the stream in this run, by point
         self.base = torch.empty(0)  # the run's own logits, laid out as it is run
         self.read: Int[Tensor, " batch"] | None = None  # the one position of each row that is read; None: all may be
 
@@ -151,11 +169,12 @@ class Baseline:
 
         with self.model.hooks([*self._noisy(0, self.length), *((name, compare) for name in watch)]):
             if streams:
-                wanted = list(streams.values())
+                wanted = [*streams.values(), *self.model.hands_on]
                 self.base, cache = self.model.run_with_cache(
                     self.batch, names_filter=wanted, max_bytes=None, **self.options
                 )
                 self.resid = {layer: cache[name] for layer, name in streams.items()}
+                self.handed = {name: cache[name] for name in self.model.hands_on}
             else:
                 self.base = self.model(self.batch, **self.options)
         return changing
@@ -216,33 +235,41 @@ class Baseline:
             # Each batch runs up to the block where others join it.
             for (_, group), (entry, joining) in pairwise(groups):
                 here = self._onwards(batch, group[0].behind(self), stop_at_layer=entry)
-                batch = torch.cat([here, self._entering(entry, joining)])
+                batch = here.joined(self._entering(entry, joining))
             behind = groups[-1][1][0].behind(self)
-            logits = self._onwards(batch, behind) if self.read is None else self._there(batch, behind)
+            logits = self._onwards(batch, behind).value if self.read is None else self._there(batch, behind)
         return logits.unflatten(0, (n, self.rows))
 
-    def _entering(self, entry: int, cells: Sequence[Cell]) -> Float[Tensor, "row pos d_model"]:
+    def _entering(self, entry: int, cells: Sequence[Cell]) -> Streams:
         """The streams of cells that enter at one block, from `start` on, as they are `behind` it."""
         n, behind = len(cells), cells[0].behind(self)
-        streams = _tile(self.resid[entry], n)
+        streams = Streams(_tile(self.resid[entry], n), {name: _tile(x, n) for name, x in self.handed.items()})
         for i, edit in by_name(cells).get(_behind(entry - 1), ()):  # its point has fired before a run begins
-            edit.apply(streams[i * self.rows : (i + 1) * self.rows], 0)
+            edit.apply(streams.value[i * self.rows : (i + 1) * self.rows], 0)
         if behind > entry:
-            streams = self.model(self._many(streams, 0, n, True), start_at_layer=entry, stop_at_layer=behind)
-        return streams[:, self.start :]
+            streams = self._through(streams, 0, start_at_layer=entry, stop_at_layer=behind)
+        return streams.since(self.start)
 
-    def _onwards(self, streams: Float[Tensor, "row pos d_model"], layer: int, **options: Any) -> Tensor:
+    def _onwards(self, streams: Streams, layer: int, **options: Any) -> Streams:
         """What becomes of streams that have reached a block."""
-        n = len(streams) // self.rows
-        batch = self._many(streams, self.start, n, True)
-        return self.model(batch, start_at_layer=layer, **options, **self._from_state(n))
+        n = len(streams.value) // self.rows
+        return self._through(streams, self.start, start_at_layer=layer, **options, **self._from_state(n))
 
-    def _there(self, streams: Float[Tensor, "row pos d_model"], layer: int) -> Float[Tensor, "row d_vocab"]:
+    def _through(self, streams: Streams, start: int, **options: Any) -> Streams:
+        """What blocks make of streams from position `start` on, and of what is handed on beside them."""
+        batch = self._many(streams.value, start, len(streams.value) // self.rows, True)
+        if not streams.handed:
+            return Streams(self.model(batch, **options), {})
+        handed = dict(streams.handed)
+        with self.model.hooks([(name, Capture(handed)) for name in handed]):
+            return Streams(self.model(batch, earlier=streams.handed, **options), handed)
+
+    def _there(self, streams: Streams, layer: int) -> Float[Tensor, "row d_vocab"]:
         """The logits of streams that have reached a block, where they are read. (Before `start` they are anything.)"""
-        n_layers, n = self.model.cfg.n_layers, len(streams) // self.rows
+        n_layers, n = self.model.cfg.n_layers, len(streams.value) // self.rows
         assert self.read is not None
         here = (self.read - self.start).clamp(min=0).repeat(n)
-        last = self._onwards(streams, layer, stop_at_layer=n_layers)
+        last = self._onwards(streams, layer, stop_at_layer=n_layers).value
         last = last[torch.arange(len(last), device=last.device), here].unsqueeze(1)
         return self.model(Batch(last, None, True), start_at_layer=n_layers).squeeze(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 import gatedlens as gl
 from gatedlens import ablation
 from tests.ablation.test_ablation import fired, same
-from tests.helpers import by_channel, example
+from tests.helpers import by_channel, earlier, example
 
 
 def logits(model, intervention, x):
@@ -52,7 +53,7 @@ def identity(p):
         (ablation.identity_conv, "conv", [(CONV, identity), (BIAS, torch.Tensor.zero_)]),
         (ablation.no_conv_bias, "conv", [(BIAS, torch.Tensor.zero_)]),
         (lambda layers="*": ablation.only_tap(1, layers), "conv", [(CONV, tap(1))]),
-        (ablation.no_skip, "skip", [(["D", "D_b"], torch.Tensor.zero_)]),
+        (ablation.no_skip, "skip", [(["D", "D_b", "r_k"], torch.Tensor.zero_)]),
     ],
     ids=["identity conv", "no conv bias", "one tap", "no skip"],
 )
@@ -73,13 +74,14 @@ def test_a_component_without_is_a_model_whose_parameters_are_without(model, make
     assert torch.allclose(logits(model, make(), x), want, rtol=1e-10, atol=1e-11)
     with torch.no_grad():  # one layer alone, named from the end
         first = next(layer for layer in range(model.cfg.n_layers) if model.blocks[layer].mixer.place == "mixer")
+        beside = earlier(model, x)
         half = other(model(x, stop_at_layer=first), start_at_layer=first, stop_at_layer=first + 1)
-        want = model(half, start_at_layer=first + 1)
+        want = model(half, start_at_layer=first + 1, **beside)
     assert torch.allclose(logits(model, make(first - model.cfg.n_layers), x), want, rtol=1e-10, atol=1e-11)
 
 
 def first_layer(model, cache):
-    """(gate, scan, y) of each direction of block 0's mixer, y -> what the gate multiplies, o -> what the mixer puts out."""
+    """(gate, scan, scan -> what the gate multiplies) of each direction of block 0's mixer, and o -> what its mixer puts out."""
     stems = [name.removesuffix("hook_gate") for name in cache if name.startswith("blocks.0.mixer.")]
     stems = [stem for stem in stems if f"{stem}hook_gate" in cache.cache_dict]
     weight, bias = model.blocks[0].mixer.output_weights()
@@ -93,24 +95,34 @@ def first_layer(model, cache):
     def before_the_gate(y):
         if "blocks.0.mixer.hook_normed" not in cache.cache_dict:
             return y
-        heads, norm = y.unflatten(-1, (model.cfg.n_value_heads, -1)), model.wrapped.model.layers[0].linear_attn.norm
+        mixer, named = model.blocks[0].mixer, {"kimi_linear": "o_norm", "qwen3_next": "norm"}
+        heads, norm = y.unflatten(-1, (mixer.heads, -1)), getattr(mixer.weights, named[model.cfg.architecture])
         return (norm.weight * heads / (heads.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()).flatten(-2)
 
-    parts = [tuple(cache[f"{stem}hook_{leaf}"] for leaf in ("gate", "scan", "y")) for stem in stems]
-    return parts, before_the_gate, out
+    def multiplied(stem, scan):
+        """What the gate multiplies, with another scan."""
+        y, own = cache[f"{stem}hook_y"], cache[f"{stem}hook_scan"]
+        if model.cfg.architecture != "rwkv7":
+            return before_the_gate(y - own + scan)
+        norm = model.wrapped.model.layers[0].attn.g_norm  # of the scan alone: the bonus comes behind it
+        return y - cache[f"{stem}hook_normed"] + torch.stack([norm(row) for row in scan.unbind(1)], 1)
+
+    gates, scans = ([cache[f"{stem}hook_{leaf}"] for stem in stems] for leaf in ("gate", "scan"))
+    return list(zip(gates, scans, (partial(multiplied, stem) for stem in stems), strict=True)), out
 
 
 @torch.no_grad()
 def test_the_gate_and_the_scan_by_their_equations(model, clean):
-    parts, normed, out = first_layer(model, clean)
-    assert same(fired(model, ablation.open_gate(0)), out(sum(normed(y) for _, _, y in parts)))
-    assert same(fired(model, ablation.no_scan(0)), out(sum(gate * normed(y - scan) for gate, scan, y in parts)))
+    parts, out = first_layer(model, clean)
+    assert same(fired(model, ablation.open_gate(0)), out(sum(multiplied(scan) for _, scan, multiplied in parts)))
+    nothing = [gate * multiplied(torch.zeros_like(scan)) for gate, scan, multiplied in parts]
+    assert same(fired(model, ablation.no_scan(0)), out(sum(nothing)))
     channels = [1, 4]
     expected = []
-    for gate, scan, y in parts:
+    for gate, scan, multiplied in parts:
         scan = scan.clone()
-        scan[..., [c for c in range(scan.shape[-1]) if c not in channels]] = 0  # what is taken away
-        expected.append(gate * normed(y - scan))
+        scan[..., channels] = 0
+        expected.append(gate * multiplied(scan))
     assert same(fired(model, ablation.no_scan(0, channel=channels)), out(sum(expected)))
 
 
@@ -120,7 +132,8 @@ def test_layers_are_removed_by_number_and_by_pattern(model):
     resid = [model(x, stop_at_layer=layer) for layer in range(n)]
     assert same(logits(model, ablation.remove_layer("*"), x), model(resid[0], start_at_layer=n))
     assert same(logits(model, ablation.remove_layer(-1), x), model(resid[-1], start_at_layer=n))
-    assert same(logits(model, ablation.remove_layer(0), x), model(resid[0], start_at_layer=1))
+    beside = earlier(model, x)
+    assert same(logits(model, ablation.remove_layer(0), x), model(resid[0], start_at_layer=1, **beside))
     assert same(logits(model, ablation.remove_layer("[01]"), x), model(resid[0], start_at_layer=2))
     middle = model(resid[0], start_at_layer=1, stop_at_layer=n - 1)
     assert same(logits(model, ablation.remove_layer([0, -1]), x), model(middle, start_at_layer=n))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,15 +17,22 @@ from tests.attention.test_layer import CASES, VARIANTS, cached
 from tests.helpers import at_real, example, relative
 
 
+def by_channel_and_source(A):
+    """[batch, dst, src, channel]: A[i, j] x[j], each branch with its own x."""
+    total = 0
+    for branch in A.branches:
+        x = A.padding.spread(branch.x.flip(1) if branch.reverse else branch.x)
+        total = total + torch.einsum("bcij,bjc->bijc", replace(A, branches=(branch,)).dense(), x)
+    return total
+
+
 def of(cache, variant="all"):
     """(contributions, F as the definition has it, the layer's output) of every layer."""
     for A in gl.implicit_attention(cache):
         out = cache[f"blocks.{A.layer}.hook_mixer_out"]
         A = VARIANTS[variant](A)
         F = A.contributions()
-        first = A.branches[0]
-        x = A.padding.spread(first.x.flip(1) if first.reverse else first.x)
-        yield F, torch.einsum("bcij,bjc,dc->bijd", A.dense(), x, F.weight), out
+        yield F, torch.einsum("bijc,dc->bijd", by_channel_and_source(A), F.weight), out
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -132,6 +133,7 @@ def test_mamba_against_the_literal_triple_loop():
 
 
 MAMBA = ("hook_gate", "hook_dt", "hook_B", "hook_C")
+RWKV7 = tuple(f"hook_{name}" for name in ("gate", "scale", "bonus", "log_decay", "kk", "a", "k", "r"))
 GRIFFIN = ("hook_gate", "hook_input_gate", "hook_log_decay", "hook_multiplier", "hook_reset")
 DELTA = ("hook_gate", "hook_q", "hook_k", "hook_beta", "hook_log_decay", "hook_scale")
 # place -> (the input x, the output o, the points held fixed, the (input, output) of SiLUs whose sigmoid is held fixed)
@@ -139,11 +141,16 @@ FROZEN = {
     "mamba": {"mixer": ("hook_x", "hook_gated", MAMBA, (("hook_conv", "hook_u"),))},
     "mamba2": {"mixer": ("hook_x", "hook_gated", (*MAMBA, "hook_scale"), (("hook_conv", "hook_u"),))},
     "griffin": {"mixer": ("hook_x", "hook_gated", GRIFFIN, ()), "attn": ("hook_v", "hook_z", ("hook_pattern",), ())},
+    "kimi_linear": {
+        "mixer": ("hook_x", "hook_gated", DELTA, (("hook_conv", "hook_u"),)),
+        "attn": ("hook_v", "hook_z", ("hook_pattern",), ()),
+    },
     "qwen3_next": {
         "mixer": ("hook_x", "hook_gated", DELTA, (("hook_conv", "hook_u"),)),
         "attn": ("hook_v", "hook_gated", ("hook_pattern", "hook_gate"), ()),
     },
     "rwkv": {"mixer": ("hook_x", "hook_gated", ("hook_gate", "hook_k"), ())},
+    "rwkv7": {"mixer": ("hook_x", "hook_gated", RWKV7, ())},
     "vim": {
         "mixer": (
             "hook_x",
@@ -205,13 +212,26 @@ def test_the_operator_is_the_jacobian_of_the_models_own_frozen_forward(model):
             kv, d = x.shape[2:]
             return value.reshape(*value.shape[:2], kv, groups, d).sum(3)
 
+        def of_x(value, A=A, model=model):
+            """What `value` gives of each branch, [batch, pos, channel], as that of x itself."""
+            total = 0
+            for branch in A.branches:
+                one = value(replace(A, branches=(branch,)))
+                if (
+                    model.cfg.architecture == "rwkv7" and branch.scan is not None
+                ):  # it reads x less its mean over the head
+                    heads = one.unflatten(2, (model.cfg.n_heads, -1))
+                    one = (heads - heads.mean(-1, keepdim=True)).flatten(2)
+                total = total + one
+            return total
+
         o = o.flatten(2) if o.ndim == 4 else o
         for i in (0, length // 2, length - 1):
             (row,) = torch.autograd.grad(o[:, i].sum(), x, retain_graph=True)
-            assert torch.allclose(per_source(A.row(i).mT), row, rtol=0, atol=1e-12), (layer, i)
+            assert torch.allclose(per_source(of_x(lambda one, i=i: one.row(i).mT)), row, rtol=0, atol=1e-12), (layer, i)
         g = torch.randn(batch, length, channels, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         (vjp,) = torch.autograd.grad(o, x, g)
-        assert torch.allclose(per_source(A.T @ g), vjp, rtol=0, atol=1e-12), layer
+        assert torch.allclose(per_source(of_x(lambda one, g=g: one.T @ g)), vjp, rtol=0, atol=1e-12), layer
 
 
 def test_it_is_differentiable_in_the_cached_activations():

@@ -51,7 +51,7 @@ def test_profiles_are_their_definition(model, case):
         mask = A.padding.mask if A.padding.mask is not None else torch.ones(A.shape[:2], dtype=torch.bool)
         for b in range(A.shape[0]):
             places = (mask[b].cumsum(0) - 1).tolist()
-            both = len(A.branches) > 1
+            both = len({branch.reverse for branch in A.branches}) > 1
             seen = [int(mask[b].sum()) if both else place + 1 for place in places]
             for c, got in ((0, found), (5, found), (None, whole)):
                 weights = A.abs_mean()[b] if c is None else dense[b, c]

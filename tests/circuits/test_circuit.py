@@ -46,16 +46,19 @@ def by_hand(model, clean, corrupted, kept, **options):
     """Logits of a circuit, one node after the other: each in a run in which its input is put where it reads."""
     graph = Graph.of(model)
     bad = fired(model, corrupted, [node.writes for node in graph.senders], **options)
-    out = {"embed": fired(model, clean, graph.nodes[0].writes, **options)[graph.nodes[0].writes]}
+    out, handed = {"embed": fired(model, clean, graph.nodes[0].writes, **options)[graph.nodes[0].writes]}, []
     for j, receiver in enumerate(graph.receivers):
         read = 0
         for i, sender in enumerate(graph.before(receiver)):
             share = kept[i, j].reshape(1, -1, 1)
             read = read + torch.where(share, out[sender.name], bad[sender.writes])
-        with torch.no_grad(), model.hooks([(receiver.reads, put(read))]):
+        with torch.no_grad(), model.hooks([(receiver.reads, put(read)), *handed]):
             if not receiver.writes:
                 return model(clean, **options)
-            out[receiver.name] = fired(model, clean, receiver.writes, **options)[receiver.writes]
+            found = fired(model, clean, [receiver.writes, *model.hands_on], **options)
+            out[receiver.name] = found[receiver.writes]
+        if j == 0:  # what later nodes read of the first beside the residual stream
+            handed = [(name, put(found[name])) for name in model.hands_on]
     raise AssertionError
 
 

@@ -7,7 +7,7 @@ import torch
 
 nnsight = pytest.importorskip("nnsight", reason="the nnsight extra is not installed")
 
-from tests.helpers import example, relative  # noqa: E402
+from tests.helpers import earlier, example, relative  # noqa: E402
 
 
 @pytest.fixture
@@ -84,7 +84,8 @@ def test_gradients_inside_a_trace(wrapped):
     model, traced = wrapped
     input, name = example(model), "blocks.1.hook_resid_pre"
     resid = model(input, stop_at_layer=1).detach().requires_grad_()
-    (want,) = torch.autograd.grad(model(resid, start_at_layer=1).pow(2).sum(), resid)
+    beside = earlier(model, input)
+    (want,) = torch.autograd.grad(model(resid, start_at_layer=1, **beside).pow(2).sum(), resid)
     with traced.trace(input):
         value = get(traced, name).output
         out = traced.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from gatedlens import ablation, knockout
 from gatedlens.hooks import architectures
 from gatedlens.hooks.rwkv import rates
 from gatedlens.model.batch import Batch
-from tests.helpers import example, kept, padded
+from tests.helpers import earlier, example, kept, padded
 
 LENGTH = 9
 CASES = ["plain", "state", "left", "right"]
@@ -77,12 +78,14 @@ def places(mask, like):
 def by_matrix(cache, layer, edges, channels=slice(None)):
     """A' x + r with those entries of the dense matrix zeroed; edges as (source, target)."""
     A = gl.implicit_attention(cache, layer=layer)
-    dense, first = A.dense().clone(), A.branches[0]
-    x = A.padding.spread(first.x)
-    for row, where in zip(dense, places(cache.mask, dense), strict=True):
-        for src, dst in edges:
-            row[channels, where[dst], where[src]] = 0
-    return torch.einsum("bcij,bjc->bic", dense, x) + A.bias
+    total = A.bias
+    for branch in A.branches:  # each with its own x
+        dense, turned = replace(A, branches=(branch,)).dense().clone(), branch.x.flip(1) if branch.reverse else branch.x
+        for row, where in zip(dense, places(cache.mask, dense), strict=True):
+            for src, dst in edges:
+                row[channels, where[dst], where[src]] = 0
+        total = total + torch.einsum("bcij,bjc->bic", dense, A.padding.spread(turned))
+    return total
 
 
 @pytest.fixture(params=CASES)
@@ -353,7 +356,8 @@ def test_as_hooks_with_start_at_layer_and_while_generating(lm):
         want = run(lm, cut, tokens)["hook_logits"]
         assert same(lm.run_with_hooks(tokens, fwd_hooks=cut.hooks(lm)), want)
         resid = lm(tokens, stop_at_layer=1)
-        assert same(lm.run_with_hooks(resid, start_at_layer=1, fwd_hooks=cut.hooks(lm)), want)
+        beside = earlier(lm, tokens)
+        assert same(lm.run_with_hooks(resid, start_at_layer=1, fwd_hooks=cut.hooks(lm), **beside), want)
         with pytest.raises(gl.PointError, match="never ran"):
             lm.run_with_hooks(tokens, stop_at_layer=1, return_type=None, fwd_hooks=cut.hooks(lm))
         with knockout.cut(0, 0, layers=1).on(lm):  # each step is a call of its own

@@ -26,6 +26,9 @@ def _graph(model, one, grad, pos):
     generator = torch.Generator().manual_seed(0)
     resid = torch.randn(2, pos, model.cfg.d_model, dtype=torch.float64, generator=generator).requires_grad_(grad)
     run = model.begin(Batch(resid, is_resid=True), None, False)
+    for name in model.hands_on:
+        width = model.names.points[name].elements(model.cfg.sizes, batch=1, pos=1)
+        run.hand_on(name, torch.randn(2, pos, width, dtype=torch.float64, generator=generator))
     with torch.set_grad_enabled(grad):
         seen = torch._dynamo.explain(one)(resid, run)
         assert seen.graph_break_count == 0, seen.break_reasons

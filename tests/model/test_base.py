@@ -10,7 +10,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import gatedlens as gl
 from gatedlens.hooks.mamba import HookedMamba
-from tests.helpers import example, relative
+from tests.helpers import earlier, example, relative
 
 
 def mixer_points(model, leaf: str) -> list[str]:
@@ -277,7 +277,7 @@ def test_stop_and_start_at_layer(model):
     resid = model(input, stop_at_layer=1)
     assert torch.equal(resid, cache["resid_post", 0])
     assert torch.equal(model(input, stop_at_layer=1 - model.cfg.n_layers), resid)
-    assert relative(model(resid, start_at_layer=1), whole) < 1e-12
+    assert relative(model(resid, start_at_layer=1, **earlier(model, input)), whole) < 1e-12
     assert model(input, return_type=None) is None
     with pytest.raises(gl.InputError, match="stop_at_layer=99"):
         model(input, stop_at_layer=99)

@@ -87,7 +87,8 @@ def test_pos_slice_takes_the_position_axis_of_each_point(model, pos_slice):
 
 def test_gradients_are_those_of_autograd_and_parameters_keep_theirs(lm):
     tokens = example(lm)
-    names = ["blocks.0.hook_resid_pre", f"blocks.1.{lm.blocks[1].mixer.place}.hook_gated", "hook_logits"]
+    mixer = lm.blocks[1].mixer
+    names = ["blocks.0.hook_resid_pre", f"blocks.1.{mixer.place}.{mixer.output_point}", "hook_logits"]
     loss, cache = lm.run_with_cache(tokens, names_filter=names, incl_bwd=True, return_type="loss")
     assert loss.ndim == 0
     for name in names:

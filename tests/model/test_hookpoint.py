@@ -10,7 +10,7 @@ import torch
 
 import gatedlens as gl
 from gatedlens.hooks.mamba import HookedMamba
-from tests.helpers import example, relative
+from tests.helpers import earlier, example, relative
 
 
 def gradient(model, input, name, forward=None, backward=None):
@@ -18,8 +18,9 @@ def gradient(model, input, name, forward=None, backward=None):
     resid = model(input, stop_at_layer=1).detach().requires_grad_()
     fwd = [(name, forward)] if forward else []
     bwd = [(name, backward)] if backward else []
+    beside = earlier(model, input)
     with model.hooks(fwd, bwd):
-        out = model(resid, start_at_layer=1)
+        out = model(resid, start_at_layer=1, **beside)
         (grad,) = torch.autograd.grad(out.pow(2).sum(), resid)
     return grad
 

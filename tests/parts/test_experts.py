@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from gatedlens.model.hookpoint import HookPoint
 from gatedlens.model.run import Run
 from gatedlens.parts.activation import SILU
-from gatedlens.parts.experts import Experts, experts_rows, softmax_top
+from gatedlens.parts.experts import Experts, experts_rows, sigmoid_top, softmax_top
 
 D, E, M, S, K = 6, 5, 4, 3, 2
 
@@ -108,3 +112,63 @@ def test_the_gradient_of_a_weight_that_is_0_is_its_experts_output(mixture):
     part(m, run)
     part.hook_experts.remove_hooks()
     torch.testing.assert_close(found["weights"], found["experts"].sum(-1), atol=1e-12, rtol=0)
+
+
+def test_a_shared_expert_without_a_gate_and_a_router_wider_than_the_model():
+    torch.manual_seed(0)
+    w = Weights()
+    w.shared_experts = w.shared_expert
+    part = Experts(
+        w.bfloat16(), experts_rows("SiLU", "the largest", gated=False), SILU, softmax_top(K, True), gated=False
+    )
+    w.gate.float()
+    m, run = torch.randn(2, 3, D, dtype=torch.bfloat16), Run(torch.arange(3).expand(2, 3))
+    with torch.no_grad():
+        out, seen = part(m, run), {}
+        part.hook_router.add_hook(lambda x, hook: seen.update(router=x))
+        part.hook_experts.add_hook(lambda x, hook: None)
+        every = part(m, run)
+    assert out.dtype == every.dtype == torch.bfloat16 and seen["router"].dtype == torch.float32
+    assert "shared.hook_gate" not in [row.name for row in experts_rows("SiLU", "the largest", gated=False)]
+    wide = Weights().double()
+    wide.load_state_dict({name: p.double() for name, p in w.state_dict().items() if "shared_experts" not in name})
+    m = m.double()
+    want = literal(wide, m)[0]
+    shared = wide.shared_expert
+    hidden = F.silu(shared.gate_proj(m)) * shared.up_proj(m)
+    want = want + (1 - torch.sigmoid(wide.shared_expert_gate(m))) * shared.down_proj(hidden)
+    for got in (out, every):
+        assert (got.double() - want).norm() < 0.02 * want.norm()  # bfloat16
+
+
+def test_routing_by_groups_is_its_equation():
+    torch.manual_seed(0)
+    logits, bias = torch.randn(5, 12, dtype=torch.float64), torch.randn(12, dtype=torch.float64) / 2
+    got = sigmoid_top(3, SimpleNamespace(e_score_correction_bias=bias), groups=4, top_groups=2, scale=2.5)(logits)
+    for row, (x, weights) in enumerate(zip(logits, got, strict=True)):
+        shares = torch.sigmoid(x)
+        choice = shares + bias
+        worth = [sum(sorted(choice[3 * g : 3 * g + 3], reverse=True)[:2]) for g in range(4)]
+        kept = sorted(range(4), key=lambda g: -worth[g])[:2]
+        chosen = sorted((e for e in range(12) if e // 3 in kept), key=lambda e: -choice[e])[:3]
+        want = [2.5 * shares[e] / sum(shares[i] for i in chosen) if e in chosen else 0.0 * shares[e] for e in range(12)]
+        torch.testing.assert_close(weights, torch.stack(want), atol=1e-12, rtol=0, msg=str(row))
+    plain = sigmoid_top(3, normalised=False)(logits)
+    assert ((plain != 0).sum(-1) == 3).all()
+    torch.testing.assert_close(plain[plain != 0], torch.sigmoid(logits)[plain != 0], atol=0, rtol=0)
+
+
+def test_routing_by_groups_is_what_transformers_does():
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        hidden_size=D, n_routed_experts=12, num_experts_per_tok=3, n_group=4, topk_group=2, routed_scaling_factor=2.5
+    )
+    router, m = DeepseekV3TopkRouter(config), torch.randn(4, D)
+    with torch.no_grad():
+        router.weight.copy_(torch.randn(12, D))
+        router.e_score_correction_bias.copy_(torch.randn(12) / 2)
+        told = router(m)
+        if not isinstance(told, tuple):
+            pytest.skip("this version's router gives logits alone")
+        ours = sigmoid_top(3, router, 4, 2, True, 2.5)(F.linear(m, router.weight))
+    torch.testing.assert_close(ours, torch.zeros(4, 12).scatter(-1, told[2], told[1]), atol=1e-6, rtol=0)
