@@ -185,7 +185,7 @@ def test_a_padded_batch(lm):
 
 
 def test_a_patched_state_goes_on(model):
-    """decay[pos] = 0 and write[pos] = the clean state, of each scan that a layer has."""
+    """decay[pos] = 0, erase[pos] = 0 of a delta rule, and write[pos] = the clean state, of each scan that a layer has."""
     clean, corrupted = pair(model)
     cache = caches(model, clean)
     found = patching.get_act_patch_state(model, corrupted, cache, metric, **QUIET)
@@ -203,8 +203,9 @@ def test_a_patched_state_goes_on(model):
                 x[:, pos] = cache[name][:, pos]
 
             stem = name.removesuffix("state")
+            hooks = [(f"{stem}{word}", forget) for word in ("decay", "erase") if f"{stem}{word}" in model.names]
             with torch.no_grad():
-                logits = model.run_with_hooks(corrupted, fwd_hooks=[(f"{stem}decay", forget), (f"{stem}write", put)])
+                logits = model.run_with_hooks(corrupted, fwd_hooks=[*hooks, (f"{stem}write", put)])
             assert close(found.at(**where)[pos], metric(logits).mean())
     # An edit of hook_state itself is read at its own position and nowhere later.
     only_read = patching.get_act_patch_state(model, corrupted, cache, metric, edits=patching.copied, **QUIET)
