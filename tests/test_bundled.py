@@ -17,6 +17,7 @@ MOBY = [name for name in gl.bundled_models() if name.endswith("-moby")]
 
 def test_every_architecture_has_trained_models():
     words = {"mamba": ("recall", "moby"), "griffin": ("recall", "moby"), "rwkv": ("recall", "moby"), "vim": ("digits",)}
+    words |= dict.fromkeys(("mamba2", "gdn", "hybrid"), ("recall",))
     assert set(gl.bundled_models()) == {f"gatedlens/{name}-{task}" for name, tasks in words.items() for task in tasks}
 
 
@@ -26,14 +27,16 @@ def report(name: str) -> dict:
 
 def test_sizes_stay_small():
     sizes = {path: path.stat().st_size for path in BUNDLED.rglob("*") if path.is_file() and path.suffix != ".pyc"}
-    assert all(size < 2**20 for size in sizes.values()) and sum(sizes.values()) < 5 * 2**20
+    assert all(size < 2**20 for size in sizes.values()) and sum(sizes.values()) < 8 * 2**20
 
 
 @pytest.mark.parametrize("name", RECALL)
 def test_recall_accuracy_is_the_recorded_one(name):
-    metric = make.recall_metric(gl.from_pretrained(name, device="cpu"))
-    assert abs(metric["accuracy"] - report(name)["metric"]["accuracy"]) < 2e-3
-    assert metric["accuracy"] >= 0.95
+    told = report(name)
+    metric = make.TASKS[told["task"]][1](gl.from_pretrained(name, device="cpu"))
+    assert metric.keys() == told["metric"].keys()
+    for word, value in metric.items():
+        assert abs(value - told["metric"][word]) < 2e-3 and value >= 0.95, word
 
 
 @pytest.mark.slow
@@ -66,7 +69,7 @@ def test_the_attention_points_at_the_token_that_holds_the_answer(name):
         among_values.append((value == batch.answer_pos).float().mean())
         among_all.append((row.argmax(-1) == batch.answer_pos).float().mean())
     assert max(among_values) > 0.7, f"chance is 0.25, this is {max(among_values):.2f}"
-    assert max(among_all) > (0.8 if "mamba" in name else 0.2), f"chance is 0.05, this is {max(among_all):.2f}"
+    assert max(among_all) > (0.8 if "mamba-" in name else 0.2), f"chance is 0.05, this is {max(among_all):.2f}"
 
 
 def test_recall_prompts_are_what_they_say():

@@ -16,6 +16,7 @@ from gatedlens.ablation.components import (
     fastest,
     identity_conv,
     no_conv_bias,
+    no_erase,
     no_scan,
     no_skip,
     only_tap,
@@ -31,7 +32,7 @@ from gatedlens.model.intervention import Edit, EditStep, Intervention, Step, edi
 # fmt: off
 __all__ = [
     "Component", "Edit", "EditStep", "Index", "Intervention", "Layers", "Means", "Step", "Where", "constant", "edit", "fastest",
-    "freeze", "identity_conv", "mean", "means", "no_conv_bias", "no_scan", "no_skip", "noise", "only_tap", "open_gate",
-    "remove_layer", "resample", "scale", "slowest", "zero",
+    "freeze", "identity_conv", "mean", "means", "no_conv_bias", "no_erase", "no_scan", "no_skip", "noise", "only_tap",
+    "open_gate", "remove_layer", "resample", "scale", "slowest", "zero",
 ]
 # fmt: on

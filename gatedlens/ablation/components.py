@@ -36,6 +36,7 @@ SKIP = Component("skip", "hook_y", "skip")
 CONV = Component("conv", "hook_conv", "conv")
 TAPS = Component("conv", "hook_conv_taps", "conv")
 DECAY = Component("decay", "hook_decay", "decay")
+ERASE = Component("erase", "hook_erase", "erase")
 
 
 def _step(part: Component, edit: Edit, layers: Layers, index: Mapping[str, Index], *reads: str) -> Intervention:
@@ -115,6 +116,15 @@ def no_skip(layers: Layers = "*", **index: Index) -> Intervention:
     `gl.ablation.open_gate`.
     """
     return Intervention((Unskipped(layers, index),))
+
+
+def no_erase(layers: Layers = "*", **index: Index) -> Intervention:
+    """`gl.ablation.no_erase(layers=0, head=1)`: erase = 0, so a delta rule writes without removing what its probe finds.
+
+    What a step writes is added to what the state holds already, as in linear attention with the same decay. layers, index and
+    errors: as of `gl.ablation.open_gate`; pos= says at which positions nothing is erased.
+    """
+    return _step(ERASE, lambda x, point: torch.zeros_like(x), layers, index)
 
 
 def identity_conv(layers: Layers = "*", **index: Index) -> Intervention:

@@ -63,6 +63,8 @@ class Component:
         said = self.lacks(model)
         if said is not None:
             raise PointError(f"{model.title} has no {self.what}: its recurrence says {self.word}: {said!r}.")
+        if not any(name.endswith(f".{self.leaf}") for name in model.names):
+            raise PointError(f"{model.title} has no {self.what}: no block of {model.cfg.model_name} has a {self.leaf}.")
         found = []
         for layer in layers_of(model, layers):
             prefix = f"blocks.{layer}.mixer."

@@ -189,3 +189,29 @@ def test_components_compose_and_work_while_generating(lm):
         for _ in range(4):
             whole = torch.cat([whole, lm(whole)[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(ids, whole)
+
+
+@torch.no_grad()
+def test_without_its_erase_a_delta_rule_adds_up_what_it_writes(model):
+    """state_t = decay_t state_{t-1} + write_t, step by step, and it is another model; others say that they erase nothing."""
+    x = example(model)
+    if "erase" not in model.recurrence:
+        with pytest.raises(gl.PointError, match=f"{model.title} has no erase: no block of .* has a hook_erase"):
+            logits(model, ablation.no_erase(), x)
+        return
+    with ablation.no_erase().on(model):
+        without, cache = model.run_with_cache(x, names_filter=lambda name: True)
+    layers = [layer for layer in range(model.cfg.n_layers) if f"blocks.{layer}.mixer.hook_erase" in model.names]
+    for layer in layers:
+        decay, write, state = (cache[f"blocks.{layer}.mixer.hook_{name}"] for name in ("decay", "write", "state"))
+        held = cache[f"blocks.{layer}.mixer.hook_state_start"]
+        for t in range(x.shape[1]):
+            held = decay[:, t] * held + write[:, t]
+            torch.testing.assert_close(state[:, t], held, rtol=1e-12, atol=1e-13)
+    assert not torch.allclose(without, model(x), atol=1e-4)
+    one = ablation.no_erase(layers=layers[-1], head=1, pos=[2, 3])
+    with one.on(model):
+        erase = model.run_with_cache(x, names_filter="*.hook_erase")[1][f"blocks.{layers[-1]}.mixer.hook_erase"]
+    own = model.run_with_cache(x, names_filter="*.hook_erase")[1][f"blocks.{layers[-1]}.mixer.hook_erase"].clone()
+    own[:, 2:4, 1] = 0
+    torch.testing.assert_close(erase, own, rtol=0, atol=0)
