@@ -1,6 +1,7 @@
-"""Griffin and RWKV against transformers' own forward + backward: hidden 768, 4 layers, pos 1024, batch 1, one thread, float32.
+"""Whole models against transformers' own: 4 layers, pos 1024, batch 1, one thread, float32.
 
-    python -m benchmarks.language griffin        also: rwkv
+    python -m benchmarks.language griffin        also: rwkv; forward + backward, hidden 768
+    python -m benchmarks.language qwen3_next     also: kimi_linear; forward, and forward + backward, hidden 512
 
 The vocabulary is small (512), so that the unembedding, the same for both, does not hide the recurrence.
 """
@@ -30,6 +31,71 @@ def rwkv() -> Any:
     return RwkvForCausalLM(RwkvConfig(hidden_size=768, num_hidden_layers=4, vocab_size=512)).eval()
 
 
+def qwen3_next() -> Any:
+    """Three gated delta nets and an attention, MLPs without experts: the products of experts are the same for both."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    delta = {
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+    }
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "mlp_only_layers": [0, 1, 2, 3]}
+    config = Qwen3NextConfig(**SIZES, intermediate_size=1024, **delta, **heads, pad_token_id=None)
+    return Qwen3NextForCausalLM(config).eval()
+
+
+def kimi_linear() -> Any:
+    """Three Kimi delta nets and a latent attention."""
+    from transformers import KimiLinearConfig, KimiLinearForCausalLM
+
+    kinds = {"layer_types": ["linear_attention"] * 3 + ["full_attention"], "mlp_layer_types": ["dense"] * 4}
+    delta = {"linear_num_heads": 8, "linear_head_dim": 64, "num_attention_heads": 8, "num_key_value_heads": 8}
+    latent = {
+        "kv_lora_rank": 128,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        "pad_token_id": None,
+    }
+    return KimiLinearForCausalLM(KimiLinearConfig(**SIZES, intermediate_size=1024, **kinds, **delta, **latent)).eval()
+
+
+SIZES = {"hidden_size": 512, "num_hidden_layers": 4, "vocab_size": 512}
+BOTH_WAYS = {"griffin": griffin, "rwkv": rwkv}
+HYBRIDS = {"qwen3_next": qwen3_next, "kimi_linear": kimi_linear}
+
+
+def hybrid(make: Any) -> dict[str, dict[str, float]]:
+    """Forward, and forward + backward, of the whole model."""
+    import gatedlens as gl
+
+    torch.manual_seed(0)
+    peer = make()
+    ours = gl.wrap(peer)
+    tokens = torch.randint(512, (1, 1024), generator=torch.Generator().manual_seed(0))
+
+    def forward_ours() -> None:
+        with torch.no_grad():
+            ours(tokens)
+
+    def forward_theirs() -> None:
+        with torch.no_grad():
+            peer(tokens, use_cache=False)
+
+    def both_ours() -> None:
+        ours(tokens)[:, -1].sum().backward()
+
+    def both_theirs() -> None:
+        peer(tokens, use_cache=False).logits[:, -1].sum().backward()
+
+    return {
+        "forward": medians({"ours": forward_ours, "theirs": forward_theirs}, repeats=3),
+        "forward + backward": medians({"ours": both_ours, "theirs": both_theirs}, repeats=3),
+    }
+
+
 def speed(make: Any) -> dict[str, float]:
     import gatedlens as gl
 
@@ -55,4 +121,5 @@ def speed(make: Any) -> dict[str, float]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(speed({"griffin": griffin, "rwkv": rwkv}[sys.argv[1]])))
+    name = sys.argv[1]
+    print(json.dumps(hybrid(HYBRIDS[name]) if name in HYBRIDS else speed(BOTH_WAYS[name])))

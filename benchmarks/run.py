@@ -51,6 +51,14 @@ def language() -> Iterator[Line]:
         yield Line(f"{title}: forward + backward, pos 1024", seconds["ours"], seconds["theirs"], "s", 0.25)
 
 
+def hybrids() -> Iterator[Line]:
+    """Whole models of 4 layers, three of them delta nets."""
+    limits = {"forward": 0.8, "forward + backward": 0.6}
+    for name, title in (("qwen3_next", "Qwen3-Next"), ("kimi_linear", "Kimi Linear")):
+        for what, seconds in fresh("benchmarks.language", name).items():
+            yield Line(f"{title}: {what}, pos 1024", seconds["ours"], seconds["theirs"], "s", limits[what])
+
+
 def heads() -> Iterator[Line]:
     """Heads with matrix states against transformers' own forms, and the scan's matrix against the products it is made of."""
     titles = {"mamba2": "Mamba-2's scan", "gated_delta": "gated delta rule", "kimi_delta": "Kimi delta rule"}
@@ -158,7 +166,7 @@ def table(lines: list[Line]) -> str:
 
 
 def main() -> None:
-    parts = (mamba, language, heads, attention, patching, circuits, store, imports)
+    parts = (mamba, language, hybrids, heads, attention, patching, circuits, store, imports)
     lines = [line for part in parts for line in part()]
     print(table(lines))
     machine = {"machine": platform.machine(), "python": platform.python_version(), "threads": 1}

@@ -17,7 +17,7 @@ MOBY = [name for name in gl.bundled_models() if name.endswith("-moby")]
 
 def test_every_architecture_has_trained_models():
     words = {"mamba": ("recall", "moby"), "griffin": ("recall", "moby"), "rwkv": ("recall", "moby"), "vim": ("digits",)}
-    words |= dict.fromkeys(("mamba2", "gdn", "hybrid"), ("recall",))
+    words |= dict.fromkeys(("mamba2", "gdn", "hybrid", "rwkv7"), ("recall",))
     assert set(gl.bundled_models()) == {f"gatedlens/{name}-{task}" for name, tasks in words.items() for task in tasks}
 
 

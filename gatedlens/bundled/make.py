@@ -112,6 +112,24 @@ def rwkv(d_model: int, n_layers: int, mlp: int) -> Callable[[int], nn.Module]:
     return build
 
 
+def rwkv7(d_model: int, n_layers: int, mlp: int, head: int = 16, rank: int = 8) -> Callable[[int], nn.Module]:
+    """Heads of `head` numbers; their decays start spread out, from 0.55 to 0.998 a step."""
+
+    def build(vocabulary: int) -> nn.Module:
+        from gatedlens.formats.rwkv7_fla import RANKS, Rwkv7Weights
+
+        sizes = {"hidden_size": d_model, "num_hidden_layers": n_layers, "head_dim": head, "intermediate_size": mlp}
+        config = {"vocab_size": vocabulary, **sizes, **dict.fromkeys(RANKS.values(), rank), "group_norm_eps": 64e-5}
+        model, spread = Rwkv7Weights(config), torch.linspace(-6, 4, head).repeat(d_model // head)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith("w_lora.lora.2.bias"):
+                    p.copy_(spread)
+        return model
+
+    return build
+
+
 def vim(classes: int) -> nn.Module:
     """Vision Mamba on 8 x 8 pixels: 16 patches of 2 x 2, mean pooling."""
     from gatedlens.formats.vision_mamba import VisionMamba
@@ -128,6 +146,7 @@ RECIPES = (
     Recipe("mamba2-recall", mamba2(64, 2, 4), "rewritten", steps=2500, lr=2.5e-3, weight_decay=0.05),
     Recipe("gdn-recall", gated_delta(64, "dd", 128), "rewritten", steps=2500),
     Recipe("hybrid-recall", gated_delta(64, "da", 128), "rewritten", steps=2500),
+    Recipe("rwkv7-recall", rwkv7(64, 2, 128), "rewritten", steps=1000),
     Recipe("vim-digits", vim, "digits", steps=1500, weight_decay=0.05),
     Recipe("griffin-moby", griffin(80, 240), "moby", steps=1600, batch=16, context=160, lr=5e-3),
     Recipe("rwkv-moby", rwkv(80, 3, 240), "moby", steps=1600, batch=16, context=160, lr=5e-3),

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from gatedlens.errors import CheckpointError
 from gatedlens.model import fields
-from gatedlens.model.checkpoint import depth, shape_of
+from gatedlens.model.checkpoint import depth, save_checkpoint, shape_of
 from gatedlens.model.fields import EPS, NONE, SIZE, TRANSFORMERS, layers_of, one_of
 from gatedlens.model.layout import Layout
 from gatedlens.model.tiny import Tiny, around, fresh
@@ -74,6 +75,10 @@ class Rwkv7Weights(nn.Module):
         self.model.norm = nn.LayerNorm(d, eps=eps)
         if config.get("tie_word_embeddings", False):
             self.lm_head.weight = self.model.embeddings.weight
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """`weights.save_pretrained("folder")`: config.json and model.safetensors, as `gl.from_pretrained` and fla read them."""
+        save_checkpoint(folder, {"model_type": KINDS[0], **self.config}, self)
 
 
 def _layer(config: Mapping[str, Any], number: int) -> nn.Module:

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from gatedlens.errors import CheckpointError, did_you_mean
 from gatedlens.formats.mamba_ssm import SSM_FIELDS, layer_parameters, with_eps
 from gatedlens.model import fields
-from gatedlens.model.checkpoint import depth, shape_of
+from gatedlens.model.checkpoint import depth, save_checkpoint, shape_of
 from gatedlens.model.fields import EPS, FLAG, NUMBER, PAIR, POSITIVE, SIZE, TEXT, layers_of, listed, one_of, table
 from gatedlens.model.layout import Layout
 from gatedlens.model.tiny import Tiny, around, fresh
@@ -203,14 +202,7 @@ class VisionMamba(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, which `gl.from_pretrained(folder)` reads."""
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.config, indent=1) + "\n")
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors"
-        )
+        save_checkpoint(folder, self.config, self)
 
 
 def _vim_layer(

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from gatedlens.errors import CheckpointError, GatedlensError
 from gatedlens.model.config import FLOATS, dtype_name
@@ -278,3 +278,12 @@ def depth(names: Iterable[str], stem: str) -> int:
         what = f"has {stem}{max(numbers)} and " if numbers else ""
         raise CheckpointError(f"It {what}lacks {stem}{gap or 0}: layers are numbered from 0, without gaps.")
     return len(numbers)
+
+
+def save_checkpoint(folder: str | Path, config: Mapping[str, Any], module: nn.Module) -> None:
+    """`save_checkpoint("folder", config, weights)`: config.json and model.safetensors, as `gl.from_pretrained` reads them."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(dict(config), indent=1) + "\n")
+    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in module.state_dict().items()}
+    save_file(state, folder / "model.safetensors")

@@ -30,6 +30,8 @@ CHUNK = 64  # positions; their square is what a chunk costs beside its states
 WIDE_CHUNK = 32  # for a delta rule with wide keys, whose triangular solve grows with the square of the chunk
 WIDE = 96  # keys
 SIDE_BY_SIDE = 1 << 18  # numbers of the largest tensor of chunks side by side on a processor: 1 MiB of float32
+DELTA_SIDE_BY_SIDE = 1 << 15  # of a delta rule, whose chunks side by side cost a product of keys more each
+FEW = 4  # so few chunks of a delta rule side by side are slower than one at a time
 
 
 def chunk_size(terms: Terms) -> int:
@@ -41,8 +43,10 @@ def chunks_at_once(terms: Terms, u: Float[Tensor, "batch pos head value"], chunk
     """How many chunks are taken side by side best, by the device and the shape alone."""
     keys, values, width = terms.key.shape[-1], u.shape[-1], u.shape[0] * u.shape[2]
     largest = width * max(chunk * max(chunk, values, keys), keys * values)
-    budget = doubling.ELEMENTS if doubling.pays(u) else SIDE_BY_SIDE
-    return max(1, budget // max(largest, 1))
+    if doubling.pays(u):
+        return max(1, doubling.ELEMENTS // max(largest, 1))
+    number = (DELTA_SIDE_BY_SIDE if terms.has_delta_rule else SIDE_BY_SIDE) // max(largest, 1)
+    return 1 if terms.has_delta_rule and number < FEW else max(1, number)
 
 
 def chunked(

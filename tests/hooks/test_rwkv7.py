@@ -575,3 +575,14 @@ def test_what_does_not_fit_is_named(tmp_path):
     torch.save(older, tmp_path / "v6.pth")
     with pytest.raises(gl.CheckpointError, match="This is RWKV-6"):
         gl.from_pretrained(tmp_path / "v6.pth", device="cpu")
+
+
+@torch.no_grad()
+def test_a_saved_folder_is_opened(tmp_path):
+    for tied in (False, True):
+        model = HookedRWKV7.tiny(seed=2, tie_word_embeddings=tied)
+        model.wrapped.save_pretrained(tmp_path / str(tied))
+        again = gl.from_pretrained(str(tmp_path / str(tied)), device="cpu")
+        tokens = torch.arange(7)[None]
+        assert torch.equal(again(tokens), model(tokens))
+        assert (again.embedding.weight is again.unembedding.weight) == tied
