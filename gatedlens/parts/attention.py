@@ -31,7 +31,6 @@ from gatedlens.model.state import Carried, RecurrentState
 from gatedlens.recurrence.factors import Factors
 from gatedlens.recurrence.pattern_matrix import PatternScan
 from gatedlens.recurrence.scanning import at_least_float32
-from gatedlens.recurrence.transforms import transformed
 
 ROPE = "RoPE, arXiv 2104.09864"
 RMSNORM = "RMSNorm, arXiv 1910.07467"
@@ -267,42 +266,8 @@ class Attention(TokenMixing):
             q, k = self.hook_rot_q(rotate(q, cos, sin)), self.hook_rot_k(rotate(k, cos, sin))
         return q, k, v, gate_pre
 
-    def unseen(self) -> bool:
-        """Whether nobody can want the scores or the pattern: no hook, no gradient, no transform, no dropout."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or transformed() or self.training:
-            return False
-        return self.hook_attn_scores.at_rest() and self.hook_pattern.at_rest()
-
-    def fused(
-        self,
-        q: Float[Tensor, "batch pos head d_qk"],
-        keys: Float[Tensor, "batch key_pos kv_head d_qk"],
-        values: Float[Tensor, "batch key_pos kv_head d_v"],
-        seen: Bool[Tensor, "batch 1 pos key_pos"],
-    ) -> Float[Tensor, "batch pos head d_v"]:
-        """`mixed` by torch's own kernel, which never holds a pattern."""
-        groups, wide = q.shape[2] // keys.shape[2], (q, keys, values)
-        q, keys, values = (x.transpose(1, 2) for x in wide)
-        keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen).transpose(1, 2)
-
-    def mixed(
-        self,
-        q: Float[Tensor, "batch pos head d_qk"],
-        keys: Float[Tensor, "batch key_pos kv_head d_qk"],
-        values: Float[Tensor, "batch key_pos kv_head d_v"],
-        seen: Bool[Tensor, "batch 1 pos key_pos"],
-    ) -> Float[Tensor, "batch pos head d_v"]:
-        """softmax(q . k / sqrt(d)) v, its scores and its pattern fired."""
-        self._afford(q, keys)
-        groups = q.shape[2] // keys.shape[2]  # so many heads share one key and value head
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, keys.repeat_interleave(groups, dim=2)) * q.shape[-1] ** -0.5
-        scores = self.hook_attn_scores(scores.masked_fill(~seen, -torch.inf))
-        pattern = self.hook_pattern(at_least_float32(scores).softmax(-1).to(values.dtype))
-        pattern = F.dropout(pattern, self.weights.attention_dropout, self.training)
-        return torch.einsum("bhqk,bkhd->bqhd", pattern, values.repeat_interleave(groups, dim=2))
-
     def forward(self, n: Float[Tensor, "batch pos d_model"], run: DocumentRun) -> Float[Tensor, "batch pos d_model"]:
+        w = self.weights
         q, k, v, gate_pre = self.read(n, run)
         v = run.padding.zero(v)  # 0 * NaN at a masked key would be NaN
         carried = run.start("key_positions", self.layer, (len(n), -1), run.positions)
@@ -314,8 +279,13 @@ class Attention(TokenMixing):
         keys, values = behind("keys", k), behind("values", v)
         self.remember(keys, values, carried, run)
 
-        seen = self.visible(carried, run)
-        out = self.hook_z(self.fused(q, keys, values, seen) if self.unseen() else self.mixed(q, keys, values, seen))
+        self._afford(q, keys)
+        groups = q.shape[2] // k.shape[2]  # so many heads share one key and value head
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, keys.repeat_interleave(groups, dim=2)) * q.shape[-1] ** -0.5
+        scores = self.hook_attn_scores(scores.masked_fill(~self.visible(carried, run), -torch.inf))
+        pattern = self.hook_pattern(at_least_float32(scores).softmax(-1).to(v.dtype))
+        pattern = F.dropout(pattern, w.attention_dropout, self.training)
+        out = self.hook_z(torch.einsum("bhqk,bkhd->bqhd", pattern, values.repeat_interleave(groups, dim=2)))
         if gate_pre is not None:
             out = self.hook_gated(out * self.hook_gate(torch.sigmoid(gate_pre)))
-        return F.linear(out.flatten(2), *self.output_weights())
+        return F.linear(out.flatten(2), w.o_proj.weight, w.o_proj.bias)
