@@ -55,10 +55,9 @@ class TokenMixing(Part):
         """(W, b) of the output projection: the mixer's output is W o + b, o what the implicit attention yields."""
         raise NotImplementedError
 
-    def written_by_heads(
-        self, o: Float[Tensor, "*batch pos channel"] | Float[Tensor, "*batch pos head value"], heads: int
-    ) -> Float[Tensor, "*batch pos head d_model"]:
-        """What each of the `heads` of `output_point` writes into the residual stream, the projection's bias left out."""
+    def written_by_heads(self, o: Float[Tensor, "..."], heads: int) -> Float[Tensor, "... d_model"]:
+        """What each of the `heads` of `output_point` writes into the residual stream, the projection's bias left out:
+        [*batch, pos, head, d_model] of [*batch, pos, channel] or [*batch, pos, head, value]."""
         weight = self.output_weights()[0].to(o.device)
         wide = o.flatten(-2) if o.shape[-1] != weight.shape[1] else o
         with exact(o):

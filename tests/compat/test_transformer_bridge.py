@@ -40,6 +40,12 @@ def test_registering_is_undone(registered):
         "Mamba2ForCausalLM",
         "RecurrentGemmaForCausalLM",
         "RwkvForCausalLM",
+        "Qwen3NextForCausalLM",
+        "Qwen3_5ForCausalLM",
+        "Qwen3_5MoeForCausalLM",
+        "Qwen3_5ForConditionalGeneration",
+        "Qwen3_5MoeForConditionalGeneration",
+        "RWKV7ForCausalLM",
     }
     assert ours == set(names)
     adapters = ArchitectureAdapterFactory._adapters
@@ -155,7 +161,7 @@ def test_a_model_that_exists(registered, cls, config, state):
     assert relative(logits, want) < 1e-5 and cache["blocks.1.mixer.hook_state"].shape == (2, 6, *state)
 
 
-@pytest.mark.parametrize("name", ["mamba-recall", "griffin-recall", "rwkv-recall"])
+@pytest.mark.parametrize("name", ["mamba-recall", "griffin-recall", "rwkv-recall", "gdn-recall", "hybrid-recall"])
 def test_the_recall_models_boot(registered, name):
     bridge = TransformerBridge.boot_transformers(str(BUNDLED / name), device="cpu")
     with torch.no_grad():
