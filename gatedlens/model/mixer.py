@@ -55,7 +55,7 @@ class TokenMixing(Part):
         """(W, b) of the output projection: the mixer's output is W o + b, o what the implicit attention yields."""
         raise NotImplementedError
 
-    def written_by_heads(self, o: Float[Tensor, "..."], heads: int) -> Float[Tensor, "... d_model"]:
+    def written_by_heads(self, o: Float[Tensor, "*any"], heads: int) -> Float[Tensor, "... d_model"]:
         """What each of the `heads` of `output_point` writes into the residual stream, the projection's bias left out:
         [*batch, pos, head, d_model] of [*batch, pos, channel] or [*batch, pos, head, value]."""
         weight = self.output_weights()[0].to(o.device)
