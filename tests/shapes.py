@@ -1,7 +1,7 @@
 """Shapes and types, checked while the tests run: `install()` before gatedlens is imported.
 
 Every function of gatedlens is checked by beartype; those whose annotations speak of axes by jaxtyping as well, which compares
-the axes of all arguments with one another: at its first calls, and at every eighth later on. Jaxtyping's own import hook wraps
+the axes of all arguments with one another: at its first calls, and now and then later on. Jaxtyping's own import hook wraps
 every function, whether it speaks of axes or not, and checks it at every call: that was half of the time of all tests.
 """
 
@@ -19,7 +19,7 @@ from beartype.roar import BeartypeDecorHintException
 from jaxtyping import AbstractArray, install_import_hook
 
 BY_JAXTYPING = jaxtyping.jaxtyped
-FIRST, EVERY = 200, 8  # calls of a function whose axes are checked
+FIRST, EVERY = 100, 64  # calls of a function whose axes are checked
 
 
 def speaks_of_axes(fn: Callable[..., Any]) -> bool:
@@ -43,7 +43,7 @@ def told_apart(wrapper: Any, fn: Any, said: dict[str, Any]) -> Any:
 
 
 def now_and_then(fn: Any, whole: Any) -> Any:
-    """`fn`, in whose place `whole`, which checks it, is called at the first calls and at every eighth later on."""
+    """`fn`, in whose place `whole`, which checks it, is called at the first calls and now and then later on."""
     calls = 0
 
     @functools.wraps(fn)
