@@ -200,7 +200,7 @@ class ImplicitAttention:
         if self.model is None:
             raise InputError("An operator without a model does not know its heads: say its channels.")
         mixer, names, sizes = self.model.blocks[self.layer].mixer, self.model.names, self.model.cfg.sizes
-        name = f"blocks.{self.layer}.{mixer.place}.{mixer.output_point}"
+        name = mixer.output_name
         if not names.points[name].reaches("head", sizes):
             raise names.lacking(name, "head", sizes)
         return sizes["head"]

@@ -131,7 +131,7 @@ def path_patch_heads(
     mixers = {node.layer: node for node in graph.before(chosen[0]) if node.writes.endswith(".hook_mixer_out")}
     if not mixers:
         raise InputError(f"No mixer writes before {chosen[0].name!r}: it receives from no head.")
-    outputs = {layer: output_point(model, layer) for layer in mixers}
+    outputs = {layer: model.blocks[layer].mixer.output_name for layer in mixers}
     layers = [layer for layer, name in outputs.items() if model.names.points[name].reaches("head", model.cfg.sizes)]
     if not layers:
         raise model.names.lacking(outputs[min(outputs)], "head", model.cfg.sizes)
@@ -146,12 +146,6 @@ def path_patch_heads(
     plan = Plan(("layer", "head"), labels, (len(layers), heads), tuple(cells), f"Path patching by head into {into}")
     facts = {"model": model.cfg.model_name, "receivers": [node.name for node in chosen]}
     return paths.rises(plan, facts, Effort(results, max_bytes, max_rows, progress))
-
-
-def output_point(model: HookedModel, layer: int) -> str:
-    """`output_point(model, 0)`: the full name of what the output projection of a layer's mixer reads."""
-    mixer = model.blocks[layer].mixer
-    return f"blocks.{layer}.{mixer.place}.{mixer.output_point}"
 
 
 class Paths:

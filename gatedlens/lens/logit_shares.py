@@ -98,7 +98,7 @@ def head_attribution(
     `logit_attribution`; PointError for a model without heads.
     """
     mixers = {layer: block.mixer for layer, block in enumerate(model.blocks)}
-    outputs = {layer: f"blocks.{layer}.{mixer.place}.{mixer.output_point}" for layer, mixer in mixers.items()}
+    outputs = {layer: mixer.output_name for layer, mixer in mixers.items()}
     sizes = model.cfg.sizes
     heads = {layer: name for layer, name in outputs.items() if model.names.points[name].reaches("head", sizes)}
     if not heads:

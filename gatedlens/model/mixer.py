@@ -55,6 +55,11 @@ class TokenMixing(Part):
         """(W, b) of the output projection: the mixer's output is W o + b, o what the implicit attention yields."""
         raise NotImplementedError
 
+    @property
+    def output_name(self) -> str:
+        """The full name of `output_point`: "blocks.0.mixer.hook_gated"."""
+        return f"blocks.{self.layer}.{self.place}.{self.output_point}"
+
     def written_by_heads(self, o: Float[Tensor, "*any"], heads: int) -> Float[Tensor, "... d_model"]:
         """What each of the `heads` of `output_point` writes into the residual stream, the projection's bias left out:
         [*batch, pos, head, d_model] of [*batch, pos, channel] or [*batch, pos, head, value]."""

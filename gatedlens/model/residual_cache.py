@@ -154,14 +154,13 @@ class ResidualCache(transformer_lens.ActivationCache):
         layer = layer_of(self.model, layer)
         mixer, name = self.model.blocks[layer].mixer, self._head_outputs().get(layer)
         if name is None:
-            asked = f"blocks.{layer}.{mixer.place}.{mixer.output_point}"
-            raise self.model.names.lacking(asked, "head", self.model.cfg.sizes)
+            raise self.model.names.lacking(mixer.output_name, "head", self.model.cfg.sizes)
         return mixer.written_by_heads(self[name], self.model.cfg.sizes["head"])
 
     def _head_outputs(self) -> dict[int, str]:
         """The output point of each layer that has heads; a PointError that says so where none has."""
         mixers = [(layer, block.mixer) for layer, block in enumerate(self.model.blocks)]
-        names = {layer: f"blocks.{layer}.{mixer.place}.{mixer.output_point}" for layer, mixer in mixers}
+        names = {layer: mixer.output_name for layer, mixer in mixers}
         points, sizes = self.model.names.points, self.model.cfg.sizes
         return {layer: name for layer, name in names.items() if points[name].reaches("head", sizes)} or self._no_heads()
 
