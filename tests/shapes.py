@@ -2,14 +2,17 @@
 
 Every function of gatedlens is checked by beartype; those whose annotations speak of axes by jaxtyping as well, which compares
 the axes of all arguments with one another: at its first calls, and now and then later on. Jaxtyping's own import hook wraps
-every function, whether it speaks of axes or not, and checks it at every call: that was half of the time of all tests.
+every function, whether it speaks of axes or not, and checks it at every call, and writes a checker anew for each function inside
+another at each call of that one: that was more than half of the time of all tests.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import types
 import typing
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +23,10 @@ from jaxtyping import AbstractArray, install_import_hook
 
 BY_JAXTYPING = jaxtyping.jaxtyped
 FIRST, EVERY = 100, 64  # calls of a function whose axes are checked
+INNER = 3  # a function inside another is made anew at each call of that one: how many of them are checked
+
+
+made: Counter[types.CodeType] = Counter()  # how often each function inside another was made
 
 
 def speaks_of_axes(fn: Callable[..., Any]) -> bool:
@@ -61,6 +68,10 @@ def checked(*, typechecker: Any) -> Callable[[Any], Any]:
     def decorate(fn: Any) -> Any:
         if not inspect.isfunction(fn):
             return BY_JAXTYPING(fn, typechecker=typechecker)
+        if "<locals>" in fn.__qualname__:
+            made[fn.__code__] += 1
+            if made[fn.__code__] > INNER:
+                return fn
         if speaks_of_axes(fn):
             return now_and_then(fn, BY_JAXTYPING(fn, typechecker=typechecker))
         said = dict(fn.__annotations__)
