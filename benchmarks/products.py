@@ -1,6 +1,8 @@
 """Each architecture's blocks over the matrix products that they are made of: hidden 768, 4 layers, batch 1, one thread, float32.
 
-    python -m benchmarks.products mamba        also: mamba2, griffin, rwkv; forward, forward + backward, pos 1024
+    python -m benchmarks.products mamba        also: CASES below; forward, forward + backward, pos 1024
+
+Qwen3-Next and Kimi Linear have hidden 512, and three delta nets to one attention.
 
 The products are those that a forward (and a backward) of the blocks calls, by their operators and shapes: every linear map, and
 those of a scan, or of attention, that is made of products. They run alone, on numbers drawn anew, in the same process and in
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import language
 from benchmarks.measure import medians
 
 LENGTH, HIDDEN, LAYERS = 1024, 768, 4
@@ -64,18 +67,6 @@ def _dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(found)
 
 
-def griffin() -> Any:
-    from benchmarks.language import griffin as made
-
-    return made()
-
-
-def rwkv() -> Any:
-    from benchmarks.language import rwkv as made
-
-    return made()
-
-
 def mamba() -> Any:
     from transformers import MambaConfig, MambaForCausalLM
 
@@ -96,7 +87,14 @@ def mamba2() -> Any:
     return Mamba2ForCausalLM(Mamba2Config(num_hidden_layers=LAYERS, **sizes))
 
 
-CASES = {"mamba": mamba, "mamba2": mamba2, "griffin": griffin, "rwkv": rwkv}
+CASES = {
+    "mamba": mamba,
+    "mamba2": mamba2,
+    "griffin": language.griffin,
+    "rwkv": language.rwkv,
+    "qwen3_next": language.qwen3_next,
+    "kimi_linear": language.kimi_linear,
+}
 
 
 def speed(name: str) -> dict[str, Any]:
@@ -105,10 +103,10 @@ def speed(name: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model = gl.wrap(CASES[name]().eval())
     model.requires_grad_(True)
-    resid = torch.randn(1, LENGTH, HIDDEN)
+    resid = torch.randn(1, LENGTH, model.cfg.d_model)
 
     def forward(x: torch.Tensor = resid) -> torch.Tensor:
-        return model(x, start_at_layer=0, stop_at_layer=LAYERS)
+        return model(x, start_at_layer=0, stop_at_layer=model.cfg.n_layers)
 
     def both() -> None:
         model.zero_grad(set_to_none=True)

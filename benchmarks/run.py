@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.measure import fresh
+from benchmarks.products import CASES
 
 FOLDER = Path(__file__).parent
 
@@ -57,6 +58,17 @@ def hybrids() -> Iterator[Line]:
     for name, title in (("qwen3_next", "Qwen3-Next"), ("kimi_linear", "Kimi Linear")):
         for what, seconds in fresh("benchmarks.language", name).items():
             yield Line(f"{title}: {what}, pos 1024", seconds["ours"], seconds["theirs"], "s", limits[what])
+
+
+def products() -> Iterator[Line]:
+    """Blocks of each architecture over the matrix products that they are made of."""
+    limits = {"forward": 1.5, "forward + backward": 2.0}
+    for name in CASES:
+        for what, seconds in fresh("benchmarks.products", name).items():
+            limit = limits[what.partition(",")[0]]
+            yield Line(
+                f"{name}: blocks, {what}, over their matrix products", seconds["ours"], seconds["theirs"], "s", limit
+            )
 
 
 def heads() -> Iterator[Line]:
@@ -166,7 +178,7 @@ def table(lines: list[Line]) -> str:
 
 
 def main() -> None:
-    parts = (mamba, language, hybrids, heads, attention, patching, circuits, store, imports)
+    parts = (mamba, language, hybrids, products, heads, attention, patching, circuits, store, imports)
     lines = [line for part in parts for line in part()]
     print(table(lines))
     machine = {"machine": platform.machine(), "python": platform.python_version(), "threads": 1}
