@@ -18,14 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.recurrence.chunk import GONE, Chunk, chunk_of, solve
 from gatedlens.recurrence.chunks import chunk_size, cut, laid_out, parts_of
 from gatedlens.recurrence.terms import Terms
+
+Joined = TypeVar("Joined")
 
 PATCH = 256  # positions: rows and sources of a patch; its numbers stay in the cache while channels are summed
 
@@ -44,13 +48,6 @@ def patches(terms: Terms) -> Iterator[Patch]:
     return _in_blocks(terms) if terms.has_delta_rule or terms.by_key else _by_head(terms)
 
 
-def _squares(rows: slice, sources: slice) -> Iterator[tuple[slice, slice]]:
-    """A block cut into patches."""
-    for first in range(rows.start, rows.stop, PATCH):
-        for begin in range(sources.start, sources.stop, PATCH):
-            yield slice(first, min(first + PATCH, rows.stop)), slice(begin, min(begin + PATCH, sources.stop))
-
-
 # -- one decay a head ----------------------------------------------------------------------------------------------
 
 
@@ -59,10 +56,8 @@ def _by_head(terms: Terms) -> Iterator[Patch]:
     # In float64, where differences of long sums keep their digits.
     cum = terms.log_decays().squeeze(-1).double().clamp(min=GONE).cumsum(1)  # b l h
     share = terms.heads // terms.key.shape[2]
-    everything = slice(0, length)
-    for rows, sources in _squares(everything, everything):
-        if sources.start > rows.start:
-            continue
+    some = parts_of(length, PATCH)
+    for rows, sources in ((rows, sources) for i, rows in enumerate(some) for sources in some[: i + 1]):
         products: dict[int, Tensor] = {}
 
         def of(
@@ -93,21 +88,58 @@ def _seen(matrix: Float[Tensor, "batch dst src"]) -> Tensor:
 
 @dataclass(frozen=True)
 class Block:
-    """Positions start ... stop, seen from outside: all heads, [b, h, ...]."""
+    """Some positions, seen from outside: all heads, [b, h, ...]. They lie in pieces, each as long as a patch or shorter."""
 
-    start: int
-    stop: int
-    rows: Float[Tensor, "batch head pos key"]  # how the scan of a position reads the state before the block
-    sources: Float[Tensor, "batch head pos key"]  # what a position has left in the state behind the block
+    pieces: tuple[slice, ...]
+    rows: tuple[Float[Tensor, "batch head _ key"], ...]  # how the scan of a position reads the state before the block
+    sources: tuple[Float[Tensor, "batch head _ key"], ...]  # what a position has left in the state behind the block
     transition: Float[Tensor, "batch head key *key"]  # what has become of the state itself: a matrix, or decays by key
 
     def joined(self, right: Block) -> Block:
         """This block and its right neighbour as one."""
-        rows = torch.cat([self.rows, _through(right.rows, self.transition)], dim=2)
-        sources = torch.cat([_through(self.sources, _turned(right.transition)), right.sources], dim=2)
+        rows = (*self.rows, *(_through(x, self.transition) for x in right.rows))
+        sources = (*(_through(x, _turned(right.transition)) for x in self.sources), *right.sources)
         by_key = self.transition.ndim == 3
         both = right.transition * self.transition if by_key else right.transition @ self.transition
-        return Block(self.start, right.stop, rows, sources, both)
+        return Block(self.pieces + right.pieces, rows, sources, both)
+
+    def meeting(self, right: Block) -> Iterator[Patch]:
+        """Its right neighbour's rows read its sources."""
+        for some, rows in zip(right.pieces, right.rows, strict=True):
+            for others, sources in zip(self.pieces, self.sources, strict=True):
+
+                def of(head: int, rows: Tensor = rows, sources: Tensor = sources) -> Tensor:
+                    return rows[:, head] @ sources[:, head].mT
+
+                yield Patch(some, others, of)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A block that is no longer than a patch, with its own matrix."""
+
+    matrix: Float[Tensor, "batch head pos pos"]
+    block: Block
+
+    def joined(self, right: Tile) -> Tile:
+        """This tile and its right neighbour as one: its own matrix is laid out, which is little, and one product a head."""
+        meeting = torch.cat(right.block.rows, dim=2) @ torch.cat(self.block.sources, dim=2).mT
+        above = F.pad(self.matrix, (0, right.matrix.shape[-1]))
+        return Tile(
+            torch.cat([above, torch.cat([meeting, right.matrix], dim=-1)], dim=-2), self.block.joined(right.block)
+        )
+
+    def whole(self) -> Block:
+        """The block in one piece."""
+        some, block = self.block.pieces, self.block
+        rows, sources = torch.cat(block.rows, dim=2), torch.cat(block.sources, dim=2)
+        return Block((slice(some[0].start, some[-1].stop),), (rows,), (sources,), block.transition)
+
+
+def _pairs(level: list[Joined], join: Callable[[Joined, Joined], Joined]) -> list[Joined]:
+    """Neighbours as one; the last waits for the next level if it has no right neighbour."""
+    alone = level[len(level) - len(level) % 2 :]
+    return [*(join(left, right) for left, right in zip(level[0::2], level[1::2], strict=False)), *alone]
 
 
 def _through(x: Tensor, transition: Tensor) -> Tensor:
@@ -121,47 +153,37 @@ def _turned(transition: Tensor) -> Tensor:
 
 def _in_blocks(terms: Terms) -> Iterator[Patch]:
     same, (log, key, read, erase, probe) = laid_out(terms)
-    level = []
-    for part in parts_of(key.shape[1], chunk_size(terms)):
-        chunk = chunk_of(cut(same, part, log, key, key[..., :1], read, erase, probe))
-        matrix, block = _block(chunk, part)
-        yield Patch(part, part, _heads_of(matrix))
-        level.append(block)
+    length, size = key.shape[1], chunk_size(terms)
+    level = list[Block]()
+    for patch in parts_of(length, size * max(1, PATCH // size)):
+        tiles = list[Tile]()
+        for inside in parts_of(patch.stop - patch.start, size):
+            part = slice(patch.start + inside.start, patch.start + inside.stop)
+            tiles.append(_tile(chunk_of(cut(same, part, log, key, key[..., :1], read, erase, probe)), part))
+        while len(tiles) > 1:
+            tiles = _pairs(tiles, Tile.joined)
+        (tile,) = tiles
+        yield Patch(patch, patch, _heads_of(tile.matrix))
+        level.append(tile.whole())
     while len(level) > 1:
-        above = []
         for left, right in zip(level[0::2], level[1::2], strict=False):
-            yield from _meeting(left, right)
-            if len(level) > 2:
-                above.append(left.joined(right))
-        # A last block without a right neighbour waits for the next level.
-        level = [*above, level[-1]] if len(level) % 2 else above
+            yield from left.meeting(right)
+        level = _pairs(level, Block.joined) if len(level) > 2 else level[:1]
 
 
 def _heads_of(matrix: Tensor) -> Callable[[int], Tensor]:
     return lambda head: matrix[:, head]
 
 
-def _meeting(left: Block, right: Block) -> Iterator[Patch]:
-    """The rows of the right block that read the sources of the left one."""
-    for rows, sources in _squares(slice(right.start, right.stop), slice(left.start, left.stop)):
-        mine = right.rows[:, :, rows.start - right.start : rows.stop - right.start]
-        theirs = left.sources[:, :, sources.start - left.start : sources.stop - left.start]
-
-        def of(head: int, mine: Tensor = mine, theirs: Tensor = theirs) -> Tensor:
-            return mine[:, head] @ theirs[:, head].mT
-
-        yield Patch(rows, sources, of)
-
-
-def _block(chunk: Chunk, part: slice) -> tuple[Tensor, Block]:
+def _tile(chunk: Chunk, part: slice) -> Tile:
     """A chunk's own matrix, and the chunk as a block: all of it with the system of its delta rule solved."""
     rows, sources, inside = chunk.rows_from_start(), chunk.sources_to_end(), chunk.matrices[0]
-    decay = chunk.decay
     if not chunk.delta:
-        return inside, Block(part.start, part.stop, rows, sources, decay)
+        return Tile(inside, Block((part,), (rows,), (sources,), chunk.decay))
     # What is written in the chunk, by the state before it and by its sources: w = (I + T)^-1 (p S_0 + M<(probe, key) value).
     T, reading, erased = chunk.strict[-1], chunk.matrices[-1], chunk.sources_to_end(len(chunk.sources) - 1)
     by_state, by_source = solve(T, chunk.rows_from_start(1)), solve(T, chunk.strict[0])
-    transition = torch.diag_embed(decay.expand(*decay.shape[:-1], rows.shape[-1])) - erased.mT @ by_state
+    transition = -erased.mT @ by_state
+    transition.diagonal(dim1=-2, dim2=-1).add_(chunk.decay)
     left = sources - by_source.mT @ erased
-    return inside - reading @ by_source, Block(part.start, part.stop, rows - reading @ by_state, left, transition)
+    return Tile(inside - reading @ by_source, Block((part,), (rows - reading @ by_state,), (left,), transition))
