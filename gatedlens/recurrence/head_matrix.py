@@ -66,6 +66,12 @@ class HeadScan(ScanMatrix):
         steps = torch.diff(moved, dim=1, prepend=torch.zeros_like(moved[:, :1]))
         return replace(self, terms=self.terms._replace(log_decay=steps.to(self.terms.key), rate=None, fresh=None))
 
+    def unerased(self, src: Float[Tensor, "batch pos one"]) -> HeadScan:
+        """Their erase is 0, and their decay and their write are as they were."""
+        if self.terms.erase is None:
+            return self
+        return replace(self, terms=self.terms._replace(erase=self.terms.erase * (1 - src).unsqueeze(-1)))
+
     # -- as an operator ------------------------------------------------------------------------------------------
 
     def apply(

@@ -59,6 +59,10 @@ class ScanMatrix(ABC):
         """The scan that rows `own` have without the decay of their own step; here itself: there is no such decay."""
         return self
 
+    def unerased(self, src: Float[Tensor, "batch pos one"]) -> ScanMatrix:
+        """The scan in which the positions `src` (1, else 0) erase nothing of a delta rule's state; here itself."""
+        return self
+
     @abstractmethod
     def seen(self, i: Int[Tensor, " batch"]) -> Float[Tensor, "batch src channel"]:
         """S[i_b, :] for a row of its own in each batch element; zeros behind it."""
