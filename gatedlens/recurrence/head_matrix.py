@@ -54,6 +54,10 @@ class HeadScan(ScanMatrix):
         """The scan of some channels."""
         return replace(self, channels=self.channels[channels])
 
+    def recurrence(self) -> Terms:
+        """The terms of all heads, whichever channels it is asked for."""
+        return self.terms
+
     def undecayed(self, own: Bool[Tensor, "batch pos"]) -> HeadScan:
         """The decay of a step of `own` is put off to the next: rows of `own` lack it; it is meant for these rows alone."""
         if self.terms.has_delta_rule:
