@@ -57,7 +57,8 @@ class ScanMatrix(ABC):
         raise InputError("The rows of this layer's scan are no softmax, so there is nothing to renormalise.")
 
     def undecayed(self, own: Bool[Tensor, "batch pos"]) -> ScanMatrix:
-        """The scan that rows `own` have without the decay of their own step; here itself: there is no such decay."""
+        """The scan that rows `own` have without the decay of their own step (a delta rule: nor its erase); here itself: there is
+        no such decay."""
         return self
 
     def recurrence(self) -> Terms | None:
