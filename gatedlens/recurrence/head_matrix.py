@@ -75,7 +75,9 @@ class HeadScan(ScanMatrix):
     def _unstepped(self, own: Bool[Tensor, "batch pos"]) -> HeadScan:
         """The scan whose steps `own` decay and erase nothing."""
         if bool((own.sum(1) > 1).any()):
-            raise InputError("A delta rule without a row's own step: of one row in each of the batch, and there are several.")
+            raise InputError(
+                "A delta rule without a row's own step: of one row in each of the batch, and there are several."
+            )
         step, terms = own[..., None, None], self.terms
         assert terms.erase is not None
         erase, log = terms.erase.masked_fill(step, 0), terms.log_decays().masked_fill(step, 0)
