@@ -30,6 +30,10 @@ MODELS = {
     "gatedlens/mamba-recall": "recall",
     "gatedlens/griffin-recall": "recall",
     "gatedlens/rwkv-recall": "recall",
+    "gatedlens/mamba2-recall": "recall",
+    "gatedlens/gdn-recall": "recall",
+    "gatedlens/hybrid-recall": "recall",
+    "gatedlens/rwkv7-recall": "recall",
     "gatedlens/vim-digits": "digits",
 }
 LIMIT, SEED = 64, 0

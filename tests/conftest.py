@@ -25,6 +25,9 @@ settings.load_profile("gatedlens")
 
 EVERY = architectures()
 LANGUAGE = {name: hooked for name, hooked in EVERY.items() if issubclass(hooked, gl.HookedLanguageModel)}
+ERASING = {
+    name: hooked for name, hooked in LANGUAGE.items() if "mixer.hook_erase" in {row.name for row in hooked.block_points}
+}
 ROOT = Path(__file__).parent.parent
 
 
@@ -67,6 +70,18 @@ def lm(_language_model):
     """Each language architecture's tiny model in float64."""
     yield _language_model
     assert not _language_model.list_hooks(), "the test left hooks on the model"
+
+
+@pytest.fixture(params=list(ERASING), scope="session")
+def _erasing(request):
+    return ERASING[request.param].tiny(seed=0, dtype=torch.float64)
+
+
+@pytest.fixture
+def erasing(_erasing):
+    """The tiny model, in float64, of each architecture with a delta rule."""
+    yield _erasing
+    assert not _erasing.list_hooks(), "the test left hooks on the model"
 
 
 @pytest.fixture(scope="session")

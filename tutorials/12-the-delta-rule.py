@@ -101,6 +101,38 @@ print(f"cosine of the keys of both writes {same:.2f}, of another pair's {apart:.
 assert same > 0.5 > 0.3 > apart
 
 # %% [markdown]
+# `gl.profiles.collisions` says the same of all pairs of tokens at once, and exactly: `found[i, j]` is what the probe of `i` finds
+# of the content of `j` in the state, which the step then takes out. `gl.profiles.rewrite` says how much of the state that is.
+
+# %%
+met = gl.profiles.collisions(cache, layer, heads=head).found[:, 0]
+at = batch.answer_pos + behind
+of_first, of_other = (met[rows, at, pos + behind].abs().mean().item() for pos in (batch.old_pos, batch.pair_pos[:, 1]))
+erased = gl.profiles.rewrite(cache, layer).erased[..., head]
+print(f"the second write finds {of_first:.2f} of the first and {of_other:.2f} of another pair,")
+print(f"and erases {erased[rows, at].mean():.0%} of the state, the other tokens {erased.nanmean():.0%}")
+assert of_first > 2 * of_other and erased[rows, at].mean() > erased.nanmean()
+
+# %% [markdown]
+# ## For one reader alone
+#
+# `no_erase` changes the state for every later token. A knockout changes one edge: `cut_erase(src, dst)` lets `dst` read the state
+# as it would be if `src` had erased nothing, `cut_scan` as if it had written nothing, `cut_update` as if it had done neither.
+
+# %%
+where, edges = {"layers": layer, "head": head}, {}
+for name, how in {
+    "erased nothing": gl.knockout.cut_erase,
+    "written nothing": gl.knockout.cut_scan,
+    "done neither": gl.knockout.cut_update,
+}.items():
+    second, first = edges[name] = answers(how(at, -1, **where))
+    print(f"as if the second write had {name:16} second value {second:4.0%}, first value {first:4.0%}")
+assert edges["done neither"][1] > 0.99, "the first value stands there as if nothing had happened"
+
+# %% [markdown]
+# Without both, for the last token alone, the model gives the first value in every prompt: that one edge is all of the rewrite.
+#
 # The implicit attention knows of it: what the last token reads of a value is what all later steps have left of it.
 
 # %%

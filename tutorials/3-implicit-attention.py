@@ -96,6 +96,29 @@ near, distant = attention.grouped([order[:16], order[-16:]])[0, :, -1].abs()  # 
 print(f"the nearest-looking channels read {tokens[near.argmax()]!r}, the farthest-looking {tokens[distant.argmax()]!r}")
 
 # %% [markdown]
+# ## With heads, under a delta rule, in a hybrid
+#
+# The matrix is as exact where a head of channels shares a state (Mamba-2, RWKV-7, gated delta nets), where each step first erases
+# what its probe finds, and in an attention layer. What all tokens write still sums to the layer's output; and without the edge
+# from the answer to the last token the models no longer prefer it as they did.
+
+# %%
+for name, layer in {"mamba2-recall": 0, "gdn-recall": 0, "rwkv7-recall": 0, "hybrid-recall": 1}.items():
+    other = gl.from_pretrained(f"gatedlens/{name}")
+    logits, cache = other.run_with_cache(prompt)
+    A = gl.implicit_attention(cache, layer=layer)
+    wrote = A.contributions()
+    total, out = wrote.row(-1).sum(1) + wrote.remainder()[:, -1], cache["mixer_out", layer][:, -1]
+    assert A.check().relative < 1e-5 and torch.allclose(total, out, rtol=1e-4, atol=1e-4)
+    with gl.knockout.cut(answer, -1).on(other):
+        without = other(prompt)
+    margins = [(one[0, -1, right] - one[0, -1, wrong]).item() for one in (logits, without)]
+    print(f"{name:14} logit difference {margins[0]:5.1f}, without the edge {margins[1]:5.1f};", end=" ")
+    by_head = A.abs_mean(heads=slice(None))[0, :, -1, answer] if layer == 0 else A.abs_mean()[0, -1, answer].flatten()
+    print("it reads the answer by", ", ".join(f"{x:.2f}" for x in by_head), "in each head" * (layer == 0))
+    assert margins[0] > 3 and margins[1] < 0.5 * margins[0]
+
+# %% [markdown]
 # ## Through all layers
 #
 # `rollout` chains the layers through the residual stream: products of `I + A`, signed and not normalised. It is a summary

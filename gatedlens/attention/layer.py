@@ -296,7 +296,7 @@ class ImplicitAttention:
         chosen = _channels(channels, self.shape[2])
         instead = "Ask for mean(), row(i), `@ x`, or some channels=[...], or raise max_bytes."
         self.afford(f"dense() of {len(chosen)} channels", len(chosen), max_bytes, instead)
-        whole = self._unpack_both(self._sum(lambda branch, turn: _turn_both(branch.dense(chosen), turn)))
+        whole = self.unpacked(self._sum(lambda branch, turn: _turn_both(branch.dense(chosen), turn)))
         return whole.mT if self.transposed else whole
 
     @checked
@@ -321,7 +321,7 @@ class ImplicitAttention:
         self.afford("weighted()", AT_ONCE, max_bytes)
         weights = weights.to(self.branches[0].x)
         total = self._sum(lambda branch, turn: _turn_both(branch.weighted(weights).unsqueeze(1), turn))
-        total = self._unpack_both(total).squeeze(1)
+        total = self.unpacked(total).squeeze(1)
         return with_label(total.mT if self.transposed else total, said)
 
     @checked
@@ -369,7 +369,7 @@ class ImplicitAttention:
         if total is None:
             return None
         whole = _turn_both(abs(factors.scale) * total.unsqueeze(1), _flip if factors.reverse else _keep)
-        whole = self._unpack_both(whole).squeeze(1)
+        whole = self.unpacked(whole).squeeze(1)
         return whole.mT if self.transposed else whole
 
     def select(self, channels: Index | None = None, heads: Index | None = None) -> ImplicitAttention:
@@ -406,8 +406,8 @@ class ImplicitAttention:
         self.afford(f"grouped() of {len(groups)} groups", 2 * len(groups) + AT_ONCE, max_bytes)
         return torch.stack([self.select(group).mean(max_bytes=None) for group in groups], dim=1)
 
-    def _unpack_both(self, x: Float[Tensor, "batch some dst src"]) -> Float[Tensor, "batch some dst src"]:
-        """From packed to real rows and columns; masked ones are zero."""
+    def unpacked(self, x: Float[Tensor, "batch some dst src"]) -> Float[Tensor, "batch some dst src"]:
+        """`A.unpacked(matrix)`: rows and columns of packed positions at their places in the input; masked ones are zero."""
         rank, mask = self.padding.rank, self.padding.mask
         if rank is None or mask is None:
             return x

@@ -5,7 +5,7 @@ l layer, v_l [batch src] one row for each layer, q the rollout's row, s the grad
     rows      only the row of the class token is computed, the sum of both directions, neither halved
     s_l       relu of the gradient at the layer's output, its largest channel, min-maxed over positions
     hidden    v_l = channel mean of the min-maxed relu of the row, times s_l          (HA, without the own column, and
-              without the decay of the class token's own step: see below)
+              without the class token's own step: see below)
     unified   v_l = min-max of (channel mean of the relu of the row, times s_l)       (UIA, with it, of both directions)
     rollout   v_l is added to *every* row of I, rows are normalised, matrices multiplied, and the class token's row read
 
@@ -17,7 +17,9 @@ remains; give `start_layer=0` there.
 HA's code has no decay of the class token's own step: source j reaches the class token i through the steps j + 1 to i - 1,
 where the recurrence, and the paper, go to i. Each state decays at its own rate, so this is no factor of the row and no
 detail: it can turn a rollout's order round (on a random ViM the rank correlation of the two maps was -0.77). It is reproduced
-here, since the published numbers hang on it; mode="paper" has the matrix of the formula.
+here, since the published numbers hang on it; mode="paper" has the matrix of the formula. Of a delta rule, which their code does
+not know, it is the same row: what the state before the class token's step holds, read by the class token; so it has neither the
+decay nor the erase of that step.
 
 HA is HiddenMambaAttn (arXiv 2403.01590), UIA UnifiedImplicitAttnRepr (arXiv 2405.16504). Min-max is over a row of the
 batch, as their batches of one are; a constant map becomes 0 (theirs divides 0 by 0).

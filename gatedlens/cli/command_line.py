@@ -159,7 +159,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Show the four architectures side by side, on one prompt and one handwritten digit."""
+    """Show the architectures side by side, on one prompt and one handwritten digit."""
     from rich.table import Table
 
     from gatedlens.cli.demo import compare as run

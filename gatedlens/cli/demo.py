@@ -28,11 +28,15 @@ from gatedlens.result.labelled_tensor import label_of
 from gatedlens.result.rounding import order
 from gatedlens.tasks import VOCABULARY, recall
 
-FOUR = {
+PICTURED = {  # the layer that recalls
     "gatedlens/mamba-recall": 1,
+    "gatedlens/mamba2-recall": 0,
     "gatedlens/griffin-recall": 0,
     "gatedlens/rwkv-recall": 1,
-}  # the layer that recalls
+    "gatedlens/rwkv7-recall": 0,
+    "gatedlens/gdn-recall": 0,
+}
+HYBRID = {"gatedlens/hybrid-recall": 1}  # of an architecture that is in the picture: the layer of attention
 DIGITS = "gatedlens/vim-digits"
 PASSAGE = slice(381_274, 381_319)  # a sentence of the held-out part of the book
 
@@ -113,8 +117,8 @@ def run(model_name: str, text: str | None = None, layer: int = -1, out: str | Pa
 
 @dataclass(frozen=True)
 class Comparison:
-    """The four architectures side by side. recalled: model -> (its answer, what holds the right one, the source that its
-    layer reads most, relative error of the reconstruction); digit: (label, prediction, probability, error)."""
+    """The architectures side by side. recalled: model -> (its answer, what holds the right one, the source that its layer
+    reads most, relative error of the reconstruction); digit: (label, prediction, probability, error)."""
 
     prompt: str
     recalled: dict[str, tuple[str, str, str, float]]
@@ -127,18 +131,20 @@ class Comparison:
 
 @torch.no_grad()
 def compare(out: str | Path = "out", seed: int = 3, digit: int = 4) -> Comparison:
-    """`gatedlens.cli.demo.compare()`: one prompt through Mamba, Griffin and RWKV, one handwritten digit through Vision Mamba,
-    and one figure with an implicit attention map of each."""
+    """`gatedlens.cli.demo.compare()`: one prompt through Mamba, Mamba-2, Griffin, RWKV, RWKV-7 and Qwen3-Next's gated delta
+    nets, with attention and without, one handwritten digit through Vision Mamba, and one figure with an implicit attention
+    map of each of these seven."""
     folder = out_folder(out)
-    figure, axes = plot.panels(2, 3, size=5.2)
+    figure, axes = plot.panels(3, 3, size=5.2)
     batch = recall(1, seed=seed)
     recalled, tokens = {}, [VOCABULARY[i] for i in batch.tokens[0].tolist()]
-    for ax, (name, layer) in zip(axes[0], FOUR.items(), strict=True):
+    for place, (name, layer) in enumerate({**PICTURED, **HYBRID}.items()):
         model = from_pretrained(name)
         A = implicit_attention(model, batch.tokens, layer=layer)
         attended = A.abs_mean()[0]
-        title = f"{model.title}: layer {layer} of {name.partition('/')[2]}"
-        plot.heatmap(attended, tokens, title=title, ax=ax)
+        if name in PICTURED:
+            title = f"{model.title}: layer {layer} of {name.partition('/')[2]}"
+            plot.heatmap(attended, tokens, title=title, ax=axes[place // 3][place % 3])
         answer = VOCABULARY[int(model(batch.tokens)[0, -1].argmax())]
         strongest = tokens[int(attended[-1].argmax())]
         recalled[name] = (answer, tokens[int(batch.answer_pos)], strongest, A.check().relative)
@@ -154,15 +160,15 @@ def compare(out: str | Path = "out", seed: int = 3, digit: int = 4) -> Compariso
     grid = vim.grid
     read = attended[list(grid.cls)].mean(0) if grid.cls else attended.mean(0)  # what the logits read
     plot.image(
-        image[0], title=f"a handwritten {label}, read as {guess} ({float(probabilities[guess]):.0%})", ax=axes[1][0]
+        image[0], title=f"a handwritten {label}, read as {guess} ({float(probabilities[guess]):.0%})", ax=axes[2][0]
     )
     places = ["cls" if (at := grid.place(p)) is None else f"{at[0]},{at[1]}" for p in range(grid.length)]
     title = f"{vim.title}: layer {vim.cfg.n_layers - 1} of {DIGITS.partition('/')[2]}"
-    plot.heatmap(attended, places, title=title, ax=axes[1][1])
+    plot.heatmap(attended, places, title=title, ax=axes[2][1])
     where = "where the class token looks" if grid.cls else "where the positions look"
-    plot.over_image(read, image[0], grid, title=where, value=label_of(attended), ax=axes[1][2])
-    path = folder / "four-architectures.png"
-    plain(figure.suptitle(f"Implicit attention, four architectures. Prompt: {' '.join(tokens[1:])}"))
+    plot.over_image(read, image[0], grid, title=where, value=label_of(attended), ax=axes[2][2])
+    path = folder / "seven-architectures.png"
+    plain(figure.suptitle(f"Implicit attention, seven architectures. Prompt: {' '.join(tokens[1:])}"))
     figure.savefig(path, dpi=100)
     return Comparison(
         " ".join(tokens[1:]), recalled, (label, guess, float(probabilities[guess]), A.check().relative), path

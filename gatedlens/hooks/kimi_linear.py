@@ -3,26 +3,21 @@
 b batch, l pos, d d_model, h head, v value (of a head), c channel = (head value), n state (numbers of a key), K taps of the conv,
 low the width of a narrow projection; unit(x) = x / sqrt(sum x^2 + 1e-6).
 
-    delta net    q, k, x = proj(n), through one causal conv, with SiLU; q, k unit; u of x
-                 beta = sigmoid(b_proj(n)), a number a head
-                 log decay = -exp(A_log) softplus(f_b(f_a(n)) + dt_bias), a number for each of a key's
+    delta net    q, k, x = proj(n), beta_pre = b_proj(n), dt_pre = f_b(f_a(n)) + dt_bias; the rest is parts/delta_net.py
+                 log decay = -exp(A_log) softplus(dt_pre), a number for each of a key's
                  state_t = (1 - beta_t k_t k_t^T) diag(decay_t) state_{t-1} + beta_t k_t u_t^T
                  scan_t  = state_t q_t / sqrt(n)         out = o_proj(RMSNorm(scan) sigmoid(g_b(g_a(n)))), head by head
     attention    keys and values from one latent; no positions
     channel mix  down(SiLU(gate(m)) up(m)), or experts and a shared expert
-
-What a step removes is erase (probe . state): erase = beta k, and probe = decay k, because it looks at the decayed state.
 
 Wraps transformers' KimiLinearForCausalLM.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -32,36 +27,38 @@ from gatedlens.compat.names.qwen3_next import ALIASES
 from gatedlens.errors import CheckpointError
 from gatedlens.formats.kimi_linear import TINY
 from gatedlens.formats.transformers_config import KIMI_LINEAR
-from gatedlens.hooks.qwen3_next import UNIT_EPS, unit
 from gatedlens.model import fields
 from gatedlens.model.base import Wrapped
 from gatedlens.model.block import Block, Sub
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import rows_of
-from gatedlens.model.norm import Norm, eps_of
-from gatedlens.model.path import PathMixer, Stage, Streams
+from gatedlens.model.norm import Norm
+from gatedlens.model.path import Streams
 from gatedlens.model.run import Run
-from gatedlens.model.stages import Conv, Gate, GroupNorm, Named, Scan, SiLU
-from gatedlens.model.state import Carried
 from gatedlens.parts.activation import SILU
+from gatedlens.parts.delta_net import CARRIED_DELTA, DeltaKind, DeltaMixer
 from gatedlens.parts.experts import EXPERTS_OUT_UNGATED, Experts, experts_rows, sigmoid_top
 from gatedlens.parts.glu import GatedMlp, gated_mlp_rows
 from gatedlens.parts.latent_attention import LatentAttention, LatentKind, carried_by
 from gatedlens.parts.layer_kind import LayerKind, rows_by_kind
 from gatedlens.parts.positioned import NEXT_POSITION, PositionedModel
 from gatedlens.recurrence.scanning import at_least_float32
-from gatedlens.recurrence.terms import Terms
 
 PAPER = "Kimi Linear, arXiv 2510.26692"
-RULE = f"{PAPER}, eq. 1"
 BLOCK = f"{PAPER}, sec. 4"
-RMSNORM = "RMSNorm, arXiv 1910.07467"
-UIA = "UIA, arXiv 2405.16504"
 EPS = 1e-6  # of the latents' norms, whatever the config says
 
-TAPS = "conv1d.weight[tap] * {}[pos - (tap.size - 1) + tap], 0 from another document"
-UNIT = f"SiLU({{0}}) / sqrt(sum over state of SiLU({{0}})^2 + {UNIT_EPS})"
-MIXER_ROWS = (
+DELTA = DeltaKind(
+    rule=f"{PAPER}, eq. 1",
+    block=BLOCK,
+    forgets=BLOCK,
+    keys="head",
+    by_key=True,
+    gate="sigmoid",
+    norm="o_norm",
+    output="o_proj",
+)
+MIXER_ROWS = DELTA.rows(
     Point("hook_q_pre", "batch pos head state", "q_proj(ln1.out)", BLOCK),
     Point("hook_k_pre", "batch pos head state", "k_proj(ln1.out)", BLOCK),
     Point("hook_x", "batch pos channel", "v_proj(ln1.out)", BLOCK),
@@ -70,38 +67,7 @@ MIXER_ROWS = (
     Point("hook_beta_pre", "batch pos head", "b_proj(ln1.out)", BLOCK),
     Point("hook_dt_low", "batch pos low", "f_a_proj(ln1.out)", BLOCK),
     Point("hook_dt_pre", "batch pos head state", "f_b_proj(dt_low) + dt_bias", BLOCK),
-    Point("hook_q_conv_taps", "batch pos head state tap", TAPS.format("q_pre"), BLOCK, True),
-    Point("hook_k_conv_taps", "batch pos head state tap", TAPS.format("k_pre"), BLOCK, True),
-    Point("hook_conv_taps", "batch pos channel tap", TAPS.format("x"), f"{UIA}, eq. 9", True),
-    Point("hook_q_conv", "batch pos head state", "sum over tap of q_conv_taps", BLOCK),
-    Point("hook_k_conv", "batch pos head state", "sum over tap of k_conv_taps", BLOCK),
-    Point("hook_conv", "batch pos channel", "sum over tap of conv_taps", BLOCK),
-    Point("hook_u", "batch pos channel", "SiLU(conv)", BLOCK),
-    Point("hook_q", "batch pos head state", UNIT.format("q_conv"), BLOCK),
-    Point("hook_k", "batch pos head state", UNIT.format("k_conv"), BLOCK),
-    Point("hook_beta", "batch pos head", "sigmoid(beta_pre)", RULE),
-    Point("hook_dt", "batch pos head state", "softplus(dt_pre)", BLOCK),
-    Point("hook_log_decay", "batch pos head state", "-exp(A_log) * dt", BLOCK),
-    Point("hook_reset", "batch pos one", "1 where a document begins (position 0 of position_ids), else 0", RULE),
-    Point("hook_state_start", "batch head value state", "state before the first position (zero without one)", RULE, True),
-    Point("hook_decay", "batch pos head value state", "exp(log_decay) * (1 - reset), the same for each value", RULE, True),
-    Point("hook_write", "batch pos head value state", "u * beta * k", RULE, True),
-    Point("hook_erase", "batch pos head value state", "beta * k, the same for each value", RULE, True),
-    Point("hook_probe", "batch pos head state", "exp(log_decay) * (1 - reset) * k", RULE, True),
-    Point(
-        "hook_state",
-        "batch pos head value state",
-        "decay * state[pos - 1] - erase * (sum over state of probe * state[pos - 1]) + write",
-        RULE,
-        True,
-    ),
-    Point("hook_scan", "batch pos channel", "sum over state of q * state / sqrt(state.size)", RULE),
-    Point("hook_y", "batch pos channel", "scan (no skip)", BLOCK),
-    Point("hook_scale", "batch pos head", "sqrt(mean over the head's channels of y^2 + eps)", RMSNORM),
-    Point("hook_normed", "batch pos channel", "o_norm.weight * y / scale, one weight for all heads", RMSNORM),
-    Point("hook_gate", "batch pos channel", "sigmoid(gate_pre)", BLOCK),
-    Point("hook_gated", "batch pos channel", "normed * gate", BLOCK),
-)  # fmt: skip
+)
 
 LATENT = {narrow: LatentKind(rotary=False, narrow_q=narrow, head="q_head") for narrow in (False, True)}
 WEIGHTS = (
@@ -125,38 +91,12 @@ ROWS = rows_by_kind(MIXING, CHANNEL_MIXING)
 # -- Kimi delta attention -------------------------------------------------------------------------------------------
 
 
-def sigmoid(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    """The sigmoid in at least float32."""
-    return torch.sigmoid(at_least_float32(x))
-
-
-class KimiDeltaMixer(PathMixer):
-    """out = o_proj(gated), every intermediate a point.
-
-    An edit of hook_log_decay moves the probe with the decay. hook_decay and hook_probe stand alone: an edit of one leaves the
-    other as it is.
-    """
-
-    selection = ("q", "k", "beta", "log_decay")
-
-    def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, cfg: KimiLinearConfig):
-        super().__init__(weights, rows, layer)
-        self.cfg = cfg
-        self.norm_eps = eps_of(weights.o_norm, cfg.eps)
+class KimiDeltaMixer(DeltaMixer):
+    """What the gate and the decay are made of goes through narrow projections."""
 
     @property
-    def heads(self) -> int:
-        return self.cfg.n_linear_heads
-
-    @property
-    def sizes(self) -> Mapping[str, int]:  # type: ignore[override]
-        """Of the streams that go through the convolution."""
-        return {"q": self.heads * self.cfg.d_state, "k": self.heads * self.cfg.d_state, "x": self.cfg.d_inner}
-
-    @property
-    def path(self) -> tuple[Stage, ...]:  # type: ignore[override]
-        norm = GroupNorm(self.heads, self.norm_eps, name="o_norm", out="normed")
-        return Conv("conv1d", ("q", "k", "x")), SiLU(("q", "k")), Scan(), Named("y"), norm, Gate(sigmoid)
+    def forgetting(self) -> Any:
+        return self.weights.forget_gate
 
     def project(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Streams:
         w, pad, forget = self.weights, run.padding, self.weights.forget_gate
@@ -172,31 +112,6 @@ class KimiDeltaMixer(PathMixer):
         dt = F.linear(self.hook_dt_low(F.linear(n, forget.f_a_proj.weight)), forget.f_b_proj.weight)
         dt = self.hook_dt_pre(by_head(at_least_float32(dt) + forget.dt_bias))
         return {"q": q, "k": k, "x": x, "gate_pre": gate, "beta_pre": beta, "dt_pre": dt}
-
-    def select(self, u: Float[Tensor, "batch pos channel"], streams: Streams, run: Run) -> None:
-        zero = run.padding.zero
-        streams["q"] = self.hook_q(unit(streams["q"]))
-        # k, beta and log decay are 0 at a masked position: it writes and erases nothing, and the state passes unchanged
-        streams["k"] = zero(self.hook_k(unit(streams["k"])))
-        streams["beta"] = zero(self.hook_beta(zero(torch.sigmoid(streams["beta_pre"]))))
-        dt = self.hook_dt(zero(F.softplus(streams["dt_pre"])))
-        rate = torch.exp(at_least_float32(self.weights.forget_gate.A_log)).flatten()
-        streams["log_decay"] = zero(self.hook_log_decay(zero(-rate.unsqueeze(-1) * dt)))
-
-    def terms(  # type: ignore[override]
-        self,
-        q: Float[Tensor, "batch pos head state"],
-        k: Float[Tensor, "batch pos head state"],
-        beta: Float[Tensor, "batch pos head"],
-        log_decay: Float[Tensor, "batch pos head state"],
-    ) -> Terms:
-        """key = erase = beta k, probe = decay k, read = q / sqrt(n): Kimi Linear, eq. 1."""
-        written = beta.unsqueeze(-1) * k
-        read = q * q.shape[-1] ** -0.5
-        return Terms(log_decay, key=written, read=read, erase=written, probe=torch.exp(log_decay) * k)
-
-    def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
-        return self.weights.o_proj.weight, self.weights.o_proj.bias
 
 
 # -- the model ------------------------------------------------------------------------------------------------------
@@ -261,29 +176,8 @@ class HookedKimiLinear(PositionedModel):
             "d_shared": 1024,
         },
     )  # fmt: skip
-    recurrence: ClassVar = {
-        "decay": "exp(log_decay), [head, state]",
-        "write": "u * beta * k, [head, value, state]",
-        "erase": "beta * k of what the probe finds, [head, state]",
-        "probe": "exp(log_decay) * k: it looks at the decayed state",
-        "read": "q / sqrt(state.size), [head, state]",
-        "skip": "none",
-        "conv": "causal depthwise conv over q, k and x, no bias",
-        "activation before the scan": "SiLU: u = sigmoid(c) * c",
-        "gate": "an RMSNorm of the scan head by head, then sigmoid(gate_pre)",
-    }
-    attention_words: ClassVar = {
-        "x": "x",
-        "o": "gated",
-        "gate": "gate * o_norm.weight / scale",
-        "scan": "S[i, j] = q[i] / sqrt(state.size) . T[i] ... T[j + 1] beta[j] * k[j], j <= i, of each head, where "
-        "T[t] = (1 - beta[t] * k[t] k[t]^T) diag(exp(log_decay[t])); 0 where a reset lies between, j < reset <= i",
-        "skip": "none",
-        "act": "sigmoid(conv): u = act * conv",
-        "conv": "M[i, j] = conv1d.weight[K - 1 - (i - j)], 0 <= i - j < K taps, within a document",
-        "r": "0; with a carried state what its conv tail and its scan state bring",
-        "attention layers": LATENT[False].words,
-    }
+    recurrence: ClassVar = DELTA.recurrence
+    attention_words: ClassVar = {**DELTA.words, "attention layers": LATENT[False].words}
     wraps = ("KimiLinearForCausalLM",)
     hub_types = ("kimi_linear",)
     hub_fields = KIMI_LINEAR
@@ -293,8 +187,7 @@ class HookedKimiLinear(PositionedModel):
     )  # of all kinds; see rows_for
     aliases = ALIASES
     carried: ClassVar = {
-        "scan": Carried("scan", "batch head value state"),
-        "conv": Carried("conv", "batch tail conv_channel"),
+        **CARRIED_DELTA,
         **carried_by("q_head"),
         **NEXT_POSITION,
     }
@@ -376,9 +269,8 @@ class HookedKimiLinear(PositionedModel):
         else:
             mlp = Sub("mlp", GatedMlp(w.mlp, of_mlp, SILU), ln2, ln="ln2")
         if kind.mixing == "delta net":
-            return Block(
-                w, rows, Sub("mixer", KimiDeltaMixer(w.self_attn, rows_of("mixer", rows), layer, cfg), ln1), mlp
-            )
+            mixer = KimiDeltaMixer(w.self_attn, rows_of("mixer", rows), layer, DELTA, cfg.sizes, cfg.eps)
+            return Block(w, rows, Sub("mixer", mixer, ln1), mlp)
         points, heads, narrow = rows_of("attn", rows), w.self_attn, "narrow" in kind.mixing
         norms = (
             Norm(heads.q_a_layernorm, rows_of("q_norm", points), EPS) if narrow else None,

@@ -20,14 +20,24 @@ A is held as it is: gates, dt, B, C, keys stay those of the run, also where a co
 `cut` and `cut_scan` do not renormalise: a zeroed entry of a softmax leaves a row that sums to less than 1. Attention knockout in
 transformers (Geva et al. 2023, arXiv 2304.14767) is `cut_renormalised`; in Mamba (Endy et al. 2025, Mamba Knockout, arXiv
 2505.24244) it is `cut_scan`.
+
+A delta rule's token does two things to the state, S_t = decay_t S_{t-1} - erase_t (probe_t . S_{t-1}) + write_t, and so an edge
+j -> i is of what j writes and of what it erases. Each of these is the run itself, in which i alone reads another state:
+
+    cut_scan            the state without j's write         scan_i loses S[i, j] u_j, S with all that was erased behind j
+    cut_erase           the state with j's erase at 0       scan_i = S~ u, S~ the matrix of the recurrence with erase_j = 0
+    cut_update          the state without either            scan_i = S~ (u but for u_j): as if j had not touched the state
+
+`cut` zeroes an entry of A and leaves all others as they are, so an entry [i, k] with k < j still holds what j erased of k's
+write. `cut` and `cut_scan` take from i what j says; `cut_erase` gives back what j made it forget. All of them hold the decays.
 """
 
 from gatedlens.knockout.cutting import Cut
-from gatedlens.knockout.sweeping import How, cut, cut_renormalised, cut_scan, pairs, sweep
+from gatedlens.knockout.sweeping import How, cut, cut_erase, cut_renormalised, cut_scan, cut_update, pairs, sweep
 from gatedlens.knockout.token_edges import Edges
 
 # fmt: off
 __all__ = [
-    "Cut", "Edges", "How", "cut", "cut_renormalised", "cut_scan", "pairs", "sweep",
+    "Cut", "Edges", "How", "cut", "cut_erase", "cut_renormalised", "cut_scan", "cut_update", "pairs", "sweep",
 ]
 # fmt: on

@@ -58,6 +58,27 @@ def share(branch: Branch, src: Tensor, dst: Tensor) -> Float[Tensor, "batch pos 
     return branch.gate * (scan.apply(u, start) - scan.apply(u * (1 - src), start) / kept)
 
 
+def erase(branch: Branch, src: Tensor, dst: Tensor) -> Float[Tensor, "batch pos channel"]:
+    """gate (S u - S~ u), S~ the scan in which src erase nothing, each with what a state carried."""
+    return _of_altered(branch, src, branch.entering())
+
+
+def update(branch: Branch, src: Tensor, dst: Tensor) -> Float[Tensor, "batch pos channel"]:
+    """gate (S u - S~ (u kept)), kept = 1 - src: src neither write nor erase."""
+    return _of_altered(branch, src, branch.entering() * (1 - src))
+
+
+def _of_altered(branch: Branch, src: Tensor, u: Tensor) -> Float[Tensor, "batch pos channel"]:
+    """gate (S u_run - S~ u), u_run what entered the scan."""
+    scan, start = branch.scan, branch.factors.start
+    if scan is None:  # what passes by the scan reads no state
+        return torch.zeros_like(u)
+    return branch.gate * (scan.apply(branch.entering(), start) - scan.unerased(src).apply(u, start))
+
+
+OF_DELTA_RULES = (erase, update)
+
+
 # -- the step of an intervention --------------------------------------------------------------------------------------
 
 
@@ -75,19 +96,38 @@ class Cut:
     def hooks(self, model: HookedModel) -> list[tuple[str, Callable[..., Any]]]:
         """`cut.hooks(model)`: in each layer a hook that keeps what its A is made of, and one that cuts at its output point.
 
-        InputError for layers that do not exist, PointError for an axis that the output point lacks.
+        InputError for layers that do not exist, or erase nothing where that is to be cut; PointError for an axis that the output
+        point lacks.
         """
         found: list[tuple[str, Callable[..., Any]]] = []
         for layer in layers_of(model, self.layers):
             mixer: Any = model.blocks[layer].mixer
             scans_of(mixer, self.scan)
             stem = f"blocks.{layer}.{mixer.place}."
+            if self.way in OF_DELTA_RULES and not erases(model, layer):
+                raise InputError(_no_delta_rule(model, layer, self.way))
             where = Where((f"{stem}{mixer.output_point}",), self.index)
             (out,) = where.points(model)
             cutting = Cutting(self, model, layer, where)
             found += [(stem + name, cutting.factors) for name in mixer.attention_points if stem + name != out]
             found.append((out, cutting))
         return found
+
+
+def erases(model: HookedModel, layer: int) -> bool:
+    """Whether the state of a layer is that of a delta rule."""
+    mixer: Any = model.blocks[layer].mixer
+    return f"blocks.{layer}.{mixer.place}.hook_erase" in model.names.points
+
+
+def _no_delta_rule(model: HookedModel, layer: int, way: Way) -> str:
+    """Why what a layer erases cannot be cut, and what can."""
+    erasing = [number for number in range(model.cfg.n_layers) if erases(model, number)]
+    others = f"The layers that have one: layers={erasing}." if erasing else "No layer of this model has one."
+    return (
+        f"cut_{way.__name__}: layer {layer} of {model.cfg.model_name} has no delta rule, so no token erases there what others "
+        f"wrote; cut_scan cuts what it writes itself. {others}"
+    )
 
 
 class Cutting:

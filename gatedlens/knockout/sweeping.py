@@ -19,7 +19,7 @@ from gatedlens.address.entries import Index
 from gatedlens.address.layers import Layers, layers_of
 from gatedlens.address.positions import Positions, columns, listed
 from gatedlens.errors import InputError
-from gatedlens.knockout.cutting import Cut, Way, share, token, write
+from gatedlens.knockout.cutting import Cut, Way, erase, share, token, update, write
 from gatedlens.knockout.token_edges import Edges
 from gatedlens.metrics import Metric
 from gatedlens.model.base import HookedModel
@@ -62,10 +62,38 @@ def cut_scan(
 ) -> Intervention:
     """`gl.knockout.cut_scan(3, -1)`: the readout of i loses what the state carries of j's write, C_i prod(decay) write_j.
 
-    The conv stays, and the write holds what the conv mixed into it. Parameters and errors: as of `gl.knockout.cut`. Endy et al.
-    2025 (Mamba Knockout, arXiv 2505.24244).
+    The conv stays, and the write holds what the conv mixed into it. Under a delta rule the state carries what the steps behind j
+    have left of the write, and j still erases: see `gl.knockout.cut_erase`, `cut_update`. Parameters and errors: as of
+    `gl.knockout.cut`. Endy et al. 2025 (Mamba Knockout, arXiv 2505.24244).
     """
     return _cut(write, src, dst, layers, scan, index)
+
+
+@checked
+def cut_erase(
+    src: Positions, dst: Positions, layers: Layers = None, scan: str | None = None, **index: Index
+) -> Intervention:
+    """`gl.knockout.cut_erase(3, -1, layers=0, head=1)`: i reads the state as it would be if j had erased nothing.
+
+    For layers with a delta rule, S_t = decay_t S_{t-1} - erase_t (probe_t . S_{t-1}) + write_t: the readout of i is of the S_i
+    that the same recurrence gives with erase_j = 0 at every source j. What j overwrote is there again, beside what j wrote; all
+    other positions read the state as it was. `gl.ablation.no_erase(pos=3)` is the same for every reader, and for what follows
+    from it. Parameters and errors: as of `gl.knockout.cut`; InputError too for a layer without a delta rule.
+    """
+    return _cut(erase, src, dst, layers, scan, index)
+
+
+@checked
+def cut_update(
+    src: Positions, dst: Positions, layers: Layers = None, scan: str | None = None, **index: Index
+) -> Intervention:
+    """`gl.knockout.cut_update(3, -1, layers=0)`: i reads the state as it would be if j had not touched it.
+
+    `cut_scan` and `cut_erase` at once: write_j = 0 and erase_j = 0 at every source j, and only the decay goes on there. For one
+    source the target loses the sum of what these two take; for several it does not, as one erases what another wrote.
+    Parameters and errors: as of `gl.knockout.cut_erase`.
+    """
+    return _cut(update, src, dst, layers, scan, index)
 
 
 @checked
@@ -90,7 +118,7 @@ def pairs(
 ) -> Intervention:
     """`gl.knockout.pairs([(2, 5), (3, 6)], how=gl.knockout.cut)`: these edges (src, dst) alone, not all sources to all targets.
 
-    how: `cut`, `cut_scan` or `cut_renormalised`. The rest, and the errors, are those of `gl.knockout.cut`.
+    how: `cut`, or any other kind of cut, as `gl.knockout.cut_scan`. The rest, and the errors, are those of `gl.knockout.cut`.
     """
     return _with(how(0, 0, layers=layers, scan=scan, **index), edges=Edges(tuple(edges)))
 
@@ -139,9 +167,9 @@ def sweep(
     happened, also where a target cannot see the source, or in a row that is too short to have it.
 
     input: text(s), ids, a pair (ids, mask), images. metric: logits -> one number a row, or a scalar. src: None for every
-    position by itself, a dict of names to positions, or a list of positions. how: `cut`, `cut_scan` or `cut_renormalised`; scan
-    and index are its own. Many cells run in one batch of at most `max_rows` rows (or one cell), from the first layer of their
-    window on; under position_ids (of packed documents) each cell is a whole run. results, max_bytes: as in every sweep,
+    position by itself, a dict of names to positions, or a list of positions. how: `cut`, or any other kind of cut; scan and
+    index are its own. Many cells run in one batch of at most `max_rows` rows (or one cell), from the first layer of their window
+    on; under position_ids (of packed documents) each cell is a whole run. results, max_bytes: as in every sweep,
     `gl.patching.Options`: a path to which results are written as they come and from which an interrupted sweep goes on, or an
     interrupted Result; about how much a batch may take.
 

@@ -203,7 +203,7 @@ class Mixer(TokenMixing):
             whole = terms.decays().unsqueeze(-2).expand(*u.shape, terms.key.shape[-1])
             decay = padding.fill(self.hook_decay(whole), 1.0)
         if self.hook_write.heard():
-            write = padding.zero(self.hook_write(_outer(terms, u)))
+            write = padding.zero(self.hook_write(terms.write(u)))
         if terms.erase is not None:
             if self.hook_erase.heard():
                 erase = padding.zero(self.hook_erase(terms.erase.unsqueeze(-2).expand(*u.shape, terms.key.shape[-1])))
@@ -213,7 +213,7 @@ class Mixer(TokenMixing):
         if decay is None and write is None and erase is None and not heard:
             return chunked(terms, u, initial)
         decay = terms.decays().unsqueeze(-2) if decay is None else decay
-        write = _outer(terms, u) if write is None else write
+        write = terms.write(u) if write is None else write
         probe = terms.probes()
         if terms.erase is not None and probe is not None:
             erase = terms.erase.unsqueeze(-2) if erase is None else erase
@@ -223,11 +223,6 @@ class Mixer(TokenMixing):
         last = states[:, -1]
         states = self.hook_state(states) if heard else states
         return (states * terms.of_heads(terms.read).unsqueeze(-2)).sum(-1), last
-
-
-def _outer(terms: Terms, u: Float[Tensor, "batch pos head value"]) -> Float[Tensor, "batch pos head value key"]:
-    """What each position writes: value key^T."""
-    return terms.value(u).unsqueeze(-1) * terms.of_heads(terms.key).unsqueeze(-2)
 
 
 def _as_they_are(decay: Tensor, write: Tensor, read: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -146,8 +146,22 @@ def load(source: str | Path, hub: Mapping[str, Any]) -> Any:
     elif where.is_file():
         raise CheckpointError(f"tokenizer={str(source)!r} is a file; expected is the folder that holds it.")
     options = {name: value for name, value in hub.items() if name in (*HUB, "trust_remote_code")}
+    options |= _unknown_config(where / (hub.get("subfolder") or ""))
     with reading(source, "holds no tokenizer that transformers can load"):
         return AutoTokenizer.from_pretrained(str(source), **options)
+
+
+def _unknown_config(folder: Path) -> dict[str, Any]:
+    """`config=` for a folder whose config.json names a model that transformers lacks (RWKV-7): it would read the same, and warn
+    that it makes another model of it."""
+    from transformers import PreTrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    path = folder / "config.json"
+    told = read_json(path) if path.is_file() else {}
+    if told.get("model_type") is None or told["model_type"] in CONFIG_MAPPING or "auto_map" in told:
+        return {}
+    return {"config": PreTrainedConfig.from_dict(told)}
 
 
 def beside(source: str, hub: Mapping[str, Any]) -> Any:

@@ -25,6 +25,7 @@ from gatedlens.recurrence.channels import ChannelTerms
 from gatedlens.recurrence.decay_blocks import DiagonalTile, Halving, Pieces, Scratch, scaled_by_power, scratch_for
 from gatedlens.recurrence.matrix import ScanMatrix
 from gatedlens.recurrence.scanning import scan
+from gatedlens.recurrence.terms import Terms
 from gatedlens.recurrence.transforms import anywhere
 
 GONE = -2000.0  # the logarithm of what a reset leaves: nothing in float64, and small beside its digits when many add up
@@ -85,6 +86,13 @@ class DecayScan(ScanMatrix):
         return torch.exp((later - earlier).to(self.rate.dtype).unsqueeze(-1) * self.rate)
 
     # -- as an operator ------------------------------------------------------------------------------------------
+
+    def recurrence(self) -> Terms:
+        """`ChannelTerms.as_heads` of what it was made of."""
+        steps = torch.diff(self.time, dim=1, prepend=torch.zeros_like(self.time[:, :1])).to(self.rate.dtype)
+        fresh = None if self.document is None and self.kept is None else self.fresh()
+        key, read = self.key.unsqueeze(2), self.read.unsqueeze(2)
+        return Terms(steps.unsqueeze(-1), key, read, self.amount, rate=self.rate, fresh=fresh)
 
     def apply(
         self, u: Float[Tensor, "batch pos channel"], start: Float[Tensor, "batch channel state"] | None = None

@@ -54,17 +54,41 @@ class HeadScan(ScanMatrix):
         """The scan of some channels."""
         return replace(self, channels=self.channels[channels])
 
+    def recurrence(self) -> Terms:
+        """The terms of all heads, whichever channels it is asked for."""
+        return self.terms
+
     def undecayed(self, own: Bool[Tensor, "batch pos"]) -> HeadScan:
-        """The decay of a step of `own` is put off to the next: rows of `own` lack it; it is meant for these rows alone."""
+        """The decay of a step of `own` is put off to the next: rows of `own` lack it; it is meant for these rows alone.
+
+        Under a delta rule what such a step takes from the state is its decay and its erase, and neither is in the row: it reads
+        the state before it, and its own write. There is one such row in each of the batch.
+        """
         if self.terms.has_delta_rule:
-            raise InputError(
-                "The matrix without the decay of a row's own step is a detail of HiddenMambaAttn's code: no delta rule has it."
-            )
+            return self._unstepped(own)
         total = self.terms.log_decays().double().clamp(min=GONE).cumsum(1)
         before = torch.cat([torch.zeros_like(total[:, :1]), total[:, :-1]], dim=1)
         moved = torch.where(own[..., None, None], before, total)
         steps = torch.diff(moved, dim=1, prepend=torch.zeros_like(moved[:, :1]))
         return replace(self, terms=self.terms._replace(log_decay=steps.to(self.terms.key), rate=None, fresh=None))
+
+    def _unstepped(self, own: Bool[Tensor, "batch pos"]) -> HeadScan:
+        """The scan whose steps `own` decay and erase nothing."""
+        if bool((own.sum(1) > 1).any()):
+            raise InputError(
+                "A delta rule without a row's own step: of one row in each of the batch, and there are several."
+            )
+        step, terms = own[..., None, None], self.terms
+        assert terms.erase is not None
+        erase, log = terms.erase.masked_fill(step, 0), terms.log_decays().masked_fill(step, 0)
+        free = terms._replace(log_decay=log, erase=erase, probe=terms.probes(), rate=None, fresh=None)
+        return replace(self, terms=free)
+
+    def unerased(self, src: Float[Tensor, "batch pos one"]) -> HeadScan:
+        """Their erase is 0, and their decay and their write are as they were."""
+        if self.terms.erase is None:
+            return self
+        return replace(self, terms=self.terms._replace(erase=self.terms.erase * (1 - src).unsqueeze(-1)))
 
     # -- as an operator ------------------------------------------------------------------------------------------
 

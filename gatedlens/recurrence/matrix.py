@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gatedlens.errors import InputError
+from gatedlens.recurrence.terms import Terms
 
 
 class ScanMatrix(ABC):
@@ -56,7 +57,25 @@ class ScanMatrix(ABC):
         raise InputError("The rows of this layer's scan are no softmax, so there is nothing to renormalise.")
 
     def undecayed(self, own: Bool[Tensor, "batch pos"]) -> ScanMatrix:
-        """The scan that rows `own` have without the decay of their own step; here itself: there is no such decay."""
+        """The scan that rows `own` have without the decay of their own step (a delta rule: nor its erase); here itself: there is
+        no such decay."""
+        return self
+
+    def recurrence(self) -> Terms | None:
+        """The recurrence that it is the matrix of, a head for each channel where each has a state of its own; None where there
+        is none, or where the state is no sum of decaying writes."""
+        return None
+
+    def mean_log_decay(self, real: Float[Tensor, "batch pos one"]) -> Float[Tensor, "batch head #key"] | None:
+        """The logarithm of the decay, resets aside, averaged over the positions `real` (1, else 0), in float64; None: none."""
+        terms = self.recurrence()
+        if terms is None:
+            return None
+        mean = (terms.log_decay.double() * real.unsqueeze(-1)).sum(1) / real.double().sum(1).unsqueeze(-1)
+        return mean if terms.rate is None else mean * terms.rate
+
+    def unerased(self, src: Float[Tensor, "batch pos one"]) -> ScanMatrix:
+        """The scan in which the positions `src` (1, else 0) erase nothing of a delta rule's state; here itself."""
         return self
 
     @abstractmethod

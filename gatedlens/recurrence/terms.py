@@ -80,6 +80,14 @@ class Terms(NamedTuple):
         """What is written of the content: amount * u."""
         return u if self.amount is None else self.amount.unsqueeze(-1) * u
 
+    def write(self, u: Float[Tensor, "batch pos head value"]) -> Float[Tensor, "batch pos head value key"]:
+        """What each position writes: value key^T."""
+        return self.value(u).unsqueeze(-1) * self.of_heads(self.key).unsqueeze(-2)
+
+    def at(self, some: slice) -> Terms:
+        """The same at some positions."""
+        return Terms(*(x if name == "rate" or x is None else x[:, some] for name, x in self._asdict().items()))
+
     def log_decays(self) -> Float[Tensor, "batch pos head #key"]:
         """The logarithm of the decay, rate and fresh included; -inf where nothing is left."""
         log = self.log_decay if self.rate is None else self.log_decay * self.rate

@@ -56,6 +56,10 @@ class WkvScan(ScanMatrix):
         num = torch.zeros_like(self.den) if start is None else start.squeeze(-1)
         return wkv(self.k, u, self.w, self.u, None, Carry(num, self.den, self.max), self.fresh)[0]
 
+    def mean_log_decay(self, real: Float[Tensor, "batch pos one"]) -> Float[Tensor, "batch channel one"]:
+        """w, which no token moves."""
+        return self.w.double().expand(len(real), -1).unsqueeze(-1)
+
     def mass(self, kept: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
         """How much of each row's sum is left when only the sources `kept` (1, else 0) and the carried state are."""
         return self.apply(kept, self.den.unsqueeze(-1))

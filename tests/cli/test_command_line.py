@@ -38,14 +38,15 @@ def test_demo_as_json(tmp_path, capsys):
     assert all(error < 1e-5 for error in found["errors"].values())
 
 
-def test_compare_shows_all_four(tmp_path, capsys):
+def test_compare_shows_every_architecture(tmp_path, capsys):
     assert cli.main(["compare", "--out", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found["recalled"]) == {f"gatedlens/{name}-recall" for name in ("mamba", "griffin", "rwkv")}
+    names = ("mamba", "mamba2", "griffin", "rwkv", "rwkv7", "gdn", "hybrid")
+    assert list(found["recalled"]) == [f"gatedlens/{name}-recall" for name in names]
     assert all(answer == right and error < 1e-5 for answer, right, _, error in found["recalled"].values())
     label, guess, probability, error = found["digit"]
     assert label == guess and probability > 0.5 and error < 1e-5
-    assert (tmp_path / "four-architectures.png").stat().st_size > 20_000
+    assert (tmp_path / "seven-architectures.png").stat().st_size > 20_000
     assert cli.main(["compare", "--out", str(tmp_path)]) == 0
     assert "reads a handwritten" in capsys.readouterr().out
 

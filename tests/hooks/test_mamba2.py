@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from itertools import pairwise
 
 import pytest
 import torch
@@ -13,9 +12,10 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 
 import gatedlens as gl
 from gatedlens.hooks.mamba2 import NORMS, HookedMamba2, Mamba2Weights, mamba2_rows
-from tests.helpers import golden, padded, relative
+from tests.helpers import golden, relative
+from tests.hooks import battery
 
-TOKENS = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randint(40, (2, 11), generator=torch.Generator().manual_seed(0))
 VARIANTS = {
     "norm after the gate": {},
     "norm before the gate": {"norm_before_gate": True},
@@ -158,93 +158,28 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     return out
 
 
-@torch.no_grad()
 def test_every_row_is_its_equation(model):
-    _, cache = model.run_with_cache(TOKENS, names_filter=lambda name: True)
-    for layer in range(2):
-        rows = literal(cache, model, layer)
-        names = {row.name for row in model.rows_for(layer)}
-        assert set(rows) >= names - {"hook_resid_pre"}, "a row has no literal equation here"
-        for name, value in rows.items():
-            assert relative(cache[f"blocks.{layer}.{name}"], value) < 1e-12, name
+    battery.rows_are_their_equations(model, literal, TOKENS, 1e-12)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("norm", NORMS)
 def test_after_an_edit_every_row_downstream_is_its_equation(norm):
-    """An edit anywhere: each later row equals its equation of the (edited) rows that it names, and so do the logits."""
     model = tiny("no norm" if norm == "none" else f"norm {norm}")
-    for row in mamba2_rows(norm):
-        noise = torch.Generator().manual_seed(3)
-
-        def edit(x, hook, noise=noise):
-            return x * 1.3 + 0.1 * torch.rand(x.shape, generator=noise, dtype=x.dtype)
-
-        with model.hooks([(f"blocks.0.{row.name}", edit)]):
-            logits, cache = model.run_with_cache(TOKENS, names_filter=lambda name: True)
-        for layer in range(2):
-            for name, value in literal(cache, model, layer).items():
-                if (layer, name) != (0, row.name):
-                    assert relative(cache[f"blocks.{layer}.{name}"], value) < 1e-12, (row.name, name)
-        assert relative(logits, model(TOKENS)) > 1e-4, f"the edit of {row.name} had no effect"
+    assert model.rows_for(0) == mamba2_rows(norm)
+    battery.edits_reach_every_row(model, literal, 0, TOKENS, least=1e-4, rtol=1e-12)
 
 
-@torch.no_grad()
 def test_the_implicit_attention_reconstructs_every_variant(model):
-    prefix, suffix = TOKENS[:, :4], TOKENS[:, 4:]
-    _, cache = model.run_with_cache(TOKENS)
-    _, state = model(prefix, return_state=True)
-    _, later = model.run_with_cache(suffix, state=state)
-    for layer in range(2):
-        for given in (cache, later):
-            assert gl.implicit_attention(given, layer=layer).check().relative < 1e-12
+    battery.attention_reconstructs_every_layer(model, TOKENS)
 
 
-@torch.no_grad()
 def test_padding_counts_for_nothing_in_every_variant(model):
-    rows = [TOKENS[0], TOKENS[1, :5]]
-    for side in ("left", "right"):
-        tokens, mask = padded(rows, side)
-        logits = model(tokens, attention_mask=mask)
-        for i, row in enumerate(rows):
-            assert relative(logits[i][mask[i]], model(row[None])[0]) < 1e-12
+    battery.padding_and_holes_count_for_nothing(model, TOKENS, listening=False)
 
 
-PACKED = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0], [6, 7, 0, 1, 0, 0, 1, 2, 3]])  # three documents and four
-
-
-def documents(row: int) -> list[slice]:
-    """Where the documents of a row of PACKED are; the first of the second row goes on from a state."""
-    begins = [0, *(i for i in range(1, 9) if PACKED[row, i] == 0), 9]
-    return [slice(a, b) for a, b in pairwise(begins)]
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("listening", [False, True], ids=["", "inside"])
 def test_packed_documents_are_as_if_each_stood_alone(model, listening):
-    prefix = torch.randint(40, (2, 5), generator=torch.Generator().manual_seed(7))
-    _, before = model(prefix, return_state=True)
-    for state in (None, before):
-        names = (lambda name: True) if listening else "hook_logits"
-        logits, cache = model.run_with_cache(TOKENS, position_ids=PACKED, state=state, names_filter=names)
-        _, left = model(TOKENS, position_ids=PACKED, state=state, return_state=True)
-        for row in range(2):
-            for number, part in enumerate(documents(row)):
-                begun = state is not None and number == 0 and PACKED[row, 0] > 0
-                own = {"state": state.rows([row])} if begun else {}
-                alone, end = model(TOKENS[row : row + 1, part], return_state=True, **own)
-                assert relative(logits[row, part], alone[0]) < 1e-12
-            for key in end:  # what is left is the last document's
-                kept = end[key][:, -min(3, part.stop - part.start) :] if key.endswith("conv") else end[key]
-                assert relative(left[key][row : row + 1][:, -kept.shape[1] :], kept) < 1e-12, key
-        if listening:
-            for layer in range(2):
-                A = gl.implicit_attention(cache, layer=layer)
-                assert A.check().relative < 1e-12
-                dense = A.dense()
-                numbers = (PACKED == 0).cumsum(1)
-                apart = (numbers.unsqueeze(2) != numbers.unsqueeze(1)).unsqueeze(1)
-                assert (dense * apart == 0).all() and (dense * ~apart != 0).any()
+    battery.packed_documents_stand_alone(model, TOKENS, listening)
 
 
 @torch.no_grad()
@@ -252,16 +187,16 @@ def test_documents_and_padding_together():
     model = tiny("norm after the gate")
     mask = torch.tensor([[False, False] + [True] * 7, [True] * 9])
     places = torch.tensor([[0, 0, 0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 0, 1, 2]])
-    out = model(TOKENS, attention_mask=mask, position_ids=places)
+    out = model(TOKENS[:, :9], attention_mask=mask, position_ids=places)
     assert relative(out[0, 2:5], model(TOKENS[:1, 2:5])[0]) < 1e-12
-    assert relative(out[0, 5:], model(TOKENS[:1, 5:])[0]) < 1e-12
-    assert relative(out[1, 6:], model(TOKENS[1:, 6:])[0]) < 1e-12
+    assert relative(out[0, 5:], model(TOKENS[:1, 5:9])[0]) < 1e-12
+    assert relative(out[1, 6:], model(TOKENS[1:, 6:9])[0]) < 1e-12
 
 
 def test_a_gradient_does_not_pass_from_one_document_into_the_next():
     model = tiny("norm after the gate")
     embedded = model.embed(TOKENS).detach().requires_grad_()
-    out = model(embedded, start_at_layer=0, position_ids=PACKED)
+    out = model(embedded, start_at_layer=0, position_ids=battery.PACKED)
     (grad,) = torch.autograd.grad(out[0, 3:8].sum(), embedded)
     assert (grad[0, 3:8] != 0).any() and (grad[0, :3] == 0).all() and (grad[0, 8:] == 0).all() and (grad[1] == 0).all()
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from itertools import pairwise
 
 import pytest
 import torch
@@ -24,7 +22,9 @@ import gatedlens as gl
 from gatedlens.formats.qwen3_next import TINY
 from gatedlens.hooks.qwen3_next import ROWS, HookedQwen3Next
 from gatedlens.model.tiny import Tiny
-from tests.helpers import padded, relative
+from tests.helpers import relative
+from tests.hooks import battery
+from tests.hooks.literal import convolved, delta_rule, linear, mlp, norm_rows, normed_and_gated, silu
 
 torch.set_num_threads(1)
 TOKENS = torch.randint(40, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -93,16 +93,6 @@ def theirs(model: HookedQwen3Next, tokens: torch.Tensor, **options) -> torch.Ten
 # -- every row ------------------------------------------------------------------------------------------------------
 
 
-def rms(x: torch.Tensor, eps: float) -> torch.Tensor:
-    return (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
-
-
-def norm_rows(out, c, part, x, weight, cfg):
-    out[f"{part}.hook_scale"] = rms(x, cfg.eps)
-    out[f"{part}.hook_normalized"] = x / c(f"{part}.hook_scale")
-    out[f"{part}.hook_out"] = (1 + weight) * c(f"{part}.hook_normalized")
-
-
 def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     """Every row of one block from its equation, with loops, reading the rows it names from the cache."""
     decoder = model.wrapped.model._modules.get("language_model", model.wrapped.model)
@@ -114,14 +104,16 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     if layer > 0:
         out["hook_resid_pre"] = cache["resid_post", layer - 1]
     out["hook_mixer_in"] = c("hook_resid_pre")
-    norm_rows(out, c, "ln1", c("hook_mixer_in"), w.input_layernorm.weight, model.cfg)
+    norm_rows(out, c, "ln1", c("hook_mixer_in"), 1 + w.input_layernorm.weight, model.cfg.eps)
     mixing = delta_net if kind.mixing == "delta net" else attention
     mixing(out, c, w, model.cfg)
     out["hook_resid_mid"] = c("hook_resid_pre") + c("hook_mixer_out")
     out["hook_mlp_in"] = c("hook_resid_mid")
-    norm_rows(out, c, "ln2", c("hook_mlp_in"), w.post_attention_layernorm.weight, model.cfg)
-    channels = mlp if kind.channels == "MLP" else experts
-    channels(out, c, w.mlp, model.cfg)
+    norm_rows(out, c, "ln2", c("hook_mlp_in"), 1 + w.post_attention_layernorm.weight, model.cfg.eps)
+    if kind.channels == "MLP":
+        mlp(out, c, w.mlp, c("ln2.hook_out"))
+    else:
+        experts(out, c, w.mlp, model.cfg)
     out["hook_resid_post"] = c("hook_resid_mid") + c("hook_mlp_out")
     return out
 
@@ -160,60 +152,13 @@ def projected(m, n, cfg) -> dict[str, torch.Tensor]:
 def delta_net(out, c, w, cfg) -> None:
     m = w.linear_attn
     given = projected(m, c("ln1.hook_out"), cfg)
-    batch, length = TOKENS.shape
-    H, V, G, N, K = cfg.n_value_heads, cfg.sizes["value"], cfg.n_key_heads, cfg.d_state, cfg.d_conv
     out["mixer.hook_q_pre"], out["mixer.hook_k_pre"] = given["q"], given["k"]
     out["mixer.hook_x"], out["mixer.hook_gate_pre"] = given["x"].flatten(2), given["z"].flatten(2)
     out["mixer.hook_beta_pre"], out["mixer.hook_dt_pre"] = given["b"], given["a"] + m.dt_bias
-    streams = {"q_": ("q_pre", (G, N), 0), "k_": ("k_pre", (G, N), G * N), "": ("x", (H * V,), 2 * G * N)}
-    for name, (before, shape, first) in streams.items():
-        x = c(f"mixer.hook_{before}").flatten(2)
-        taps = torch.zeros(batch, length, x.shape[-1], K, dtype=torch.float64)
-        for t in range(length):
-            for k in range(K):
-                if t - (K - 1) + k >= 0:
-                    taps[:, t, :, k] = m.conv1d.weight[first : first + x.shape[-1], 0, k] * x[:, t - (K - 1) + k]
-        out[f"mixer.hook_{name}conv_taps"] = taps.unflatten(2, shape)
-        out[f"mixer.hook_{name}conv"] = c(f"mixer.hook_{name}conv_taps").sum(-1)
-    out["mixer.hook_u"] = c("mixer.hook_conv") * torch.sigmoid(c("mixer.hook_conv"))
-    for name in "qk":
-        act = c(f"mixer.hook_{name}_conv") * torch.sigmoid(c(f"mixer.hook_{name}_conv"))
-        out[f"mixer.hook_{name}"] = act / (act.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt()
-    out["mixer.hook_beta"] = 1 / (1 + torch.exp(-c("mixer.hook_beta_pre")))
-    out["mixer.hook_dt"] = torch.log1p(torch.exp(c("mixer.hook_dt_pre")))
-    out["mixer.hook_log_decay"] = -torch.exp(m.A_log) * c("mixer.hook_dt")
-    out["mixer.hook_reset"] = torch.zeros(batch, length, 1, dtype=torch.float64)
-    out["mixer.hook_state_start"] = torch.zeros(batch, H, V, N, dtype=torch.float64)
-    decay, write, erase = (torch.zeros(batch, length, H, V, N, dtype=torch.float64) for _ in range(3))
-    probe = torch.zeros(batch, length, H, N, dtype=torch.float64)
-    scan = torch.zeros(batch, length, H, V, dtype=torch.float64)
-    for h in range(H):
-        g = h // (H // G)
-        kept = torch.exp(c("mixer.hook_log_decay")[:, :, h]) * (1 - c("mixer.hook_reset")[..., 0])
-        k, beta = c("mixer.hook_k")[:, :, g], c("mixer.hook_beta")[:, :, h, None]
-        u = c("mixer.hook_u").reshape(batch, length, H, V)[:, :, h]
-        decay[:, :, h] = kept[..., None, None]
-        write[:, :, h] = u[..., :, None] * (beta * k)[..., None, :]
-        erase[:, :, h] = (beta * k)[..., None, :]
-        probe[:, :, h] = kept[..., None] * k
-        read = c("mixer.hook_q")[:, :, g] / N**0.5
-        scan[:, :, h] = (c("mixer.hook_state")[:, :, h] * read[:, :, None]).sum(-1)
-    out["mixer.hook_decay"], out["mixer.hook_write"] = decay, write
-    out["mixer.hook_erase"], out["mixer.hook_probe"] = erase, probe
-    state, states = c("mixer.hook_state_start"), []
-    for t in range(length):
-        found = (c("mixer.hook_probe")[:, t, :, None] * state).sum(-1, keepdim=True)
-        state = c("mixer.hook_decay")[:, t] * state - c("mixer.hook_erase")[:, t] * found + c("mixer.hook_write")[:, t]
-        states.append(state)
-    out["mixer.hook_state"] = torch.stack(states, dim=1)
-    out["mixer.hook_scan"] = scan.flatten(2)
-    out["mixer.hook_y"] = c("mixer.hook_scan")
-    by_head = c("mixer.hook_y").reshape(batch, length, H, V)
-    out["mixer.hook_scale"] = rms(by_head, cfg.eps).squeeze(-1)
-    out["mixer.hook_normed"] = (m.norm.weight * by_head / c("mixer.hook_scale")[..., None]).flatten(2)
-    out["mixer.hook_gate"] = c("mixer.hook_gate_pre") * torch.sigmoid(c("mixer.hook_gate_pre"))
-    out["mixer.hook_gated"] = c("mixer.hook_normed") * c("mixer.hook_gate")
-    out["hook_mixer_out"] = c("mixer.hook_gated") @ m.out_proj.weight.T
+    keys = (cfg.n_key_heads, cfg.d_state)
+    convolved(out, c, m.conv1d.weight, [("q_", "q_pre", keys), ("k_", "k_pre", keys), ("", "x", (cfg.d_inner,))])
+    delta_rule(out, c, cfg, cfg.n_key_heads, m.A_log)
+    normed_and_gated(out, c, cfg, m.norm.weight, cfg.eps, silu, m.out_proj)
 
 
 def attention(out, c, w, cfg) -> None:
@@ -224,18 +169,13 @@ def attention(out, c, w, cfg) -> None:
     ]  # of a quarter of the head
     H, G, D = cfg.n_heads, cfg.n_key_value_heads, cfg.d_head
 
-    def linear(projection):
-        return n @ projection.weight.T + (0 if projection.bias is None else projection.bias)
-
-    q, k, v = (linear(p) for p in (m.q_proj, m.k_proj, m.v_proj))
+    q, k, v = (linear(n, p) for p in (m.q_proj, m.k_proj, m.v_proj))
     heads = [q[..., 2 * D * h : 2 * D * (h + 1)] for h in range(H)]  # each: the query, then the gate
     out["attn.hook_q"] = torch.stack([head[..., :D] for head in heads], 2)
     out["attn.hook_gate_pre"] = torch.stack([head[..., D:] for head in heads], 2)
     out["attn.hook_k"], out["attn.hook_v"] = (x.reshape(batch, length, G, D) for x in (k, v))
     for name, norm in (("q", m.q_norm), ("k", m.k_norm)):
-        norm_rows(out, lambda row: c(f"attn.{row}"), f"{name}_norm", c(f"attn.hook_{name}"), norm.weight, cfg)
-        for row in ("hook_scale", "hook_normalized", "hook_out"):
-            out[f"attn.{name}_norm.{row}"] = out.pop(f"{name}_norm.{row}")
+        norm_rows(out, c, f"attn.{name}_norm", c(f"attn.hook_{name}"), 1 + norm.weight, cfg.eps)
         x = c(f"attn.{name}_norm.hook_out")
         turned = x.clone()
         for t in range(length):
@@ -260,19 +200,7 @@ def attention(out, c, w, cfg) -> None:
     out["attn.hook_pattern"] = torch.softmax(c("attn.hook_attn_scores"), -1)
     out["attn.hook_gate"] = torch.sigmoid(c("attn.hook_gate_pre"))
     out["attn.hook_gated"] = c("attn.hook_z") * c("attn.hook_gate")
-    bias = 0 if m.o_proj.bias is None else m.o_proj.bias
-    out["hook_mixer_out"] = c("attn.hook_gated").flatten(2) @ m.o_proj.weight.T + bias
-
-
-def silu(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.sigmoid(x)
-
-
-def mlp(out, c, m, cfg) -> None:
-    out["mlp.hook_pre"] = c("ln2.hook_out") @ m.gate_proj.weight.T
-    out["mlp.hook_pre_linear"] = c("ln2.hook_out") @ m.up_proj.weight.T
-    out["mlp.hook_post"] = silu(c("mlp.hook_pre")) * c("mlp.hook_pre_linear")
-    out["hook_mlp_out"] = c("mlp.hook_post") @ m.down_proj.weight.T
+    out["hook_mixer_out"] = linear(c("attn.hook_gated").flatten(2), m.o_proj)
 
 
 def experts(out, c, m, cfg) -> None:
@@ -303,57 +231,19 @@ def experts(out, c, m, cfg) -> None:
     out["hook_mlp_out"] = of_all + c("mlp.shared.hook_gate") * (c("mlp.shared.hook_post") @ shared.down_proj.weight.T)
 
 
-@torch.no_grad()
 def test_every_row_is_its_equation(model):
-    _, cache = model.run_with_cache(TOKENS, names_filter=lambda name: True)
-    for layer in range(2):
-        rows = literal(cache, model, layer)
-        names = {row.name for row in model.rows_for(layer)}
-        assert set(rows) >= names - {"hook_resid_pre"}, "a row has no literal equation here"
-        for name, value in rows.items():
-            assert relative(cache[f"blocks.{layer}.{name}"], value) < 1e-11, name
+    battery.rows_are_their_equations(model, literal, TOKENS)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("layer", [0, 1], ids=["delta net", "attention"])
 def test_after_an_edit_every_row_downstream_is_its_equation(layer):
-    """An edit anywhere: each later row equals its equation of the (edited) rows that it names, and so do the logits.
-
-    An edit of what heads share (q, k, and all that makes them) reaches each of these heads so.
-    """
-    model = tiny()
-    plain = model(TOKENS)
-    for row in model.rows_for(layer):
-        noise = torch.Generator().manual_seed(3)
-
-        def edit(x, hook, noise=noise):
-            return x * 1.2 + 0.1 * torch.rand(x.shape, generator=noise, dtype=x.dtype)
-
-        with model.hooks([(f"blocks.{layer}.{row.name}", edit)]):
-            logits, cache = model.run_with_cache(TOKENS, names_filter=lambda name: True)
-        for number in range(2):
-            for name, value in literal(cache, model, number).items():
-                if (number, name) != (layer, row.name):
-                    assert relative(cache[f"blocks.{number}.{name}"], value) < 1e-11, (row.name, name)
-        assert relative(logits, plain) > 1e-5, f"the edit of {row.name} had no effect"
+    """An edit of what heads share (q, k, and all that makes them) reaches each of these heads so."""
+    battery.edits_reach_every_row(tiny(), literal, layer, TOKENS, least=1e-5)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("point", ["erase", "probe", "decay", "write", "state_start"])
 def test_a_lazy_point_heard_alone_is_the_same_edit(point):
-    """Which other points are heard decides how the scan is computed, not what it is."""
-    model = tiny()
-
-    def edit(x, hook):
-        return x * torch.linspace(0.5, 1.5, x.shape[-1], dtype=x.dtype)
-
-    name = f"blocks.0.mixer.hook_{point}"
-    with model.hooks([(name, edit)]):
-        alone = model(TOKENS)
-        among_all = model.run_with_cache(TOKENS, names_filter=lambda name: True)[0]
-    assert relative(alone, among_all) < 1e-12
-    if point != "state_start":
-        assert relative(alone, model(TOKENS)) > 1e-5
+    battery.a_lazy_point_alone_is_the_same_edit(tiny(), point, TOKENS)
 
 
 @torch.no_grad()
@@ -382,49 +272,22 @@ def test_logits_are_transformers_which_scans_in_float32(variant):
 
 
 def test_gradients_are_transformers():
-    ours = tiny(dtype=torch.float32)
-    other = copy.deepcopy(ours.wrapped)
-    other.config._experts_implementation = "eager"
-    weight = torch.randn(*TOKENS.shape, 40, generator=torch.Generator().manual_seed(1))
-    found = torch.autograd.grad((ours(TOKENS) * weight).sum(), list(ours.wrapped.parameters()))
-    wanted = torch.autograd.grad((other(TOKENS, use_cache=False).logits * weight).sum(), list(other.parameters()))
-    for (name, _), a, b in zip(other.named_parameters(), found, wanted, strict=True):
-        assert relative(a, b) < 1e-4, name
+    battery.gradients_are_transformers(tiny(dtype=torch.float32), TOKENS)
 
 
 @torch.no_grad()
 def test_bfloat16_is_as_close_to_float32_as_transformers_is():
-    exact = tiny(dtype=torch.float32)(TOKENS)
     model = tiny(dtype=torch.bfloat16)
-    got, want = model(TOKENS), theirs(model, TOKENS)
-    assert got.dtype == torch.float32
-    assert relative(got, exact) < 1.5 * max(relative(want.float(), exact), 1e-2)
+    battery.half_precision_is_as_close_as_transformers_is(
+        tiny(dtype=torch.float32), model, theirs(model, TOKENS), TOKENS
+    )
     cache = model.run_with_cache(TOKENS, names_filter="blocks.0.mixer.*")[1]
     wide = {"q", "k", "dt_pre", "dt", "log_decay", "scan", "scale", "normed", "gate"}
     assert {name for name in wide if cache[f"blocks.0.mixer.hook_{name}"].dtype == torch.float32} == wide
 
 
 def test_gradcheck_of_what_a_scan_is_made_of():
-    """The gradient of every parameter is that of the function, by finite differences along a direction, in float64."""
-    model, generator = tiny(), torch.Generator().manual_seed(5)
-    weight = torch.randn(*TOKENS.shape, 40, generator=generator, dtype=torch.float64)
-
-    def loss():
-        return (model(TOKENS) * weight).sum()
-
-    params = dict(model.wrapped.named_parameters())
-    grads = torch.autograd.grad(loss(), list(params.values()))
-    for (name, p), grad in zip(params.items(), grads, strict=True):
-        direction, step = torch.randn(p.shape, generator=generator, dtype=p.dtype), 1e-6
-        kept = p.detach().clone()
-        with torch.no_grad():
-            sides = []
-            for sign in (1, -1):
-                p.copy_(kept + sign * step * direction)
-                sides.append(loss())
-            p.copy_(kept)
-        slope = (sides[0] - sides[1]) / (2 * step)
-        assert abs(slope - (grad * direction).sum()) < 1e-6 * max(1, abs(slope)), name
+    battery.gradients_are_those_of_the_function(tiny(), TOKENS)
 
 
 @torch.no_grad()
@@ -482,123 +345,39 @@ def test_what_is_not_supported_is_named(tmp_path):
 # -- padding, documents, states -------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def test_the_implicit_attention_reconstructs_every_layer(model):
-    _, cache = model.run_with_cache(TOKENS)
-    _, state = model(TOKENS[:, :4], return_state=True)
-    _, later = model.run_with_cache(TOKENS[:, 4:], state=state)
-    tokens, mask = padded([TOKENS[0], TOKENS[1, :5]], "right")
-    _, part = model.run_with_cache(tokens, attention_mask=mask)
-    for layer in range(2):
-        for given in (cache, later, part):
-            assert gl.implicit_attention(given, layer=layer).check().relative < 1e-12
+    battery.attention_reconstructs_every_layer(model, TOKENS)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("listening", [False, True], ids=["", "inside"])
 def test_padding_and_holes_count_for_nothing(model, listening):
-    rows = [TOKENS[0], TOKENS[1, :5]]
-    holes = torch.tensor([[True] * 3 + [False] * 2 + [True] * 6, [False, True, False] + [True] * 4 + [False] * 4])
-    batches = [*(padded(rows, side) for side in ("left", "right")), (TOKENS, holes)]
-    junk = (lambda name: True) if listening else "hook_logits"
-    for tokens, mask in batches:
-        logits, _ = model.run_with_cache(tokens, attention_mask=mask, names_filter=junk)
-        _, left = model(tokens, attention_mask=mask, return_state=True)
-        for i, row in enumerate(tokens[i][mask[i]] for i in range(2)):
-            alone, state = model(row[None], return_state=True)
-            assert relative(logits[i][mask[i]], alone[0]) < 1e-12
-            more = torch.tensor([[7, 8, 9]])
-            assert relative(model(more, state=left.rows([i])), model(more, state=state)) < 1e-12
+    battery.padding_and_holes_count_for_nothing(model, TOKENS, listening)
 
 
-@torch.no_grad()
 def test_what_a_hook_does_at_padding_reaches_nobody():
-    model = tiny()
-    tokens, mask = padded([TOKENS[0], TOKENS[1, :5]], "left")
-    plain = model(tokens, attention_mask=mask)
-
-    def spoil(x, hook):
-        # what is read at a masked position is that position's own affair
-        return torch.where(mask.reshape(*mask.shape, *[1] * (x.ndim - 2)), x, torch.nan)
-
-    for name in ("q_pre", "k_pre", "k", "beta", "dt", "log_decay", "decay", "write", "erase", "probe"):
-        with model.hooks([(f"blocks.0.mixer.hook_{name}", spoil)]):
-            logits = model(tokens, attention_mask=mask)
-        assert relative(logits[mask], plain[mask]) < 1e-12, name
+    points = ("q_pre", "k_pre", "k", "beta", "dt", "log_decay", "decay", "write", "erase", "probe")
+    battery.what_a_hook_does_at_padding_reaches_nobody(tiny(), TOKENS, points)
 
 
-PACKED = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 0], [6, 7, 0, 1, 0, 0, 1, 2, 3, 4, 5]])
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("listening", [False, True], ids=["", "inside"])
 def test_packed_documents_are_as_if_each_stood_alone(model, listening):
-    _, before = model(torch.randint(40, (2, 6), generator=torch.Generator().manual_seed(7)), return_state=True)
-    for state in (None, before):
-        names = (lambda name: True) if listening else "hook_logits"
-        logits, cache = model.run_with_cache(TOKENS, position_ids=PACKED, state=state, names_filter=names)
-        _, left = model(TOKENS, position_ids=PACKED, state=state, return_state=True)
-        for row in range(2):
-            begins = [0, *(i for i in range(1, 11) if PACKED[row, i] == 0), 11]
-            for number, (a, b) in enumerate(pairwise(begins)):
-                own = {"state": state.rows([row])} if state is not None and number == 0 and PACKED[row, 0] > 0 else {}
-                places = PACKED[row : row + 1, a:b]
-                alone, end = model(TOKENS[row : row + 1, a:b], return_state=True, position_ids=places, **own)
-                assert relative(logits[row, a:b], alone[0]) < 1e-12
-            more = torch.tensor([[7, 8, 9]])
-            assert relative(model(more, state=left.rows([row])), model(more, state=end)) < 1e-12
-        if listening:
-            numbers = (PACKED == 0).cumsum(1)
-            apart = (numbers.unsqueeze(2) != numbers.unsqueeze(1)).unsqueeze(1)
-            for layer in range(2):
-                A = gl.implicit_attention(cache, layer=layer)
-                assert A.check().relative < 1e-12
-                assert (A.dense() * apart == 0).all() and (A.dense() * ~apart != 0).any()
+    battery.packed_documents_stand_alone(model, TOKENS, listening)
 
 
-@torch.no_grad()
 def test_every_split_continues(model):
-    whole, end = model(TOKENS, return_state=True)
-    for split in range(1, TOKENS.shape[1]):
-        first, state = model(TOKENS[:, :split], return_state=True)
-        rest, left = model(TOKENS[:, split:], state=state, return_state=True)
-        assert relative(torch.cat([first, rest], dim=1), whole) < 1e-12
-        assert set(left) == set(end)
-        for key in end:
-            assert relative(left[key].double(), end[key].double()) < 1e-12, key
+    battery.every_split_continues(model, TOKENS)
 
 
-@torch.no_grad()
 def test_generation_is_that_of_the_whole_prompt():
-    model = tiny()
-    tokens, mask = padded([TOKENS[0], TOKENS[1, :5]], "left")
-    out = model.generate(tokens, attention_mask=mask, max_new_tokens=6, temperature=0, verbose=False)
-    for i, row in enumerate([TOKENS[0], TOKENS[1, :5]]):
-        for _ in range(6):
-            row = torch.cat([row, model(row[None])[0, -1].argmax()[None]])
-        assert torch.equal(out[i][-6:], row[-6:])
+    battery.generation_is_that_of_the_whole_prompt(tiny(), TOKENS)
 
 
 # -- a state set for good -------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("pos", [0, 3, 9])
 def test_a_patched_state_is_a_fresh_start_from_it(pos):
-    """What is set is set for good: nothing of what was there before is left, nor does the erase take anything of the new."""
-    model = tiny()
-    new = torch.randn(2, 4, 5, 3, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-    _, before = model(TOKENS[:, : pos + 1], return_state=True)
-    patched = model.run_with_cache(TOKENS, names_filter="*.hook_state")[1]["state", 0]
-    with gl.states.patch(new, pos=pos, layers=0).on(model):
-        logits, cache = model.run_with_cache(TOKENS, names_filter=lambda name: True)
-    assert torch.equal(cache["state", 0][:, pos], new) and relative(patched[:, pos], new) > 0.1
-    before["scan", 0] = new
-    names = [f"blocks.0.mixer.hook_{name}" for name in ("state", "scan")]
-    fresh = model.run_with_cache(TOKENS[:, pos + 1 :], state=before, names_filter=names)[1]
-    for name in names:
-        assert relative(cache[name][:, pos + 1 :], fresh[name]) < 1e-12
-    assert relative(logits[:, :pos], model(TOKENS)[:, :pos]) < 1e-12 if pos else True
+    battery.a_patched_state_is_a_fresh_start_from_it(tiny(), TOKENS, pos)
 
 
 @torch.no_grad()

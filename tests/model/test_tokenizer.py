@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import gatedlens as gl
 from gatedlens.hooks.mamba import HookedMamba
 from gatedlens.loading import BUNDLED
+from gatedlens.model.tokenizer import load
 
 RECALL, MOBY = BUNDLED / "mamba-recall", BUNDLED / "mamba-moby"
 WORDS = ("<s>", "a", "b", "c", "</s>")
@@ -129,6 +130,13 @@ def test_folders_of_tokenizers(tmp_path):
     for wrong in (tmp_path, tmp_path / "nowhere", MOBY / "tokenizer.json", MOBY.parent / "vim-digits"):
         with pytest.raises(gl.CheckpointError, match=str(wrong)):
             gl.from_pretrained("gatedlens/mamba-recall", tokenizer=str(wrong), device="cpu", local_files_only=True)
+
+
+def test_a_model_that_transformers_lacks_brings_no_warning_of_its_own(capfd):
+    """Of a folder whose config.json it does not know, transformers says that it makes another model of it: it does not."""
+    found = load(BUNDLED / "rwkv7-recall", {})
+    assert found("A 1 ? A")["input_ids"] == gl.from_pretrained("gatedlens/gdn-recall").tokenizer("A 1 ? A")["input_ids"]
+    assert "instantiate a model" not in capfd.readouterr().err
 
 
 def test_an_unknown_word_is_no_word():

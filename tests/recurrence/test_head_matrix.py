@@ -146,8 +146,8 @@ def test_long_and_steep_decays_in_float32():
     close(HeadScan.of(narrow, V).by_head([1]).double(), HeadScan.of(terms, V).by_head([1]), 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["head", "key"])
-def test_rows_without_their_own_decay(kind, fresh):
+@pytest.mark.parametrize("kind", ["head", "key", "head, delta", "key, delta"])
+def test_rows_without_their_own_step(kind, fresh):
     terms, _, _ = draw(kind, fresh=fresh)
     own = torch.zeros(2, L, dtype=torch.bool)
     own[0, 5], own[1, 8] = True, True
@@ -156,14 +156,17 @@ def test_rows_without_their_own_decay(kind, fresh):
         # The row of i from the state before it: the read of i on a recurrence whose step i keeps everything.
         log = terms.log_decays().clone()
         log[row, i] = 0
-        free = literal_matrix(terms._replace(log_decay=log, fresh=None))
+        erase = None if terms.erase is None else terms.erase.clone()
+        if erase is not None:
+            erase[row, i] = 0
+        free = literal_matrix(terms._replace(log_decay=log, fresh=None, erase=erase, probe=terms.probes()))
         close(got[row, :, i], free[row, :, i])
         assert not torch.allclose(want[row, :, i, :i], free[row, :, i, :i])
 
 
 def test_details_of_mambas_code_are_refused():
     terms, _, _ = draw("head, delta")
-    with pytest.raises(InputError, match="no delta rule has it"):
+    with pytest.raises(InputError, match="there are several"):
         HeadScan.of(terms, V).undecayed(torch.ones(2, L, dtype=torch.bool))
     with pytest.raises(InputError, match="no softmax"):
         HeadScan.of(terms, V).mass(torch.ones(2, L, H * V))
