@@ -7,9 +7,12 @@ import torch
 
 import gatedlens as gl
 from gatedlens.hooks.kimi_linear import ROWS, HookedKimiLinear
+from tests.conftest import EVERY
 from tests.helpers import relative
 from tests.hooks import battery
 from tests.hooks.literal import convolved, delta_rule, linear, mlp, norm_rows, normed_and_gated, silu
+
+pytestmark = pytest.mark.skipif("kimi_linear" not in EVERY, reason="this transformers has no Kimi Linear")
 
 torch.set_num_threads(1)
 TOKENS = torch.randint(40, (2, 11), generator=torch.Generator().manual_seed(0))
