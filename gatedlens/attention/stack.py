@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gatedlens.address.entries import Index, numbers
-from gatedlens.address.layers import START, Layers, layer_of, layers_of
+from gatedlens.address.layers import START, Layers, layer_of, layers_of, mixing_of
 from gatedlens.attention.checking import Check, worst
 from gatedlens.attention.layer import ImplicitAttention, points_of
 from gatedlens.attention.limits import AT_ONCE, DENSE_LIMIT
@@ -305,7 +305,7 @@ def implicit_attention(
     if layer is not None and layers is not None:
         raise InputError(f"layer={layer!r} and layers={layers!r}: give one layer, or several, or neither for all.")
     model: Any = source.model if given else source
-    chosen = layers_of(model, layers) if layer is None else (layer_of(model, layer),)
+    chosen = mixing_of(model, layers) if layer is None else (layer_of(model, layer),)
     if not given:
         needed = [name for index in chosen for name in points_of(model.blocks[index].mixer, index)]
         with torch.no_grad():

@@ -108,13 +108,13 @@ class Rules:
         """`Rules.of(model)`: the rules of relevance for a model; `gates` as in `lrp`."""
         if gates not in GATES:
             raise InputError(f"gates={gates!r}: it is {', '.join(map(repr, GATES))}.{did_you_mean(str(gates), GATES)}")
-        mixers = tuple(f"blocks.{layer}.{block.mixer.place}." for layer, block in enumerate(model.blocks))
+        mixers = tuple(f"blocks.{layer}.{mixer.place}." for layer, mixer in model.mixers.items())
         outside = [name for name in model.names.points if not name.startswith(mixers)]
         scales = [name for name in model.names.points if name.endswith(SCALE) or _mixes(model, name, mixers)]
         weights = _weights(model, mixers, outside, gates)
         shares = tuple(_shares(model, mixers, set(weights)))
         _refuse_unknown(model, weights, shares)
-        flows = tuple(_flow(model, layer) for layer in range(len(mixers)))
+        flows = tuple(_flow(model, layer) for layer in model.mixers)
         return Rules(tuple(dict.fromkeys([*scales, *weights])), shares, flows, gates)
 
     def hooks(self, model: HookedModel) -> list[tuple[str, Callable[..., Any]]]:

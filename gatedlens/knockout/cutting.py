@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.address.entries import Index, Where
-from gatedlens.address.layers import Layers, layers_of, scans_of
+from gatedlens.address.layers import Layers, mixing_of, scans_of
 from gatedlens.attention.in_progress import underway, verify
 from gatedlens.attention.layer import ImplicitAttention
 from gatedlens.errors import InputError
@@ -78,7 +78,7 @@ class Cut:
         InputError for layers that do not exist, PointError for an axis that the output point lacks.
         """
         found: list[tuple[str, Callable[..., Any]]] = []
-        for layer in layers_of(model, self.layers):
+        for layer in mixing_of(model, self.layers):
             mixer: Any = model.blocks[layer].mixer
             scans_of(mixer, self.scan)
             stem = f"blocks.{layer}.{mixer.place}."

@@ -71,7 +71,7 @@ def token_attribution(
     A mixer's output is split by its implicit attention; the embedding and the channel mixers write where they stand; the
     biases, and what a mixer adds by biases and a carried state, are the remainder. Options as in `logit_attribution`.
     """
-    mixers = [(layer, block.mixer) for layer, block in enumerate(model.blocks)]
+    mixers = model.mixers.items()
     inside = tuple(f"blocks.{layer}.{mixer.place}.{name}" for layer, mixer in mixers for name in mixer.attention_points)
     reading = Reading.of(model, input, right, wrong, pos, inside)
     rows = {}
