@@ -96,6 +96,19 @@ class Contributions:
         """`c.at(place)`: [batch, src, d_model], F[i, :] of a place of each row in the input."""
         return self._write(rearrange(A.at(place), "b c j -> b j c") * x for A, x in self._branches())
 
+    @checked
+    def through(
+        self, place: Int[Tensor, " batch"], direction: Float[Tensor, "batch d_model"]
+    ) -> Float[Tensor, "batch channel src"]:
+        """`c.through(place, direction)`: [batch, channel, src], what every place gives to a direction of each row at a
+        place of it, channel by channel: (W^T direction)[c] A[c][i, j] x[j, c]. Summed over channels it is
+        `c.at(place) @ direction`.
+        """
+        with exact(self.weight):
+            weights = direction.to(self.weight) @ self.weight
+        given = torch.stack([A.at(place) * rearrange(x, "b j c -> b c j") for A, x in self._branches()]).sum(0)
+        return weights.unsqueeze(-1) * given
+
     def column(self, j: Positions) -> Float[Tensor, "batch dst d_model"]:
         """`c.column(0)`: [batch, dst, d_model], F[:, j]: what position j writes at every place; j as in `row`."""
         place = self.attention.place(j, "column")

@@ -14,6 +14,7 @@ how much the metric rises above the corrupted run's. Swap the inputs for the oth
     attribution_patch_ig              ... gradients averaged along the line between the inputs    (Hanna et al. 2024)
     attribution_patch_ig_activations  ... between the activations, one point at a time            (Marks et al. 2024)
     eap, eap_ig                       every edge between blocks                    (Syed et al. 2023, Hanna et al. 2024)
+    eap_heads, eap_ig_heads           ... from every head of every layer
     edge_patch                        the same, exact: one forward an edge
     path_patch, path_patch_senders    a sender into chosen receivers, the rest frozen      (Goldowsky-Dill et al. 2023)
     path_patch_heads                  ... from every head of every layer
@@ -27,11 +28,12 @@ from gatedlens.circuits.attribution_patching import (
 from gatedlens.circuits.circuit import Circuit
 from gatedlens.circuits.edge_scores import eap, eap_ig, edge_patch
 from gatedlens.circuits.graph import Edge, Graph, Node
+from gatedlens.circuits.head_scores import eap_heads, eap_ig_heads
 from gatedlens.circuits.path_patching import path_patch, path_patch_heads, path_patch_senders
 
 # fmt: off
 __all__ = [
     "Circuit", "Edge", "Graph", "Node", "attribution_patch", "attribution_patch_ig", "attribution_patch_ig_activations",
-    "eap", "eap_ig", "edge_patch", "path_patch", "path_patch_heads", "path_patch_senders",
+    "eap", "eap_heads", "eap_ig", "eap_ig_heads", "edge_patch", "path_patch", "path_patch_heads", "path_patch_senders",
 ]
 # fmt: on

@@ -14,7 +14,7 @@ bundled recall models (6 edges in Mamba, 28 in Griffin, 15 in RWKV) with a linea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,8 +55,7 @@ def eap(
     """
     pair, graph = Pair.of(model, clean, corrupted, options), Graph.of(model)
     _, store = pair.cached(pair.clean, (node.writes for node in graph.senders))
-    scores = _Scores(pair, graph, store, positions)
-    found = scores.of(lambda listeners: listen(pair, metric, listeners, subtracting(store)))
+    found = Scores(pair, graph, store, positions).at_once(metric)
     return _circuit(model, graph, found, "EAP", {})
 
 
@@ -81,19 +80,11 @@ def eap_ig(
 
     Hanna, Pezzelle and Belinkov 2024 (Have faith in faithfulness, arXiv 2403.17806), eq. 5.
     """
-    pair, graph, shares = Pair.of(model, clean, corrupted, options), Graph.of(model), steps_of(steps)
-    scores = _Scores(pair, graph, pair.differences(node.writes for node in graph.senders), positions)
-    hook = on_the_way(pair)
-
-    def one(step: int) -> Tensor:
-        return scores.of(lambda listeners: listen(pair, metric, listeners, [hook(shares[step])]))
-
-    values = torch.full((steps, *scores.shape), torch.nan, dtype=torch.float64)
-    axes = ("step", "sender", "receiver", "pos")[: values.ndim]
-    facts = {"model": model.cfg.model_name, "steps": steps}
-    blank = Result(values, axes, _labels(graph), "EAP-IG, step by step", APPROXIMATE, facts)
-    found = collected(pair, metric, blank, one, {}, Effort(results, progress=progress))
-    return _circuit(model, graph, found.values.mean(0), "EAP-IG", {"steps": steps})
+    pair, graph = Pair.of(model, clean, corrupted, options), Graph.of(model)
+    scores = Scores(pair, graph, pair.differences(node.writes for node in graph.senders), positions)
+    axes = ("sender", "receiver", "pos")[: len(scores.shape)]
+    found = integrated(scores, metric, steps, axes, _labels(graph), "EAP-IG", Effort(results, progress=progress))
+    return _circuit(model, graph, found, "EAP-IG", {"steps": steps})
 
 
 @checked
@@ -128,18 +119,29 @@ def edge_patch(
     return Circuit.of(replace(found, values=found.values.double().cpu()))
 
 
-class _Scores:
-    """sender difference * receiver gradient, summed over d_model (and positions) and averaged over rows, of a backward pass."""
+class Scores:
+    """sender difference * receiver gradient, summed over d_model (and positions) and averaged over rows, of a backward pass.
 
-    def __init__(self, pair: Pair, graph: Graph, store: dict[str, Tensor], positions: bool):
+    store: by point, what senders wrote in the clean run (`at_once` takes the corrupted run's off), or the difference.
+    """
+
+    def __init__(self, pair: Pair, graph: Graph, store: dict[str, Tensor], positions: bool = False):
         self.pair = pair
         self.graph = graph
         self.store = store
         self.positions = positions
-        size, some = len(graph.senders), next(iter(store.values()))[..., 0]
-        self.shape = (size, size, *([self._by_number(some).shape[1]] if positions else []))
 
-    def of(self, backward: Callable[[dict[str, Listener]], Any]) -> Float[Tensor, "sender receiver ..."]:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the scores: sender, receiver (and pos)."""
+        size, some = len(self.graph.senders), next(iter(self.store.values()))[..., 0]
+        return (size, size, *([self._by_number(some).shape[1]] if self.positions else []))
+
+    def at_once(self, metric: Metric) -> Float[Tensor, "sender ..."]:
+        """The scores by the gradient of the corrupted run, whose own values are taken off the store on the way."""
+        return self.of(lambda listeners: listen(self.pair, metric, listeners, subtracting(self.store)))
+
+    def of(self, backward: Callable[[dict[str, Listener]], Any]) -> Float[Tensor, "sender ..."]:
         """The scores of the pass that `backward(listeners)` makes; 0 where there is no edge."""
         found = torch.zeros(self.shape, dtype=torch.float64)
         backward({node.reads: self._listener(node, found) for node in self.graph.receivers})
@@ -148,19 +150,43 @@ class _Scores:
         return found
 
     def _listener(self, receiver: Node, found: Tensor) -> Listener:
-        column = self.graph.place(receiver) - 1
-
         def listener(gradient: Tensor) -> None:
-            wide = at_least_float32(gradient)
-            for row, sender in enumerate(self.graph.before(receiver)):
-                product = (at_least_float32(self.store[sender.writes]) * wide).sum(-1)
-                by_pos = self._by_number(product).mean(0)
-                found[row, column] = (by_pos if self.positions else by_pos.sum()).to(found)
+            self.score(receiver, at_least_float32(gradient), found)
 
         return listener
 
+    def score(self, receiver: Node, gradient: Float[Tensor, "batch pos d_model"], found: Tensor) -> None:
+        """Write the scores of the edges into a receiver."""
+        column = self.graph.place(receiver) - 1
+        for row, sender in enumerate(self.graph.before(receiver)):
+            product = (at_least_float32(self.store[sender.writes]) * gradient).sum(-1)
+            by_pos = self._by_number(product).mean(0)
+            found[row, column] = (by_pos if self.positions else by_pos.sum()).to(found)
+
     def _by_number(self, x: Float[Tensor, "batch pos"]) -> Float[Tensor, "batch some"]:
         return self.pair.by_number(x, ("batch", "pos"))
+
+
+def integrated(
+    scores: Scores,
+    metric: Metric,
+    steps: int,
+    axes: Sequence[str],
+    labels: Mapping[str, Sequence[Any]],
+    title: str,
+    effort: Effort,
+) -> Float[Tensor, "sender ..."]:
+    """The mean of `scores` over `steps` runs between the corrupted and the clean embedding; the steps stop and go on."""
+    pair, shares = scores.pair, steps_of(steps)
+    hook = on_the_way(pair)
+
+    def one(step: int) -> Tensor:
+        return scores.of(lambda listeners: listen(pair, metric, listeners, [hook(shares[step])]))
+
+    values = torch.full((steps, *scores.shape), torch.nan, dtype=torch.float64)
+    facts = {"model": pair.model.cfg.model_name, "steps": steps}
+    blank = Result(values, ("step", *axes), dict(labels), f"{title}, step by step", APPROXIMATE, facts)
+    return collected(pair, metric, blank, one, {}, effort).values.mean(0)
 
 
 def _circuit(model: HookedModel, graph: Graph, scores: Tensor, title: str, facts: dict[str, Any]) -> Circuit:

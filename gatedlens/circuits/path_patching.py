@@ -28,6 +28,7 @@ from gatedlens.errors import InputError
 from gatedlens.metrics import Metric
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
+from gatedlens.model.by_head import with_heads
 from gatedlens.options import checked
 from gatedlens.result.result import Result
 from gatedlens.runs import inputs
@@ -124,17 +125,20 @@ def path_patch_heads(
 
     A Result layer x head: the layers with heads that come before the receivers; means over rows. What a head writes is its part
     of the output projection, so the heads of a layer write what the layer does, but for the projection's bias. The rest, and
-    the errors, are those of `path_patch_senders`; PointError where no layer before the receivers has heads.
+    the errors, are those of `path_patch_senders`; PointError
+    for a model without heads, InputError where no layer before the receivers has them.
     """
     graph = Graph.of(model)
     chosen = graph.some(receivers)
     mixers = {node.layer: node for node in graph.before(chosen[0]) if node.writes.endswith(".hook_mixer_out")}
     if not mixers:
         raise InputError(f"No mixer writes before {chosen[0].name!r}: it receives from no head.")
-    outputs = {layer: model.blocks[layer].mixer.output_name for layer in mixers}
-    layers = [layer for layer, name in outputs.items() if model.names.points[name].reaches("head", model.cfg.sizes)]
-    if not layers:
-        raise model.names.lacking(outputs[min(outputs)], "head", model.cfg.sizes)
+    outputs = {layer: name for layer, name in with_heads(model).items() if layer in mixers}
+    if not outputs:
+        raise InputError(
+            f"No mixer before {chosen[0].name!r} has heads; the first with heads is in layer {min(with_heads(model))}."
+        )
+    layers = list(outputs)
     paths = Paths(Pair.of(model, clean, corrupted, options), metric, [mixers[layer] for layer in layers], chosen)
     heads, cells = model.cfg.sizes["head"], []
     found = paths.pair.differences(outputs[layer] for layer in layers)

@@ -125,6 +125,7 @@ def sweep(
     layers: Layers = None,
     scan: str | None = None,
     attention_mask: Tensor | None = None,
+    position_ids: Any = None,
     max_rows: int = 64,
     progress: bool = True,
     results: Earlier = None,
@@ -140,8 +141,9 @@ def sweep(
     input: text(s), ids, a pair (ids, mask), images. metric: logits -> one number a row, or a scalar. src: None for every
     position by itself, a dict of names to positions, or a list of positions. how: `cut`, `cut_scan` or `cut_renormalised`; scan
     and index are its own. Many cells run in one batch of at most `max_rows` rows (or one cell), from the first layer of their
-    window on. results, max_bytes: as in every sweep, `gl.patching.Options`: a path to which results are written as they come and
-    from which an interrupted sweep goes on, or an interrupted Result; about how much a batch may take.
+    window on; under position_ids (of packed documents) each cell is a whole run. results, max_bytes: as in every sweep,
+    `gl.patching.Options`: a path to which results are written as they come and from which an interrupted sweep goes on, or an
+    interrupted Result; about how much a batch may take.
 
     InputError for a window that does not fit the layers, for positions that no row has, for a metric that is 0 without a cut,
     and for a model in training mode. Geva et al. 2023 (arXiv 2304.14767).
@@ -150,7 +152,7 @@ def sweep(
     if not 1 <= window <= len(chosen):
         raise InputError(f"window={window}: give 1 to {len(chosen)}, the number of layers.")
     windows = [chosen[max(0, c - window // 2) : c + (window + 1) // 2] for c in range(len(chosen))]
-    run = Baseline(model, input, attention_mask)
+    run = Baseline(model, input, attention_mask, {"position_ids": position_ids})
     groups = _sources(run, src)
     targets = run.mask_of(dst, "dst")
     made = partial(how, scan=scan, **index)

@@ -10,14 +10,16 @@
 
 with the final norm computed anew from each residual stream, and with a soft cap where the model has one: the last layer's
 logits are the model's. A Vision Mamba reads classes off the class token only; here they are read off every patch.
-`logit_attribution`, `token_attribution` and `head_attribution` (see `logit_shares.py`) decompose a logit instead.
+`logit_attribution`, `token_attribution` (see `logit_shares.py`), `head_attribution` and `head_token_attribution` (see
+`head_shares.py`) decompose a logit instead.
 """
 
 from gatedlens.lens.early_logits import LogitLens, logit_lens
-from gatedlens.lens.logit_shares import head_attribution, logit_attribution, token_attribution
+from gatedlens.lens.head_shares import head_attribution, head_token_attribution
+from gatedlens.lens.logit_shares import logit_attribution, token_attribution
 
 # fmt: off
 __all__ = [
-    "LogitLens", "head_attribution", "logit_attribution", "logit_lens", "token_attribution",
+    "LogitLens", "head_attribution", "head_token_attribution", "logit_attribution", "logit_lens", "token_attribution",
 ]
 # fmt: on

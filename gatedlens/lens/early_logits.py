@@ -17,7 +17,6 @@ from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.foreign import Axes, Figure
-from gatedlens.lens.logit_shares import logit_attribution, token_attribution
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Batch, Input
 from gatedlens.options import checked, is_whole
@@ -25,7 +24,6 @@ from gatedlens.recurrence.autocast import exact
 from gatedlens.result.result import Result
 from gatedlens.runs import inputs
 
-__all__ = ["LogitLens", "logit_attribution", "logit_lens", "token_attribution"]
 EMBED = "embed"
 
 

@@ -4,7 +4,6 @@
     by.at(batch=0).plot()
     by = gl.lens.token_attribution(model, prompt, " Mary", " John")     # batch x component x src, and a remainder
     by.values.sum((1, 2))                                               # the logit difference
-    by = gl.lens.head_attribution(model, prompt, " Mary", " John")      # batch x layer x head
 
     logit = u . ln_final(resid) + b_U ,   resid = embed + sum over l of mixer_out_l + mlp_out_l
     mixer_out_l[i] = sum over j of F_l[i, j] + remainder_l[i]
@@ -25,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.address.positions import Positions, listed, one_a_row
+from gatedlens.attention.contributions import Contributions
 from gatedlens.attention.stack import implicit_attention
 from gatedlens.errors import InputError
 from gatedlens.model.base import HookedModel
@@ -80,44 +80,8 @@ def token_attribution(
         rows[label] = reading.of_mixer(int(layer)) if kind == "mixer_out" else reading.in_place(value)
     for label, bias in reading.biases.items():
         rows[label] = torch.cat([bias.new_zeros(len(bias), reading.length), bias.unsqueeze(1)], dim=1)
-    values, names = torch.stack(list(rows.values()), dim=1), inputs.labels(model, reading.batch)
-    by_source = Padding.of(reading.batch.mask).pack(values[..., :-1].movedim(-1, 1)).movedim(1, -1)[..., : len(names)]
-    values = torch.cat([by_source, values[..., -1:]], dim=-1)
-    return reading.result(values, ("batch", "component", "src"), {"component": list(rows), "src": [*names, REMAINDER]})
-
-
-@checked
-@torch.no_grad()
-def head_attribution(
-    model: HookedModel, input: Input, right: Tokens, wrong: Tokens | None = None, pos: Positions = None
-) -> Result:
-    """`gl.lens.head_attribution(model, text, " whale")`: what each head of each layer gives to the logit, batch x layer x head.
-
-    A layer's heads, and the bias of its output projection where there is one (the last on the axis), sum to its `mixer_out` in
-    `logit_attribution`; the fact `error` says how exactly. Layers without heads are not on the axis. Options as in
-    `logit_attribution`; PointError for a model without heads.
-    """
-    mixers = {layer: block.mixer for layer, block in enumerate(model.blocks)}
-    outputs = {layer: mixer.output_name for layer, mixer in mixers.items()}
-    sizes = model.cfg.sizes
-    heads = {layer: name for layer, name in outputs.items() if model.names.points[name].reaches("head", sizes)}
-    if not heads:
-        raise model.names.lacking(outputs[0], "head", sizes)
-    reading = Reading.of(model, input, right, wrong, pos, tuple(heads.values()))
-    rows, off = [], 0.0
-    for layer, name in heads.items():
-        weight, bias = mixers[layer].output_weights()
-        along = reading.direction @ weight.double()  # batch pos channel: the direction, seen from the mixer's output
-        each = (along * reading.cache[name].double().flatten(2)).unflatten(2, (sizes["head"], -1)).sum((1, 3))
-        own = each.new_zeros(len(each)) if bias is None else (reading.direction @ bias.double()).sum(1)
-        rows.append(torch.cat([each, own.unsqueeze(1)], dim=1))
-        total = reading.of_stream(reading.cache[f"blocks.{layer}.hook_mixer_out"])
-        off = max(off, (rows[-1].sum(1) - total).abs().max().item())
-    values, names = torch.stack(rows, dim=1), [*range(sizes["head"]), "bias"]
-    if not bool(values[..., -1].any()):
-        values, names = values[..., :-1], names[:-1]
-    labels = {"layer": list(heads), "head": names}
-    return reading.titled(values, ("batch", "layer", "head"), labels, "Direct logit attribution, by head", off)
+    values, names = reading.by_number(torch.stack(list(rows.values()), dim=1))
+    return reading.result(values, ("batch", "component", "src"), {"component": list(rows), "src": names})
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,11 +146,24 @@ class Reading:
     def of_mixer(self, layer: int) -> Float[Tensor, "batch src"]:
         """By the position from which the mixer brought it, and the remainder."""
         given = implicit_attention(self.cache, layer=layer).contributions()
-        total = self.direction.new_zeros(self.direction.shape[:2])
-        for i in self.direction.abs().sum((0, 2)).nonzero().flatten().tolist():
-            place = torch.full((len(total),), i, device=total.device)
-            total = total + torch.einsum("bjd,bd->bj", given.at(place).double(), self.direction[:, i])
-        return torch.cat([total, self.of_stream(given.remainder()).unsqueeze(1)], dim=1)
+        rest = self.of_stream(given.remainder())
+        return torch.cat([self.through(given).sum(1), rest.unsqueeze(1)], dim=1)
+
+    @checked
+    def through(self, given: Contributions) -> Float[Tensor, "batch channel src"]:
+        """What every place gives to the logit through each channel of a mixer."""
+        batch, _, channels = given.attention.shape
+        total = self.direction.new_zeros(batch, channels, self.length)
+        for i in self.direction.abs().sum((0, 2)).nonzero().flatten().tolist():  # where the logit looks
+            place = torch.full((batch,), i, device=total.device)
+            total = total + given.through(place, self.direction[:, i])
+        return total
+
+    def by_number(self, values: Float[Tensor, "batch *rest src"]) -> tuple[Float[Tensor, "batch *rest src"], list[Any]]:
+        """Sources and the remainder, by the rows' real positions, and what they are called."""
+        names = inputs.labels(self.model, self.batch)
+        by_source = Padding.of(self.batch.mask).pack(values[..., :-1].movedim(-1, 1)).movedim(1, -1)[..., : len(names)]
+        return torch.cat([by_source, values[..., -1:]], dim=-1), [*names, REMAINDER]
 
     @checked
     def result(self, values: Tensor, axes: tuple[str, ...], labels: dict[str, Any]) -> Result:

@@ -23,6 +23,7 @@ from gatedlens.address.key import Key
 from gatedlens.address.layers import layer_of
 from gatedlens.address.point import Found
 from gatedlens.errors import InputError, PointError
+from gatedlens.model.by_head import head_outputs
 from gatedlens.model.keeping import SliceLike
 
 # Whose logits are meant: a text of one token, an id, ids [batch] or [batch, pos]. For editors and type checkers; whoever passes
@@ -159,10 +160,7 @@ class ResidualCache(transformer_lens.ActivationCache):
 
     def _head_outputs(self) -> dict[int, str]:
         """The output point of each layer that has heads; a PointError that says so where none has."""
-        mixers = [(layer, block.mixer) for layer, block in enumerate(self.model.blocks)]
-        names = {layer: mixer.output_name for layer, mixer in mixers}
-        points, sizes = self.model.names.points, self.model.cfg.sizes
-        return {layer: name for layer, name in names.items() if points[name].reaches("head", sizes)} or self._no_heads()
+        return head_outputs(self.model) or self._no_heads()
 
     def stack_head_results(
         self,

@@ -15,6 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.errors import InputError, did_you_mean
+from gatedlens.model.base import HookedModel
+from gatedlens.model.batch import Input
 from gatedlens.result.result import Result
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Plan
@@ -31,13 +33,15 @@ class Options(Effort):
     "scalar" (the metric gives one number). normalised: (value - corrupted) / (clean - corrupted), 1 where a patch
     restores the clean run and 0 where it does nothing. results: an earlier, interrupted Result to complete, or a path
     to which results are written batch by batch, and from which they are taken up if they are of the same sweep.
-    attention_mask: that of the corrupted run. max_bytes: about how much a batch's activations may take (None: 64 MiB on
-    a CPU, where more is slower, and 1 GiB on an accelerator), max_rows: how many rows; one patch at least goes at a time.
+    attention_mask, position_ids: those of the corrupted run (with position_ids, of packed documents, each patch is a whole
+    run). max_bytes: about how much a batch's activations may take (None: 64 MiB on a CPU, where more is slower, and 1 GiB
+    on an accelerator), max_rows: how many rows; one patch at least goes at a time.
     """
 
     reduce: str = "mean"
     normalised: bool = False
     attention_mask: Tensor | None = None
+    position_ids: Any = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,6 +61,10 @@ class Options(Effort):
                     f"A sweep has no option {name!r}; it has {', '.join(known)}.{did_you_mean(name, known)}"
                 )
         return cls(**given)
+
+    def baseline(self, model: HookedModel, corrupted: Input) -> Baseline:
+        """The corrupted run, under its own options."""
+        return Baseline(model, corrupted, self.attention_mask, {"position_ids": self.position_ids})
 
 
 @torch.no_grad()

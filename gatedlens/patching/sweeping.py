@@ -93,7 +93,7 @@ def sweep(
     not fit together, groups that are none, an option that does not exist, and a model in training mode.
     """
     chosen = Options.of(options)
-    run = Baseline(model, corrupted, chosen.attention_mask)
+    run = chosen.baseline(model, corrupted)
     clean = Clean(clean_cache, run)
     named = (axes,) if isinstance(axes, str) else tuple(axes)
     spread = Spread(run, clean, points, named, dict(groups or {}), edits)

@@ -92,7 +92,7 @@ def generic_activation_patch(
     chosen = Options.of(options)
     if (index_axis_names is None) == (index_df is None):
         raise InputError("generic_activation_patch takes index_axis_names or index_df: give one of them, not both.")
-    run = Baseline(model, corrupted_tokens, chosen.attention_mask)
+    run = chosen.baseline(model, corrupted_tokens)
     clean = Clean(clean_cache, run)
     names = list(index_df.columns) if index_df is not None else list(index_axis_names or ())
     if not names or names[0] != "layer":

@@ -137,3 +137,6 @@ def test_heads_that_are_not_there_are_explained():
         circuits.path_patch_heads(model, clean, corrupted, METRIC)
     with pytest.raises(gl.InputError, match="receives from no head"):
         circuits.path_patch_heads(model, clean, corrupted, METRIC, "0.mixer")
+    griffin = gl.HookedGriffin.tiny()  # its first layers are recurrent, without heads
+    with pytest.raises(gl.InputError, match="No mixer before '1.mixer' has heads; the first with heads is in layer 2"):
+        circuits.path_patch_heads(griffin, *two(griffin), METRIC, "1.mixer")

@@ -537,3 +537,20 @@ def test_on_recall_only_the_edges_from_the_answer_matter(name):
 
     assert accuracy(other) > 0.95
     assert accuracy(batch.answer_pos) < (0.6 if name == "griffin" else 0.25)  # one of eight values by chance
+
+
+def test_packed_documents(lm):
+    if not lm.has_positions:
+        pytest.skip("knows no documents")
+    tokens, packed = example(lm, 1), {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])}
+    metric = gl.metrics.log_probability(3)
+    found = knockout.sweep(lm, tokens, metric, dst=-1, src=[1, 4], progress=False, **packed)
+    with torch.no_grad():
+        clean = float(metric(lm(tokens, **packed)).mean())
+        for layer in range(lm.cfg.n_layers):
+            for column, src in enumerate((1, 4)):
+                with knockout.cut(src, -1, layers=layer).on(lm):
+                    got = float(metric(lm(tokens, **packed)).mean())
+                want = (got - clean) / abs(clean)
+                assert float(found.values[layer, column]) == pytest.approx(want, abs=1e-10)
+    assert not bool(found.at(src=1).values.any()), "a cut in another document changed something"

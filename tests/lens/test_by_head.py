@@ -55,3 +55,32 @@ def test_a_model_without_heads_says_so():
     model = gl.HookedMamba.tiny()
     with pytest.raises(gl.PointError, match="hook_gated has no axis 'head'.* No point of tiny-mamba has it"):
         gl.lens.head_attribution(model, example(model), 3)
+    with pytest.raises(gl.PointError, match="hook_gated has no axis 'head'"):
+        gl.lens.head_token_attribution(model, example(model), 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [gl.HookedMamba2, gl.HookedGriffin, gl.HookedQwen3Next, gl.HookedRWKV7])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_by_source_too(make, side):
+    """Summed over sources the heads' shares, over heads the mixers'; and a head literally, by its own contributions."""
+    model = make.tiny(dtype=torch.float64)
+    tokens, mask = padded([example(model, 1, 8)[0], example(model, 1, 5, seed=1)[0]], side)
+    _, cache = model.run_with_cache(tokens, names_filter=lambda name: True, attention_mask=mask)
+    by = gl.lens.head_token_attribution(model, cache, 3, 1)
+    assert by.axes == ("batch", "layer", "head", "src") and by["src"][-1] == "remainder" and by.shape[-1] == 9
+    assert by.facts["error"] < 1e-10
+    heads = gl.lens.head_attribution(model, cache, 3, 1)
+    assert by["layer"] == heads["layer"] and by["head"] == heads["head"]
+    assert torch.allclose(by.values.sum(3), heads.values, rtol=0, atol=1e-10)
+    tokens_alone = gl.lens.token_attribution(model, cache, 3, 1)
+    direction = gl.lens.logit_shares.Reading.of(model, cache, 3, 1, None, ()).direction
+    last = mask.int().cumsum(1).argmax(1)
+    for layer in by["layer"]:
+        want = tokens_alone.at(component=f"{layer}_mixer_out").values
+        assert torch.allclose(by.at(layer=layer).values.sum(1), want, rtol=0, atol=1e-10)
+        given = gl.implicit_attention(cache, layer=layer).contributions(heads=1).at(last)
+        alone = torch.einsum("bjd,bd->bj", given, direction[torch.arange(2), last])
+        for row, real in enumerate(mask.sum(1).tolist()):
+            own = alone[row][mask[row]]
+            assert torch.allclose(by.at(layer=layer, head=1).values[row, :real], own, rtol=0, atol=1e-10)

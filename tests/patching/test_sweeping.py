@@ -387,3 +387,24 @@ def test_logits_are_computed_where_they_are_read(lm):
     score = gl.metrics.normalised(said, lm(clean), lm(corrupted))
     found, lengths = run(score)
     assert lengths == {1} and close(found, run(lambda logits: score(logits))[0])
+
+
+def test_packed_documents(lm, tmp_path):
+    """Cells are runs of the packed row; what was measured of other documents is not gone on with."""
+    if not lm.has_positions:
+        pytest.skip("knows no documents")
+    clean, corrupted = pair(lm, 1)
+    packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])}
+    cache, name = caches(lm, clean, **packed), "blocks.1.hook_resid_pre"
+    path = tmp_path / "sweep.json"
+    found = patching.sweep(lm, corrupted, cache, metric, name, "pos", results=path, **packed, **QUIET)
+    for pos in range(7):
+        with torch.no_grad():
+            hook = (name, lambda x, hook, pos=pos: x.index_copy(1, torch.tensor([pos]), cache[name][:, pos : pos + 1]))
+            want = metric(lm.run_with_hooks(corrupted, fwd_hooks=[hook], **packed)).mean()
+        assert torch.allclose(found.at(pos=pos).values, want, rtol=0, atol=1e-10)
+    with torch.no_grad():
+        base = float(metric(lm(corrupted, **packed)).mean())
+    assert found.at(pos=2).values == pytest.approx(base, abs=1e-12), "an edit went from one document into another"
+    with pytest.raises(gl.InputError, match="another sweep"):
+        patching.sweep(lm, corrupted, cache, metric, name, "pos", results=path, **QUIET)
