@@ -113,7 +113,7 @@ TINY = Tiny(
         "num_local_experts": 2,
         "num_experts_per_tok": 2,
         "layer_types": ["linear_attention", "full_attention"],
-        "num_attention_heads": 3,
+        "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "mamba_n_heads": 4,
         "mamba_d_state": 3,

@@ -28,8 +28,8 @@ class Sub(NamedTuple):
     """One branch at the residual stream: resid + scale * after(part(norm(resid))).
 
     `name` is in its points at the stream, hook_{name}_in and hook_{name}_out; `place` (None: the name) and `ln` are where part
-    and norm stand in the block. A part is called with (x, run); norm and after may be None, the identity. What mixes tokens has no
-    `scale` here: it multiplies its output itself, since its `output_weights` say what it writes.
+    and norm stand in the block. A part is called with (x, run); norm and after may be None, the identity. What mixes tokens has
+    no `scale` here: it multiplies its output itself, since its `output_weights` say what it writes.
     """
 
     name: str
@@ -74,12 +74,12 @@ class Block(Part):
                     self.add_module(place, part)
         self.groups = [tuple(Way.of(sub) for sub in group) for group in groups]
         self.stream = [f"hook_{point}" for point in stream_points(len(groups))[1:]]
-        self.mixing = [sub.place or sub.name for sub in every if isinstance(sub.part, TokenMixing)]
+        self.mixing = {sub.name: sub.place or sub.name for sub in every if isinstance(sub.part, TokenMixing)}
 
     @property
     def mixers(self) -> tuple[TokenMixing, ...]:
         """What mixes tokens in this block, in order, wherever it stands: none in a block of channel mixers alone."""
-        return tuple(self._modules[place] for place in self.mixing)  # type: ignore[misc]
+        return tuple(self._modules[place] for place in self.mixing.values())  # type: ignore[misc]
 
     @property
     def mixer(self) -> TokenMixing:
@@ -88,6 +88,15 @@ class Block(Part):
             block = self.hook_resid_pre.name.rpartition(".")[0] or "This block"
             raise InputError(f"{block} mixes no tokens: it has a channel mixer alone.")
         return self.mixers[0]
+
+    def mixer_at(self, place: str | None) -> TokenMixing:
+        """`block.mixer_at("attn")`: what mixes tokens under this name (None: the first); InputError for a name that none has."""
+        if place is None:
+            return self.mixer
+        if place not in self.mixing.values():
+            known = ", ".join(map(repr, self.mixing.values()))
+            raise InputError(f"place={place!r}: layer {self.mixer.layer} mixes tokens at {known}.")
+        return self._modules[place]  # type: ignore[return-value]
 
     def forward(self, resid: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
         resid = self.hook_resid_pre(resid)

@@ -6,8 +6,8 @@ b batch, l pos, h head (of queries), k key position, W the window, d d_head:
     pattern = softmax(q . k / sqrt(d)) over the last W tokens (all, without a window);   z = pattern v
     out     = o_proj(z sigmoid(gate))             the gate of each head stands behind its query in q_proj
 
-Which of these a layer has is data, `AttentionKind`; numbers that some models multiply in are `Multipliers`. Local attention: Griffin (arXiv 2402.19427), sec. 2.3; rotary embedding:
-arXiv 2104.09864; the gate: Qiu et al. 2025, arXiv 2505.06708.
+Which of these a layer has is data, `AttentionKind`; numbers that some models multiply in are `Multipliers`. Local
+attention: Griffin (arXiv 2402.19427), sec. 2.3; rotary embedding: arXiv 2104.09864; the gate: Qiu et al. 2025, arXiv 2505.06708.
 """
 
 from __future__ import annotations

@@ -69,8 +69,8 @@ class StatePatch:
             mixer = mixers.get(lacking[0])
             how = "it mixes no tokens" if mixer is None else f"its tokens mix under {mixer.place}"
             raise PointError(
-                f"Layer {lacking[0]} of {model.cfg.model_name} has no recurrence ({how}), so no state to patch. What it remembers "
-                "between calls moves by gl.states.splice."
+                f"Layer {lacking[0]} of {model.cfg.model_name} has no recurrence ({how}), so no state to patch. What it "
+                "remembers between calls moves by gl.states.splice."
             )
         return has
 

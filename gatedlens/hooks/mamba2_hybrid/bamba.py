@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from gatedlens.hooks.mamba2 import Mamba2Mixer, Mamba2Shape, mixer_rows
-from gatedlens.hooks.mamba2_hybrid.family import Branch, Family, Site
 from gatedlens.parts.activation import SILU
 from gatedlens.parts.attention import Attention, AttentionKind
 from gatedlens.parts.glu import GatedMlp, gated_mlp_rows
+from gatedlens.parts.hybrid import Branch, Family, Site
 
 PAPER = "Bamba, huggingface.co/blog/bamba"
 ATTENDS = AttentionKind(head="q_head")

@@ -17,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.hooks.mamba2 import MULTIPLIED, NORMS, Mamba2Mixer, Mamba2Shape, mixer_rows
-from gatedlens.hooks.mamba2_hybrid.family import Branch, Family, Site
 from gatedlens.parts.activation import SILU
 from gatedlens.parts.attention import Attention, AttentionKind, Multipliers
 from gatedlens.parts.glu import GatedMlp, gated_mlp_rows
+from gatedlens.parts.hybrid import Branch, Family, Site
 
 PAPER = "Falcon-H1, arXiv 2507.22448"
 ATTENDS = AttentionKind(head="q_head", keys="key_multiplier")

@@ -1,9 +1,11 @@
 """Granite-4-H (GraniteMoeHybrid): a Mamba-2 or an attention, then experts and an MLP that every token passes; multipliers.
 
-    h = embedding_multiplier embed      h += residual_multiplier mix(norm(h))      h += residual_multiplier (moe(m) + shared_mlp(m))
+    h  = embedding_multiplier embed
+    h += residual_multiplier mix(norm(h))
+    h += residual_multiplier (moe(m) + shared_mlp(m))
 
-The router's softmax is over the chosen experts alone; a model of no experts has the MLP alone. Attention scores are multiplied by
-attention_multiplier, and q and k turned by position only if the config says so.
+The router's softmax is over the chosen experts alone; a model of no experts has the MLP alone. Attention scores are multiplied
+by attention_multiplier, and q and k turned by position only if the config says so.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ from dataclasses import replace
 from typing import Any
 
 from gatedlens.hooks.mamba2 import Mamba2Mixer, Mamba2Shape, mixer_rows
-from gatedlens.hooks.mamba2_hybrid.family import Branch, Family, Site
 from gatedlens.model.hookpoint import rows_of
 from gatedlens.parts.activation import SILU
 from gatedlens.parts.attention import Attention, AttentionKind, Multipliers
 from gatedlens.parts.experts import EXPERTS_ALONE, Experts, experts_rows, softmax_top
 from gatedlens.parts.glu import FusedMlp, fused_mlp_rows
+from gatedlens.parts.hybrid import Branch, Family, Site
 
 PAPER = "Granite 4.0, transformers' GraniteMoeHybrid"
 ROTARY = AttentionKind(head="q_head", scores="attention_multiplier")

@@ -1,8 +1,9 @@
 """Nemotron-H: one part a layer behind one norm: a Mamba-2, an attention without positions, an MLP, or experts.
 
     mlp      down(relu(up(x))^2)
-    experts  s = sigmoid(gate(x)); the k largest of s + e_score_correction_bias, in the best groups; weights s over their sum, scaled
-             sum of weights * down_e(relu(up_e(x))^2), of x through fc1_latent_proj where there are latents, + shared_experts(x)
+    experts  s = sigmoid(gate(x)); the k largest of s + e_score_correction_bias in the best groups; weights: s / sum of s, scaled
+             sum of weights * down_e(relu(up_e(x))^2) + shared_experts(x)
+             between fc1_latent_proj and fc2_latent_proj, the shared ones aside, where experts have a latent
 
 The time step is at least time_step_min and has no upper limit, whatever time_step_limit says: so it is in transformers.
 """
@@ -19,12 +20,12 @@ from torch import Tensor
 from gatedlens.address.point import Point
 from gatedlens.hooks.mamba2 import mixer_rows
 from gatedlens.hooks.mamba2_hybrid.bamba import mamba
-from gatedlens.hooks.mamba2_hybrid.family import Branch, Family, Site
 from gatedlens.model.hookpoint import rows_of
 from gatedlens.parts.activation import ACTIVATIONS
 from gatedlens.parts.attention import Attention, AttentionKind
 from gatedlens.parts.experts import EXPERTS_OUT_UNGATED, PlainExperts, plain_experts_rows, sigmoid_top
 from gatedlens.parts.glu import Mlp, mlp_rows
+from gatedlens.parts.hybrid import Branch, Family, Site
 
 PAPER = "Nemotron-H, arXiv 2504.03624"
 ATTENDS = AttentionKind(head="q_head", rotary=False)
@@ -90,8 +91,9 @@ def told(config: Any) -> Mapping[str, Any]:
 SHARED = mlp_rows(ACT.word, PAPER, width="d_shared")
 LATENT = Point("hook_latent", "batch pos latent", "fc1_latent_proj(ln2.out)", PAPER)
 OF_LATENTS = "fc2_latent_proj(sum over expert of expert_weights * experts) + shared_experts.down_proj(shared.post)"
-router, weights, *inside = plain_experts_rows(ACT.word, WEIGHTS, shared=SHARED)
-of_latents = plain_experts_rows(ACT.word, WEIGHTS, reads="latent", out="latent", shared=SHARED)[2:]
+EXPERTS = plain_experts_rows(ACT.word, WEIGHTS, shared=SHARED)
+_ROUTER, _CHOSEN, *_INSIDE = plain_experts_rows(ACT.word, WEIGHTS, reads="latent", out="latent", shared=SHARED)
+LATENT_EXPERTS = (_ROUTER, _CHOSEN, LATENT, *_INSIDE)
 NEMOTRON_H = Family(
     "Nemotron-H",
     "NemotronHForCausalLM",
@@ -99,10 +101,8 @@ NEMOTRON_H = Family(
         "Mamba-2": (Branch("mixer", mixer_rows(), "out_proj(gated)", mamba, "mixer", "norm"),),
         "attention": (Branch("mixer", ATTENDS.rows(PAPER), "o_proj(z)", attention, "mixer", "norm", place="attn"),),
         "MLP": (Branch("mlp", mlp_rows(ACT.word, PAPER), "down_proj(post)", mlp, "mixer", "norm", "ln2"),),
-        "experts": (Branch("mlp", (router, weights, *inside), EXPERTS_OUT_UNGATED, experts, "mixer", "norm", "ln2"),),
-        "experts of latents": (
-            Branch("mlp", (router, weights, LATENT, *of_latents), OF_LATENTS, experts, "mixer", "norm", "ln2"),
-        ),
+        "experts": (Branch("mlp", EXPERTS, EXPERTS_OUT_UNGATED, experts, "mixer", "norm", "ln2"),),
+        "experts of latents": (Branch("mlp", LATENT_EXPERTS, OF_LATENTS, experts, "mixer", "norm", "ln2"),),
     },
     kind_of,
     told,
