@@ -47,6 +47,11 @@ def layers_of(model: HookedModel, layers: Layers) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
+def mixing_of(model: HookedModel, layers: Layers) -> tuple[int, ...]:
+    """`mixing_of(model, None)`: the same, where all means those that mix tokens."""
+    return tuple(model.mixers) if layers is None else layers_of(model, layers)
+
+
 def _meant(model: HookedModel, layers: Any) -> Sequence[int]:
     every = range(model.cfg.n_layers)
     if layers is None or isinstance(layers, slice):

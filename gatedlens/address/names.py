@@ -66,11 +66,14 @@ class Names:
         self.n_layers = n_layers
         self.model = model
         self.elsewhere = elsewhere
-        self.aliases = {
-            fill(a.name, {"l": layer}): fill(a.target, {"l": layer}) for a in aliases for layer in range(n_layers)
-        }
-        # An alias of a point that this layer lacks (a mixer word in an attention layer) is not a name of the model.
-        self.aliases = {name: target for name, target in self.aliases.items() if target in self.points}
+        # An alias of a point that this layer lacks (a mixer word in an attention layer) is not a name of the model; of several
+        # under one name the first holds whose point the layer has, and our own names come before all.
+        self.aliases: dict[str, str] = {}
+        for alias in aliases:
+            for layer in range(n_layers):
+                name, target = fill(alias.name, {"l": layer}), fill(alias.target, {"l": layer})
+                if target in self.points and name not in self.points:
+                    self.aliases.setdefault(name, target)
         self.views = [(_pattern(v.name), v) for v in views]
 
     def __iter__(self) -> Iterator[str]:

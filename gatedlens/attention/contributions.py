@@ -68,7 +68,7 @@ class Contributions:
 
     @property
     def _projection(self) -> tuple[Tensor, Tensor | None]:
-        found: tuple[Tensor, Tensor | None] = self.attention.model.blocks[self.attention.layer].mixer.output_weights()
+        found: tuple[Tensor, Tensor | None] = self.attention.mixer.output_weights()
         some = self.attention.channels
         return found if some is None else (found[0][:, list(some)], None)  # the bias is no channel's
 

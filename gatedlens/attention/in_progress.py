@@ -17,12 +17,14 @@ from gatedlens.errors import InputError
 from gatedlens.model.base import HookedModel
 
 
-def underway(model: HookedModel, layer: int, values: Mapping[str, Tensor]) -> ImplicitAttention:
-    """The layer's operator, with the padding and the state of the running call."""
-    run, mixer = model.current(), model.blocks[layer].mixer
+def underway(
+    model: HookedModel, layer: int, values: Mapping[str, Tensor], place: str | None = None
+) -> ImplicitAttention:
+    """The layer's operator, with the padding and the state of the running call; place: as in `implicit_attention`."""
+    run, mixer = model.current(), model.blocks[layer].mixer_at(place)
     stem = f"blocks.{layer}.{mixer.place}."
     branches = mixer.branches(lambda name: values[stem + name], run.padding, run.before)
-    return ImplicitAttention(branches, run.padding, model, layer)
+    return ImplicitAttention(branches, run.padding, model, layer, which=place)
 
 
 @torch.no_grad()
@@ -36,7 +38,7 @@ def verify(
     wanted = attention.padding.zero(o.flatten(2).to(output.dtype))
     error, size = (output - wanted).abs().max().item(), wanted.abs().max().item()
     if not error <= max(size, 1e-30) * torch.finfo(o.dtype).eps ** 0.5:
-        points = ", ".join(attention.model.blocks[attention.layer].mixer.attention_points)
+        points = ", ".join(attention.mixer.attention_points)
         raise InputError(
             f"Layer {attention.layer}: another hook edits inside its recurrence (or its output point), or the mixer's `factors` "
             f"are not those of its forward, so its output is not A x + r (it is off by {error:.3g} of {size:.3g}) and {what} "

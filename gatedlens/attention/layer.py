@@ -25,6 +25,7 @@ from gatedlens.attention.limits import AT_ONCE, DENSE_LIMIT
 from gatedlens.errors import InputError, PointError, did_you_mean
 from gatedlens.model.cache import ActivationCache
 from gatedlens.model.memory import afford
+from gatedlens.model.mixer import TokenMixing
 from gatedlens.model.padding import Padding
 from gatedlens.options import checked, tensor_of
 from gatedlens.recurrence.autocast import exact
@@ -51,7 +52,7 @@ PAPERS = {"unified": ("gate", "scan", "act", "conv"), "hidden": ("scan",)}
 @dataclass(frozen=True)
 class ImplicitAttention:
     """The operator of one layer; see the head of this file. `parts` are the factors that are in it (all of them), `channels`
-    the layer's channels that it is of (None: all)."""
+    the layer's channels that it is of (None: all), `which` of several mixers of the layer (None: the first)."""
 
     branches: tuple[Factors, ...]
     padding: Padding
@@ -61,10 +62,13 @@ class ImplicitAttention:
     parts: tuple[str, ...] = NAMES
     transposed: bool = False
     channels: tuple[int, ...] | None = None
+    which: str | None = None
 
     @classmethod
-    def of(cls, cache: ActivationCache, layer: int) -> ImplicitAttention:
+    def of(cls, cache: ActivationCache, layer: int, place: str | None = None) -> ImplicitAttention:
         """`ImplicitAttention.of(cache, 3)`: the operator of one layer, from a cache that holds its `attention_points`.
+
+        place: of a layer that mixes tokens twice, which it is of ("attn"; None: the first).
 
         PointError for a point that the cache lacks; InputError for a layer that the model lacks, and for a cache that has no
         batch axis or keeps only some positions.
@@ -75,7 +79,7 @@ class ImplicitAttention:
             raise InputError("This cache was made with remove_batch_dim=True; implicit attention needs the batch axis.")
         if cache.sliced:
             raise InputError("This cache keeps only some positions (pos_slice); implicit attention needs all of them.")
-        mixer = model.blocks[index].mixer
+        mixer = model.blocks[index].mixer_at(place)
         missing = [name for name in points_of(mixer, index) if name not in cache.cache_dict]
         if missing:
             raise PointError(
@@ -84,7 +88,12 @@ class ImplicitAttention:
         stem, padding = f"blocks.{index}.{mixer.place}.", replace(Padding.of(cache.mask), documents=cache.documents)
         with exact(cache[stem + mixer.attention_points[0]]):
             branches = mixer.branches(lambda name: cache[stem + name], padding, cache.state)
-        return cls(branches, padding, model, index, cache.tokens)
+        return cls(branches, padding, model, index, cache.tokens, which=place)
+
+    @property
+    def mixer(self) -> TokenMixing:
+        """What it is the operator of."""
+        return self.model.blocks[self.layer].mixer_at(self.which)
 
     # -- which factors -------------------------------------------------------------------------------------------
 
@@ -199,8 +208,7 @@ class ImplicitAttention:
             raise InputError(f"{self!r} is of some channels: ask for heads of the layer's whole operator.")
         if self.model is None:
             raise InputError("An operator without a model does not know its heads: say its channels.")
-        mixer, names, sizes = self.model.blocks[self.layer].mixer, self.model.names, self.model.cfg.sizes
-        name = mixer.output_name
+        name, names, sizes = self.mixer.output_name, self.model.names, self.model.cfg.sizes
         if not names.points[name].reaches("head", sizes):
             raise names.lacking(name, "head", sizes)
         return sizes["head"]

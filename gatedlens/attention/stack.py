@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gatedlens.address.entries import Index, numbers
-from gatedlens.address.layers import START, Layers, layer_of, layers_of
+from gatedlens.address.layers import START, Layers, layer_of, layers_of, mixing_of
 from gatedlens.attention.checking import Check, worst
 from gatedlens.attention.layer import ImplicitAttention, points_of
 from gatedlens.attention.limits import AT_ONCE, DENSE_LIMIT
@@ -284,11 +284,13 @@ def implicit_attention(
     *,
     layer: Layers = None,
     layers: Layers = None,
+    place: str | None = None,
     **options: Any,
 ) -> ImplicitAttention | AttentionStack:
     """`gl.implicit_attention(model, "The cat sat on the mat", layer=3)`, or `gl.implicit_attention(cache, layer=3)`.
 
-    With `layer` the ImplicitAttention of one layer; without it the AttentionStack of `layers` (see `layers.py`; None: all).
+    With `layer` the ImplicitAttention of one layer; without it the AttentionStack of `layers` (see `layers.py`; None: all that
+    mix tokens). place: of a layer that mixes tokens twice, side by side, which it is ("attn"; None: the first, "mixer").
     source: a HookedModel with its `input` (and any options of its forward, run once), or an
     ActivationCache that holds the points `model.blocks[layer].mixer.attention_points` (the default cache does).
     Gradients flow to the cached activations. The operator is that of the model's equations at these activations: hooks
@@ -305,11 +307,13 @@ def implicit_attention(
     if layer is not None and layers is not None:
         raise InputError(f"layer={layer!r} and layers={layers!r}: give one layer, or several, or neither for all.")
     model: Any = source.model if given else source
-    chosen = layers_of(model, layers) if layer is None else (layer_of(model, layer),)
+    if place is not None and layer is None:
+        raise InputError(f"place={place!r} says which mixer of one layer is meant: name it, layer=...")
+    chosen = mixing_of(model, layers) if layer is None else (layer_of(model, layer),)
     if not given:
-        needed = [name for index in chosen for name in points_of(model.blocks[index].mixer, index)]
+        needed = [name for index in chosen for name in points_of(model.blocks[index].mixer_at(place), index)]
         with torch.no_grad():
             _, source = model.run_with_cache(input, names_filter=needed, stop_at_layer=max(chosen) + 1, **options)
     if layer is not None:
-        return ImplicitAttention.of(source, chosen[0])
+        return ImplicitAttention.of(source, chosen[0], place)
     return AttentionStack(source, chosen)

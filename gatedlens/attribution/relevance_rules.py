@@ -40,9 +40,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gatedlens.attention.in_progress import underway, verify
+from gatedlens.attention.layer import ImplicitAttention
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.model.base import HookedModel
 from gatedlens.model.hookpoint import Capture
+from gatedlens.model.mixer import TokenMixing
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.scanning import at_least_float32
 
@@ -84,6 +86,7 @@ class Flow:
     """The relevance of one mixer's output goes back through its operator: see the head of this file. All by full names."""
 
     layer: int
+    place: str  # where the mixer stands in it
     output: str
     points: tuple[str, ...]  # what A is derived from, the output aside
     gates: Mapping[str, Gate]  # of those, the ones that may be gates
@@ -108,13 +111,14 @@ class Rules:
         """`Rules.of(model)`: the rules of relevance for a model; `gates` as in `lrp`."""
         if gates not in GATES:
             raise InputError(f"gates={gates!r}: it is {', '.join(map(repr, GATES))}.{did_you_mean(str(gates), GATES)}")
-        mixers = tuple(f"blocks.{layer}.{block.mixer.place}." for layer, block in enumerate(model.blocks))
+        every = [mixer for block in model.blocks for mixer in block.mixers]
+        mixers = tuple(f"blocks.{mixer.layer}.{mixer.place}." for mixer in every)
         outside = [name for name in model.names.points if not name.startswith(mixers)]
         scales = [name for name in model.names.points if name.endswith(SCALE) or _mixes(model, name, mixers)]
         weights = _weights(model, mixers, outside, gates)
         shares = tuple(_shares(model, mixers, set(weights)))
         _refuse_unknown(model, weights, shares)
-        flows = tuple(_flow(model, layer) for layer in range(len(mixers)))
+        flows = tuple(_flow(model, mixer) for mixer in every)
         return Rules(tuple(dict.fromkeys([*scales, *weights])), shares, flows, gates)
 
     def hooks(self, model: HookedModel) -> list[tuple[str, Callable[..., Any]]]:
@@ -185,10 +189,9 @@ def _refuse_unknown(model: HookedModel, weights: list[str], shares: tuple[Share,
             )
 
 
-def _flow(model: HookedModel, layer: int) -> Flow:
-    """What the mixer of a layer declares."""
-    mixer = model.blocks[layer].mixer
-    stem = f"blocks.{layer}.{mixer.place}."
+def _flow(model: HookedModel, mixer: TokenMixing) -> Flow:
+    """What a mixer declares."""
+    layer, stem = mixer.layer, f"blocks.{mixer.layer}.{mixer.place}."
     output = stem + mixer.output_point
     points = tuple(stem + name for name in mixer.attention_points if stem + name != output)
     if not points:
@@ -196,7 +199,7 @@ def _flow(model: HookedModel, layer: int) -> Flow:
             f"Relevance goes through a mixer by its implicit attention, and that of layer {layer} of {model.title} declares "
             f"none: give {type(mixer).__name__} `attention_points`, `output_point` and `factors`."
         )
-    return Flow(layer, output, points, {name: _gate(model, layer, name) for name in points})
+    return Flow(layer, mixer.place, output, points, {name: _gate(model, layer, name) for name in points})
 
 
 def _gate(model: HookedModel, layer: int, name: str) -> Gate:
@@ -249,9 +252,8 @@ class FlowHook:
 
     def _flow_of(self, values: Mapping[str, Tensor], o: Tensor) -> Tensor:
         """A x + r; where a gate has content, half of it and half of what the gate reads, in proportion."""
-        layer = self.flow.layer
-        live = underway(self.model, layer, values)
-        fixed = underway(self.model, layer, {name: value.detach() for name, value in values.items()})
+        live = self._underway(values)
+        fixed = self._underway({name: value.detach() for name, value in values.items()})
         read, total, plain = self._read(values), [], []
         # In `fixed` all that A is made of is detached; of `live` only x is taken, so x alone has a gradient.
         for own, source, gate in zip(fixed.branches, live.branches, read, strict=True):
@@ -266,11 +268,14 @@ class FlowHook:
         verify(fixed, torch.stack(plain).sum(0), o.detach(), "relevance")
         return torch.stack(total).sum(0)
 
+    def _underway(self, values: Mapping[str, Tensor]) -> ImplicitAttention:
+        return underway(self.model, self.flow.layer, values, self.flow.place)
+
     def _read(self, values: Mapping[str, Tensor]) -> list[str | None]:
         """For each branch the point that gets its gate's share; None where a gate gets none."""
         with torch.enable_grad():
             leaves = {name: values[name].detach().requires_grad_() for name in (*self.flow.points, self.flow.output)}
-            gates = [factors.gate for factors in underway(self.model, self.flow.layer, leaves).branches]
+            gates = [factors.gate for factors in self._underway(leaves).branches]
             return [self._content(_depends(gate, leaves)) for gate in gates]
 
     def _content(self, names: list[str]) -> str | None:

@@ -44,9 +44,11 @@ def told(mixer: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     own, ssm = vars(mixer), dict(given.get("ssm_cfg") or {})
     norm = mixer._modules.get("norm")
+    norm = None if norm is None or "weight" not in norm._parameters else norm  # FalconH1 has an identity in its place
     groups = own.get("n_groups", own.get("ngroups", ssm.get("ngroups", given.get("n_groups", 1))))
     limit = own.get("time_step_limit", own.get("dt_limit", ssm.get("dt_limit", given.get("time_step_limit"))))
-    first = own.get("norm_before_gate", ssm.get("norm_before_gate", False))
+    of_norm = {} if norm is None else vars(norm)  # where FalconH1 keeps it
+    first = own.get("norm_before_gate", of_norm.get("norm_before_gate", ssm.get("norm_before_gate", False)))
     eps = 1e-5 if norm is None else eps_of(norm, float(given.get("layer_norm_epsilon", 1e-5)))
     where = "none" if norm is None else "before the gate" if first else "after the gate"
     return {

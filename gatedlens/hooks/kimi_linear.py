@@ -37,7 +37,7 @@ from gatedlens.model.path import Streams
 from gatedlens.model.run import Run
 from gatedlens.parts.activation import SILU
 from gatedlens.parts.delta_net import CARRIED_DELTA, DeltaKind, DeltaMixer
-from gatedlens.parts.experts import EXPERTS_OUT_UNGATED, Experts, experts_rows, sigmoid_top
+from gatedlens.parts.experts import EXPERTS_OUT_UNGATED, MOE, Experts, experts_rows, sigmoid_top
 from gatedlens.parts.glu import GatedMlp, gated_mlp_rows
 from gatedlens.parts.latent_attention import LatentAttention, LatentKind, carried_by
 from gatedlens.parts.layer_kind import LayerKind, rows_by_kind
@@ -81,7 +81,10 @@ MIXING = {
 }
 CHANNEL_MIXING = {
     "MLP": (gated_mlp_rows(SILU.word), "down_proj(post)"),
-    "experts": (experts_rows(SILU.word, WEIGHTS, gated=False), EXPERTS_OUT_UNGATED),
+    "experts": (
+        experts_rows(SILU.word, WEIGHTS, shared=gated_mlp_rows(SILU.word, MOE, width="d_shared")),
+        EXPERTS_OUT_UNGATED,
+    ),
 }
 
 
@@ -265,7 +268,8 @@ class HookedKimiLinear(PositionedModel):
             routing = sigmoid_top(
                 cfg.n_experts_per_token, w.mlp.gate, *groups, cfg.normalised_weights, cfg.weights_scale
             )
-            mlp = Sub("mlp", Experts(w.mlp, of_mlp, SILU, routing, gated=False), ln2, ln="ln2")
+            shared = GatedMlp(w.mlp.shared_experts, rows_of("shared", of_mlp), SILU)
+            mlp = Sub("mlp", Experts(w.mlp, of_mlp, SILU, routing, shared=shared), ln2, ln="ln2")
         else:
             mlp = Sub("mlp", GatedMlp(w.mlp, of_mlp, SILU), ln2, ln="ln2")
         if kind.mixing == "delta net":

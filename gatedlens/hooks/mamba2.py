@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -36,6 +36,7 @@ from gatedlens.hooks.mamba import PAPER as MAMBA
 from gatedlens.model.base import Wrapped
 from gatedlens.model.block import Block, Sub, SubRows, residual_rows
 from gatedlens.model.hookpoint import rows_of
+from gatedlens.model.mixer import multiplied
 from gatedlens.model.norm import NormOfNarrow, norm_rows
 from gatedlens.model.path import PathMixer, Stage, Streams
 from gatedlens.model.run import Run
@@ -52,12 +53,26 @@ UIA = "UIA, arXiv 2405.16504"
 
 NORMS = ("after the gate", "before the gate", "none")  # where a mixer's norm is
 
-_BEFORE_THE_SCAN = (
-    Point("hook_gate_pre", "batch pos channel", "in_proj(ln1.out)[:channel]", BLOCK),
-    Point("hook_x", "batch pos channel", "in_proj(ln1.out)[channel:2 * channel]", BLOCK),
-    Point("hook_B_pre", "batch pos group state", "in_proj(ln1.out), the next group * state", BLOCK),
-    Point("hook_C_pre", "batch pos group state", "in_proj(ln1.out), the next group * state", BLOCK),
-    Point("hook_dt_pre", "batch pos head", "in_proj(ln1.out)[-head:] + dt_bias", BLOCK),
+PARTS = ("[:channel]", "[channel:2 * channel]", ", the next group * state", ", the next group * state", "[-head:]")
+
+
+def _projected(words: tuple[str, ...]) -> tuple[Point, ...]:
+    """What in_proj gives: z, x, B, C and dt in words."""
+    z, x, B, C, dt = words
+    return (
+        Point("hook_gate_pre", "batch pos channel", z, BLOCK),
+        Point("hook_x", "batch pos channel", x, BLOCK),
+        Point("hook_B_pre", "batch pos group state", B, BLOCK),
+        Point("hook_C_pre", "batch pos group state", C, BLOCK),
+        Point("hook_dt_pre", "batch pos head", f"{dt} + dt_bias", BLOCK),
+    )
+
+
+PLAIN = _projected(tuple(f"in_proj(ln1.out){part}" for part in PARTS))
+MULTIPLIED = _projected(
+    tuple(f"in_proj(ssm_in_multiplier * ln1.out){part} * ssm_multipliers[{i}]" for i, part in enumerate(PARTS))
+)
+_UP_TO_THE_SCAN = (
     Point(
         "hook_conv_taps",
         "batch pos channel tap",
@@ -116,13 +131,60 @@ _AFTER_THE_SCAN = {
 }
 
 
+def mixer_rows(norm: str = "after the gate", projected: tuple[Point, ...] = PLAIN) -> tuple[Point, ...]:
+    """The rows of a mixer, in firing order, for each place of the norm; `projected`: those of what in_proj gives."""
+    return *projected, *_UP_TO_THE_SCAN, *_AFTER_THE_SCAN[norm]
+
+
 def mamba2_rows(norm: str = "after the gate") -> tuple[Point, ...]:
     """The rows of a block, in firing order, for each place of the norm."""
-    mixer = block_rows("mixer", (*_BEFORE_THE_SCAN, *_AFTER_THE_SCAN[norm]))
+    mixer = block_rows("mixer", mixer_rows(norm))
     return residual_rows(SubRows("mixer", mixer, "out_proj(gated)", norm_rows("ln1", "mixer_in", RMSNORM)))
 
 
 BLOCK_ROWS = mamba2_rows()
+
+
+@dataclass(frozen=True)
+class Mamba2Shape:
+    """`Mamba2Shape.of(mixer, config)`: what a mixer is beside its parameters.
+
+    norm: where it is, one of NORMS. input, output: what the mixer multiplies its input and its output by.
+    """
+
+    n_heads: int
+    d_inner: int
+    d_state: int
+    n_groups: int
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    norm: str = "after the gate"
+    eps: float = 1e-5
+    input: float = 1.0
+    output: float = 1.0
+
+    @staticmethod
+    def of(mixer: Any, given: Mapping[str, Any]) -> Mamba2Shape:
+        """By the shapes of its parameters, and by what it or the config (`given`) says."""
+        own, inner = told(mixer, given), mixer.out_proj.weight.shape[1]
+        groups = int(own["n_groups"])
+        d_state = (mixer.conv1d.weight.shape[0] - inner) // (2 * groups)
+        return Mamba2Shape(len(mixer.A_log), inner, d_state, groups, own["dt_limit"], own["norm"], own["eps"])
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """How in_proj is laid out: z, x, B, C, dt."""
+        shared = self.n_groups * self.d_state
+        return self.d_inner, self.d_inner, shared, shared, self.n_heads
+
+    def check(self, mixer: Any, model_name: str) -> None:
+        """CheckpointError for a mixer that is laid out otherwise."""
+        rows, found = sum(self.widths), mixer.in_proj.weight.shape[0]
+        if found != rows or self.d_inner % self.n_heads:
+            raise CheckpointError(
+                f"{model_name}: in_proj gives {found} numbers a position; {rows} are expected of {self.d_inner} channels in "
+                f"{self.n_heads} heads with {self.n_groups} groups of {self.d_state} states. A mixer with channels beside its "
+                "heads (d_ssm below expand * d_model) is not supported."
+            )
 
 
 class Mamba2Mixer(PathMixer):
@@ -130,27 +192,26 @@ class Mamba2Mixer(PathMixer):
 
     selection = ("dt", "B", "C")
 
-    def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, cfg: Mamba2Config):
+    def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, shape: Mamba2Shape):
         super().__init__(weights, rows, layer)
-        self.cfg = cfg
+        self.shape = shape
 
     @property
     def heads(self) -> int:
-        return self.cfg.n_heads
+        return self.shape.n_heads
 
     @property
     def sizes(self) -> Mapping[str, int]:  # type: ignore[override]
         """Of the streams that go through the convolution."""
-        shared = self.cfg.n_groups * self.cfg.d_state
-        return {"x": self.cfg.d_inner, "B": shared, "C": shared}
+        return dict(zip("xBC", self.shape.widths[1:4], strict=True))
 
     @property
     def path(self) -> tuple[Stage, ...]:  # type: ignore[override]
         before = (Conv("conv1d", ("x", "B", "C")), SiLU(("B", "C")), Skip(Scan()))
-        groups, eps = self.cfg.n_groups, self.cfg.mixer_eps
-        if self.cfg.mixer_norm == "none":
+        groups, eps = self.shape.n_groups, self.shape.eps
+        if self.shape.norm == "none":
             return *before, Gate(F.silu)
-        if self.cfg.mixer_norm == "before the gate":
+        if self.shape.norm == "before the gate":
             return *before, GroupNorm(groups, eps, out="normed"), Gate(F.silu)
         return *before, Gate(F.silu, out="product"), GroupNorm(groups, eps)
 
@@ -159,11 +220,14 @@ class Mamba2Mixer(PathMixer):
         """-exp(A_log), at least float32."""
         return -torch.exp(at_least_float32(self.weights.A_log))
 
+    def projected(self, n: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos some"]:
+        """What in_proj gives: z, x, B, C and dt side by side."""
+        w = self.weights.in_proj
+        return F.linear(multiplied(n, self.shape.input), w.weight, w.bias)
+
     def project(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Streams:
-        w, cfg, pad = self.weights, self.cfg, run.padding
-        widths = [cfg.d_inner, *self.sizes.values(), cfg.n_heads]
-        z, x, B, C, dt = F.linear(n, w.in_proj.weight, w.in_proj.bias).split(widths, dim=-1)
-        groups = (cfg.n_groups, cfg.d_state)
+        w, pad, groups = self.weights, run.padding, (self.shape.n_groups, self.shape.d_state)
+        z, x, B, C, dt = self.projected(n).split(self.shape.widths, dim=-1)
         return {
             "gate_pre": self.hook_gate_pre(z),
             "x": self.hook_x(pad.zero(x)),
@@ -177,7 +241,7 @@ class Mamba2Mixer(PathMixer):
         streams["B"] = self.hook_B(streams["B"])
         streams["C"] = self.hook_C(streams["C"])
         # 0 at a masked position: the state passes unchanged
-        dt = pad.zero(F.softplus(streams["dt_pre"]).clamp(*self.cfg.dt_limit))
+        dt = pad.zero(F.softplus(streams["dt_pre"]).clamp(*self.shape.dt_limit))
         streams["dt"] = pad.zero(self.hook_dt(dt))
 
     def terms(  # type: ignore[override]
@@ -189,8 +253,13 @@ class Mamba2Mixer(PathMixer):
         """decay = exp(dt A), value = dt u, key = B, read = C: Mamba-2, eq. 1."""
         return Terms((dt * self.A.to(dt)).unsqueeze(-1), key=B, read=C, amount=dt)
 
+    def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
+        out = self.weights.out_proj
+        return multiplied(F.linear(self.walk(self.project(n, run), run), out.weight, out.bias), self.shape.output)
+
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
-        return self.weights.out_proj.weight, self.weights.out_proj.bias
+        out, by = self.weights.out_proj, self.shape.output
+        return multiplied(out.weight, by), None if out.bias is None else multiplied(out.bias, by)
 
 
 # -- the model ------------------------------------------------------------------------------------------------------
@@ -276,28 +345,19 @@ class HookedMamba2(MambaStack):
                 raise CheckpointError(f"Layer {number} of {model_name} is no Mamba-2 mixer: its A_log must be [head].")
         cls.check_activation(wrapped, given, model_name)
         mixer = wrapped.backbone.layers[0].mixer
-        own = told(mixer, given)
-        inner, heads = mixer.out_proj.weight.shape[1], len(mixer.A_log)
-        groups = int(own["n_groups"])
-        d_state = (mixer.conv1d.weight.shape[0] - inner) // (2 * groups)
-        rows = 2 * inner + 2 * groups * d_state + heads
-        if mixer.in_proj.weight.shape[0] != rows or inner % heads:
-            raise CheckpointError(
-                f"{model_name}: in_proj gives {mixer.in_proj.weight.shape[0]} numbers a position; {rows} are expected of "
-                f"{inner} channels in {heads} heads with {groups} groups of {d_state} states. A mixer with channels beside its "
-                "heads (d_ssm below expand * d_model) is not supported."
-            )
+        shape = Mamba2Shape.of(mixer, given)
+        shape.check(mixer, model_name)
         return Mamba2Config(
-            **cls.shared(wrapped, given, inner),
+            **cls.shared(wrapped, given, shape.d_inner),
             model_name=model_name,
             architecture="mamba2",
-            n_heads=heads,
-            d_head=inner // heads,
-            d_state=d_state,
-            n_groups=groups,
-            dt_limit=own["dt_limit"],
-            mixer_norm=own["norm"],
-            mixer_eps=own["eps"],
+            n_heads=shape.n_heads,
+            d_head=shape.d_inner // shape.n_heads,
+            d_state=shape.d_state,
+            n_groups=shape.n_groups,
+            dt_limit=shape.dt_limit,
+            mixer_norm=shape.norm,
+            mixer_eps=shape.eps,
         )
 
     @classmethod
@@ -310,8 +370,8 @@ class HookedMamba2(MambaStack):
     def make_block(self, layer: int) -> Block:
         w, cfg, rows = self.wrapped.backbone.layers[layer], self.cfg, self.rows_for(layer)
         ln1 = NormOfNarrow(w.norm, rows_of("ln1", rows), cfg.eps, centred=cfg.normalization_type == "LN")
-        own = replace(cfg, dt_limit=told(w.mixer, config_of(self.wrapped))["dt_limit"])
-        return Block(w, rows, Sub("mixer", Mamba2Mixer(w.mixer, rows_of("mixer", rows), layer, own), ln1))
+        shape = Mamba2Shape.of(w.mixer, config_of(self.wrapped))
+        return Block(w, rows, Sub("mixer", Mamba2Mixer(w.mixer, rows_of("mixer", rows), layer, shape), ln1))
 
 
 HOOKED = HookedMamba2

@@ -35,9 +35,9 @@ from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import rows_of
 from gatedlens.model.norm import GemmaNorm, Norm, norm_rows
 from gatedlens.parts.activation import SILU
-from gatedlens.parts.attention import CARRIED_WINDOW, Attention, AttentionKind
+from gatedlens.parts.attention import CARRIED_WINDOW, Attention, AttentionKind, check_rope
 from gatedlens.parts.delta_net import CARRIED_DELTA, DeltaKind, DeltaMixer, Projected
-from gatedlens.parts.experts import EXPERTS_OUT, Experts, experts_rows, softmax_top
+from gatedlens.parts.experts import EXPERTS_OUT, Experts, SharedExpert, experts_rows, shared_expert_rows, softmax_top
 from gatedlens.parts.glu import GatedMlp, gated_mlp_rows
 from gatedlens.parts.layer_kind import LayerKind, rows_by_kind
 from gatedlens.parts.positioned import NEXT_POSITION, PositionedModel
@@ -64,7 +64,7 @@ MIXING = {
 }
 CHANNEL_MIXING = {
     "MLP": (gated_mlp_rows(SILU.word), "down_proj(post)"),
-    "experts": (experts_rows(SILU.word, WEIGHTS), EXPERTS_OUT),
+    "experts": (experts_rows(SILU.word, WEIGHTS, shared=shared_expert_rows(SILU.word)), EXPERTS_OUT),
 }
 
 
@@ -183,11 +183,7 @@ class HookedQwen3Next(PositionedModel):
             raise CheckpointError(f"{model_name} has no layers.")
         if config.hidden_act not in ("silu", "swish"):
             raise CheckpointError(f"{model_name} has hidden_act={config.hidden_act!r}; supported is 'silu'.")
-        rope = vars(model.rotary_emb).get("rope_type", "default")
-        if rope in ("dynamic", "longrope"):
-            raise CheckpointError(
-                f"{model_name} has rope_type={rope!r}, frequencies that go by length: it is not supported."
-            )
+        check_rope(model.rotary_emb, model_name)
         weight, kinds = model.embed_tokens.weight, tuple(map(kind_of, layers))
         mlps = {kind.channels: layer.mlp for kind, layer in zip(kinds, layers, strict=True)}
         experts: dict[str, Any] = {}
@@ -242,7 +238,9 @@ class HookedQwen3Next(PositionedModel):
         ln2 = GemmaNorm(w.post_attention_layernorm, rows_of("ln2", rows), cfg.eps)
         if kind.channels == "experts":
             routing = softmax_top(cfg.n_experts_per_token, cfg.normalised_weights)
-            mlp = Sub("mlp", Experts(w.mlp, rows_of("mlp", rows), SILU, routing), ln2, ln="ln2")
+            of_mlp = rows_of("mlp", rows)
+            shared = SharedExpert(w.mlp.shared_expert, rows_of("shared", of_mlp), SILU, w.mlp.shared_expert_gate)
+            mlp = Sub("mlp", Experts(w.mlp, of_mlp, SILU, routing, shared=shared), ln2, ln="ln2")
         else:
             mlp = Sub("mlp", GatedMlp(w.mlp, rows_of("mlp", rows), SILU), ln2, ln="ln2")
         if kind.mixing == "delta net":

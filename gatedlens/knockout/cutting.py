@@ -7,7 +7,7 @@ A is linear in what it reads, so a target i without its sources is o_i - (A (x s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.address.entries import Index, Where
-from gatedlens.address.layers import Layers, layers_of, scans_of
+from gatedlens.address.layers import Layers, mixing_of, scans_of
 from gatedlens.attention.in_progress import underway, verify
 from gatedlens.attention.layer import ImplicitAttention
 from gatedlens.errors import InputError
 from gatedlens.knockout.token_edges import Edges, alike, visible
 from gatedlens.model.base import HookedModel
 from gatedlens.model.hookpoint import Capture, HookPoint
+from gatedlens.model.mixer import TokenMixing
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.operator import Branch, branch_of
 from gatedlens.recurrence.scanning import at_least_float32
@@ -94,30 +95,37 @@ class Cut:
     verify: bool = True
 
     def hooks(self, model: HookedModel) -> list[tuple[str, Callable[..., Any]]]:
-        """`cut.hooks(model)`: in each layer a hook that keeps what its A is made of, and one that cuts at its output point.
+        """`cut.hooks(model)`: in each layer a hook that keeps what its A is made of, and one that cuts at its output point; so
+        for each of several mixers side by side, if they have the axes that are meant.
 
         InputError for layers that do not exist, or erase nothing where that is to be cut; PointError for an axis that the output
         point lacks.
         """
         found: list[tuple[str, Callable[..., Any]]] = []
-        for layer in layers_of(model, self.layers):
-            mixer: Any = model.blocks[layer].mixer
-            scans_of(mixer, self.scan)
-            stem = f"blocks.{layer}.{mixer.place}."
+        for layer in mixing_of(model, self.layers):
             if self.way in OF_DELTA_RULES and not erases(model, layer):
                 raise InputError(_no_delta_rule(model, layer, self.way))
-            where = Where((f"{stem}{mixer.output_point}",), self.index)
-            (out,) = where.points(model)
-            cutting = Cutting(self, model, layer, where)
-            found += [(stem + name, cutting.factors) for name in mixer.attention_points if stem + name != out]
-            found.append((out, cutting))
+            for mixer in self._mixers(model, layer):
+                scans_of(mixer, self.scan)
+                stem = f"blocks.{layer}.{mixer.place}."
+                where = Where((f"{stem}{mixer.output_point}",), self.index)
+                (out,) = where.points(model)
+                cutting = Cutting(self, model, mixer, where)
+                found += [(stem + name, cutting.factors) for name in mixer.attention_points if stem + name != out]
+                found.append((out, cutting))
         return found
+
+    def _mixers(self, model: HookedModel, layer: int) -> Sequence[TokenMixing]:
+        """Those of a layer that have the axes of the index; the first where none has."""
+        block, points, sizes = model.blocks[layer], model.names.points, model.cfg.sizes
+        has = [m for m in block.mixers if all(points[m.output_name].reaches(axis, sizes) for axis in self.index)]
+        return has or [block.mixer]
 
 
 def erases(model: HookedModel, layer: int) -> bool:
-    """Whether the state of a layer is that of a delta rule."""
-    mixer: Any = model.blocks[layer].mixer
-    return f"blocks.{layer}.{mixer.place}.hook_erase" in model.names.points
+    """Whether a state of a layer is that of a delta rule."""
+    points, mixers = model.names.points, model.blocks[layer].mixers
+    return any(f"blocks.{layer}.{mixer.place}.hook_erase" in points for mixer in mixers)
 
 
 def _no_delta_rule(model: HookedModel, layer: int, way: Way) -> str:
@@ -136,10 +144,10 @@ class Cutting:
     Cuts act together: two that name one edge must not take it away twice, so what is lost is computed for all of them at once.
     """
 
-    def __init__(self, cut: Cut, model: HookedModel, layer: int, where: Where):
+    def __init__(self, cut: Cut, model: HookedModel, mixer: TokenMixing, where: Where):
         self.cut = cut
         self.model = model
-        self.layer = layer
+        self.layer, self.place = mixer.layer, mixer.place
         self.where = where
         self.values: dict[str, Tensor] = {}
         self.factors = Capture(self.values)  # what the layer's A is made of, in this call
@@ -151,7 +159,7 @@ class Cutting:
         if together[0] is not self:
             return tensor
         with exact(tensor):
-            attention = underway(self.model, self.layer, values)
+            attention = underway(self.model, self.layer, values, self.place)
             if any(one.cut.verify for one in together):
                 with torch.no_grad():
                     verify(attention, attention.output(), tensor, "a cut")
@@ -166,7 +174,7 @@ class Cutting:
 
 def _lost(attention: ImplicitAttention, together: list[Cutting], tensor: Tensor, hook: HookPoint) -> Tensor:
     """What the layer's output loses through all cuts together: [batch, pos, channel]."""
-    mixer, real = attention.model.blocks[attention.layer].mixer, attention.padding.mask
+    mixer, real = attention.mixer, attention.padding.mask
     if real is None:
         real = torch.ones(tensor.shape[:2], dtype=torch.bool, device=tensor.device)
     wanted: dict[int, dict[Way, list[tuple[Tensor, Tensor]]]] = {}

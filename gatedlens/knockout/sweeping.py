@@ -16,7 +16,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from gatedlens.address.entries import Index
-from gatedlens.address.layers import Layers, layers_of
+from gatedlens.address.layers import Layers, mixing_of
 from gatedlens.address.positions import Positions, columns, listed
 from gatedlens.errors import InputError
 from gatedlens.knockout.cutting import Cut, Way, erase, share, token, update, write
@@ -176,7 +176,7 @@ def sweep(
     InputError for a window that does not fit the layers, for positions that no row has, for a metric that is 0 without a cut,
     and for a model in training mode. Geva et al. 2023 (arXiv 2304.14767).
     """
-    chosen = layers_of(model, layers)
+    chosen = mixing_of(model, layers)
     if not 1 <= window <= len(chosen):
         raise InputError(f"window={window}: give 1 to {len(chosen)}, the number of layers.")
     windows = [chosen[max(0, c - window // 2) : c + (window + 1) // 2] for c in range(len(chosen))]

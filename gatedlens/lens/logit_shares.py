@@ -71,13 +71,14 @@ def token_attribution(
     A mixer's output is split by its implicit attention; the embedding and the channel mixers write where they stand; the
     biases, and what a mixer adds by biases and a carried state, are the remainder. Options as in `logit_attribution`.
     """
-    mixers = [(layer, block.mixer) for layer, block in enumerate(model.blocks)]
-    inside = tuple(f"blocks.{layer}.{mixer.place}.{name}" for layer, mixer in mixers for name in mixer.attention_points)
+    mixers = [mixer for block in model.blocks for mixer in block.mixers]
+    inside = tuple(f"blocks.{mixer.layer}.{mixer.place}.{name}" for mixer in mixers for name in mixer.attention_points)
     reading = Reading.of(model, input, right, wrong, pos, inside)
     rows = {}
     for label, value in reading.streams():
         layer, _, kind = label.partition("_")
-        rows[label] = reading.of_mixer(int(layer)) if kind == "mixer_out" else reading.in_place(value)
+        place = model.blocks[int(layer)].mixing.get(kind.removesuffix("_out")) if kind else None
+        rows[label] = reading.in_place(value) if place is None else reading.of_mixer(int(layer), place)
     for label, bias in reading.biases.items():
         rows[label] = torch.cat([bias.new_zeros(len(bias), reading.length), bias.unsqueeze(1)], dim=1)
     values, names = reading.by_number(torch.stack(list(rows.values()), dim=1))
@@ -143,9 +144,9 @@ class Reading:
         return torch.cat([own, own.new_zeros(len(own), 1)], dim=1)
 
     @checked
-    def of_mixer(self, layer: int) -> Float[Tensor, "batch src"]:
+    def of_mixer(self, layer: int, place: str) -> Float[Tensor, "batch src"]:
         """By the position from which the mixer brought it, and the remainder."""
-        given = implicit_attention(self.cache, layer=layer).contributions()
+        given = implicit_attention(self.cache, layer=layer, place=place).contributions()
         rest = self.of_stream(given.remainder())
         return torch.cat([self.through(given).sum(1), rest.unsqueeze(1)], dim=1)
 

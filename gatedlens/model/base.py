@@ -34,6 +34,7 @@ from gatedlens.model.hooking import Hooking
 from gatedlens.model.hookpoint import HookPoint, rows_of, same
 from gatedlens.model.image import Grid
 from gatedlens.model.layout import Layout
+from gatedlens.model.mixer import TokenMixing
 from gatedlens.model.norm import Norm, norm_rows
 from gatedlens.model.padding import Padding
 from gatedlens.model.run import DocumentRun, Run
@@ -260,6 +261,13 @@ class HookedModel(Hooking):
         for old, new in pairs:
             old.read_as(new)
         self._told, self.watch = told, Watch(self.wrapped)
+
+    @property
+    def mixers(self) -> dict[int, TokenMixing]:
+        """`model.mixers[3]`: by layer, what mixes its tokens (the first, where several do). A layer of a channel mixer alone, as
+        Nemotron-H has, is not among them.
+        """
+        return {layer: block.mixer for layer, block in enumerate(self.blocks) if block.mixing}
 
     # -- names ---------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.address.point import Point
+from gatedlens.errors import InputError
 from gatedlens.model.hookpoint import Part
 from gatedlens.model.mixer import TokenMixing
 from gatedlens.model.norm import Norm
@@ -27,7 +28,8 @@ class Sub(NamedTuple):
     """One branch at the residual stream: resid + scale * after(part(norm(resid))).
 
     `name` is in its points at the stream, hook_{name}_in and hook_{name}_out; `place` (None: the name) and `ln` are where part
-    and norm stand in the block. A part is called with (x, run); norm and after may be None, the identity.
+    and norm stand in the block. A part is called with (x, run); norm and after may be None, the identity. What mixes tokens has
+    no `scale` here: it multiplies its output itself, since its `output_weights` say what it writes.
     """
 
     name: str
@@ -72,13 +74,29 @@ class Block(Part):
                     self.add_module(place, part)
         self.groups = [tuple(Way.of(sub) for sub in group) for group in groups]
         self.stream = [f"hook_{point}" for point in stream_points(len(groups))[1:]]
-        mixing = [sub.place or sub.name for sub in every if isinstance(sub.part, TokenMixing)]
-        self.mixing = mixing[0] if mixing else None
+        self.mixing = {sub.name: sub.place or sub.name for sub in every if isinstance(sub.part, TokenMixing)}
 
     @property
-    def mixer(self) -> Part:
-        """What mixes tokens in this block (the first, where several do), wherever it stands."""
-        return self._modules[self.mixing or "mixer"]  # type: ignore[return-value]
+    def mixers(self) -> tuple[TokenMixing, ...]:
+        """What mixes tokens in this block, in order, wherever it stands: none in a block of channel mixers alone."""
+        return tuple(self._modules[place] for place in self.mixing.values())  # type: ignore[misc]
+
+    @property
+    def mixer(self) -> TokenMixing:
+        """The first of them; InputError for a block without."""
+        if not self.mixing:
+            block = self.hook_resid_pre.name.rpartition(".")[0] or "This block"
+            raise InputError(f"{block} mixes no tokens: it has a channel mixer alone.")
+        return self.mixers[0]
+
+    def mixer_at(self, place: str | None) -> TokenMixing:
+        """`block.mixer_at("attn")`: what mixes tokens under this name (None: the first); InputError for a name that none has."""
+        if place is None:
+            return self.mixer
+        if place not in self.mixing.values():
+            known = ", ".join(map(repr, self.mixing.values()))
+            raise InputError(f"place={place!r}: layer {self.mixer.layer} mixes tokens at {known}.")
+        return self._modules[place]  # type: ignore[return-value]
 
     def forward(self, resid: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
         resid = self.hook_resid_pre(resid)

@@ -52,7 +52,10 @@ class TokenMixing(Part):
         raise NotImplementedError
 
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
-        """(W, b) of the output projection: the mixer's output is W o + b, o what the implicit attention yields."""
+        """(W, b) of the output projection: the mixer's output is W o + b, o what the implicit attention yields.
+
+        What the output is multiplied by is in both.
+        """
         raise NotImplementedError
 
     @property
@@ -223,6 +226,11 @@ class Mixer(TokenMixing):
         last = states[:, -1]
         states = self.hook_state(states) if heard else states
         return (states * terms.of_heads(terms.read).unsqueeze(-2)).sum(-1), last
+
+
+def multiplied(x: Tensor, by: float) -> Tensor:
+    """`multiplied(x, 0.3)`: x times a number of the config; x itself for 1, which most models have."""
+    return x if by == 1 else x * by
 
 
 def _as_they_are(decay: Tensor, write: Tensor, read: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:

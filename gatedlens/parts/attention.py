@@ -6,15 +6,15 @@ b batch, l pos, h head (of queries), k key position, W the window, d d_head:
     pattern = softmax(q . k / sqrt(d)) over the last W tokens (all, without a window);   z = pattern v
     out     = o_proj(z sigmoid(gate))             the gate of each head stands behind its query in q_proj
 
-Which of these a layer has is data, `AttentionKind`. Local attention: Griffin (arXiv 2402.19427), sec. 2.3; rotary embedding:
-arXiv 2104.09864; the gate: Qiu et al. 2025, arXiv 2505.06708.
+Which of these a layer has is data, `AttentionKind`; numbers that some models multiply in are `Multipliers`. Local
+attention: Griffin (arXiv 2402.19427), sec. 2.3; rotary embedding: arXiv 2104.09864; the gate: Qiu et al. 2025, arXiv 2505.06708.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gatedlens.address.point import Point
+from gatedlens.errors import CheckpointError
 from gatedlens.model.memory import SMALL, afford, free
-from gatedlens.model.mixer import TokenMixing
+from gatedlens.model.mixer import TokenMixing, multiplied
 from gatedlens.model.norm import Norm, norm_rows
 from gatedlens.model.padding import Padding
 from gatedlens.model.run import DocumentRun
@@ -47,7 +48,8 @@ class AttentionKind:
 
     windowed: keys W or more behind are not seen. rotary: q and k are turned by position, the first rotary_dim of d_head.
     normed: the equation of the norm of q and k, head by head; None: they have none. gated: z is multiplied by a sigmoid. head:
-    what the axis of the query heads is called ("head", unless heads of a recurrence stand in the same model).
+    what the axis of the query heads is called ("head", unless heads of a recurrence stand in the same model). scores, keys: what
+    else scores and keys are multiplied by, in words, where `Multipliers` say so.
     """
 
     windowed: bool = False
@@ -55,6 +57,8 @@ class AttentionKind:
     normed: str | None = None
     gated: bool = False
     head: str = "head"
+    scores: str = ""
+    keys: str = ""
 
     @property
     def output(self) -> str:
@@ -68,7 +72,8 @@ class AttentionKind:
         rows = [Point("hook_q", q, f"q_proj({reads}){half}", source)]
         if self.gated:
             rows.append(Point("hook_gate_pre", q, f"q_proj({reads}), the second half of each head", source))
-        rows += [Point("hook_k", kv, f"k_proj({reads})", source), Point("hook_v", kv, f"v_proj({reads})", source)]
+        keys = f" * {self.keys}" if self.keys else ""
+        rows += [Point("hook_k", kv, f"k_proj({reads}){keys}", source), Point("hook_v", kv, f"v_proj({reads})", source)]
         names = {"q": "q", "k": "k"}
         if self.normed is not None:
             for name, axes in (("q", q), ("k", kv)):
@@ -86,7 +91,8 @@ class AttentionKind:
         """The points behind q, k and v: of which points the scores are (`names`), the axes of z (`q`), a key's width."""
         behind = ", W or more behind" if self.windowed else ""
         unseen = f"-inf if the key is ahead{behind}, padding or of another document"
-        scores = f"{names['q']} . {names['k']} / sqrt({width}); {unseen}"
+        scaled = f"* {self.scores}" if self.scores else f"/ sqrt({width})"
+        scores = f"{names['q']} . {names['k']} {scaled}; {unseen}"
         pairs = f"batch {self.head} pos key_pos"
         rows = [
             Point("hook_attn_scores", pairs, scores, source),
@@ -105,6 +111,25 @@ class AttentionKind:
         return (
             f"x = v of each head, A[i, j] = {gate}pattern[i, j] of the channel's head, o = {out}; "
             "r = the pattern times the values that a state carried"
+        )
+
+
+class Multipliers(NamedTuple):
+    """`Multipliers(scores=0.2, output=0.3)`: what an attention multiplies in: its input, its keys, its scores (None:
+    1 / sqrt(d_head)) and what it puts out."""
+
+    input: float = 1.0
+    keys: float = 1.0
+    scores: float | None = None
+    output: float = 1.0
+
+
+def check_rope(rotary: Any, model_name: str) -> None:
+    """CheckpointError for a wrapped rotary embedding whose frequencies go by length; None has none."""
+    rope = "default" if rotary is None else vars(rotary).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise CheckpointError(
+            f"{model_name} has rope_type={rope!r}, frequencies that go by length: it is not supported."
         )
 
 
@@ -142,9 +167,11 @@ class Attention(TokenMixing):
         window: int | None = None,
         rotary: Any = None,
         norms: tuple[Norm, Norm] | None = None,
+        multipliers: Multipliers = Multipliers(),  # noqa: B008  # a constant
     ):
         super().__init__(weights, rows, layer)
         self.kind = kind
+        self.multipliers = multipliers
         self.d_head = d_head
         self.window = window
         self.__dict__["rotary"] = rotary  # of the wrapped model, as `weights` is
@@ -176,7 +203,8 @@ class Attention(TokenMixing):
         return (Factors(x=x, o=o, scan=PatternScan(own, before, head), gate=gate, start=start),)
 
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
-        return self.weights.o_proj.weight, self.weights.o_proj.bias
+        out, by = self.weights.o_proj, self.multipliers.output
+        return multiplied(out.weight, by), None if out.bias is None else multiplied(out.bias, by)
 
     def project(
         self, n: Float[Tensor, "batch pos d_model"], projection: nn.Linear
@@ -249,7 +277,7 @@ class Attention(TokenMixing):
         Float[Tensor, "batch pos head d_v"] | None,
     ]:
         """q and k as the scores read them, v, and what the gate is made of, their points fired."""
-        w, gate_pre = self.weights, None
+        w, gate_pre, n = self.weights, None, multiplied(n, self.multipliers.input)
         q = self.project(n, w.q_proj)
         if self.kind.gated:  # a head of q_proj is its query, then its gate
             # In memory of their own: a copy that a hook gets has the same layout then, and so the same rounding behind it.
@@ -257,7 +285,7 @@ class Attention(TokenMixing):
             q, gate_pre = self.hook_q(q), self.hook_gate_pre(gate_pre)
         else:
             q = self.hook_q(q)
-        k = self.hook_k(self.project(n, w.k_proj))
+        k = self.hook_k(multiplied(self.project(n, w.k_proj), self.multipliers.keys))
         v = self.hook_v(self.project(n, w.v_proj))
         if self.kind.normed is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -281,11 +309,12 @@ class Attention(TokenMixing):
 
         self._afford(q, keys)
         groups = q.shape[2] // k.shape[2]  # so many heads share one key and value head
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, keys.repeat_interleave(groups, dim=2)) * q.shape[-1] ** -0.5
+        scale = q.shape[-1] ** -0.5 if self.multipliers.scores is None else self.multipliers.scores
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, keys.repeat_interleave(groups, dim=2)) * scale
         scores = self.hook_attn_scores(scores.masked_fill(~self.visible(carried, run), -torch.inf))
         pattern = self.hook_pattern(at_least_float32(scores).softmax(-1).to(v.dtype))
         pattern = F.dropout(pattern, w.attention_dropout, self.training)
         out = self.hook_z(torch.einsum("bhqk,bkhd->bqhd", pattern, values.repeat_interleave(groups, dim=2)))
         if gate_pre is not None:
             out = self.hook_gated(out * self.hook_gate(torch.sigmoid(gate_pre)))
-        return F.linear(out.flatten(2), w.o_proj.weight, w.o_proj.bias)
+        return multiplied(F.linear(out.flatten(2), w.o_proj.weight, w.o_proj.bias), self.multipliers.output)

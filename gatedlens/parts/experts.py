@@ -1,10 +1,11 @@
-"""Experts: a mixture of experts, each a gated MLP, and a shared expert that every token passes.
+"""Experts: a mixture of experts, each a gated MLP (or a plain one), and a shared expert that every token passes.
 
     weights = routing(router(m))                  [batch pos expert], 0 for an expert that is not chosen
-    out     = sum over experts e of weights_e down_e(act(gate_e(m)) up_e(m))  +  sigmoid(shared_expert_gate(m)) shared_expert(m)
+    out     = sum over experts e of weights_e down_e(act(gate_e(m)) up_e(m))  +  shared(m)
 
 b batch, l pos, d d_model, e expert, m the width of an expert; the gate's rows stand first in gate_up_proj [e, 2 m, d]. How
-experts are chosen is a `Routing`: `softmax_top` (Qwen's), `sigmoid_top` (DeepSeek-V3's). The shared expert has a gate or none.
+experts are chosen is a `Routing`: `softmax_top` (Qwen's), `sigmoid_top` (DeepSeek-V3's). The shared expert is a part: gated
+(`SharedExpert`, sigmoid(shared_expert_gate(m)) mlp(m)), an MLP without a gate, or there is none.
 Shazeer et al. 2017, arXiv 1701.06538; the shared expert: Qwen1.5-MoE, and without a gate DeepSeekMoE, arXiv 2401.06066.
 
 Only the chosen experts are computed, unless somebody asks for each one's output (lazy points), or for the gradient of a weight
@@ -90,85 +91,140 @@ def _sigmoid_top(
     return torch.zeros_like(shares).scatter(-1, which, top * scale).to(logits.dtype)
 
 
-def experts_rows(
-    act: str, weights: str, source: str = MOE, reads: str = "ln2.out", gated: bool = True
-) -> tuple[Point, ...]:
-    """`experts_rows("SiLU", "softmax over expert of router, the k largest, divided by their sum")`: the points of `Experts`
-    whose routing is `weights` in words; `gated`: whether the shared expert has a gate."""
-    each = "batch pos expert d_expert"
-    shared = gated_mlp_rows(act, source, reads, "d_shared")
-    gate = (
+def shared_expert_rows(act: str, source: str = MOE, reads: str = "ln2.out") -> tuple[Point, ...]:
+    """`shared_expert_rows("SiLU")`: the points of a `SharedExpert`."""
+    return (
+        *gated_mlp_rows(act, source, reads, "d_shared"),
         Point("hook_gate_pre", "batch pos one", f"shared_expert_gate({reads})", source),
         Point("hook_gate", "batch pos one", "sigmoid(gate_pre)", source),
     )
+
+
+def experts_rows(
+    act: str,
+    weights: str,
+    source: str = MOE,
+    reads: str = "ln2.out",
+    router: str = "gate",
+    shared: tuple[Point, ...] = (),
+) -> tuple[Point, ...]:
+    """`experts_rows("SiLU", "softmax over expert of router, the k largest, divided by their sum")`: the points of `Experts`
+    whose routing is `weights` in words; shared: those of the shared expert, if there is one."""
+    each = "batch pos expert d_expert"
     return (
-        Point("hook_router", "batch pos expert", f"gate({reads})", source),
+        Point("hook_router", "batch pos expert", f"{router}({reads})", source),
         Point("hook_expert_weights", "batch pos expert", f"{weights}; 0 for the others", source),
         Point("experts.hook_pre", each, f"gate_up_proj[expert]({reads}), the first half", source, True),
         Point("experts.hook_pre_linear", each, f"gate_up_proj[expert]({reads}), the second half", source, True),
         Point("experts.hook_post", each, f"{act}(pre) * pre_linear", source, True),
         Point("hook_experts", "batch pos expert d_model", "down_proj[expert](experts.post)", source, True),
         *block_rows("shared", shared),
-        *(block_rows("shared", gate) if gated else ()),
     )
 
 
-EXPERTS_OUT = "sum over expert of expert_weights * experts, + shared.gate * shared_expert.down_proj(shared.post)"
-EXPERTS_OUT_UNGATED = "sum over expert of expert_weights * experts, + shared_experts.down_proj(shared.post)"
+def plain_experts_rows(
+    act: str,
+    weights: str,
+    source: str = MOE,
+    reads: str = "ln2.out",
+    out: str = "d_model",
+    shared: tuple[Point, ...] = (),
+) -> tuple[Point, ...]:
+    """`plain_experts_rows("relu_squared", WEIGHTS)`: the points of `PlainExperts`. reads, out: what the experts read, and the
+    axis of what each puts out, where that is not the model's width."""
+    each = "batch pos expert d_expert"
+    router, chosen, *_ = experts_rows(act, weights, source)
+    return (
+        router,
+        chosen,
+        Point("experts.hook_pre", each, f"up_proj[expert]({reads})", source, True),
+        Point("experts.hook_post", each, f"{act}(pre)", source, True),
+        Point("hook_experts", f"batch pos expert {out}", "down_proj[expert](experts.post)", source, True),
+        *block_rows("shared", shared),
+    )
+
+
+EXPERTS_ALONE = "sum over expert of expert_weights * experts"
+EXPERTS_OUT = f"{EXPERTS_ALONE}, + shared.gate * shared_expert.down_proj(shared.post)"
+EXPERTS_OUT_UNGATED = f"{EXPERTS_ALONE}, + shared_experts.down_proj(shared.post)"
 
 
 class Experts(Part):
-    """out = sum over experts of weight * expert(m) + sigmoid(shared_expert_gate(m)) * shared_expert(m).
+    """out = sum over experts of weight * expert(m) + shared(m).
 
-    gated: whether the shared expert has a gate; one without is the wrapped module's `shared_experts`.
+    weights: the wrapped module that holds `experts`; router: its module with the router's weight; shared: the shared expert.
     """
 
-    def __init__(self, weights: Any, rows: tuple[Point, ...], act: Activation, routing: Routing, gated: bool = True):
+    def __init__(
+        self,
+        weights: Any,
+        rows: tuple[Point, ...],
+        act: Activation,
+        routing: Routing,
+        router: str = "gate",
+        shared: Part | None = None,
+    ):
         super().__init__(weights, rows)
         self.routing = routing
+        self.router = router
         self.act = act.function
         self.experts = Part(weights.experts, rows_of("experts", rows))
-        of_shared = rows_of("shared", rows)
-        self.shared: GatedMlp = (
-            SharedExpert(weights.shared_expert, of_shared, act, weights.shared_expert_gate)
-            if gated
-            else GatedMlp(weights.shared_experts, of_shared, act)
-        )
+        self.shared = shared
 
     def forward(self, m: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
-        gate = self.weights.gate.weight  # which may be wider than the model
+        gate = getattr(self.weights, self.router).weight  # which may be wider than the model
         router = self.hook_router(F.linear(m.to(gate.dtype), gate))
         weights = self.hook_expert_weights(self.routing(router))
-        return self.of_chosen(m, weights) + self.shared(m, run)
+        out = self.routed(m, weights)
+        return out if self.shared is None else out + self.shared(m, run)
 
-    def of_chosen(
+    def routed(
         self, m: Float[Tensor, "batch pos d_model"], weights: Float[Tensor, "batch pos expert"]
     ) -> Float[Tensor, "batch pos d_model"]:
         """The sum over experts, of as many as somebody wants to see."""
-        points = self.experts
-        up, down = points.weights.gate_up_proj, points.weights.down_proj
-        width = up.shape[1] // 2
-
-        def projected(some: slice) -> Float[Tensor, "batch pos expert d_expert"]:
-            return torch.einsum("bld,emd->blem", m, up[:, some])
-
-        # Each point is asked right before it fires: an nnsight trace parks on one location at a time.
-        pre = points.hook_pre(projected(slice(width))) if points.hook_pre.heard() else None
-        linear = points.hook_pre_linear(projected(slice(width, None))) if points.hook_pre_linear.heard() else None
-        heard, post = points.hook_post.heard(), None
-        if heard or pre is not None or linear is not None:
-            pre = projected(slice(width)) if pre is None else pre
-            linear = projected(slice(width, None)) if linear is None else linear
-            post = self.act(pre) * linear
-            post = points.hook_post(post) if heard else post
+        post = self.heard_inside(m)
         heard = self.hook_experts.heard()
         if not heard and post is None and not self._all(weights):
             return self._chosen_alone(m, weights)
-        if post is None:
-            post = self.act(projected(slice(width))) * projected(slice(width, None))
-        each = torch.einsum("blem,edm->bled", post, down)
+        post = self.hidden(m) if post is None else post
+        each = torch.einsum("blem,edm->bled", post, self.experts.weights.down_proj)
         each = self.hook_experts(each) if heard else each
         return torch.einsum("ble,bled->bld", weights, each.to(weights.dtype)).to(m.dtype)
+
+    def projected(
+        self, m: Float[Tensor, "batch pos d_model"], some: slice
+    ) -> Float[Tensor, "batch pos expert d_expert"]:
+        """`some` of the rows of gate_up_proj, of all experts."""
+        return torch.einsum("bld,emd->blem", m, self.experts.weights.gate_up_proj[:, some])
+
+    def halves(self) -> tuple[slice, slice]:
+        """The rows of gate_up_proj that are the gate's, and the others."""
+        width = self.experts.weights.gate_up_proj.shape[1] // 2
+        return slice(width), slice(width, None)
+
+    def hidden(self, m: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos expert d_expert"]:
+        """What each expert's down_proj reads."""
+        gate, up = self.halves()
+        return self.act(self.projected(m, gate)) * self.projected(m, up)
+
+    def of_one(self, m: Float[Tensor, "some d_model"], expert: int) -> Float[Tensor, "some d_expert"]:
+        """The same of one expert, at some positions."""
+        pre, linear = F.linear(m, self.experts.weights.gate_up_proj[expert]).chunk(2, dim=-1)
+        return self.act(pre) * linear
+
+    def heard_inside(self, m: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos expert d_expert"] | None:
+        """`hidden` with its points fired, where somebody listens to one of them."""
+        points, (gate, up) = self.experts, self.halves()
+        # Each point is asked right before it fires: an nnsight trace parks on one location at a time.
+        pre = points.hook_pre(self.projected(m, gate)) if points.hook_pre.heard() else None
+        linear = points.hook_pre_linear(self.projected(m, up)) if points.hook_pre_linear.heard() else None
+        heard = points.hook_post.heard()
+        if not heard and pre is None and linear is None:
+            return None
+        pre = self.projected(m, gate) if pre is None else pre
+        linear = self.projected(m, up) if linear is None else linear
+        post = self.act(pre) * linear
+        return points.hook_post(post) if heard else post
 
     def _all(self, weights: Tensor) -> bool:
         """Whether all experts must be computed: where no shape may depend on values, and where a hook may ask for the gradient
@@ -185,10 +241,32 @@ class Experts(Part):
         out, w = torch.zeros_like(flat), self.experts.weights
         for expert in (shares != 0).any(0).nonzero().flatten().tolist():
             places = shares[:, expert].nonzero().flatten()
-            pre, linear = F.linear(flat[places], w.gate_up_proj[expert]).chunk(2, dim=-1)
-            each = F.linear(self.act(pre) * linear, w.down_proj[expert])
+            each = F.linear(self.of_one(flat[places], expert), w.down_proj[expert])
             out = out.index_add(0, places, (each * shares[places, expert, None]).to(out.dtype))
         return out.view_as(m)
+
+
+class PlainExperts(Experts):
+    """The same of experts without gates: expert(m) = down_proj(act(up_proj(m)))."""
+
+    def hidden(self, m: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos expert d_expert"]:
+        return self.act(self.up(m))
+
+    def up(self, m: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos expert d_expert"]:
+        """up_proj of all experts."""
+        return torch.einsum("bld,emd->blem", m, self.experts.weights.up_proj)
+
+    def of_one(self, m: Float[Tensor, "some d_model"], expert: int) -> Float[Tensor, "some d_expert"]:
+        return self.act(F.linear(m, self.experts.weights.up_proj[expert]))
+
+    def heard_inside(self, m: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos expert d_expert"] | None:
+        points = self.experts
+        pre = points.hook_pre(self.up(m)) if points.hook_pre.heard() else None
+        heard = points.hook_post.heard()
+        if not heard and pre is None:
+            return None
+        post = self.act(self.up(m) if pre is None else pre)
+        return points.hook_post(post) if heard else post
 
 
 class SharedExpert(GatedMlp):

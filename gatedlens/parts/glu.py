@@ -2,7 +2,8 @@
 
     gated    out = down(act(gate(m)) * up(m))          plain    out = down(act(up(m)))
 
-m is what the mixer reads, the normed residual stream. GLU variants: Shazeer 2020, arXiv 2002.05202.
+m is what the mixer reads, the normed residual stream. Gate and up may be one matrix, `FusedMlp`. GLU variants: Shazeer 2020,
+arXiv 2002.05202.
 """
 
 from __future__ import annotations
@@ -15,17 +16,31 @@ from torch import Tensor
 
 from gatedlens.address.point import Point
 from gatedlens.model.hookpoint import Part
+from gatedlens.model.mixer import multiplied
 from gatedlens.model.run import Run
 from gatedlens.parts.activation import Activation
 
 GLU = "GLU variants, arXiv 2002.05202"
 
 
-def gated_mlp_rows(act: str, source: str = GLU, reads: str = "ln2.out", width: str = "d_mlp") -> tuple[Point, ...]:
-    """`gated_mlp_rows("SiLU")`: the points of a `GatedMlp`; its output is down_proj(post)."""
+def gated_mlp_rows(
+    act: str, source: str = GLU, reads: str = "ln2.out", width: str = "d_mlp", gate: str = "gate_proj({})"
+) -> tuple[Point, ...]:
+    """`gated_mlp_rows("SiLU")`: the points of a `GatedMlp`; its output is down_proj(post). gate: how `pre` is made, in words."""
     return (
-        Point("hook_pre", f"batch pos {width}", f"gate_proj({reads})", source),
+        Point("hook_pre", f"batch pos {width}", gate.format(reads), source),
         Point("hook_pre_linear", f"batch pos {width}", f"up_proj({reads})", source),
+        Point("hook_post", f"batch pos {width}", f"{act}(pre) * pre_linear", source),
+    )
+
+
+def fused_mlp_rows(
+    act: str, source: str = GLU, reads: str = "ln2.out", width: str = "d_mlp", up: str = "input_linear"
+) -> tuple[Point, ...]:
+    """`fused_mlp_rows("SiLU")`: the points of a `FusedMlp`."""
+    return (
+        Point("hook_pre", f"batch pos {width}", f"{up}({reads}), its half for the gate", source),
+        Point("hook_pre_linear", f"batch pos {width}", f"{up}({reads}), its other half", source),
         Point("hook_post", f"batch pos {width}", f"{act}(pre) * pre_linear", source),
     )
 
@@ -39,18 +54,52 @@ def mlp_rows(act: str, source: str, reads: str = "ln2.out", width: str = "d_mlp"
 
 
 class GatedMlp(Part):
-    """out = down_proj(act(gate_proj(m)) * up_proj(m))."""
+    """out = down_proj(act(gate_scale * gate_proj(m)) * up_proj(m))."""
 
-    def __init__(self, weights: Any, rows: tuple[Point, ...], act: Activation):
+    def __init__(self, weights: Any, rows: tuple[Point, ...], act: Activation, gate_scale: float = 1.0):
         super().__init__(weights, rows)
         self.act = act.function
+        self.gate_scale = gate_scale
 
     def forward(self, m: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
         w = self.weights
-        pre = self.hook_pre(F.linear(m, w.gate_proj.weight, w.gate_proj.bias))
+        pre = self.hook_pre(multiplied(F.linear(m, w.gate_proj.weight, w.gate_proj.bias), self.gate_scale))
         pre_linear = self.hook_pre_linear(F.linear(m, w.up_proj.weight, w.up_proj.bias))
         post = self.hook_post(self.act(pre) * pre_linear)
         return F.linear(post, w.down_proj.weight, w.down_proj.bias)
+
+
+class FusedMlp(Part):
+    """out = down(act(gate) * up), gate and up the halves of one matrix's output.
+
+    up, down: what the matrices are called; gate_first: which half is the gate.
+    """
+
+    def __init__(
+        self,
+        weights: Any,
+        rows: tuple[Point, ...],
+        act: Activation,
+        up: str = "input_linear",
+        down: str = "output_linear",
+        gate_first: bool = True,
+    ):
+        super().__init__(weights, rows)
+        self.act = act.function
+        self.up, self.down, self.gate_first = up, down, gate_first
+
+    def halves(self, m: Float[Tensor, "batch pos d_model"]) -> tuple[Tensor, Tensor]:
+        """The gate, before its activation, and what it multiplies."""
+        up = getattr(self.weights, self.up)
+        # In memory of their own: a copy that a hook gets has the same layout then, and so the same rounding behind it.
+        first, second = (half.contiguous() for half in F.linear(m, up.weight, up.bias).chunk(2, dim=-1))
+        return (first, second) if self.gate_first else (second, first)
+
+    def forward(self, m: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
+        down = getattr(self.weights, self.down)
+        pre, linear = self.halves(m)
+        post = self.hook_post(self.act(self.hook_pre(pre)) * self.hook_pre_linear(linear))
+        return F.linear(post, down.weight, down.bias)
 
 
 class Mlp(Part):

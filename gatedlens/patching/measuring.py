@@ -63,7 +63,7 @@ class Options(Effort):
         return cls(**given)
 
     def baseline(self, model: HookedModel, corrupted: Input) -> Baseline:
-        """The corrupted run, under its own options."""
+        """`options.baseline(model, corrupted)`: the corrupted run, under its own options."""
         return Baseline(model, corrupted, self.attention_mask, {"position_ids": self.position_ids})
 
 

@@ -258,8 +258,7 @@ def get_act_patch_attn_head_by_pos_every(
 
 def _head_outputs(model: HookedModel) -> list[str]:
     """The output points of the layers that have heads, by their full names."""
-    mixers = [(layer, block.mixer) for layer, block in enumerate(model.blocks)]
-    names = [mixer.output_name for _, mixer in mixers]
+    names = [mixer.output_name for mixer in model.mixers.values()]
     found = [name for name in names if model.names.points[name].reaches("head", model.cfg.sizes)]
     if not found:
         raise model.names.lacking(names[0], "head", model.cfg.sizes)

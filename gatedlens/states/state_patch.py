@@ -62,13 +62,15 @@ class StatePatch:
     def _layers(self, model: HookedModel) -> list[int]:
         """The layers that are meant; one that has no recurrence only if nobody named it."""
         chosen = layers_of(model, self.layers)
-        mixers: dict[int, Any] = {layer: model.blocks[layer].mixer for layer in chosen}
+        mixers = {layer: mixer for layer, mixer in model.mixers.items() if layer in chosen}
         has = [n for n, mixer in mixers.items() if _scan_points(model, n, mixer)]
         lacking = [layer for layer in chosen if layer not in has]
         if lacking and (self.layers is not None or not has):
+            mixer = mixers.get(lacking[0])
+            how = "it mixes no tokens" if mixer is None else f"its tokens mix under {mixer.place}"
             raise PointError(
-                f"Layer {lacking[0]} of {model.cfg.model_name} has no recurrence (its tokens mix under "
-                f"{mixers[lacking[0]].place}), so no state to patch. What it remembers between calls moves by gl.states.splice."
+                f"Layer {lacking[0]} of {model.cfg.model_name} has no recurrence ({how}), so no state to patch. What it "
+                "remembers between calls moves by gl.states.splice."
             )
         return has
 

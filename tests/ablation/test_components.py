@@ -88,8 +88,9 @@ def first_layer(model, cache):
 
     def out(o):
         if "blocks.0.mixer.hook_product" in cache.cache_dict:  # the norm behind the gate
-            groups, norm = o.unflatten(-1, (model.cfg.n_groups, -1)), model.wrapped.backbone.layers[0].mixer.norm
-            o = norm.weight * (groups / (groups.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()).flatten(-2)
+            norm, eps = model.blocks[0].mixer.weights.norm, model.blocks[0].mixer.shape.eps
+            groups = o.unflatten(-1, (model.cfg.n_groups, -1))
+            o = norm.weight * (groups / (groups.pow(2).mean(-1, keepdim=True) + eps).sqrt()).flatten(-2)
         return o / len(stems) @ weight.T + (0 if bias is None else bias)
 
     def before_the_gate(y):

@@ -14,6 +14,7 @@ import gatedlens as gl
 from gatedlens.hooks.mamba2 import NORMS, HookedMamba2, Mamba2Weights, mamba2_rows
 from tests.helpers import golden, relative
 from tests.hooks import battery
+from tests.hooks import literal as literally
 
 TOKENS = torch.randint(40, (2, 11), generator=torch.Generator().manual_seed(0))
 VARIANTS = {
@@ -69,92 +70,16 @@ def hf(dtype: torch.dtype = torch.float32, **sizes):
 
 def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     """Every row of one block from its equation, with loops, reading the rows it names from the cache."""
-    w, cfg = model.wrapped.backbone.layers[layer], model.cfg
-    m = w.mixer
+    w, cfg, out = model.wrapped.backbone.layers[layer], model.cfg, {}
 
     def c(name):
         return cache[f"blocks.{layer}.{name}"]
 
-    batch, length, channels = c("mixer.hook_x").shape
-    H, V, G, N, K = cfg.n_heads, cfg.d_head, cfg.n_groups, cfg.d_state, cfg.d_conv
-    out = {}
-    if layer > 0:
-        out["hook_resid_pre"] = cache["resid_post", layer - 1]
-    out["hook_mixer_in"] = c("hook_resid_pre")
-    out["ln1.hook_scale"] = (c("hook_mixer_in").pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
-    out["ln1.hook_normalized"] = c("hook_mixer_in") / c("ln1.hook_scale")
-    out["ln1.hook_out"] = w.norm.weight * c("ln1.hook_normalized")
-    given = c("ln1.hook_out") @ m.in_proj.weight.T + (0 if m.in_proj.bias is None else m.in_proj.bias)
-    cuts = [channels, 2 * channels, 2 * channels + G * N, 2 * channels + 2 * G * N]
-    out["mixer.hook_gate_pre"], out["mixer.hook_x"] = given[..., : cuts[0]], given[..., cuts[0] : cuts[1]]
-    out["mixer.hook_B_pre"] = given[..., cuts[1] : cuts[2]].reshape(batch, length, G, N)
-    out["mixer.hook_C_pre"] = given[..., cuts[2] : cuts[3]].reshape(batch, length, G, N)
-    out["mixer.hook_dt_pre"] = given[..., cuts[3] :] + m.dt_bias
-
-    def taps_of(x, weight):
-        taps = torch.zeros(batch, length, x.shape[-1], K, dtype=torch.float64)
-        for t in range(length):
-            for k in range(K):
-                if t - (K - 1) + k >= 0:
-                    taps[:, t, :, k] = weight[:, 0, k] * x[:, t - (K - 1) + k]
-        return taps
-
-    bias = torch.zeros(channels + 2 * G * N, dtype=torch.float64) if m.conv1d.bias is None else m.conv1d.bias
-    out["mixer.hook_conv_taps"] = taps_of(c("mixer.hook_x"), m.conv1d.weight[:channels])
-    out["mixer.hook_conv"] = c("mixer.hook_conv_taps").sum(-1) + bias[:channels]
-    out["mixer.hook_u"] = c("mixer.hook_conv") * torch.sigmoid(c("mixer.hook_conv"))
-    for name, some in (("B", slice(channels, channels + G * N)), ("C", slice(channels + G * N, None))):
-        taps = taps_of(c(f"mixer.hook_{name}_pre").flatten(2), m.conv1d.weight[some])
-        out[f"mixer.hook_{name}_conv_taps"] = taps.reshape(batch, length, G, N, K)
-        out[f"mixer.hook_{name}_conv"] = c(f"mixer.hook_{name}_conv_taps").sum(-1) + bias[some].reshape(G, N)
-        conv = c(f"mixer.hook_{name}_conv")
-        out[f"mixer.hook_{name}"] = conv * torch.sigmoid(conv)
-    low, high = cfg.dt_limit
-    out["mixer.hook_dt"] = torch.log1p(torch.exp(c("mixer.hook_dt_pre"))).clamp(low, high)
-    A, u = -torch.exp(m.A_log), c("mixer.hook_u").reshape(batch, length, H, V)
-    D = m.D.repeat_interleave(V) if len(m.D) == H else m.D
-    out["mixer.hook_reset"] = torch.zeros(batch, length, 1, dtype=torch.float64)
-    out["mixer.hook_state_start"] = torch.zeros(batch, H, V, N, dtype=torch.float64)
-    decay, write = (torch.zeros(batch, length, H, V, N, dtype=torch.float64) for _ in range(2))
-    scan = torch.zeros(batch, length, H, V, dtype=torch.float64)
-    for h in range(H):
-        g = h // (H // G)
-        kept = torch.exp(c("mixer.hook_dt")[:, :, h] * A[h]) * (1 - c("mixer.hook_reset")[..., 0])
-        decay[:, :, h] = kept[..., None, None]
-        value = c("mixer.hook_dt")[:, :, h, None] * u[:, :, h]
-        write[:, :, h] = value[..., :, None] * c("mixer.hook_B")[:, :, g, None, :]
-        scan[:, :, h] = (c("mixer.hook_state")[:, :, h] * c("mixer.hook_C")[:, :, g, None]).sum(-1)
-    out["mixer.hook_decay"], out["mixer.hook_write"] = decay, write
-    state, states = c("mixer.hook_state_start"), []
-    for t in range(length):
-        state = c("mixer.hook_decay")[:, t] * state + c("mixer.hook_write")[:, t]
-        states.append(state)
-    out["mixer.hook_state"] = torch.stack(states, dim=1)
-    out["mixer.hook_scan"] = scan.flatten(2)
-    out["mixer.hook_y"] = c("mixer.hook_scan") + D * c("mixer.hook_u")
-    out["mixer.hook_gate"] = c("mixer.hook_gate_pre") * torch.sigmoid(c("mixer.hook_gate_pre"))
-
-    def scale_of(x):
-        return (x.reshape(batch, length, G, -1).pow(2).mean(-1) + 1e-5).sqrt()
-
-    def normed(x):
-        scale = c("mixer.hook_scale")[..., None]
-        return m.norm.weight * (x.reshape(batch, length, G, -1) / scale).reshape(batch, length, channels)
-
-    if cfg.mixer_norm == "after the gate":
-        out["mixer.hook_product"] = c("mixer.hook_y") * c("mixer.hook_gate")
-        out["mixer.hook_scale"] = scale_of(c("mixer.hook_product"))
-        out["mixer.hook_gated"] = normed(c("mixer.hook_product"))
-    elif cfg.mixer_norm == "before the gate":
-        out["mixer.hook_scale"] = scale_of(c("mixer.hook_y"))
-        out["mixer.hook_normed"] = normed(c("mixer.hook_y"))
-        out["mixer.hook_gated"] = c("mixer.hook_normed") * c("mixer.hook_gate")
-    else:
-        out["mixer.hook_gated"] = c("mixer.hook_y") * c("mixer.hook_gate")
-    out["hook_mixer_out"] = c("mixer.hook_gated") @ m.out_proj.weight.T
-    if m.out_proj.bias is not None:
-        out["hook_mixer_out"] = out["hook_mixer_out"] + m.out_proj.bias
-    out["hook_resid_post"] = c("hook_resid_pre") + c("hook_mixer_out")
+    literally.around(out, c, cache, layer, (("mixer",),))
+    literally.norm_rows(out, c, "ln1", c("hook_mixer_in"), w.norm.weight, 1e-5)
+    given = literally.linear(c("ln1.hook_out"), w.mixer.in_proj)
+    literally.mamba2(out, c, w.mixer, given, cfg.sizes, cfg.dt_limit, 1e-5, cfg.mixer_norm)
+    out["hook_mixer_out"] = literally.linear(c("mixer.hook_gated"), w.mixer.out_proj)
     return out
 
 

@@ -11,10 +11,11 @@ from torch import nn
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-from gatedlens.model.hookpoint import HookPoint
+from gatedlens.model.hookpoint import HookPoint, rows_of
 from gatedlens.model.run import Run
 from gatedlens.parts.activation import SILU
-from gatedlens.parts.experts import Experts, experts_rows, sigmoid_top, softmax_top
+from gatedlens.parts.experts import Experts, SharedExpert, experts_rows, shared_expert_rows, sigmoid_top, softmax_top
+from gatedlens.parts.glu import GatedMlp, gated_mlp_rows
 
 D, E, M, S, K = 6, 5, 4, 3, 2
 
@@ -39,7 +40,9 @@ class Weights(nn.Module):
 def mixture():
     torch.manual_seed(0)
     weights = Weights().double()
-    part = Experts(weights, experts_rows("SiLU", "the largest"), SILU, softmax_top(K, True))
+    rows = experts_rows("SiLU", "the largest", shared=shared_expert_rows("SiLU"))
+    shared = SharedExpert(weights.shared_expert, rows_of("shared", rows), SILU, weights.shared_expert_gate)
+    part = Experts(weights, rows, SILU, softmax_top(K, True), shared=shared)
     for name, point in part.named_modules():
         if isinstance(point, HookPoint):
             point.name = name
@@ -117,10 +120,10 @@ def test_the_gradient_of_a_weight_that_is_0_is_its_experts_output(mixture):
 def test_a_shared_expert_without_a_gate_and_a_router_wider_than_the_model():
     torch.manual_seed(0)
     w = Weights()
-    w.shared_experts = w.shared_expert
-    part = Experts(
-        w.bfloat16(), experts_rows("SiLU", "the largest", gated=False), SILU, softmax_top(K, True), gated=False
-    )
+    rows = experts_rows("SiLU", "the largest", shared=gated_mlp_rows("SiLU", width="d_shared"))
+    w = w.bfloat16()
+    shared = GatedMlp(w.shared_expert, rows_of("shared", rows), SILU)
+    part = Experts(w, rows, SILU, softmax_top(K, True), shared=shared)
     w.gate.float()
     m, run = torch.randn(2, 3, D, dtype=torch.bfloat16), Run(torch.arange(3).expand(2, 3))
     with torch.no_grad():
@@ -129,9 +132,8 @@ def test_a_shared_expert_without_a_gate_and_a_router_wider_than_the_model():
         part.hook_experts.add_hook(lambda x, hook: None)
         every = part(m, run)
     assert out.dtype == every.dtype == torch.bfloat16 and seen["router"].dtype == torch.float32
-    assert "shared.hook_gate" not in [row.name for row in experts_rows("SiLU", "the largest", gated=False)]
     wide = Weights().double()
-    wide.load_state_dict({name: p.double() for name, p in w.state_dict().items() if "shared_experts" not in name})
+    wide.load_state_dict({name: p.double() for name, p in w.state_dict().items()})
     m = m.double()
     want = literal(wide, m)[0]
     shared = wide.shared_expert

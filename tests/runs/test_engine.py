@@ -247,9 +247,8 @@ def test_clean_runs_that_do_not_fit(lm):
         run(sliced)
     with pytest.raises(gl.InputError, match="padded in different places"):
         run(short)
-    wide = type(lm).tiny(
-        seed=1, dtype=torch.float64, **{"d_model" if lm.cfg.architecture.startswith("mamba") else "hidden_size": 32}
-    )
+    width = "hidden_size" if lm.small is None or "hidden_size" in lm.small.config else "d_model"
+    wide = type(lm).tiny(seed=1, dtype=torch.float64, **{width: 32})
     with pytest.raises(gl.InputError, match=rf"has shape \[2, 7, 32\].*It is a cache of {wide.cfg.model_name}"):
         run(caches(wide, clean))
     assert not lm.list_hooks()
