@@ -20,6 +20,7 @@ from gatedlens.model.base import HookedModel
 # The files, and a class of each: loaded when it is first asked for, whether or not its file was asked for before. Checkers and
 # editors read the imports, Python the table.
 if TYPE_CHECKING:
+    from gatedlens.hooks.fla import HookedFLA as HookedFLA
     from gatedlens.hooks.griffin import HookedGriffin as HookedGriffin
     from gatedlens.hooks.kimi_linear import HookedKimiLinear as HookedKimiLinear
     from gatedlens.hooks.mamba import HookedMamba as HookedMamba
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from gatedlens.hooks.vim import HookedViM as HookedViM
 else:
     CLASSES = {
+        "fla": ("HookedFLA",),
         "griffin": ("HookedGriffin",),
         "kimi_linear": ("HookedKimiLinear",),
         "mamba": ("HookedMamba",),

@@ -32,7 +32,6 @@ from gatedlens.compat.names.qwen3_next import ALIASES
 from gatedlens.errors import CheckpointError
 from gatedlens.formats.kimi_linear import TINY
 from gatedlens.formats.transformers_config import KIMI_LINEAR
-from gatedlens.hooks.qwen3_next import UNIT_EPS, unit
 from gatedlens.model import fields
 from gatedlens.model.base import Wrapped
 from gatedlens.model.block import Block, Sub
@@ -44,6 +43,7 @@ from gatedlens.model.run import Run
 from gatedlens.model.stages import Conv, Gate, GroupNorm, Named, Scan, SiLU
 from gatedlens.model.state import Carried
 from gatedlens.parts.activation import SILU
+from gatedlens.parts.delta_rule import UNIT_EPS, delta_terms, unit
 from gatedlens.parts.experts import EXPERTS_OUT_UNGATED, Experts, experts_rows, sigmoid_top
 from gatedlens.parts.glu import GatedMlp, gated_mlp_rows
 from gatedlens.parts.latent_attention import LatentAttention, LatentKind, carried_by
@@ -190,10 +190,7 @@ class KimiDeltaMixer(PathMixer):
         beta: Float[Tensor, "batch pos head"],
         log_decay: Float[Tensor, "batch pos head state"],
     ) -> Terms:
-        """key = erase = beta k, probe = decay k, read = q / sqrt(n): Kimi Linear, eq. 1."""
-        written = beta.unsqueeze(-1) * k
-        read = q * q.shape[-1] ** -0.5
-        return Terms(log_decay, key=written, read=read, erase=written, probe=torch.exp(log_decay) * k)
+        return delta_terms(q, k, beta, log_decay)
 
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
         return self.weights.o_proj.weight, self.weights.o_proj.bias

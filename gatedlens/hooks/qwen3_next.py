@@ -45,6 +45,7 @@ from gatedlens.model.stages import Conv, Gate, GroupNorm, Named, Scan, SiLU
 from gatedlens.model.state import Carried
 from gatedlens.parts.activation import SILU
 from gatedlens.parts.attention import CARRIED_WINDOW, Attention, AttentionKind
+from gatedlens.parts.delta_rule import delta_terms, unit
 from gatedlens.parts.experts import EXPERTS_OUT, Experts, experts_rows, softmax_top
 from gatedlens.parts.glu import GatedMlp, gated_mlp_rows
 from gatedlens.parts.layer_kind import LayerKind, rows_by_kind
@@ -57,7 +58,6 @@ RULE = f"{GDN}, eq. 10"
 BLOCK = f"{GDN}, fig. 1"
 RMSNORM = "RMSNorm, arXiv 1910.07467"
 UIA = "UIA, arXiv 2405.16504"
-UNIT_EPS = 1e-6
 
 TAPS = "conv1d.weight[tap] * {}[pos - (tap.size - 1) + tap], 0 from another document"
 MIXER_ROWS = (
@@ -124,12 +124,6 @@ ROWS = rows_by_kind(MIXING, CHANNEL_MIXING, NORMED)
 
 
 # -- the gated delta net --------------------------------------------------------------------------------------------
-
-
-def unit(x: Float[Tensor, "*any state"]) -> Float[Tensor, "*any state"]:
-    """x / sqrt(sum x^2 + 1e-6), in at least float32."""
-    wide = at_least_float32(x)
-    return wide * torch.rsqrt(wide.pow(2).sum(-1, keepdim=True) + UNIT_EPS)
 
 
 def silu(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
@@ -209,11 +203,7 @@ class GatedDeltaMixer(PathMixer):
         beta: Float[Tensor, "batch pos head"],
         log_decay: Float[Tensor, "batch pos head"],
     ) -> Terms:
-        """key = erase = beta k, probe = decay k, read = q / sqrt(n): Gated DeltaNet, eq. 10."""
-        log_decay, k = log_decay.unsqueeze(-1), k.repeat_interleave(self.heads // k.shape[2], dim=2)
-        written = beta.unsqueeze(-1) * k
-        read = q * q.shape[-1] ** -0.5
-        return Terms(log_decay, key=written, read=read, erase=written, probe=torch.exp(log_decay) * k)
+        return delta_terms(q, k, beta, log_decay.unsqueeze(-1))
 
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
         return self.weights.out_proj.weight, self.weights.out_proj.bias

@@ -103,14 +103,18 @@ class Mixer(TokenMixing):
         return self.along(x)
 
     def causal_convs(
-        self, streams: Mapping[str, Float[Tensor, "batch pos ..."]], run: Run, conv: Any
+        self,
+        streams: Mapping[str, Float[Tensor, "batch pos ..."]],
+        run: Run,
+        weight: Float[Tensor, "channel 1 tap"],
+        bias: Float[Tensor, " channel"] | None,
     ) -> dict[str, Float[Tensor, "batch pos ..."]]:
-        """The causal depthwise convolution of a wrapped nn.Conv1d with its bias, across padding, calls and documents, of streams
-        side by side: c[i] = sum over k of weight[K - 1 - k] x[i - k] + bias.
+        """The causal depthwise convolution by the weight and bias of an nn.Conv1d, across padding, calls and documents, of
+        streams side by side: c[i] = sum over k of weight[K - 1 - k] x[i - k] + bias.
 
         Each stream has lazy taps of its own, the summands: `hook_conv_taps` of "conv", `hook_B_conv_taps` of "B_conv".
         """
-        weight, bias, width = conv.weight, conv.bias, conv.weight.shape[-1]
+        width = weight.shape[-1]
         flat = [stream.flatten(2) for stream in streams.values()]
         x = flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
         tail = run.start("conv", self.layer, (x.shape[0], width - 1, x.shape[2]), x)

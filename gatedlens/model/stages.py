@@ -29,8 +29,17 @@ from gatedlens.recurrence.transforms import anywhere
 class Conv(Stage):
     """c = causal depthwise conv of the streams side by side, with bias; the content is one of them."""
 
-    name: str  # of the wrapped nn.Conv1d
+    name: str | tuple[str, ...]  # of the wrapped nn.Conv1d of all streams; or of each stream's own, all with a bias or none
     streams: tuple[str, ...] = ("x",)
+
+    def filters(self, mixer: PathMixer) -> tuple[Float[Tensor, "channel 1 tap"], Float[Tensor, " channel"] | None]:
+        """The taps and the bias of all channels."""
+        names = (self.name,) if isinstance(self.name, str) else self.name
+        convs = [getattr(mixer.weights, name) for name in names]
+        if len(convs) == 1:
+            return convs[0].weight, convs[0].bias
+        bias = None if convs[0].bias is None else torch.cat([conv.bias for conv in convs])
+        return torch.cat([conv.weight for conv in convs]), bias
 
     def content(self, mixer: PathMixer) -> slice:
         """Which channels of the convolution the content is."""
@@ -42,21 +51,21 @@ class Conv(Stage):
     def forward(self, mixer: PathMixer, content: Content, streams: Streams, run: Run) -> Content:
         names = {_conv_point(name): name for name in self.streams}
         together = {point: streams[name] for point, name in names.items()}
-        for point, c in mixer.causal_convs(together, run, getattr(mixer.weights, self.name)).items():
+        for point, c in mixer.causal_convs(together, run, *self.filters(mixer)).items():
             streams[names[point]] = c
         for point, name in names.items():
             streams[name] = mixer.fire(point, streams[name])
         return streams["x"]
 
     def hold(self, mixer: PathMixer, held: Held) -> None:
-        conv, some = getattr(mixer.weights, self.name), self.content(mixer)
-        taps = conv.weight.to(held.x.dtype).squeeze(1)[some]
+        (weight, bias), some = self.filters(mixer), self.content(mixer)
+        taps = weight.to(held.x.dtype).squeeze(1)[some]
         held.factors["taps"], documents = taps, held.documents
         if documents is not None and anywhere(documents != documents[:, :1]):
             held.factors["document"] = documents
         drift = torch.zeros_like(held.x)
-        if conv.bias is not None:
-            drift = drift + conv.bias[some].to(held.x.dtype) * held.padding.packed_mask(held.x)
+        if bias is not None:
+            drift = drift + bias[some].to(held.x.dtype) * held.padding.packed_mask(held.x)
         if held.state is not None:
             tail = reach(held.state["conv", mixer.layer][..., some], held.x, taps)
             drift = drift + (tail if documents is None else tail * (documents == 0).unsqueeze(-1))
