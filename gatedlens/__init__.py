@@ -51,12 +51,13 @@ else:
 
 __all__ = [
     "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError",
-    "HookPoint", "HookTable", "HookedConfig", "HookedFLA", "HookedGriffin", "HookedKimiLinear", "HookedLanguageModel",
-    "HookedMamba", "HookedMamba2", "HookedModel", "HookedQwen3Next", "HookedRWKV", "HookedRWKV7", "HookedViM", "HookedVisionModel",
-    "ImplicitAttention", "InputError", "Point", "PointError", "RecurrentState", "Result", "StoreError", "TooLargeError",
-    "View", "__version__", "ablation", "amplify", "attribution", "bundled_models", "circuits", "data", "evaluation",
-    "from_pretrained", "fused", "implicit_attention", "knockout", "lens", "metrics", "patching", "plot", "profiles",
-    "register", "states", "steering", "store", "tasks", "tracing", "wrap",
+    "HookPoint", "HookTable", "HookedConfig", "HookedFLA", "HookedGriffin", "HookedKimiLinear",
+    "HookedLanguageModel", "HookedMamba", "HookedMamba2", "HookedModel", "HookedQwen3Next", "HookedRWKV",
+    "HookedRWKV7", "HookedViM", "HookedVisionModel", "ImplicitAttention", "InputError", "Point", "PointError",
+    "RecurrentState", "Result", "StoreError", "TooLargeError", "View", "__version__", "ablation", "amplify",
+    "attribution", "bundled_models", "circuits", "data", "evaluation", "from_pretrained", "fused",
+    "implicit_attention", "knockout", "lens", "metrics", "patching", "plot", "profiles", "register", "states",
+    "steering", "store", "tasks", "tracing", "wrap",
 ]
 # isort: on
 # fmt: on

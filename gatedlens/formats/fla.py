@@ -140,8 +140,8 @@ def sizes_of(kind: str, config: Mapping[str, Any]) -> Sizes:
 class FlaWeights(nn.Module):
     """Parameters by fla's names, without fla: `FlaWeights(config.json).load_state_dict(...)`.
 
-    config: `model_type, vocab_size, num_hidden_layers`, and fla's words for the rest. `layer_types`, if given, says the kind of each
-    layer, in place of model_type.
+    config: `model_type, vocab_size, num_hidden_layers`, and fla's words for the rest. `layer_types`, if given, says the kind of
+    each layer, in place of model_type.
     """
 
     def __init__(self, config: dict[str, Any]):
@@ -183,15 +183,21 @@ def _mixer(kind: str, config: Mapping[str, Any]) -> nn.Module:
     d, eps, linear = config["hidden_size"], config["norm_eps"], partial(nn.Linear, bias=False)
     heads, groups, key, value = sizes_of(kind, config)
     gated, mixer = is_gated(kind, config), nn.Module()
-    for name, width in zip("qfi" if kind == "hgrn2" else "qkv", (groups * key, groups * key, heads * value), strict=True):
+    for name, width in zip(
+        "qfi" if kind == "hgrn2" else "qkv", (groups * key, groups * key, heads * value), strict=True
+    ):
         setattr(mixer, f"{name}_proj", linear(d, width))
         if config["use_short_conv"]:
-            conv = nn.Conv1d(width, width, config["conv_size"], groups=width, padding=config["conv_size"] - 1, bias=False)
+            conv = nn.Conv1d(
+                width, width, config["conv_size"], groups=width, padding=config["conv_size"] - 1, bias=False
+            )
             setattr(mixer, f"{name}_conv1d", conv)
     if gated:
         mixer.g_proj = linear(d, heads * value)
     if kind == "gla":
-        mixer.gk_proj = nn.Sequential(linear(d, config["gate_low_rank_dim"]), nn.Linear(config["gate_low_rank_dim"], groups * key))
+        mixer.gk_proj = nn.Sequential(
+            linear(d, config["gate_low_rank_dim"]), nn.Linear(config["gate_low_rank_dim"], groups * key)
+        )
     if "delta" in kind:
         mixer.b_proj = linear(d, heads)
     if kind == "gated_deltanet":
@@ -227,9 +233,9 @@ TINY = Tiny(
     FlaWeights,
     {
         "model_type": "gla",
-        "layer_types": ["gla", "hgrn2", "gated_deltanet", "retnet"],
+        "layer_types": ["gated_deltanet", "retnet"],
         "hidden_size": 16,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 2,
         "vocab_size": 40,
         "num_heads": 4,
         "head_dim": 4,

@@ -29,7 +29,9 @@ from gatedlens.recurrence.transforms import anywhere
 class Conv(Stage):
     """c = causal depthwise conv of the streams side by side, with bias; the content is one of them."""
 
-    name: str | tuple[str, ...]  # of the wrapped nn.Conv1d of all streams; or of each stream's own, all with a bias or none
+    name: (
+        str | tuple[str, ...]
+    )  # of the wrapped nn.Conv1d of all streams; or of each stream's own, all with a bias or none
     streams: tuple[str, ...] = ("x",)
 
     def filters(self, mixer: PathMixer) -> tuple[Float[Tensor, "channel 1 tap"], Float[Tensor, " channel"] | None]:

@@ -1,8 +1,9 @@
 """The gated delta rule as terms, for every architecture that has one.
 
-    S_t = (1 - beta_t k_t k_t^T) decay_t S_{t-1} + beta_t k_t u_t^T          scan_t = S_t q_t / sqrt(n)          n numbers of a key
+    S_t = (1 - beta_t k_t k_t^T) decay_t S_{t-1} + beta_t k_t u_t^T          scan_t = S_t q_t / sqrt(n)
 
-What a step removes is erase (probe . S): erase = beta k, and probe = decay k, because it looks at the decayed state.
+n numbers of a key. What a step removes is erase (probe . S): erase = beta k, and probe = decay k, because it looks at the
+decayed state.
 """
 
 from __future__ import annotations

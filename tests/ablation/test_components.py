@@ -10,6 +10,7 @@ import torch
 
 import gatedlens as gl
 from gatedlens import ablation
+from gatedlens.model.norm import eps_of
 from tests.ablation.test_ablation import fired, same
 from tests.helpers import by_channel, earlier, example
 
@@ -29,7 +30,7 @@ def operated(model, part, change):
     return other
 
 
-CONV = [f"{conv}.weight" for conv in ("conv1d", "conv_1d", "conv1d_b")]
+CONV = [f"{conv}.weight" for conv in ("conv1d", "conv_1d", "conv1d_b", "q_conv1d", "k_conv1d", "v_conv1d")]
 BIAS = [name.replace("weight", "bias") for name in CONV]
 
 
@@ -95,9 +96,9 @@ def first_layer(model, cache):
     def before_the_gate(y):
         if "blocks.0.mixer.hook_normed" not in cache.cache_dict:
             return y
-        mixer, named = model.blocks[0].mixer, {"kimi_linear": "o_norm", "qwen3_next": "norm"}
+        mixer, named = model.blocks[0].mixer, {"fla": "o_norm", "kimi_linear": "o_norm", "qwen3_next": "norm"}
         heads, norm = y.unflatten(-1, (mixer.heads, -1)), getattr(mixer.weights, named[model.cfg.architecture])
-        return (norm.weight * heads / (heads.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()).flatten(-2)
+        return (norm.weight * heads / (heads.pow(2).mean(-1, keepdim=True) + eps_of(norm, 1e-6)).sqrt()).flatten(-2)
 
     def multiplied(stem, scan):
         """What the gate multiplies, with another scan."""

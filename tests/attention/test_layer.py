@@ -140,6 +140,7 @@ DELTA = ("hook_gate", "hook_q", "hook_k", "hook_beta", "hook_log_decay", "hook_s
 FROZEN = {
     "mamba": {"mixer": ("hook_x", "hook_gated", MAMBA, (("hook_conv", "hook_u"),))},
     "mamba2": {"mixer": ("hook_x", "hook_gated", (*MAMBA, "hook_scale"), (("hook_conv", "hook_u"),))},
+    "fla": {"mixer": ("hook_x", "hook_gated", (*DELTA, "hook_rot_q", "hook_rot_k"), (("hook_conv", "hook_u"),))},
     "griffin": {"mixer": ("hook_x", "hook_gated", GRIFFIN, ()), "attn": ("hook_v", "hook_z", ("hook_pattern",), ())},
     "kimi_linear": {
         "mixer": ("hook_x", "hook_gated", DELTA, (("hook_conv", "hook_u"),)),
@@ -171,7 +172,11 @@ def frozen_forward(model, layer, run):
     """
     place = model.blocks[layer].mixer.place
     x_name, o_name, fixed, silus = FROZEN[model.cfg.architecture][place]
-    stem, live = f"blocks.{layer}.{place}.", {}
+    stem, live, rows = f"blocks.{layer}.{place}.", {}, {row.name for row in model.rows_for(layer)}
+    fixed = [
+        name for name in fixed if f"{place}.{name}" in rows
+    ]  # of an architecture that mixes kinds, those of this one
+    silus = [(c, u) for c, u in silus if f"{place}.{c}" in rows]
 
     def leaf(x, hook):
         live["x"] = x.detach().clone().requires_grad_()

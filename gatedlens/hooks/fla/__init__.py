@@ -10,18 +10,19 @@ What differs from one to the next is the mixer, a file each beside this one:
     delta_net.py   the delta rule, without a decay or with one a head
 
 Each with short convs or none, with a gate or none, as the module has them. Wraps fla's GLAForCausalLM, RetNetForCausalLM,
-HGRN2ForCausalLM, DeltaNetForCausalLM and GatedDeltaNetForCausalLM by the names of their parameters (fla itself is not needed), and
-`FlaWeights` of formats/fla.py, which holds their checkpoints.
+HGRN2ForCausalLM, DeltaNetForCausalLM and GatedDeltaNetForCausalLM by the names of their parameters (fla itself is not needed),
+and `FlaWeights` of formats/fla.py, which holds their checkpoints.
 """
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any, ClassVar
 
 from gatedlens.address.point import Point, block_rows
 from gatedlens.compat.names.fla import ALIASES
 from gatedlens.errors import CheckpointError
-from gatedlens.formats.fla import FIELDS, TINY, FlaLayout, sizes_of, words
+from gatedlens.formats.fla import FIELDS, TINY, FlaLayout, Sizes, sizes_of, words
 from gatedlens.formats.transformers_config import config_of
 from gatedlens.hooks.fla.delta_net import DeltaNetMixer, GatedDeltaNetMixer
 from gatedlens.hooks.fla.gla import GlaMixer
@@ -56,12 +57,17 @@ USUAL = (  # as the published checkpoints have them
 )
 
 
-def kind_of(mixer: Wrapped) -> FlaKind:
-    """What a wrapped mixer is, by the parts it has."""
+def mixing_of(mixer: Wrapped) -> str:
+    """The word in `MIXERS` for a wrapped mixer, by the parts it has."""
     has = {*mixer._modules, *mixer._parameters}
     marks = {"gk_proj": "GLA", "f_proj": "HGRN2", "A_log": "gated DeltaNet", "b_proj": "DeltaNet"}
-    mixing = next((kind for mark, kind in marks.items() if mark in has), "RetNet")
-    return FlaKind(mixing, conv="q_conv1d" in has, gated="g_proj" in has)
+    return next((mixing for mark, mixing in marks.items() if mark in has), "RetNet")
+
+
+def kind_of(mixer: Wrapped, sizes: Sizes) -> FlaKind:
+    """What a wrapped mixer of these sizes is, by the parts it has."""
+    has = mixer._modules
+    return FlaKind(mixing_of(mixer), "q_conv1d" in has, "g_proj" in has, grouped=sizes.groups < sizes.heads)
 
 
 def block_points_of(kind: FlaKind) -> tuple[Point, ...]:
@@ -74,11 +80,10 @@ def block_points_of(kind: FlaKind) -> tuple[Point, ...]:
 
 
 EVERY = tuple(
-    FlaKind(mixing, conv, gated)
+    FlaKind(mixing, conv, gated, grouped)
     for mixing in MIXERS
-    for conv in (False, True)
-    for gated in (False, True)
-    if not (mixing == "HGRN2" and gated)
+    for conv, gated, grouped in product((False, True), repeat=3)
+    if not (mixing == "HGRN2" and gated) and (mixing == "gated DeltaNet" or not grouped)
 )
 ROWS = {kind: block_points_of(kind) for kind in EVERY}
 
@@ -95,7 +100,17 @@ class HookedFLA(PositionedModel):
     paper = "Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv 2312.06635)"
     reference = (
         "fla-hub/gla-1.3B-100B",
-        {"d_model": 2048, "channel": 2048, "head": 4, "value": 512, "group": 4, "state": 256, "tap": 4, "low": 16, "d_mlp": 5632},
+        {
+            "d_model": 2048,
+            "channel": 2048,
+            "head": 4,
+            "value": 512,
+            "group": 4,
+            "state": 256,
+            "tap": 4,
+            "low": 16,
+            "d_mlp": 5632,
+        },
     )
     recurrence: ClassVar = {
         "decay": "exp(log_decay): of each number of a key (GLA, HGRN2), of each head (RetNet, gated DeltaNet); 1 in DeltaNet",
@@ -104,7 +119,7 @@ class HookedFLA(PositionedModel):
         "probe": "of delta rules decay * k: it looks at the decayed state",
         "read": "q / sqrt(state.size) (of RetNet rot_q), [head, state]",
         "skip": "none",
-        "conv": "causal depthwise convs over q, k and x, where a model has them",
+        "conv": "causal depthwise convs over q, k and x, no bias, where a model has them",
         "activation before the scan": "SiLU: u = sigmoid(c) * c, behind a conv and in delta rules; else none",
         "gate": "an RMSNorm of the scan, then SiLU(gate_pre) where a model has a gate",
     }
@@ -112,8 +127,9 @@ class HookedFLA(PositionedModel):
         "x": "x",
         "o": "gated",
         "gate": "gate * w / scale",
-        "scan": "S[i, j] = q[i] / sqrt(state.size) . T[i] ... T[j + 1] k[j] (beta[j] * k[j]), j <= i, of each head, where T is "
-        "diag(decay), of delta rules (1 - beta * k k^T) decay; 0 where a reset lies between, j < reset <= i",
+        "scan": "S[i, j] = q[i] / sqrt(state.size) . T[i] ... T[j + 1] k[j], j <= i, of each head, T = diag(exp(log_decay)); "
+        "with rot_q and rot_k in a RetNet; of a delta rule beta[j] * k[j], and T = (1 - beta * k k^T) exp(log_decay), without "
+        "the decay in DeltaNet; 0 where a reset lies between, j < reset <= i",
         "skip": "none",
         "act": "sigmoid(conv): u = act * conv; 1 where no activation is",
         "conv": "M[i, j] = v_conv1d.weight[K - 1 - (i - j)], 0 <= i - j < K taps, within a document",
@@ -129,7 +145,9 @@ class HookedFLA(PositionedModel):
     )
     layout = FlaLayout()
     small = TINY
-    block_points = tuple({row.name: row for rows in ROWS.values() for row in rows}.values())  # of all kinds; see rows_for
+    block_points = tuple(
+        {row.name: row for rows in ROWS.values() for row in rows}.values()
+    )  # of all kinds; see rows_for
     aliases = ALIASES
     carried: ClassVar = {
         "scan": Carried("scan", "batch head value state"),
@@ -145,13 +163,16 @@ class HookedFLA(PositionedModel):
         fields.check(given, FIELDS, f"{model_name}'s config")
         if len(layers) == 0:
             raise CheckpointError(f"{model_name} has no layers.")
-        kinds = tuple(kind_of(layer.attn) for layer in layers)
         types = {mixing: name for name, mixing in MODEL_TYPES.items()}
-        config = words(types[kinds[0].mixing], given)
-        sizes = {sizes_of(types[kind.mixing], given) for kind in kinds}
-        if len(sizes) > 1:
-            raise CheckpointError(f"{model_name} has layers with heads of different sizes; gatedlens runs models of one.")
-        (heads, groups, key, value), weight = sizes.pop(), wrapped.model.embeddings.weight
+        config = words(types[mixing_of(layers[0].attn)], given)
+        found = {sizes_of(types[mixing_of(layer.attn)], given) for layer in layers}
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{model_name} has layers with heads of different sizes; gatedlens runs models of one."
+            )
+        sizes, weight = found.pop(), wrapped.model.embeddings.weight
+        heads, groups, key, value = sizes
+        kinds = tuple(kind_of(layer.attn, sizes) for layer in layers)
         for number, layer in enumerate(layers):
             held = (layer.attn.q_proj.weight.shape[0], layer.attn.o_proj.weight.shape[1])
             if held != (groups * key, heads * value):
@@ -200,7 +221,7 @@ class HookedFLA(PositionedModel):
         ln1, ln2 = (Norm(norm, rows_of(ln, rows), cfg.eps) for ln, norm in (("ln1", w.attn_norm), ("ln2", w.mlp_norm)))
         mixing, points = cfg.kinds[layer].mixing, rows_of("mixer", rows)
         if mixing == "HGRN2":
-            mixer: FlaMixer = Hgrn2Mixer(w.attn, points, layer, cfg, self.wrapped.model._parameters.get("lower_bounds"))
+            mixer: FlaMixer = Hgrn2Mixer(w.attn, points, layer, cfg, self.wrapped.model)
         else:
             mixer = MIXERS[mixing](w.attn, points, layer, cfg)
         mlp = GatedMlp(w.mlp, rows_of("mlp", rows), SILU)

@@ -8,13 +8,15 @@ DeltaNet's decay is 1; the gated one's exp(-exp(A_log) softplus(a_proj(n) + dt_b
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.address.point import Point
-from gatedlens.hooks.fla.mixer import FlaKind, FlaMixer
+from gatedlens.hooks.fla.mixer import KEYS, FlaKind, FlaMixer
 from gatedlens.model.path import Content, Stage, Streams
 from gatedlens.model.run import Run
 from gatedlens.model.stages import SiLU
@@ -24,7 +26,6 @@ from gatedlens.recurrence.terms import Terms
 
 DELTA_NET = "DeltaNet, arXiv 2406.06484"
 GATED = "Gated DeltaNet, arXiv 2412.06464"
-KEYS = "batch pos group state"
 UNIT = f"{{0}} / sqrt(sum over state of ({{0}})^2 + {UNIT_EPS})"
 BETA_PRE = "b_proj(ln1.out)"
 BETA = "sigmoid(beta_pre), twice that if the config says allow_neg_eigval"
@@ -37,14 +38,13 @@ class DeltaNetMixer(FlaMixer):
     """
 
     paper = DELTA_NET
-    key_axes = "group state"
     norm_name = ("o_norm",)
-    selection = ("q", "k", "beta")
+    selection: ClassVar[tuple[str, ...]] = ("q", "k", "beta")
     written = "u * beta * k"
     decay = "1 - reset"
     probe = "(1 - reset) * k"
-    beside = (Point("hook_beta_pre", "batch pos head", BETA_PRE, DELTA_NET),)
-    selected = (
+    beside: ClassVar[tuple[Point, ...]] = (Point("hook_beta_pre", "batch pos head", BETA_PRE, DELTA_NET),)
+    selected: ClassVar[tuple[Point, ...]] = (
         Point("hook_q", KEYS, UNIT.format("{q}"), DELTA_NET),
         Point("hook_k", KEYS, UNIT.format("{k}"), DELTA_NET),
         Point("hook_beta", "batch pos head", BETA, DELTA_NET),
@@ -55,7 +55,7 @@ class DeltaNetMixer(FlaMixer):
         return f"SiLU({stream}_{'conv' if kind.conv else 'pre'})"
 
     @classmethod
-    def erase_rows(cls) -> tuple[Point, ...]:
+    def state_rows(cls) -> tuple[Point, ...]:
         whole, left = "batch pos head value state", "erase * (sum over state of probe * state[pos - 1])"
         return (
             Point("hook_erase", whole, "beta * k, the same for each value", cls.paper, True),

@@ -1,7 +1,7 @@
 """Gated linear attention (Yang et al. 2023, arXiv 2312.06635), as flash-linear-attention lays it out.
 
-    log decay = logsigmoid(W2 W1 n + b) / 16, a number for each of a key's
-    state_t   = diag(decay_t) state_{t-1} + u_t k_t^T          scan_t = state_t q_t / sqrt(n)
+log decay = logsigmoid(W2 W1 n + b) / 16, a number for each of a key's
+state_t   = diag(decay_t) state_{t-1} + u_t k_t^T          scan_t = state_t q_t / sqrt(n)
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.address.point import Point
-from gatedlens.hooks.fla.mixer import FlaMixer
+from gatedlens.hooks.fla.mixer import KEYS, FlaMixer
 from gatedlens.model.path import Content, Streams
 from gatedlens.model.run import Run
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.terms import Terms
 
 GLA = "GLA, arXiv 2312.06635"
-KEYS = "batch pos head state"
+DECAY = "log(sigmoid(decay_pre)) / 16, at least clamp_min if the config has one"
 
 
 class GlaMixer(FlaMixer):
@@ -28,12 +28,12 @@ class GlaMixer(FlaMixer):
     selection = ("q", "k", "log_decay")
     beside = (
         Point("hook_decay_low", "batch pos low", "gk_proj.0(ln1.out)", f"{GLA}, sec. 4"),
-        Point("hook_decay_pre", KEYS, "gk_proj.1(decay_low)", f"{GLA}, sec. 4"),
+        Point("hook_decay_pre", "batch pos head state", "gk_proj.1(decay_low)", f"{GLA}, sec. 4"),
     )
     selected = (
         Point("hook_q", KEYS, "{q}", GLA),
         Point("hook_k", KEYS, "{k}", GLA),
-        Point("hook_log_decay", KEYS, "log(sigmoid(decay_pre)) / 16, clamp_min at least if the config has one", f"{GLA}, sec. 4"),
+        Point("hook_log_decay", "batch pos head state", DECAY, f"{GLA}, sec. 4"),
     )  # fmt: skip
 
     def read_beside(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Streams:

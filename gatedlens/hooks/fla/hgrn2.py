@@ -1,13 +1,13 @@
 """HGRN2 (Qin et al. 2024, arXiv 2404.07904), as flash-linear-attention lays it out: the key is what the gate forgets.
 
-    decay   = lower + (1 - lower) sigmoid(f), a number for each of a key's; lower rises from layer to layer, 0 in the first
-    state_t = diag(decay_t) state_{t-1} + u_t (1 - decay_t)^T          scan_t = state_t SiLU(q_t) / sqrt(n)
-    out     = o_proj(RMSNorm(scan)), the norm over all channels; no gate
+decay   = lower + (1 - lower) sigmoid(f), a number for each of a key's; lower rises from layer to layer, 0 in the first
+state_t = diag(decay_t) state_{t-1} + u_t (1 - decay_t)^T          scan_t = state_t SiLU(q_t) / sqrt(n)
+out     = o_proj(RMSNorm(scan)), the norm over all channels; no gate
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.address.point import Point
-from gatedlens.hooks.fla.mixer import FlaConfig, FlaKind, FlaMixer
+from gatedlens.hooks.fla.mixer import KEYS, FlaConfig, FlaKind, FlaMixer
 from gatedlens.model.path import Content, Stage, Streams
 from gatedlens.model.run import Run
 from gatedlens.model.stages import Real
@@ -23,14 +23,13 @@ from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.terms import Terms
 
 HGRN2 = "HGRN2, arXiv 2404.07904"
-KEYS = "batch pos head state"
 
 
 class Hgrn2Mixer(FlaMixer):
     """Gated linear RNN with state expansion."""
 
     paper = HGRN2
-    projections = {"q": "q", "f": "f", "x": "i"}
+    projections: ClassVar = {"q": "q", "f": "f", "x": "i"}
     norms_heads = False
     selection = ("q", "k", "log_decay")
     selected = (
@@ -39,9 +38,9 @@ class Hgrn2Mixer(FlaMixer):
         Point("hook_k", KEYS, "1 - exp(log_decay)", HGRN2),
     )
 
-    def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, cfg: FlaConfig, lower_bounds: Any):
+    def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, cfg: FlaConfig, decoder: Any):
         super().__init__(weights, rows, layer, cfg)
-        self.__dict__["lower_bounds"] = lower_bounds  # of the wrapped model, as `weights` is
+        self.__dict__["decoder"] = decoder  # of the wrapped model, as `weights` is: it holds all layers' lower bounds
 
     @classmethod
     def entered(cls, stream: str, kind: FlaKind) -> str:
@@ -53,9 +52,10 @@ class Hgrn2Mixer(FlaMixer):
 
     def lower(self) -> Float[Tensor, "head state"] | None:
         """The share of the state that each number of a key keeps at least; None: 0."""
-        if self.lower_bounds is None or self.layer == 0:
+        bounds = self.decoder._parameters.get("lower_bounds")
+        if bounds is None or self.layer == 0:
             return None
-        steps = at_least_float32(self.lower_bounds).softmax(0)
+        steps = at_least_float32(bounds).softmax(0)
         return steps[1 : self.layer + 1].sum(0).unflatten(0, (self.heads, -1))
 
     def select(self, u: Content, streams: Streams, run: Run) -> None:

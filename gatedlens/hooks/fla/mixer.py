@@ -9,7 +9,7 @@ b batch, l pos, d d_model, h head, v value (of a head), c channel = (head value)
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch.nn.functional as F
@@ -26,18 +26,21 @@ from gatedlens.recurrence.scanning import at_least_float32
 
 RMSNORM = "RMSNorm, arXiv 1910.07467"
 UIA = "UIA, arXiv 2405.16504"
+KEYS = "batch pos {keys} state"  # of what is shared by the heads of a group, where there are any
 TAPS = "{0}_conv1d.weight[tap] * {1}[pos - (tap.size - 1) + tap], 0 from another document"
 
 
 class FlaKind(NamedTuple):
-    """`FlaKind("GLA", conv=False, gated=True)`: what a layer is; as text "GLA, gated"."""
+    """`FlaKind("GLA", conv=False, gated=True)`: what a layer is; as text "GLA, gated". grouped: heads share their keys."""
 
     mixing: str
     conv: bool
     gated: bool
+    grouped: bool = False
 
     def __str__(self) -> str:
-        return ", ".join((self.mixing, *(["short conv"] if self.conv else []), *(["gated"] if self.gated else [])))
+        words = {"short conv": self.conv, "gated": self.gated, "keys shared": self.grouped}
+        return ", ".join((self.mixing, *(word for word, holds in words.items() if holds)))
 
 
 @dataclass(kw_only=True)
@@ -73,7 +76,6 @@ class FlaMixer(PathMixer):
 
     paper: ClassVar[str]
     projections: ClassVar[Mapping[str, str]] = {"q": "q", "k": "k", "x": "v"}  # of each stream, the content last
-    key_axes: ClassVar[str] = "head state"
     norm_name: ClassVar[tuple[str, ...]] = ("g_norm_swish_gate", "g_norm")  # the one that a module has
     beside: ClassVar[tuple[Point, ...]] = ()
     selected: ClassVar[tuple[Point, ...]] = ()
@@ -98,7 +100,7 @@ class FlaMixer(PathMixer):
     def rows(cls, kind: FlaKind) -> tuple[Point, ...]:
         """`GlaMixer.rows(FlaKind("GLA", False, True))`: the points of such a mixer, in firing order."""
         paper, (*keys, _) = cls.paper, cls.projections
-        axes, content = f"batch pos {cls.key_axes}", cls.projections["x"]
+        axes, content = KEYS.format(keys="group" if kind.grouped else "head"), cls.projections["x"]
         rows = [Point(f"hook_{s}_pre", axes, f"{cls.projections[s]}_proj(ln1.out)", paper) for s in keys]
         rows.append(Point("hook_x", "batch pos channel", f"{content}_proj(ln1.out)", paper))
         if kind.gated:
@@ -106,31 +108,37 @@ class FlaMixer(PathMixer):
         rows += cls.beside
         if kind.conv:
             taps = [Point(f"hook_{s}_conv_taps", f"{axes} tap", TAPS.format(s, f"{s}_pre"), paper, True) for s in keys]
-            taps.append(Point("hook_conv_taps", "batch pos channel tap", TAPS.format(content, "x"), f"{UIA}, eq. 9", True))
+            taps.append(
+                Point("hook_conv_taps", "batch pos channel tap", TAPS.format(content, "x"), f"{UIA}, eq. 9", True)
+            )
             sums = [Point(f"hook_{s}_conv", axes, f"sum over tap of {s}_conv_taps", paper) for s in keys]
             rows += [*taps, *sums, Point("hook_conv", "batch pos channel", "sum over tap of conv_taps", paper)]
         u = cls.entered("x", kind).replace("x_conv", "conv").replace("x_pre", "x")
         rows.append(Point("hook_u", "batch pos channel", u, paper))
         words = {s: cls.entered(s, kind) for s in keys}
-        rows += [Point(row.name, row.axes, row.equation.format(**words), row.source) for row in cls.selected]
+        for row in cls.selected:
+            rows.append(
+                replace(row, axes=axes if row.axes == KEYS else row.axes, equation=row.equation.format(**words))
+            )
         return (*rows, *cls.scan_rows(), *cls.out_rows(kind))
 
     @classmethod
     def scan_rows(cls) -> tuple[Point, ...]:
         """The points of the recurrence."""
         whole, paper = "batch pos head value state", cls.paper
+        begin = "state before the first position (zero without one)"
         return (
             Point("hook_reset", "batch pos one", "1 where a document begins (position 0 of position_ids), else 0", paper),
-            Point("hook_state_start", "batch head value state", "state before the first position (zero without one)", paper, True),
+            Point("hook_state_start", "batch head value state", begin, paper, True),
             Point("hook_decay", whole, f"{cls.decay}, the same for each value", paper, True),
             Point("hook_write", whole, cls.written, paper, True),
-            *cls.erase_rows(),
+            *cls.state_rows(),
             Point("hook_scan", "batch pos channel", cls.read, paper),
             Point("hook_y", "batch pos channel", "scan (no skip)", paper),
         )  # fmt: skip
 
     @classmethod
-    def erase_rows(cls) -> tuple[Point, ...]:
+    def state_rows(cls) -> tuple[Point, ...]:
         """The state, behind what a delta rule has before it."""
         whole = "batch pos head value state"
         return (Point("hook_state", whole, "decay * state[pos - 1] + write", cls.paper, True),)

@@ -1,7 +1,7 @@
 """RetNet's multi-scale retention (Sun et al. 2023, arXiv 2307.08621), as flash-linear-attention lays it out.
 
-    q, k turned by position (rotary, all of a key)          decay = 1 - 2^(-5 - h), the same at each position
-    state_t = decay state_{t-1} + u_t k_t^T          scan_t = state_t q_t / sqrt(n)
+q, k turned by position (rotary, all of a key)          decay = 1 - 2^(-5 - h), the same at each position
+state_t = decay state_{t-1} + u_t k_t^T          scan_t = state_t q_t / sqrt(n)
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.address.point import Point
-from gatedlens.hooks.fla.mixer import FlaMixer
+from gatedlens.hooks.fla.mixer import KEYS, FlaMixer
 from gatedlens.model.path import Content, Streams
 from gatedlens.model.run import DocumentRun
 from gatedlens.parts.attention import ROPE, rotate, turns
@@ -19,7 +19,6 @@ from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.terms import Terms
 
 RETNET = "RetNet, arXiv 2307.08621"
-KEYS = "batch pos head state"
 BASE = 10000.0  # of the angles
 
 
