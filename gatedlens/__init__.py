@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from gatedlens.address import Alias, HookTable, Point, View
     from gatedlens.attention import AttentionStack, Contributions, ImplicitAttention, implicit_attention
     from gatedlens.hooks import (
-        HookedFLA, HookedGriffin, HookedKimiLinear, HookedMamba, HookedMamba2, HookedQwen3Next, HookedRWKV, HookedRWKV7,
-        HookedViM, register,
+        HookedFLA, HookedGriffin, HookedKimiLinear, HookedMamba, HookedMamba2, HookedQwen3Next, HookedRWKV, HookedRWKV6,
+        HookedRWKV7, HookedViM, register,
     )
     from gatedlens.loading import bundled_models, from_pretrained, wrap
     from gatedlens.model import ActivationCache, HookPoint, HookedConfig, HookedLanguageModel, HookedModel, RecurrentState
@@ -42,7 +42,7 @@ else:
         "attention": ("AttentionStack", "Contributions", "ImplicitAttention", "implicit_attention"),
         "hooks": (
             "HookedFLA", "HookedGriffin", "HookedKimiLinear", "HookedMamba", "HookedMamba2", "HookedQwen3Next", "HookedRWKV",
-            "HookedRWKV7", "HookedViM", "register",
+            "HookedRWKV6", "HookedRWKV7", "HookedViM", "register",
         ),
         "loading": ("bundled_models", "from_pretrained", "wrap"),
         "model": ("ActivationCache", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "RecurrentState"),
@@ -53,7 +53,7 @@ __all__ = [
     "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError",
     "HookPoint", "HookTable", "HookedConfig", "HookedFLA", "HookedGriffin", "HookedKimiLinear",
     "HookedLanguageModel", "HookedMamba", "HookedMamba2", "HookedModel", "HookedQwen3Next", "HookedRWKV",
-    "HookedRWKV7", "HookedViM", "HookedVisionModel", "ImplicitAttention", "InputError", "Point", "PointError",
+    "HookedRWKV6", "HookedRWKV7", "HookedViM", "HookedVisionModel", "ImplicitAttention", "InputError", "Point", "PointError",
     "RecurrentState", "Result", "StoreError", "TooLargeError", "View", "__version__", "ablation", "amplify",
     "attribution", "bundled_models", "circuits", "data", "evaluation", "from_pretrained", "fused",
     "implicit_attention", "knockout", "lens", "metrics", "patching", "plot", "profiles", "register", "states",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gatedlens.hooks.mamba2 import HookedMamba2 as HookedMamba2
     from gatedlens.hooks.qwen3_next import HookedQwen3Next as HookedQwen3Next
     from gatedlens.hooks.rwkv import HookedRWKV as HookedRWKV
+    from gatedlens.hooks.rwkv6 import HookedRWKV6 as HookedRWKV6
     from gatedlens.hooks.rwkv7 import HookedRWKV7 as HookedRWKV7
     from gatedlens.hooks.vim import HookedViM as HookedViM
 else:
@@ -38,6 +39,7 @@ else:
         "mamba2": ("HookedMamba2",),
         "qwen3_next": ("HookedQwen3Next",),
         "rwkv": ("HookedRWKV",),
+        "rwkv6": ("HookedRWKV6",),
         "rwkv7": ("HookedRWKV7",),
         "vim": ("HookedViM",),
     }

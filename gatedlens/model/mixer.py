@@ -23,6 +23,7 @@ from gatedlens.recurrence.chunks import chunked
 from gatedlens.recurrence.convolution import slide
 from gatedlens.recurrence.delta_states import states_of_delta_rule
 from gatedlens.recurrence.factors import Factors
+from gatedlens.recurrence.prior_matrix import prior_chunked
 from gatedlens.recurrence.scanning import StepTerms, linear_scan, readout, scan
 from gatedlens.recurrence.terms import Terms
 
@@ -200,6 +201,41 @@ class Mixer(TokenMixing):
         follows. hook_decay, hook_write and, of a delta rule, hook_erase have the axes of the state, whatever they are shared by.
         A masked position keeps erase 0, too.
         """
+        terms, initial, inside = self._heard(terms, u, initial, padding)
+        if inside is None:
+            return chunked(terms, u, initial)
+        states, last = inside
+        return _read(states, terms.of_heads(terms.read)), last
+
+    def recur_heads_before(
+        self,
+        terms: Terms,
+        u: Float[Tensor, "batch pos head value"],
+        initial: Float[Tensor, "batch head value key"],
+        padding: Padding,
+    ) -> tuple[Float[Tensor, "batch pos head value"], Float[Tensor, "batch head value key"]]:
+        """The same where a position reads the state before its own step: nothing of it where a document begins."""
+        fresh = terms.fresh
+        terms, initial, inside = self._heard(terms, u, initial, padding)
+        if inside is None:
+            return prior_chunked(terms, u, initial)
+        states, last = inside
+        read = terms.of_heads(terms.read)
+        read = read if fresh is None else read * (1 - fresh).unsqueeze(-1)
+        return _read(torch.cat([initial.unsqueeze(1), states[:, :-1]], dim=1), read), last
+
+    def _heard(
+        self,
+        terms: Terms,
+        u: Float[Tensor, "batch pos head value"],
+        initial: Float[Tensor, "batch head value key"],
+        padding: Padding,
+    ) -> tuple[
+        Terms,
+        Float[Tensor, "batch head value key"],
+        tuple[Float[Tensor, "batch pos head value key"], Float[Tensor, "batch head value key"]] | None,
+    ]:
+        """Terms and start as hooks leave them, and (every state, the last one) if somebody listens inside."""
         if self.hook_state_start.heard():
             initial = self.hook_state_start(initial)
         decay = write = erase = None
@@ -215,7 +251,7 @@ class Mixer(TokenMixing):
                 terms = terms.with_probe(padding.zero(self.hook_probe(terms.probes())))
         heard = self.hook_state.heard()
         if decay is None and write is None and erase is None and not heard:
-            return chunked(terms, u, initial)
+            return terms, initial, None
         decay = terms.decays().unsqueeze(-2) if decay is None else decay
         write = _outer(terms, u) if write is None else write
         probe = terms.probes()
@@ -225,8 +261,14 @@ class Mixer(TokenMixing):
         else:
             states = linear_scan(decay, write, initial)
         last = states[:, -1]
-        states = self.hook_state(states) if heard else states
-        return (states * terms.of_heads(terms.read).unsqueeze(-2)).sum(-1), last
+        return terms, initial, (self.hook_state(states) if heard else states, last)
+
+
+def _read(
+    states: Float[Tensor, "batch pos head value key"], read: Float[Tensor, "batch pos head key"]
+) -> Float[Tensor, "batch pos head value"]:
+    """What each position reads off its state."""
+    return (states * read.unsqueeze(-2)).sum(-1)
 
 
 def _outer(terms: Terms, u: Float[Tensor, "batch pos head value"]) -> Float[Tensor, "batch pos head value key"]:

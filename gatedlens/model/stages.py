@@ -16,12 +16,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from gatedlens.model.padding import Padding
 from gatedlens.model.path import Content, Held, PathMixer, Stage, Streams
 from gatedlens.model.run import Run
 from gatedlens.recurrence.decay_matrix import DecayScan
 from gatedlens.recurrence.factors import reach
 from gatedlens.recurrence.head_matrix import HeadScan
+from gatedlens.recurrence.matrix import ScanMatrix
+from gatedlens.recurrence.prior_matrix import PriorScan
 from gatedlens.recurrence.scanning import at_least_float32
+from gatedlens.recurrence.terms import Terms
 from gatedlens.recurrence.transforms import anywhere
 
 
@@ -133,15 +137,34 @@ class Scan(Stage):
         terms = terms._replace(fresh=mixer.resets(run, terms.log_decay[..., 0]))
         u = at_least_float32(content).unflatten(2, (mixer.heads, -1))
         shape = (len(u), *u.shape[2:], terms.key.shape[-1])
-        scan, last = mixer.recur_heads(terms, u, run.start("scan", mixer.layer, shape, u), run.padding)
+        scan, last = self.recur(mixer, terms, u, run.start("scan", mixer.layer, shape, u), run.padding)
         run.leave("scan", mixer.layer, last)
         return mixer.fire("scan", scan.flatten(2))
 
+    def recur(self, mixer: PathMixer, terms: Terms, u: Tensor, start: Tensor, padding: Padding) -> tuple[Tensor, Tensor]:
+        """The recurrence: (scan, last state)."""
+        return mixer.recur_heads(terms, u, start, padding)
+
+    def matrix(self, terms: Terms, width: int) -> ScanMatrix:
+        """The recurrence as a matrix, of heads that are `width` wide."""
+        return HeadScan.of(terms, width)
+
     def hold(self, mixer: PathMixer, held: Held) -> None:
         terms = mixer.terms_of(held.cached)._replace(fresh=held.fresh)
-        held.factors["scan"] = HeadScan.of(terms, held.x.shape[2] // mixer.heads)
+        held.factors["scan"] = self.matrix(terms, held.x.shape[2] // mixer.heads)
         if held.state is not None:
             held.factors["start"] = held.centred(held.state["scan", mixer.layer].to(held.x).flatten(1, 2), 1)
+
+
+@dataclass(frozen=True)
+class ScanBefore(Scan):
+    """The same where a position reads the state before its own step: scan_t = S_{t-1} read_t."""
+
+    def recur(self, mixer: PathMixer, terms: Terms, u: Tensor, start: Tensor, padding: Padding) -> tuple[Tensor, Tensor]:
+        return mixer.recur_heads_before(terms, u, start, padding)
+
+    def matrix(self, terms: Terms, width: int) -> ScanMatrix:
+        return PriorScan.of(terms, width)
 
 
 @dataclass(frozen=True)
@@ -205,7 +228,7 @@ class Skip(Stage):
 class Bonus(Stage):
     """y = inner(u) + bonus u: a number a head and position, the stream `name`, times the content as it is before `inner`.
 
-    It is an operator of its own beside that of `inner`, whose norm may have centred the content.
+    Beside a scan alone it is a skip. Beside a norm it is an operator of its own, because the norm may have centred the content.
     """
 
     inner: tuple[Stage, ...]
@@ -225,7 +248,11 @@ class Bonus(Stage):
         return mixer.fire("y", inner + self.spread(streams[self.name], content) * content)
 
     def hold(self, mixer: PathMixer, held: Held) -> None:
-        held.aside().factors.update(scan=None, skip=self.spread(held.cached(self.name), held.x))
+        skip = self.spread(held.cached(self.name), held.x)
+        if len(self.inner) == 1:
+            held.factors["skip"] = skip
+        else:
+            held.aside().factors.update(scan=None, skip=skip)
         for stage in reversed(self.inner):
             stage.hold(mixer, held)
 

@@ -54,7 +54,7 @@ def identity(p):
         (ablation.identity_conv, "conv", [(CONV, identity), (BIAS, torch.Tensor.zero_)]),
         (ablation.no_conv_bias, "conv", [(BIAS, torch.Tensor.zero_)]),
         (lambda layers="*": ablation.only_tap(1, layers), "conv", [(CONV, tap(1))]),
-        (ablation.no_skip, "skip", [(["D", "D_b", "r_k"], torch.Tensor.zero_)]),
+        (ablation.no_skip, "skip", [(["D", "D_b", "r_k", "time_faaaa"], torch.Tensor.zero_)]),
     ],
     ids=["identity conv", "no conv bias", "one tap", "no skip"],
 )

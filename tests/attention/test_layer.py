@@ -134,6 +134,7 @@ def test_mamba_against_the_literal_triple_loop():
 
 MAMBA = ("hook_gate", "hook_dt", "hook_B", "hook_C")
 RWKV7 = tuple(f"hook_{name}" for name in ("gate", "scale", "bonus", "log_decay", "kk", "a", "k", "r"))
+RWKV6 = tuple(f"hook_{name}" for name in ("gate", "scale", "bonus", "log_decay", "k", "r"))
 GRIFFIN = ("hook_gate", "hook_input_gate", "hook_log_decay", "hook_multiplier", "hook_reset")
 DELTA = ("hook_gate", "hook_q", "hook_k", "hook_beta", "hook_log_decay", "hook_scale")
 # place -> (the input x, the output o, the points held fixed, the (input, output) of SiLUs whose sigmoid is held fixed)
@@ -151,6 +152,7 @@ FROZEN = {
         "attn": ("hook_v", "hook_gated", ("hook_pattern", "hook_gate"), ()),
     },
     "rwkv": {"mixer": ("hook_x", "hook_gated", ("hook_gate", "hook_k"), ())},
+    "rwkv6": {"mixer": ("hook_x", "hook_gated", RWKV6, ())},
     "rwkv7": {"mixer": ("hook_x", "hook_gated", RWKV7, ())},
     "vim": {
         "mixer": (

@@ -247,10 +247,9 @@ def test_clean_runs_that_do_not_fit(lm):
         run(sliced)
     with pytest.raises(gl.InputError, match="padded in different places"):
         run(short)
-    words = {"hidden_size": 32, "head_dim": 8} if lm.cfg.architecture == "fla" else {"hidden_size": 32}
-    wide = type(lm).tiny(
-        seed=1, dtype=torch.float64, **({"d_model": 32} if lm.cfg.architecture.startswith("mamba") else words)
-    )
+    words = {"mamba": {"d_model": 32}, "mamba2": {"d_model": 32}, "rwkv6": {"n_embd": 32}}
+    words["fla"] = {"hidden_size": 32, "head_dim": 8}
+    wide = type(lm).tiny(seed=1, dtype=torch.float64, **words.get(lm.cfg.architecture, {"hidden_size": 32}))
     with pytest.raises(gl.InputError, match=rf"has shape \[2, 7, 32\].*It is a cache of {wide.cfg.model_name}"):
         run(caches(wide, clean))
     assert not lm.list_hooks()
