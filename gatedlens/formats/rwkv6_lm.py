@@ -43,7 +43,10 @@ FIELDS = {
 }
 NEEDED = ("model_type", "vocab_size", "n_embd", "n_layer", "head_size", "dim_ffn")
 OFFICIAL_EPS = 64e-5  # of the norm behind the scan, whatever the size of a head
-MIXES = {"rwkv5": "kvrg", "rwkv6": "wkvrg"}  # what the time mix mixes with the position before, in the order of time_maa_w2
+MIXES = {
+    "rwkv5": "kvrg",
+    "rwkv6": "wkvrg",
+}  # what the time mix mixes with the position before, in the order of time_maa_w2
 
 
 class Rwkv6Weights(nn.Module):
@@ -82,13 +85,16 @@ def _block(config: Mapping[str, Any], number: int) -> nn.Module:
         block.ln0 = nn.LayerNorm(d, eps=eps)
     block.ln1, block.att, block.ln2, block.ffn = nn.LayerNorm(d, eps=eps), att, nn.LayerNorm(d, eps=eps), ffn
     word = "time_mix" if kind == "rwkv5" else "time_maa"
-    for mix in (MIXES[kind] if kind == "rwkv5" else "x" + MIXES[kind]):
+    for mix in MIXES[kind] if kind == "rwkv5" else "x" + MIXES[kind]:
         setattr(att, f"{word}_{mix}", nn.Parameter(torch.full((1, 1, d), 0.5)))
     if kind == "rwkv6":
         low, rank = config["mix_rank"], config["decay_rank"]
         att.time_maa_w1, att.time_maa_w2 = nn.Parameter(torch.zeros(d, 5 * low)), nn.Parameter(torch.zeros(5, low, d))
         att.time_decay = nn.Parameter(torch.full((1, 1, inner), -1.0))
-        att.time_decay_w1, att.time_decay_w2 = nn.Parameter(torch.zeros(d, rank)), nn.Parameter(torch.zeros(rank, inner))
+        att.time_decay_w1, att.time_decay_w2 = (
+            nn.Parameter(torch.zeros(d, rank)),
+            nn.Parameter(torch.zeros(rank, inner)),
+        )
     else:
         att.time_decay = nn.Parameter(torch.full((inner // size, size), -1.0))
     att.time_faaaa = nn.Parameter(torch.zeros(inner // size, size))
@@ -148,7 +154,7 @@ TINY = Tiny(
         "n_layer": 2,
         "vocab_size": 40,
         "head_size": 4,
-        "dim_ffn": 24,
+        "dim_ffn": 12,
         "mix_rank": 3,
         "decay_rank": 4,
         "ln_x_eps": 0.05,  # a norm of so few values is a cliff without

@@ -136,7 +136,9 @@ def _mlp_rows(version: str) -> tuple[Point, ...]:
 def _rows(version: str) -> dict[bool, tuple[Point, ...]]:
     """The rows of the first block, and of the others."""
     rows = residual_rows(
-        SubRows("mixer", block_rows("mixer", _mixer_rows(version)), "output(gated)", _layer_norm_rows("ln1", "mixer_in")),
+        SubRows(
+            "mixer", block_rows("mixer", _mixer_rows(version)), "output(gated)", _layer_norm_rows("ln1", "mixer_in")
+        ),
         SubRows("mlp", block_rows("mlp", _mlp_rows(version)), "mlp.kv * mlp.gate", _layer_norm_rows("ln2", "mlp_in")),
     )
     return {True: (*_layer_norm_rows("ln0", "embed"), replace(rows[0], equation="ln0.out"), *rows[1:]), False: rows}
@@ -270,7 +272,12 @@ class Rwkv6Config(HookedConfig):
 
     @property
     def sizes(self) -> dict[str, int]:
-        heads = {"channel": self.n_heads * self.d_head, "head": self.n_heads, "value": self.d_head, "state": self.d_head}
+        heads = {
+            "channel": self.n_heads * self.d_head,
+            "head": self.n_heads,
+            "value": self.d_head,
+            "state": self.d_head,
+        }
         mixes = {"mix": len(MIXES["rwkv6"]), "low": self.d_low}
         return {**super().sizes, **heads, **mixes, "d_mlp": self.d_mlp or 0}
 
@@ -302,8 +309,8 @@ class HookedRWKV6(NormedStream):
         "x": "x (v in the paper) less its mean over the head",
         "o": "gated",
         "gate": "gate * ln_x.weight / scale",
-        "scan": "S[i, j] = sum over state of r[i] * exp(log_decay[j + 1] + ... + log_decay[i - 1]) * k[j], j < i, of each head; 0 "
-        "where a reset lies between, j < reset <= i",
+        "scan": "S[i, j] = sum over state of r[i] * exp(log_decay[j + 1] + ... + log_decay[i - 1]) * k[j], j < i, of each head; "
+        "0 where a reset lies between, j < reset <= i",
         "skip": "bonus, a number a head and position",
         "act": "none",
         "conv": "none",

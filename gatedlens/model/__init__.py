@@ -36,11 +36,11 @@ from gatedlens.model.vision import HookedVisionModel, VisionConfig
 
 # fmt: off
 __all__ = [
-    "ActivationCache", "Batch", "Block", "Bonus", "Carried", "ChannelScan", "Conv", "DocumentRun", "Edit", "EditStep", "Gate",
-    "GemmaNorm", "GroupNorm", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "HookedVisionModel", "Input",
-    "Intervention", "Layout", "Mixer", "Named", "NarrowNorm", "Norm", "NormOfNarrow", "Output", "Padding", "Part",
-    "PathMixer", "Real", "RecurrentState", "Run", "Scan", "ScanBefore", "SiLU", "Skip", "Stage", "Step", "Streams", "Sub", "SubRows",
-    "Tiny", "TokenMixing", "VisionConfig", "around", "by_fan_in", "edit", "eps_of", "fresh", "norm_rows", "residual_rows",
-    "rows_of", "windows",
+    "ActivationCache", "Batch", "Block", "Bonus", "Carried", "ChannelScan", "Conv", "DocumentRun", "Edit", "EditStep",
+    "Gate", "GemmaNorm", "GroupNorm", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel",
+    "HookedVisionModel", "Input", "Intervention", "Layout", "Mixer", "Named", "NarrowNorm", "Norm", "NormOfNarrow",
+    "Output", "Padding", "Part", "PathMixer", "Real", "RecurrentState", "Run", "Scan", "ScanBefore", "SiLU", "Skip",
+    "Stage", "Step", "Streams", "Sub", "SubRows", "Tiny", "TokenMixing", "VisionConfig", "around", "by_fan_in", "edit",
+    "eps_of", "fresh", "norm_rows", "residual_rows", "rows_of", "windows",
 ]
 # fmt: on

@@ -141,7 +141,9 @@ class Scan(Stage):
         run.leave("scan", mixer.layer, last)
         return mixer.fire("scan", scan.flatten(2))
 
-    def recur(self, mixer: PathMixer, terms: Terms, u: Tensor, start: Tensor, padding: Padding) -> tuple[Tensor, Tensor]:
+    def recur(
+        self, mixer: PathMixer, terms: Terms, u: Tensor, start: Tensor, padding: Padding
+    ) -> tuple[Tensor, Tensor]:
         """The recurrence: (scan, last state)."""
         return mixer.recur_heads(terms, u, start, padding)
 
@@ -160,7 +162,9 @@ class Scan(Stage):
 class ScanBefore(Scan):
     """The same where a position reads the state before its own step: scan_t = S_{t-1} read_t."""
 
-    def recur(self, mixer: PathMixer, terms: Terms, u: Tensor, start: Tensor, padding: Padding) -> tuple[Tensor, Tensor]:
+    def recur(
+        self, mixer: PathMixer, terms: Terms, u: Tensor, start: Tensor, padding: Padding
+    ) -> tuple[Tensor, Tensor]:
         return mixer.recur_heads_before(terms, u, start, padding)
 
     def matrix(self, terms: Terms, width: int) -> ScanMatrix:

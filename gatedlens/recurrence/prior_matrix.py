@@ -28,10 +28,17 @@ def delayed(terms: Terms) -> Terms:
     A step stands a position later, behind a first one that does nothing; the reads stay, and the last reads nothing. Where a
     document begins, a read finds nothing of the state before.
     """
-    late = ("log_decay", "key", "amount", "erase", "probe", "fresh")
-    moved = {name: _later(getattr(terms, name)) for name in late}
     read = terms.read if terms.fresh is None else terms.read * (1 - terms.fresh).unsqueeze(-1)
-    return terms._replace(**moved, read=F.pad(read, (0, 0, 0, 0, 0, 1)))
+    return Terms(
+        log_decay=_later(terms.log_decay),
+        key=_later(terms.key),
+        read=F.pad(read, (0, 0, 0, 0, 0, 1)),
+        amount=None if terms.amount is None else _later(terms.amount),
+        erase=None if terms.erase is None else _later(terms.erase),
+        probe=None if terms.probe is None else _later(terms.probe),
+        rate=terms.rate,
+        fresh=None if terms.fresh is None else _later(terms.fresh),
+    )
 
 
 def prior_chunked(
@@ -42,14 +49,14 @@ def prior_chunked(
     return scan[:, :-1], last
 
 
-def _later(x: Tensor | None) -> Tensor | None:
+def _later(x: Float[Tensor, "batch pos *any"]) -> Float[Tensor, "batch late *any"]:
     """A step later: zeros come first."""
-    return None if x is None else torch.cat([torch.zeros_like(x[:, :1]), x], dim=1)
+    return torch.cat([torch.zeros_like(x[:, :1]), x], dim=1)
 
 
 @dataclass(frozen=True)
 class PriorScan(ScanMatrix):
-    """`PriorScan.of(terms, 64)`: S of each head, as `HeadScan`; `late` is that of the delayed terms, a row and a source longer."""
+    """`PriorScan.of(terms, 64)`: S of each head, as `HeadScan`; `late` is that of the delayed terms, a row and source longer."""
 
     late: HeadScan
 

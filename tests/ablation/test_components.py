@@ -103,6 +103,8 @@ def first_layer(model, cache):
     def multiplied(stem, scan):
         """What the gate multiplies, with another scan."""
         y, own = cache[f"{stem}hook_y"], cache[f"{stem}hook_scan"]
+        if model.cfg.architecture == "rwkv6":
+            return torch.stack([model.wrapped.blocks[0].att.ln_x(row) for row in (y - own + scan).unbind(1)], 1)
         if model.cfg.architecture != "rwkv7":
             return before_the_gate(y - own + scan)
         norm = model.wrapped.model.layers[0].attn.g_norm  # of the scan alone: the bonus comes behind it

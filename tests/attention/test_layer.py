@@ -224,9 +224,8 @@ def test_the_operator_is_the_jacobian_of_the_models_own_frozen_forward(model):
             total = 0
             for branch in A.branches:
                 one = value(replace(A, branches=(branch,)))
-                if (
-                    model.cfg.architecture == "rwkv7" and branch.scan is not None
-                ):  # it reads x less its mean over the head
+                if model.cfg.architecture in ("rwkv6", "rwkv7") and branch.scan is not None:
+                    # it reads x less its mean over the head
                     heads = one.unflatten(2, (model.cfg.n_heads, -1))
                     one = (heads - heads.mean(-1, keepdim=True)).flatten(2)
                 total = total + one

@@ -83,7 +83,9 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     out["mixer.hook_reset"] = torch.zeros(*TOKENS.shape, 1, dtype=torch.float64)
     kept = 1 - c("mixer.hook_reset")
     out["mixer.hook_state_start"] = torch.zeros(len(TOKENS), H, V, V, dtype=torch.float64)
-    out["mixer.hook_decay"] = (torch.exp(c("mixer.hook_log_decay")) * kept[..., None]).unsqueeze(-2).expand(-1, -1, -1, V, -1)
+    out["mixer.hook_decay"] = (
+        (torch.exp(c("mixer.hook_log_decay")) * kept[..., None]).unsqueeze(-2).expand(-1, -1, -1, V, -1)
+    )
     out["mixer.hook_write"] = torch.einsum("blhv,blhk->blhvk", u, k)
     states, scan = [], []
     for t in range(TOKENS.shape[1]):
@@ -145,7 +147,10 @@ def by_hand(w, tokens):
             for block, state in zip(w.blocks, states, strict=True):
                 att, n, s = block.att, layer_norm(x, block.ln1), state[0]
                 if version == "rwkv5":
-                    mixed = {m: n * getattr(att, f"time_mix_{m}")[0, 0] + s * (1 - getattr(att, f"time_mix_{m}")[0, 0]) for m in "kvrg"}
+                    mixed = {
+                        m: n * getattr(att, f"time_mix_{m}")[0, 0] + s * (1 - getattr(att, f"time_mix_{m}")[0, 0])
+                        for m in "kvrg"
+                    }
                     decay = torch.exp(-torch.exp(att.time_decay))
                 else:
                     xx = n + (s - n) * att.time_maa_x[0, 0]
@@ -157,7 +162,8 @@ def by_hand(w, tokens):
                     rate = att.time_decay[0, 0] + torch.tanh(mixed["w"] @ att.time_decay_w1) @ att.time_decay_w2
                     decay = torch.exp(-torch.exp(rate)).view(-1, size)
                 r, k, v = (
-                    (p.weight @ mixed[m]).view(-1, size) for p, m in ((att.receptance, "r"), (att.key, "k"), (att.value, "v"))
+                    (p.weight @ mixed[m]).view(-1, size)
+                    for p, m in ((att.receptance, "r"), (att.key, "k"), (att.value, "v"))
                 )
                 own = v.unsqueeze(2) * k.unsqueeze(1)
                 last = torch.zeros_like(own) if state[2] is None else state[2]
@@ -334,7 +340,9 @@ def test_what_does_not_fit_is_named(tmp_path):
         gl.from_pretrained(tmp_path / "less.pth", device="cpu")
     early = {name.replace("time_faaaa", "time_first"): t for name, t in tiny("rwkv5").wrapped.state_dict().items()}
     torch.save(early, tmp_path / "early.pth")
-    with pytest.raises(gl.CheckpointError, match=r"This is RWKV-5 \(it has .*\), and no RWKV-4. .* reads RWKV-5.2, RWKV-6"):
+    with pytest.raises(
+        gl.CheckpointError, match=r"This is RWKV-5 \(it has .*\), and no RWKV-4. .* reads RWKV-5.2, RWKV-6"
+    ):
         gl.from_pretrained(tmp_path / "early.pth", device="cpu")
     for wrong, message in (
         ({"head_size": 5}, "16 channels cannot be cut into heads of 5"),

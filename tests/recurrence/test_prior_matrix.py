@@ -24,7 +24,7 @@ def small(monkeypatch):
 
 
 def literal(terms, u, state):
-    """(scan_t = S_{t-1} read_t, the last state), by the recurrence as it is written; a document finds nothing of the one before."""
+    """(scan_t = S_{t-1} read_t, the last state), as it is written; a document finds nothing of the one before."""
     states = literal_states(terms, u, state)
     before = torch.cat([state.unsqueeze(1), states[:, :-1]], 1)
     if terms.fresh is not None:
