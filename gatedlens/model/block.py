@@ -74,7 +74,9 @@ class Block(Part):
                     self.add_module(place, part)
         self.groups = [tuple(Way.of(sub) for sub in group) for group in groups]
         self.stream = [f"hook_{point}" for point in stream_points(len(groups))[1:]]
-        self.mixing = {sub.name: sub.place or sub.name for sub in every if isinstance(sub.part, TokenMixing)}
+        # RWKV's channel mixer looks at the token before, as a TokenMixing does; it is no mixer for that.
+        mixing = [sub for sub in every if isinstance(sub.part, TokenMixing) and sub.name != "mlp"]
+        self.mixing = {sub.name: sub.place or sub.name for sub in mixing}
 
     @property
     def mixers(self) -> tuple[TokenMixing, ...]:
