@@ -23,8 +23,8 @@ from gatedlens.version import __version__
 # and editors read the imports, Python the table of the same names; the modules of `__all__` need no line in it.
 if TYPE_CHECKING:
     from gatedlens import (
-        ablation, amplify, attribution, circuits, data, evaluation, fused, knockout, lens, metrics, patching, plot, profiles,
-        states, steering, store, tasks, tracing,
+        ablation, amplify, attribution, circuits, data, evaluation, fused, knockout, layers, lens, metrics, patching, plot,
+        profiles, states, steering, store, tasks, tracing,
     )
     from gatedlens.address import Alias, HookTable, Point, View
     from gatedlens.attention import AttentionStack, Contributions, ImplicitAttention, implicit_attention
@@ -55,8 +55,8 @@ __all__ = [
     "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid", "HookedModel", "HookedQwen3Next", "HookedRWKV", "HookedRWKV6",
     "HookedRWKV7", "HookedViM", "HookedVisionModel", "ImplicitAttention", "InputError", "Point", "PointError", "RecurrentState",
     "Result", "StoreError", "TooLargeError", "View", "__version__", "ablation", "amplify", "attribution", "bundled_models",
-    "circuits", "data", "evaluation", "from_pretrained", "fused", "implicit_attention", "knockout", "lens", "metrics", "patching",
-    "plot", "profiles", "register", "states", "steering", "store", "tasks", "tracing", "wrap",
+    "circuits", "data", "evaluation", "from_pretrained", "fused", "implicit_attention", "knockout", "layers", "lens", "metrics",
+    "patching", "plot", "profiles", "register", "states", "steering", "store", "tasks", "tracing", "wrap",
 ]
 # isort: on
 # fmt: on

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from gatedlens.address.point import Point
 from gatedlens.errors import CheckpointError
+from gatedlens.model.hookpoint import ATTENTION
 from gatedlens.model.memory import SMALL, afford, free
 from gatedlens.model.mixer import TokenMixing, multiplied
 from gatedlens.model.norm import Norm, norm_rows
@@ -164,6 +165,7 @@ class Attention(TokenMixing):
     """
 
     place = "attn"
+    role = ATTENTION
 
     def __init__(
         self,
