@@ -11,22 +11,27 @@ by side is of both kinds.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gatedlens.address.layers import Where
 from gatedlens.errors import InputError
-from gatedlens.options import checked
 
 __all__ = ["Where", "where"]
 
+# For editors and type checkers: whoever passes something else gets the error of `where`.
+if TYPE_CHECKING:
+    Kind: TypeAlias = str | Sequence[str]
+else:
+    Kind = Any
 
-@checked
-def where(kind: str | Sequence[str]) -> Where:
+
+def where(kind: Kind) -> Where:
     """`gl.layers.where(kind="attention")`: the layers in which that stands, of whichever model it is asked.
 
     kind: "recurrent", "attention", "mlp", "experts", or several of them, of which one is enough. InputError, once the model is
     known, if none of its layers is of this kind.
     """
-    kinds = (kind,) if isinstance(kind, str) else tuple(kind)
-    if not kinds:
+    kinds = tuple(kind) if isinstance(kind, list | tuple) else (kind,)
+    if not kinds or not all(isinstance(one, str) for one in kinds):
         raise InputError(f"layers.where(kind={kind!r}): give a kind, 'recurrent' or 'attention' say, or several.")
     return Where(kinds)
