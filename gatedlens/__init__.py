@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         HookedFLA, HookedGriffin, HookedKimiLinear, HookedMamba, HookedMamba2, HookedMamba2Hybrid,
         HookedQwen3Next, HookedRWKV, HookedRWKV6, HookedRWKV7, HookedViM, register,
     )
+    from gatedlens.inspection import Inspection, inspect
     from gatedlens.loading import bundled_models, from_pretrained, wrap
     from gatedlens.model import ActivationCache, HookPoint, HookedConfig, HookedLanguageModel, HookedModel, RecurrentState
     from gatedlens.model.vision import HookedVisionModel
@@ -44,6 +45,7 @@ else:
             "HookedFLA", "HookedGriffin", "HookedKimiLinear", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid",
             "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7", "HookedViM", "register",
         ),
+        "inspection": ("Inspection", "inspect"),
         "loading": ("bundled_models", "from_pretrained", "wrap"),
         "model": ("ActivationCache", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "RecurrentState"),
         "model.vision": ("HookedVisionModel",), "result": ("Result",),
@@ -53,10 +55,11 @@ __all__ = [
     "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError",
     "HookPoint", "HookTable", "HookedConfig", "HookedFLA", "HookedGriffin", "HookedKimiLinear", "HookedLanguageModel",
     "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid", "HookedModel", "HookedQwen3Next", "HookedRWKV", "HookedRWKV6",
-    "HookedRWKV7", "HookedViM", "HookedVisionModel", "ImplicitAttention", "InputError", "Point", "PointError", "RecurrentState",
-    "Result", "StoreError", "TooLargeError", "View", "__version__", "ablation", "amplify", "attribution", "bundled_models",
-    "circuits", "data", "evaluation", "from_pretrained", "fused", "implicit_attention", "knockout", "layers", "lens", "metrics",
-    "patching", "plot", "profiles", "register", "states", "steering", "store", "tasks", "tracing", "wrap",
+    "HookedRWKV7", "HookedViM", "HookedVisionModel", "ImplicitAttention", "InputError", "Inspection", "Point", "PointError",
+    "RecurrentState", "Result", "StoreError", "TooLargeError", "View", "__version__", "ablation", "amplify", "attribution",
+    "bundled_models", "circuits", "data", "evaluation", "from_pretrained", "fused", "implicit_attention", "inspect",
+    "knockout", "layers", "lens", "metrics", "patching", "plot", "profiles", "register", "states", "steering", "store",
+    "tasks", "tracing", "wrap",
 ]
 # isort: on
 # fmt: on
