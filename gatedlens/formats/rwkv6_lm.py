@@ -157,7 +157,8 @@ TINY = Tiny(
         "dim_ffn": 12,
         "mix_rank": 3,
         "decay_rank": 4,
-        "ln_x_eps": 0.05,  # a norm of so few values is a cliff without
+        "norm_eps": 0.05,  # a norm of so few values is a cliff without
+        "ln_x_eps": 0.05,
     },
     {
         r"time_(mix|maa)_[xwkvrg]$": lambda start, noise: torch.sigmoid(noise),

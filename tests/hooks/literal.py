@@ -19,7 +19,7 @@ def block_rows_hold(model, literal, tokens) -> None:
             rows = literal(cache, model, layer)
             assert set(rows) == {row.name for row in model.rows_for(layer)}, "a row has no literal equation here"
             for name, value in rows.items():
-                assert relative(cache[f"blocks.{layer}.{name}"], value) < 1e-10, (layer, name)
+                assert relative(cache[f"blocks.{layer}.{name}"], value) < 1e-11, (layer, name)
 
 
 def block_rows_hold_after_edits(model, literal, tokens, layer: int) -> None:
@@ -37,7 +37,7 @@ def block_rows_hold_after_edits(model, literal, tokens, layer: int) -> None:
             for at in range(layer, model.cfg.n_layers):
                 for name, value in literal(cache, model, at).items():
                     if (at, name) != (layer, row.name):
-                        assert relative(cache[f"blocks.{at}.{name}"], value) < 1e-10, (row.name, at, name)
+                        assert relative(cache[f"blocks.{at}.{name}"], value) < 1e-11, (row.name, at, name)
             assert relative(logits, plain) > 1e-6, f"the edit of {row.name} had no effect"
 
 

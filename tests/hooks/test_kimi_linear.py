@@ -10,6 +10,7 @@ import torch
 import gatedlens as gl
 from gatedlens.hooks.kimi_linear import ROWS, HookedKimiLinear
 from tests.helpers import relative
+from tests.hooks.literal import block_rows_hold, block_rows_hold_after_edits, rms
 
 torch.set_num_threads(1)
 TOKENS = torch.randint(40, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -45,10 +46,6 @@ def silu(x):
     return x * torch.sigmoid(x)
 
 
-def rms(x, eps):
-    return (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
-
-
 def norm_rows(out, c, part, x, weight, eps):
     out[f"{part}.hook_scale"] = rms(x, eps)
     out[f"{part}.hook_normalized"] = x / c(f"{part}.hook_scale")
@@ -62,8 +59,7 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     def c(name):
         return cache[f"blocks.{layer}.{name}"]
 
-    if layer > 0:
-        out["hook_resid_pre"] = cache["resid_post", layer - 1]
+    out["hook_resid_pre"] = cache["hook_embed"] if layer == 0 else cache["resid_post", layer - 1]
     out["hook_mixer_in"] = c("hook_resid_pre")
     norm_rows(out, c, "ln1", c("hook_mixer_in"), w.input_layernorm.weight, eps)
     (delta_net if kind.mixing == "delta net" else attention)(out, c, w.self_attn, model.cfg)
@@ -209,36 +205,13 @@ def experts(out, c, m, cfg) -> None:
     out["hook_mlp_out"] = of_all + c("mlp.shared.hook_post") @ shared.down_proj.weight.T
 
 
-@torch.no_grad()
 def test_every_row_is_its_equation(model):
-    _, cache = model.run_with_cache(TOKENS, names_filter=lambda name: True)
-    for layer in range(2):
-        rows = literal(cache, model, layer)
-        names = {row.name for row in model.rows_for(layer)}
-        assert set(rows) >= names - {"hook_resid_pre"}, "a row has no literal equation here"
-        for name, value in rows.items():
-            assert relative(cache[f"blocks.{layer}.{name}"], value) < 1e-11, name
+    block_rows_hold(model, literal, TOKENS)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("layer", [0, 1], ids=["delta net", "attention"])
 def test_after_an_edit_every_row_downstream_is_its_equation(layer):
-    """An edit anywhere: each later row equals its equation of the (edited) rows that it names, and so do the logits."""
-    model = tiny()
-    plain = model(TOKENS)
-    for row in model.rows_for(layer):
-        noise = torch.Generator().manual_seed(3)
-
-        def edit(x, hook, noise=noise):
-            return x * 1.2 + 0.1 * torch.rand(x.shape, generator=noise, dtype=x.dtype)
-
-        with model.hooks([(f"blocks.{layer}.{row.name}", edit)]):
-            logits, cache = model.run_with_cache(TOKENS, names_filter=lambda name: True)
-        for number in range(2):
-            for name, value in literal(cache, model, number).items():
-                if (number, name) != (layer, row.name):
-                    assert relative(cache[f"blocks.{number}.{name}"], value) < 1e-11, (row.name, name)
-        assert relative(logits, plain) > 1e-6, f"the edit of {row.name} had no effect"
+    block_rows_hold_after_edits(tiny(), literal, TOKENS, layer)
 
 
 @torch.no_grad()

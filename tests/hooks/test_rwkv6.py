@@ -53,10 +53,10 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
         return x.unflatten(-1, (H, V))
 
     if layer == 0:
-        norm(out, c, "ln0", w.ln0, cache["hook_embed"], 1e-5)
+        norm(out, c, "ln0", w.ln0, cache["hook_embed"], cfg.eps)
     out["hook_resid_pre"] = c("ln0.hook_out") if layer == 0 else cache["resid_post", layer - 1]
     out["hook_mixer_in"] = c("hook_resid_pre")
-    norm(out, c, "ln1", w.ln1, c("hook_mixer_in"), 1e-5)
+    norm(out, c, "ln1", w.ln1, c("hook_mixer_in"), cfg.eps)
     n, s = c("ln1.hook_out"), c("mixer.hook_shift")
     out["mixer.hook_shift"] = before(n)
     if cfg.version == "rwkv5":
@@ -104,7 +104,7 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     out["hook_mixer_out"] = c("mixer.hook_gated") @ m.output.weight.T
     out["hook_resid_mid"] = c("hook_resid_pre") + c("hook_mixer_out")
     out["hook_mlp_in"] = c("hook_resid_mid")
-    norm(out, c, "ln2", w.ln2, c("hook_mlp_in"), 1e-5)
+    norm(out, c, "ln2", w.ln2, c("hook_mlp_in"), cfg.eps)
     n, s = c("ln2.hook_out"), c("mlp.hook_shift")
     out["mlp.hook_shift"] = before(n)
     out |= {f"mlp.hook_x{name}": x for name, x in shares(ffn, cfg.version, n, s, "kr").items()}
@@ -316,7 +316,7 @@ def test_a_patched_state_is_read_from_the_next_position_on(model):
 @torch.no_grad()
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_file_says_its_version_and_its_sizes(version, tmp_path):
-    weights = tiny(version, ln_x_eps=64e-5, dim_att=24).wrapped
+    weights = tiny(version, norm_eps=1e-5, ln_x_eps=64e-5, dim_att=24).wrapped
     torch.save({name: tensor.float() for name, tensor in weights.state_dict().items()}, tmp_path / "RWKV-World.pth")
     model = gl.from_pretrained(tmp_path / "RWKV-World.pth", device="cpu")
     assert model.cfg.version == version and model.cfg.n_heads == 6 and model.cfg.mixer_eps == 64e-5
