@@ -13,7 +13,7 @@ from torch import nn
 import gatedlens as gl
 from gatedlens.formats.fla import KINDS, FlaWeights, is_gated, sizes_of
 from gatedlens.hooks.fla import MODEL_TYPES, ROWS, USUAL, HookedFLA, kind_of
-from tests.helpers import padded, relative
+from tests.helpers import GOLDEN, golden, padded, relative
 from tests.hooks.literal import block_rows_hold, block_rows_hold_after_edits, conv_taps, norm, recurrence, rms
 
 TOKENS = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -203,6 +203,32 @@ def test_every_row_is_its_equation(model):
 @pytest.mark.parametrize("variant", ["gla", "retnet", "hgrn2", "delta_net", "gated_deltanet"])
 def test_after_an_edit_every_row_downstream_is_its_equation(variant):
     block_rows_hold_after_edits(tiny(variant), literal, TOKENS, layer=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS[:-1])
+def test_golden_mixers(kind):
+    """What each mixer puts out is what fla's own layer does, of the same input."""
+    config, _, io = golden(f"fla_{kind}")
+    tokens, stems = io["input_ids"].long(), [f"blocks.{layer}." for layer in range(config["num_hidden_layers"])]
+    for dtype, bound in ((torch.float64, 2e-6), (torch.float32, 4e-6)):
+        model = gl.from_pretrained(str(GOLDEN / f"fla_{kind}"), device="cpu", dtype=dtype)
+        put = [(f"{stem}ln1.hook_out", lambda x, hook, i=i: io[f"in.{i}"].to(x.dtype)) for i, stem in enumerate(stems)]
+        with model.hooks(put):
+            _, cache = model.run_with_cache(tokens, names_filter="*.hook_mixer_out")
+        for i, stem in enumerate(stems):
+            assert relative(cache[f"{stem}hook_mixer_out"], io[f"out.{i}"]) < bound, i
+
+
+def test_gradients_are_the_same_with_somebody_inside(model):
+    """By chunks, and state by state."""
+    parameters = dict(model.wrapped.named_parameters())
+    weight = torch.randn(2, 9, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wanted = torch.autograd.grad((model(TOKENS) * weight).sum(), list(parameters.values()))
+    with model.hooks([("*.hook_state", lambda x, hook: None)]):
+        found = torch.autograd.grad((model(TOKENS) * weight).sum(), list(parameters.values()))
+    for name, got, own in zip(parameters, found, wanted, strict=True):
+        assert relative(got, own) < 1e-10 and (name == "model.lower_bounds" or own.abs().max() > 0), name
 
 
 # -- each mixer, as a whole -----------------------------------------------------------------------------------------
