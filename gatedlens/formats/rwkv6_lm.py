@@ -115,7 +115,7 @@ class Rwkv6Layout(Layout):
     fields = FIELDS
 
     def knows(self, config: Mapping[str, Any]) -> bool:
-        return config.get("model_type") in KINDS and "n_embd" in config
+        return config.get("model_type") in KINDS
 
     def config_of_file(
         self, state: Mapping[str, Tensor], told: Mapping[str, Any], variant: str | None
@@ -142,6 +142,12 @@ class Rwkv6Layout(Layout):
         }
 
     def empty(self, config: dict[str, Any]) -> nn.Module:
+        """A module for RWKV-LM's names; CheckpointError for a config of another layout, which has no n_embd."""
+        if "n_embd" not in config:
+            raise CheckpointError(
+                f"This is {config['model_type']} in another layout than RWKV-LM's; gatedlens reads RWKV-LM's .pth of it (give "
+                "the path of the file), or a folder that `Rwkv6Weights(...).save_pretrained` wrote."
+            )
         return Rwkv6Weights(config)
 
 

@@ -42,7 +42,7 @@ from gatedlens.model.path import PathMixer, Stage, Streams
 from gatedlens.model.run import Run
 from gatedlens.model.stages import Conv, Gate, GroupNorm, Named, Scan, SiLU
 from gatedlens.model.state import Carried
-from gatedlens.parts.activation import SILU
+from gatedlens.parts.activation import SILU, wide_sigmoid
 from gatedlens.parts.delta_rule import UNIT_EPS, delta_terms, unit
 from gatedlens.parts.experts import EXPERTS_OUT_UNGATED, Experts, experts_rows, sigmoid_top
 from gatedlens.parts.glu import GatedMlp, gated_mlp_rows
@@ -125,11 +125,6 @@ ROWS = rows_by_kind(MIXING, CHANNEL_MIXING)
 # -- Kimi delta attention -------------------------------------------------------------------------------------------
 
 
-def sigmoid(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    """The sigmoid in at least float32."""
-    return torch.sigmoid(at_least_float32(x))
-
-
 class KimiDeltaMixer(PathMixer):
     """out = o_proj(gated), every intermediate a point.
 
@@ -156,7 +151,7 @@ class KimiDeltaMixer(PathMixer):
     @property
     def path(self) -> tuple[Stage, ...]:  # type: ignore[override]
         norm = GroupNorm(self.heads, self.norm_eps, name="o_norm", out="normed")
-        return Conv("conv1d", ("q", "k", "x")), SiLU(("q", "k")), Scan(), Named("y"), norm, Gate(sigmoid)
+        return Conv("conv1d", ("q", "k", "x")), SiLU(("q", "k")), Scan(), Named("y"), norm, Gate(wide_sigmoid)
 
     def project(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Streams:
         w, pad, forget = self.weights, run.padding, self.weights.forget_gate

@@ -43,7 +43,7 @@ from gatedlens.model.path import PathMixer, Stage, Streams
 from gatedlens.model.run import Run
 from gatedlens.model.stages import Conv, Gate, GroupNorm, Named, Scan, SiLU
 from gatedlens.model.state import Carried
-from gatedlens.parts.activation import SILU
+from gatedlens.parts.activation import SILU, wide_silu
 from gatedlens.parts.attention import CARRIED_WINDOW, Attention, AttentionKind
 from gatedlens.parts.delta_rule import delta_terms, unit
 from gatedlens.parts.experts import EXPERTS_OUT, Experts, experts_rows, softmax_top
@@ -126,11 +126,6 @@ ROWS = rows_by_kind(MIXING, CHANNEL_MIXING, NORMED)
 # -- the gated delta net --------------------------------------------------------------------------------------------
 
 
-def silu(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    """SiLU in at least float32."""
-    return F.silu(at_least_float32(x))
-
-
 class Projected(NamedTuple):
     """What a gated delta net reads off the stream."""
 
@@ -169,7 +164,7 @@ class GatedDeltaMixer(PathMixer):
     @property
     def path(self) -> tuple[Stage, ...]:  # type: ignore[override]
         norm = GroupNorm(self.heads, self.norm_eps, out="normed")
-        return Conv("conv1d", ("q", "k", "x")), SiLU(("q", "k")), Scan(), Named("y"), norm, Gate(silu)
+        return Conv("conv1d", ("q", "k", "x")), SiLU(("q", "k")), Scan(), Named("y"), norm, Gate(wide_silu)
 
     def projected(self, n: Float[Tensor, "batch pos d_model"]) -> Projected:
         """What the input projections give."""

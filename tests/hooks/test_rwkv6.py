@@ -344,6 +344,10 @@ def test_what_does_not_fit_is_named(tmp_path):
         gl.CheckpointError, match=r"This is RWKV-5 \(it has .*\), and no RWKV-4. .* reads RWKV-5.2, RWKV-6"
     ):
         gl.from_pretrained(tmp_path / "early.pth", device="cpu")
+    (tmp_path / "config.json").write_text('{"model_type": "rwkv6", "hidden_size": 16, "vocab_size": 40}')
+    torch.save({"rwkv.blocks.0.attention.time_faaaa": torch.zeros(4, 4)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(gl.CheckpointError, match="This is rwkv6 in another layout than RWKV-LM's"):
+        gl.from_pretrained(str(tmp_path), device="cpu")
     for wrong, message in (
         ({"head_size": 5}, "16 channels cannot be cut into heads of 5"),
         ({"model_type": "rwkv8"}, "model_type is 'rwkv8'; expected is 'rwkv5' or 'rwkv6'"),
