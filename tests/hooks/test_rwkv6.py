@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import gatedlens as gl
 from gatedlens import ablation
@@ -333,6 +335,27 @@ def test_a_saved_folder_is_opened(model, tmp_path):
         assert (again.embedding.weight is again.unembedding.weight) == tied
 
 
+@torch.no_grad()
+def test_the_hubs_folder_of_rwkv6_is_opened(tmp_path):
+    """By the names of the code beside RWKV/v6-Finch-1B6-HF, whose ranks and width of the channel mix go by hidden_size."""
+    own = tiny("rwkv6", mix_rank=32, decay_rank=64, dim_ffn=32, norm_eps=1e-5, ln_x_eps=64e-5)
+    words = {"att": "attention", "ffn": "feed_forward", "ln0": "pre_ln", "emb": "embeddings"}
+    named = {
+        ".".join(words.get(word, word) for word in name.split(".")): t for name, t in own.wrapped.state_dict().items()
+    }
+    save_file(
+        {name if name == "head.weight" else f"rwkv.{name}": t for name, t in named.items()},
+        tmp_path / "model.safetensors",
+    )
+    config = {
+        "model_type": "rwkv6", "hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16, "head_size": 4,
+        "head_size_divisor": 8, "intermediate_size": None, "layer_norm_epsilon": 1e-5, "vocab_size": 40, "rescale_every": 6,
+        "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert relative(gl.from_pretrained(str(tmp_path), device="cpu")(TOKENS), own(TOKENS)) < 1e-13
+
+
 def test_what_does_not_fit_is_named(tmp_path):
     weights = tiny("rwkv6").wrapped.state_dict()
     torch.save({k: v for k, v in weights.items() if k != "blocks.1.att.time_decay_w2"}, tmp_path / "less.pth")
@@ -344,9 +367,9 @@ def test_what_does_not_fit_is_named(tmp_path):
         gl.CheckpointError, match=r"This is RWKV-5 \(it has .*\), and no RWKV-4. .* reads RWKV-5.2, RWKV-6"
     ):
         gl.from_pretrained(tmp_path / "early.pth", device="cpu")
-    (tmp_path / "config.json").write_text('{"model_type": "rwkv6", "hidden_size": 16, "vocab_size": 40}')
+    (tmp_path / "config.json").write_text('{"model_type": "rwkv5", "hidden_size": 16, "vocab_size": 40}')
     torch.save({"rwkv.blocks.0.attention.time_faaaa": torch.zeros(4, 4)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(gl.CheckpointError, match="This is rwkv6 in another layout than RWKV-LM's"):
+    with pytest.raises(gl.CheckpointError, match="This is rwkv5 in another layout than RWKV-LM's"):
         gl.from_pretrained(str(tmp_path), device="cpu")
     for wrong, message in (
         ({"head_size": 5}, "16 channels cannot be cut into heads of 5"),
