@@ -22,10 +22,8 @@ from gatedlens.version import __version__
 # What knows torch is loaded when it is first asked for: an import, and `gatedlens --help`, need not wait for it. Checkers
 # and editors read the imports, Python the table of the same names; the modules of `__all__` need no line in it.
 if TYPE_CHECKING:
-    from gatedlens import (
-        ablation, amplify, attribution, circuits, data, evaluation, fused, knockout, layers, lens, metrics, patching, plot,
-        profiles, states, steering, store, tasks, tracing,
-    )
+    from gatedlens import ablation, amplify, attribution, circuits, data, evaluation, fused, knockout, layers, lens, metrics
+    from gatedlens import patching, plot, profiles, states, steering, store, tasks, tracing
     from gatedlens.address import Alias, HookTable, Point, View
     from gatedlens.attention import AttentionStack, Contributions, ImplicitAttention, implicit_attention
     from gatedlens.hooks import (
@@ -37,6 +35,7 @@ if TYPE_CHECKING:
     from gatedlens.model import ActivationCache, HookPoint, HookedConfig, HookedLanguageModel, HookedModel, RecurrentState
     from gatedlens.model.vision import HookedVisionModel
     from gatedlens.result import Result
+    from gatedlens.verification import Verification, verify
 else:
     __getattr__ = late(__name__, {
         "address": ("Alias", "HookTable", "Point", "View"),
@@ -48,7 +47,7 @@ else:
         "inspection": ("Inspection", "inspect"),
         "loading": ("bundled_models", "from_pretrained", "wrap"),
         "model": ("ActivationCache", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "RecurrentState"),
-        "model.vision": ("HookedVisionModel",), "result": ("Result",),
+        "model.vision": ("HookedVisionModel",), "result": ("Result",), "verification": ("Verification", "verify"),
     })
 
 __all__ = [
@@ -56,10 +55,10 @@ __all__ = [
     "HookPoint", "HookTable", "HookedConfig", "HookedFLA", "HookedGriffin", "HookedKimiLinear", "HookedLanguageModel",
     "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid", "HookedModel", "HookedQwen3Next", "HookedRWKV", "HookedRWKV6",
     "HookedRWKV7", "HookedViM", "HookedVisionModel", "ImplicitAttention", "InputError", "Inspection", "Point", "PointError",
-    "RecurrentState", "Result", "StoreError", "TooLargeError", "View", "__version__", "ablation", "amplify", "attribution",
-    "bundled_models", "circuits", "data", "evaluation", "from_pretrained", "fused", "implicit_attention", "inspect",
-    "knockout", "layers", "lens", "metrics", "patching", "plot", "profiles", "register", "states", "steering", "store",
-    "tasks", "tracing", "wrap",
+    "RecurrentState", "Result", "StoreError", "TooLargeError", "Verification", "View", "__version__", "ablation", "amplify",
+    "attribution", "bundled_models", "circuits", "data", "evaluation", "from_pretrained", "fused", "implicit_attention",
+    "inspect", "knockout", "layers", "lens", "metrics", "patching", "plot", "profiles", "register", "states", "steering",
+    "store", "tasks", "tracing", "verify", "wrap",
 ]
 # isort: on
 # fmt: on

@@ -32,6 +32,7 @@ FLOORS = (
     {
         "ablation", "knockout", "states", "tracing", "lens", "patching", "circuits", "attribution", "store", "steering",
         "profiles", "tasks", "data", "layers", "inspection",
+        "verification",
     },
     {"evaluation", "amplify"},  # which build on attribution, tasks and data
     {"cli", "compat", "catalogue", "bundled", "bridge", "circuitsvis", "gatedlens"},
