@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from gatedlens.address import Alias, HookTable, Point, View
     from gatedlens.attention import AttentionStack, Contributions, ImplicitAttention, implicit_attention
     from gatedlens.hooks import (
-        HookedGriffin, HookedKimiLinear, HookedMamba, HookedMamba2, HookedMamba2Hybrid,
+        HookedGriffin, HookedKimiLinear, HookedMamba, HookedMamba2, HookedMamba2Hybrid, HookedOlmoHybrid,
         HookedQwen3Next, HookedRWKV, HookedRWKV7, HookedViM, register,
     )
     from gatedlens.loading import bundled_models, from_pretrained, wrap
@@ -41,7 +41,7 @@ else:
         "address": ("Alias", "HookTable", "Point", "View"),
         "attention": ("AttentionStack", "Contributions", "ImplicitAttention", "implicit_attention"),
         "hooks": (
-            "HookedGriffin", "HookedKimiLinear", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid",
+            "HookedGriffin", "HookedKimiLinear", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid", "HookedOlmoHybrid",
             "HookedQwen3Next", "HookedRWKV", "HookedRWKV7", "HookedViM", "register",
         ),
         "loading": ("bundled_models", "from_pretrained", "wrap"),
@@ -52,11 +52,11 @@ else:
 __all__ = [
     "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError",
     "HookPoint", "HookTable", "HookedConfig", "HookedGriffin", "HookedKimiLinear", "HookedLanguageModel", "HookedMamba",
-    "HookedMamba2", "HookedMamba2Hybrid", "HookedModel", "HookedQwen3Next", "HookedRWKV", "HookedRWKV7", "HookedViM",
-    "HookedVisionModel", "ImplicitAttention", "InputError", "Point", "PointError", "RecurrentState", "Result", "StoreError",
-    "TooLargeError", "View", "__version__", "ablation", "amplify", "attribution", "bundled_models", "circuits", "data",
-    "evaluation", "from_pretrained", "fused", "implicit_attention", "knockout", "lens", "metrics", "patching", "plot", "profiles",
-    "register", "states", "steering", "store", "tasks", "tracing", "wrap",
+    "HookedMamba2", "HookedMamba2Hybrid", "HookedModel", "HookedOlmoHybrid", "HookedQwen3Next", "HookedRWKV", "HookedRWKV7",
+    "HookedViM", "HookedVisionModel", "ImplicitAttention", "InputError", "Point", "PointError", "RecurrentState", "Result",
+    "StoreError", "TooLargeError", "View", "__version__", "ablation", "amplify", "attribution", "bundled_models", "circuits",
+    "data", "evaluation", "from_pretrained", "fused", "implicit_attention", "knockout", "lens", "metrics", "patching", "plot",
+    "profiles", "register", "states", "steering", "store", "tasks", "tracing", "wrap",
 ]
 # isort: on
 # fmt: on

@@ -96,7 +96,7 @@ def first_layer(model, cache):
     def before_the_gate(y):
         if "blocks.0.mixer.hook_normed" not in cache.cache_dict:
             return y
-        mixer, named = model.blocks[0].mixer, {"kimi_linear": "o_norm", "qwen3_next": "norm"}
+        mixer, named = model.blocks[0].mixer, {"kimi_linear": "o_norm", "olmo_hybrid": "o_norm", "qwen3_next": "norm"}
         heads, norm = y.unflatten(-1, (mixer.heads, -1)), getattr(mixer.weights, named[model.cfg.architecture])
         return (norm.weight * heads / (heads.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()).flatten(-2)
 
