@@ -23,15 +23,16 @@ from gatedlens.version import __version__
 # and editors read the imports, Python the table of the same names; the modules of `__all__` need no line in it.
 if TYPE_CHECKING:
     from gatedlens import (
-        ablation, amplify, attribution, circuits, data, evaluation, fused, knockout, lens, metrics, patching, plot, profiles,
-        states, steering, store, tasks, tracing,
+        ablation, amplify, attribution, circuits, data, evaluation, fused, knockout, layers, lens, metrics, patching, plot,
+        profiles, states, steering, store, tasks, tracing,
     )
     from gatedlens.address import Alias, HookTable, Point, View
     from gatedlens.attention import AttentionStack, Contributions, ImplicitAttention, implicit_attention
     from gatedlens.hooks import (
-        HookedGriffin, HookedKimiLinear, HookedMamba, HookedMamba2, HookedMamba2Hybrid, HookedOlmoHybrid,
-        HookedQwen3Next, HookedRWKV, HookedRWKV7, HookedViM, register,
+        HookedFLA, HookedGriffin, HookedKimiLinear, HookedMamba, HookedMamba2, HookedMamba2Hybrid, HookedOlmoHybrid,
+        HookedQwen3Next, HookedRWKV, HookedRWKV6, HookedRWKV7, HookedViM, register,
     )
+    from gatedlens.inspection import Inspection, inspect
     from gatedlens.loading import bundled_models, from_pretrained, wrap
     from gatedlens.model import ActivationCache, HookPoint, HookedConfig, HookedLanguageModel, HookedModel, RecurrentState
     from gatedlens.model.vision import HookedVisionModel
@@ -41,9 +42,10 @@ else:
         "address": ("Alias", "HookTable", "Point", "View"),
         "attention": ("AttentionStack", "Contributions", "ImplicitAttention", "implicit_attention"),
         "hooks": (
-            "HookedGriffin", "HookedKimiLinear", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid", "HookedOlmoHybrid",
-            "HookedQwen3Next", "HookedRWKV", "HookedRWKV7", "HookedViM", "register",
+            "HookedFLA", "HookedGriffin", "HookedKimiLinear", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid",
+            "HookedOlmoHybrid", "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7", "HookedViM", "register",
         ),
+        "inspection": ("Inspection", "inspect"),
         "loading": ("bundled_models", "from_pretrained", "wrap"),
         "model": ("ActivationCache", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "RecurrentState"),
         "model.vision": ("HookedVisionModel",), "result": ("Result",),
@@ -51,12 +53,13 @@ else:
 
 __all__ = [
     "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError",
-    "HookPoint", "HookTable", "HookedConfig", "HookedGriffin", "HookedKimiLinear", "HookedLanguageModel", "HookedMamba",
-    "HookedMamba2", "HookedMamba2Hybrid", "HookedModel", "HookedOlmoHybrid", "HookedQwen3Next", "HookedRWKV", "HookedRWKV7",
-    "HookedViM", "HookedVisionModel", "ImplicitAttention", "InputError", "Point", "PointError", "RecurrentState", "Result",
-    "StoreError", "TooLargeError", "View", "__version__", "ablation", "amplify", "attribution", "bundled_models", "circuits",
-    "data", "evaluation", "from_pretrained", "fused", "implicit_attention", "knockout", "lens", "metrics", "patching", "plot",
-    "profiles", "register", "states", "steering", "store", "tasks", "tracing", "wrap",
+    "HookPoint", "HookTable", "HookedConfig", "HookedFLA", "HookedGriffin", "HookedKimiLinear", "HookedLanguageModel",
+    "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid", "HookedModel", "HookedOlmoHybrid", "HookedQwen3Next", "HookedRWKV",
+    "HookedRWKV6", "HookedRWKV7", "HookedViM", "HookedVisionModel", "ImplicitAttention", "InputError", "Inspection", "Point",
+    "PointError", "RecurrentState", "Result", "StoreError", "TooLargeError", "View", "__version__", "ablation", "amplify",
+    "attribution", "bundled_models", "circuits", "data", "evaluation", "from_pretrained", "fused", "implicit_attention",
+    "inspect", "knockout", "layers", "lens", "metrics", "patching", "plot", "profiles", "register", "states", "steering",
+    "store", "tasks", "tracing", "wrap",
 ]
 # isort: on
 # fmt: on

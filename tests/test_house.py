@@ -31,7 +31,7 @@ FLOORS = (
     {"loading", "runs"},
     {
         "ablation", "knockout", "states", "tracing", "lens", "patching", "circuits", "attribution", "store", "steering",
-        "profiles", "tasks", "data",
+        "profiles", "tasks", "data", "layers", "inspection",
     },
     {"evaluation", "amplify"},  # which build on attribution, tasks and data
     {"cli", "compat", "catalogue", "bundled", "bridge", "circuitsvis", "gatedlens"},

@@ -6,8 +6,8 @@
 
     flows        a mixer's relevance goes back through its operator, o = A x + r, with A held as it is: from its output point to
                  what x is read from, and in equal parts to its gate where that has content. Nothing else inside gets any
-    detached     weighs content and carries none: gets no relevance. Every norm's scale, a channel mixer's sigmoid, one by which
-                 a mixer weighs what it reads, and the weights of experts
+    detached     weighs content and carries none: gets no relevance. Every norm's scale, a channel mixer's sigmoid, the shares
+                 by which a mixer mixes what it reads (a sigmoid, or what is called a mix), and the weights of experts
     shared       the relevance of a point goes in equal parts to the points that it reads, as if it were linear in each
 
 Norms, SiLU and the scan follow Jafari et al. 2024 (MambaLRP, arXiv 2406.07592). Of gates there are two kinds, so `gates` is a
@@ -144,8 +144,11 @@ class Rules:
 
 
 def _mixes(model: HookedModel, name: str, mixers: tuple[str, ...]) -> bool:
-    """Whether a point only weighs what a mixer reads, as RWKV-7's share of the values of layer 0."""
-    return name.startswith(mixers) and model.names.points[name].equation.startswith(SIGMOID) and not name.endswith(GATE)
+    """Whether a point only weighs what a mixer reads, as RWKV-7's share of the values of layer 0, and what makes RWKV-6's
+    shares of the position before."""
+    if not name.startswith(mixers) or name.endswith(GATE):
+        return False
+    return model.names.points[name].equation.startswith(SIGMOID) or "mix" in name.rpartition(".")[2].split("_")
 
 
 def _weights(model: HookedModel, mixers: tuple[str, ...], outside: list[str], gates: str) -> list[str]:

@@ -50,6 +50,11 @@ EVALUATE = """examples:
 JSON lines or a folder of datasets' save_to_disk. A method may carry options: gradient_attention:factors=hidden,mode=official.
 The same command goes on where it was stopped."""
 
+INSPECT = """examples:
+  gatedlens inspect gatedlens/mamba-moby
+  gatedlens inspect state-spaces/mamba-2.8b-hf --tokens 4096 --dtype bfloat16
+  gatedlens inspect path/to/folder --json"""
+
 TABLE = """examples:
   gatedlens table gatedlens/mamba-moby
   gatedlens table path/to/model --layer 3 --json"""
@@ -215,6 +220,16 @@ def models(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def inspect(args: argparse.Namespace) -> dict[str, Any]:
+    """Say what a model is and what a cache of it would weigh, from its config alone: no weight is read."""
+    from gatedlens.inspection import inspect as run
+
+    found = run(args.model, args.tokens, args.dtype, args.variant)
+    if not args.json:
+        print(found)
+    return found.to_dict()
+
+
 def table(args: argparse.Namespace) -> dict[str, Any]:
     """Print the hook points of a model."""
     from gatedlens.loading import from_pretrained
@@ -302,6 +317,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=int, default=2, help="of the ray engine (%(default)s)")
     sub.add_argument("--quiet", action="store_true", help="no progress bar")
     command("models", models, "examples:\n  gatedlens models\n  gatedlens models --json")
+    sub = command("inspect", inspect, INSPECT)
+    sub.add_argument("model", help="a bundled model, a folder, a file or a hub name")
+    sub.add_argument("--tokens", type=int, default=1024, help="of the row that is cached (%(default)s)")
+    sub.add_argument("--dtype", help="in which bytes are counted: bfloat16, float32, ... (as the config says)")
+    sub.add_argument("--variant", help="which model a checkpoint of one file holds, where it does not say so itself")
     sub = command("table", table, TABLE)
     sub.add_argument("model", help="a bundled model, a folder or a hub name")
     sub.add_argument("--layer", type=int, default=0, help="the block to show (%(default)s)")

@@ -32,7 +32,10 @@ def check_version(names: Iterable[str]) -> None:
     for version, marks in MARKS.items():
         found = next((name for name in names if any(mark in name for mark in marks)), None)
         if found is not None:
-            raise CheckpointError(f"This is RWKV-{version} (it has {found}); gatedlens supports RWKV-4 and RWKV-7.")
+            raise CheckpointError(
+                f"This is RWKV-{version} (it has {found}), and no RWKV-4. Of later versions gatedlens reads RWKV-5.2, RWKV-6 and "
+                "RWKV-7, from a .pth alone or a folder whose config names its model_type."
+            )
 
 
 def new_model(config: Mapping[str, Any]) -> nn.Module:
@@ -70,8 +73,8 @@ class RwkvLm(Layout):
         """The arguments behind an official RWKV-4 .pth, read off its shapes; None if it is not one."""
         if "emb.weight" not in state or not any(name.startswith("blocks.") and ".att." in name for name in state):
             return None
-        if "blocks.0.att.r_k" in state:  # RWKV-7's: see rwkv7_fla.py
-            return None
+        if "blocks.0.att.r_k" in state or "blocks.0.att.time_faaaa" in state:
+            return None  # RWKV-7's: see rwkv7_fla.py; RWKV-5's or RWKV-6's: see rwkv6_lm.py
         check_version(state)
         vocab_size, width = shape_of(state, "emb.weight", 2)
         return {

@@ -20,6 +20,7 @@ from gatedlens.model.base import HookedModel
 # The files, and a class of each: loaded when it is first asked for, whether or not its file was asked for before. Checkers and
 # editors read the imports, Python the table.
 if TYPE_CHECKING:
+    from gatedlens.hooks.fla import HookedFLA as HookedFLA
     from gatedlens.hooks.griffin import HookedGriffin as HookedGriffin
     from gatedlens.hooks.kimi_linear import HookedKimiLinear as HookedKimiLinear
     from gatedlens.hooks.mamba import HookedMamba as HookedMamba
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
     from gatedlens.hooks.olmo_hybrid import HookedOlmoHybrid as HookedOlmoHybrid
     from gatedlens.hooks.qwen3_next import HookedQwen3Next as HookedQwen3Next
     from gatedlens.hooks.rwkv import HookedRWKV as HookedRWKV
+    from gatedlens.hooks.rwkv6 import HookedRWKV6 as HookedRWKV6
     from gatedlens.hooks.rwkv7 import HookedRWKV7 as HookedRWKV7
     from gatedlens.hooks.vim import HookedViM as HookedViM
 else:
     CLASSES = {
+        "fla": ("HookedFLA",),
         "griffin": ("HookedGriffin",),
         "kimi_linear": ("HookedKimiLinear",),
         "mamba": ("HookedMamba",),
@@ -40,6 +43,7 @@ else:
         "olmo_hybrid": ("HookedOlmoHybrid",),
         "qwen3_next": ("HookedQwen3Next",),
         "rwkv": ("HookedRWKV",),
+        "rwkv6": ("HookedRWKV6",),
         "rwkv7": ("HookedRWKV7",),
         "vim": ("HookedViM",),
     }

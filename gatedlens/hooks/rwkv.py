@@ -41,13 +41,13 @@ from gatedlens.model.base import Wrapped
 from gatedlens.model.block import Block, Sub, SubRows, residual_rows
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import Part, rows_of
-from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.mixer import TokenMixing
 from gatedlens.model.norm import Norm, eps_of, norm_rows
 from gatedlens.model.path import Content, Held, PathMixer, Stage, Streams
 from gatedlens.model.run import Run
 from gatedlens.model.stages import Gate, Named
 from gatedlens.model.state import Carried, RecurrentState
+from gatedlens.parts.first_norm import NormedStream
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.wkv_matrix import WkvScan
 from gatedlens.recurrence.wkv_scan import NOTHING, Carry, OpenWkv, wkv
@@ -281,7 +281,7 @@ class RWKVConfig(HookedConfig):
         return {**super().sizes, "channel": self.d_inner, "state": 2, "d_mlp": self.d_mlp or 0}
 
 
-class HookedRWKV(HookedLanguageModel):
+class HookedRWKV(NormedStream):
     """`HookedRWKV(RwkvForCausalLM(...))`, or better `gl.wrap(...)`: RWKV-4 with every intermediate a hook point."""
 
     title = "RWKV"
@@ -383,9 +383,7 @@ class HookedRWKV(HookedLanguageModel):
         return self.wrapped.head
 
     def stream(self, embedded: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """Block 0's first norm starts the stream: what enters block 0 (start_at_layer=0) has passed it."""
-        first: Any = self.blocks[0]
-        return _stream_dtype(first.ln0(embedded))
+        return _stream_dtype(super().stream(embedded))
 
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True

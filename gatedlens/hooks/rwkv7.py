@@ -44,13 +44,13 @@ from gatedlens.model.base import Wrapped
 from gatedlens.model.block import Block, Sub, SubRows, residual_rows
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import rows_of
-from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.mixer import TokenMixing
 from gatedlens.model.norm import Norm, eps_of, norm_rows
 from gatedlens.model.path import Content, PathMixer, Stage, Streams
 from gatedlens.model.run import Run
 from gatedlens.model.stages import Bonus, Gate, GroupNorm, Named, Scan
 from gatedlens.model.state import Carried
+from gatedlens.parts.first_norm import NormedStream
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.terms import Terms
 
@@ -250,7 +250,7 @@ class Rwkv7Config(HookedConfig):
         return {**super().sizes, **heads, "d_mlp": self.d_mlp or 0}
 
 
-class HookedRWKV7(HookedLanguageModel):
+class HookedRWKV7(NormedStream):
     """`gl.from_pretrained("RWKV-x070-World-0.4B-v2.9-20250107-ctx4096.pth")`: RWKV-7 with every intermediate a hook point.
 
     Every layer reads the values of layer 0 beside the residual stream (`hook_v_first`), so a run that starts at a later layer
@@ -364,12 +364,6 @@ class HookedRWKV7(HookedLanguageModel):
     @property
     def unembedding(self) -> Any:
         return self.wrapped.lm_head
-
-    def stream(self, embedded: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """Block 0's first norm starts the stream: what enters block 0 (start_at_layer=0) has passed it."""
-        first: Any = self.blocks[0]
-        out: Tensor = first.ln0(embedded)
-        return out
 
 
 HOOKED = HookedRWKV7

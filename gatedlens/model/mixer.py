@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.address.point import Point
-from gatedlens.model.hookpoint import Part
+from gatedlens.model.hookpoint import RECURRENT, Part
 from gatedlens.model.padding import Padding, windows
 from gatedlens.model.run import Run
 from gatedlens.model.state import RecurrentState
@@ -23,6 +23,7 @@ from gatedlens.recurrence.chunks import chunked
 from gatedlens.recurrence.convolution import slide
 from gatedlens.recurrence.delta_states import states_of_delta_rule
 from gatedlens.recurrence.factors import Factors
+from gatedlens.recurrence.prior_matrix import prior_chunked
 from gatedlens.recurrence.scanning import StepTerms, linear_scan, readout, scan
 from gatedlens.recurrence.terms import Terms
 
@@ -39,6 +40,7 @@ class TokenMixing(Part):
     """
 
     place = "mixer"
+    role = RECURRENT
     attention_points: tuple[str, ...] = ()
     output_point = "hook_gated"
     scans: tuple[str, ...] = ("",)
@@ -106,14 +108,18 @@ class Mixer(TokenMixing):
         return self.along(x)
 
     def causal_convs(
-        self, streams: Mapping[str, Float[Tensor, "batch pos ..."]], run: Run, conv: Any
+        self,
+        streams: Mapping[str, Float[Tensor, "batch pos ..."]],
+        run: Run,
+        weight: Float[Tensor, "channel 1 tap"],
+        bias: Float[Tensor, " channel"] | None,
     ) -> dict[str, Float[Tensor, "batch pos ..."]]:
-        """The causal depthwise convolution of a wrapped nn.Conv1d with its bias, across padding, calls and documents, of streams
-        side by side: c[i] = sum over k of weight[K - 1 - k] x[i - k] + bias.
+        """The causal depthwise convolution by the weight and bias of an nn.Conv1d, across padding, calls and documents, of
+        streams side by side: c[i] = sum over k of weight[K - 1 - k] x[i - k] + bias.
 
         Each stream has lazy taps of its own, the summands: `hook_conv_taps` of "conv", `hook_B_conv_taps` of "B_conv".
         """
-        weight, bias, width = conv.weight, conv.bias, conv.weight.shape[-1]
+        width = weight.shape[-1]
         flat = [stream.flatten(2) for stream in streams.values()]
         x = flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
         tail = run.start("conv", self.layer, (x.shape[0], width - 1, x.shape[2]), x)
@@ -199,6 +205,41 @@ class Mixer(TokenMixing):
         follows. hook_decay, hook_write and, of a delta rule, hook_erase have the axes of the state, whatever they are shared by.
         A masked position keeps erase 0, too.
         """
+        terms, initial, inside = self._heard(terms, u, initial, padding)
+        if inside is None:
+            return chunked(terms, u, initial)
+        states, last = inside
+        return _read(states, terms.of_heads(terms.read)), last
+
+    def recur_heads_before(
+        self,
+        terms: Terms,
+        u: Float[Tensor, "batch pos head value"],
+        initial: Float[Tensor, "batch head value key"],
+        padding: Padding,
+    ) -> tuple[Float[Tensor, "batch pos head value"], Float[Tensor, "batch head value key"]]:
+        """The same where a position reads the state before its own step: nothing of it where a document begins."""
+        fresh = terms.fresh
+        terms, initial, inside = self._heard(terms, u, initial, padding)
+        if inside is None:
+            return prior_chunked(terms, u, initial)
+        states, last = inside
+        read = terms.of_heads(terms.read)
+        read = read if fresh is None else read * (1 - fresh).unsqueeze(-1)
+        return _read(torch.cat([initial.unsqueeze(1), states[:, :-1]], dim=1), read), last
+
+    def _heard(
+        self,
+        terms: Terms,
+        u: Float[Tensor, "batch pos head value"],
+        initial: Float[Tensor, "batch head value key"],
+        padding: Padding,
+    ) -> tuple[
+        Terms,
+        Float[Tensor, "batch head value key"],
+        tuple[Float[Tensor, "batch pos head value key"], Float[Tensor, "batch head value key"]] | None,
+    ]:
+        """Terms and start as hooks leave them, and (every state, the last one) if somebody listens inside."""
         if self.hook_state_start.heard():
             initial = self.hook_state_start(initial)
         decay = write = erase = None
@@ -214,7 +255,7 @@ class Mixer(TokenMixing):
                 terms = terms.with_probe(padding.zero(self.hook_probe(terms.probes())))
         heard = self.hook_state.heard()
         if decay is None and write is None and erase is None and not heard:
-            return chunked(terms, u, initial)
+            return terms, initial, None
         decay = terms.decays().unsqueeze(-2) if decay is None else decay
         write = terms.write(u) if write is None else write
         probe = terms.probes()
@@ -224,8 +265,14 @@ class Mixer(TokenMixing):
         else:
             states = linear_scan(decay, write, initial)
         last = states[:, -1]
-        states = self.hook_state(states) if heard else states
-        return (states * terms.of_heads(terms.read).unsqueeze(-2)).sum(-1), last
+        return terms, initial, (self.hook_state(states) if heard else states, last)
+
+
+def _read(
+    states: Float[Tensor, "batch pos head value key"], read: Float[Tensor, "batch pos head key"]
+) -> Float[Tensor, "batch pos head value"]:
+    """What each position reads off its state."""
+    return (states * read.unsqueeze(-2)).sum(-1)
 
 
 def multiplied(x: Tensor, by: float) -> Tensor:

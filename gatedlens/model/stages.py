@@ -16,12 +16,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from gatedlens.model.padding import Padding
 from gatedlens.model.path import Content, Held, PathMixer, Stage, Streams
 from gatedlens.model.run import Run
 from gatedlens.recurrence.decay_matrix import DecayScan
 from gatedlens.recurrence.factors import reach
 from gatedlens.recurrence.head_matrix import HeadScan
+from gatedlens.recurrence.matrix import ScanMatrix
+from gatedlens.recurrence.prior_matrix import PriorScan
 from gatedlens.recurrence.scanning import at_least_float32
+from gatedlens.recurrence.terms import Terms
 from gatedlens.recurrence.transforms import anywhere
 
 
@@ -29,8 +33,19 @@ from gatedlens.recurrence.transforms import anywhere
 class Conv(Stage):
     """c = causal depthwise conv of the streams side by side, with bias; the content is one of them."""
 
-    name: str  # of the wrapped nn.Conv1d
+    name: (
+        str | tuple[str, ...]
+    )  # of the wrapped nn.Conv1d of all streams; or of each stream's own, all with a bias or none
     streams: tuple[str, ...] = ("x",)
+
+    def filters(self, mixer: PathMixer) -> tuple[Float[Tensor, "channel 1 tap"], Float[Tensor, " channel"] | None]:
+        """The taps and the bias of all channels."""
+        names = (self.name,) if isinstance(self.name, str) else self.name
+        convs = [getattr(mixer.weights, name) for name in names]
+        if len(convs) == 1:
+            return convs[0].weight, convs[0].bias
+        bias = None if convs[0].bias is None else torch.cat([conv.bias for conv in convs])
+        return torch.cat([conv.weight for conv in convs]), bias
 
     def content(self, mixer: PathMixer) -> slice:
         """Which channels of the convolution the content is."""
@@ -42,21 +57,21 @@ class Conv(Stage):
     def forward(self, mixer: PathMixer, content: Content, streams: Streams, run: Run) -> Content:
         names = {_conv_point(name): name for name in self.streams}
         together = {point: streams[name] for point, name in names.items()}
-        for point, c in mixer.causal_convs(together, run, getattr(mixer.weights, self.name)).items():
+        for point, c in mixer.causal_convs(together, run, *self.filters(mixer)).items():
             streams[names[point]] = c
         for point, name in names.items():
             streams[name] = mixer.fire(point, streams[name])
         return streams["x"]
 
     def hold(self, mixer: PathMixer, held: Held) -> None:
-        conv, some = getattr(mixer.weights, self.name), self.content(mixer)
-        taps = conv.weight.to(held.x.dtype).squeeze(1)[some]
+        (weight, bias), some = self.filters(mixer), self.content(mixer)
+        taps = weight.to(held.x.dtype).squeeze(1)[some]
         held.factors["taps"], documents = taps, held.documents
         if documents is not None and anywhere(documents != documents[:, :1]):
             held.factors["document"] = documents
         drift = torch.zeros_like(held.x)
-        if conv.bias is not None:
-            drift = drift + conv.bias[some].to(held.x.dtype) * held.padding.packed_mask(held.x)
+        if bias is not None:
+            drift = drift + bias[some].to(held.x.dtype) * held.padding.packed_mask(held.x)
         if held.state is not None:
             tail = reach(held.state["conv", mixer.layer][..., some], held.x, taps)
             drift = drift + (tail if documents is None else tail * (documents == 0).unsqueeze(-1))
@@ -122,15 +137,38 @@ class Scan(Stage):
         terms = terms._replace(fresh=mixer.resets(run, terms.log_decay[..., 0]))
         u = at_least_float32(content).unflatten(2, (mixer.heads, -1))
         shape = (len(u), *u.shape[2:], terms.key.shape[-1])
-        scan, last = mixer.recur_heads(terms, u, run.start("scan", mixer.layer, shape, u), run.padding)
+        scan, last = self.recur(mixer, terms, u, run.start("scan", mixer.layer, shape, u), run.padding)
         run.leave("scan", mixer.layer, last)
         return mixer.fire("scan", scan.flatten(2))
 
+    def recur(
+        self, mixer: PathMixer, terms: Terms, u: Tensor, start: Tensor, padding: Padding
+    ) -> tuple[Tensor, Tensor]:
+        """The recurrence: (scan, last state)."""
+        return mixer.recur_heads(terms, u, start, padding)
+
+    def matrix(self, terms: Terms, width: int) -> ScanMatrix:
+        """The recurrence as a matrix, of heads that are `width` wide."""
+        return HeadScan.of(terms, width)
+
     def hold(self, mixer: PathMixer, held: Held) -> None:
         terms = mixer.terms_of(held.cached)._replace(fresh=held.fresh)
-        held.factors["scan"] = HeadScan.of(terms, held.x.shape[2] // mixer.heads)
+        held.factors["scan"] = self.matrix(terms, held.x.shape[2] // mixer.heads)
         if held.state is not None:
             held.factors["start"] = held.centred(held.state["scan", mixer.layer].to(held.x).flatten(1, 2), 1)
+
+
+@dataclass(frozen=True)
+class ScanBefore(Scan):
+    """The same where a position reads the state before its own step: scan_t = S_{t-1} read_t."""
+
+    def recur(
+        self, mixer: PathMixer, terms: Terms, u: Tensor, start: Tensor, padding: Padding
+    ) -> tuple[Tensor, Tensor]:
+        return mixer.recur_heads_before(terms, u, start, padding)
+
+    def matrix(self, terms: Terms, width: int) -> ScanMatrix:
+        return PriorScan.of(terms, width)
 
 
 @dataclass(frozen=True)
@@ -194,7 +232,7 @@ class Skip(Stage):
 class Bonus(Stage):
     """y = inner(u) + bonus u: a number a head and position, the stream `name`, times the content as it is before `inner`.
 
-    It is an operator of its own beside that of `inner`, whose norm may have centred the content.
+    Beside a scan alone it is a skip. Beside a norm it is an operator of its own, because the norm may have centred the content.
     """
 
     inner: tuple[Stage, ...]
@@ -214,7 +252,11 @@ class Bonus(Stage):
         return mixer.fire("y", inner + self.spread(streams[self.name], content) * content)
 
     def hold(self, mixer: PathMixer, held: Held) -> None:
-        held.aside().factors.update(scan=None, skip=self.spread(held.cached(self.name), held.x))
+        skip = self.spread(held.cached(self.name), held.x)
+        if len(self.inner) == 1:
+            held.factors["skip"] = skip
+        else:
+            held.aside().factors.update(scan=None, skip=skip)
         for stage in reversed(self.inner):
             stage.hold(mixer, held)
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from gatedlens.address.point import Point
 from gatedlens.errors import CheckpointError
+from gatedlens.model.hookpoint import ATTENTION
 from gatedlens.model.memory import SMALL, afford, free
 from gatedlens.model.mixer import TokenMixing, multiplied
 from gatedlens.model.norm import Norm, eps_of, norm_rows
@@ -167,6 +168,14 @@ def rotate(
     return torch.cat([turning * cos.unsqueeze(2) + aside * sin.unsqueeze(2), still], dim=-1)
 
 
+def turns(
+    positions: Int[Tensor, "batch pos"], frequency: Float[Tensor, " pair"]
+) -> tuple[Float[Tensor, "batch pos rotary"], Float[Tensor, "batch pos rotary"]]:
+    """cos and sin of position * frequency, twice side by side, for the pairs of `rotate`."""
+    angle = (positions.unsqueeze(-1) * frequency.to(positions.device)).repeat(1, 1, 2)
+    return angle.cos(), angle.sin()
+
+
 class Attention(TokenMixing):
     """Causal attention over the last `window` tokens, the own one included, of the same document; None: over all of them.
 
@@ -178,6 +187,7 @@ class Attention(TokenMixing):
     """
 
     place = "attn"
+    role = ATTENTION
 
     def __init__(
         self,
@@ -242,10 +252,9 @@ class Attention(TokenMixing):
         return F.linear(n, projection.weight, projection.bias).unflatten(-1, (-1, self.d_head))
 
     def angles(self, positions: Int[Tensor, "batch pos"], like: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of position * theta^(-2j / rotary_dim), twice side by side, for the pairs of `rotate`."""
-        frequency = at_least_float32(self.rotary.inv_freq).to(positions.device)
-        angle = (positions.unsqueeze(-1) * frequency).repeat(1, 1, 2)
-        cos, sin, scaling = angle.cos(), angle.sin(), vars(self.rotary).get("attention_scaling", 1.0)
+        """cos and sin of position * theta^(-2j / rotary_dim), scaled where the model scales them, in the dtype of `like`."""
+        cos, sin = turns(positions, at_least_float32(self.rotary.inv_freq))
+        scaling = vars(self.rotary).get("attention_scaling", 1.0)
         if scaling != 1:
             cos, sin = cos * scaling, sin * scaling
         return cos.to(like.dtype), sin.to(like.dtype)

@@ -31,14 +31,14 @@ from gatedlens.model.path import PathMixer, Stage, Streams
 from gatedlens.model.run import Run
 from gatedlens.model.stages import Conv, Gate, GroupNorm, Named, Scan, SiLU
 from gatedlens.model.state import Carried
+from gatedlens.parts.delta_rule import UNIT_EPS, delta_terms, unit
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.terms import Terms
 
 RMSNORM = "RMSNorm, arXiv 1910.07467"
 UIA = "UIA, arXiv 2405.16504"
-UNIT_EPS = 1e-6
 TAPS = "conv1d.weight[tap] * {}[pos - (tap.size - 1) + tap], 0 from another document"
-UNIT = "SiLU({0}) / sqrt(sum over state of SiLU({0})^2 + 1e-6)"
+UNIT = f"SiLU({{0}}) / sqrt(sum over state of SiLU({{0}})^2 + {UNIT_EPS})"
 CARRIED_DELTA = {  # what a delta net leaves for the next call
     "scan": Carried("scan", "batch head value state"),
     "conv": Carried("conv", "batch tail conv_channel"),
@@ -145,12 +145,6 @@ class DeltaKind:
 # -- the mixer ------------------------------------------------------------------------------------------------------
 
 
-def unit(x: Float[Tensor, "*any state"]) -> Float[Tensor, "*any state"]:
-    """x / sqrt(sum x^2 + 1e-6), in at least float32."""
-    wide = at_least_float32(x)
-    return wide * torch.rsqrt(wide.pow(2).sum(-1, keepdim=True) + UNIT_EPS)
-
-
 def silu(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
     """SiLU in at least float32."""
     return F.silu(at_least_float32(x))
@@ -251,13 +245,7 @@ class DeltaMixer(PathMixer):
         beta: Float[Tensor, "batch pos head"],
         log_decay: Float[Tensor, "batch pos head *state"],
     ) -> Terms:
-        """key = erase = beta k, probe = decay k, read = q / sqrt(n): Gated DeltaNet, eq. 10; Kimi Linear, eq. 1."""
-        log_decay = log_decay if self.kind.by_key else log_decay.unsqueeze(-1)
-        share = self.heads // k.shape[2]
-        k = k if share == 1 else k.repeat_interleave(share, dim=2)
-        written = beta.unsqueeze(-1) * k
-        read = q * q.shape[-1] ** -0.5
-        return Terms(log_decay, key=written, read=read, erase=written, probe=torch.exp(log_decay) * k)
+        return delta_terms(q, k, beta, log_decay if self.kind.by_key else log_decay.unsqueeze(-1))
 
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
         projection = getattr(self.weights, self.kind.output)

@@ -9,6 +9,7 @@ doubling.py, delta_states.py                 # positions side by side; every sta
 wkv_scan.py                                  # RWKV-4's normalised scan
 DecayScan(time, rate, read, amount, key)     # decay_matrix.py: the same as a matrix, its blocks in decay_blocks.py
 HeadScan(terms, width, channels)             # head_matrix.py: of heads with matrix states, in head_blocks.py
+PriorScan.of(terms, width)                   # prior_matrix.py: where a step is read from the next position on
 WkvScan, PatternScan                         # the matrix of the normalised scan, of softmax attention
 Factors, Branch                              # factors.py, operator.py: A = diag(gate) (S + diag(skip)) diag(act) M
 convolution.py, autocast.py, transforms.py   # within documents; under autocast; under torch.func
@@ -21,6 +22,7 @@ from gatedlens.recurrence.factors import Factors, reach
 from gatedlens.recurrence.head_matrix import HeadScan
 from gatedlens.recurrence.operator import Branch
 from gatedlens.recurrence.pattern_matrix import PatternScan
+from gatedlens.recurrence.prior_matrix import PriorScan
 from gatedlens.recurrence.scanning import (
     LinearScan,
     SegmentedScan,
@@ -35,7 +37,7 @@ from gatedlens.recurrence.wkv_matrix import WkvScan
 
 # fmt: off
 __all__ = [
-    "Branch", "ChannelTerms", "DecayScan", "Factors", "HeadScan", "LinearScan", "PatternScan", "SegmentedScan", "StepTerms",
-    "Terms", "WkvScan", "at_least_float32", "chunked", "linear_scan", "reach", "readout", "scan",
+    "Branch", "ChannelTerms", "DecayScan", "Factors", "HeadScan", "LinearScan", "PatternScan", "PriorScan", "SegmentedScan",
+    "StepTerms", "Terms", "WkvScan", "at_least_float32", "chunked", "linear_scan", "reach", "readout", "scan",
 ]
 # fmt: on

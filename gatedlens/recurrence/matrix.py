@@ -107,7 +107,7 @@ class ScanMatrix(ABC):
         left: Float[Tensor, "batch pos channel"],
         right: Float[Tensor, "batch pos channel"],
         taps: Float[Tensor, "channel tap"],
-        skip: Float[Tensor, " channel"],
+        skip: Float[Tensor, "*position channel"],
     ) -> Float[Tensor, "batch dst src"] | None:
         """The sum over channels of the absolutes of what `folded` gives of S + diag(skip); None: only channel by channel."""
         return None

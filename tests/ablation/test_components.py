@@ -10,6 +10,7 @@ import torch
 
 import gatedlens as gl
 from gatedlens import ablation
+from gatedlens.model.norm import eps_of
 from tests.ablation.test_ablation import fired, same
 from tests.helpers import by_channel, earlier, example
 
@@ -29,7 +30,7 @@ def operated(model, part, change):
     return other
 
 
-CONV = [f"{conv}.weight" for conv in ("conv1d", "conv_1d", "conv1d_b")]
+CONV = [f"{conv}.weight" for conv in ("conv1d", "conv_1d", "conv1d_b", "q_conv1d", "k_conv1d", "v_conv1d")]
 BIAS = [name.replace("weight", "bias") for name in CONV]
 
 
@@ -53,7 +54,7 @@ def identity(p):
         (ablation.identity_conv, "conv", [(CONV, identity), (BIAS, torch.Tensor.zero_)]),
         (ablation.no_conv_bias, "conv", [(BIAS, torch.Tensor.zero_)]),
         (lambda layers="*": ablation.only_tap(1, layers), "conv", [(CONV, tap(1))]),
-        (ablation.no_skip, "skip", [(["D", "D_b", "r_k"], torch.Tensor.zero_)]),
+        (ablation.no_skip, "skip", [(["D", "D_b", "r_k", "time_faaaa"], torch.Tensor.zero_)]),
     ],
     ids=["identity conv", "no conv bias", "one tap", "no skip"],
 )
@@ -96,13 +97,16 @@ def first_layer(model, cache):
     def before_the_gate(y):
         if "blocks.0.mixer.hook_normed" not in cache.cache_dict:
             return y
-        mixer, named = model.blocks[0].mixer, {"kimi_linear": "o_norm", "olmo_hybrid": "o_norm", "qwen3_next": "norm"}
+        named = {"fla": "o_norm", "kimi_linear": "o_norm", "olmo_hybrid": "o_norm", "qwen3_next": "norm"}
+        mixer = model.blocks[0].mixer
         heads, norm = y.unflatten(-1, (mixer.heads, -1)), getattr(mixer.weights, named[model.cfg.architecture])
-        return (norm.weight * heads / (heads.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()).flatten(-2)
+        return (norm.weight * heads / (heads.pow(2).mean(-1, keepdim=True) + eps_of(norm, 1e-6)).sqrt()).flatten(-2)
 
     def multiplied(stem, scan):
         """What the gate multiplies, with another scan."""
         y, own = cache[f"{stem}hook_y"], cache[f"{stem}hook_scan"]
+        if model.cfg.architecture == "rwkv6":
+            return torch.stack([model.wrapped.blocks[0].att.ln_x(row) for row in (y - own + scan).unbind(1)], 1)
         if model.cfg.architecture != "rwkv7":
             return before_the_gate(y - own + scan)
         norm = model.wrapped.model.layers[0].attn.g_norm  # of the scan alone: the bonus comes behind it

@@ -134,6 +134,7 @@ def test_mamba_against_the_literal_triple_loop():
 
 MAMBA = ("hook_gate", "hook_dt", "hook_B", "hook_C")
 RWKV7 = tuple(f"hook_{name}" for name in ("gate", "scale", "bonus", "log_decay", "kk", "a", "k", "r"))
+RWKV6 = tuple(f"hook_{name}" for name in ("gate", "scale", "bonus", "log_decay", "k", "r"))
 GRIFFIN = ("hook_gate", "hook_input_gate", "hook_log_decay", "hook_multiplier", "hook_reset")
 DELTA = ("hook_gate", "hook_q", "hook_k", "hook_beta", "hook_log_decay", "hook_scale")
 # place -> (the input x, the output o, the points held fixed, the (input, output) of SiLUs whose sigmoid is held fixed)
@@ -144,6 +145,7 @@ FROZEN = {
         "mixer": ("hook_x", "hook_gated", (*MAMBA, "hook_scale"), (("hook_conv", "hook_u"),)),
         "attn": ("hook_v", "hook_z", ("hook_pattern",), ()),
     },
+    "fla": {"mixer": ("hook_x", "hook_gated", (*DELTA, "hook_rot_q", "hook_rot_k"), (("hook_conv", "hook_u"),))},
     "griffin": {"mixer": ("hook_x", "hook_gated", GRIFFIN, ()), "attn": ("hook_v", "hook_z", ("hook_pattern",), ())},
     "kimi_linear": {
         "mixer": ("hook_x", "hook_gated", DELTA, (("hook_conv", "hook_u"),)),
@@ -158,6 +160,7 @@ FROZEN = {
         "attn": ("hook_v", "hook_gated", ("hook_pattern", "hook_gate"), ()),
     },
     "rwkv": {"mixer": ("hook_x", "hook_gated", ("hook_gate", "hook_k"), ())},
+    "rwkv6": {"mixer": ("hook_x", "hook_gated", RWKV6, ())},
     "rwkv7": {"mixer": ("hook_x", "hook_gated", RWKV7, ())},
     "vim": {
         "mixer": (
@@ -179,7 +182,11 @@ def frozen_forward(model, layer, run):
     """
     place = model.blocks[layer].mixer.place
     x_name, o_name, fixed, silus = FROZEN[model.cfg.architecture][place]
-    stem, live = f"blocks.{layer}.{place}.", {}
+    stem, live, rows = f"blocks.{layer}.{place}.", {}, {row.name for row in model.rows_for(layer)}
+    fixed = [
+        name for name in fixed if f"{place}.{name}" in rows
+    ]  # of an architecture that mixes kinds, those of this one
+    silus = [(c, u) for c, u in silus if f"{place}.{c}" in rows]
 
     def leaf(x, hook):
         live["x"] = x.detach().clone().requires_grad_()
@@ -225,9 +232,8 @@ def test_the_operator_is_the_jacobian_of_the_models_own_frozen_forward(model):
             total = 0
             for branch in A.branches:
                 one = value(replace(A, branches=(branch,)))
-                if (
-                    model.cfg.architecture == "rwkv7" and branch.scan is not None
-                ):  # it reads x less its mean over the head
+                if model.cfg.architecture in ("rwkv6", "rwkv7") and branch.scan is not None:
+                    # it reads x less its mean over the head
                     heads = one.unflatten(2, (model.cfg.n_heads, -1))
                     one = (heads - heads.mean(-1, keepdim=True)).flatten(2)
                 total = total + one

@@ -102,11 +102,11 @@ def test_relevance_of_x_is_its_share_of_the_gate_times_a_transposed_g(model, gat
         first = [name for name in model.names.points if name.endswith("v_first")] if A.layer == 0 else []
         noted = [*(stem + name for name in (*inside, mixer.output_point)), *first]
         found = through_rules(model, input, noted, weight, gates)
-        if model.cfg.architecture == "rwkv7":
+        if model.cfg.architecture in ("rwkv6", "rwkv7"):
             g, (value, gradient) = found[stem + mixer.output_point][1], found[f"{stem}hook_x"]
-            scanned, beside = (replace(A, branches=(branch,)).T @ g for branch in A.branches)
+            scanned, *beside = (replace(A, branches=(branch,)).T @ g for branch in A.branches)
             scanned = scanned.unflatten(2, (model.cfg.n_heads, -1))  # of x less its mean over the head
-            back = (scanned - scanned.mean(-1, keepdim=True)).flatten(2) + beside
+            back = (scanned - scanned.mean(-1, keepdim=True)).flatten(2) * (0.5 if shared else 1.0) + sum(beside)
             back = back + sum(found[name][1] for name in first)  # what later layers read of layer 0
             assert relative(value * gradient, value * back) < 1e-11
             continue

@@ -28,14 +28,30 @@ def norm_rows(out, c, part: str, x: torch.Tensor, weight: torch.Tensor, eps: flo
     out[f"{part}.hook_out"] = weight * c(f"{part}.hook_normalized")
 
 
-def taps_of(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """What each tap of a causal depthwise conv gives: [batch pos channel tap]."""
-    width = weight.shape[-1]
-    taps = torch.zeros(*x.shape, width, dtype=x.dtype)
+def norm(out, c, part, weights, x, eps) -> None:
+    """The rows of a norm: an RMSNorm, or, of weights with a bias, a LayerNorm."""
+    bias = dict(weights.named_parameters()).get("bias")
+    norm_rows(out, c, part, x if bias is None else x - x.mean(-1, keepdim=True), weights.weight, eps)
+    if bias is not None:
+        out[f"{part}.hook_out"] = out[f"{part}.hook_out"] + bias
+
+
+def before(x):
+    """Each position's predecessor, 0 at the first."""
+    shift = torch.zeros_like(x)
+    for t in range(1, x.shape[1]):
+        shift[:, t] = x[:, t - 1]
+    return shift
+
+
+def conv_taps(x, weight):
+    """The summands of a causal depthwise convolution: [b, l, ..., tap] of x [b, l, ...] and weight [c, 1, tap]."""
+    flat, K = x.flatten(2), weight.shape[-1]
+    taps = torch.zeros(*flat.shape, K, dtype=x.dtype)
     for t in range(x.shape[1]):
-        for k in range(max(0, width - 1 - t), width):
-            taps[:, t, :, k] = weight[:, 0, k] * x[:, t - (width - 1) + k]
-    return taps
+        for k in range(max(0, K - 1 - t), K):
+            taps[:, t, :, k] = weight[:, 0, k] * flat[:, t - (K - 1) + k]
+    return taps.unflatten(2, x.shape[2:])
 
 
 def convolved(out, c, weight, streams):
@@ -43,11 +59,8 @@ def convolved(out, c, weight, streams):
     first = 0
     for name, before, shape in streams:
         x = c(f"mixer.hook_{before}").flatten(2)
-        (batch, length, width), K = x.shape, weight.shape[-1]
-        taps = torch.zeros(batch, length, width, K, dtype=x.dtype)
-        for t in range(length):
-            for k in range(max(0, K - 1 - t), K):
-                taps[:, t, :, k] = weight[first : first + width, 0, k] * x[:, t - (K - 1) + k]
+        width = x.shape[-1]
+        taps = conv_taps(x, weight[first : first + width])
         out[f"mixer.hook_{name}conv_taps"] = taps.unflatten(2, shape)
         out[f"mixer.hook_{name}conv"] = c(f"mixer.hook_{name}conv_taps").sum(-1)
         first += width
@@ -115,11 +128,11 @@ def mamba2(out, c, m, given: torch.Tensor, sizes, limit, eps: float, place: str)
     out["mixer.hook_C_pre"] = given[..., cuts[2] : cuts[3]].reshape(batch, length, G, N)
     out["mixer.hook_dt_pre"] = given[..., cuts[3] :] + m.dt_bias
     bias = torch.zeros(channels + 2 * G * N, dtype=torch.float64) if m.conv1d.bias is None else m.conv1d.bias
-    out["mixer.hook_conv_taps"] = taps_of(c("mixer.hook_x"), m.conv1d.weight[:channels])
+    out["mixer.hook_conv_taps"] = conv_taps(c("mixer.hook_x"), m.conv1d.weight[:channels])
     out["mixer.hook_conv"] = c("mixer.hook_conv_taps").sum(-1) + bias[:channels]
     out["mixer.hook_u"] = silu(c("mixer.hook_conv"))
     for name, some in (("B", slice(channels, channels + G * N)), ("C", slice(channels + G * N, None))):
-        taps = taps_of(c(f"mixer.hook_{name}_pre").flatten(2), m.conv1d.weight[some])
+        taps = conv_taps(c(f"mixer.hook_{name}_pre").flatten(2), m.conv1d.weight[some])
         out[f"mixer.hook_{name}_conv_taps"] = taps.reshape(batch, length, G, N, -1)
         out[f"mixer.hook_{name}_conv"] = c(f"mixer.hook_{name}_conv_taps").sum(-1) + bias[some].reshape(G, N)
         out[f"mixer.hook_{name}"] = silu(c(f"mixer.hook_{name}_conv"))
@@ -279,3 +292,29 @@ def around(out, c, cache, layer: int, groups: tuple[tuple[str, ...], ...]) -> No
         for name in group:
             out[f"hook_{name}_in"] = c(f"hook_{before}")
         out[f"hook_{after}"] = c(f"hook_{before}") + sum(c(f"hook_{name}_out") for name in group)
+
+
+def recurrence(out, c, decay, u, key, erase=None, probe=None) -> None:
+    """The rows between hook_reset and hook_state: decay, erase and probe without the reset, which is put in here.
+
+    decay [b, l, h, n] or [b, l, h, 1], u [b, l, h, v], key, erase and probe [b, l, h, n].
+    """
+    batch, length, heads, values = u.shape
+    whole = (batch, length, heads, values, key.shape[-1])
+    kept = 1 - c("mixer.hook_reset")[..., None]
+    out["mixer.hook_reset"] = torch.zeros(batch, length, 1, dtype=u.dtype)
+    out["mixer.hook_state_start"] = torch.zeros(batch, heads, values, whole[-1], dtype=u.dtype)
+    out["mixer.hook_decay"] = (decay * kept).unsqueeze(-2).expand(whole)
+    out["mixer.hook_write"] = torch.einsum("blhv,blhk->blhvk", u, key)
+    if erase is not None:
+        out["mixer.hook_erase"] = erase.unsqueeze(-2).expand(whole)
+        out["mixer.hook_probe"] = probe * kept
+    states = []
+    for t in range(length):
+        last = c("mixer.hook_state")[:, t - 1] if t else c("mixer.hook_state_start")
+        state = c("mixer.hook_decay")[:, t] * last + c("mixer.hook_write")[:, t]
+        if erase is not None:
+            found = torch.einsum("bhvk,bhk->bhv", last, c("mixer.hook_probe")[:, t])
+            state = state - found.unsqueeze(-1) * c("mixer.hook_erase")[:, t]
+        states.append(state)
+    out["mixer.hook_state"] = torch.stack(states, 1)

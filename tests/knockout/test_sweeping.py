@@ -137,7 +137,8 @@ def test_cut_scan_is_what_the_state_carries_from_write_to_readout(model):
     """Against an edit of hook_state itself, which changes one position's readout only."""
     input, _ = given(model, "plain")
     clean = run(model, ablation.Intervention(()), input, names=lambda name: True)
-    rwkv = model.cfg.architecture == "rwkv"  # its readout at i is of the state at i - 1, and of the numerator
+    rwkv = model.cfg.architecture == "rwkv"  # its readout is of the numerator
+    before = model.cfg.architecture in ("rwkv", "rwkv6")  # the readout at i is of the state at i - 1
     for layer in range(model.cfg.n_layers):
         mixer = model.blocks[layer].mixer
         if f"blocks.{layer}.{mixer.place}.{mixer.scans[0] + '.' if mixer.scans[0] else ''}hook_state" not in clean:
@@ -145,7 +146,7 @@ def test_cut_scan_is_what_the_state_carries_from_write_to_readout(model):
         for scan in mixer.scans:
             stem = f"{scan}." if scan else ""
             src, dst = (5, 2) if scan == "bwd" else (2, 5)
-            read_at = dst - 1 if rwkv else dst
+            read_at = dst - 1 if before else dst
             lost = literal_scan(model, clean, layer, stem, src, read_at)
             if rwkv:
                 lost[..., 1] = 0

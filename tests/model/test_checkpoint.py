@@ -337,11 +337,13 @@ def test_a_small_file_that_asks_for_much_is_refused_before_anything_is_built(tmp
 
 @pytest.mark.parametrize(
     ("key", "version"),
-    [("att.time_maa_k", 6), ("att.ln_x.weight", 5), ("att.time_faaaa", 5)],
+    [("att.time_maa_k", 6), ("att.ln_x.weight", 5), ("att.gate.weight", 5)],
 )
 def test_later_versions_of_rwkv_are_named(tmp_path, key, version):
     torch.save({**rwkv_state(), f"blocks.0.{key}": torch.zeros(16)}, tmp_path / "model.pth")
-    with pytest.raises(gl.CheckpointError, match=f"model.pth: This is RWKV-{version} .*supports RWKV-4"):
+    with pytest.raises(
+        gl.CheckpointError, match=f"model.pth: This is RWKV-{version} .*, and no RWKV-4. .* reads RWKV-5.2, RWKV-6"
+    ):
         gl.from_pretrained(tmp_path / "model.pth")
     torch.save({"emb.weight": torch.zeros(9, 4), f"blocks.0.{key}": torch.zeros(4)}, tmp_path / "model.pth")
     with pytest.raises(gl.CheckpointError, match=f"This is RWKV-{version}"):

@@ -1,0 +1,251 @@
+"""flash-linear-attention's language models (gla, retnet, hgrn2, delta_net, gated_deltanet): config and parameters, without fla.
+
+    config.json, model_type       a layer's `attn` holds, beside q_proj, o_proj and, with a gate, g_proj
+    gla                           k_proj, v_proj, gk_proj.{0, 1}               g_norm_swish_gate or g_norm
+    retnet                        k_proj, v_proj                               g_norm_swish_gate or g_norm
+    hgrn2                         f_proj, i_proj                               g_norm over all heads; model.lower_bounds
+    delta_net                     k_proj, v_proj, b_proj                       o_norm
+    gated_deltanet                k_proj, v_proj, b_proj, a_proj, A_log, dt_bias   o_norm
+
+and {q, k, v}_conv1d ({q, f, i}_conv1d) where the config says use_short_conv. All have attn_norm, mlp_norm and mlp.{gate, up,
+down}_proj beside it; and model.embeddings, model.layers, model.norm, lm_head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gatedlens.errors import CheckpointError
+from gatedlens.formats.qwen3_next import slow
+from gatedlens.model import fields
+from gatedlens.model.checkpoint import save_checkpoint
+from gatedlens.model.fields import EPS, FLAG, NUMBER, POSITIVE, SIZE, TRANSFORMERS, Field, layers_of, listed, one_of
+from gatedlens.model.layout import Layout
+from gatedlens.model.tiny import Tiny, fresh
+
+# What fla takes where a config.json does not say it.
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "gla": {"num_heads": 4, "expand_k": 0.5, "expand_v": 1.0, "use_short_conv": False},
+    "retnet": {"num_heads": 8, "expand_k": 1.0, "expand_v": 2.0, "hidden_ratio": 2, "use_short_conv": False},
+    "hgrn2": {"expand_ratio": 128, "use_lower_bound": True, "use_short_conv": False},
+    "delta_net": {"num_heads": 16, "expand_k": 1.0, "expand_v": 1.0, "use_gate": False},
+    "gated_deltanet": {"num_heads": 6, "head_dim": 256, "expand_v": 2.0},
+}
+GATES = {  # fla's word for whether a mixer has a gate
+    "gla": "use_output_gate",
+    "retnet": "use_output_gate",
+    "delta_net": "use_gate",
+    "gated_deltanet": "use_gate",
+}
+SHARED = {
+    "hidden_size": 2048,
+    "hidden_ratio": 4,
+    "use_short_conv": True,
+    "conv_size": 4,
+    "use_output_gate": True,
+    "use_gate": True,
+    "fuse_norm": True,
+    "norm_eps": 1e-6,
+    "allow_neg_eigval": False,
+    "gate_low_rank_dim": 16,
+    "clamp_min": None,
+}
+KINDS = tuple(DEFAULTS)
+FIELDS = {
+    **TRANSFORMERS,
+    "model_type": one_of(*KINDS),
+    "layer_types": listed(one_of(*KINDS), low=1),  # no word of fla's, where all layers are of model_type
+    "vocab_size": SIZE,
+    "hidden_size": SIZE,
+    "num_hidden_layers": layers_of(9),
+    "num_heads": SIZE.or_null(),
+    "num_v_heads": SIZE.or_null(),
+    "head_dim": SIZE,
+    "expand_k": POSITIVE,
+    "expand_v": POSITIVE,
+    "expand_ratio": SIZE.or_null(),
+    "hidden_ratio": POSITIVE.or_null(),
+    "intermediate_size": SIZE.or_null(),
+    "conv_size": SIZE,
+    "gate_low_rank_dim": SIZE,
+    **dict.fromkeys(("use_short_conv", "use_output_gate", "use_gate", "use_lower_bound", "allow_neg_eigval"), FLAG),
+    "fuse_norm": FLAG,
+    "norm_eps": EPS,
+    "clamp_min": NUMBER.or_null(),
+    "hidden_act": one_of("swish", "silu"),
+    "feature_map": one_of(None),
+    "elementwise_affine": one_of(True, None),
+    "use_beta": one_of(True),
+    "qk_activation": one_of("silu"),
+    "qk_norm": one_of("l2"),
+    "attn": Field("null: gatedlens opens no layers of softmax attention among fla's", lambda v: not v),
+    "attnres_block_size": Field("null: gatedlens opens no attention over earlier layers", lambda v: v is None),
+}
+
+
+class Sizes(NamedTuple):
+    """Of one mixer: heads (of values), groups (heads of keys), the numbers of a key and of a value."""
+
+    heads: int
+    groups: int
+    key: int
+    value: int
+
+
+def words(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`words("gla", config)`: a config with what fla takes where it is silent."""
+    return {**SHARED, **DEFAULTS[kind], **config}
+
+
+def is_gated(kind: str, config: Mapping[str, Any]) -> bool:
+    """`is_gated("gla", config)`: whether a mixer of this kind has a gate."""
+    return kind in GATES and bool(words(kind, config)[GATES[kind]])
+
+
+def sizes_of(kind: str, config: Mapping[str, Any]) -> Sizes:
+    """`sizes_of("gla", config)`: the sizes of a mixer of this kind; CheckpointError where heads do not come out even."""
+    given = words(kind, config)
+    d = given["hidden_size"]
+    if kind == "hgrn2":
+        ratio, heads = given["expand_ratio"], given.get("num_heads")
+        if ratio is None and heads is None:
+            raise CheckpointError("The config says neither expand_ratio nor num_heads; one of them is needed.")
+        heads = d // ratio if ratio is not None else heads
+        groups, keys, values = heads, heads * (ratio or d // heads), d
+    elif kind == "gated_deltanet":
+        groups = given["num_heads"]
+        heads = given.get("num_v_heads") or groups
+        keys, values = groups * given["head_dim"], heads * int(given["head_dim"] * given["expand_v"])
+    else:
+        heads = groups = given["num_heads"]
+        keys, values = int(d * given["expand_k"]), int(d * given["expand_v"])
+        if (given.get("num_kv_heads") or heads) != heads:
+            raise CheckpointError(
+                f"The config: num_kv_heads is {given['num_kv_heads']} and num_heads {heads}; gatedlens runs models whose heads "
+                "have keys and values of their own."
+            )
+    if not heads or not groups or keys % groups or values % heads or heads % groups:
+        raise CheckpointError(
+            f"The config: {keys} numbers of keys in {groups} heads, and {values} of values in {heads}: neither comes out even."
+        )
+    return Sizes(heads, groups, keys // groups, values // heads)
+
+
+class FlaWeights(nn.Module):
+    """Parameters by fla's names, without fla: `FlaWeights(config.json).load_state_dict(...)`.
+
+    config: `model_type, vocab_size, num_hidden_layers`, and fla's words for the rest. `layer_types`, if given, says the kind of
+    each layer, in place of model_type.
+    """
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__()
+        fields.check(config, FIELDS, "The config", required=("model_type", "vocab_size", "num_hidden_layers"))
+        self.config = dict(config)
+        d, layers = words(config["model_type"], config)["hidden_size"], config["num_hidden_layers"]
+        kinds = config.get("layer_types") or [config["model_type"]] * layers
+        if len(kinds) != layers:
+            raise CheckpointError(f"The config: {len(kinds)} layer_types for {layers} layers.")
+        eps = words(config["model_type"], config)["norm_eps"]
+        self.model, self.lm_head = nn.Module(), nn.Linear(d, config["vocab_size"], bias=False)
+        self.model.embeddings = nn.Embedding(config["vocab_size"], d)
+        self.model.layers = nn.ModuleList(_layer(kind, words(kind, config)) for kind in kinds)
+        self.model.norm = nn.RMSNorm(d, eps=eps)
+        if "hgrn2" in kinds and words("hgrn2", config)["use_lower_bound"]:
+            self.model.lower_bounds = nn.Parameter(torch.zeros(layers, d))
+        if config.get("tie_word_embeddings", False):
+            self.lm_head.weight = self.model.embeddings.weight
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """`weights.save_pretrained("folder")`: config.json and model.safetensors, as `gl.from_pretrained` and fla read them."""
+        save_checkpoint(folder, self.config, self)
+
+
+def _layer(kind: str, config: Mapping[str, Any]) -> nn.Module:
+    d, eps, linear = config["hidden_size"], config["norm_eps"], partial(nn.Linear, bias=False)
+    inner = config.get("intermediate_size")
+    if inner is None:
+        inner = 256 * -(-int(d * (config["hidden_ratio"] or 4) * 2 / 3) // 256)
+    layer = nn.Module()
+    layer.attn_norm, layer.attn = nn.RMSNorm(d, eps=eps), _mixer(kind, config)
+    layer.mlp_norm, layer.mlp = nn.RMSNorm(d, eps=eps), nn.Module()
+    layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj = linear(d, inner), linear(d, inner), linear(inner, d)
+    return layer
+
+
+def _mixer(kind: str, config: Mapping[str, Any]) -> nn.Module:
+    d, eps, linear = config["hidden_size"], config["norm_eps"], partial(nn.Linear, bias=False)
+    heads, groups, key, value = sizes_of(kind, config)
+    gated, mixer = is_gated(kind, config), nn.Module()
+    for name, width in zip(
+        "qfi" if kind == "hgrn2" else "qkv", (groups * key, groups * key, heads * value), strict=True
+    ):
+        setattr(mixer, f"{name}_proj", linear(d, width))
+        if config["use_short_conv"]:
+            conv = nn.Conv1d(
+                width, width, config["conv_size"], groups=width, padding=config["conv_size"] - 1, bias=False
+            )
+            setattr(mixer, f"{name}_conv1d", conv)
+    if gated:
+        mixer.g_proj = linear(d, heads * value)
+    if kind == "gla":
+        mixer.gk_proj = nn.Sequential(
+            linear(d, config["gate_low_rank_dim"]), nn.Linear(config["gate_low_rank_dim"], groups * key)
+        )
+    if "delta" in kind:
+        mixer.b_proj = linear(d, heads)
+    if kind == "gated_deltanet":
+        mixer.a_proj = linear(d, heads)
+        mixer.A_log, mixer.dt_bias = nn.Parameter(torch.zeros(heads)), nn.Parameter(torch.zeros(heads))
+    fused = kind in ("gla", "retnet") and gated and config["fuse_norm"]
+    norm = "o_norm" if "delta" in kind else "g_norm_swish_gate" if fused else "g_norm"
+    setattr(mixer, norm, nn.RMSNorm(d if kind == "hgrn2" else value, eps=eps))
+    mixer.o_proj = linear(heads * value, d)
+    return mixer
+
+
+class FlaLayout(Layout):
+    """`FlaLayout()`: fla's folder, model_type "gla", "retnet", "hgrn2", "delta_net" or "gated_deltanet"."""
+
+    fields = FIELDS
+
+    def knows(self, config: Mapping[str, Any]) -> bool:
+        return config.get("model_type") in KINDS
+
+    def empty(self, config: dict[str, Any]) -> nn.Module:
+        return FlaWeights(config)
+
+
+def forgetting(start: Tensor, noise: Tensor) -> Tensor:
+    """Far below 0: a step keeps exp(logsigmoid(.) / 16) of the state, about 0.7."""
+    return noise - 6
+
+
+# Its logits change smoothly, as integrals and differences of them ask: eps is far above 0, and the norms' input far from it.
+TINY = Tiny(
+    "tiny-fla",
+    FlaWeights,
+    {
+        "model_type": "gla",
+        "layer_types": ["gated_deltanet", "retnet"],
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "vocab_size": 40,
+        "num_heads": 4,
+        "head_dim": 4,
+        "expand_k": 1.0,
+        "expand_v": 1.0,
+        "expand_ratio": 4,
+        "intermediate_size": 10,
+        "conv_size": 3,
+        "gate_low_rank_dim": 3,
+        "norm_eps": 0.1,
+    },
+    {"embeddings": fresh(0.5), r"gk_proj\.1\.bias": forgetting, "lower_bounds": fresh(0.5), "A_log": slow},
+)

@@ -1,0 +1,242 @@
+"""flash-linear-attention's language models: gated linear attention, retention, HGRN2, DeltaNet, gated DeltaNet.
+
+    block   resid + mixer(RMSNorm(resid)), then resid + mlp(RMSNorm(resid))           mlp: down(SiLU(gate(m)) up(m))
+
+What differs from one to the next is the mixer, a file each beside this one:
+
+    gla.py         decay of each number of a key, of the stream (low rank)
+    retnet.py      decay of each head, fixed; rotary q and k
+    hgrn2.py       decay of each number of a key, with a lower bound; the key is what it forgets
+    delta_net.py   the delta rule, without a decay or with one a head
+
+Each with short convs or none, with a gate or none, as the module has them. Wraps fla's GLAForCausalLM, RetNetForCausalLM,
+HGRN2ForCausalLM, DeltaNetForCausalLM and GatedDeltaNetForCausalLM by the names of their parameters (fla itself is not needed),
+and `FlaWeights` of formats/fla.py, which holds their checkpoints.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any, ClassVar
+
+from gatedlens.address.point import Point, block_rows
+from gatedlens.compat.names.fla import ALIASES
+from gatedlens.errors import CheckpointError
+from gatedlens.formats.fla import FIELDS, TINY, FlaLayout, Sizes, sizes_of, words
+from gatedlens.formats.transformers_config import config_of
+from gatedlens.hooks.fla.delta_net import DeltaNetMixer, GatedDeltaNetMixer
+from gatedlens.hooks.fla.gla import GlaMixer
+from gatedlens.hooks.fla.hgrn2 import Hgrn2Mixer
+from gatedlens.hooks.fla.mixer import FlaConfig, FlaKind, FlaMixer
+from gatedlens.hooks.fla.retnet import RetentionMixer
+from gatedlens.model import fields
+from gatedlens.model.base import Wrapped
+from gatedlens.model.block import Block, Sub, SubRows, residual_rows
+from gatedlens.model.hookpoint import rows_of
+from gatedlens.model.norm import Norm, norm_rows
+from gatedlens.model.state import Carried
+from gatedlens.parts.activation import SILU
+from gatedlens.parts.attention import RMSNORM
+from gatedlens.parts.glu import GatedMlp, gated_mlp_rows
+from gatedlens.parts.positioned import NEXT_POSITION, PositionedModel
+
+MIXERS: dict[str, type[FlaMixer]] = {
+    "GLA": GlaMixer,
+    "RetNet": RetentionMixer,
+    "HGRN2": Hgrn2Mixer,
+    "DeltaNet": DeltaNetMixer,
+    "gated DeltaNet": GatedDeltaNetMixer,
+}
+MODEL_TYPES = dict(zip(("gla", "retnet", "hgrn2", "delta_net", "gated_deltanet"), MIXERS, strict=True))
+USUAL = (  # as the published checkpoints have them
+    FlaKind("GLA", conv=False, gated=True),
+    FlaKind("RetNet", conv=False, gated=True),
+    FlaKind("HGRN2", conv=False, gated=False),
+    FlaKind("DeltaNet", conv=True, gated=False),
+    FlaKind("gated DeltaNet", conv=True, gated=True),
+)
+
+
+def mixing_of(mixer: Wrapped) -> str:
+    """The word in `MIXERS` for a wrapped mixer, by the parts it has."""
+    has = {*mixer._modules, *mixer._parameters}
+    marks = {"gk_proj": "GLA", "f_proj": "HGRN2", "A_log": "gated DeltaNet", "b_proj": "DeltaNet"}
+    return next((mixing for mark, mixing in marks.items() if mark in has), "RetNet")
+
+
+def kind_of(mixer: Wrapped, sizes: Sizes) -> FlaKind:
+    """What a wrapped mixer of these sizes is, by the parts it has."""
+    has = mixer._modules
+    return FlaKind(mixing_of(mixer), "q_conv1d" in has, "g_proj" in has, grouped=sizes.groups < sizes.heads)
+
+
+def block_points_of(kind: FlaKind) -> tuple[Point, ...]:
+    """The rows of a block of this kind, in firing order."""
+    ln1, ln2 = (norm_rows(ln, f"{name}_in", RMSNORM) for ln, name in (("ln1", "mixer"), ("ln2", "mlp")))
+    return residual_rows(
+        SubRows("mixer", block_rows("mixer", MIXERS[kind.mixing].rows(kind)), "o_proj(gated)", ln1),
+        SubRows("mlp", block_rows("mlp", gated_mlp_rows(SILU.word)), "down_proj(post)", ln2),
+    )
+
+
+EVERY = tuple(
+    FlaKind(mixing, conv, gated, grouped)
+    for mixing in MIXERS
+    for conv, gated, grouped in product((False, True), repeat=3)
+    if not (mixing == "HGRN2" and gated) and (mixing == "gated DeltaNet" or not grouped)
+)
+ROWS = {kind: block_points_of(kind) for kind in EVERY}
+
+
+class HookedFLA(PositionedModel):
+    """`gl.from_pretrained("fla-hub/gla-1.3B-100B")`, `gl.wrap(GLAForCausalLM(...))`: one of fla's models, opened up.
+
+    Padding on either side or inside a row, and documents packed in a row, are as if each row stood alone. Layers of softmax
+    attention among them (`attn` in the config), heads that share keys and values (num_kv_heads) and feature maps are refused by
+    name.
+    """
+
+    title = "Linear attention of fla"
+    paper = "Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv 2312.06635)"
+    reference = (
+        "fla-hub/gla-1.3B-100B",
+        {
+            "d_model": 2048,
+            "channel": 2048,
+            "head": 4,
+            "value": 512,
+            "group": 4,
+            "state": 256,
+            "tap": 4,
+            "low": 16,
+            "d_mlp": 5632,
+        },
+    )
+    recurrence: ClassVar = {
+        "decay": "exp(log_decay): of each number of a key (GLA, HGRN2), of each head (RetNet, gated DeltaNet); 1 in DeltaNet",
+        "write": "u * k (of RetNet rot_k, of delta rules beta * k), [head, value, state]",
+        "erase": "of delta rules beta * k, [head, state]",
+        "probe": "of delta rules decay * k: it looks at the decayed state",
+        "read": "q / sqrt(state.size) (of RetNet rot_q), [head, state]",
+        "skip": "none",
+        "conv": "causal depthwise convs over q, k and x, no bias, where a model has them",
+        "activation before the scan": "SiLU: u = sigmoid(c) * c, behind a conv and in delta rules; else none",
+        "gate": "an RMSNorm of the scan, then SiLU(gate_pre) where a model has a gate",
+    }
+    attention_words: ClassVar = {
+        "x": "x",
+        "o": "gated",
+        "gate": "gate * w / scale",
+        "scan": "S[i, j] = q[i] / sqrt(state.size) . T[i] ... T[j + 1] k[j], j <= i, of each head, T = diag(exp(log_decay)); "
+        "with rot_q and rot_k in a RetNet; of a delta rule beta[j] * k[j], and T = (1 - beta * k k^T) exp(log_decay), without "
+        "the decay in DeltaNet; 0 where a reset lies between, j < reset <= i",
+        "skip": "none",
+        "act": "sigmoid(conv): u = act * conv; 1 where no activation is",
+        "conv": "M[i, j] = v_conv1d.weight[K - 1 - (i - j)], 0 <= i - j < K taps, within a document",
+        "r": "0; with a carried state what its conv tail and its scan state bring",
+    }
+    wraps = (
+        "GLAForCausalLM",
+        "RetNetForCausalLM",
+        "HGRN2ForCausalLM",
+        "DeltaNetForCausalLM",
+        "GatedDeltaNetForCausalLM",
+        "FlaWeights",
+    )
+    layout = FlaLayout()
+    small = TINY
+    block_points = tuple(
+        {row.name: row for rows in ROWS.values() for row in rows}.values()
+    )  # of all kinds; see rows_for
+    aliases = ALIASES
+    carried: ClassVar = {
+        "scan": Carried("scan", "batch head value state"),
+        "conv": Carried("conv", "batch tail conv_channel"),
+        **NEXT_POSITION,
+    }
+    cfg: FlaConfig
+
+    @classmethod
+    def describe(cls, wrapped: Wrapped, model_name: str) -> FlaConfig:
+        """The cfg of a wrapped model, from its config and the parts that its layers have."""
+        given, layers = config_of(wrapped), wrapped.model.layers
+        fields.check(given, FIELDS, f"{model_name}'s config")
+        if len(layers) == 0:
+            raise CheckpointError(f"{model_name} has no layers.")
+        types = {mixing: name for name, mixing in MODEL_TYPES.items()}
+        config = words(types[mixing_of(layers[0].attn)], given)
+        found = {sizes_of(types[mixing_of(layer.attn)], given) for layer in layers}
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{model_name} has layers with heads of different sizes; gatedlens runs models of one."
+            )
+        sizes, weight = found.pop(), wrapped.model.embeddings.weight
+        heads, groups, key, value = sizes
+        kinds = tuple(kind_of(layer.attn, sizes) for layer in layers)
+        for number, layer in enumerate(layers):
+            held = (layer.attn.q_proj.weight.shape[0], layer.attn.o_proj.weight.shape[1])
+            if held != (groups * key, heads * value):
+                raise CheckpointError(
+                    f"Layer {number} of {model_name} has {held[0]} numbers of queries and {held[1]} of values; its config says "
+                    f"{groups * key} and {heads * value}."
+                )
+        convs = {layer.attn.q_conv1d.weight.shape[-1] for layer in layers if "q_conv1d" in layer.attn._modules}
+        gla = [layer.attn for layer, kind in zip(layers, kinds, strict=True) if kind.mixing == "GLA"]
+        return FlaConfig(
+            model_name=model_name,
+            architecture="fla",
+            n_layers=len(layers),
+            d_model=weight.shape[1],
+            d_vocab=weight.shape[0],
+            n_heads=heads,
+            d_head=value,
+            n_groups=groups,
+            d_state=key,
+            d_conv=max(convs, default=0),
+            d_low=gla[0].gk_proj[0].weight.shape[0] if gla else 0,
+            d_mlp=layers[0].mlp.up_proj.weight.shape[0],
+            attn_only=False,
+            positional_embedding_type="rotary" if any(kind.mixing == "RetNet" for kind in kinds) else "none",
+            eps=float(config["norm_eps"]),
+            dtype=weight.dtype,
+            device=str(weight.device),
+            original_architecture=type(wrapped).__name__,
+            kinds=kinds,
+            log_decay_divisor=float(vars(gla[0]).get("gate_logit_normalizer", 16)) if gla else 16.0,
+            least_log_decay=config["clamp_min"],
+            beta_max=2.0 if config["allow_neg_eigval"] else 1.0,
+            tie_word_embeddings=wrapped.lm_head.weight is weight,
+        )
+
+    @classmethod
+    def kinds(cls) -> dict[str, tuple[Point, ...]]:
+        """The rows of each kind of block, as the published checkpoints have it."""
+        return {str(kind): ROWS[kind] for kind in USUAL}
+
+    def rows_for(self, layer: int) -> tuple[Point, ...]:
+        return ROWS[self.cfg.kinds[layer]]
+
+    def make_block(self, layer: int) -> Block:
+        w, cfg, rows = self.wrapped.model.layers[layer], self.cfg, self.rows_for(layer)
+        ln1, ln2 = (Norm(norm, rows_of(ln, rows), cfg.eps) for ln, norm in (("ln1", w.attn_norm), ("ln2", w.mlp_norm)))
+        mixing, points = cfg.kinds[layer].mixing, rows_of("mixer", rows)
+        if mixing == "HGRN2":
+            mixer: FlaMixer = Hgrn2Mixer(w.attn, points, layer, cfg, self.wrapped.model)
+        else:
+            mixer = MIXERS[mixing](w.attn, points, layer, cfg)
+        mlp = GatedMlp(w.mlp, rows_of("mlp", rows), SILU)
+        return Block(w, rows, Sub("mixer", mixer, ln1), Sub("mlp", mlp, ln2, ln="ln2"))
+
+    def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:
+        return Norm(self.wrapped.model.norm, rows, self.cfg.eps)
+
+    @property
+    def embedding(self) -> Any:
+        return self.wrapped.model.embeddings
+
+    @property
+    def unembedding(self) -> Any:
+        return self.wrapped.lm_head
+
+
+HOOKED = HookedFLA
