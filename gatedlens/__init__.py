@@ -1,4 +1,4 @@
-"""gatedlens: open up gated-linear recurrent models (Mamba, Mamba-2, Griffin, RWKV, Qwen3-Next, Kimi Linear, Vision Mamba).
+"""gatedlens: open up gated-linear recurrent models (Mamba, Griffin, RWKV, Qwen3-Next, Kimi Linear, GLA, Vision Mamba, ...).
 
     import gatedlens as gl
 
