@@ -8,6 +8,8 @@
     gated_deltanet                k_proj, v_proj, b_proj, a_proj, A_log, dt_bias   o_norm
     gated_deltaproduct            the same; without use_forget_gate no a_proj, A_log, dt_bias
 
+    a layer of attention          k_proj, v_proj alone, and the module `rotary` without parameters
+
 and {q, k, v}_conv1d ({q, f, i}_conv1d) where the config says use_short_conv. All have attn_norm, mlp_norm and mlp.{gate, up,
 down}_proj beside it; and model.embeddings, model.layers, model.norm, lm_head.
 """
@@ -26,7 +28,20 @@ from gatedlens.errors import CheckpointError
 from gatedlens.formats.qwen3_next import slow
 from gatedlens.model import fields
 from gatedlens.model.checkpoint import save_checkpoint
-from gatedlens.model.fields import EPS, FLAG, NUMBER, POSITIVE, SIZE, TRANSFORMERS, Field, layers_of, listed, one_of
+from gatedlens.model.fields import (
+    COUNT,
+    EPS,
+    FLAG,
+    NUMBER,
+    POSITIVE,
+    SIZE,
+    TRANSFORMERS,
+    Field,
+    layers_of,
+    listed,
+    one_of,
+    table,
+)
 from gatedlens.model.layout import Layout
 from gatedlens.model.tiny import Tiny, fresh
 
@@ -88,7 +103,14 @@ FIELDS = {
     "use_beta": one_of(True),
     "qk_activation": one_of("silu"),
     "qk_norm": one_of("l2"),
-    "attn": Field("null: gatedlens opens no layers of softmax attention among fla's", lambda v: not v),
+    "attn": table(
+        layers=listed(COUNT, low=1),
+        num_heads=SIZE,
+        num_kv_heads=SIZE.or_null(),
+        qkv_bias=FLAG,
+        window_size=SIZE.or_null(),
+        rope_theta=POSITIVE,
+    ).or_null(),
     "attnres_block_size": Field("null: gatedlens opens no attention over earlier layers", lambda v: v is None),
 }
 
@@ -100,6 +122,37 @@ class Sizes(NamedTuple):
     groups: int
     key: int
     value: int
+
+
+class AttentionWords(NamedTuple):
+    """What a config says of the layers of softmax attention among the others."""
+
+    layers: tuple[int, ...]
+    num_heads: int
+    num_kv_heads: int
+    qkv_bias: bool
+    window_size: int | None
+    rope_theta: float
+
+
+def attention_of(config: Mapping[str, Any]) -> AttentionWords | None:
+    """`attention_of(config)`: the layers of softmax attention; None where there are none."""
+    told = config.get("attn")
+    if not told:
+        return None
+    if "layers" not in told or "num_heads" not in told:
+        raise CheckpointError(f"The config: attn is {told}; it needs layers and num_heads.")
+    total = config.get("num_hidden_layers", 24)
+    if max(told["layers"]) >= total:
+        raise CheckpointError(f"The config: attn has layer {max(told['layers'])}; there are {total} layers, from 0.")
+    return AttentionWords(
+        tuple(told["layers"]),
+        told["num_heads"],
+        told.get("num_kv_heads") or told["num_heads"],
+        told.get("qkv_bias", False),
+        told.get("window_size"),
+        told.get("rope_theta", 10000.0),
+    )
 
 
 def words(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,7 +212,12 @@ class FlaWeights(nn.Module):
         eps = words(config["model_type"], config)["norm_eps"]
         self.model, self.lm_head = nn.Module(), nn.Linear(d, config["vocab_size"], bias=False)
         self.model.embeddings = nn.Embedding(config["vocab_size"], d)
-        self.model.layers = nn.ModuleList(_layer(kind, words(kind, config)) for kind in kinds)
+        attention = attention_of(config)
+        places = () if attention is None else attention.layers
+        self.model.layers = nn.ModuleList(
+            _layer(words(kind, config), _attention(d, attention) if i in places else _mixer(kind, words(kind, config)))
+            for i, kind in enumerate(kinds)
+        )
         self.model.norm = nn.RMSNorm(d, eps=eps)
         if "hgrn2" in kinds and words("hgrn2", config)["use_lower_bound"]:
             self.model.lower_bounds = nn.Parameter(torch.zeros(layers, d))
@@ -171,16 +229,29 @@ class FlaWeights(nn.Module):
         save_checkpoint(folder, self.config, self)
 
 
-def _layer(kind: str, config: Mapping[str, Any]) -> nn.Module:
+def _layer(config: Mapping[str, Any], mixer: nn.Module) -> nn.Module:
     d, eps, linear = config["hidden_size"], config["norm_eps"], partial(nn.Linear, bias=False)
     inner = config.get("intermediate_size")
     if inner is None:
         inner = 256 * -(-int(d * (config["hidden_ratio"] or 4) * 2 / 3) // 256)
     layer = nn.Module()
-    layer.attn_norm, layer.attn = nn.RMSNorm(d, eps=eps), _mixer(kind, config)
+    layer.attn_norm, layer.attn = nn.RMSNorm(d, eps=eps), mixer
     layer.mlp_norm, layer.mlp = nn.RMSNorm(d, eps=eps), nn.Module()
     layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj = linear(d, inner), linear(d, inner), linear(inner, d)
     return layer
+
+
+def _attention(d: int, told: AttentionWords | None) -> nn.Module:
+    assert told is not None  # in a layer that it names
+    if d % told.num_heads or told.num_heads % told.num_kv_heads:
+        raise CheckpointError(
+            f"The config: attn has {told.num_heads} heads, {told.num_kv_heads} of keys, of {d} numbers: neither comes out even."
+        )
+    keys, attention = told.num_kv_heads * (d // told.num_heads), nn.Module()
+    for name, width in (("q", d), ("k", keys), ("v", keys)):
+        setattr(attention, f"{name}_proj", nn.Linear(d, width, bias=told.qkv_bias))
+    attention.o_proj = nn.Linear(d, d, bias=False)
+    return attention
 
 
 def _mixer(kind: str, config: Mapping[str, Any]) -> nn.Module:

@@ -352,7 +352,7 @@ class Attention(TokenMixing):
         scores = torch.einsum("bqhd,bkhd->bhqk", q, keys.repeat_interleave(groups, dim=2)) * scale
         scores = self.hook_attn_scores(scores.masked_fill(~self.visible(carried, run), -torch.inf))
         pattern = self.hook_pattern(at_least_float32(scores).softmax(-1).to(v.dtype))
-        pattern = F.dropout(pattern, w.attention_dropout, self.training)
+        pattern = F.dropout(pattern, vars(w).get("attention_dropout", 0.0), self.training)
         out = self.hook_z(torch.einsum("bhqk,bkhd->bqhd", pattern, values.repeat_interleave(groups, dim=2)))
         if gate_pre is not None:
             out = self.hook_gated(out * self.hook_gate(torch.sigmoid(gate_pre)))

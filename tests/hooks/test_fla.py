@@ -12,7 +12,7 @@ from torch import nn
 
 import gatedlens as gl
 from gatedlens.formats.fla import KINDS, FlaWeights, is_gated, sizes_of
-from gatedlens.hooks.fla import MODEL_TYPES, ROWS, USUAL, HookedFLA, kind_of
+from gatedlens.hooks.fla import ATTENTION, MODEL_TYPES, ROWS, USUAL, HookedFLA, kind_of
 from tests.helpers import GOLDEN, golden, padded, relative
 from tests.hooks import battery
 from tests.hooks.literal import conv_taps, norm, recurrence, rms
@@ -41,6 +41,14 @@ VARIANTS = {  # model_type and what its config says
     "gated_deltaproduct of one step, with a forget gate, no output gate": (
         "gated_deltaproduct",
         {"use_forget_gate": True, **GATES},
+    ),
+    "gated_deltanet and attention": (
+        "gated_deltanet",
+        {"attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "rope_theta": 100.0}},
+    ),
+    "gla and windowed attention": (
+        "gla",
+        {"attn": {"layers": [0], "num_heads": 2, "window_size": 3, "qkv_bias": True}},
     ),
     "gated_deltanet, heads in groups, no gate": ("gated_deltanet", {"num_heads": 2, "num_v_heads": 4, **GATES}),
 }
@@ -84,6 +92,9 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     out["hook_resid_pre"] = cache["hook_embed"] if layer == 0 else cache["resid_post", layer - 1]
     out["hook_mixer_in"] = c("hook_resid_pre")
     norm(out, c, "ln1", w.attn_norm, c("hook_mixer_in"), cfg.eps)
+    if "attention" in kind.mixing:
+        attention(out, c, m, model.wrapped.config["attn"])
+        return mlp(out, c, w, cfg)
     n, f = c("ln1.hook_out"), "f" if kind.mixing == "HGRN2" else "k"
     v, acts = ("i" if f == "f" else "v"), kind.mixing != "HGRN2" and (kind.conv or "Delta" in kind.mixing)
     for stream in ("q", f):
@@ -117,6 +128,11 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
         y = c("mixer.hook_normed") * c("mixer.hook_gate")
     out["mixer.hook_gated"] = y
     out["hook_mixer_out"] = c("mixer.hook_gated") @ m.o_proj.weight.T
+    assert out["mixer.hook_q_pre"].shape[-1] == N
+    return mlp(out, c, w, cfg)
+
+
+def mlp(out, c, w, cfg) -> dict[str, torch.Tensor]:
     out["hook_resid_mid"] = c("hook_resid_pre") + c("hook_mixer_out")
     out["hook_mlp_in"] = c("hook_resid_mid")
     norm(out, c, "ln2", w.mlp_norm, c("hook_mlp_in"), cfg.eps)
@@ -125,7 +141,41 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     out["mlp.hook_post"] = silu(c("mlp.hook_pre")) * c("mlp.hook_pre_linear")
     out["hook_mlp_out"] = c("mlp.hook_post") @ w.mlp.down_proj.weight.T
     out["hook_resid_post"] = c("hook_resid_mid") + c("hook_mlp_out")
-    assert out["mixer.hook_q_pre"].shape[-1] == N
+    return out
+
+
+def attention(out, c, m, told) -> None:
+    n, H, KV = c("ln1.hook_out"), told["num_heads"], told.get("num_kv_heads") or told["num_heads"]
+    (batch, length), share, window = TOKENS.shape, H // KV, told.get("window_size", 99)
+    for name, heads in (("q", H), ("k", KV), ("v", KV)):
+        projection = getattr(m, f"{name}_proj")
+        bias = 0 if projection.bias is None else projection.bias
+        out[f"attn.hook_{name}"] = (n @ projection.weight.T + bias).unflatten(-1, (heads, -1))
+    for name in "qk":
+        out[f"attn.hook_rot_{name}"] = turned(c(f"attn.hook_{name}"), told.get("rope_theta", 10000))
+    q, k, v = c("attn.hook_rot_q"), c("attn.hook_rot_k"), c("attn.hook_v")
+    scores = torch.full((batch, H, length, length), -torch.inf, dtype=torch.float64)
+    for i in range(length):
+        for j in range(max(0, i - window + 1), i + 1):
+            for h in range(H):
+                scores[:, h, i, j] = (q[:, i, h] * k[:, j, h // share]).sum(-1) / math.sqrt(q.shape[-1])
+    out["attn.hook_attn_scores"] = scores
+    shares = torch.exp(c("attn.hook_attn_scores"))
+    out["attn.hook_pattern"] = shares / shares.sum(-1, keepdim=True)
+    z = [torch.einsum("bij,bjd->bid", c("attn.hook_pattern")[:, h], v[:, :, h // share]) for h in range(H)]
+    out["attn.hook_z"] = torch.stack(z, 2)
+    out["hook_mixer_out"] = c("attn.hook_z").flatten(2) @ m.o_proj.weight.T
+
+
+def turned(x, base):
+    """Pairs (j, j + n / 2) of each head turned by t base^(-2j / n)."""
+    N, out = x.shape[-1], torch.zeros_like(x)
+    for t in range(x.shape[1]):
+        for j in range(N // 2):
+            angle = t * base ** (-2 * j / N)
+            a, b = x[:, t, :, j], x[:, t, :, j + N // 2]
+            out[:, t, :, j] = a * math.cos(angle) - b * math.sin(angle)
+            out[:, t, :, j + N // 2] = b * math.cos(angle) + a * math.sin(angle)
     return out
 
 
@@ -150,19 +200,10 @@ def gla(out, c, model, layer, q, k, u) -> None:
 
 def retnet(out, c, model, layer, q, k, u) -> None:
     out["mixer.hook_q"], out["mixer.hook_k"] = q, k
-    N, (batch, length) = model.cfg.d_state, TOKENS.shape
     for name in "qk":
-        x = c(f"mixer.hook_{name}")
-        turned = torch.zeros_like(x)
-        for t in range(length):
-            for j in range(N // 2):
-                angle = t * 10000 ** (-2 * j / N)
-                a, b = x[:, t, :, j], x[:, t, :, j + N // 2]
-                turned[:, t, :, j] = a * math.cos(angle) - b * math.sin(angle)
-                turned[:, t, :, j + N // 2] = b * math.cos(angle) + a * math.sin(angle)
-        out[f"mixer.hook_rot_{name}"] = turned
+        out[f"mixer.hook_rot_{name}"] = turned(c(f"mixer.hook_{name}"), 10000)
     rates = torch.tensor([math.log(1 - 2 ** (-5 - h)) for h in range(model.cfg.n_heads)], dtype=torch.float64)
-    out["mixer.hook_log_decay"] = rates.expand(batch, length, -1)
+    out["mixer.hook_log_decay"] = rates.expand(*TOKENS.shape, -1)
     recurrence(out, c, torch.exp(c("mixer.hook_log_decay")).unsqueeze(-1), u, c("mixer.hook_rot_k"))
     read(out, c, c("mixer.hook_rot_q"))
 
@@ -201,7 +242,9 @@ def test_every_row_is_its_equation(model):
     battery.rows_are_their_equations(model, literal, TOKENS, 1e-10)
 
 
-@pytest.mark.parametrize("variant", ["gla", "retnet", "hgrn2", "delta_net", "gated_deltanet"])
+@pytest.mark.parametrize(
+    "variant", ["gla", "retnet", "hgrn2", "delta_net", "gated_deltanet", "gated_deltanet and attention"]
+)
 def test_after_an_edit_every_row_downstream_is_its_equation(variant):
     battery.edits_reach_every_row(tiny(variant), literal, 1, TOKENS, rtol=1e-10)
 
@@ -317,6 +360,7 @@ class Config:
         ("delta_net", "DeltaNetForCausalLM"),
         ("gated_deltanet", "GatedDeltaNetForCausalLM"),
         ("gated_deltaproduct of one step", "GatedDeltaProductForCausalLM"),
+        ("gated_deltanet and attention", "GatedDeltaNetForCausalLM"),
     ],
 )
 def test_a_module_of_flas_is_opened_by_the_names_of_its_parameters(variant, name):
@@ -339,7 +383,7 @@ def test_the_divisor_of_glas_decay_is_the_modules():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["gla", "hgrn2", "gated_deltanet"])
+@pytest.mark.parametrize("variant", ["gla", "hgrn2", "gated_deltanet", "gla and windowed attention"])
 def test_a_saved_folder_is_opened(variant, tmp_path):
     model = tiny(variant)
     model.wrapped.save_pretrained(tmp_path)
@@ -347,7 +391,7 @@ def test_a_saved_folder_is_opened(variant, tmp_path):
     assert opened.cfg.kinds == model.cfg.kinds and relative(opened(TOKENS), model(TOKENS)) < 1e-14
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "attn": {"layers": [1], "num_heads": 2}}))
-    with pytest.raises(gl.CheckpointError, match=r"attn is .*; expected is null: gatedlens opens no layers of softmax"):
+    with pytest.raises(gl.CheckpointError, match=r"has unknown .* weights: .*model.layers.1.attn"):
         gl.from_pretrained(str(tmp_path), device="cpu")
 
 
@@ -366,6 +410,10 @@ def test_a_saved_folder_is_opened(variant, tmp_path):
             {"num_householder": 2},
             "num_householder is 2; expected is 1: gatedlens opens no layers whose tokens take several",
         ),
+        ({"attn": {"layers": [0]}}, "attn is .*; it needs layers and num_heads"),
+        ({"attn": {"layers": [0], "num_heads": 3}}, "attn has 3 heads, 3 of keys, of 16 numbers"),
+        ({"attn": {"layers": [0, 2], "num_heads": 4}}, "attn has layer 2; there are 2 layers, from 0"),
+        ({"attn": [{"layers": [0], "num_heads": 4}]}, r"attn is \[.*; expected is an object {...}, or null"),
         ({"model_type": "gsa"}, "model_type is 'gsa'; expected is 'gla' or 'retnet'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -376,6 +424,12 @@ def test_what_it_cannot_run_is_told_by_name(words, message):
 
 
 def test_a_config_that_does_not_fit_the_weights_is_told():
+    with pytest.raises(gl.CheckpointError, match="has layers of attention alone: no recurrence to open"):
+        tiny("gla", attn={"layers": [0, 1], "num_heads": 4})
+    hybrid = tiny("gla and windowed attention").wrapped
+    hybrid.config = {**hybrid.config, "attn": None}
+    with pytest.raises(gl.CheckpointError, match="has layers of attention, of which its config says nothing"):
+        gl.wrap(hybrid)
     wrapped = tiny("gla").wrapped
     wrapped.config = {**wrapped.config, "expand_v": 2.0}
     with pytest.raises(gl.CheckpointError, match="Layer 0 of FlaWeights has 16 numbers of queries and 16 of values"):
@@ -403,6 +457,6 @@ def test_a_published_config_is_silent_about_most(kind):
 
 def test_kinds_are_all_that_stand_in_a_model():
     seen = {kind for variant in VARIANTS for kind in tiny(variant).cfg.kinds}
-    assert {kind.mixing for kind in seen} == set(MODEL_TYPES) == {kind.mixing for kind in ROWS}
+    assert {kind.mixing for kind in seen} == {*MODEL_TYPES, *ATTENTION} == {kind.mixing for kind in ROWS}
     assert seen < set(ROWS) and set(USUAL) < set(ROWS)
     assert list(HookedFLA.kinds()) == [str(kind) for kind in USUAL]

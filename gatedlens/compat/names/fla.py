@@ -8,6 +8,8 @@ from gatedlens.compat.names.transformer_lens import BLOCK, MIXER, STATE
 ALIASES = block_aliases(
     "TransformerLens",
     *BLOCK,
+    ("attn.hook_in", "ln1.hook_out"),
+    ("attn.hook_out", "hook_mixer_out"),
     ("mlp.hook_in", "ln2.hook_out"),
     ("mlp.hook_out", "hook_mlp_out"),
     *MIXER,

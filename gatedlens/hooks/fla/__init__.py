@@ -9,22 +9,26 @@ What differs from one to the next is the mixer, a file each beside this one:
     hgrn2.py       decay of each number of a key, with a lower bound; the key is what it forgets
     delta_net.py   the delta rule, without a decay or with one a head
 
-Each with short convs or none, with a gate or none, as the module has them. Wraps fla's GLAForCausalLM, RetNetForCausalLM,
-HGRN2ForCausalLM, DeltaNetForCausalLM, GatedDeltaNetForCausalLM and, of one step a token, GatedDeltaProductForCausalLM (a DeltaNet
-then, gated where it has a forget gate) by the names of their parameters (fla itself is not needed), and `FlaWeights` of
-formats/fla.py, which holds their checkpoints.
+Some layers may be softmax attention, rotary, over all positions or a window (`attn` in the config). Each mixer with short
+convs or none, with a gate or none, as the module has them. Wraps fla's GLAForCausalLM, RetNetForCausalLM, HGRN2ForCausalLM,
+DeltaNetForCausalLM, GatedDeltaNetForCausalLM and, of one step a token, GatedDeltaProductForCausalLM (a DeltaNet then, gated
+where it has a forget gate) by the names of their parameters (fla itself is not needed), and `FlaWeights` of formats/fla.py,
+which holds their checkpoints.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import product
+from types import SimpleNamespace
 from typing import Any, ClassVar
+
+import torch
 
 from gatedlens.address.point import Point, block_rows
 from gatedlens.compat.names.fla import ALIASES
 from gatedlens.errors import CheckpointError
-from gatedlens.formats.fla import FIELDS, KINDS, TINY, FlaLayout, Sizes, sizes_of, words
+from gatedlens.formats.fla import FIELDS, KINDS, TINY, AttentionWords, FlaLayout, Sizes, attention_of, sizes_of, words
 from gatedlens.formats.transformers_config import config_of
 from gatedlens.hooks.fla.delta_net import DeltaNetMixer, GatedDeltaNetMixer
 from gatedlens.hooks.fla.gla import GlaMixer
@@ -38,7 +42,7 @@ from gatedlens.model.hookpoint import rows_of
 from gatedlens.model.norm import Norm, norm_rows
 from gatedlens.model.state import Carried
 from gatedlens.parts.activation import SILU
-from gatedlens.parts.attention import RMSNORM
+from gatedlens.parts.attention import CARRIED_WINDOW, RMSNORM, Attention, AttentionKind
 from gatedlens.parts.glu import GatedMlp, gated_mlp_rows
 from gatedlens.parts.positioned import NEXT_POSITION, PositionedModel
 
@@ -50,12 +54,17 @@ MIXERS: dict[str, type[FlaMixer]] = {
     "gated DeltaNet": GatedDeltaNetMixer,
 }
 MODEL_TYPES = dict(zip(MIXERS, KINDS, strict=False))
+ATTENTION = {
+    "attention": AttentionKind(head="q_head"),
+    "windowed attention": AttentionKind(windowed=True, head="q_head"),
+}
 USUAL = (  # as the published checkpoints have them
     FlaKind("GLA", conv=False, gated=True),
     FlaKind("RetNet", conv=False, gated=True),
     FlaKind("HGRN2", conv=False, gated=False),
     FlaKind("DeltaNet", conv=True, gated=False),
     FlaKind("gated DeltaNet", conv=True, gated=True),
+    *(FlaKind(attention, conv=False, gated=False) for attention in ATTENTION),
 )
 
 
@@ -63,7 +72,8 @@ def mixing_of(mixer: Wrapped) -> str:
     """The word in `MIXERS` for a wrapped mixer, by the parts it has."""
     has = {*mixer._modules, *mixer._parameters}
     marks = {"gk_proj": "GLA", "f_proj": "HGRN2", "A_log": "gated DeltaNet", "b_proj": "DeltaNet"}
-    return next((mixing for mark, mixing in marks.items() if mark in has), "RetNet")
+    otherwise = "RetNet" if has & set(RetentionMixer.norm_name) else "attention"  # which has no norm of its output
+    return next((mixing for mark, mixing in marks.items() if mark in has), otherwise)
 
 
 def type_of(mixer: Wrapped, config: Mapping[str, Any]) -> str:
@@ -72,17 +82,23 @@ def type_of(mixer: Wrapped, config: Mapping[str, Any]) -> str:
     return product if config.get("model_type") == product else MODEL_TYPES[mixing_of(mixer)]
 
 
-def kind_of(mixer: Wrapped, sizes: Sizes) -> FlaKind:
-    """What a wrapped mixer of these sizes is, by the parts it has."""
+def kind_of(mixer: Wrapped, sizes: Sizes, window: int | None = None) -> FlaKind:
+    """What a wrapped mixer of these sizes is, by the parts it has; `window`: that of the layers of attention."""
     has = mixer._modules
+    if mixing_of(mixer) == "attention":
+        return FlaKind("attention" if window is None else "windowed attention", conv=False, gated=False)
     return FlaKind(mixing_of(mixer), "q_conv1d" in has, "g_proj" in has, grouped=sizes.groups < sizes.heads)
 
 
 def block_points_of(kind: FlaKind) -> tuple[Point, ...]:
     """The rows of a block of this kind, in firing order."""
     ln1, ln2 = (norm_rows(ln, f"{name}_in", RMSNORM) for ln, name in (("ln1", "mixer"), ("ln2", "mlp")))
+    if kind.mixing in ATTENTION:
+        points, out = block_rows("attn", ATTENTION[kind.mixing].rows("Transformer, arXiv 1706.03762")), "o_proj(z)"
+    else:
+        points, out = block_rows("mixer", MIXERS[kind.mixing].rows(kind)), "o_proj(gated)"
     return residual_rows(
-        SubRows("mixer", block_rows("mixer", MIXERS[kind.mixing].rows(kind)), "o_proj(gated)", ln1),
+        SubRows("mixer", points, out, ln1),
         SubRows("mlp", block_rows("mlp", gated_mlp_rows(SILU.word)), "down_proj(post)", ln2),
     )
 
@@ -93,15 +109,15 @@ EVERY = tuple(
     for conv, gated, grouped in product((False, True), repeat=3)
     if not (mixing == "HGRN2" and gated) and (mixing == "gated DeltaNet" or not grouped)
 )
-ROWS = {kind: block_points_of(kind) for kind in EVERY}
+ROWS = {kind: block_points_of(kind) for kind in dict.fromkeys((*EVERY, *USUAL))}
 
 
 class HookedFLA(PositionedModel):
     """`gl.from_pretrained("fla-hub/gla-1.3B-100B")`, `gl.wrap(GLAForCausalLM(...))`: one of fla's models, opened up.
 
-    Padding on either side or inside a row, and documents packed in a row, are as if each row stood alone. Layers of softmax
-    attention among them (`attn` in the config), heads that share keys and values (num_kv_heads) and feature maps are refused by
-    name, and so are DeltaProducts of several steps a token (num_householder).
+    Heads (axis `head`) are those of the recurrences; those of layers of attention are `q_head`. Padding on either side or inside
+    a row, and documents packed in a row, are as if each row stood alone. Heads of a recurrence that share keys and values
+    (num_kv_heads) and feature maps are refused by name, and so are DeltaProducts of several steps a token (num_householder).
     """
 
     title = "Linear attention of fla"
@@ -142,6 +158,7 @@ class HookedFLA(PositionedModel):
         "act": "sigmoid(conv): u = act * conv; 1 where no activation is",
         "conv": "M[i, j] = v_conv1d.weight[K - 1 - (i - j)], 0 <= i - j < K taps, within a document",
         "r": "0; with a carried state what its conv tail and its scan state bring",
+        "attention layers": ATTENTION["attention"].words,
     }
     wraps = (
         "GLAForCausalLM",
@@ -161,6 +178,7 @@ class HookedFLA(PositionedModel):
     carried: ClassVar = {
         "scan": Carried("scan", "batch head value state"),
         "conv": Carried("conv", "batch tail conv_channel"),
+        **CARRIED_WINDOW,
         **NEXT_POSITION,
     }
     cfg: FlaConfig
@@ -172,7 +190,12 @@ class HookedFLA(PositionedModel):
         fields.check(given, FIELDS, f"{model_name}'s config")
         if len(layers) == 0:
             raise CheckpointError(f"{model_name} has no layers.")
-        types = [type_of(layer.attn, given) for layer in layers]
+        attention, recurrent = attention_of(given), [one for one in layers if mixing_of(one.attn) != "attention"]
+        if not recurrent:
+            raise CheckpointError(f"{model_name} has layers of attention alone: no recurrence to open.")
+        if attention is None and len(recurrent) < len(layers):
+            raise CheckpointError(f"{model_name} has layers of attention, of which its config says nothing (attn).")
+        types = [type_of(layer.attn, given) for layer in recurrent]
         config, found = words(types[0], given), {sizes_of(name, given) for name in types}
         if len(found) > 1:
             raise CheckpointError(
@@ -180,8 +203,11 @@ class HookedFLA(PositionedModel):
             )
         sizes, weight = found.pop(), wrapped.model.embeddings.weight
         heads, groups, key, value = sizes
-        kinds = tuple(kind_of(layer.attn, sizes) for layer in layers)
+        window = None if attention is None else attention.window_size
+        kinds = tuple(kind_of(layer.attn, sizes, window) for layer in layers)
         for number, layer in enumerate(layers):
+            if layer not in recurrent:
+                continue
             held = (layer.attn.q_proj.weight.shape[0], layer.attn.o_proj.weight.shape[1])
             if held != (groups * key, heads * value):
                 raise CheckpointError(
@@ -204,7 +230,7 @@ class HookedFLA(PositionedModel):
             d_low=gla[0].gk_proj[0].weight.shape[0] if gla else 0,
             d_mlp=layers[0].mlp.up_proj.weight.shape[0],
             attn_only=False,
-            positional_embedding_type="rotary" if any(kind.mixing == "RetNet" for kind in kinds) else "none",
+            positional_embedding_type="rotary" if {kind.mixing for kind in kinds} & {"RetNet", *ATTENTION} else "none",
             eps=float(config["norm_eps"]),
             dtype=weight.dtype,
             device=str(weight.device),
@@ -212,6 +238,7 @@ class HookedFLA(PositionedModel):
             kinds=kinds,
             log_decay_divisor=float(vars(gla[0]).get("gate_logit_normalizer", 16)) if gla else 16.0,
             least_log_decay=config["clamp_min"],
+            **_attention_sizes(attention, weight.shape[1]),
             beta_max=2.0 if config["allow_neg_eigval"] else 1.0,
             tie_word_embeddings=wrapped.lm_head.weight is weight,
         )
@@ -228,12 +255,20 @@ class HookedFLA(PositionedModel):
         w, cfg, rows = self.wrapped.model.layers[layer], self.cfg, self.rows_for(layer)
         ln1, ln2 = (Norm(norm, rows_of(ln, rows), cfg.eps) for ln, norm in (("ln1", w.attn_norm), ("ln2", w.mlp_norm)))
         mixing, points = cfg.kinds[layer].mixing, rows_of("mixer", rows)
+        mlp = Sub("mlp", GatedMlp(w.mlp, rows_of("mlp", rows), SILU), ln2, ln="ln2")
+        if mixing in ATTENTION:
+            told, width = attention_of(config_of(self.wrapped)), cfg.d_attention_head
+            theta = 10000.0 if told is None else told.rope_theta
+            pairs = torch.arange(0, width, 2, dtype=torch.float64)
+            rotary = SimpleNamespace(inv_freq=theta ** (-pairs / width))
+            kind, of_attn = ATTENTION[mixing], rows_of("attn", rows)
+            attn = Attention(w.attn, of_attn, layer, kind, width, window=cfg.window, rotary=rotary)
+            return Block(w, rows, Sub("mixer", attn, ln1, place="attn"), mlp)  # where TransformerLens has attention
         if mixing == "HGRN2":
             mixer: FlaMixer = Hgrn2Mixer(w.attn, points, layer, cfg, self.wrapped.model)
         else:
             mixer = MIXERS[mixing](w.attn, points, layer, cfg)
-        mlp = GatedMlp(w.mlp, rows_of("mlp", rows), SILU)
-        return Block(w, rows, Sub("mixer", mixer, ln1), Sub("mlp", mlp, ln2, ln="ln2"))
+        return Block(w, rows, Sub("mixer", mixer, ln1), mlp)
 
     def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:
         return Norm(self.wrapped.model.norm, rows, self.cfg.eps)
@@ -245,6 +280,18 @@ class HookedFLA(PositionedModel):
     @property
     def unembedding(self) -> Any:
         return self.wrapped.lm_head
+
+
+def _attention_sizes(told: AttentionWords | None, width: int) -> dict[str, Any]:
+    """What cfg says of the layers of softmax attention."""
+    if told is None:
+        return {}
+    return {
+        "n_attention_heads": told.num_heads,
+        "n_key_value_heads": told.num_kv_heads,
+        "d_attention_head": width // told.num_heads,
+        "window": told.window_size,
+    }
 
 
 HOOKED = HookedFLA

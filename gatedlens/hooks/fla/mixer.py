@@ -57,6 +57,12 @@ class FlaConfig(HookedConfig):
     d_low: int = 0
     log_decay_divisor: float = 16.0  # GLA's
     least_log_decay: float | None = None  # GLA's
+    n_attention_heads: int = (
+        0  # of the layers of softmax attention, n_key_value_heads of them of keys, d_attention_head wide
+    )
+    n_key_value_heads: int = 0
+    d_attention_head: int = 0
+    window: int | None = None
     beta_max: float = 1.0  # 2 where the states of a delta rule may turn over
     tie_word_embeddings: bool = False
 
@@ -64,7 +70,12 @@ class FlaConfig(HookedConfig):
     def sizes(self) -> dict[str, int]:
         heads = {"channel": self.n_heads * self.d_head, "head": self.n_heads, "value": self.d_head}
         keys = {"group": self.n_groups, "state": self.d_state, "tap": self.d_conv, "low": self.d_low}
-        return {**super().sizes, **heads, **keys, "d_mlp": self.d_mlp or 0}
+        attention = {
+            "q_head": self.n_attention_heads,
+            "kv_head": self.n_key_value_heads,
+            "d_head": self.d_attention_head,
+        }
+        return {**super().sizes, **heads, **keys, **attention, "d_mlp": self.d_mlp or 0}
 
 
 class FlaMixer(PathMixer):
