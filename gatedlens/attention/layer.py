@@ -359,7 +359,7 @@ class ImplicitAttention:
             return with_label(found, f"{ABS_MEAN[:-1]} {OF_A_HEAD})")
         self.afford("abs_mean()", AT_ONCE, max_bytes)
         batch, length, channels = self.shape
-        tiled = self._absolute() if len(self.branches) == 1 else None
+        tiled = self._absolute()
         if tiled is not None:
             return with_label(tiled / channels, ABS_MEAN)
         size = max(1, ABS_ELEMENTS // (batch * length * length))
@@ -370,14 +370,28 @@ class ImplicitAttention:
         return with_label(total / channels, ABS_MEAN)
 
     def _absolute(self) -> Float[Tensor, "batch dst src"] | None:
-        """The sum over channels of absolute values, of the only branch; None where its scan cannot do that at once."""
-        (factors,) = self.branches
-        with exact(factors.x):
-            total = branch_of(factors, self.parts).absolute()
-        if total is None:
+        """The sum over channels of absolute values; None where it takes each channel's matrix: several branches that mix, or a
+        scan that cannot do it at once. What only passes by a scan beside it (RWKV-7's bonus) is on the diagonal.
+        """
+        branches = [branch_of(factors, self.parts) for factors in self.branches]
+        mixing = [i for i, branch in enumerate(branches) if not branch.passes_by] or [0]
+        if len(mixing) > 1 or (len(branches) > 1 and any(factors.reverse for factors in self.branches)):
             return None
-        whole = _turn_both(abs(factors.scale) * total.unsqueeze(1), _flip if factors.reverse else _keep)
-        whole = self.unpacked(whole).squeeze(1)
+        (place,) = mixing
+        factors = self.branches[place]
+        with exact(factors.x):
+            total = branches[place].absolute()
+            if total is None:
+                return None
+            total = abs(factors.scale) * total
+            if len(branches) > 1:
+                met = [branch.own() for branch in branches]
+                scaled = [one.factors.scale * own for one, own in zip(branches, met, strict=True) if own is not None]
+                if len(scaled) < len(branches):
+                    return None
+                together = torch.stack(scaled).sum(0)
+                total.diagonal(0, -2, -1).add_((together.abs() - scaled[place].abs()).sum(-1))
+        whole = self.unpacked(_turn_both(total.unsqueeze(1), _flip if factors.reverse else _keep)).squeeze(1)
         return whole.mT if self.transposed else whole
 
     def select(self, channels: Index | None = None, heads: Index | None = None) -> ImplicitAttention:

@@ -181,6 +181,12 @@ class HeadScan(ScanMatrix):
             total.diagonal(-k, -2, -1).copy_(near[:, k, k:])
         return total
 
+    def own(self) -> Float[Tensor, "batch pos channel"]:
+        """read_i . key_i (amount_i): a delta rule erases before it writes."""
+        terms = self.terms
+        met = (terms.of_heads(terms.read) * terms.of_heads(terms.key)).sum(-1, keepdim=True)
+        return terms.value(met).squeeze(-1)[..., self.heads]
+
     @staticmethod
     def _add(total: Tensor, patch: Patch, S: Tensor, left: Tensor, right: Tensor, taps: Tensor) -> None:
         """Add a head's patch to `total`, whose columns begin K - 1 places before the first position."""

@@ -112,6 +112,10 @@ class ScanMatrix(ABC):
         """The sum over channels of the absolutes of what `folded` gives of S + diag(skip); None: only channel by channel."""
         return None
 
+    def own(self) -> Float[Tensor, "batch pos channel"] | None:
+        """S[i, i] channel by channel: what a position reads of its own write; None where that takes the whole matrix."""
+        return None
+
     def folded(
         self,
         left: Float[Tensor, "batch pos channel"],

@@ -154,6 +154,16 @@ class Branch:
         total = self.scan.absolute(self.gate, self.act, self.taps, self.skip)
         return None if total is None else self._within(total.unsqueeze(1)).squeeze(1)
 
+    @property
+    def passes_by(self) -> bool:
+        """Whether it brings each position to itself alone: A is diagonal."""
+        return self.scan is None and self.taps.shape[1] == 1
+
+    def own(self) -> Float[Tensor, "batch pos channel"] | None:
+        """A[i, i] channel by channel; None where its scan cannot say."""
+        met = torch.zeros_like(self.factors.x) if self.scan is None else self.scan.own()
+        return None if met is None else self.gate * (met + self.skip) * self.act * self.taps[:, -1]
+
     def _within(self, matrix: Float[Tensor, "batch some dst src"]) -> Float[Tensor, "batch some dst src"]:
         """The matrix without its entries between documents."""
         document = self.factors.document
