@@ -10,6 +10,8 @@ import torch
 import gatedlens as gl
 from gatedlens.cli.command_line import main
 from gatedlens.verification import Claim
+from tests import supported
+from tests.conftest import EVERY
 
 INSIDE = ("points fire", "somebody inside", "A x + r", "an edit reaches the output")
 PARTS = ("a split at a state", "padding", "step by step")
@@ -72,3 +74,10 @@ def test_the_command(capsys, monkeypatch):
     wrong = gl.Verification("mine", "float32", (Claim("padding", 1.0, 1e-3),))
     monkeypatch.setattr("gatedlens.verification.verify", lambda model, dtype=None: wrong)
     assert main(["verify", "gatedlens/mamba2-recall"]) == 1
+
+
+@pytest.mark.skipif("kimi_linear" not in EVERY, reason="the page is of all families, and this transformers lacks some")
+def test_the_page_of_models_is_up_to_date():
+    """`python -m tests.supported` writes it."""
+    assert supported.PAGE.read_text() == supported.page()
+    assert "fails" not in supported.PAGE.read_text()
