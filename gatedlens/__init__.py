@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from gatedlens.address import Alias, HookTable, Point, View
     from gatedlens.attention import AttentionStack, Contributions, ImplicitAttention, implicit_attention
     from gatedlens.hooks import (
-        HookedFLA, HookedGriffin, HookedKimiLinear, HookedMamba, HookedMamba2, HookedMamba2Hybrid,
+        HookedFLA, HookedGriffin, HookedJamba, HookedKimiLinear, HookedMamba, HookedMamba2, HookedMamba2Hybrid,
         HookedQwen3Next, HookedRWKV, HookedRWKV6, HookedRWKV7, HookedViM, register,
     )
     from gatedlens.loading import bundled_models, from_pretrained, wrap
@@ -41,7 +41,7 @@ else:
         "address": ("Alias", "HookTable", "Point", "View"),
         "attention": ("AttentionStack", "Contributions", "ImplicitAttention", "implicit_attention"),
         "hooks": (
-            "HookedFLA", "HookedGriffin", "HookedKimiLinear", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid",
+            "HookedFLA", "HookedGriffin", "HookedJamba", "HookedKimiLinear", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid",
             "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7", "HookedViM", "register",
         ),
         "loading": ("bundled_models", "from_pretrained", "wrap"),
@@ -51,12 +51,12 @@ else:
 
 __all__ = [
     "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError",
-    "HookPoint", "HookTable", "HookedConfig", "HookedFLA", "HookedGriffin", "HookedKimiLinear", "HookedLanguageModel",
-    "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid", "HookedModel", "HookedQwen3Next", "HookedRWKV", "HookedRWKV6",
-    "HookedRWKV7", "HookedViM", "HookedVisionModel", "ImplicitAttention", "InputError", "Point", "PointError", "RecurrentState",
-    "Result", "StoreError", "TooLargeError", "View", "__version__", "ablation", "amplify", "attribution", "bundled_models",
-    "circuits", "data", "evaluation", "from_pretrained", "fused", "implicit_attention", "knockout", "lens", "metrics", "patching",
-    "plot", "profiles", "register", "states", "steering", "store", "tasks", "tracing", "wrap",
+    "HookPoint", "HookTable", "HookedConfig", "HookedFLA", "HookedGriffin", "HookedJamba", "HookedKimiLinear",
+    "HookedLanguageModel", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid", "HookedModel", "HookedQwen3Next", "HookedRWKV",
+    "HookedRWKV6", "HookedRWKV7", "HookedViM", "HookedVisionModel", "ImplicitAttention", "InputError", "Point", "PointError",
+    "RecurrentState", "Result", "StoreError", "TooLargeError", "View", "__version__", "ablation", "amplify", "attribution",
+    "bundled_models", "circuits", "data", "evaluation", "from_pretrained", "fused", "implicit_attention", "knockout", "lens",
+    "metrics", "patching", "plot", "profiles", "register", "states", "steering", "store", "tasks", "tracing", "wrap",
 ]
 # isort: on
 # fmt: on
