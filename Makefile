@@ -6,7 +6,7 @@ WORKERS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-OTHERS := kimi_linear or qwen3_next or rwkv7
+OTHERS := kimi_linear or olmo_hybrid or qwen3_next or rwkv7
 OF_NUMBERS := tests/attribution tests/evaluation tests/circuits tests/patching tests/result/test_rounding.py
 
 .PHONY: demo test test-cpu test-matrix bench results check catalogue tutorials bundled format clean

@@ -1,4 +1,4 @@
-"""gatedlens: open up gated-linear recurrent models (Mamba, Mamba-2, Griffin, RWKV, Qwen3-Next, Kimi Linear, Vision Mamba).
+"""gatedlens: open up gated-linear recurrent models (Mamba, Griffin, RWKV, Qwen3-Next, Kimi Linear, GLA, Vision Mamba, ...).
 
     import gatedlens as gl
 
@@ -22,41 +22,44 @@ from gatedlens.version import __version__
 # What knows torch is loaded when it is first asked for: an import, and `gatedlens --help`, need not wait for it. Checkers
 # and editors read the imports, Python the table of the same names; the modules of `__all__` need no line in it.
 if TYPE_CHECKING:
-    from gatedlens import (
-        ablation, amplify, attribution, circuits, data, evaluation, fused, knockout, lens, metrics, patching, plot, profiles,
-        states, steering, store, tasks, tracing,
-    )
+    from gatedlens import ablation, amplify, attribution, circuits, data, evaluation, fused, knockout, layers, lens, metrics
+    from gatedlens import patching, plot, profiles, states, steering, store, tasks, tracing
     from gatedlens.address import Alias, HookTable, Point, View
     from gatedlens.attention import AttentionStack, Contributions, ImplicitAttention, implicit_attention
     from gatedlens.hooks import (
         HookedFLA, HookedGriffin, HookedJamba, HookedKimiLinear, HookedMamba, HookedMamba2, HookedMamba2Hybrid,
-        HookedQwen3Next, HookedRWKV, HookedRWKV6, HookedRWKV7, HookedViM, register,
+        HookedOlmoHybrid, HookedQwen3Next, HookedRWKV, HookedRWKV6, HookedRWKV7, HookedViM, register,
     )
+    from gatedlens.inspection import Inspection, inspect
     from gatedlens.loading import bundled_models, from_pretrained, wrap
     from gatedlens.model import ActivationCache, HookPoint, HookedConfig, HookedLanguageModel, HookedModel, RecurrentState
     from gatedlens.model.vision import HookedVisionModel
     from gatedlens.result import Result
+    from gatedlens.verification import Verification, verify
 else:
     __getattr__ = late(__name__, {
         "address": ("Alias", "HookTable", "Point", "View"),
         "attention": ("AttentionStack", "Contributions", "ImplicitAttention", "implicit_attention"),
         "hooks": (
-            "HookedFLA", "HookedGriffin", "HookedJamba", "HookedKimiLinear", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid",
-            "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7", "HookedViM", "register",
+            "HookedFLA", "HookedGriffin", "HookedJamba", "HookedKimiLinear", "HookedMamba", "HookedMamba2",
+            "HookedMamba2Hybrid", "HookedOlmoHybrid", "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7",
+            "HookedViM", "register",
         ),
+        "inspection": ("Inspection", "inspect"),
         "loading": ("bundled_models", "from_pretrained", "wrap"),
         "model": ("ActivationCache", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "RecurrentState"),
-        "model.vision": ("HookedVisionModel",), "result": ("Result",),
+        "model.vision": ("HookedVisionModel",), "result": ("Result",), "verification": ("Verification", "verify"),
     })
 
 __all__ = [
     "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError",
     "HookPoint", "HookTable", "HookedConfig", "HookedFLA", "HookedGriffin", "HookedJamba", "HookedKimiLinear",
-    "HookedLanguageModel", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid", "HookedModel", "HookedQwen3Next", "HookedRWKV",
-    "HookedRWKV6", "HookedRWKV7", "HookedViM", "HookedVisionModel", "ImplicitAttention", "InputError", "Point", "PointError",
-    "RecurrentState", "Result", "StoreError", "TooLargeError", "View", "__version__", "ablation", "amplify", "attribution",
-    "bundled_models", "circuits", "data", "evaluation", "from_pretrained", "fused", "implicit_attention", "knockout", "lens",
-    "metrics", "patching", "plot", "profiles", "register", "states", "steering", "store", "tasks", "tracing", "wrap",
+    "HookedLanguageModel", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid", "HookedModel", "HookedOlmoHybrid",
+    "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7", "HookedViM", "HookedVisionModel", "ImplicitAttention",
+    "InputError", "Inspection", "Point", "PointError", "RecurrentState", "Result", "StoreError", "TooLargeError",
+    "Verification", "View", "__version__", "ablation", "amplify", "attribution", "bundled_models", "circuits", "data",
+    "evaluation", "from_pretrained", "fused", "implicit_attention", "inspect", "knockout", "layers", "lens", "metrics",
+    "patching", "plot", "profiles", "register", "states", "steering", "store", "tasks", "tracing", "verify", "wrap",
 ]
 # isort: on
 # fmt: on

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,8 @@ def imported(hooked: Any) -> str:
 def page(name: str, hooked: type[HookedModel]) -> str:
     """`page("mamba", HookedMamba)`: the page of one architecture."""
     model, sizes = hooked.reference
-    own = hooked.__module__.startswith("gatedlens.")
-    file = f"gatedlens/hooks/{name}.py" if own else f"{hooked.__module__.replace('.', '/')}.py"
+    is_package = "__path__" in vars(sys.modules[hooked.__module__])
+    file = hooked.__module__.replace(".", "/") + ("/" if is_package else ".py")
     counted = f" Bytes per token are those of {model} in float32." if model else ""
     made = f"{hooked.__name__}.tiny()" if hooked.small else f"{hooked.__name__}(module)  # yours"
     erased = " - erase_t (probe_t . state_{t-1})" if "erase" in hooked.recurrence else ""

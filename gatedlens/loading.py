@@ -12,7 +12,6 @@ files and their tensors (`checkpoint.py`), the tensors against what the config a
 
 from __future__ import annotations
 
-import logging
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedlens.errors import CheckpointError, did_you_mean
+from gatedlens.formats.refused import NAMESAKES, heard, why_not_opened
 from gatedlens.hooks import architectures
 from gatedlens.model import checkpoint, fields, placement
 from gatedlens.model import tokenizer as tokenizers
@@ -47,37 +47,9 @@ if TYPE_CHECKING:
 else:
     Vendors = NameOrPath = HubOption = Any
 
-log = logging.getLogger(__name__)
 BUNDLED = Path(__file__).parent / "bundled"
 PLACING = ("device_map", "max_memory", "offload_folder")  # what `hub` says of placement
 ONE_FILE = (".pth", ".pt", ".bin", ".safetensors")
-FOLDING = (  # TransformerLens's options that change weights
-    "fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases", "refactor_factored_attn_matrices",
-)  # fmt: skip
-ELSEWHERE = {  # other tools' options, and what says it here
-    "hf_model": "gl.wrap(hf_model, tokenizer) takes a model that you have",
-    "torch_dtype": "dtype=... says it",
-    "n_devices": "device_map='auto' spreads a model over devices",
-    "move_to_device": "device=... says where the model goes",
-    "default_prepend_bos": "set model.cfg.default_prepend_bos",
-    "default_padding_side": "set model.cfg.default_padding_side",
-    "first_n_layers": "model(tokens, stop_at_layer=n) stops there",
-    "checkpoint_index": "revision=... names a checkpoint of the hub",
-    "checkpoint_value": "revision=... names a checkpoint of the hub",
-    "n_ctx": "a recurrence has no bound",
-}
-NAMESAKES = {  # classes of other packages, and what to do with them
-    "Mamba": "A class of this name is mambapy's or mamba-minimal's model, or one mixer of mamba-ssm. Of a model, write its "
-    "tensors by mamba-ssm's names (`backbone.embedding.weight`, `backbone.layers.0.mixer.A_log`, `backbone.norm_f.weight`, "
-    "`lm_head.weight`) to model.safetensors, beside a config.json with d_model, n_layer and vocab_size, and load the folder "
-    "with gl.from_pretrained; of a hub name, gl.from_pretrained(name) loads it at once.",
-}
-
-NOT_OPENED = {  # models of transformers, by how their class and model_type begin, and why they are refused
-    "qwen4exp": "Qwen4Exp keeps several copies of the residual stream (hyper-connections), chooses by an indexer what it attends "
-    "to, and adds embeddings in every layer: gatedlens has no such block. Qwen3-Next and Qwen3.5 are open.",
-}
-
 ONE_EXPERT = re.compile(r".*\.experts\.(?=\d+\.)")
 
 
@@ -138,18 +110,12 @@ def _unknown(model: nn.Module) -> str:
     if inside is not None:
         path, part = inside
         return f"{name} is around a {type(part).__name__}: gl.wrap(model.{path}) takes that."
-    hint = NAMESAKES.get(name, "") or _why_not_opened(name)
+    hint = NAMESAKES.get(name, "") or why_not_opened(name)
     if not hint:
         hint = did_you_mean(name, [known for hooked in architectures().values() for known in hooked.wraps]).strip()
     if name.endswith("Model"):
         hint = f"Wrap the model with its head (…ForCausalLM). {hint}".strip()
     return f"gatedlens does not know {name}. {hint} {supported()}".replace("  ", " ")
-
-
-def _why_not_opened(name: str) -> str:
-    """Why a model of transformers with this class or model_type is refused, where it is known well enough to say."""
-    plain = name.replace("_", "").lower()
-    return next((why for begin, why in NOT_OPENED.items() if plain.startswith(begin)), "")
 
 
 @torch.no_grad()
@@ -200,7 +166,7 @@ def from_pretrained(
         raise CheckpointError(f"from_pretrained takes a name or a path, not {name_or_path!r}.")
     if device is not None and hub.get("device_map") is not None:
         raise CheckpointError(f"device={device!r} and device_map={hub['device_map']!r}: give one of the two.")
-    hub = _heard({"revision": revision, **hub} if revision is not None else hub)
+    hub = heard({"revision": revision, **hub} if revision is not None else hub)
     dtype, device = dtype_of(dtype, CheckpointError), _device(device)
     name, path = str(name_or_path), Path(name_or_path).expanduser()
     file = _one_file(path)
@@ -221,20 +187,22 @@ def from_pretrained(
         return _opened(hooked, wrapped.eval(), name, tokenizer)
 
 
-def _heard(hub: Mapping[str, Any]) -> dict[str, Any]:
-    """The options without those of TransformerLens that ask for what is so anyway; its others are explained."""
-    for name in (name for name in FOLDING if hub.get(name)):
-        raise CheckpointError(
-            f"{name}={hub[name]!r}: gatedlens folds nothing, weights are as in the file; leave it out or pass False."
-        )
-    for name in (name for name in ELSEWHERE if name in hub):
-        raise CheckpointError(f"{name} is no option of gl.from_pretrained: {ELSEWHERE[name]}.")
-    heard = [name for name in FOLDING if name in hub]
-    if heard:
-        log.info(
-            "%s: gatedlens folds nothing, weights are as in the file.", ", ".join(f"{name}=False" for name in heard)
-        )
-    return {name: value for name, value in hub.items() if name not in FOLDING}
+@checked
+def skeleton(name_or_path: NameOrPath, *, variant: str | None = None, **hub: HubOption) -> Model:
+    """`gl.loading.skeleton("path/to/folder")`: the hooked model that a config asks for, with names and shapes and no weights.
+
+    It lies on the meta device. Of a folder or hub name only config.json is read, of a checkpoint in one file the shapes. Options
+    and errors as in `from_pretrained`.
+    """
+    name, file = str(name_or_path), _one_file(Path(name_or_path).expanduser())
+    with about(name):
+        if file is not None:
+            hooked, where, config, _ = _told_by_file(file, variant, hub)
+            return _opened(hooked, _empty(hooked, where, config), name, None)
+        source = _source(name)
+        hooked, where, config = _told_by_folder(source, name, hub)
+        built = _asked_for(source, where, hub) if _by_transformers(hooked, config) else _empty(hooked, where, config)
+        return _opened(hooked, built.eval(), name, None)
 
 
 def _device(device: Any) -> torch.device:
@@ -260,21 +228,33 @@ def _check_options(hub: Mapping[str, Any]) -> None:
 
 def _from_folder(source: str, name: str, dtype: torch.dtype | None, hub: Mapping[str, Any]) -> tuple[Any, nn.Module]:
     """(architecture, module) of a folder or hub repository with a config.json."""
+    hooked, where, config = _told_by_folder(source, name, hub)
+    if _by_transformers(hooked, config):
+        return hooked, _from_transformers(hooked, source, where, config, dtype, hub)
+    _check_options(hub)
+    return hooked, _from_original(hooked, source, where, config, checkpoint.find(source, hub).tensors(), dtype)
+
+
+def _told_by_folder(source: str, name: str, hub: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """(architecture, where the config stands, config) of a folder or hub repository."""
     where, config = _config(source, hub)
-    kind = config.get("model_type")
-    for hooked in architectures().values():
-        if kind in hooked.hub_types:
-            fields.check(config, hooked.hub_fields, where)
-            return hooked, _from_transformers(hooked, source, where, config, dtype, hub)
-    for hooked in architectures().values():
-        if hooked.layout.knows(config):
-            _check_options(hub)
-            fields.check(config, hooked.layout.fields, where)
-            state = checkpoint.find(source, hub).tensors()
-            return hooked, _from_original(hooked, source, where, config, state, dtype)
+    kind, every = config.get("model_type"), architectures().values()
+    hooked: Any = next((one for one in every if _by_transformers(one, config)), None)
+    if hooked is not None:
+        fields.check(config, hooked.hub_fields, where)
+        return hooked, where, config
+    hooked = next((one for one in every if one.layout.knows(config)), None)
+    if hooked is not None:
+        fields.check(config, hooked.layout.fields, where)
+        return hooked, where, config
     what = f"model_type {kind!r}" if kind else f"a config.json with {', '.join(list(config)[:6]) or 'nothing'}"
-    why = f"{_why_not_opened(str(kind))} ".lstrip()
+    why = f"{why_not_opened(str(kind))} ".lstrip()
     raise CheckpointError(f"{name} has {what}, which gatedlens does not support. {why}{supported()}")
+
+
+def _by_transformers(hooked: Any, config: Mapping[str, Any]) -> bool:
+    """Whether transformers reads a checkpoint with this config."""
+    return config.get("model_type") in hooked.hub_types
 
 
 def _one_file(path: Path) -> Path | None:
@@ -294,6 +274,14 @@ def _from_file(
     path: Path, variant: str | None, dtype: torch.dtype | None, hub: Mapping[str, Any]
 ) -> tuple[Any, nn.Module]:
     """(architecture, module) of an original checkpoint in one file: tensors, or `{"model": tensors, "args": ...}`."""
+    hooked, where, config, state = _told_by_file(path, variant, hub)
+    return hooked, _from_original(hooked, str(where), where, config, state, dtype)
+
+
+def _told_by_file(
+    path: Path, variant: str | None, hub: Mapping[str, Any]
+) -> tuple[Any, Path, dict[str, Any], dict[str, Tensor]]:
+    """(architecture, file, config, tensors) of an original checkpoint in one file; its config is read off the shapes."""
     _check_options(hub)
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}. Download the checkpoint and give its path.")
@@ -305,7 +293,7 @@ def _from_file(
                 config = hooked.layout.config_of_file(state, told, variant)
             if config is not None:
                 fields.check(config, hooked.layout.fields, path)
-                return hooked, _from_original(hooked, str(path), path, config, state, dtype)
+                return hooked, path, config, state
     names = ", ".join(list(held)[:3])
     raise CheckpointError(f"{path} holds {names}, ...: no architecture that loads from one file. {supported()}")
 
@@ -446,8 +434,7 @@ def _from_original(
 ) -> nn.Module:
     """An original checkpoint into the architecture's own parameter module, which is built once everything fits."""
     fields.check_depth(config, hooked.layout.fields, where, len(state))
-    with reading(where, f"asks for a {hooked.title} that cannot be built"), about(where), torch.device("meta"):
-        expected: nn.Module = hooked.layout.empty(config)
+    expected = _empty(hooked, where, config)
     wanted = expected.state_dict()
     with reading(source, f"holds tensors that are not as {hooked.title}'s are"), about(source):
         bare = [{name.removeprefix(p): t for name, t in state.items()} for p in checkpoint.prefixes(state)]
@@ -458,3 +445,10 @@ def _from_original(
     wrapped: nn.Module = hooked.layout.empty(config)
     wrapped.load_state_dict(renamed, strict=False)
     return wrapped.to(dtype or next(iter(renamed.values())).dtype)
+
+
+def _empty(hooked: Any, where: Any, config: dict[str, Any]) -> nn.Module:
+    """The module that an original checkpoint's config asks for, without memory for its weights."""
+    with reading(where, f"asks for a {hooked.title} that cannot be built"), about(where), torch.device("meta"):
+        module: nn.Module = hooked.layout.empty(config)
+    return module

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 import gatedlens as gl
 from gatedlens import catalogue
-from gatedlens.hooks import architectures, unregister
+from gatedlens.hooks import architectures, shipped, unregister
 from tests import test_amplify, test_metrics, test_steering
 from tests.ablation import test_ablation, test_components
 from tests.address import test_names
@@ -65,7 +65,7 @@ def hooked():
     )  # late: an error of another test names whatever there is
     yield architectures()["hgrn"]
     unregister("hgrn")
-    assert architectures() == EVERY
+    assert architectures() == shipped()
 
 
 @pytest.fixture(scope="module")

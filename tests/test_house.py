@@ -31,7 +31,8 @@ FLOORS = (
     {"loading", "runs"},
     {
         "ablation", "knockout", "states", "tracing", "lens", "patching", "circuits", "attribution", "store", "steering",
-        "profiles", "tasks", "data",
+        "profiles", "tasks", "data", "layers", "inspection",
+        "verification",
     },
     {"evaluation", "amplify"},  # which build on attribution, tasks and data
     {"cli", "compat", "catalogue", "bundled", "bridge", "circuitsvis", "gatedlens"},

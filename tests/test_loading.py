@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    BambaConfig,
-    BambaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MambaModel,
@@ -256,14 +256,14 @@ def test_wrap_refuses_what_it_does_not_know():
         gl.wrap(MambaModel(MambaConfig(hidden_size=8, num_hidden_layers=1, vocab_size=10)))
     with pytest.raises(gl.CheckpointError, match="is a HookedMamba already"):
         gl.wrap(HookedMamba.tiny())
-    bamba = BambaForCausalLM(
-        BambaConfig(
-            hidden_size=16, num_hidden_layers=1, vocab_size=10, mamba_d_head=8, mamba_n_heads=4, mamba_d_state=8,
-            num_attention_heads=2, num_key_value_heads=1, intermediate_size=16,
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=16, num_hidden_layers=1, vocab_size=10, num_attention_heads=2, num_key_value_heads=1,
+            intermediate_size=16,
         )
     )  # fmt: skip
-    with pytest.raises(gl.CheckpointError, match="does not know BambaForCausalLM"):
-        gl.wrap(bamba)
+    with pytest.raises(gl.CheckpointError, match="does not know LlamaForCausalLM"):
+        gl.wrap(llama)
     with pytest.raises(gl.CheckpointError, match="supports 'silu'"):
         gl.wrap(hf_model(hidden_act="gelu"))
 
@@ -404,3 +404,23 @@ def test_options_of_other_tools():
 def test_what_is_no_name(name):
     with pytest.raises(gl.CheckpointError):
         gl.from_pretrained(name, local_files_only=True)
+
+
+def test_a_model_whose_stream_is_normed_is_refused_by_name(tmp_path):
+    from transformers import MiniMaxConfig, MiniMaxForCausalLM
+
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "vocab_size": 40,
+        "intermediate_size": 8,
+        "num_attention_heads": 4,
+    }
+    config = MiniMaxConfig(**sizes, num_key_value_heads=4, num_local_experts=2)
+    with pytest.raises(
+        gl.CheckpointError, match="does not know MiniMaxForCausalLM. MiniMax norms the residual stream itself"
+    ):
+        gl.wrap(MiniMaxForCausalLM(config))
+    config.save_pretrained(tmp_path)
+    with pytest.raises(gl.CheckpointError, match="'minimax', which gatedlens does not support. MiniMax norms"):
+        gl.from_pretrained(str(tmp_path), device="cpu")

@@ -17,7 +17,7 @@ import gatedlens as gl
 from gatedlens import catalogue, model
 from gatedlens.hooks import architectures, unregister
 from gatedlens.model import stages
-from tests.conftest import ROOT
+from tests.conftest import EVERY, ROOT
 
 PACKAGE = ROOT / "gatedlens"
 TUTORIALS = sorted((ROOT / "tutorials").glob("*.py"), key=lambda path: int(path.name.split("-")[0]))
@@ -34,7 +34,7 @@ def test_the_catalogue_is_fresh(tmp_path):
     assert "mamba.md" in catalogue.stale(tmp_path) and "extra.md" in catalogue.stale(tmp_path)
 
 
-@pytest.mark.parametrize("name", architectures())
+@pytest.mark.parametrize("name", EVERY)
 def test_catalogue_pages_hold_every_point_and_their_code_runs(name):
     page = (ROOT / "hooks" / f"{name}.md").read_text()
     data = json.loads((ROOT / "hooks" / "catalogue.json").read_text())[name]
@@ -46,9 +46,9 @@ def test_catalogue_pages_hold_every_point_and_their_code_runs(name):
         exec(compile(code, f"hooks/{name}.md", "exec"), {})
 
 
-@pytest.mark.parametrize("name", architectures())
+@pytest.mark.parametrize("name", EVERY)
 def test_the_words_of_the_attention_name_every_point_that_it_is_derived_from(name):
-    hooked = architectures()[name]
+    hooked = EVERY[name]
     words = hooked.attention_words
     said = set(re.findall(r"[A-Za-z_]+(?=\W|$)", " ".join(words.values())))
     for block in hooked.tiny().blocks:

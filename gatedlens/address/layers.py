@@ -3,6 +3,7 @@
 3, -1, [0, 3], range(4), slice(2, 5), tensor([0, 3])      by number; negative ones count from the end
 None, "*", "[01]", ["0", "1?"]                            all of them, or globs of their numbers
 [True, False, ...], tensor([True, False, ...])            a mask of all layers
+gl.layers.where(kind="attention")                         those in which that stands
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import fnmatch
 import operator
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy
 from torch import Tensor
 
-from gatedlens.errors import InputError
+from gatedlens.errors import InputError, did_you_mean
 from gatedlens.options import is_whole
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ else:  # that file imports this one
 
 # What `layers=` takes; see `positions.Positions` for why it is said to type checkers alone.
 if TYPE_CHECKING:
-    Layers: TypeAlias = int | slice | str | Sequence[Any] | numpy.ndarray[Any, Any] | Tensor | None
+    Layers: TypeAlias = "int | slice | str | Sequence[Any] | numpy.ndarray[Any, Any] | Tensor | Where | None"
 else:
     Layers = Any
 
@@ -37,6 +39,25 @@ else:
 ONE = ("layer={!r}", "layer={!r}:")  # how a refusal begins: of what is no number, of what is out of range
 START = ("start_layer={!r}: a whole number is meant; it", "start_layer={!r}:")
 SEVERAL = ("layers: {!r}", "layers={} does not exist;")
+
+
+@dataclass(frozen=True)
+class Where:
+    """`Where(("attention",))`: the layers of a model in which something of one of these kinds stands; see `gl.layers.where`."""
+
+    kinds: tuple[str, ...]
+
+    def of(self, model: HookedModel) -> list[int]:
+        """`gl.layers.where("attention").of(model)`: [3, 7], their numbers; InputError if the model has no such layer."""
+        by_layer = [block.kinds for block in model.blocks]
+        every = sorted(set().union(*by_layer))
+        for kind in self.kinds:
+            if kind not in every:
+                raise InputError(
+                    f"layers.where(kind={kind!r}): no layer of {model.cfg.model_name} is of this kind; its layers have "
+                    f"{', '.join(map(repr, every))}.{did_you_mean(kind, every)}"
+                )
+        return [layer for layer, kinds in enumerate(by_layer) if not kinds.isdisjoint(self.kinds)]
 
 
 def layers_of(model: HookedModel, layers: Layers) -> tuple[int, ...]:
@@ -56,6 +77,8 @@ def _meant(model: HookedModel, layers: Any) -> Sequence[int]:
     every = range(model.cfg.n_layers)
     if layers is None or isinstance(layers, slice):
         return every[layers or slice(None)]
+    if isinstance(layers, Where):
+        return layers.of(model)
     if isinstance(layers, str):
         return [layer for layer in every if fnmatch.fnmatchcase(str(layer), layers)]
     if isinstance(layers, Tensor | numpy.ndarray):
@@ -68,7 +91,9 @@ def _meant(model: HookedModel, layers: Any) -> Sequence[int]:
         return [layer for one in layers for layer in _meant(model, one)]
     if is_whole(layers):
         return [layer_of(model, layers, SEVERAL)]
-    raise InputError(f"layers={layers!r}: give a number, a slice, a sequence of numbers, a glob, or None for all.")
+    raise InputError(
+        f"layers={layers!r}: give a number, a slice, a sequence of numbers, a glob, gl.layers.where(kind=...), or None for all."
+    )
 
 
 def layer_of(model: HookedModel, layer: Any, words: tuple[str, str] = ONE) -> int:

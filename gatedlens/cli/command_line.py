@@ -50,6 +50,18 @@ EVALUATE = """examples:
 JSON lines or a folder of datasets' save_to_disk. A method may carry options: gradient_attention:factors=hidden,mode=official.
 The same command goes on where it was stopped."""
 
+INSPECT = """examples:
+  gatedlens inspect gatedlens/mamba-moby
+  gatedlens inspect state-spaces/mamba-2.8b-hf --tokens 4096 --dtype bfloat16
+  gatedlens inspect path/to/folder --json"""
+
+VERIFY = """examples:
+  gatedlens verify gatedlens/mamba-moby
+  gatedlens verify path/to/folder --dtype float64
+  gatedlens verify state-spaces/mamba-130m-hf --json
+
+The exit status is 1 if a claim fails."""
+
 TABLE = """examples:
   gatedlens table gatedlens/mamba-moby
   gatedlens table path/to/model --layer 3 --json"""
@@ -215,6 +227,27 @@ def models(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def inspect(args: argparse.Namespace) -> dict[str, Any]:
+    """Say what a model is and what a cache of it would weigh, from its config alone: no weight is read."""
+    from gatedlens.inspection import inspect as run
+
+    found = run(args.model, args.tokens, args.dtype, args.variant)
+    if not args.json:
+        print(found)
+    return found.to_dict()
+
+
+def verify(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure on a model what is claimed of it: the vendor's numbers, every point, A x + r, splits, padding, edits."""
+    from gatedlens.verification import verify as run
+
+    found = run(args.model, dtype=args.dtype)
+    if not args.json:
+        print(found)
+    args.failed = not found.passed
+    return found.to_dict()
+
+
 def table(args: argparse.Namespace) -> dict[str, Any]:
     """Print the hook points of a model."""
     from gatedlens.loading import from_pretrained
@@ -236,7 +269,7 @@ def parser() -> argparse.ArgumentParser:
             name, help=function.__doc__, description=function.__doc__, epilog=examples, formatter_class=raw
         )
         sub.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-        sub.set_defaults(function=function)
+        sub.set_defaults(function=function, failed=False)
         return sub
 
     sub = command("demo", demo, DEMO)
@@ -302,6 +335,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=int, default=2, help="of the ray engine (%(default)s)")
     sub.add_argument("--quiet", action="store_true", help="no progress bar")
     command("models", models, "examples:\n  gatedlens models\n  gatedlens models --json")
+    sub = command("inspect", inspect, INSPECT)
+    sub.add_argument("model", help="a bundled model, a folder, a file or a hub name")
+    sub.add_argument("--tokens", type=int, default=1024, help="of the row that is cached (%(default)s)")
+    sub.add_argument("--dtype", help="in which bytes are counted: bfloat16, float32, ... (as the config says)")
+    sub.add_argument("--variant", help="which model a checkpoint of one file holds, where it does not say so itself")
+    sub = command("verify", verify, VERIFY)
+    sub.add_argument("model", help="a bundled model, a folder, a file or a hub name")
+    sub.add_argument("--dtype", help="float64 for the sharpest figures (as the checkpoint)")
     sub = command("table", table, TABLE)
     sub.add_argument("model", help="a bundled model, a folder or a hub name")
     sub.add_argument("--layer", type=int, default=0, help="the block to show (%(default)s)")
@@ -310,7 +351,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point; what goes wrong is one line on stderr: exit code 2 for errors that gatedlens raises on purpose and
-    files that cannot be read or written, 130 after Ctrl-C, 143 after SIGTERM, 1 when nobody reads the output any more."""
+    files that cannot be read or written, 130 after Ctrl-C, 143 after SIGTERM, 1 when nobody reads the output any more
+    and when `verify` finds a claim that fails."""
     args = parser().parse_args(argv)
     with _terminable() as received:
         try:
@@ -327,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as stop:
             said = str(stop) or "stopped; `evaluate` and `harvest` go on when the same command is given again"
             return _failed(args.command, said, 128 + (received[0] if received else signal.SIGINT))
-    return 0
+    return int(args.failed)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""flash-linear-attention's language models (gla, retnet, hgrn2, delta_net, gated_deltanet): config and parameters, without fla.
+"""flash-linear-attention's language models: their config and parameters, without fla.
 
     config.json, model_type       a layer's `attn` holds, beside q_proj, o_proj and, with a gate, g_proj
     gla                           k_proj, v_proj, gk_proj.{0, 1}               g_norm_swish_gate or g_norm
@@ -6,6 +6,7 @@
     hgrn2                         f_proj, i_proj                               g_norm over all heads; model.lower_bounds
     delta_net                     k_proj, v_proj, b_proj                       o_norm
     gated_deltanet                k_proj, v_proj, b_proj, a_proj, A_log, dt_bias   o_norm
+    gated_deltaproduct            the same; without use_forget_gate no a_proj, A_log, dt_bias
 
 and {q, k, v}_conv1d ({q, f, i}_conv1d) where the config says use_short_conv. All have attn_norm, mlp_norm and mlp.{gate, up,
 down}_proj beside it; and model.embeddings, model.layers, model.norm, lm_head.
@@ -36,12 +37,14 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "hgrn2": {"expand_ratio": 128, "use_lower_bound": True, "use_short_conv": False},
     "delta_net": {"num_heads": 16, "expand_k": 1.0, "expand_v": 1.0, "use_gate": False},
     "gated_deltanet": {"num_heads": 6, "head_dim": 256, "expand_v": 2.0},
+    "gated_deltaproduct": {"num_heads": 6, "head_dim": 256, "expand_v": 2.0, "use_forget_gate": False},
 }
 GATES = {  # fla's word for whether a mixer has a gate
     "gla": "use_output_gate",
     "retnet": "use_output_gate",
     "delta_net": "use_gate",
     "gated_deltanet": "use_gate",
+    "gated_deltaproduct": "use_output_gate",
 }
 SHARED = {
     "hidden_size": 2048,
@@ -60,7 +63,7 @@ KINDS = tuple(DEFAULTS)
 FIELDS = {
     **TRANSFORMERS,
     "model_type": one_of(*KINDS),
-    "layer_types": listed(one_of(*KINDS), low=1),  # no word of fla's, where all layers are of model_type
+    "layer_types": listed(one_of(*KINDS[:-1]), low=1),  # no word of fla's, where all layers are of model_type
     "vocab_size": SIZE,
     "hidden_size": SIZE,
     "num_hidden_layers": layers_of(9),
@@ -74,8 +77,9 @@ FIELDS = {
     "intermediate_size": SIZE.or_null(),
     "conv_size": SIZE,
     "gate_low_rank_dim": SIZE,
-    **dict.fromkeys(("use_short_conv", "use_output_gate", "use_gate", "use_lower_bound", "allow_neg_eigval"), FLAG),
-    "fuse_norm": FLAG,
+    **dict.fromkeys(("use_short_conv", "use_output_gate", "use_gate", "use_forget_gate"), FLAG),
+    **dict.fromkeys(("use_lower_bound", "allow_neg_eigval", "fuse_norm"), FLAG),
+    "num_householder": Field("1: gatedlens opens no layers whose tokens take several steps", lambda v: v == 1),
     "norm_eps": EPS,
     "clamp_min": NUMBER.or_null(),
     "hidden_act": one_of("swish", "silu"),
@@ -118,7 +122,7 @@ def sizes_of(kind: str, config: Mapping[str, Any]) -> Sizes:
             raise CheckpointError("The config says neither expand_ratio nor num_heads; one of them is needed.")
         heads = d // ratio if ratio is not None else heads
         groups, keys, values = heads, heads * (ratio or d // heads), d
-    elif kind == "gated_deltanet":
+    elif kind in ("gated_deltanet", "gated_deltaproduct"):
         groups = given["num_heads"]
         heads = given.get("num_v_heads") or groups
         keys, values = groups * given["head_dim"], heads * int(given["head_dim"] * given["expand_v"])
@@ -200,7 +204,7 @@ def _mixer(kind: str, config: Mapping[str, Any]) -> nn.Module:
         )
     if "delta" in kind:
         mixer.b_proj = linear(d, heads)
-    if kind == "gated_deltanet":
+    if kind == "gated_deltanet" or (kind == "gated_deltaproduct" and config["use_forget_gate"]):
         mixer.a_proj = linear(d, heads)
         mixer.A_log, mixer.dt_bias = nn.Parameter(torch.zeros(heads)), nn.Parameter(torch.zeros(heads))
     fused = kind in ("gla", "retnet") and gated and config["fuse_norm"]
@@ -211,7 +215,7 @@ def _mixer(kind: str, config: Mapping[str, Any]) -> nn.Module:
 
 
 class FlaLayout(Layout):
-    """`FlaLayout()`: fla's folder, model_type "gla", "retnet", "hgrn2", "delta_net" or "gated_deltanet"."""
+    """`FlaLayout()`: fla's folder, of a model_type in `KINDS`."""
 
     fields = FIELDS
 

@@ -7,7 +7,9 @@
                                      time_decay [1, 1, c], time_decay_w1 [d, rank], time_decay_w2 [rank, c]
     ffn.                             key, value, receptance; time_mix_{k, r} (RWKV-5) or time_maa_{k, r} [1, 1, d]
 
-and emb, ln_out, head. The norm behind the scan adds 64e-5: RWKV-LM divides what enters it by 8 and adds 1e-5.
+and emb, ln_out, head. The norm behind the scan adds 64e-5: RWKV-LM divides what enters it by 8 and adds 1e-5. The code beside
+RWKV-6's checkpoints on the hub (RWKV/v6-Finch-1B6-HF) has other names for the same: rwkv.embeddings, rwkv.blocks.3.attention,
+feed_forward, pre_ln.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from gatedlens.errors import CheckpointError
 from gatedlens.model import fields
 from gatedlens.model.checkpoint import depth, save_checkpoint, shape_of
-from gatedlens.model.fields import EPS, SIZE, TRANSFORMERS, layers_of, one_of
+from gatedlens.model.fields import EPS, POSITIVE, SIZE, TRANSFORMERS, layers_of, one_of
 from gatedlens.model.layout import Layout
 from gatedlens.model.tiny import Tiny, around, fresh
 
@@ -40,6 +42,13 @@ FIELDS = {
     "decay_rank": SIZE,
     "norm_eps": EPS,
     "ln_x_eps": EPS,
+    # of the code on the hub
+    "hidden_size": SIZE,
+    "num_hidden_layers": layers_of(20),
+    "attention_hidden_size": SIZE.or_null(),
+    "intermediate_size": SIZE.or_null(),
+    "layer_norm_epsilon": EPS,
+    "head_size_divisor": POSITIVE,
 }
 NEEDED = ("model_type", "vocab_size", "n_embd", "n_layer", "head_size", "dim_ffn")
 OFFICIAL_EPS = 64e-5  # of the norm behind the scan, whatever the size of a head
@@ -109,13 +118,34 @@ def _block(config: Mapping[str, Any], number: int) -> nn.Module:
     return block
 
 
+HUB_NAMES = {"attention": "att", "feed_forward": "ffn", "pre_ln": "ln0", "embeddings": "emb"}
+
+
+def hub_words(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`hub_words(config)`: the config of `Rwkv6Weights` for one of RWKV-6's code on the hub, whose ranks go by the width."""
+    d, large = config["hidden_size"], config["hidden_size"] == 4096
+    shared = {name: config[name] for name in (*TRANSFORMERS, "model_type", "vocab_size") if name in config}
+    return {
+        **shared,
+        "n_embd": d,
+        "n_layer": config["num_hidden_layers"],
+        "head_size": config.get("head_size", 64),
+        "dim_att": config.get("attention_hidden_size"),
+        "dim_ffn": config.get("intermediate_size") or int(d * 3.5) // 32 * 32,
+        "mix_rank": 64 if large else 32,
+        "decay_rank": 128 if large else 64,
+        "norm_eps": config.get("layer_norm_epsilon", 1e-5),
+        "ln_x_eps": 1e-5 * config.get("head_size_divisor", 8) ** 2,
+    }
+
+
 class Rwkv6Layout(Layout):
-    """`Rwkv6Layout()`: RWKV-LM's .pth alone, or a folder with the config of `Rwkv6Weights`."""
+    """`Rwkv6Layout()`: RWKV-LM's .pth alone, a folder with the config of `Rwkv6Weights`, or the hub's folder of RWKV-6."""
 
     fields = FIELDS
 
     def knows(self, config: Mapping[str, Any]) -> bool:
-        return config.get("model_type") in KINDS and "n_embd" in config
+        return config.get("model_type") in KINDS
 
     def config_of_file(
         self, state: Mapping[str, Tensor], told: Mapping[str, Any], variant: str | None
@@ -141,7 +171,23 @@ class Rwkv6Layout(Layout):
             **low,
         }
 
+    def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`rwkv.blocks.0.attention.time_maa_x` is `blocks.0.att.time_maa_x`; RWKV-LM's names stay."""
+
+        def own(name: str) -> str:
+            return ".".join(HUB_NAMES.get(word, word) for word in name.removeprefix("rwkv.").split("."))
+
+        return {own(name): tensor for name, tensor in state.items()}
+
     def empty(self, config: dict[str, Any]) -> nn.Module:
+        """A module for RWKV-LM's names; CheckpointError for a config of another layout."""
+        if config.get("model_type") == "rwkv6" and {"hidden_size", "num_hidden_layers", "head_size"} <= set(config):
+            return Rwkv6Weights(hub_words(config))
+        if "n_embd" not in config:
+            raise CheckpointError(
+                f"This is {config['model_type']} in another layout than RWKV-LM's; gatedlens reads RWKV-LM's .pth of it (give "
+                "the path of the file), or a folder that `Rwkv6Weights(...).save_pretrained` wrote."
+            )
         return Rwkv6Weights(config)
 
 
@@ -157,7 +203,8 @@ TINY = Tiny(
         "dim_ffn": 12,
         "mix_rank": 3,
         "decay_rank": 4,
-        "ln_x_eps": 0.05,  # a norm of so few values is a cliff without
+        "norm_eps": 0.05,  # a norm of so few values is a cliff without
+        "ln_x_eps": 0.05,
     },
     {
         r"time_(mix|maa)_[xwkvrg]$": lambda start, noise: torch.sigmoid(noise),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gatedlens.hooks.mamba import HookedMamba as HookedMamba
     from gatedlens.hooks.mamba2 import HookedMamba2 as HookedMamba2
     from gatedlens.hooks.mamba2_hybrid import HookedMamba2Hybrid as HookedMamba2Hybrid
+    from gatedlens.hooks.olmo_hybrid import HookedOlmoHybrid as HookedOlmoHybrid
     from gatedlens.hooks.qwen3_next import HookedQwen3Next as HookedQwen3Next
     from gatedlens.hooks.rwkv import HookedRWKV as HookedRWKV
     from gatedlens.hooks.rwkv6 import HookedRWKV6 as HookedRWKV6
@@ -41,6 +42,7 @@ else:
         "mamba": ("HookedMamba",),
         "mamba2": ("HookedMamba2",),
         "mamba2_hybrid": ("HookedMamba2Hybrid",),
+        "olmo_hybrid": ("HookedOlmoHybrid",),
         "qwen3_next": ("HookedQwen3Next",),
         "rwkv": ("HookedRWKV",),
         "rwkv6": ("HookedRWKV6",),

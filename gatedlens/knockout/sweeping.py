@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from gatedlens.address.entries import Index
@@ -153,7 +153,7 @@ def sweep(
     layers: Layers = None,
     scan: str | None = None,
     attention_mask: Tensor | None = None,
-    position_ids: Any = None,
+    position_ids: Shaped[Tensor, "*document position"] | None = None,
     max_rows: int = 64,
     progress: bool = True,
     results: Earlier = None,

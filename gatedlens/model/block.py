@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gatedlens.address.point import Point
 from gatedlens.errors import InputError
-from gatedlens.model.hookpoint import Part
+from gatedlens.model.hookpoint import EXPERTS, MLP, Part
 from gatedlens.model.mixer import TokenMixing
 from gatedlens.model.norm import Norm
 from gatedlens.model.run import Run
@@ -80,6 +80,8 @@ class Block(Part):
         # RWKV's channel mixer looks at the token before, as a TokenMixing does; it is no mixer for that.
         mixing = [sub for sub in every if isinstance(sub.part, TokenMixing) and sub.name != "mlp"]
         self.mixing = {sub.name: sub.place or sub.name for sub in mixing}
+        # What stands in it, as `gl.layers.where(kind=...)` asks for it.
+        self.kinds = frozenset(sub.part.role if sub in mixing or sub.part.role == EXPERTS else MLP for sub in every)
 
     @property
     def mixers(self) -> tuple[TokenMixing, ...]:

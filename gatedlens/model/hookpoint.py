@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import transformer_lens.hook_points
@@ -229,6 +229,9 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
             raise HookError(f"{where} returned a tensor on {out.device}; the {what} is on {x.device}.")
 
 
+RECURRENT, ATTENTION, MLP, EXPERTS = "recurrent", "attention", "mlp", "experts"  # what stands in a layer
+
+
 class Part(torch.nn.Module):
     """A piece of the open forward: hook points of its own, parameters of the wrapped module's.
 
@@ -237,6 +240,7 @@ class Part(torch.nn.Module):
     """
 
     weights: Any
+    role: ClassVar[str] = MLP  # one word for what it is in a layer, for `gl.layers.where`
 
     if TYPE_CHECKING:  # hook points are attributes, named by rows
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.address.point import Point
-from gatedlens.model.hookpoint import Part
+from gatedlens.model.hookpoint import RECURRENT, Part
 from gatedlens.model.padding import Padding, windows
 from gatedlens.model.run import Run
 from gatedlens.model.state import RecurrentState
@@ -40,6 +40,7 @@ class TokenMixing(Part):
     """
 
     place = "mixer"
+    role = RECURRENT
     attention_points: tuple[str, ...] = ()
     output_point = "hook_gated"
     scans: tuple[str, ...] = ("",)

@@ -69,23 +69,38 @@ class NarrowNorm(Norm):
         return super().forward(x).to(self.weights.weight.dtype)
 
 
-class GemmaNorm(Norm):
-    """out = (1 + weight) * x / scale, scale = sqrt(mean(x^2) + eps); rounded to x's dtype only at the end.
-
-    As in Gemma's line of models, and in Qwen3-Next.
-    """
+class LateNorm(Norm):
+    """out = weight * x / scale, scale = sqrt(mean(x^2) + eps); rounded to x's dtype only at the end, as in OLMo."""
 
     torch_norms = ()
 
     @property
     def gain(self) -> Float[Tensor, " d_model"]:
-        return 1 + at_least_float32(self.weights.weight)
+        return at_least_float32(self.weights.weight)
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         wide = at_least_float32(x)
         scale = self.hook_scale((wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
         normalized = self.hook_normalized(wide / scale)
         return self.hook_out((normalized * self.gain).to(x.dtype))
+
+
+class GemmaNorm(LateNorm):
+    """The same with the gain 1 + weight, as in Gemma's line of models, and in Qwen3-Next."""
+
+    @property
+    def gain(self) -> Float[Tensor, " d_model"]:
+        return 1 + at_least_float32(self.weights.weight)
+
+
+class NormOfHeads(LateNorm):
+    """The same of all heads together: one scale at a position, a gain for each number of each head."""
+
+    def forward(self, x: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos head d_head"]:
+        wide = at_least_float32(x)
+        scale = self.hook_scale((wide.pow(2).mean((-2, -1)).unsqueeze(-1) + self.eps).sqrt())
+        normalized = self.hook_normalized(wide / scale.unsqueeze(-1))
+        return self.hook_out((normalized * self.gain.unflatten(0, x.shape[-2:])).to(x.dtype))
 
 
 def eps_of(norm: Any, otherwise: float) -> float:
@@ -96,12 +111,22 @@ def eps_of(norm: Any, otherwise: float) -> float:
 
 
 def norm_rows(
-    part: str, reads: str, source: str, equation: str = "w * normalized", axes: str = "batch pos d_model"
+    part: str,
+    reads: str,
+    source: str,
+    equation: str = "w * normalized",
+    axes: str = "batch pos d_model",
+    over: str = "",
 ) -> tuple[Point, ...]:
-    """The points of a norm under `part`, which normalises the row `reads`, with these axes, along the last of them."""
+    """The points of a norm under `part`, which normalises the row `reads`, with these axes, along the last of them.
+
+    over: the last two, in words, where it is along both (`NormOfHeads`).
+    """
     outer = axes.rpartition(" ")[0]
+    outer = outer.rpartition(" ")[0] if over else outer
+    mean = f"mean over {over} of {reads}^2" if over else f"mean({reads}^2)"
     return (
-        Point(f"{part}.hook_scale", f"{outer} one", f"sqrt(mean({reads}^2) + eps)", source),
+        Point(f"{part}.hook_scale", f"{outer} one", f"sqrt({mean} + eps)", source),
         Point(f"{part}.hook_normalized", axes, f"{reads} / scale", source),
         Point(f"{part}.hook_out", axes, equation, source),
     )

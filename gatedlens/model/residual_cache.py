@@ -143,6 +143,20 @@ class ResidualCache(transformer_lens.ActivationCache):
             along = along.unsqueeze(1)
         return (scaled * self.model.ln_final.gain * along).sum(-1)
 
+    def _get_cached_ln_scale(self, layer: int | None, mlp_input: bool, *given: Any, **options: Any) -> Tensor:
+        """As TransformerLens's; a layer that reads the stream as it is (OLMo-hybrid's attention is normed behind) says so."""
+        norm = "ln2" if mlp_input else "ln1"
+        if layer is not None and layer < self.model.cfg.n_layers:
+            name = f"blocks.{layer}.{norm}.hook_scale"
+            if name not in self.model.names.points:
+                part = "channel mixer" if mlp_input else "mixer"
+                raise PointError(
+                    f"apply_ln: the {part} of layer {layer} of {self.model.cfg.model_name} reads the residual stream as it is, "
+                    f"there is no {name}. apply_ln=False gives what it reads."
+                )
+        scale: Tensor = super()._get_cached_ln_scale(layer, mlp_input, *given, **options)
+        return scale
+
     # -- heads ---------------------------------------------------------------------------------------------------
 
     def head_results(self, layer: int) -> Float[Tensor, "*batch pos head d_model"]:

@@ -15,11 +15,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.errors import CheckpointError
+from gatedlens.recurrence.scanning import at_least_float32
 
 
 def relu_squared(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
     """`relu_squared(x)`: max(x, 0)^2 (So et al. 2021, Primer, arXiv 2109.08668)."""
     return F.relu(x).square()
+
+
+def wide_silu(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """`wide_silu(gate)`: SiLU in at least float32."""
+    return F.silu(at_least_float32(x))
+
+
+def wide_sigmoid(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """`wide_sigmoid(gate)`: the sigmoid in at least float32."""
+    return torch.sigmoid(at_least_float32(x))
 
 
 class Activation(NamedTuple):

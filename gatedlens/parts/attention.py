@@ -6,14 +6,16 @@ b batch, l pos, h head (of queries), k key position, W the window, d d_head:
     pattern = softmax(q . k / sqrt(d)) over the last W tokens (all, without a window);   z = pattern v
     out     = o_proj(z sigmoid(gate))             the gate of each head stands behind its query in q_proj
 
-Which of these a layer has is data, `AttentionKind`; numbers that some models multiply in are `Multipliers`. Local
-attention: Griffin (arXiv 2402.19427), sec. 2.3; rotary embedding: arXiv 2104.09864; the gate: Qiu et al. 2025, arXiv 2505.06708.
+Which of these a layer has, and whether a norm is of all heads together or behind o_proj, is data, `AttentionKind`; numbers that
+some models multiply in are `Multipliers`. Local attention: Griffin (arXiv 2402.19427), sec. 2.3; rotary embedding: arXiv
+2104.09864; the gate: Qiu et al. 2025, arXiv 2505.06708.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +25,10 @@ from torch import Tensor
 
 from gatedlens.address.point import Point
 from gatedlens.errors import CheckpointError
+from gatedlens.model.hookpoint import ATTENTION
 from gatedlens.model.memory import SMALL, afford, free
 from gatedlens.model.mixer import TokenMixing, multiplied
-from gatedlens.model.norm import Norm, norm_rows
+from gatedlens.model.norm import Norm, eps_of, norm_rows
 from gatedlens.model.padding import Padding
 from gatedlens.model.run import DocumentRun
 from gatedlens.model.state import Carried, RecurrentState
@@ -49,7 +52,9 @@ class AttentionKind:
     windowed: keys W or more behind are not seen. rotary: q and k are turned by position, the first rotary_dim of d_head.
     normed: the equation of the norm of q and k, head by head; None: they have none. gated: z is multiplied by a sigmoid. head:
     what the axis of the query heads is called ("head", unless heads of a recurrence stand in the same model). scores, keys: what
-    else scores and keys are multiplied by, in words, where `Multipliers` say so.
+    else scores and keys are multiplied by, in words, where `Multipliers` say so. together: q and k are normed over all heads at
+    once. after: the name of a norm of what o_proj puts out. That norm is linear but for its scale, a number a position: it is
+    held in A as a gate is, gain * (W z) / scale = (gain * W) (z / scale).
     """
 
     windowed: bool = False
@@ -59,11 +64,18 @@ class AttentionKind:
     head: str = "head"
     scores: str = ""
     keys: str = ""
+    together: bool = False
+    after: str = ""
+
+    @property
+    def inner(self) -> str:
+        """What stands behind the pattern, without `hook_`."""
+        return "gated" if self.gated else "z"
 
     @property
     def output(self) -> str:
-        """The point that o_proj reads."""
-        return "hook_gated" if self.gated else "hook_z"
+        """The point that o_proj reads, or what it reads less the scale of the norm behind it."""
+        return "hook_scaled" if self.after else f"hook_{self.inner}"
 
     def rows(self, source: str, reads: str = "ln1.out") -> tuple[Point, ...]:
         """`AttentionKind().rows(PAPER)`: the points of such an `Attention`, in firing order."""
@@ -77,7 +89,8 @@ class AttentionKind:
         names = {"q": "q", "k": "k"}
         if self.normed is not None:
             for name, axes in (("q", q), ("k", kv)):
-                rows += norm_rows(f"{name}_norm", name, RMSNORM, self.normed, axes)
+                heads = f"{axes.split()[2]} and d_head" if self.together else ""
+                rows += norm_rows(f"{name}_norm", name, RMSNORM, self.normed, axes, heads)
                 names[name] = f"{name}_norm.out"
         if self.rotary:
             for name, axes in (("q", q), ("k", kv)):
@@ -101,12 +114,22 @@ class AttentionKind:
         ]
         if self.gated:
             rows += [Point("hook_gate", q, "sigmoid(gate_pre)", source), Point("hook_gated", q, "z * gate", source)]
+        if self.after:
+            rows += [
+                Point("hook_scale", "batch pos one", f"sqrt(mean(o_proj({self.inner})^2) + eps)", RMSNORM),
+                Point("hook_scaled", q, f"{self.inner} / scale", RMSNORM),
+            ]
         return rows
+
+    @property
+    def out(self) -> str:
+        """What such an attention puts out, in words."""
+        return f"{self.after}.weight * o_proj(scaled)" if self.after else f"o_proj({self.inner})"
 
     @property
     def words(self) -> str:
         """The implicit attention of such a layer, for the catalogue."""
-        gate = "gate[i, channel] * " if self.gated else ""
+        gate = ("gate[i, channel] * " if self.gated else "") + ("1 / scale[i] * " if self.after else "")
         out = self.output.removeprefix("hook_")
         return (
             f"x = v of each head, A[i, j] = {gate}pattern[i, j] of the channel's head, o = {out}; "
@@ -157,13 +180,14 @@ class Attention(TokenMixing):
     """Causal attention over the last `window` tokens, the own one included, of the same document; None: over all of them.
 
     `rotary` is the module that holds `inv_freq` (and, if it scales cos and sin, `attention_scaling`); None where the kind turns
-    nothing. `norms` are those of q and k, where it has them.
+    nothing. `norms` are those of q and k, `after` that of what is put out, where it has them.
 
     The state carries the last window - 1 `keys` (as the scores read them) and `values`, oldest first, with `key_positions`, -1
     for an empty place; without a window all of them. A call that goes on from a state has them in front: key_pos = carried + pos.
     """
 
     place = "attn"
+    role = ATTENTION
 
     def __init__(
         self,
@@ -176,6 +200,7 @@ class Attention(TokenMixing):
         rotary: Any = None,
         norms: tuple[Norm, Norm] | None = None,
         multipliers: Multipliers = Multipliers(),  # noqa: B008  # a constant
+        after: Any = None,
     ):
         super().__init__(weights, rows, layer)
         self.kind = kind
@@ -184,7 +209,9 @@ class Attention(TokenMixing):
         self.window = window
         self.__dict__["rotary"] = rotary  # of the wrapped model, as `weights` is
         self.output_point = kind.output
-        self.attention_points = ("hook_v", "hook_pattern", *(("hook_gate",) if kind.gated else ()), kind.output)
+        gates = (*(("hook_gate",) if kind.gated else ()), *(("hook_scale",) if kind.after else ()))
+        self.attention_points = ("hook_v", "hook_pattern", *gates, kind.output)
+        self.__dict__["after"] = after  # the wrapped norm behind o_proj
         if norms is not None:
             self.q_norm, self.k_norm = norms
 
@@ -193,7 +220,10 @@ class Attention(TokenMixing):
     ) -> tuple[Factors, ...]:
         """A is the pattern of each channel's head times the gate, x the values, and r what the carried values bring."""
         v, pattern, o = (at_least_float32(cached(name)) for name in ("hook_v", "hook_pattern", self.output_point))
-        gate = padding.pack(at_least_float32(cached("hook_gate")).flatten(2)) if self.kind.gated else None
+        gates = [at_least_float32(cached("hook_gate")).flatten(2)] if self.kind.gated else []
+        if self.kind.after:
+            gates.append((1 / at_least_float32(cached("hook_scale"))).expand(*o.shape[:2], o[0, 0].numel()))
+        gate = padding.pack(reduce(torch.mul, gates)) if gates else None
         heads, length = pattern.shape[1], v.shape[1]
         groups, width = heads // v.shape[2], v.shape[3]
 
@@ -212,6 +242,8 @@ class Attention(TokenMixing):
 
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
         out, by = self.weights.o_proj, self.multipliers.output
+        if self.kind.after:  # of an o_proj without a bias
+            return self.after.weight.unsqueeze(1) * multiplied(out.weight, by), None
         return multiplied(out.weight, by), None if out.bias is None else multiplied(out.bias, by)
 
     def project(self, n: Float[Tensor, "batch pos d_read"], name: str) -> Float[Tensor, "batch pos some d_head"]:
@@ -328,4 +360,9 @@ class Attention(TokenMixing):
         out = self.hook_z(torch.einsum("bhqk,bkhd->bqhd", pattern, values.repeat_interleave(groups, dim=2)))
         if gate_pre is not None:
             out = self.hook_gated(out * self.hook_gate(torch.sigmoid(gate_pre)))
+        if self.kind.after:
+            put_out = at_least_float32(F.linear(out.flatten(2), w.o_proj.weight))
+            scale = self.hook_scale((put_out.pow(2).mean(-1, keepdim=True) + eps_of(self.after, 0.0)).sqrt())
+            scaled = self.hook_scaled((at_least_float32(out) / scale.unsqueeze(-1)).to(out.dtype))
+            return F.linear(scaled.flatten(2), *self.output_weights())
         return multiplied(F.linear(out.flatten(2), w.o_proj.weight, w.o_proj.bias), self.multipliers.output)

@@ -31,6 +31,7 @@ from gatedlens.model.path import PathMixer, Stage, Streams
 from gatedlens.model.run import Run
 from gatedlens.model.stages import Conv, Gate, GroupNorm, Named, Scan, SiLU
 from gatedlens.model.state import Carried
+from gatedlens.parts.activation import wide_sigmoid, wide_silu
 from gatedlens.parts.delta_rule import UNIT_EPS, delta_terms, unit
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.terms import Terms
@@ -145,17 +146,7 @@ class DeltaKind:
 # -- the mixer ------------------------------------------------------------------------------------------------------
 
 
-def silu(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    """SiLU in at least float32."""
-    return F.silu(at_least_float32(x))
-
-
-def sigmoid(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    """The sigmoid in at least float32."""
-    return torch.sigmoid(at_least_float32(x))
-
-
-GATES = {"SiLU": silu, "sigmoid": sigmoid}
+GATES = {"SiLU": wide_silu, "sigmoid": wide_sigmoid}
 
 
 class Projected(NamedTuple):

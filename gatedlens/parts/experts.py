@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.address.point import Point, block_rows
-from gatedlens.model.hookpoint import Part, rows_of
+from gatedlens.model.hookpoint import EXPERTS, Part, rows_of
 from gatedlens.model.run import Run
 from gatedlens.parts.activation import Activation
 from gatedlens.parts.glu import GatedMlp, gated_mlp_rows
@@ -154,6 +154,8 @@ class Experts(Part):
 
     weights: the wrapped module that holds `experts`; router: its module with the router's weight; shared: the shared expert.
     """
+
+    role = EXPERTS
 
     def __init__(
         self,

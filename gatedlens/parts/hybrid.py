@@ -48,8 +48,9 @@ class Site(NamedTuple):
 class Branch(NamedTuple):
     """`Branch("mixer", ROWS, "out_proj(gated)", make, "mamba", "input_layernorm")`: one branch of a layer.
 
-    out: what it puts out, in words; make: its part; weights, norm: the names of their modules in the wrapped layer. ln and place:
-    where norm and part stand in our block (None: under the name); scale: what a channel mixer's output is multiplied by.
+    out: what it puts out, in words; make: its part; weights, norm: the names of their modules in the wrapped layer (norm None: it
+    has none). ln and place: where norm and part stand in our block (None: under the name); scale: what a channel mixer's output
+    is multiplied by; after: the name of the norm of what a channel mixer puts out, {ln}_post in our block.
     """
 
     name: str
@@ -57,23 +58,33 @@ class Branch(NamedTuple):
     out: str
     make: Callable[[Site], Part]
     weights: str
-    norm: str
+    norm: str | None
     ln: str = "ln1"
     place: str | None = None
     scale: Callable[[Any], float] | None = None
+    after: str | None = None
 
     def sub_rows(self) -> SubRows:
         """Its rows, with those of its norm."""
         part = block_rows(self.place or self.name, self.rows)
-        return SubRows(self.name, part, self.out, norm_rows(self.ln, f"{self.name}_in", RMSNORM))
+        norm = () if self.norm is None else norm_rows(self.ln, f"{self.name}_in", RMSNORM)
+        if self.after is None:
+            return SubRows(self.name, part, self.out, norm)
+        after = f"{self.ln}_post"
+        return SubRows(self.name, part, f"{after}.out", norm, norm_rows(after, self.out, RMSNORM))
 
-    def sub(self, layer: int, wrapped: Any, inside: Any, rows: tuple[Point, ...], eps: float) -> Sub:
-        """The branch over layer `layer` of a wrapped model, which is `inside`."""
+    def sub(
+        self, layer: int, wrapped: Any, inside: Any, rows: tuple[Point, ...], norm_of: Callable[[str, str], Norm]
+    ) -> Sub:
+        """The branch over layer `layer` of a wrapped model, which is `inside`; norm_of: our norm over one of its, by where it
+        stands in our block."""
         weights = inside if not self.weights else getattr(inside, self.weights)
         part = self.make(Site(weights, rows_of(self.place or self.name, rows), layer, wrapped))
-        norm = Norm(getattr(inside, self.norm), rows_of(self.ln, rows), eps)
+        norm = None if self.norm is None else norm_of(self.norm, self.ln)
         scale = 1.0 if self.scale is None else self.scale(wrapped.config)
-        return Sub(self.name, part, norm, self.ln, self.place, scale=scale)
+        after_ln = f"{self.ln}_post"
+        after = None if self.after is None else norm_of(self.after, after_ln)
+        return Sub(self.name, part, norm, self.ln, self.place, after, after_ln, scale)
 
 
 Layer = tuple[Branch | tuple[Branch, ...], ...]  # branches one after the other; those in a tuple are parallel
@@ -85,7 +96,7 @@ class Family:
 
     wraps: its class in transformers; layers: by what they are called; kind_of(layer, config): what a wrapped layer is called;
     told(config): what its config says of it, as fields of our cfg. embedding, final_norm, eps: their names in the wrapped model
-    and in its config; act: the activation of its MLPs.
+    and in its config; act: the activation of its MLPs; norm: what its norms are.
     """
 
     title: str
@@ -97,6 +108,7 @@ class Family:
     final_norm: str = "final_layernorm"
     eps: str = "rms_norm_eps"
     act: str = "silu"
+    norm: type[Norm] = Norm
 
     @cached_property
     def rows(self) -> dict[str, tuple[Point, ...]]:
@@ -108,10 +120,13 @@ class Family:
         inside, rows = wrapped.model.layers[layer], self.rows[kind]
         eps = float(getattr(wrapped.config, self.eps))
 
+        def norm_of(name: str, ln: str) -> Norm:
+            return self.norm(getattr(inside, name), rows_of(ln, rows), eps)
+
         def sub(one: Branch | tuple[Branch, ...]) -> Sub | tuple[Sub, ...]:
             if isinstance(one, Branch):
-                return one.sub(layer, wrapped, inside, rows, eps)
-            return tuple(branch.sub(layer, wrapped, inside, rows, eps) for branch in one)
+                return one.sub(layer, wrapped, inside, rows, norm_of)
+            return tuple(branch.sub(layer, wrapped, inside, rows, norm_of) for branch in one)
 
         return Block(inside, rows, *map(sub, self.layers[kind]))
 
@@ -230,7 +245,7 @@ class HybridModel(PositionedModel):
         return self.family.block(self.cfg.kinds[layer], layer, self.wrapped)
 
     def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:
-        return Norm(getattr(self.wrapped.model, self.family.final_norm), rows, self.cfg.eps)
+        return self.family.norm(getattr(self.wrapped.model, self.family.final_norm), rows, self.cfg.eps)
 
     @property
     def embedding(self) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from gatedlens.errors import InputError, did_you_mean
@@ -41,7 +41,7 @@ class Options(Effort):
     reduce: str = "mean"
     normalised: bool = False
     attention_mask: Tensor | None = None
-    position_ids: Any = None
+    position_ids: Shaped[Tensor, "*document position"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

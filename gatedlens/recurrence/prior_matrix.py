@@ -65,6 +65,10 @@ class PriorScan(ScanMatrix):
         """The scan of all channels of heads that are `width` wide."""
         return cls(HeadScan.of(delayed(terms.even()), width))
 
+    def recurrence(self) -> Terms:
+        """The terms of the steps, each at its own position; what reads them is a position behind."""
+        return self.late.terms.at(slice(1, None))
+
     @property
     def length(self) -> int:
         return self.late.length - 1

@@ -155,6 +155,10 @@ FROZEN = {
         "mixer": ("hook_x", "hook_gated", DELTA, (("hook_conv", "hook_u"),)),
         "attn": ("hook_v", "hook_z", ("hook_pattern",), ()),
     },
+    "olmo_hybrid": {
+        "mixer": ("hook_x", "hook_gated", DELTA, (("hook_conv", "hook_u"),)),
+        "attn": ("hook_v", "hook_scaled", ("hook_pattern", "hook_scale"), ()),
+    },
     "qwen3_next": {
         "mixer": ("hook_x", "hook_gated", DELTA, (("hook_conv", "hook_u"),)),
         "attn": ("hook_v", "hook_gated", ("hook_pattern", "hook_gate"), ()),

@@ -46,6 +46,11 @@ def test_registering_is_undone(registered):
         "Qwen3_5ForConditionalGeneration",
         "Qwen3_5MoeForConditionalGeneration",
         "RWKV7ForCausalLM",
+        "BambaForCausalLM",
+        "FalconH1ForCausalLM",
+        "GraniteMoeHybridForCausalLM",
+        "NemotronHForCausalLM",
+        "OlmoHybridForCausalLM",
     }
     assert ours == set(names)
     adapters = ArchitectureAdapterFactory._adapters

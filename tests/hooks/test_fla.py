@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 import gatedlens as gl
 from gatedlens.formats.fla import KINDS, FlaWeights, is_gated, sizes_of
 from gatedlens.hooks.fla import MODEL_TYPES, ROWS, USUAL, HookedFLA, kind_of
-from tests.helpers import padded, relative
+from tests.helpers import GOLDEN, golden, padded, relative
 from tests.hooks import battery
 from tests.hooks.literal import conv_taps, norm, recurrence, rms
 
@@ -33,15 +34,23 @@ VARIANTS = {  # model_type and what its config says
         {"use_gate": True, "use_short_conv": False, "allow_neg_eigval": True},
     ),
     "gated_deltanet": ("gated_deltanet", {"head_dim": 3, "expand_v": 2.0}),
+    "gated_deltaproduct of one step": (
+        "gated_deltaproduct",
+        {"head_dim": 3, "expand_v": 2.0, "allow_neg_eigval": True},
+    ),
+    "gated_deltaproduct of one step, with a forget gate, no output gate": (
+        "gated_deltaproduct",
+        {"use_forget_gate": True, **GATES},
+    ),
     "gated_deltanet, heads in groups, no gate": ("gated_deltanet", {"num_heads": 2, "num_v_heads": 4, **GATES}),
 }
 
 
 def tiny(variant: str, **more) -> HookedFLA:
     kind, words = VARIANTS[variant]
-    config = {"model_type": kind, "layer_types": None, "num_hidden_layers": 2, "norm_eps": 1e-3, **words, **more}
-    config["layer_types"] = [kind] * config["num_hidden_layers"]
-    return HookedFLA.tiny(seed=1, dtype=torch.float64, **config)
+    config = {"model_type": kind, "num_hidden_layers": 2, "norm_eps": 1e-3, **words, **more}
+    small = {name: word for name, word in HookedFLA.small.config.items() if name != "layer_types"}
+    return gl.wrap(replace(HookedFLA.small, config=small).module(1, config).double())
 
 
 @pytest.fixture(params=VARIANTS)
@@ -197,6 +206,32 @@ def test_after_an_edit_every_row_downstream_is_its_equation(variant):
     battery.edits_reach_every_row(tiny(variant), literal, 1, TOKENS, rtol=1e-10)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS[:-1])
+def test_golden_mixers(kind):
+    """What each mixer puts out is what fla's own layer does, of the same input."""
+    config, _, io = golden(f"fla_{kind}")
+    tokens, stems = io["input_ids"].long(), [f"blocks.{layer}." for layer in range(config["num_hidden_layers"])]
+    for dtype, bound in ((torch.float64, 2e-6), (torch.float32, 4e-6)):
+        model = gl.from_pretrained(str(GOLDEN / f"fla_{kind}"), device="cpu", dtype=dtype)
+        put = [(f"{stem}ln1.hook_out", lambda x, hook, i=i: io[f"in.{i}"].to(x.dtype)) for i, stem in enumerate(stems)]
+        with model.hooks(put):
+            _, cache = model.run_with_cache(tokens, names_filter="*.hook_mixer_out")
+        for i, stem in enumerate(stems):
+            assert relative(cache[f"{stem}hook_mixer_out"], io[f"out.{i}"]) < bound, i
+
+
+def test_gradients_are_the_same_with_somebody_inside(model):
+    """By chunks, and state by state."""
+    parameters = dict(model.wrapped.named_parameters())
+    weight = torch.randn(2, 9, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wanted = torch.autograd.grad((model(TOKENS) * weight).sum(), list(parameters.values()))
+    with model.hooks([("*.hook_state", lambda x, hook: None)]):
+        found = torch.autograd.grad((model(TOKENS) * weight).sum(), list(parameters.values()))
+    for name, got, own in zip(parameters, found, wanted, strict=True):
+        assert relative(got, own) < 1e-10 and (name == "model.lower_bounds" or own.abs().max() > 0), name
+
+
 # -- each mixer, as a whole -----------------------------------------------------------------------------------------
 
 
@@ -281,13 +316,14 @@ class Config:
         ("hgrn2", "HGRN2ForCausalLM"),
         ("delta_net", "DeltaNetForCausalLM"),
         ("gated_deltanet", "GatedDeltaNetForCausalLM"),
+        ("gated_deltaproduct of one step", "GatedDeltaProductForCausalLM"),
     ],
 )
 def test_a_module_of_flas_is_opened_by_the_names_of_its_parameters(variant, name):
     known = tiny(variant)
     module = type(name, (nn.Module,), {})()
     module.model, module.lm_head = known.wrapped.model, known.wrapped.lm_head
-    module.config = Config(**{key: v for key, v in known.wrapped.config.items() if key != "layer_types"})
+    module.config = Config(**known.wrapped.config)
     opened = gl.wrap(module)
     assert isinstance(opened, HookedFLA) and opened.cfg.kinds == known.cfg.kinds
     assert relative(opened(TOKENS), known(TOKENS)) < 1e-14
@@ -326,6 +362,10 @@ def test_a_saved_folder_is_opened(variant, tmp_path):
         ({"layer_types": ["gla"]}, "1 layer_types for 2 layers"),
         ({"qk_norm": "sum"}, "qk_norm is 'sum'; expected is 'l2'"),
         ({"use_beta": False}, "use_beta is false"),
+        (
+            {"num_householder": 2},
+            "num_householder is 2; expected is 1: gatedlens opens no layers whose tokens take several",
+        ),
         ({"model_type": "gsa"}, "model_type is 'gsa'; expected is 'gla' or 'retnet'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -352,16 +392,17 @@ def test_a_published_config_is_silent_about_most(kind):
         "hgrn2": (16, 16, 128, 128),
         "delta_net": (16, 16, 128, 128),
         "gated_deltanet": (6, 6, 256, 512),
+        "gated_deltaproduct": (6, 6, 256, 512),
     }[kind]
     with torch.device("meta"):
         weights = FlaWeights({"model_type": kind, "vocab_size": 8, "num_hidden_layers": 1})
     layer = weights.model.layers[0]
-    assert kind_of(layer.attn, sizes_of(kind, {})) in USUAL and ("g_proj" in layer.attn._modules) == is_gated(kind, {})
+    assert kind_of(layer.attn, sizes_of(kind, {})) in ROWS and ("g_proj" in layer.attn._modules) == is_gated(kind, {})
     assert layer.mlp.up_proj.weight.shape[0] == (2816 if kind == "retnet" else 5632)
 
 
 def test_kinds_are_all_that_stand_in_a_model():
     seen = {kind for variant in VARIANTS for kind in tiny(variant).cfg.kinds}
-    assert {kind.mixing for kind in seen} == set(MODEL_TYPES.values()) == {kind.mixing for kind in ROWS}
+    assert {kind.mixing for kind in seen} == set(MODEL_TYPES) == {kind.mixing for kind in ROWS}
     assert seen < set(ROWS) and set(USUAL) < set(ROWS)
     assert list(HookedFLA.kinds()) == [str(kind) for kind in USUAL]

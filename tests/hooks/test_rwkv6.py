@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import gatedlens as gl
 from gatedlens import ablation
@@ -54,10 +56,10 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
         return x.unflatten(-1, (H, V))
 
     if layer == 0:
-        norm(out, c, "ln0", w.ln0, cache["hook_embed"], 1e-5)
+        norm(out, c, "ln0", w.ln0, cache["hook_embed"], cfg.eps)
     out["hook_resid_pre"] = c("ln0.hook_out") if layer == 0 else cache["resid_post", layer - 1]
     out["hook_mixer_in"] = c("hook_resid_pre")
-    norm(out, c, "ln1", w.ln1, c("hook_mixer_in"), 1e-5)
+    norm(out, c, "ln1", w.ln1, c("hook_mixer_in"), cfg.eps)
     n, s = c("ln1.hook_out"), c("mixer.hook_shift")
     out["mixer.hook_shift"] = before(n)
     if cfg.version == "rwkv5":
@@ -105,7 +107,7 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     out["hook_mixer_out"] = c("mixer.hook_gated") @ m.output.weight.T
     out["hook_resid_mid"] = c("hook_resid_pre") + c("hook_mixer_out")
     out["hook_mlp_in"] = c("hook_resid_mid")
-    norm(out, c, "ln2", w.ln2, c("hook_mlp_in"), 1e-5)
+    norm(out, c, "ln2", w.ln2, c("hook_mlp_in"), cfg.eps)
     n, s = c("ln2.hook_out"), c("mlp.hook_shift")
     out["mlp.hook_shift"] = before(n)
     out |= {f"mlp.hook_x{name}": x for name, x in shares(ffn, cfg.version, n, s, "kr").items()}
@@ -317,7 +319,7 @@ def test_a_patched_state_is_read_from_the_next_position_on(model):
 @torch.no_grad()
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_file_says_its_version_and_its_sizes(version, tmp_path):
-    weights = tiny(version, ln_x_eps=64e-5, dim_att=24).wrapped
+    weights = tiny(version, norm_eps=1e-5, ln_x_eps=64e-5, dim_att=24).wrapped
     torch.save({name: tensor.float() for name, tensor in weights.state_dict().items()}, tmp_path / "RWKV-World.pth")
     model = gl.from_pretrained(tmp_path / "RWKV-World.pth", device="cpu")
     assert model.cfg.version == version and model.cfg.n_heads == 6 and model.cfg.mixer_eps == 64e-5
@@ -334,6 +336,27 @@ def test_a_saved_folder_is_opened(model, tmp_path):
         assert (again.embedding.weight is again.unembedding.weight) == tied
 
 
+@torch.no_grad()
+def test_the_hubs_folder_of_rwkv6_is_opened(tmp_path):
+    """By the names of the code beside RWKV/v6-Finch-1B6-HF, whose ranks and width of the channel mix go by hidden_size."""
+    own = tiny("rwkv6", mix_rank=32, decay_rank=64, dim_ffn=32, norm_eps=1e-5, ln_x_eps=64e-5)
+    words = {"att": "attention", "ffn": "feed_forward", "ln0": "pre_ln", "emb": "embeddings"}
+    named = {
+        ".".join(words.get(word, word) for word in name.split(".")): t for name, t in own.wrapped.state_dict().items()
+    }
+    save_file(
+        {name if name == "head.weight" else f"rwkv.{name}": t for name, t in named.items()},
+        tmp_path / "model.safetensors",
+    )
+    config = {
+        "model_type": "rwkv6", "hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16, "head_size": 4,
+        "head_size_divisor": 8, "intermediate_size": None, "layer_norm_epsilon": 1e-5, "vocab_size": 40, "rescale_every": 6,
+        "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert relative(gl.from_pretrained(str(tmp_path), device="cpu")(TOKENS), own(TOKENS)) < 1e-13
+
+
 def test_what_does_not_fit_is_named(tmp_path):
     weights = tiny("rwkv6").wrapped.state_dict()
     torch.save({k: v for k, v in weights.items() if k != "blocks.1.att.time_decay_w2"}, tmp_path / "less.pth")
@@ -345,6 +368,10 @@ def test_what_does_not_fit_is_named(tmp_path):
         gl.CheckpointError, match=r"This is RWKV-5 \(it has .*\), and no RWKV-4. .* reads RWKV-5.2, RWKV-6"
     ):
         gl.from_pretrained(tmp_path / "early.pth", device="cpu")
+    (tmp_path / "config.json").write_text('{"model_type": "rwkv5", "hidden_size": 16, "vocab_size": 40}')
+    torch.save({"rwkv.blocks.0.attention.time_faaaa": torch.zeros(4, 4)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(gl.CheckpointError, match="This is rwkv5 in another layout than RWKV-LM's"):
+        gl.from_pretrained(str(tmp_path), device="cpu")
     for wrong, message in (
         ({"head_size": 5}, "16 channels cannot be cut into heads of 5"),
         ({"model_type": "rwkv8"}, "model_type is 'rwkv8'; expected is 'rwkv5' or 'rwkv6'"),

@@ -15,6 +15,8 @@ from gatedlens import ablation, states
 from gatedlens.formats.rwkv7_fla import Rwkv7Weights, renamed_key
 from gatedlens.hooks.rwkv7 import FIRST_VALUES, HookedRWKV7
 from tests.helpers import GOLDEN, golden, padded, relative
+from tests.hooks import battery
+from tests.hooks import literal as shared
 
 TOKENS = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(0))
 FILE = GOLDEN / "rwkv7_lm" / "model.safetensors"
@@ -49,16 +51,7 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     out = {}
 
     def norm(part, weights, x):
-        centred = x - x.mean(-1, keepdim=True)
-        out[f"{part}.hook_scale"] = (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
-        out[f"{part}.hook_normalized"] = centred / c(f"{part}.hook_scale")
-        out[f"{part}.hook_out"] = weights.weight * c(f"{part}.hook_normalized") + weights.bias
-
-    def before(x):
-        shift = torch.zeros_like(x)
-        for t in range(1, length):
-            shift[:, t] = x[:, t - 1]
-        return shift
+        shared.norm(out, c, part, weights, x, 1e-5)
 
     def low(name, x, act=lambda x: x):
         lora = getattr(m, f"{name}_lora").lora
@@ -75,7 +68,7 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     out["hook_mixer_in"] = c("hook_resid_pre")
     norm("ln1", w.attn_norm, c("hook_mixer_in"))
     n, s = c("ln1.hook_out"), c("mixer.hook_shift")
-    out["mixer.hook_shift"] = before(n)
+    out["mixer.hook_shift"] = shared.before(n)
     for x in "rwkvag":
         out[f"mixer.hook_x{x}"] = n + (s - n) * getattr(m, f"x_{x}")
     out["mixer.hook_r"] = heads(c("mixer.hook_xr") @ m.r_proj.weight.T)
@@ -126,7 +119,7 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     out["hook_mlp_in"] = c("hook_resid_mid")
     norm("ln2", w.ffn_norm, c("hook_mlp_in"))
     n, s = c("ln2.hook_out"), c("mlp.hook_shift")
-    out["mlp.hook_shift"] = before(n)
+    out["mlp.hook_shift"] = shared.before(n)
     out["mlp.hook_xk"] = n + (s - n) * ffn.x_k
     out["mlp.hook_k"] = c("mlp.hook_xk") @ ffn.key.weight.T
     out["mlp.hook_k_act"] = c("mlp.hook_k").clamp(min=0).pow(2)
@@ -135,35 +128,13 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     return out
 
 
-@torch.no_grad()
 def test_every_row_is_its_equation(model):
-    _, cache = model.run_with_cache(TOKENS, names_filter=everything)
-    for layer in range(3):
-        rows = literal(cache, model, layer)
-        assert set(rows) == {row.name for row in model.rows_for(layer)}, "a row has no literal equation here"
-        for name, value in rows.items():
-            assert relative(cache[f"blocks.{layer}.{name}"], value) < 1e-11, (layer, name)
+    battery.rows_are_their_equations(model, literal, TOKENS)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("layer", [0, 1])
 def test_after_an_edit_every_row_downstream_is_its_equation(layer):
-    """An edit anywhere: each later row, in every later layer, equals its equation of the (edited) rows that it names."""
-    model = tiny(layers=2)
-    plain = model(TOKENS)
-    for row in model.rows_for(layer):
-        noise = torch.Generator().manual_seed(3)
-
-        def edit(x, hook, noise=noise):
-            return x * 1.3 + 0.1 * torch.rand(x.shape, generator=noise, dtype=x.dtype)
-
-        with model.hooks([(f"blocks.{layer}.{row.name}", edit)]):
-            logits, cache = model.run_with_cache(TOKENS, names_filter=everything)
-        for at in range(2):
-            for name, value in literal(cache, model, at).items():
-                if (at, name) != (layer, row.name):
-                    assert relative(cache[f"blocks.{at}.{name}"], value) < 1e-11, (row.name, at, name)
-        assert relative(logits, plain) > 1e-5, f"the edit of {row.name} had no effect"
+    battery.edits_reach_every_row(tiny(layers=2), literal, layer, TOKENS)
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def test_keys(model):
         ("resid_post", 1 - model.cfg.n_layers),
     ):
         assert cache[key] is want
-    assert cache["scale", 1, "ln1"] is cache["blocks.1.ln1.hook_scale"]
+    assert cache["scale", 0, "ln1"] is cache["blocks.0.ln1.hook_scale"]
     assert cache["embed"] is cache["hook_embed"]
     assert ("resid_post", 1) in cache and ("resid_post", 99) not in cache and "nonsense" not in cache
 

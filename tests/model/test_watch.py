@@ -61,7 +61,7 @@ def replaced_list(model):
 
 
 def replaced_norm(model):
-    put(model, old := model.blocks[1].ln1.weights, other(old))
+    put(model, old := model.blocks[0].ln1.weights, other(old))
 
 
 def replaced_final_norm(model):

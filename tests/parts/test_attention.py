@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gatedlens.model.hookpoint import rows_of
-from gatedlens.model.norm import GemmaNorm
+from gatedlens.model.norm import GemmaNorm, NormOfHeads
 from gatedlens.model.run import DocumentRun
 from gatedlens.model.state import RecurrentState
 from gatedlens.parts.attention import Attention, AttentionKind
@@ -22,6 +22,9 @@ KINDS = {
     "normed": AttentionKind(normed="(1 + w) * normalized"),
     "gated": AttentionKind(gated=True, rotary=False),
     "all": AttentionKind(windowed=True, normed="(1 + w) * normalized", gated=True),
+    "normed over all heads": AttentionKind(normed="w * normalized", together=True),
+    "normed behind": AttentionKind(rotary=False, after="post_norm"),
+    "gated, normed behind": AttentionKind(rotary=False, gated=True, after="post_norm"),
 }
 INV_FREQ = torch.tensor([1.0, 0.1], dtype=torch.float64)  # turns 4 of 6
 
@@ -30,18 +33,23 @@ def made(kind, layer=0):
     torch.manual_seed(0)
     w = nn.Module()
     w.q_proj = nn.Linear(D, (2 if kind.gated else 1) * H * W)
-    w.k_proj, w.v_proj, w.o_proj = nn.Linear(D, KV * W), nn.Linear(D, KV * W), nn.Linear(H * W, D)
+    w.k_proj, w.v_proj, w.o_proj = nn.Linear(D, KV * W), nn.Linear(D, KV * W), nn.Linear(H * W, D, bias=not kind.after)
     w.attention_dropout = 0.0
     rows, norms = kind.rows("this test"), None
     if kind.normed:
         for name in ("q_norm", "k_norm"):
             norm = nn.Module()
-            norm.weight = nn.Parameter(torch.randn(W))
+            heads = {"q_norm": H, "k_norm": KV}[name] if kind.together else 1
+            norm.weight = nn.Parameter(torch.randn(heads * W))
             w.add_module(name, norm)
         w.double()
-        norms = tuple(GemmaNorm(getattr(w, name), rows_of(name, rows), 1e-6) for name in ("q_norm", "k_norm"))
+        made_by = NormOfHeads if kind.together else GemmaNorm
+        norms = tuple(made_by(getattr(w, name), rows_of(name, rows), 1e-6) for name in ("q_norm", "k_norm"))
     window = 3 if kind.windowed else None
-    return Attention(w.double(), rows, layer, kind, W, window, SimpleNamespace(inv_freq=INV_FREQ), norms)
+    after = nn.RMSNorm(D, eps=1e-3).double() if kind.after else None
+    if after is not None:
+        after.weight.data.normal_()
+    return Attention(w.double(), rows, layer, kind, W, window, SimpleNamespace(inv_freq=INV_FREQ), norms, after=after)
 
 
 def literal(part, n):
@@ -50,7 +58,12 @@ def literal(part, n):
     q, k, v = w.q_proj(n), w.k_proj(n).view(-1, KV, W), w.v_proj(n).view(-1, KV, W)
     q = q.view(len(n), H, -1)
     q, gate = q[..., :W], q[..., W:]
-    if kind.normed:
+    if kind.together:
+        q, k = (
+            x * norm.weight.view(x.shape[1:]) / (x.pow(2).mean((1, 2), keepdim=True) + 1e-6).sqrt()
+            for x, norm in ((q, w.q_norm), (k, w.k_norm))
+        )
+    elif kind.normed:
         q, k = (
             x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * (1 + norm.weight)
             for x, norm in ((q, w.q_norm), (k, w.k_norm))
@@ -66,7 +79,8 @@ def literal(part, n):
                 out[i, h] = out[i, h] + share * v[j, h // (H // KV)]
     if kind.gated:
         out = out * torch.sigmoid(gate)
-    return w.o_proj(out.flatten(1))
+    out = w.o_proj(out.flatten(1))
+    return part.after(out) if kind.after else out
 
 
 def turned(x):

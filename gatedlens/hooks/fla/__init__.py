@@ -10,19 +10,21 @@ What differs from one to the next is the mixer, a file each beside this one:
     delta_net.py   the delta rule, without a decay or with one a head
 
 Each with short convs or none, with a gate or none, as the module has them. Wraps fla's GLAForCausalLM, RetNetForCausalLM,
-HGRN2ForCausalLM, DeltaNetForCausalLM and GatedDeltaNetForCausalLM by the names of their parameters (fla itself is not needed),
-and `FlaWeights` of formats/fla.py, which holds their checkpoints.
+HGRN2ForCausalLM, DeltaNetForCausalLM, GatedDeltaNetForCausalLM and, of one step a token, GatedDeltaProductForCausalLM (a DeltaNet
+then, gated where it has a forget gate) by the names of their parameters (fla itself is not needed), and `FlaWeights` of
+formats/fla.py, which holds their checkpoints.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import product
 from typing import Any, ClassVar
 
 from gatedlens.address.point import Point, block_rows
 from gatedlens.compat.names.fla import ALIASES
 from gatedlens.errors import CheckpointError
-from gatedlens.formats.fla import FIELDS, TINY, FlaLayout, Sizes, sizes_of, words
+from gatedlens.formats.fla import FIELDS, KINDS, TINY, FlaLayout, Sizes, sizes_of, words
 from gatedlens.formats.transformers_config import config_of
 from gatedlens.hooks.fla.delta_net import DeltaNetMixer, GatedDeltaNetMixer
 from gatedlens.hooks.fla.gla import GlaMixer
@@ -47,7 +49,7 @@ MIXERS: dict[str, type[FlaMixer]] = {
     "DeltaNet": DeltaNetMixer,
     "gated DeltaNet": GatedDeltaNetMixer,
 }
-MODEL_TYPES = dict(zip(("gla", "retnet", "hgrn2", "delta_net", "gated_deltanet"), MIXERS, strict=True))
+MODEL_TYPES = dict(zip(MIXERS, KINDS, strict=False))
 USUAL = (  # as the published checkpoints have them
     FlaKind("GLA", conv=False, gated=True),
     FlaKind("RetNet", conv=False, gated=True),
@@ -62,6 +64,12 @@ def mixing_of(mixer: Wrapped) -> str:
     has = {*mixer._modules, *mixer._parameters}
     marks = {"gk_proj": "GLA", "f_proj": "HGRN2", "A_log": "gated DeltaNet", "b_proj": "DeltaNet"}
     return next((mixing for mark, mixing in marks.items() if mark in has), "RetNet")
+
+
+def type_of(mixer: Wrapped, config: Mapping[str, Any]) -> str:
+    """fla's model_type of a wrapped mixer. A DeltaProduct of one step is a DeltaNet by its parts, with words of its own."""
+    product = "gated_deltaproduct"
+    return product if config.get("model_type") == product else MODEL_TYPES[mixing_of(mixer)]
 
 
 def kind_of(mixer: Wrapped, sizes: Sizes) -> FlaKind:
@@ -93,7 +101,7 @@ class HookedFLA(PositionedModel):
 
     Padding on either side or inside a row, and documents packed in a row, are as if each row stood alone. Layers of softmax
     attention among them (`attn` in the config), heads that share keys and values (num_kv_heads) and feature maps are refused by
-    name.
+    name, and so are DeltaProducts of several steps a token (num_householder).
     """
 
     title = "Linear attention of fla"
@@ -141,6 +149,7 @@ class HookedFLA(PositionedModel):
         "HGRN2ForCausalLM",
         "DeltaNetForCausalLM",
         "GatedDeltaNetForCausalLM",
+        "GatedDeltaProductForCausalLM",
         "FlaWeights",
     )
     layout = FlaLayout()
@@ -163,9 +172,8 @@ class HookedFLA(PositionedModel):
         fields.check(given, FIELDS, f"{model_name}'s config")
         if len(layers) == 0:
             raise CheckpointError(f"{model_name} has no layers.")
-        types = {mixing: name for name, mixing in MODEL_TYPES.items()}
-        config = words(types[mixing_of(layers[0].attn)], given)
-        found = {sizes_of(types[mixing_of(layer.attn)], given) for layer in layers}
+        types = [type_of(layer.attn, given) for layer in layers]
+        config, found = words(types[0], given), {sizes_of(name, given) for name in types}
         if len(found) > 1:
             raise CheckpointError(
                 f"{model_name} has layers with heads of different sizes; gatedlens runs models of one."

@@ -43,8 +43,8 @@ class DeltaNetMixer(FlaMixer):
     written = "u * beta * k"
     decay = "1 - reset"
     probe = "(1 - reset) * k"
-    beside: ClassVar[tuple[Point, ...]] = (Point("hook_beta_pre", "batch pos head", BETA_PRE, DELTA_NET),)
-    selected: ClassVar[tuple[Point, ...]] = (
+    beside_rows: ClassVar[tuple[Point, ...]] = (Point("hook_beta_pre", "batch pos head", BETA_PRE, DELTA_NET),)
+    select_rows: ClassVar[tuple[Point, ...]] = (
         Point("hook_q", KEYS, UNIT.format("{q}"), DELTA_NET),
         Point("hook_k", KEYS, UNIT.format("{k}"), DELTA_NET),
         Point("hook_beta", "batch pos head", BETA, DELTA_NET),
@@ -93,12 +93,12 @@ class GatedDeltaNetMixer(DeltaNetMixer):
     selection = ("q", "k", "beta", "log_decay")
     decay = "exp(log_decay) * (1 - reset)"
     probe = "exp(log_decay) * (1 - reset) * k"
-    beside = (
+    beside_rows = (
         Point("hook_beta_pre", "batch pos head", BETA_PRE, GATED),
         Point("hook_dt_pre", "batch pos head", "a_proj(ln1.out) + dt_bias", GATED),
     )
-    selected = (
-        *(Point(row.name, row.axes, row.equation, GATED) for row in DeltaNetMixer.selected),
+    select_rows = (
+        *(Point(row.name, row.axes, row.equation, GATED) for row in DeltaNetMixer.select_rows),
         Point("hook_dt", "batch pos head", "softplus(dt_pre)", f"{GATED}, sec. 3.4"),
         Point("hook_log_decay", "batch pos head", "-exp(A_log) * dt", f"{GATED}, sec. 3.4"),
     )

@@ -26,11 +26,11 @@ class GlaMixer(FlaMixer):
 
     paper = GLA
     selection = ("q", "k", "log_decay")
-    beside = (
+    beside_rows = (
         Point("hook_decay_low", "batch pos low", "gk_proj.0(ln1.out)", f"{GLA}, sec. 4"),
         Point("hook_decay_pre", "batch pos head state", "gk_proj.1(decay_low)", f"{GLA}, sec. 4"),
     )
-    selected = (
+    select_rows = (
         Point("hook_q", KEYS, "{q}", GLA),
         Point("hook_k", KEYS, "{k}", GLA),
         Point("hook_log_decay", "batch pos head state", DECAY, f"{GLA}, sec. 4"),

@@ -32,7 +32,7 @@ class Hgrn2Mixer(FlaMixer):
     projections: ClassVar = {"q": "q", "f": "f", "x": "i"}
     norms_heads = False
     selection = ("q", "k", "log_decay")
-    selected = (
+    select_rows = (
         Point("hook_q", KEYS, "SiLU({q})", HGRN2),
         Point("hook_log_decay", KEYS, "log(lower + (1 - lower) * sigmoid({f})), lower of the layer", HGRN2),
         Point("hook_k", KEYS, "1 - exp(log_decay)", HGRN2),

@@ -22,7 +22,7 @@ from gatedlens.model.norm import eps_of
 from gatedlens.model.path import PathMixer, Stage, Streams
 from gatedlens.model.run import Run
 from gatedlens.model.stages import Conv, Gate, GroupNorm, Named, Real, Scan, SiLU
-from gatedlens.recurrence.scanning import at_least_float32
+from gatedlens.parts.activation import wide_silu
 
 RMSNORM = "RMSNorm, arXiv 1910.07467"
 UIA = "UIA, arXiv 2405.16504"
@@ -70,15 +70,15 @@ class FlaConfig(HookedConfig):
 class FlaMixer(PathMixer):
     """out = o_proj(gated), every intermediate a point.
 
-    A subclass says its paper, what it reads beside q, k and the content (`beside`, its rows), what it puts in the place of the
-    terms (`select`, rows `selected`), and the terms.
+    A subclass says its paper, what it reads beside q, k and the content (`read_beside`, its `beside_rows`), what the terms are
+    made of (`select`, its `select_rows`, in which {q} stands for how q enters), and the terms.
     """
 
     paper: ClassVar[str]
     projections: ClassVar[Mapping[str, str]] = {"q": "q", "k": "k", "x": "v"}  # of each stream, the content last
     norm_name: ClassVar[tuple[str, ...]] = ("g_norm_swish_gate", "g_norm")  # the one that a module has
-    beside: ClassVar[tuple[Point, ...]] = ()
-    selected: ClassVar[tuple[Point, ...]] = ()
+    beside_rows: ClassVar[tuple[Point, ...]] = ()
+    select_rows: ClassVar[tuple[Point, ...]] = ()
     written: ClassVar[str] = "u * k"
     read: ClassVar[str] = "sum over state of q * state / sqrt(state.size)"
     decay: ClassVar[str] = "exp(log_decay) * (1 - reset)"
@@ -105,7 +105,7 @@ class FlaMixer(PathMixer):
         rows.append(Point("hook_x", "batch pos channel", f"{content}_proj(ln1.out)", paper))
         if kind.gated:
             rows.append(Point("hook_gate_pre", "batch pos channel", "g_proj(ln1.out)", paper))
-        rows += cls.beside
+        rows += cls.beside_rows
         if kind.conv:
             taps = [Point(f"hook_{s}_conv_taps", f"{axes} tap", TAPS.format(s, f"{s}_pre"), paper, True) for s in keys]
             taps.append(
@@ -116,7 +116,7 @@ class FlaMixer(PathMixer):
         u = cls.entered("x", kind).replace("x_conv", "conv").replace("x_pre", "x")
         rows.append(Point("hook_u", "batch pos channel", u, paper))
         words = {s: cls.entered(s, kind) for s in keys}
-        for row in cls.selected:
+        for row in cls.select_rows:
             rows.append(
                 replace(row, axes=axes if row.axes == KEYS else row.axes, equation=row.equation.format(**words))
             )
@@ -180,7 +180,7 @@ class FlaMixer(PathMixer):
         conv = (Conv(convs, tuple(self.projections)),) if self.kind.conv else ()
         eps = eps_of(getattr(self.weights, self.norm), self.cfg.eps)
         groups, out = (self.heads if self.norms_heads else 1), ("normed" if self.kind.gated else "gated")
-        gate = (Gate(silu),) if self.kind.gated else ()
+        gate = (Gate(wide_silu),) if self.kind.gated else ()
         return (*conv, self.entering, Scan(), Named("y"), GroupNorm(groups, eps, name=self.norm, out=out), *gate)
 
     def project(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Streams:
@@ -201,8 +201,3 @@ class FlaMixer(PathMixer):
 
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
         return self.weights.o_proj.weight, None
-
-
-def silu(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    """SiLU in at least float32."""
-    return F.silu(at_least_float32(x))

@@ -29,7 +29,7 @@ class RetentionMixer(FlaMixer):
     selection = ("rot_q", "rot_k", "log_decay")
     written = "u * rot_k"
     read = "sum over state of rot_q * state / sqrt(state.size)"
-    selected = (
+    select_rows = (
         Point("hook_q", KEYS, "{q}", RETNET),
         Point("hook_k", KEYS, "{k}", RETNET),
         Point("hook_rot_q", KEYS, "q, turned by position", ROPE),

@@ -97,7 +97,7 @@ class AdaptedMlp(FusedMlp):
 def low_rank(adapter: nn.Sequential, x: Float[Tensor, "batch pos some"]) -> Float[Tensor, "batch pos other"]:
     """An adapter's two matrices, one behind the other."""
     narrow, wide = adapter
-    return F.linear(F.linear(x, narrow.weight), wide.weight)
+    return wide(narrow(x))
 
 
 class SharedBlock(Part):
@@ -165,7 +165,12 @@ class Zamba2Family(Family):
     def block(self, kind: str, layer: int, wrapped: Any) -> Block:
         inside, rows = wrapped.model.layers[layer], self.rows[kind]
         decoder = inside._modules.get("mamba_decoder", inside)
-        sub = MAMBA.sub(layer, wrapped, decoder, rows, float(wrapped.config.rms_norm_eps))
+        eps = float(wrapped.config.rms_norm_eps)
+
+        def norm_of(name: str, ln: str) -> Norm:
+            return self.norm(getattr(decoder, name), rows_of(ln, rows), eps)
+
+        sub = MAMBA.sub(layer, wrapped, decoder, rows, norm_of)
         shared = None if decoder is inside else SharedBlock(inside, rows_of("shared", rows), layer, wrapped)
         return Zamba2Block(inside, rows, layer, sub, shared)
 
