@@ -22,6 +22,7 @@ from gatedlens.model.base import HookedModel
 if TYPE_CHECKING:
     from gatedlens.hooks.fla import HookedFLA as HookedFLA
     from gatedlens.hooks.griffin import HookedGriffin as HookedGriffin
+    from gatedlens.hooks.jamba import HookedJamba as HookedJamba
     from gatedlens.hooks.kimi_linear import HookedKimiLinear as HookedKimiLinear
     from gatedlens.hooks.mamba import HookedMamba as HookedMamba
     from gatedlens.hooks.mamba2 import HookedMamba2 as HookedMamba2
@@ -36,6 +37,7 @@ else:
     CLASSES = {
         "fla": ("HookedFLA",),
         "griffin": ("HookedGriffin",),
+        "jamba": ("HookedJamba",),
         "kimi_linear": ("HookedKimiLinear",),
         "mamba": ("HookedMamba",),
         "mamba2": ("HookedMamba2",),

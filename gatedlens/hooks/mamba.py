@@ -13,6 +13,7 @@ and `Weights` of formats/mamba_ssm.py, which holds a checkpoint in mamba-ssm's o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -105,20 +106,26 @@ class SelectiveScan(PathMixer):
 
     def select(self, u: Float[Tensor, "batch pos channel"], streams: Streams, run: Run) -> None:
         w, pad = self.weights, run.padding
-        ranks, n_state = w.dt_proj.weight.shape[1], w.A_log.shape[1]
-        dt_rank, B, C = self.normed(*F.linear(u, w.x_proj.weight).split([ranks, n_state, n_state], dim=-1))
-        dt_rank = self.hook_dt_rank(dt_rank)
+        dt_rank, B, C = self.selected(u)
         streams["B"] = self.hook_B(B)
         streams["C"] = self.hook_C(C)
         dt_pre = self.hook_dt_pre(F.linear(dt_rank, w.dt_proj.weight, w.dt_proj.bias))
         # 0 at a masked position: the state passes unchanged
         streams["dt"] = pad.zero(self.hook_dt(pad.zero(F.softplus(dt_pre))))
 
-    def normed(self, *selection: Tensor) -> tuple[Tensor, ...]:
-        """FalconMamba's weightless RMS norm of dt, B and C; the identity in Mamba."""
-        if self.rms_eps is None:
-            return selection
-        return tuple(map(_rms, selection, self.rms_eps))
+    def selected(self, u: Float[Tensor, "batch pos channel"]) -> tuple[Tensor, Tensor, Tensor]:
+        """What dt_proj reads, B and C, with FalconMamba's weightless RMS norm of each, where there is one."""
+        selection = self.projected(u)
+        if self.rms_eps is not None:
+            selection = [_rms(x, eps) for x, eps in zip(selection, self.rms_eps, strict=True)]
+        dt_rank, B, C = selection
+        return self.hook_dt_rank(dt_rank), B, C
+
+    def projected(self, u: Float[Tensor, "batch pos channel"]) -> Sequence[Tensor]:
+        """What x_proj gives: dt of low rank, B and C."""
+        w = self.weights
+        ranks, n_state = w.dt_proj.weight.shape[1], w.A_log.shape[1]
+        return F.linear(u, w.x_proj.weight).split([ranks, n_state, n_state], dim=-1)
 
     def terms(  # type: ignore[override]
         self,

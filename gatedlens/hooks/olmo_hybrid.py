@@ -147,6 +147,7 @@ FAMILIES = {"olmo_hybrid": OLMO_HYBRID}
 class OlmoHybridConfig(HybridConfig):
     """cfg of OLMo-hybrid; `of_delta_nets`: their sizes."""
 
+    head = "q_head"
     of_delta_nets: Mapping[str, int]
 
     @property

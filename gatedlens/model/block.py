@@ -62,6 +62,9 @@ class Block(Part):
     """A layer: its branches in order; those in a tuple are parallel."""
 
     hook_out_is_single_residual_stream = True  # what TransformerLens's logit lens asks of a block
+    inner: tuple[
+        str, ...
+    ] = ()  # where tokens are mixed for what a branch reads: by parts that write to no stream themselves
 
     def __init__(self, weights: Any, rows: tuple[Point, ...], *subs: Sub | tuple[Sub, ...]):
         super().__init__(weights, rows)
@@ -97,6 +100,8 @@ class Block(Part):
         """`block.mixer_at("attn")`: what mixes tokens under this name (None: the first); InputError for a name that none has."""
         if place is None:
             return self.mixer
+        if place in self.inner:
+            return self.get_submodule(place)  # type: ignore[return-value]
         if place not in self.mixing.values():
             known = ", ".join(map(repr, self.mixing.values()))
             raise InputError(f"place={place!r}: layer {self.mixer.layer} mixes tokens at {known}.")

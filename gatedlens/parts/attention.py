@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from gatedlens.address.point import Point
 from gatedlens.errors import CheckpointError
@@ -246,10 +246,14 @@ class Attention(TokenMixing):
             return self.after.weight.unsqueeze(1) * multiplied(out.weight, by), None
         return multiplied(out.weight, by), None if out.bias is None else multiplied(out.bias, by)
 
-    def project(
-        self, n: Float[Tensor, "batch pos d_model"], projection: nn.Linear
-    ) -> Float[Tensor, "batch pos some d_head"]:
-        return F.linear(n, projection.weight, projection.bias).unflatten(-1, (-1, self.d_head))
+    def project(self, n: Float[Tensor, "batch pos d_read"], name: str) -> Float[Tensor, "batch pos some d_head"]:
+        """`projected` of "q", "k" or "v", by head."""
+        return self.projected(n, name).unflatten(-1, (-1, self.d_head))
+
+    def projected(self, n: Float[Tensor, "batch pos d_read"], name: str) -> Float[Tensor, "batch pos some"]:
+        """What q_proj, k_proj or v_proj gives."""
+        projection = getattr(self.weights, f"{name}_proj")
+        return F.linear(n, projection.weight, projection.bias)
 
     def angles(self, positions: Int[Tensor, "batch pos"], like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of position * theta^(-2j / rotary_dim), scaled where the model scales them, in the dtype of `like`."""
@@ -308,7 +312,7 @@ class Attention(TokenMixing):
             run.leave(name, self.layer, value[rows, order])
 
     def read(
-        self, n: Float[Tensor, "batch pos d_model"], run: DocumentRun
+        self, n: Float[Tensor, "batch pos d_read"], run: DocumentRun
     ) -> tuple[
         Float[Tensor, "batch pos head d_qk"],
         Float[Tensor, "batch pos kv_head d_qk"],
@@ -316,16 +320,16 @@ class Attention(TokenMixing):
         Float[Tensor, "batch pos head d_v"] | None,
     ]:
         """q and k as the scores read them, v, and what the gate is made of, their points fired."""
-        w, gate_pre, n = self.weights, None, multiplied(n, self.multipliers.input)
-        q = self.project(n, w.q_proj)
+        gate_pre, n = None, multiplied(n, self.multipliers.input)
+        q = self.project(n, "q")
         if self.kind.gated:  # a head of q_proj is its query, then its gate
             # In memory of their own: a copy that a hook gets has the same layout then, and so the same rounding behind it.
             q, gate_pre = (x.contiguous() for x in q.unflatten(2, (-1, 2)).unbind(3))
             q, gate_pre = self.hook_q(q), self.hook_gate_pre(gate_pre)
         else:
             q = self.hook_q(q)
-        k = self.hook_k(multiplied(self.project(n, w.k_proj), self.multipliers.keys))
-        v = self.hook_v(self.project(n, w.v_proj))
+        k = self.hook_k(multiplied(self.project(n, "k"), self.multipliers.keys))
+        v = self.hook_v(self.project(n, "v"))
         if self.kind.normed is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.kind.rotary:
@@ -333,7 +337,7 @@ class Attention(TokenMixing):
             q, k = self.hook_rot_q(rotate(q, cos, sin)), self.hook_rot_k(rotate(k, cos, sin))
         return q, k, v, gate_pre
 
-    def forward(self, n: Float[Tensor, "batch pos d_model"], run: DocumentRun) -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, n: Float[Tensor, "batch pos d_read"], run: DocumentRun) -> Float[Tensor, "batch pos d_model"]:
         w = self.weights
         q, k, v, gate_pre = self.read(n, run)
         v = run.padding.zero(v)  # 0 * NaN at a masked key would be NaN

@@ -90,10 +90,14 @@ class FusedMlp(Part):
 
     def halves(self, m: Float[Tensor, "batch pos d_model"]) -> tuple[Tensor, Tensor]:
         """The gate, before its activation, and what it multiplies."""
-        up = getattr(self.weights, self.up)
         # In memory of their own: a copy that a hook gets has the same layout then, and so the same rounding behind it.
-        first, second = (half.contiguous() for half in F.linear(m, up.weight, up.bias).chunk(2, dim=-1))
+        first, second = (half.contiguous() for half in self.both(m).chunk(2, dim=-1))
         return (first, second) if self.gate_first else (second, first)
+
+    def both(self, m: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos some"]:
+        """What the one matrix gives."""
+        up = getattr(self.weights, self.up)
+        return F.linear(m, up.weight, up.bias)
 
     def forward(self, m: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
         down = getattr(self.weights, self.down)

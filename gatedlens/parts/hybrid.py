@@ -96,7 +96,7 @@ class Family:
 
     wraps: its class in transformers; layers: by what they are called; kind_of(layer, config): what a wrapped layer is called;
     told(config): what its config says of it, as fields of our cfg. embedding, final_norm, eps: their names in the wrapped model
-    and in its config; norm: what its norms are.
+    and in its config; act: the activation of its MLPs; norm: what its norms are.
     """
 
     title: str
@@ -107,6 +107,7 @@ class Family:
     embedding: str = "embed_tokens"
     final_norm: str = "final_layernorm"
     eps: str = "rms_norm_eps"
+    act: str = "silu"
     norm: type[Norm] = Norm
 
     @cached_property
@@ -144,6 +145,7 @@ class HybridConfig(HookedConfig):
     0 stands for the sizes of what a model has none of.
     """
 
+    head: ClassVar[str] = "head"  # what the axis of the attention's heads is called
     family: str
     kinds: tuple[str, ...]
     n_key_value_heads: int
@@ -158,7 +160,7 @@ class HybridConfig(HookedConfig):
 
     @property
     def sizes(self) -> dict[str, int]:
-        attention = {"q_head": self.n_heads, "kv_head": self.n_key_value_heads, "d_head": self.d_head}
+        attention = {self.head: self.n_heads, "kv_head": self.n_key_value_heads, "d_head": self.d_head}
         experts = {"expert": self.n_experts, "d_expert": self.d_expert, "latent": self.d_latent}
         mlps = {"d_mlp": self.d_mlp or 0, "d_shared": self.d_shared}
         return {**super().sizes, **attention, **experts, **mlps}
@@ -193,10 +195,16 @@ class HybridModel(PositionedModel):
         fields.check(given, cls.hub_fields, f"{model_name}'s config")
         if len(layers) == 0:
             raise CheckpointError(f"{model_name} has no layers.")
+        if (act := given.get("hidden_act", family.act)) not in (
+            family.act,
+            "swish" if family.act == "silu" else family.act,
+        ):
+            raise CheckpointError(f"{model_name} has hidden_act={act!r}; supported is {family.act!r}.")
         check_rope(wrapped.model._modules.get("rotary_emb"), model_name)
         weight = getattr(wrapped.model, family.embedding).weight
         own = {
-            "act_fn": "silu",
+            "act_fn": family.act,
+            "d_head": given.get("head_dim") or config.hidden_size // config.num_attention_heads,
             "positional_embedding_type": "rotary",
             **cls.sizes_of_mixers(wrapped, model_name),
             **family.told(config),
@@ -209,7 +217,6 @@ class HybridModel(PositionedModel):
             d_model=weight.shape[1],
             d_vocab=weight.shape[0],
             n_heads=config.num_attention_heads,
-            d_head=given.get("head_dim") or config.hidden_size // config.num_attention_heads,
             attn_only=False,
             eps=float(getattr(config, family.eps)),
             dtype=weight.dtype,

@@ -1,10 +1,11 @@
-"""Bamba, Granite-4-H, Falcon-H1 and Nemotron-H: every row against its literal equation, transformers in true float64 and where it
-is wrong, padding, documents, states, edits, folders."""
+"""Bamba, Granite-4-H, Falcon-H1, Nemotron-H and Zamba2: every row against its literal equation, transformers in true float64 and
+where it is wrong, padding, documents, states, edits, folders."""
 
 from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from transformers import (
     GraniteMoeHybridForCausalLM,
     NemotronHConfig,
     NemotronHForCausalLM,
+    Zamba2Config,
+    Zamba2ForCausalLM,
 )
 
 import gatedlens as gl
@@ -50,11 +53,17 @@ NEMOTRON = {
     "num_experts_per_tok": 2, "moe_intermediate_size": 4, "moe_shared_expert_intermediate_size": 5, "n_group": 2,
     "topk_group": 1, "routed_scaling_factor": 1.7,
 }  # fmt: skip
+ZAMBA2 = {
+    **COMMON, "num_key_value_heads": 4, "num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+    "mamba_d_state": 3, "mamba_ngroups": 2, "n_mamba_heads": 4, "chunk_size": 4, "intermediate_size": 6, "num_mem_blocks": 1,
+    "use_shared_attention_adapter": True, "adapter_rank": 2, "use_mem_rope": True,
+}  # fmt: skip
 CLASSES = {
     "Bamba": (BambaForCausalLM, BambaConfig, BAMBA),
     "Granite": (GraniteMoeHybridForCausalLM, GraniteMoeHybridConfig, GRANITE),
     "Falcon-H1": (FalconH1ForCausalLM, FalconH1Config, FALCON),
     "Nemotron-H": (NemotronHForCausalLM, NemotronHConfig, NEMOTRON),
+    "Zamba2": (Zamba2ForCausalLM, Zamba2Config, ZAMBA2),
 }
 BIASES = {"attention_bias": True, "mamba_proj_bias": True}
 VARIANTS = {
@@ -68,9 +77,14 @@ VARIANTS = {
     "Falcon-H1, norm before the gate": {"mamba_norm_before_gate": True, **BIASES, "projectors_bias": True, "mlp_bias": True},
     "Falcon-H1, no norm": {"mamba_rms_norm": False, "mamba_d_ssm": None, "mamba_d_head": 8},
     "Nemotron-H": {"time_step_min": 0.3},
+    "Zamba2": {"time_step_min": 0.2},
+    "Zamba2, no positions": {
+        "use_mem_rope": False, "use_shared_attention_adapter": False, "add_bias_linear": True, "num_mem_blocks": 2,
+        "layers_block_type": ["hybrid", "linear_attention", "hybrid"], "num_key_value_heads": 2,
+    },
     "Nemotron-H, latent experts": {"moe_latent_size": 3, "use_bias": True, "mlp_bias": True, "norm_topk_prob": False},
 }  # fmt: skip
-FOUR = [*CLASSES]
+FAMILY = [*CLASSES]
 
 
 def wrapped(variant: str = "Granite", dtype: torch.dtype = torch.float64, **sizes) -> torch.nn.Module:
@@ -103,8 +117,15 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     def c(name):
         return cache[f"blocks.{layer}.{name}"]
 
-    families = {"Bamba": bamba, "Granite-4-H": granite, "Falcon-H1": falcon_h1, "Nemotron-H": nemotron_h}
-    groups = families[model.cfg.family](out, c, w, model.wrapped.config, model.cfg)
+    families = {
+        "Bamba": bamba,
+        "Granite-4-H": granite,
+        "Falcon-H1": falcon_h1,
+        "Nemotron-H": nemotron_h,
+        "Zamba2": zamba2,
+    }
+    besides = {"layer": layer, "embed": cache["hook_embed"]} if model.cfg.family == "Zamba2" else {}
+    groups = families[model.cfg.family](out, c, w, model.wrapped.config, model.cfg, **besides)
     literally.around(out, c, cache, layer, groups)
     return out
 
@@ -205,6 +226,45 @@ def nemotron_h(out, c, w, config, cfg):
     return ((name,),)
 
 
+def zamba2(out, c, w, config, cfg, layer, embed):
+    if "mamba_decoder" not in w._modules:
+        literally.norm_rows(out, c, "ln1", c("hook_mixer_in"), w.input_layernorm.weight, cfg.eps)
+        mamba(out, c, w.mamba, cfg, c("ln1.hook_out"), (config.time_step_min, float("inf")))
+        return (("mixer",),)
+    j, shared, inner = config.hybrid_layer_ids.index(layer), w.shared_transformer, {}
+
+    def within(name):
+        return c(f"shared.{name}")
+
+    inner["hook_in"] = torch.cat([c("hook_mixer_in"), embed], -1)
+    literally.norm_rows(inner, within, "ln1", within("hook_in"), shared.input_layernorm.weight, cfg.eps)
+    m, d_head = shared.self_attn, config.attention_head_dim
+    adapted = {}
+    for name in "qkv":
+        weight = getattr(m, f"{name}_proj").weight
+        if config.use_shared_attention_adapter:
+            narrow, wide = getattr(m, f"linear_{name}_adapter_list")[j]
+            weight = weight + wide.weight @ narrow.weight
+        adapted[f"{name}_proj"] = SimpleNamespace(weight=weight, bias=None)
+    turned = d_head if config.use_mem_rope else 0
+    projections = SimpleNamespace(**adapted)
+    literally.attention(inner, within, projections, within("ln1.hook_out"), d_head, turned, scores=(d_head / 2) ** -0.5)
+    inner["hook_attn_out"] = literally.linear(within("attn.hook_z").flatten(2), m.o_proj)
+    literally.norm_rows(inner, within, "ln2", within("hook_attn_out"), shared.pre_ff_layernorm.weight, cfg.eps)
+    mlp, read = shared.feed_forward, within("ln2.hook_out")
+    narrow, wide = mlp.gate_up_proj_adapter_list[j]
+    both = literally.linear(read, mlp.gate_up_proj) + read @ (wide.weight @ narrow.weight).T
+    inner["mlp.hook_pre"], inner["mlp.hook_pre_linear"] = both.chunk(2, -1)
+    pre = within("mlp.hook_pre")
+    inner["mlp.hook_post"] = pre * (1 + torch.erf(pre / 2**0.5)) / 2 * within("mlp.hook_pre_linear")
+    inner["hook_out"] = literally.linear(literally.linear(within("mlp.hook_post"), mlp.down_proj), w.linear)
+    out |= {f"shared.{name}": value for name, value in inner.items()}
+    out["hook_joined"] = c("hook_mixer_in") + c("shared.hook_out")
+    literally.norm_rows(out, c, "ln1", c("hook_joined"), w.mamba_decoder.input_layernorm.weight, cfg.eps)
+    mamba(out, c, w.mamba_decoder.mamba, cfg, c("ln1.hook_out"), (config.time_step_min, float("inf")))
+    return (("mixer",),)
+
+
 def routed(shares, gate, config) -> torch.Tensor:
     """The k largest of share + bias within the best groups, a position at a time."""
     choice, size = shares + gate.e_score_correction_bias, config.n_routed_experts // config.n_group
@@ -229,7 +289,7 @@ def test_every_row_is_its_equation(model):
     ("variant", "layer"),
     [
         ("Granite", 0), ("Granite", 1), ("Granite, no experts", 1), ("Falcon-H1, norm before the gate", 0), ("Nemotron-H", 1),
-        ("Nemotron-H", 3), ("Nemotron-H, latent experts", 1),
+        ("Nemotron-H", 3), ("Nemotron-H, latent experts", 1), ("Zamba2", 1),
     ],
 )  # fmt: skip
 def test_after_an_edit_every_row_downstream_is_its_equation(variant, layer):
@@ -252,7 +312,7 @@ def test_logits_are_transformers_in_true_float64(model):
     assert relative(model(TOKENS), want) < 1e-12
 
 
-@pytest.mark.parametrize("variant", FOUR)
+@pytest.mark.parametrize("variant", FAMILY)
 def test_gradients_are_transformers(variant):
     ours = tiny(variant, torch.float32)
     other = copy.deepcopy(ours.wrapped)
@@ -266,24 +326,27 @@ def test_gradients_are_transformers(variant):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", FOUR)
+@pytest.mark.parametrize("variant", FAMILY)
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(variant):
     every = {"num_experts_per_tok": 4} if variant == "Granite" else {}  # which experts are chosen hangs on rounding
     every = {"num_experts_per_tok": 6, "topk_group": 2} if variant == "Nemotron-H" else every
-    exact, model = tiny(variant, torch.float32, **every)(TOKENS), tiny(variant, torch.bfloat16, **every)
-    got, want = model(TOKENS), model.wrapped(TOKENS, use_cache=False).logits
-    assert got.dtype == torch.float32
-    assert relative(got, exact) < 1.5 * max(relative(want.float(), exact), 1e-2)
+    tokens = torch.randint(40, (4, 30), generator=torch.Generator().manual_seed(5))
+    exact, model = tiny(variant, torch.float32, **every)(tokens), tiny(variant, torch.bfloat16, **every)
+    got, want = model(tokens), model.wrapped(tokens, use_cache=False).logits.float()
+    ours, theirs = (
+        (logits - exact).pow(2).mean().sqrt() for logits in (got, want)
+    )  # the largest hangs on a few numbers
+    assert got.dtype == torch.float32 and ours < 1.2 * theirs
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", FOUR)
+@pytest.mark.parametrize("variant", FAMILY)
 def test_what_transformers_gets_wrong_is_right_here(variant):
     """Left padding with a bias of in_proj, a step after padding on the right, a continuation without position_ids, a limit of the
     time step while decoding, packed documents: in each, transformers' own answer for the row alone."""
-    bias = {"use_bias": True} if variant == "Nemotron-H" else {"mamba_proj_bias": True}
-    limits = {"time_step_min": 0.3} if variant == "Nemotron-H" else {"time_step_limit": (0.3, 0.9)}
-    theirs = wrapped(variant, **bias, **limits)
+    bias = {"Nemotron-H": "use_bias", "Zamba2": "add_bias_linear"}.get(variant, "mamba_proj_bias")
+    limits = {"time_step_limit": (0.3, 0.9)} if bias == "mamba_proj_bias" else {"time_step_min": 0.3}
+    theirs = wrapped(variant, **{bias: True}, **limits)
     ours, rows = gl.wrap(theirs), [TOKENS[0], TOKENS[1, :5]]
     with battery.true_float64():
         alone = [theirs(row[None], use_cache=False).logits[0] for row in rows]
@@ -308,7 +371,7 @@ def test_what_transformers_gets_wrong_is_right_here(variant):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["Bamba, biases", *FOUR[1:], "Granite, no experts", "Nemotron-H, latent experts"])
+@pytest.mark.parametrize("variant", ["Bamba, biases", *FAMILY[1:], "Granite, no experts", "Nemotron-H, latent experts"])
 def test_a_saved_folder_is_opened(variant, tmp_path):
     given = tiny(variant, torch.float32)
     given.wrapped.save_pretrained(tmp_path)
@@ -343,7 +406,9 @@ def test_tied_or_not_is_told_by_the_tensors():
 @pytest.mark.parametrize(
     ("variant", "sizes", "said"),
     [
-        ("Bamba", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; expected is 'silu' or 'swish'"),
+        ("Bamba", {"hidden_act": "relu"}, "hidden_act is 'relu'; expected is 'silu' or 'swish', or 'gelu'"),
+        ("Bamba", {"hidden_act": "gelu"}, "hidden_act='gelu'; supported is 'silu'"),
+        ("Zamba2", {"hidden_act": "silu"}, "hidden_act='silu'; supported is 'gelu'"),
         ("Nemotron-H", {"mlp_hidden_act": "silu"}, "mlp_hidden_act is 'silu'; expected is 'relu2'"),
         (
             "Falcon-H1",
@@ -383,7 +448,7 @@ def test_every_split_continues(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", FOUR)
+@pytest.mark.parametrize("variant", FAMILY)
 def test_generation_is_that_of_the_whole_prompt(variant):
     battery.generation_is_that_of_the_whole_prompt(tiny(variant), TOKENS)
 
@@ -468,3 +533,42 @@ def test_layers_that_mix_no_tokens():
         )
     for method in (gl.attribution.lrp, gl.attribution.grad_x_input):
         assert method(model, TOKENS, target=3).scores.abs().sum() > 0
+
+
+# -- shared blocks --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_shared_blocks_have_points_and_caches_a_layer_and_weights_a_block():
+    model = tiny("Zamba2")
+    first, second = (model.wrapped.model.layers[layer].shared_transformer.self_attn.q_proj.weight for layer in (1, 2))
+    assert first is second or torch.equal(first, second)
+    _, cache = model.run_with_cache(TOKENS)
+    for layer in (1, 2):
+        A = gl.implicit_attention(cache, layer=layer, place="shared.attn")
+        assert A.check().relative < 1e-12 and A.shape[2] == 32
+    assert relative(cache["blocks.1.shared.attn.hook_v"], cache["blocks.2.shared.attn.hook_v"]) > 1e-2
+    with model.hooks([("blocks.1.shared.attn.hook_z", lambda z, hook: 0 * z)]):
+        _, cut = model.run_with_cache(TOKENS)
+    assert relative(cut["blocks.1.hook_joined"], cache["blocks.1.hook_joined"]) > 1e-2
+    assert (
+        relative(cut["blocks.1.hook_resid_post"] - cut["blocks.1.hook_resid_pre"], cut["blocks.1.hook_mixer_out"])
+        < 1e-12
+    )
+
+
+@torch.no_grad()
+def test_a_run_from_a_later_layer_is_given_the_embedding():
+    model = tiny("Zamba2")
+    logits, cache = model.run_with_cache(TOKENS)
+    assert model.hands_on == ("hook_embed",) and tiny("Bamba").hands_on == ()
+    assert torch.equal(model(cache["resid_pre", 1], start_at_layer=1, earlier=cache), logits)
+    with pytest.raises(gl.InputError, match="hook_embed"):
+        model(cache["resid_pre", 1], start_at_layer=1)
+
+
+def test_relevance_goes_through_shared_blocks_too():
+    model = tiny("Zamba2")
+    flows = [(flow.layer, flow.place) for flow in gl.attribution.Rules.of(model).flows]
+    assert flows == [(0, "mixer"), (1, "shared.attn"), (1, "mixer"), (2, "shared.attn"), (2, "mixer")]
+    assert gl.attribution.lrp(model, TOKENS, target=3).scores.abs().sum() > 0

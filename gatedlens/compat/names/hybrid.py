@@ -1,4 +1,4 @@
-"""What TransformerLens calls the points of hybrids around Mamba-2."""
+"""What TransformerLens calls the points of hybrids of transformers."""
 
 from __future__ import annotations
 
