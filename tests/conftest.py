@@ -1,5 +1,5 @@
-"""Fixtures. Every registered architecture runs in every test that asks for `model`; shapes and types are checked by
-jaxtyping and beartype while the tests run."""
+"""Fixtures. Every registered architecture runs in every test that asks for `model` (of a test's many cases some run a share:
+`pytest --all-cases` runs all); shapes and types are checked by jaxtyping and beartype while the tests run."""
 
 from __future__ import annotations
 
@@ -41,6 +41,47 @@ ERASING = {
     name: hooked for name, hooked in LANGUAGE.items() if "mixer.hook_erase" in {row.name for row in hooked.block_points}
 }
 ROOT = Path(__file__).parent.parent
+
+
+# -- how many cases of a test an architecture runs --------------------------------------------------------------------
+
+# The papers' architectures, Mamba-2 and a hybrid run every case of every test. Each other one runs every test, too; of a test's
+# further cases (methods, points, sides of padding, ...) it runs a share, another than the next architecture's, so that together
+# they run all. `pytest --all-cases` runs all of all.
+ALL_CASES = ("griffin", "mamba", "mamba2", "qwen3_next", "rwkv", "vim")
+SHARE = 3
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all-cases", action="store_true", help="every architecture runs every case of every general test"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--all-cases"):
+        return
+    turns = [name for name in EVERY if name not in ALL_CASES]
+    kept, dealt, cases = [], [], {}
+    for item in items:
+        name = architecture_of(item)
+        if name not in turns:
+            kept.append(item)
+            continue
+        mine = cases.setdefault((item.module.__name__, item.function.__name__, name), [])
+        mine.append(item)
+    for (*_, name), mine in cases.items():
+        for number, item in enumerate(mine):
+            (kept if (number + turns.index(name)) % min(SHARE, len(mine)) == 0 else dealt).append(item)
+    order = {item: number for number, item in enumerate(items)}
+    items[:] = sorted(kept, key=order.__getitem__)
+    config.hook.pytest_deselected(items=dealt)
+
+
+def architecture_of(item):
+    """Which architecture a general test is of: that of its fixture."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return params.get("hooked", params.get("_language_model"))
 
 
 @pytest.fixture(params=list(EVERY), scope="session")

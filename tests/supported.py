@@ -52,9 +52,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 HEAD = """# Supported models, and what is verified of each
 
 Every line is `gl.verify` on a tiny random model of the family, in float64: each claim holds to a relative error of 1e-9, those
-against the vendor's own forward to {vendors:.0e} (it takes some steps in float32), gradients to ten times that. "-" where it
-cannot be asked: the vendor's code is not at hand (golden vectors or literal loops of the tests stand for it), or a model reads a whole
-image at once. `print(gl.verify(model))` says it of yours.
+against the vendor's own forward to {vendors:.0e} (it takes some steps in float32), gradients to ten times that.
+
+"-" where it cannot be asked: the vendor's code is not at hand (golden vectors or literal loops of the tests stand for it), or
+a model reads a whole image at once. `print(gl.verify(model))` says it of yours.
 
 """
 
