@@ -14,7 +14,7 @@ import transformers
 import gatedlens as gl
 from gatedlens.verification import VENDORS, Verification
 from tests.conftest import ROOT
-from tests.hooks import test_fla, test_mamba, test_mamba2, test_mamba2_hybrid, test_qwen3_next
+from tests.hooks import test_fla, test_jamba, test_mamba, test_mamba2, test_mamba2_hybrid, test_qwen3_next
 
 PAGE = ROOT / "docs" / "models.md"
 
@@ -45,14 +45,16 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "Granite-4-H": lambda: test_mamba2_hybrid.tiny("Granite"),
     "Falcon-H1": lambda: test_mamba2_hybrid.tiny("Falcon-H1"),
     "Nemotron-H": lambda: test_mamba2_hybrid.tiny("Nemotron-H"),
+    "Zamba2": lambda: test_mamba2_hybrid.tiny("Zamba2"),
+    "Jamba": lambda: test_jamba.tiny(),
     "Vision Mamba": of_class(gl.HookedViM),
 }
 HEAD = """# Supported models, and what is verified of each
 
 Every line is `gl.verify` on a tiny random model of the family, in float64: each claim holds to a relative error of 1e-9, those
-against the vendor's own forward to {vendors:.0e} (it takes some steps in float32), gradients to ten times that. "-" where it cannot
-be asked: the vendor's code is not at hand (golden vectors or literal loops of the tests stand for it), or a model reads a whole
-image at once. `print(gl.verify(model))` says it of yours.
+against the vendor's own forward to {vendors:.0e} (it takes some steps in float32), gradients to ten times that. "-" where it
+cannot be asked: the vendor's code is not at hand (golden vectors or literal loops of the tests stand for it), or a model reads a
+whole image at once. `print(gl.verify(model))` says it of yours.
 
 """
 
