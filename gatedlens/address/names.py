@@ -160,7 +160,8 @@ class Names:
         hint = did_you_mean(name, [*self.points, *self.aliases])
         others = self.elsewhere(name.rpartition(".")[2])
         if others:
-            message += f" {' and '.join(others)} {'has' if len(others) == 1 else 'have'} such a point."
+            named = " and ".join(part for part in (", ".join(others[:-1]), others[-1]) if part)
+            message += f" {named} {'has' if len(others) == 1 else 'have'} such a point."
         if name.endswith(ATTENDED):
             hint += " What a recurrent layer attends to is derived: gl.implicit_attention(cache, layer)."
         return PointError(message + (hint or " `model.hook_table()` lists them all."))

@@ -49,8 +49,10 @@ def test_registering_is_undone(registered):
         "BambaForCausalLM",
         "FalconH1ForCausalLM",
         "GraniteMoeHybridForCausalLM",
+        "JambaForCausalLM",
         "NemotronHForCausalLM",
         "OlmoHybridForCausalLM",
+        "Zamba2ForCausalLM",
     }
     assert ours == set(names)
     adapters = ArchitectureAdapterFactory._adapters
