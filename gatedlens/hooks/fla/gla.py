@@ -1,6 +1,6 @@
 """Gated linear attention (Yang et al. 2023, arXiv 2312.06635), as flash-linear-attention lays it out.
 
-log decay = logsigmoid(W2 W1 n + b) / 16, a number for each of a key's
+log decay = logsigmoid(W2 W1 n + b) / 16 (the config's gate_logit_normalizer), a number for each of a key's
 state_t   = diag(decay_t) state_{t-1} + u_t k_t^T          scan_t = state_t q_t / sqrt(n)
 """
 
@@ -18,7 +18,7 @@ from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.terms import Terms
 
 GLA = "GLA, arXiv 2312.06635"
-DECAY = "log(sigmoid(decay_pre)) / 16, at least clamp_min if the config has one"
+DECAY = "log(sigmoid(decay_pre)) / gate_logit_normalizer (16), at least clamp_min if the config has one"
 
 
 class GlaMixer(FlaMixer):
