@@ -229,3 +229,49 @@ def a_patched_state_is_a_fresh_start_from_it(model, tokens, pos):
     for name in names:
         assert relative(cache[name][:, pos + 1 :], fresh[name]) < 1e-12
     assert pos == 0 or relative(logits[:, :pos], model(tokens)[:, :pos]) < 1e-12
+
+
+NINE = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0], [6, 7, 0, 1, 0, 0, 1, 2, 3]])  # three documents and four
+HOLES = torch.tensor([[1, 0, 0, 1, 1, 0, 1, 1, 1], [0, 1, 1, 1, 0, 1, 1, 0, 0]]).bool()
+
+
+@torch.no_grad()
+def padding_and_holes_leave_states_of_their_own(model, tokens, heard):
+    """`tokens` [2, 9]; also what each row of a padded batch leaves is what it leaves alone."""
+    listen = [("*.hook_state", lambda x, hook: None)] if heard else []
+    for side in ("left", "right"):
+        given, mask = padded([tokens[0], tokens[1, :5]], side)
+        with model.hooks(listen):
+            logits, state = model(given, attention_mask=mask, return_state=True)
+        for i, row in enumerate((tokens[0], tokens[1, :5])):
+            alone, own = model(row[None], return_state=True)
+            assert relative(logits[i][mask[i]], alone[0]) < 1e-12
+            assert all(relative(state[key][i : i + 1], own[key]) < 1e-12 for key in own)
+    with model.hooks(listen):
+        logits = model(tokens, attention_mask=HOLES)
+    for i in range(2):
+        assert relative(logits[i][HOLES[i]], model(tokens[i][HOLES[i]][None])[0]) < 1e-12
+
+
+@torch.no_grad()
+def documents_leave_states_of_their_own(model, tokens, heard):
+    """`tokens` [2, 9], as NINE, of models that have no positions but those; also what a row leaves is its last document's."""
+    prefix = torch.randint(40, (2, 5), generator=torch.Generator().manual_seed(7))
+    _, before = model(prefix, return_state=True)
+    for state in (None, before):
+        names = everything if heard else "hook_logits"
+        logits, cache = model.run_with_cache(tokens, position_ids=NINE, state=state, names_filter=names)
+        _, left = model(tokens, position_ids=NINE, state=state, return_state=True)
+        for row in range(2):
+            begins = [0, *(i for i in range(1, 9) if NINE[row, i] == 0), 9]
+            for number, part in enumerate(slice(a, b) for a, b in pairwise(begins)):
+                begun = state is not None and number == 0 and NINE[row, 0] > 0
+                own = {"state": state.rows([row])} if begun else {}
+                alone, end = model(tokens[row : row + 1, part], return_state=True, **own)
+                assert relative(logits[row, part], alone[0]) < 1e-12
+            assert all(relative(left[key][row : row + 1], end[key]) < 1e-12 for key in end)
+        for layer in range(model.cfg.n_layers) if heard else ():
+            A = gl.implicit_attention(cache, layer=layer)
+            numbers = (NINE == 0).cumsum(1)
+            apart = (numbers.unsqueeze(2) != numbers.unsqueeze(1)).unsqueeze(1)
+            assert A.check().relative < 1e-12 and (A.dense() * apart == 0).all()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ import gatedlens as gl
 from gatedlens import ablation
 from gatedlens.formats.rwkv6_lm import MIXES, Rwkv6Weights
 from gatedlens.hooks.rwkv6 import ROWS, HookedRWKV6
-from tests.helpers import GOLDEN, golden, padded, relative
+from tests.helpers import GOLDEN, golden, relative
 from tests.hooks import battery
 from tests.hooks.literal import before, norm
 
@@ -28,10 +27,6 @@ def tiny(version: str, **more) -> HookedRWKV6:
 @pytest.fixture(params=VERSIONS)
 def model(request):
     return tiny(request.param)
-
-
-def everything(name: str) -> bool:
-    return True
 
 
 # -- the equations --------------------------------------------------------------------------------------------------
@@ -218,7 +213,7 @@ def test_golden_logits_and_states(version):
 @torch.no_grad()
 def test_attention_is_the_products_of_the_decays_and_the_bonus(model):
     """o = A x + r, number by number: what j wrote is read from j + 1 on, undecayed there; j's own read has the bonus."""
-    _, cache = model.run_with_cache(TOKENS, names_filter=everything)
+    _, cache = model.run_with_cache(TOKENS, names_filter=battery.everything)
     for layer in range(2):
         A = gl.implicit_attention(cache, layer=layer)
         assert A.check().relative < 1e-12
@@ -237,7 +232,7 @@ def test_attention_is_the_products_of_the_decays_and_the_bonus(model):
 
 @torch.no_grad()
 def test_a_cut_is_the_scan_without_the_source_under_the_same_scale(model):
-    _, clean = model.run_with_cache(TOKENS, names_filter=everything)
+    _, clean = model.run_with_cache(TOKENS, names_filter=battery.everything)
     layer, src, dst = 1, 2, 6
     stem = f"blocks.{layer}.mixer.hook_"
     lost = clean[stem + "write"][:, src]
@@ -261,44 +256,13 @@ def test_a_cut_is_the_scan_without_the_source_under_the_same_scale(model):
 @torch.no_grad()
 @pytest.mark.parametrize("heard", [False, True], ids=["", "inside"])
 def test_padding_counts_for_nothing_nor_do_holes(model, heard):
-    listen = [("*.hook_state", lambda x, hook: None)] if heard else []
-    for side in ("left", "right"):
-        tokens, mask = padded([TOKENS[0], TOKENS[1, :5]], side)
-        with model.hooks(listen):
-            logits, state = model(tokens, attention_mask=mask, return_state=True)
-        for i, row in enumerate((TOKENS[0], TOKENS[1, :5])):
-            alone, own = model(row[None], return_state=True)
-            assert relative(logits[i][mask[i]], alone[0]) < 1e-12
-            assert all(relative(state[key][i : i + 1], own[key]) < 1e-12 for key in own)
-    mask = torch.tensor([[1, 0, 0, 1, 1, 0, 1, 1, 1], [0, 1, 1, 1, 0, 1, 1, 0, 0]]).bool()
-    with model.hooks(listen):
-        logits = model(TOKENS, attention_mask=mask)
-    for i in range(2):
-        assert relative(logits[i][mask[i]], model(TOKENS[i][mask[i]][None])[0]) < 1e-12
-
-
-PACKED = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0], [6, 7, 0, 1, 0, 0, 1, 2, 3]])  # three documents and four
+    battery.padding_and_holes_leave_states_of_their_own(model, TOKENS, heard)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("heard", [False, True], ids=["", "inside"])
 def test_packed_documents_are_as_if_each_stood_alone(model, heard):
-    prefix = torch.randint(40, (2, 5), generator=torch.Generator().manual_seed(7))
-    _, given = model(prefix, return_state=True)
-    for state in (None, given):
-        names = everything if heard else "hook_logits"
-        logits, cache = model.run_with_cache(TOKENS, position_ids=PACKED, state=state, names_filter=names)
-        _, left = model(TOKENS, position_ids=PACKED, state=state, return_state=True)
-        for row in range(2):
-            begins = [0, *(i for i in range(1, 9) if PACKED[row, i] == 0), 9]
-            for number, part in enumerate(slice(a, b) for a, b in pairwise(begins)):
-                begun = state is not None and number == 0 and PACKED[row, 0] > 0
-                own = {"state": state.rows([row])} if begun else {}
-                alone, end = model(TOKENS[row : row + 1, part], return_state=True, **own)
-                assert relative(logits[row, part], alone[0]) < 1e-12
-            assert all(relative(left[key][row : row + 1], end[key]) < 1e-12 for key in end)
-        for layer in range(2) if heard else ():
-            assert gl.implicit_attention(cache, layer=layer).check().relative < 1e-12
+    battery.documents_leave_states_of_their_own(model, TOKENS, heard)
 
 
 @torch.no_grad()

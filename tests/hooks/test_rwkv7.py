@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from itertools import pairwise
 
 import pytest
 import torch
@@ -29,10 +28,6 @@ def tiny(layers: int = 3, **sizes) -> HookedRWKV7:
 @pytest.fixture
 def model():
     return tiny()
-
-
-def everything(name: str) -> bool:
-    return True
 
 
 # -- the equations --------------------------------------------------------------------------------------------------
@@ -141,7 +136,7 @@ def test_after_an_edit_every_row_downstream_is_its_equation(layer):
 def test_attention_is_the_product_of_the_transitions():
     """o = A x + r, number by number: S of the values less their mean, the bonus of the values, the norm's bias."""
     model = tiny()
-    _, cache = model.run_with_cache(TOKENS, names_filter=everything)
+    _, cache = model.run_with_cache(TOKENS, names_filter=battery.everything)
     for layer in range(3):
         get = {name: cache[name, layer] for name in ("kk", "a", "r", "k", "x", "scale", "bonus", "gate")}
         decay = torch.exp(cache["log_decay", layer])
@@ -171,7 +166,7 @@ def test_attention_is_the_product_of_the_transitions():
 @torch.no_grad()
 def test_a_cut_is_the_scan_without_the_source_under_the_same_scale(model):
     """Each token's contribution is what the norm leaves of it, so nothing of a cut token stays in the norm's mean."""
-    _, clean = model.run_with_cache(TOKENS, names_filter=everything)
+    _, clean = model.run_with_cache(TOKENS, names_filter=battery.everything)
     layer, src, dst = 1, 2, 6
     stem = f"blocks.{layer}.mixer.hook_"
     lost = clean[stem + "write"][:, src]
@@ -272,7 +267,7 @@ def test_sweeps_that_start_at_a_cached_layer_are_exact(model, side):
 @torch.no_grad()
 def test_a_sweep_of_states_leaves_the_clean_state(model):
     """decay 0, erase 0, write the clean state: what is behind goes on from it."""
-    _, clean = model.run_with_cache((TOKENS + 7) % 40, names_filter=everything)
+    _, clean = model.run_with_cache((TOKENS + 7) % 40, names_filter=battery.everything)
 
     def metric(logits):
         return logits[:, -1].pow(2).sum()
@@ -314,7 +309,7 @@ def test_the_state_can_be_saved_and_set(model, tmp_path):
     _, cache = model.run_with_cache(TOKENS, names_filter="*.hook_state")
     new = cache["state", 1][:, 3]
     with states.patch(new, 6, layers=1).on(model):
-        _, patched = model.run_with_cache(TOKENS, names_filter=everything)
+        _, patched = model.run_with_cache(TOKENS, names_filter=battery.everything)
     assert torch.equal(patched["state", 1][:, 6], new)
     rows = literal(patched, model, 1)
     assert relative(rows["mixer.hook_state"][:, 7:], patched["state", 1][:, 7:]) < 1e-12
@@ -323,47 +318,13 @@ def test_the_state_can_be_saved_and_set(model, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("heard", [False, True], ids=["", "inside"])
 def test_padding_counts_for_nothing_nor_do_holes(model, heard):
-    listen = [("*.hook_state", lambda x, hook: None)] if heard else []
-    for side in ("left", "right"):
-        tokens, mask = padded([TOKENS[0], TOKENS[1, :5]], side)
-        with model.hooks(listen):
-            logits, state = model(tokens, attention_mask=mask, return_state=True)
-        for i, row in enumerate((TOKENS[0], TOKENS[1, :5])):
-            alone, own = model(row[None], return_state=True)
-            assert relative(logits[i][mask[i]], alone[0]) < 1e-12
-            assert all(relative(state[key][i : i + 1], own[key]) < 1e-12 for key in own)
-    mask = torch.tensor([[1, 0, 0, 1, 1, 0, 1, 1, 1], [0, 1, 1, 1, 0, 1, 1, 0, 0]]).bool()
-    with model.hooks(listen):
-        logits = model(TOKENS, attention_mask=mask)
-    for i in range(2):
-        assert relative(logits[i][mask[i]], model(TOKENS[i][mask[i]][None])[0]) < 1e-12
-
-
-PACKED = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0], [6, 7, 0, 1, 0, 0, 1, 2, 3]])  # three documents and four
+    battery.padding_and_holes_leave_states_of_their_own(model, TOKENS, heard)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("heard", [False, True], ids=["", "inside"])
 def test_packed_documents_are_as_if_each_stood_alone(model, heard):
-    prefix = torch.randint(40, (2, 5), generator=torch.Generator().manual_seed(7))
-    _, before = model(prefix, return_state=True)
-    for state in (None, before):
-        names = everything if heard else "hook_logits"
-        logits, cache = model.run_with_cache(TOKENS, position_ids=PACKED, state=state, names_filter=names)
-        _, left = model(TOKENS, position_ids=PACKED, state=state, return_state=True)
-        for row in range(2):
-            begins = [0, *(i for i in range(1, 9) if PACKED[row, i] == 0), 9]
-            for number, part in enumerate(slice(a, b) for a, b in pairwise(begins)):
-                begun = state is not None and number == 0 and PACKED[row, 0] > 0
-                own = {"state": state.rows([row])} if begun else {}
-                alone, end = model(TOKENS[row : row + 1, part], return_state=True, **own)
-                assert relative(logits[row, part], alone[0]) < 1e-12
-            assert all(relative(left[key][row : row + 1], end[key]) < 1e-12 for key in end)
-        for layer in range(3) if heard else ():
-            A = gl.implicit_attention(cache, layer=layer)
-            numbers = (PACKED == 0).cumsum(1)
-            apart = (numbers.unsqueeze(2) != numbers.unsqueeze(1)).unsqueeze(1)
-            assert A.check().relative < 1e-12 and (A.dense() * apart == 0).all()
+    battery.documents_leave_states_of_their_own(model, TOKENS, heard)
 
 
 @torch.no_grad()
@@ -428,7 +389,7 @@ def by_hand(w, tokens):
 def test_half_precision(dtype):
     model = HookedRWKV7.tiny()
     want = model(TOKENS)
-    _, cache = model.to(dtype).run_with_cache(TOKENS, names_filter=everything)
+    _, cache = model.to(dtype).run_with_cache(TOKENS, names_filter=battery.everything)
     assert relative(cache["logits"], want) < 0.1 and cache["gated", 0].dtype == dtype
     assert cache["log_decay", 0].dtype == cache["state", 0].dtype == torch.float32
     assert gl.implicit_attention(cache, layer=1).check().relative < 0.02
