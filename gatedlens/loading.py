@@ -16,6 +16,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -239,17 +240,16 @@ def _told_by_folder(source: str, name: str, hub: Mapping[str, Any]) -> tuple[Any
     """(architecture, where the config stands, config) of a folder or hub repository."""
     where, config = _config(source, hub)
     kind, every = config.get("model_type"), architectures().values()
-    hooked: Any = next((one for one in every if _by_transformers(one, config)), None)
-    if hooked is not None:
-        fields.check(config, hooked.hub_fields, where)
-        return hooked, where, config
-    hooked = next((one for one in every if one.layout.knows(config)), None)
-    if hooked is not None:
-        fields.check(config, hooked.layout.fields, where)
-        return hooked, where, config
-    what = f"model_type {kind!r}" if kind else f"a config.json with {', '.join(list(config)[:6]) or 'nothing'}"
-    why = f"{why_not_opened(str(kind))} ".lstrip()
-    raise CheckpointError(f"{name} has {what}, which gatedlens does not support. {why}{supported()}")
+    by_transformers = (one for one in every if _by_transformers(one, config))
+    by_layout = (one for one in every if one.layout.knows(config))
+    hooked: Any = next(chain(by_transformers, by_layout), None)
+    if hooked is None:
+        what = f"model_type {kind!r}" if kind else f"a config.json with {', '.join(list(config)[:6]) or 'nothing'}"
+        why = f"{why_not_opened(str(kind))} ".lstrip()
+        raise CheckpointError(f"{name} has {what}, which gatedlens does not support. {why}{supported()}")
+    asked = hooked.hub_fields if _by_transformers(hooked, config) else hooked.layout.fields
+    fields.check(config, asked, where)
+    return hooked, where, config
 
 
 def _by_transformers(hooked: Any, config: Mapping[str, Any]) -> bool:
