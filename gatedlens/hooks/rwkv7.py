@@ -50,6 +50,7 @@ from gatedlens.model.path import Content, PathMixer, Stage, Streams
 from gatedlens.model.run import Run
 from gatedlens.model.stages import Bonus, Gate, GroupNorm, Named, Scan
 from gatedlens.model.state import Carried
+from gatedlens.model.weights import linear
 from gatedlens.parts.first_norm import NormedStream
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.terms import Terms
@@ -215,6 +216,11 @@ class Rwkv7Mixer(PathMixer):
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
         return self.weights.o_proj.weight, None
 
+    def named_weights(self) -> dict[str, Tensor]:
+        w = self.weights
+        read = {**linear("in", w.v_proj), **linear("K", w.k_proj), **linear("R", w.r_proj)}
+        return {**read, **super().named_weights()}
+
 
 class Rwkv7Mlp(TokenMixing):
     """The channel mix, every intermediate a point."""
@@ -227,6 +233,9 @@ class Rwkv7Mlp(TokenMixing):
         k = self.hook_k(F.linear(xk, w.key.weight))
         k_act = self.hook_k_act(torch.relu(k).square())
         return F.linear(k_act, w.value.weight)
+
+    def named_weights(self) -> dict[str, Tensor]:
+        return {**linear("in", self.weights.key), **linear("out", self.weights.value)}
 
 
 # -- the model ------------------------------------------------------------------------------------------------------

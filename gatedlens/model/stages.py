@@ -19,6 +19,7 @@ from torch import Tensor
 from gatedlens.model.padding import Padding
 from gatedlens.model.path import Content, Held, PathMixer, Stage, Streams
 from gatedlens.model.run import Run
+from gatedlens.model.weights import given
 from gatedlens.recurrence.decay_matrix import DecayScan
 from gatedlens.recurrence.factors import reach
 from gatedlens.recurrence.head_matrix import HeadScan
@@ -46,6 +47,24 @@ class Conv(Stage):
             return convs[0].weight, convs[0].bias
         bias = None if convs[0].bias is None else torch.cat([conv.bias for conv in convs])
         return torch.cat([conv.weight for conv in convs]), bias
+
+    def named_weights(self, mixer: PathMixer) -> dict[str, Tensor]:
+        if isinstance(self.name, tuple):
+            each = [getattr(mixer.weights, name) for name in self.name]
+            pairs = [(conv.weight, conv.bias) for conv in each]
+        else:
+            conv, sizes = (
+                getattr(mixer.weights, self.name),
+                [mixer.sizes[s] for s in self.streams if len(self.streams) > 1],
+            )
+            weights = conv.weight.split(sizes) if sizes else (conv.weight,)
+            biases = conv.bias.split(sizes) if sizes and conv.bias is not None else [conv.bias] * len(weights)
+            pairs = list(zip(weights, biases, strict=True))
+        found: dict[str, Tensor] = {}
+        for stream, (weight, bias) in zip(self.streams, pairs, strict=True):
+            word = "conv" if stream == "x" else f"{stream.upper()}_conv"
+            found |= given(**{f"W_{word}": weight.squeeze(1), f"b_{word}": bias})
+        return found
 
     def content(self, mixer: PathMixer) -> slice:
         """Which channels of the convolution the content is."""
@@ -226,6 +245,9 @@ class Skip(Stage):
     def hold(self, mixer: PathMixer, held: Held) -> None:
         held.factors["skip"] = self.weight(mixer, held.x).to(held.x.dtype)
         self.inner.hold(mixer, held)
+
+    def named_weights(self, mixer: PathMixer) -> dict[str, Tensor]:
+        return {"D": getattr(mixer.weights, self.name), **self.inner.named_weights(mixer)}
 
 
 @dataclass(frozen=True)

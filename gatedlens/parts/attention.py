@@ -32,6 +32,7 @@ from gatedlens.model.norm import Norm, eps_of, norm_rows
 from gatedlens.model.padding import Padding
 from gatedlens.model.run import DocumentRun
 from gatedlens.model.state import Carried, RecurrentState
+from gatedlens.model.weights import given
 from gatedlens.recurrence.factors import Factors
 from gatedlens.recurrence.pattern_matrix import PatternScan
 from gatedlens.recurrence.scanning import at_least_float32
@@ -246,14 +247,33 @@ class Attention(TokenMixing):
             return self.after.weight.unsqueeze(1) * multiplied(out.weight, by), None
         return multiplied(out.weight, by), None if out.bias is None else multiplied(out.bias, by)
 
+    def named_weights(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for word in ("Q", "K", "V"):
+            weight, bias = self.read_with(word.lower())
+            gated = word == "Q" and self.kind.gated
+            width = 2 * self.d_head if gated else self.d_head  # a head's gate lies behind its query
+            each = weight.unflatten(0, (-1, width)).split(self.d_head, dim=1)
+            own = (None, None) if bias is None else bias.unflatten(0, (-1, width)).split(self.d_head, dim=1)
+            for name, one, offset in zip((word, "gate"), each, own, strict=False):
+                found |= given(**{f"W_{name}": one.mT, f"b_{name}": offset})
+        out, by = self.weights.o_proj, self.multipliers.output
+        bias = None if out.bias is None else multiplied(out.bias, by)
+        by_head = multiplied(out.weight, by).unflatten(1, (-1, self.d_head)).permute(1, 2, 0)
+        return {**found, **given(W_O=by_head, b_O=bias)}
+
+    def read_with(self, name: str) -> tuple[Float[Tensor, "some d_read"], Float[Tensor, " some"] | None]:
+        """(W, b) of q_proj, k_proj or v_proj."""
+        projection = getattr(self.weights, f"{name}_proj")
+        return projection.weight, projection.bias
+
     def project(self, n: Float[Tensor, "batch pos d_read"], name: str) -> Float[Tensor, "batch pos some d_head"]:
         """`projected` of "q", "k" or "v", by head."""
         return self.projected(n, name).unflatten(-1, (-1, self.d_head))
 
     def projected(self, n: Float[Tensor, "batch pos d_read"], name: str) -> Float[Tensor, "batch pos some"]:
         """What q_proj, k_proj or v_proj gives."""
-        projection = getattr(self.weights, f"{name}_proj")
-        return F.linear(n, projection.weight, projection.bias)
+        return F.linear(n, *self.read_with(name))
 
     def angles(self, positions: Int[Tensor, "batch pos"], like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of position * theta^(-2j / rotary_dim), scaled where the model scales them, in the dtype of `like`."""

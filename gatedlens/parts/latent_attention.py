@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.address.point import Point
+from gatedlens.model.mixer import written
 from gatedlens.model.norm import Norm, norm_rows
 from gatedlens.model.run import DocumentRun
 from gatedlens.model.state import Carried
@@ -103,6 +104,9 @@ class LatentAttention(Attention):
         q_norm, self.kv_norm = norms
         if q_norm is not None:
             self.q_norm = q_norm
+
+    def named_weights(self) -> dict[str, Tensor]:
+        return written(self)
 
     def read(
         self, n: Float[Tensor, "batch pos d_model"], run: DocumentRun
