@@ -12,6 +12,7 @@ files and their tensors (`checkpoint.py`), the tensors against what the config a
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,18 +25,20 @@ import torch
 from torch import Tensor, nn
 
 from gatedlens.errors import CheckpointError, did_you_mean
+from gatedlens.formats import adapting, quantisation
 from gatedlens.formats.refused import NAMESAKES, heard, why_not_opened
 from gatedlens.hooks import architectures
 from gatedlens.model import checkpoint, fields, placement
 from gatedlens.model import tokenizer as tokenizers
 from gatedlens.model.base import HookedModel
 from gatedlens.model.checkpoint import about, reading
-from gatedlens.model.config import dtype_of
+from gatedlens.model.config import FLOATS, dtype_of
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.tokenizer import TokenizerLike
 from gatedlens.model.vision import HookedVisionModel
 from gatedlens.model.watch import check_plain
 from gatedlens.options import checked
+from gatedlens.weights import AsRead, bare
 
 # What `wrap` and `from_pretrained` return: an editor completes the methods of both; isinstance tells which it is. A fifth
 # architecture is one of the two, or joins the union.
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
 else:
     Vendors = NameOrPath = HubOption = Any
 
+log = logging.getLogger("gatedlens")
 BUNDLED = Path(__file__).parent / "bundled"
 PLACING = ("device_map", "max_memory", "offload_folder")  # what `hub` says of placement
 ONE_FILE = (".pth", ".pt", ".bin", ".safetensors")
@@ -79,10 +83,11 @@ def wrap(model: Vendors, tokenizer: TokenizerLike = None, *, model_name: str | N
         raise CheckpointError(f"This is a {type(model).__name__} already: use it as it is, or wrap its `.wrapped`.")
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"wrap takes a model, not {type(model).__name__}: gl.from_pretrained loads one by name.")
+    model = adapting.base_of(model)
     hooked = _architecture_of(model)
     if hooked is None:
         raise CheckpointError(_unknown(model))
-    check_plain(model)
+    check_plain(bare(model))
     config, name = getattr(model, "config", None), type(model).__name__
     known = getattr(config, "name_or_path", "") if not isinstance(config, dict) else ""
     opened = _opened(hooked, model, str(model_name or known or name), tokenizer)
@@ -101,7 +106,11 @@ def _opened(hooked: Any, wrapped: nn.Module, name: str, tokenizer: Any) -> Any:
     """The hooked model; CheckpointError for a module that lacks what its class has, or whose config is not as expected."""
     tokenizer = tokenizers.tokenizer_of(tokenizer)
     with reading(name, f"({type(wrapped).__name__}) is not built as {hooked.title} is"):
-        return hooked(wrapped, model_name=name, tokenizer=tokenizer)
+        opened = hooked(wrapped, model_name=name, tokenizer=tokenizer)
+    told = opened.as_read.told()
+    if told:
+        log.info("%s: %s.", name, told)
+    return opened
 
 
 def _unknown(model: nn.Module) -> str:
@@ -127,7 +136,8 @@ def _tell_nonfinite(name: str, model: nn.Module) -> None:
         low, high = p.aminmax()  # NaN if any number is; no second tensor of this size
         return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
 
-    wrong = [path for path, p in model.named_parameters() if not p.is_meta and p.numel() and not finite(p)]
+    plain = ((path, p) for path, p in model.named_parameters() if type(p) is nn.Parameter and p.dtype in FLOATS)
+    wrong = [path for path, p in plain if not p.is_meta and p.numel() and not finite(p)]
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         warnings.warn(f"{name}: {', '.join(wrong[:4])}{more} hold NaN or infinite numbers.", stacklevel=3)
@@ -145,6 +155,7 @@ def from_pretrained(
     tokenizer: TokenizerLike = None,
     variant: str | None = None,
     revision: str | None = None,
+    adapter: NameOrPath | None = None,
     **hub: HubOption,
 ) -> Model:
     """`gl.from_pretrained("state-spaces/mamba-130m-hf", dtype=torch.bfloat16)`: a hooked model in eval mode.
@@ -167,6 +178,8 @@ def from_pretrained(
         raise CheckpointError(f"from_pretrained takes a name or a path, not {name_or_path!r}.")
     if device is not None and hub.get("device_map") is not None:
         raise CheckpointError(f"device={device!r} and device_map={hub['device_map']!r}: give one of the two.")
+    if adapting.is_alone(name_or_path) and adapter is None:
+        name_or_path, adapter = adapting.base_named_by(name_or_path), name_or_path
     hub = heard({"revision": revision, **hub} if revision is not None else hub)
     dtype, device = dtype_of(dtype, CheckpointError), _device(device)
     name, path = str(name_or_path), Path(name_or_path).expanduser()
@@ -180,9 +193,11 @@ def from_pretrained(
             source = _source(name)
             hooked, wrapped = _from_folder(source, name, dtype, hub)
             tokenizer = tokenizers.beside(source, hub) if tokenizer is None else tokenizer
+        if adapter is not None:
+            wrapped = adapting.put_on(wrapped, adapter)
         _tell_nonfinite(name, wrapped)
         if hub.get("device_map") is None:
-            wrapped.to(device)
+            _move(wrapped, device)
         elif not placement.is_placed(wrapped):  # transformers has placed its own
             wrapped = placement.spread(wrapped, **{key: hub[key] for key in PLACING if key in hub})
         return _opened(hooked, wrapped.eval(), name, tokenizer)
@@ -216,6 +231,12 @@ def _device(device: Any) -> torch.device:
         raise CheckpointError(
             f"device={device!r}: expected is a device of this machine, as 'cpu' or 'cuda:0' ({error})."
         ) from error
+
+
+def _move(wrapped: nn.Module, device: torch.device) -> None:
+    """To a device, unless it is there: some quantised models must not be moved at all."""
+    if any(t.device != device for t in chain(wrapped.parameters(), wrapped.buffers())):
+        wrapped.to(device)
 
 
 def _check_options(hub: Mapping[str, Any]) -> None:
@@ -331,9 +352,10 @@ def _from_transformers(
     hooked: Any, source: str, where: Any, config: Mapping[str, Any], dtype: torch.dtype | None, hub: Mapping[str, Any]
 ) -> nn.Module:
     """transformers loads it, once the tensors that the files hold are known to fit; we make sure that none was left."""
-    from transformers import AutoModelForCausalLM
-
-    held = checkpoint.find(source, hub).shapes()
+    files = checkpoint.find(source, hub)
+    if quantisation.of(config) is not None:
+        return _from_quantised(hooked, source, where, config, dtype, hub, files.names())
+    held = files.shapes()
     fields.check_depth(config, hooked.hub_fields, where, len(held))
     expected = _asked_for(source, where, hub)
     names = {name for name, _ in expected.named_parameters(remove_duplicate=False)}
@@ -341,11 +363,39 @@ def _from_transformers(
     _check_shapes(source, expected, {name.removeprefix(prefix): shape for name, shape in held.items()})
     if prefix:
         hub = {"key_mapping": {f"^{re.escape(prefix)}": ""}, **hub}
+    return _by_its_class(source, dtype, ignore_mismatched_sizes=True, **hub)
+
+
+def _by_its_class(source: str, dtype: torch.dtype | None, **options: Any) -> nn.Module:
+    """What transformers loads; CheckpointError unless the files held exactly what the model has."""
+    from transformers import AutoModelForCausalLM
+
     with reading(source, "cannot be loaded"), _quiet() if Path(source).is_dir() else nullcontext():
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **hub
+            source, dtype=dtype or "auto", output_loading_info=True, **options
         )
     _complete(source, info["missing_keys"], info["unexpected_keys"], info.get("mismatched_keys", ()))
+    return model
+
+
+def _from_quantised(
+    hooked: Any,
+    source: str,
+    where: Any,
+    config: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    hub: Mapping[str, Any],
+    held: Mapping[str, Path],
+) -> nn.Module:
+    """The same of quantised weights, whose shapes are those of their packed form: transformers alone knows whether they fit."""
+    quantised = quantisation.of(config) or {}
+    quantisation.need(quantised)
+    fields.check_depth(config, hooked.hub_fields, where, len(held))
+    with _unsaid():
+        model = _by_its_class(source, dtype, **quantisation.options(quantised), **hub)
+    if AsRead(model).plain:  # nothing is left to be dequantised as it is read
+        into, count = str(next(model.parameters()).dtype).removeprefix("torch."), quantisation.packed(held)
+        log.info("%s: %d matrices were dequantised while loading, %s into %s.", source, count, quantisation.method(quantised), into)
     return model
 
 

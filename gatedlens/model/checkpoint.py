@@ -115,6 +115,10 @@ class Files:
         """The shape of each tensor, from the headers where the format has them."""
         return self._merged({path: _shapes(path) for path in self.paths})
 
+    def names(self) -> dict[str, Path]:
+        """In which file each tensor is, of any dtype."""
+        return self._merged({path: dict.fromkeys(_names(path), path) for path in self.paths})
+
     def tensors(self) -> dict[str, Tensor]:
         """Each tensor by its name."""
         return self._merged({path: read_tensors(path) for path in self.paths})
@@ -167,6 +171,13 @@ def _is_beside(name: str) -> bool:
     """Whether a name is that of a file in the folder itself: no path, on any system."""
     plain = name not in ("", ".", "..") and "\0" not in name
     return plain and PurePosixPath(name).name == name and PureWindowsPath(name).name == name
+
+
+def _names(path: Path) -> list[str]:
+    if path.suffix != ".safetensors":
+        return list(read_tensors(path))
+    with reading(path), safe_open(str(path), "pt") as file:
+        return list(file.keys())
 
 
 def _shapes(path: Path) -> dict[str, torch.Size]:

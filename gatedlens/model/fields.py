@@ -102,13 +102,23 @@ PAIR = SIZE | Field(
 IDS = COUNT | listed(COUNT)
 IDS = replace(IDS, expected="a token id, a list of them, or null", fits=IDS.or_null().fits)
 FLOAT = one_of("float16", "bfloat16", "float32", "float64").or_null()
-NONE = Field(
-    "null: gatedlens reads weights as numbers, load the model without quantisation or adapters", lambda v: not v
-)
+NONE = Field("null", lambda v: not v)
+METHODS = ("bitsandbytes", "torchao", "compressed-tensors", "fp8")  # whose weights are dequantised as they are read
+
+
+def _is_read(config: Any) -> bool:
+    """Whether a quantization_config is of a method that is read; an old one of bitsandbytes names none."""
+    if not config or not isinstance(config, Mapping):
+        return not config
+    method = config.get("quant_method", "bitsandbytes" if {"load_in_8bit", "load_in_4bit"} & set(config) else None)
+    return str(getattr(method, "value", method)).lower() in METHODS
+
+
+QUANTISED = Field(f"null, or of {', '.join(METHODS)}; else load the model without quantisation", _is_read)
 TRANSFORMERS = {  # what transformers keeps in the config.json of every model
     "torch_dtype": FLOAT,
     "dtype": FLOAT,
-    "quantization_config": NONE,
+    "quantization_config": QUANTISED,
     "tie_word_embeddings": FLAG,
     "bos_token_id": IDS,
     "eos_token_id": IDS,
