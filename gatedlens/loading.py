@@ -194,7 +194,8 @@ def from_pretrained(
             hooked, wrapped = _from_folder(source, name, dtype, hub)
             tokenizer = tokenizers.beside(source, hub) if tokenizer is None else tokenizer
         if adapter is not None:
-            wrapped = adapting.put_on(wrapped, adapter)
+            apart = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}  # of the model
+            wrapped = adapting.put_on(wrapped, adapter, apart)
         _tell_nonfinite(name, wrapped)
         if hub.get("device_map") is None:
             _move(wrapped, device)

@@ -9,6 +9,7 @@ An adapter stays as it is: it is merged with the weights as they are read (`weig
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from gatedlens.errors import CheckpointError
 from gatedlens.files import optional
-from gatedlens.model.checkpoint import read_json, read_tensors, reading
+from gatedlens.model.checkpoint import HUB, file_of, read_json, read_tensors, reading
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -39,7 +40,8 @@ def base_of(model: nn.Module) -> nn.Module:
 def is_alone(path: str | Path) -> bool:
     """Whether a folder holds an adapter and no model."""
     folder = Path(path).expanduser()
-    return (folder / CONFIG).is_file() and not (folder / "config.json").exists()
+    with reading(path, "is no path"):  # too long a name, for one
+        return (folder / CONFIG).is_file() and not (folder / "config.json").exists()
 
 
 def base_named_by(path: str | Path) -> str:
@@ -54,17 +56,19 @@ def base_named_by(path: str | Path) -> str:
     return name
 
 
-def put_on(model: nn.Module, path: str | Path) -> nn.Module:
-    """`model` with the layers of an adapter in it, which hold what the adapter's file does, all of it."""
+def put_on(model: nn.Module, path: str | Path, hub: Mapping[str, Any]) -> nn.Module:
+    """`model` with the layers of an adapter in it, which hold what the adapter's file does, all of it. path: a folder, or a hub
+    name."""
     peft = optional("peft", "adapters")
     folder = Path(path).expanduser()
-    if not (folder / CONFIG).is_file():
+    source = str(folder if folder.is_dir() else path)
+    if file_of(source, CONFIG, hub) is None:
         raise CheckpointError(f"adapter={str(path)!r}: there is no {CONFIG}; expected is a folder that peft saved.")
-    file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    file = next((found for name in WEIGHTS if (found := file_of(source, name, hub)) is not None), None)
     if file is None:
-        raise CheckpointError(f"{folder} has neither {' nor '.join(WEIGHTS)}.")
-    with reading(folder, "is no adapter of this model"):
-        outer = peft.PeftModel.from_pretrained(model, str(folder))
+        raise CheckpointError(f"{source} has neither {' nor '.join(WEIGHTS)}.")
+    with reading(source, "is no adapter of this model"):
+        outer = peft.PeftModel.from_pretrained(model, source, **{k: v for k, v in hub.items() if k in HUB})
         wanted = set(peft.get_peft_model_state_dict(outer))
     held = set(read_tensors(file))
     for what, names in (("lacks", wanted - held), ("has unknown", held - wanted)):

@@ -57,7 +57,7 @@ class Watch:
     def __init__(self, wrapped: nn.Module):
         modules = dict(wrapped.named_modules())
         configs = {id(config): config for module in modules.values() if (config := _config(module)) is not None}
-        self.kinds = {path: type(module) for path, module in modules.items()}  # by path
+        self.kinds = {path: _stands_for(module) for path, module in _outside(wrapped)}
         self.seen = [Seen.of(owner) for owner in (*modules.values(), *configs.values())]
         own = [module._parameters for module in modules.values()]
         self.shapes = [(parameters, [p.shape for p in parameters.values() if p is not None]) for parameters in own]
@@ -84,7 +84,7 @@ class Watch:
         """
         for path, module in _outside(wrapped):
             before = self.kinds.get(path)
-            if before is None or type(module).forward is before.forward or reader_of(module) is not None:
+            if before is None or _stands_for(module).forward is before.forward:
                 continue
             if type(module) not in norms.get(id(module), ()):
                 raise CheckpointError(
@@ -110,6 +110,12 @@ def check_plain(wrapped: nn.Module) -> None:
             if parameter.dtype not in FLOATS:
                 floats, where = ", ".join(map(dtype_name, FLOATS)), f"{path}.{name}" if path else name
                 raise CheckpointError(f"{where} is {dtype_name(parameter.dtype)}; expected are floats ({floats}). {MERGE}")
+
+
+def _stands_for(module: nn.Module) -> type[nn.Module]:
+    """The class of a module; of one that a reader reads, that of torch's which it is read as."""
+    reader = reader_of(module)
+    return (None if reader is None else reader.kind(module)) or type(module)
 
 
 def _outside(wrapped: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -81,6 +81,7 @@ class AsRead:
             if reader is not None:
                 bases = (Shown, kind if stands_for is nn.Module else cast(type, stands_for))
                 space |= {name: _read(name) for name in reader.names}
+            space["extra_repr"] = lambda view: f"read from {type(bare(view)).__name__}"
             self._classes[key] = type(kind.__name__, bases, space)
         return self._classes[key]
 
