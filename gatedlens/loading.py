@@ -32,13 +32,13 @@ from gatedlens.model import checkpoint, fields, placement
 from gatedlens.model import tokenizer as tokenizers
 from gatedlens.model.base import HookedModel
 from gatedlens.model.checkpoint import about, reading
-from gatedlens.model.config import FLOATS, dtype_of
+from gatedlens.model.config import FLOATS, dtype_name, dtype_of
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.tokenizer import TokenizerLike
 from gatedlens.model.vision import HookedVisionModel
 from gatedlens.model.watch import check_plain
 from gatedlens.options import checked
-from gatedlens.weights import AsRead, bare
+from gatedlens.weights import AsRead, bare, disk
 
 # What `wrap` and `from_pretrained` return: an editor completes the methods of both; isinstance tells which it is. A fifth
 # architecture is one of the two, or joins the union.
@@ -136,8 +136,11 @@ def _tell_nonfinite(name: str, model: nn.Module) -> None:
         low, high = p.aminmax()  # NaN if any number is; no second tensor of this size
         return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
 
-    plain = ((path, p) for path, p in model.named_parameters() if type(p) is nn.Parameter and p.dtype in FLOATS)
-    wrong = [path for path, p in plain if not p.is_meta and p.numel() and not finite(p)]
+    wrong = []
+    for place, module in model.named_modules():
+        with disk.reading([module]):
+            plain = ((n, p) for n, p in module.named_parameters(place, False) if type(p) is nn.Parameter and p.dtype in FLOATS)
+            wrong += [path for path, p in plain if not p.is_meta and p.numel() and not finite(p)]
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         warnings.warn(f"{name}: {', '.join(wrong[:4])}{more} hold NaN or infinite numbers.", stacklevel=3)
@@ -156,6 +159,7 @@ def from_pretrained(
     variant: str | None = None,
     revision: str | None = None,
     adapter: NameOrPath | None = None,
+    offload: str | None = None,
     **hub: HubOption,
 ) -> Model:
     """`gl.from_pretrained("state-spaces/mamba-130m-hf", dtype=torch.bfloat16)`: a hooked model in eval mode.
@@ -178,6 +182,8 @@ def from_pretrained(
         raise CheckpointError(f"from_pretrained takes a name or a path, not {name_or_path!r}.")
     if device is not None and hub.get("device_map") is not None:
         raise CheckpointError(f"device={device!r} and device_map={hub['device_map']!r}: give one of the two.")
+    if offload is not None:
+        device = _check_offload(offload, device, hub)
     if adapting.is_alone(name_or_path) and adapter is None:
         name_or_path, adapter = adapting.base_named_by(name_or_path), name_or_path
     hub = heard({"revision": revision, **hub} if revision is not None else hub)
@@ -186,13 +192,15 @@ def from_pretrained(
     file = _one_file(path)
     with about(name):
         if file is not None:
-            hooked, wrapped = _from_file(file, variant, dtype, hub)
+            hooked, wrapped = _from_file(file, variant, dtype, hub, offload is not None)
         else:
             if variant is not None:
                 raise CheckpointError(f"variant={variant!r} is for a checkpoint that is one file; {name} is none.")
             source = _source(name)
-            hooked, wrapped = _from_folder(source, name, dtype, hub)
+            hooked, wrapped = _from_folder(source, name, dtype, hub, offload is not None)
             tokenizer = tokenizers.beside(source, hub) if tokenizer is None else tokenizer
+        if offload is not None:
+            disk.put_on_disk(wrapped, hub.get("offload_folder"))
         if adapter is not None:
             apart = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}  # of the model
             wrapped = adapting.put_on(wrapped, adapter, apart)
@@ -234,6 +242,31 @@ def _device(device: Any) -> torch.device:
         ) from error
 
 
+def _check_offload(offload: str, device: Any, hub: Mapping[str, Any]) -> str:
+    """The device of a model whose weights are on the disk; CheckpointError for what does not go with that."""
+    if offload != "disk":
+        raise CheckpointError(f"offload={offload!r}: weights are in memory (None) or on the 'disk'.")
+    if hub.get("device_map") is not None:
+        raise CheckpointError(f"offload='disk' and device_map={hub['device_map']!r}: give one of the two.")
+    if device is not None and torch.device(device).type != "cpu":
+        raise CheckpointError(
+            f"offload='disk' runs on the CPU, and device={device!r} was asked for: device_map='auto' with offload_folder=... spreads "
+            "a model over a GPU, main memory and disk."
+        )
+    return "cpu"
+
+
+def _as_stored(files: checkpoint.Files, dtype: torch.dtype | None, source: str) -> torch.dtype:
+    """The dtype of weights that stay on the disk, which is that of the file."""
+    stored = files.dtype()
+    if dtype not in (None, stored):
+        raise CheckpointError(
+            f"offload='disk' reads weights as they are stored, and {source} stores {dtype_name(stored)}; dtype={dtype_name(dtype)} "
+            "would be another model in memory. Leave dtype out."
+        )
+    return stored
+
+
 def _move(wrapped: nn.Module, device: torch.device) -> None:
     """To a device, unless it is there: some quantised models must not be moved at all."""
     if any(t.device != device for t in chain(wrapped.parameters(), wrapped.buffers())):
@@ -249,13 +282,23 @@ def _check_options(hub: Mapping[str, Any]) -> None:
         )
 
 
-def _from_folder(source: str, name: str, dtype: torch.dtype | None, hub: Mapping[str, Any]) -> tuple[Any, nn.Module]:
-    """(architecture, module) of a folder or hub repository with a config.json."""
+def _from_folder(
+    source: str, name: str, dtype: torch.dtype | None, hub: Mapping[str, Any], on_disk: bool
+) -> tuple[Any, nn.Module]:
+    """(architecture, module) of a folder or hub repository with a config.json. on_disk: its tensors stay views of the files."""
     hooked, where, config = _told_by_folder(source, name, hub)
+    if on_disk:
+        quantised = quantisation.of(config)
+        if quantised is not None:
+            raise CheckpointError(
+                f"offload='disk' reads weights as they are stored, and those of {name} are quantised "
+                f"({quantisation.method(quantised)}): they are smaller in memory already. Leave offload out."
+            )
+        dtype = _as_stored(checkpoint.find(source, hub), dtype, name)
     if _by_transformers(hooked, config):
         return hooked, _from_transformers(hooked, source, where, config, dtype, hub)
     _check_options(hub)
-    return hooked, _from_original(hooked, source, where, config, checkpoint.find(source, hub).tensors(), dtype)
+    return hooked, _from_original(hooked, source, where, config, checkpoint.find(source, hub).tensors(), dtype, on_disk)
 
 
 def _told_by_folder(source: str, name: str, hub: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
@@ -293,11 +336,12 @@ def _one_file(path: Path) -> Path | None:
 
 
 def _from_file(
-    path: Path, variant: str | None, dtype: torch.dtype | None, hub: Mapping[str, Any]
+    path: Path, variant: str | None, dtype: torch.dtype | None, hub: Mapping[str, Any], on_disk: bool
 ) -> tuple[Any, nn.Module]:
     """(architecture, module) of an original checkpoint in one file: tensors, or `{"model": tensors, "args": ...}`."""
     hooked, where, config, state = _told_by_file(path, variant, hub)
-    return hooked, _from_original(hooked, str(where), where, config, state, dtype)
+    dtype = _as_stored(checkpoint.Files((path,), None, {}), dtype, str(path)) if on_disk else dtype
+    return hooked, _from_original(hooked, str(where), where, config, state, dtype, on_disk)
 
 
 def _told_by_file(
@@ -482,6 +526,7 @@ def _from_original(
     config: dict[str, Any],
     state: Mapping[str, Tensor],
     dtype: torch.dtype | None,
+    on_disk: bool,
 ) -> nn.Module:
     """An original checkpoint into the architecture's own parameter module, which is built once everything fits."""
     fields.check_depth(config, hooked.layout.fields, where, len(state))
@@ -493,9 +538,23 @@ def _from_original(
     renamed = next((one for one in found if set(one) & set(wanted)), found[0])
     shapes = {name: tensor.shape for name, tensor in renamed.items()}
     _complete(source, _missing(expected, renamed), set(renamed) - set(wanted), _misshapen(wanted, shapes))
+    if on_disk:
+        return _of_these(expected, renamed)
     wrapped: nn.Module = hooked.layout.empty(config)
     wrapped.load_state_dict(renamed, strict=False)
     return wrapped.to(dtype or next(iter(renamed.values())).dtype)
+
+
+def _of_these(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A module without memory, made to hold these very tensors; those that it ties are one parameter still."""
+    before = dict(module.named_parameters(remove_duplicate=False))
+    module.load_state_dict(tensors, strict=False, assign=True)
+    made = {id(before[name]): p for name, p in module.named_parameters(remove_duplicate=False) if name in tensors and name in before}
+    for name, old in before.items():
+        if name not in tensors:
+            owner, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, made[id(old)])
+    return module
 
 
 def _empty(hooked: Any, where: Any, config: dict[str, Any]) -> nn.Module:

@@ -227,6 +227,7 @@ class HookedModel(Hooking):
         """
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break()
+        placement.check_frozen(self.wrapped)
         if self.watch is None:
             return
         if not self.watch.unchanged():
