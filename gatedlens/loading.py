@@ -139,7 +139,11 @@ def _tell_nonfinite(name: str, model: nn.Module) -> None:
     wrong = []
     for place, module in model.named_modules():
         with disk.reading([module]):
-            plain = ((n, p) for n, p in module.named_parameters(place, False) if type(p) is nn.Parameter and p.dtype in FLOATS)
+            plain = (
+                (n, p)
+                for n, p in module.named_parameters(place, False)
+                if type(p) is nn.Parameter and p.dtype in FLOATS
+            )
             wrong += [path for path, p in plain if not p.is_meta and p.numel() and not finite(p)]
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
@@ -226,8 +230,12 @@ def skeleton(name_or_path: NameOrPath, *, variant: str | None = None, **hub: Hub
             return _opened(hooked, _empty(hooked, where, config), name, None)
         source = _source(name)
         hooked, where, config = _told_by_folder(source, name, hub)
-        built = _asked_for(source, where, hub) if _by_transformers(hooked, config) else _empty(hooked, where, config)
-        return _opened(hooked, built.eval(), name, None)
+        if _by_transformers(hooked, config):
+            return _opened(hooked, _asked_for(source, where, hub).eval(), name, None)
+        stored = dtype_of(
+            config.get("dtype") or config.get("torch_dtype"), CheckpointError
+        )  # where an original's config says it
+        return _opened(hooked, _empty(hooked, where, config).to(stored).eval(), name, None)
 
 
 def _device(device: Any) -> torch.device:
@@ -440,7 +448,13 @@ def _from_quantised(
         model = _by_its_class(source, dtype, **quantisation.options(quantised), **hub)
     if AsRead(model).plain:  # nothing is left to be dequantised as it is read
         into, count = str(next(model.parameters()).dtype).removeprefix("torch."), quantisation.packed(held)
-        log.info("%s: %d matrices were dequantised while loading, %s into %s.", source, count, quantisation.method(quantised), into)
+        log.info(
+            "%s: %d matrices were dequantised while loading, %s into %s.",
+            source,
+            count,
+            quantisation.method(quantised),
+            into,
+        )
     return model
 
 
@@ -549,7 +563,11 @@ def _of_these(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A module without memory, made to hold these very tensors; those that it ties are one parameter still."""
     before = dict(module.named_parameters(remove_duplicate=False))
     module.load_state_dict(tensors, strict=False, assign=True)
-    made = {id(before[name]): p for name, p in module.named_parameters(remove_duplicate=False) if name in tensors and name in before}
+    made = {
+        id(before[name]): p
+        for name, p in module.named_parameters(remove_duplicate=False)
+        if name in tensors and name in before
+    }
     for name, old in before.items():
         if name not in tensors:
             owner, _, leaf = name.rpartition(".")

@@ -31,8 +31,8 @@ def base_of(model: nn.Module) -> nn.Module:
     if outer.active_peft_config.is_prompt_learning:
         kind = outer.active_peft_config.peft_type
         raise CheckpointError(
-            f"The adapter is {getattr(kind, 'value', kind)}, which puts learned tokens into the input: it is no change of weights, "
-            "and gatedlens reads LoRA alone. Give the tokens' embeddings to model(resid, start_at_layer=0) yourself."
+            f"The adapter is {getattr(kind, 'value', kind)}, which puts learned tokens into the input: it is no change of "
+            "weights, and gatedlens reads LoRA alone. Give the tokens' embeddings to model(resid, start_at_layer=0) yourself."
         )
     return outer.get_base_model()
 
@@ -50,8 +50,8 @@ def base_named_by(path: str | Path) -> str:
     name = read_json(where).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise CheckpointError(
-            f"{where} names no base model (base_model_name_or_path is {name!r}): gl.from_pretrained(model, adapter={str(path)!r}) "
-            "says which it is."
+            f"{where} names no base model (base_model_name_or_path is {name!r}): "
+            f"gl.from_pretrained(model, adapter={str(path)!r}) says which it is."
         )
     return name
 

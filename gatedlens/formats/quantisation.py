@@ -17,7 +17,11 @@ from gatedlens.files import optional
 
 EXTRA = "quantised"
 PACKAGES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "compressed-tensors": "compressed_tensors"}
-SCALES = ("weight_scale_inv", "weight_scale", "_scale_inv")  # beside a quantised tensor, as compressed-tensors and fp8 name them
+SCALES = (
+    "weight_scale_inv",
+    "weight_scale",
+    "_scale_inv",
+)  # beside a quantised tensor, as compressed-tensors and fp8 name them
 
 
 def of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

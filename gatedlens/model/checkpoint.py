@@ -30,7 +30,12 @@ from gatedlens.model.config import FLOATS, dtype_name
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")  # what says where to look
 INDEX = ".index.json"
 NAMES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks, each alone or in shards
-STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}  # by safetensors' words
+STORED = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}  # by safetensors' words
 CONTAINERS = ("model", "state_dict", "model_state_dict")  # where training scripts put a model's tensors
 
 

@@ -52,13 +52,13 @@ def whole(low: int, high: int = LARGEST) -> Field:
     )
 
 
-def number(expected: str, fits: Callable[[float], bool]) -> Field:
+def number(expected: str, fits: Callable[[float], bool], largest: float = LARGEST) -> Field:
     """A number, neither NaN nor infinite, that fits."""
 
     def holds(v: Any) -> bool:
         if not isinstance(v, int | float) or isinstance(v, bool):
             return False
-        return -LARGEST <= v <= LARGEST and fits(float(v))  # NaN is not between them
+        return -largest <= v <= largest and fits(float(v))  # NaN is not between them
 
     return Field(expected, holds)
 
@@ -90,6 +90,9 @@ SIZE = whole(1)
 COUNT = whole(0)
 INTEGER = whole(-LARGEST)
 POSITIVE = number("a number above 0", lambda v: v > 0)
+THETA = number(
+    "a number from 0 to 1e18, above 0", lambda v: v > 0, 1e18
+)  # the base of a rotary embedding: 1e11 in Falcon-H1
 NOT_NEGATIVE = number("a number, 0 or more", lambda v: v >= 0)
 NUMBER = number("a number", lambda v: True)
 EPS = number("a number from 0 to 1", lambda v: 0 <= v <= 1)

@@ -109,7 +109,9 @@ def check_plain(wrapped: nn.Module) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dtype not in FLOATS:
                 floats, where = ", ".join(map(dtype_name, FLOATS)), f"{path}.{name}" if path else name
-                raise CheckpointError(f"{where} is {dtype_name(parameter.dtype)}; expected are floats ({floats}). {MERGE}")
+                raise CheckpointError(
+                    f"{where} is {dtype_name(parameter.dtype)}; expected are floats ({floats}). {MERGE}"
+                )
 
 
 def _stands_for(module: nn.Module) -> type[nn.Module]:

@@ -75,7 +75,9 @@ def _active(module: Any) -> list[str]:
     if module.disable_adapters or module.merged:
         return []
     names = [name for name in module.active_adapters if name in module.lora_A or name in module.lora_embedding_A]
-    dropped = [name for name in names if isinstance(module.lora_dropout[name], nn.Dropout) and module.lora_dropout[name].p]
+    dropped = [
+        name for name in names if isinstance(module.lora_dropout[name], nn.Dropout) and module.lora_dropout[name].p
+    ]
     if dropped and module.training:
         raise CheckpointError(
             f"The adapter {dropped[0]!r} has lora_dropout={module.lora_dropout[dropped[0]].p} and the model trains: an adapter is "

@@ -26,7 +26,9 @@ from gatedlens.errors import CheckpointError
 
 MARK = "_windows"  # among a module's attributes: what of it is on the disk
 SMALL = 2**16  # bytes; a tensor that is in no file and smaller than this stays in memory
-MAPS = Path("/proc/self/smaps")  # which file is mapped where; elsewhere than on Linux every tensor is written to the folder
+MAPS = Path(
+    "/proc/self/smaps"
+)  # which file is mapped where; elsewhere than on Linux every tensor is written to the folder
 DROP = "MADV_DONTNEED"
 FETCH = "MADV_WILLNEED"
 PAGE = mmap.PAGESIZE

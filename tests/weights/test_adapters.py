@@ -27,7 +27,14 @@ def mamba(dtype=torch.float64, **sizes):
     from transformers import MambaConfig, MambaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 40, "state_size": 4, "tie_word_embeddings": False, **sizes}
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "vocab_size": 40,
+        "state_size": 4,
+        "tie_word_embeddings": False,
+        **sizes,
+    }
     return MambaForCausalLM(MambaConfig(**sizes)).to(dtype).eval()
 
 
@@ -115,14 +122,18 @@ def test_hooks_states_generation_and_sweeps_on_a_model_with_an_adapter():
     outer = adapted()
     hooked, merged = gl.wrap(outer), gl.wrap(copy.deepcopy(outer).merge_and_unload())
     zero = [("blocks.0.mixer.hook_gate", lambda gate, hook: gate * 0)]
-    assert relative(hooked.run_with_hooks(TOKENS, fwd_hooks=zero), merged.run_with_hooks(TOKENS, fwd_hooks=zero)) < 1e-12
+    assert (
+        relative(hooked.run_with_hooks(TOKENS, fwd_hooks=zero), merged.run_with_hooks(TOKENS, fwd_hooks=zero)) < 1e-12
+    )
     _, state = hooked(TOKENS[:, :4], return_state=True)
     assert relative(hooked(TOKENS[:, 4:], state=state), merged(TOKENS)[:, 4:]) < 1e-12
     options = {"max_new_tokens": 3, "temperature": 0, "verbose": False}
     assert torch.equal(hooked.generate(TOKENS, **options), merged.generate(TOKENS, **options))
     clean = merged.run_with_cache(TOKENS, names_filter="blocks.*.hook_resid_pre")[1]
     metric = gl.metrics.logit_difference(TOKENS[:, 0], TOKENS[:, 1])
-    swept = [gl.patching.get_act_patch_resid_pre(m, TOKENS.flip(1), clean, metric, progress=False) for m in (hooked, merged)]
+    swept = [
+        gl.patching.get_act_patch_resid_pre(m, TOKENS.flip(1), clean, metric, progress=False) for m in (hooked, merged)
+    ]
     assert torch.allclose(*(one.values for one in swept), atol=1e-12)
     twin = copy.deepcopy(hooked)
     assert torch.equal(twin(TOKENS), hooked(TOKENS))

@@ -27,7 +27,9 @@ TOKENS = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(0))
 
 def save(wrapped, folder, **options):
     """A model as its makers keep it."""
-    wrapped.save_pretrained(folder, **options) if "save_pretrained" in dir(wrapped) else save_checkpoint(folder, wrapped.config, wrapped)
+    wrapped.save_pretrained(folder, **options) if "save_pretrained" in dir(wrapped) else save_checkpoint(
+        folder, wrapped.config, wrapped
+    )
     return folder
 
 
@@ -37,7 +39,9 @@ def both(folder, **options):
 
 
 def windows(model) -> list[disk.Window]:
-    return [one for module in model.wrapped.modules() if disk.MARK in vars(module) for one in vars(module)[disk.MARK].made]
+    return [
+        one for module in model.wrapped.modules() if disk.MARK in vars(module) for one in vars(module)[disk.MARK].made
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +71,9 @@ def test_every_architecture_runs_from_the_disk(name, tmp_path, monkeypatch):
     assert fingerprint(ours) == fingerprint(whole) and torch.equal(ours.W_U, whole.W_U)
     if name in LANGUAGE:
         _, state = ours(input[:, :4], return_state=True)
-        assert torch.equal(ours(input[:, 4:], state=state), whole(input[:, 4:], state=whole(input[:, :4], return_state=True)[1]))
+        assert torch.equal(
+            ours(input[:, 4:], state=state), whole(input[:, 4:], state=whole(input[:, :4], return_state=True)[1])
+        )
 
 
 @torch.no_grad()
@@ -78,7 +84,9 @@ def test_shards_sweeps_generation_and_stores(mamba, tmp_path):
     assert torch.equal(ours.generate(TOKENS, **options), whole.generate(TOKENS, **options))
     clean = whole.run_with_cache(TOKENS, names_filter="blocks.*.hook_resid_pre")[1]
     metric = gl.metrics.logit_difference(TOKENS[:, 0], TOKENS[:, 1])
-    swept = [gl.patching.get_act_patch_resid_pre(m, TOKENS.flip(1), clean, metric, progress=False) for m in (ours, whole)]
+    swept = [
+        gl.patching.get_act_patch_resid_pre(m, TOKENS.flip(1), clean, metric, progress=False) for m in (ours, whole)
+    ]
     assert torch.equal(swept[0].values, swept[1].values)
     name = "blocks.2.hook_resid_post"
     kept = gl_store.harvest(ours, TOKENS, name, tmp_path / "store", progress=False)
@@ -90,14 +98,19 @@ def test_activations_have_gradients_and_weights_have_none(mamba):
     seen = []
     for model in (ours, whole):
         given = {}
-        hook = ("blocks.1.hook_resid_pre", lambda x, hook, given=given: given.setdefault("x", x.detach().requires_grad_()))
+        hook = (
+            "blocks.1.hook_resid_pre",
+            lambda x, hook, given=given: given.setdefault("x", x.detach().requires_grad_()),
+        )
         model.run_with_hooks(TOKENS, fwd_hooks=[hook]).pow(2).mean().backward()
         seen.append(given["x"].grad)
     assert torch.equal(*seen) and bool(seen[0].any())
     scores = [gl.attribution.grad_x_input(model, TOKENS[:1]).values for model in (ours, whole)]
     assert torch.allclose(*scores)
     ours.wrapped.backbone.layers[1].mixer.D.requires_grad_()
-    with pytest.raises(gl.CheckpointError, match=r"layers.1.mixer.D requires a gradient, and its numbers are on the disk"):
+    with pytest.raises(
+        gl.CheckpointError, match=r"layers.1.mixer.D requires a gradient, and its numbers are on the disk"
+    ):
         ours(TOKENS)
     ours.wrapped.requires_grad_(False)
     ours(TOKENS)
@@ -128,7 +141,11 @@ def test_layouts_of_other_makers(tmp_path):
             save_file(state, folder / "model.safetensors")
         whole, ours = both(folder)
         assert torch.equal(ours(TOKENS), whole(TOKENS))
-        assert (ours.embedding.weight is ours.unembedding.weight) == tied == (whole.embedding.weight is whole.unembedding.weight)
+        assert (
+            (ours.embedding.weight is ours.unembedding.weight)
+            == tied
+            == (whole.embedding.weight is whole.unembedding.weight)
+        )
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
         assert torch.equal(gl.from_pretrained(folder, offload="disk")(TOKENS), whole(TOKENS))
@@ -268,7 +285,9 @@ def test_a_model_larger_than_the_memory_that_it_may_take(tmp_path, record_proper
         found[way] = json.loads(done.stdout.splitlines()[-1])
         peak = found[way]["after"]["VmHWM"] - found[way]["before"]["VmRSS"]
         said = {kind: round(found[way]["after"][kind] - found[way]["before"][kind]) for kind in ("RssAnon", "RssFile")}
-        print(f"{way}: weights {found[way]['weights']:.0f} MB, peak {peak:.0f} MB above the start, at the end {said} MB")
+        print(
+            f"{way}: weights {found[way]['weights']:.0f} MB, peak {peak:.0f} MB above the start, at the end {said} MB"
+        )
         found[way]["peak"] = peak
     assert found["disk"]["weights"] > SIZE and found["disk"]["peak"] < ALLOWED
     assert found["disk"]["sums"] == found["memory"]["sums"]

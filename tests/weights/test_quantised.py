@@ -94,7 +94,9 @@ def test_bitsandbytes(kind, base, tmp_path, caplog):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options, told = BNB[kind]
-    quantised = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=BitsAndBytesConfig(**options))
+    quantised = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, quantization_config=BitsAndBytesConfig(**options)
+    )
 
     def weight_of(module):
         if kind == "int8":
@@ -220,7 +222,10 @@ def test_compressed_tensors(kind, tmp_path, caplog):
     plain = mamba()
     for path, W in numbers.items():
         plain.get_submodule(path).weight.data.copy_(W)
-    assert len(numbers) == 6 and relative(numbers["backbone.layers.0.mixer.in_proj"], mamba().backbone.layers[0].mixer.in_proj.weight) > 1e-3
+    assert (
+        len(numbers) == 6
+        and relative(numbers["backbone.layers.0.mixer.in_proj"], mamba().backbone.layers[0].mixer.in_proj.weight) > 1e-3
+    )
     caplog.set_level(logging.INFO, "gatedlens")
     check(gl.wrap(model), plain, "6 of compressed-tensors (", caplog)
     caplog.clear()
@@ -278,7 +283,9 @@ def test_fp8_modules_and_folders(base, tmp_path, caplog):
     caplog.clear()
     if torch.cuda.is_available():
         pytest.skip("a GPU keeps fp8 as it is")
-    check(gl.from_pretrained(tmp_path, device="cpu"), plain, "6 matrices were dequantised while loading, fp8 into", caplog)
+    check(
+        gl.from_pretrained(tmp_path, device="cpu"), plain, "6 matrices were dequantised while loading, fp8 into", caplog
+    )
 
 
 @torch.no_grad()
@@ -314,7 +321,9 @@ def test_other_methods_are_refused_by_name(method, base, tmp_path):
     config = json.loads((base / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
     for open_ in (gl.from_pretrained, gl.inspect):
-        with pytest.raises(gl.CheckpointError, match=f"quantization_config is .*{method}.*null, or of bitsandbytes, torchao"):
+        with pytest.raises(
+            gl.CheckpointError, match=f"quantization_config is .*{method}.*null, or of bitsandbytes, torchao"
+        ):
             open_(tmp_path)
 
 
