@@ -5,6 +5,8 @@ model = gl.from_pretrained("path/to/folder")                   # the same, or an
 model = gl.from_pretrained("vim_s_midclstok_80p5acc.pth")      # an original checkpoint that is one file
 model = gl.from_pretrained("gatedlens/mamba-recall")           # bundled: trained, tiny, no network
 model = gl.wrap(hf_model, tokenizer)                           # shares hf_model's parameters
+model = gl.from_pretrained("path/to/folder", adapter="lora")   # with an adapter of peft; its own folder will do, too
+model = gl.from_pretrained("path/to/folder", offload="disk")   # larger than the memory
 
 What is read is checked before it is used, and before anything is built: the config against its fields (`fields.py`), the
 files and their tensors (`checkpoint.py`), the tensors against what the config asks for.
@@ -15,7 +17,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
@@ -28,7 +30,7 @@ from gatedlens.errors import CheckpointError, did_you_mean
 from gatedlens.formats import adapting, quantisation
 from gatedlens.formats.refused import NAMESAKES, heard, why_not_opened
 from gatedlens.hooks import architectures
-from gatedlens.model import checkpoint, fields, placement
+from gatedlens.model import checkpoint, fields, fit, placement
 from gatedlens.model import tokenizer as tokenizers
 from gatedlens.model.base import HookedModel
 from gatedlens.model.checkpoint import about, reading
@@ -176,7 +178,10 @@ def from_pretrained(
     ("vim_small"). dtype: that of the checkpoint if None. device: CUDA where there is one if None. tokenizer: found beside
     the model if None; a folder's or hub name's is loaded. revision and `hub` (token, cache_dir, local_files_only, ...) go
     to the hub; so does device_map="auto", which spreads a large model over devices, main memory and disk (see
-    placement.py). Weights are as in the file, nothing is folded: TransformerLens's `fold_ln=False` and its like are heard,
+    placement.py). adapter: a folder or hub name of a LoRA of peft, which is merged as it is read; a folder that holds an adapter
+    alone names its model itself. offload="disk": weights stay in their files and are read as blocks run, on the CPU and in the
+    dtype of the file; activations have gradients and weights none (see weights/disk.py). Quantised weights are dequantised as
+    they are read, or as they load; a log line says so. Weights are as in the file, nothing is folded: TransformerLens's `fold_ln=False` and its like are heard,
     and True is refused. Raises CheckpointError, which names the file, what is wrong in it and what was expected, for
     weights that are missing, left over, damaged or of another architecture; warns of weights that are NaN or infinite.
     """
@@ -204,7 +209,8 @@ def from_pretrained(
             hooked, wrapped = _from_folder(source, name, dtype, hub, offload is not None)
             tokenizer = tokenizers.beside(source, hub) if tokenizer is None else tokenizer
         if offload is not None:
-            disk.put_on_disk(wrapped, hub.get("offload_folder"))
+            folder: Any = hub.get("offload_folder")
+            disk.put_on_disk(wrapped, folder)
         if adapter is not None:
             apart = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}  # of the model
             wrapped = adapting.put_on(wrapped, adapter, apart)
@@ -258,8 +264,8 @@ def _check_offload(offload: str, device: Any, hub: Mapping[str, Any]) -> str:
         raise CheckpointError(f"offload='disk' and device_map={hub['device_map']!r}: give one of the two.")
     if device is not None and torch.device(device).type != "cpu":
         raise CheckpointError(
-            f"offload='disk' runs on the CPU, and device={device!r} was asked for: device_map='auto' with offload_folder=... spreads "
-            "a model over a GPU, main memory and disk."
+            f"offload='disk' runs on the CPU, and device={device!r} was asked for: device_map='auto' with offload_folder=... "
+            "spreads a model over a GPU, main memory and disk."
         )
     return "cpu"
 
@@ -269,8 +275,8 @@ def _as_stored(files: checkpoint.Files, dtype: torch.dtype | None, source: str) 
     stored = files.dtype()
     if dtype not in (None, stored):
         raise CheckpointError(
-            f"offload='disk' reads weights as they are stored, and {source} stores {dtype_name(stored)}; dtype={dtype_name(dtype)} "
-            "would be another model in memory. Leave dtype out."
+            f"offload='disk' reads weights as they are stored, and {source} stores {dtype_name(stored)}; "
+            f"dtype={dtype_name(dtype)} would be another model in memory. Leave dtype out."
         )
     return stored
 
@@ -427,7 +433,7 @@ def _by_its_class(source: str, dtype: torch.dtype | None, **options: Any) -> nn.
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype or "auto", output_loading_info=True, **options
         )
-    _complete(source, info["missing_keys"], info["unexpected_keys"], info.get("mismatched_keys", ()))
+    fit.check(source, info["missing_keys"], info["unexpected_keys"], info.get("mismatched_keys", ()))
     return model
 
 
@@ -474,25 +480,13 @@ def _check_shapes(source: str, expected: nn.Module, held: Mapping[str, Any]) -> 
     Whether a name is missing or left over, transformers says: it knows older names, too.
     """
     wanted = expected.state_dict()
-    mismatched = _misshapen(wanted, held)
+    mismatched = fit.misshapen(wanted, held)
     asked, there = sum(p.numel() for p in expected.parameters()), sum(shape.numel() for shape in held.values())
     if mismatched or asked > there:
         # Files hold experts one by one, where the model has them stacked: neither is missing, neither left over.
         apart = {name: found[0] for name in held if (found := ONE_EXPERT.match(name))}
-        missing = {name for name in _missing(expected, held) if f"{name.rpartition('.')[0]}." not in apart.values()}
-        _complete(source, missing, set(held) - set(wanted) - set(apart), mismatched)
-
-
-def _misshapen(wanted: Mapping[str, Tensor], held: Mapping[str, Any]) -> list[str]:
-    return [f"{k} {list(held[k])} for {list(v.shape)}" for k, v in wanted.items() if k in held and held[k] != v.shape]
-
-
-def _missing(module: nn.Module, held: Iterable[str]) -> set[str]:
-    """The names of `module` that are not held, nor tied to one that is."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    known = {id(parameters[name]) for name in held if name in parameters}
-    absent = set(module.state_dict()) - set(held)
-    return {name for name in absent if name not in parameters or id(parameters[name]) not in known}
+        missing = {name for name in fit.missing(expected, held) if f"{name.rpartition('.')[0]}." not in apart.values()}
+        fit.check(source, missing, set(held) - set(wanted) - set(apart), mismatched)
 
 
 @contextmanager
@@ -522,17 +516,6 @@ def _unsaid() -> Iterator[None]:
         hf_logging.set_verbosity(said)
 
 
-def _complete(source: str, missing: Any, extra: Any, mismatched: Any = ()) -> None:
-    """Raise unless a checkpoint held exactly what its config asks for."""
-    problems = []
-    for what, keys in (("is missing", missing), ("has unknown", extra), ("has misshapen", mismatched)):
-        keys = sorted(str(k) for k in keys)
-        if keys:
-            problems.append(f"{what} {len(keys)} weights: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}")
-    if problems:
-        raise CheckpointError(f"The checkpoint {source} {'; it '.join(problems)}. It does not fit its config.json.")
-
-
 def _from_original(
     hooked: Any,
     source: str,
@@ -551,28 +534,12 @@ def _from_original(
         found = [hooked.layout.rename(one) for one in bare]
     renamed = next((one for one in found if set(one) & set(wanted)), found[0])
     shapes = {name: tensor.shape for name, tensor in renamed.items()}
-    _complete(source, _missing(expected, renamed), set(renamed) - set(wanted), _misshapen(wanted, shapes))
+    fit.check(source, fit.missing(expected, renamed), set(renamed) - set(wanted), fit.misshapen(wanted, shapes))
     if on_disk:
-        return _of_these(expected, renamed)
+        return fit.holding(expected, renamed)
     wrapped: nn.Module = hooked.layout.empty(config)
     wrapped.load_state_dict(renamed, strict=False)
     return wrapped.to(dtype or next(iter(renamed.values())).dtype)
-
-
-def _of_these(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A module without memory, made to hold these very tensors; those that it ties are one parameter still."""
-    before = dict(module.named_parameters(remove_duplicate=False))
-    module.load_state_dict(tensors, strict=False, assign=True)
-    made = {
-        id(before[name]): p
-        for name, p in module.named_parameters(remove_duplicate=False)
-        if name in tensors and name in before
-    }
-    for name, old in before.items():
-        if name not in tensors:
-            owner, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(owner), leaf, made[id(old)])
-    return module
 
 
 def _empty(hooked: Any, where: Any, config: dict[str, Any]) -> nn.Module:

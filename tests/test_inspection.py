@@ -121,7 +121,9 @@ def test_a_released_config_is_inspected(name, tmp_path):
     layers = text.get("num_hidden_layers", text.get("n_layer"))
     assert len(found.layers) == layers, kind
     told = text.get("torch_dtype", text.get("dtype"))
-    assert told is None or (found.dtype == told and found.weight_bytes == found.parameters * getattr(torch, told).itemsize)
+    assert told is None or (
+        found.dtype == told and found.weight_bytes == found.parameters * getattr(torch, told).itemsize
+    )
     assert 0 < found.state_bytes < found.cache_bytes and f"{found.parameters:,}" in str(found)
     if "layer_types" in text:
         attending = sum("attention" in kinds for kinds in found.layers)

@@ -1,7 +1,7 @@
 """Adapters of peft, merged as they are read: W' = W + sum over active adapters of s B A, gradients in A and B.
 
     LoRA        W + s B A                                   Hu et al. 2021, arXiv 2106.09685
-    DoRA        m (W + s B A) / norm of its rows            Liu et al. 2024, arXiv 2402.09353, eq. 5; the norm is held, as peft's is
+    DoRA        m (W + s B A) / norm of its rows            Liu et al. 2024, arXiv 2402.09353, eq. 5; the norm is held, as in peft
 
 W itself may be quantised (QLoRA). A dropout in front of A is no part of a matrix, so a model that trains with one is refused.
 """
@@ -80,8 +80,8 @@ def _active(module: Any) -> list[str]:
     ]
     if dropped and module.training:
         raise CheckpointError(
-            f"The adapter {dropped[0]!r} has lora_dropout={module.lora_dropout[dropped[0]].p} and the model trains: an adapter is "
-            "merged as it is read, and a merged matrix has no dropout in front of A. Call model.eval(), or give the adapter "
+            f"The adapter {dropped[0]!r} has lora_dropout={module.lora_dropout[dropped[0]].p} and the model trains: an adapter "
+            "is merged as it is read, and a merged matrix has no dropout in front of A. Call model.eval(), or give the adapter "
             "lora_dropout=0."
         )
     return names

@@ -67,7 +67,9 @@ class AsRead:
             return module
         if id(module) not in self._made:
             reader = self._leaves.get(id(module))
-            view = object.__new__(self._class(type(module), None if reader is None else reader.kind(module), reader))
+            view: nn.Module = object.__new__(
+                self._class(type(module), None if reader is None else reader.kind(module), reader)
+            )
             view.__dict__ = module.__dict__  # the same attributes, not equal ones
             self._made[id(module)], self._raw[id(vars(module))] = view, module
         return self._made[id(module)]

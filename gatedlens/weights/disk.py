@@ -125,8 +125,9 @@ def put_on_disk(model: nn.Module, folder: str | Path | None = None) -> None:
         key: tensor for key, (tensor, _) in tensors.items() if where[key] is None and tensor.nbytes >= SMALL
     }  # fmt: skip
     temporary = tempfile.TemporaryDirectory(prefix="gatedlens-") if spilled and folder is None else None
-    if spilled:
-        path = Path(folder if temporary is None else temporary.name) / "weights.bin"
+    chosen = folder if temporary is None else temporary.name
+    if spilled and chosen is not None:
+        path = Path(chosen) / "weights.bin"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             where |= {key: (path, _spill(tensor, file)) for key, tensor in spilled.items()}

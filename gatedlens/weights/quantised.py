@@ -54,7 +54,7 @@ class EightBit(Reader):
         held: Any = held_weight(module)
         if held.dtype != torch.int8:
             return as_floats(held)
-        state = vars(module).get("state")
+        state: Any = vars(module).get("state")
         scale = held.SCB if held.SCB is not None else state.SCB  # its forward moves it from the weight to its state
         return optional("bitsandbytes", EXTRA).functional.int8_vectorwise_dequant(held.data, scale)
 

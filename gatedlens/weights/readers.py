@@ -10,8 +10,8 @@ from gatedlens.weights.reader import Reader
 
 READERS: tuple[Reader, ...] = (Lora(), FourBit(), EightBit(), TorchAo(), CompressedTensors(), Fp8Blocks(), Fp8Experts())
 READ = (
-    "Read as they are: LoRA and DoRA of peft, and weights that bitsandbytes (8 and 4 bit), torchao or compressed-tensors quantised, "
-    "or that are fp8 in blocks."
+    "Read as they are: LoRA and DoRA of peft, and weights that bitsandbytes (8 and 4 bit), torchao or compressed-tensors "
+    "quantised, or that are fp8 in blocks."
 )
 
 

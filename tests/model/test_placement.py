@@ -147,7 +147,7 @@ def test_from_pretrained_takes_a_device_map(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @torch.no_grad()
 def test_shards_that_accelerate_spreads_by_itself(tmp_path, dtype):
-    """device_map='auto' with less memory than the model: shards in the hub's layout, in half precision as well, some on the disk."""
+    """device_map='auto' with less memory than the model: shards in the hub's layout, in half precision as well, some on disk."""
     models()["mamba"].to(getattr(torch, dtype)).save_pretrained(tmp_path / "model", max_shard_size="10KB")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
     whole = gl.from_pretrained(tmp_path / "model", device="cpu")

@@ -1,5 +1,5 @@
-"""Weights on the disk: the same numbers as in memory, from every architecture and layout; and how much memory a run takes, measured
-in a process of its own."""
+"""Weights on the disk: the same numbers as in memory, from every architecture and layout; and how much memory a run takes,
+measured in a process of its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gatedlens.model.checkpoint import save_checkpoint
 from gatedlens.runs.fingerprints import fingerprint
 from gatedlens.weights import disk
 from tests.conftest import EVERY, LANGUAGE
-from tests.helpers import earlier, example
+from tests.helpers import example
 
 TOKENS = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(0))
 

@@ -278,7 +278,8 @@ def test_fp8_modules_and_folders(base, tmp_path, caplog):
     check(gl.wrap(model), plain, "6 matrices are dequantised as read, into float32: 6 of fp8 in blocks", caplog)
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     config = json.loads((base / "config.json").read_text())
-    asked = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic", "modules_to_not_convert": ["dt_proj", "lm_head"]}  # fmt: skip
+    asked = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}
+    asked["modules_to_not_convert"] = ["dt_proj", "lm_head"]
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": asked}))
     caplog.clear()
     if torch.cuda.is_available():
