@@ -198,7 +198,7 @@ def harvest(args: argparse.Namespace) -> dict[str, Any]:
     from gatedlens import store
     from gatedlens.loading import from_pretrained
 
-    model = from_pretrained(args.model, revision=args.revision)
+    model = from_pretrained(args.model, revision=args.revision, offload=args.offload)
     what = {"max_tokens": args.max_tokens, "positions": args.positions, "dtype": args.dtype, "reduce": args.reduce}
     options = {"batch_size": args.batch_size, "context": args.context, "field": args.field, **what}
     size = store.estimate(model, args.data, args.names, args.out, **options)
@@ -319,6 +319,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("harvest", harvest, HARVEST)
     sub.add_argument("--model", required=True, help="a bundled model, a folder, a file or a hub name")
     sub.add_argument("--revision", help="of a hub model: a branch, tag or commit")
+    sub.add_argument("--offload", choices=["disk"], help="run a model larger than the memory from its files")
     sub.add_argument(
         "--data", required=True, help="a JSONL or text file, a folder of texts or images, a datasets folder"
     )

@@ -69,8 +69,8 @@ def _kind(norm: str) -> str:
 def told(config: Any) -> Mapping[str, Any]:
     return {
         "d_mlp": config.intermediate_size,
-        "embedding_multiplier": config.embedding_multiplier,
-        "logits_multiplier": config.lm_head_multiplier,
+        "embedding_multiplier": float(config.embedding_multiplier),
+        "logits_multiplier": float(config.lm_head_multiplier),
     }
 
 
