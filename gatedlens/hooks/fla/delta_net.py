@@ -67,8 +67,12 @@ class DeltaNetMixer(FlaMixer):
     def entering(self) -> Stage:
         return SiLU(("q", "k"), of="conv" if self.kind.conv else "x")
 
+    def betas(self, n: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos *step head"]:
+        """beta, in front of its sigmoid."""
+        return F.linear(n, self.weights.b_proj.weight)
+
     def read_beside(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Streams:
-        return {"beta_pre": self.hook_beta_pre(F.linear(n, self.weights.b_proj.weight))}
+        return {"beta_pre": self.hook_beta_pre(self.betas(n))}
 
     def select(self, u: Content, streams: Streams, run: Run) -> None:
         zero = run.padding.zero  # k and beta 0 at padding: nothing is written or erased
