@@ -36,6 +36,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "HGRN2": lambda: test_fla.tiny("hgrn2"),
     "DeltaNet": lambda: test_fla.tiny("delta_net"),
     "gated DeltaNet": lambda: test_fla.tiny("gated_deltanet"),
+    "gated DeltaProduct": lambda: test_fla.tiny("gated_deltaproduct of two steps"),
     "Qwen3-Next": lambda: test_qwen3_next.tiny("next"),
     "Qwen3.5": lambda: test_qwen3_next.tiny("3.5"),
     "Qwen3.5-MoE": lambda: test_qwen3_next.tiny("3.5, experts, with images"),

@@ -53,7 +53,13 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "hgrn2": {"expand_ratio": 128, "use_lower_bound": True, "use_short_conv": False},
     "delta_net": {"num_heads": 16, "expand_k": 1.0, "expand_v": 1.0, "use_gate": False},
     "gated_deltanet": {"num_heads": 6, "head_dim": 256, "expand_v": 2.0},
-    "gated_deltaproduct": {"num_heads": 6, "head_dim": 256, "expand_v": 2.0, "use_forget_gate": False, "num_householder": 1},
+    "gated_deltaproduct": {
+        "num_heads": 6,
+        "head_dim": 256,
+        "expand_v": 2.0,
+        "use_forget_gate": False,
+        "num_householder": 1,
+    },
 }
 GATES = {  # fla's word for whether a mixer has a gate
     "gla": "use_output_gate",
@@ -79,7 +85,7 @@ KINDS = tuple(DEFAULTS)
 FIELDS = {
     **TRANSFORMERS,
     "model_type": one_of(*KINDS),
-    "layer_types": listed(one_of(*KINDS), low=1),  # no word of fla's, where all layers are of model_type
+    "layer_types": listed(one_of(*KINDS[:-1]), low=1),  # no word of fla's, where all layers are of model_type
     "vocab_size": SIZE,
     "hidden_size": SIZE,
     "num_hidden_layers": layers_of(9),
@@ -309,10 +315,10 @@ TINY = Tiny(
     "tiny-fla",
     FlaWeights,
     {
-        "model_type": "gla",
-        "layer_types": ["gated_deltaproduct", "retnet"],
+        "model_type": "gated_deltaproduct",
         "num_householder": 2,
         "use_forget_gate": True,
+        "attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "rope_theta": 100.0},
         "hidden_size": 16,
         "num_hidden_layers": 2,
         "vocab_size": 40,

@@ -45,6 +45,7 @@ class TokenMixing(Part):
     attention_points: tuple[str, ...] = ()
     output_point = "hook_gated"
     scans: tuple[str, ...] = ("",)
+    steps: int = 1  # that a position takes in a recurrence, each with a content of its own
 
     def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int):
         super().__init__(weights, rows)
@@ -269,7 +270,9 @@ class Mixer(TokenMixing):
         write = terms.write(u.flatten(1, 2)) if write is None else write
         erase = given.unsqueeze(-2) if erase is None else erase
         states = states_of_delta_rule(decay, write, erase, probe, initial)[:, n - 1 :: n]
-        return _read(self.hook_state(states) if heard else states, terms.of_heads(terms.read)[:, n - 1 :: n]), states[:, -1]
+        return _read(self.hook_state(states) if heard else states, terms.of_heads(terms.read)[:, n - 1 :: n]), states[
+            :, -1
+        ]
 
     def _heard(
         self,

@@ -44,7 +44,9 @@ Content = Float[Tensor, "batch pos *channel"]  # (step channel) before a scan wh
 class Held:
     """What a path is with its coefficients held, filled by its stages: the factors of o = gate (S + skip) act (M x + drift)."""
 
-    read: Callable[[str, int | None], Tensor]  # a point's activation, packed, at least float32; of a step, or of all (None)
+    read: Callable[
+        [str, int | None], Tensor
+    ]  # a point's activation, packed, at least float32; of a step, or of all (None)
     padding: Padding
     state: RecurrentState | None
     factors: dict[str, Any]
@@ -125,7 +127,6 @@ class PathMixer(Mixer):
     is more than a channel."""
 
     path: tuple[Stage, ...] = ()
-    steps: int = 1  # that a position takes in the recurrence, each with a content of its own
     selection: ClassVar[tuple[str, ...]] = ()  # the streams that the terms of the recurrence are made of
     sizes: Mapping[str, int]  # the channels of each stream that goes through the convolution
 
@@ -197,7 +198,7 @@ class PathMixer(Mixer):
 
         def packed(name: str, step: int | None = None) -> Tensor:
             whole = self.along(padding.pack(at_least_float32(cached(f"hook_{name}"))))
-            stepped = step is not None and "step" in self._modules[f"hook_{name}"].point.dims
+            stepped = step is not None and "step" in getattr(self, f"hook_{name}").point.dims
             return whole[:, :, step] if stepped else whole
 
         held = Held(packed, padding, state, {})

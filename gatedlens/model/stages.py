@@ -133,7 +133,9 @@ class Scan(Stage):
     def reads(self, mixer: PathMixer) -> tuple[str, ...]:
         return (*mixer.selection, "reset")
 
-    def forward(self, mixer: PathMixer, content: Content, streams: Streams, run: Run) -> Float[Tensor, "batch pos read"]:
+    def forward(
+        self, mixer: PathMixer, content: Content, streams: Streams, run: Run
+    ) -> Float[Tensor, "batch pos read"]:
         mixer.select(content, streams, run)
         terms = mixer.terms_of(lambda name: at_least_float32(streams[name]))
         u = at_least_float32(content).unflatten(-1, (mixer.heads, -1))

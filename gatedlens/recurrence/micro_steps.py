@@ -3,8 +3,9 @@
     S_{t,0} = decay_t * S_{t-1}       S_{t,s} = S_{t,s-1} - erase_{t,s} (probe_{t,s} . S_{t,s-1}) + value_{t,s} key_{t,s}^T
     S_t = S_{t,n}                     scan_t = S_t read_t
 
-It is the one recurrence over (pos step): its terms are `long`, their decay is 1 but at the first step of a position and their read
-0 but at the last (`at_step`). Each step has a content of its own, and so a matrix: the scan is the sum over steps of S_s u_s.
+It is the one recurrence over (pos step): its terms are `long`, their decay is 1 but at the first step of a position, their
+read 0 but at the last (`at_step`). Each step has a content of its own, and so a matrix: the scan is the sum of all
+S_s u_s.
 
     StepScan(HeadScan.of(long, width), n, s).apply(u)       # S_s u
 
@@ -47,7 +48,7 @@ def net_write(
     erase: Float[Tensor, "batch pos step head #value key"],
     probe: Float[Tensor, "batch pos step head key"],
 ) -> Float[Tensor, "batch pos head value key"]:
-    """`net_write(write, erase, probe)`: what the steps of a position leave of what they write: later ones erase of earlier ones."""
+    """`net_write(write, erase, probe)`: what the steps of a position write, less what later ones erase of it."""
     net = write[:, :, 0]
     for s in range(1, write.shape[2]):
         found = (net * probe[:, :, s].unsqueeze(-2)).sum(-1, keepdim=True)

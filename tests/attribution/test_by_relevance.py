@@ -110,6 +110,11 @@ def test_relevance_of_x_is_its_share_of_the_gate_times_a_transposed_g(model, gat
             back = back + sum(found[name][1] for name in first)  # what later layers read of layer 0
             assert relative(value * gradient, value * back) < 1e-11
             continue
+        if mixer.steps > 1:  # each step has a content of its own
+            (value, gradient), g = found[f"{stem}hook_x"], found[stem + mixer.output_point][1].flatten(2)
+            back = torch.stack([replace(A, branches=(branch,)).T @ g for branch in A.branches], 2)
+            assert relative(value * gradient, value * back * (0.5 if shared else 1.0)) < 1e-11
+            continue
         for branch, x in zip(A.branches, inside, strict=True):
             one = replace(A, branches=(branch,))
             g = found[stem + mixer.output_point][1].flatten(2)

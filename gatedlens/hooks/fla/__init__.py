@@ -86,8 +86,10 @@ def mixing_of(mixer: Wrapped) -> str:
 
 def steps_of(mixer: Wrapped) -> int:
     """How many steps a token takes in a wrapped mixer: how often its keys are as wide as its queries."""
-    has = mixer._modules
-    return has["k_proj"].weight.shape[0] // has["q_proj"].weight.shape[0] if "b_proj" in has else 1
+    if "b_proj" not in mixer._modules:
+        return 1
+    widths: list[int] = [projection.weight.shape[0] for projection in (mixer.k_proj, mixer.q_proj)]
+    return widths[0] // widths[1]
 
 
 def type_of(mixer: Wrapped, config: Mapping[str, Any]) -> str:
@@ -232,11 +234,11 @@ class HookedFLA(PositionedModel):
                     f"Layer {number} of {model_name} has {held[0]} numbers of queries and {held[1]} of values; its config says "
                     f"{groups * key} and {heads * value}."
                 )
-        steps = {steps_of(layer.attn) for layer, name in zip(recurrent, types, strict=True) if name == KINDS[-1]} or {1}
-        if steps != {config.get("num_householder", 1)}:
+        steps, said = {steps_of(layer.attn) for layer in recurrent}, config.get("num_householder", 1)
+        if steps != {said if KINDS[-1] in types else 1}:
             raise CheckpointError(
-                f"{model_name} has layers of {' and '.join(map(str, sorted(steps)))} steps a token (as often as queries, its keys "
-                f"are wide); its config says num_householder {config.get('num_householder', 1)}."
+                f"{model_name} has layers of {' and '.join(map(str, sorted(steps)))} steps a token (so often are its keys as "
+                f"wide as its queries); its config says num_householder {said}."
             )
         convs = {layer.attn.q_conv1d.weight.shape[-1] for layer in layers if "q_conv1d" in layer.attn._modules}
         gla = [layer.attn for layer, kind in zip(layers, kinds, strict=True) if kind.mixing == "GLA"]

@@ -24,7 +24,7 @@ from gatedlens.recurrence.micro_steps import at_step
 from gatedlens.recurrence.terms import Terms
 
 PRODUCT = "DeltaProduct, arXiv 2502.10297"
-OF_A_STEP = "k_pre x beta_pre k_conv_taps conv_taps k_conv conv u k beta erase probe".split()
+OF_A_STEP = ("k_pre", "x", "beta_pre", "k_conv_taps", "conv_taps", "k_conv", "conv", "u", "k", "beta", "erase", "probe")
 WRITE = "sum over step of u * beta * k, each less what later steps erase of it: erase * (sum over state of probe * it)"
 STATE = "decay * state[pos - 1], less erase * (sum over state of probe * it) at each step in turn, + write"
 
@@ -53,7 +53,7 @@ class DeltaProductMixer(DeltaNetMixer):
     paper = PRODUCT
     scan: ClassVar[Scan] = ScanSteps()
     probe = "k; of step 0 (1 - reset) * k"
-    beside_rows = (Point("hook_beta_pre", "batch pos head", BETA_PRE, PRODUCT),)
+    beside_rows: ClassVar[tuple[Point, ...]] = (Point("hook_beta_pre", "batch pos head", BETA_PRE, PRODUCT),)
 
     @classmethod
     def rows(cls, kind: FlaKind) -> tuple[Point, ...]:

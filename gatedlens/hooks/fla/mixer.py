@@ -70,7 +70,13 @@ class FlaConfig(HookedConfig):
     @property
     def sizes(self) -> dict[str, int]:
         heads = {"channel": self.n_heads * self.d_head, "head": self.n_heads, "value": self.d_head}
-        keys = {"group": self.n_groups, "state": self.d_state, "tap": self.d_conv, "low": self.d_low, "step": self.n_steps}
+        keys = {
+            "group": self.n_groups,
+            "state": self.d_state,
+            "tap": self.d_conv,
+            "low": self.d_low,
+            "step": self.n_steps,
+        }
         attention = {
             "q_head": self.n_attention_heads,
             "kv_head": self.n_key_value_heads,
