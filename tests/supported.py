@@ -41,6 +41,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "Qwen3.5": lambda: test_qwen3_next.tiny("3.5"),
     "Qwen3.5-MoE": lambda: test_qwen3_next.tiny("3.5, experts, with images"),
     "Kimi Linear": of_class(gl.HookedKimiLinear),
+    "Bailing hybrid (Ling 3)": of_class(gl.HookedBailingHybrid),
     "OLMo-hybrid": of_class(gl.HookedOlmoHybrid),
     "Bamba": lambda: test_mamba2_hybrid.tiny("Bamba"),
     "Granite-4-H": lambda: test_mamba2_hybrid.tiny("Granite"),

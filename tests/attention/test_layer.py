@@ -154,6 +154,10 @@ FROZEN = {
         "attn": ("hook_v", "hook_z", ("hook_pattern",), ()),
     },
     "griffin": {"mixer": ("hook_x", "hook_gated", GRIFFIN, ()), "attn": ("hook_v", "hook_z", ("hook_pattern",), ())},
+    "bailing_hybrid": {
+        "mixer": ("hook_x", "hook_gated", DELTA, (("hook_conv", "hook_u"),)),
+        "attn": ("hook_v", "hook_gated", ("hook_pattern", "hook_gate"), ()),
+    },
     "kimi_linear": {
         "mixer": ("hook_x", "hook_gated", DELTA, (("hook_conv", "hook_u"),)),
         "attn": ("hook_v", "hook_z", ("hook_pattern",), ()),
