@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -36,20 +37,31 @@ if TYPE_CHECKING:
 else:
     Streams = dict
 
-Content = Float[Tensor, "batch pos channel"]
+Content = Float[Tensor, "batch pos *channel"]  # (step channel) before a scan whose positions take several steps
 
 
 @dataclass
 class Held:
     """What a path is with its coefficients held, filled by its stages: the factors of o = gate (S + skip) act (M x + drift)."""
 
-    cached: Callable[[str], Tensor]  # a point's activation, positions packed, at least float32
+    read: Callable[
+        [str, int | None], Tensor
+    ]  # a point's activation, packed, at least float32; of a step, or of all (None)
     padding: Padding
     state: RecurrentState | None
-    x: Content
     factors: dict[str, Any]
     groups: int | None = None  # of channels, whose mean a norm takes from what enters it; None: none does
+    step: int = 0  # whose content goes this way, where a position takes several steps
     beside: list[Held] = field(default_factory=list)  # other ways of the content, each with its own factors
+
+    def cached(self, name: str) -> Tensor:
+        """A point's activation, without `hook_`, positions packed, at least float32; of the step whose content goes this way."""
+        return self.read(name, self.step)
+
+    @cached_property
+    def x(self) -> Float[Tensor, "batch pos channel"]:
+        """The content that goes this way."""
+        return self.cached("x")
 
     @property
     def documents(self) -> Int[Tensor, "batch pos"] | None:
@@ -65,9 +77,9 @@ class Held:
             raise InputError("hook_reset is below 0 or above 1 somewhere: the implicit attention knows no such reset.")
         return reset if reset.requires_grad or anywhere(reset != 0) else None
 
-    def aside(self) -> Held:
+    def aside(self, step: int = 0) -> Held:
         """A way beside this one, with the factors of what comes behind both."""
-        self.beside.append(Held(self.cached, self.padding, self.state, self.x, dict(self.factors)))
+        self.beside.append(Held(self.read, self.padding, self.state, dict(self.factors), step=step))
         return self.beside[-1]
 
     def centred(self, x: Tensor, axis: int) -> Tensor:
@@ -193,10 +205,12 @@ class PathMixer(Mixer):
     def factors(self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None) -> Factors:
         """The factors of the implicit attention: the stages held, from the last to the first; all in the order of the scan."""
 
-        def packed(name: str) -> Tensor:
-            return self.along(padding.pack(at_least_float32(cached(f"hook_{name}"))))
+        def packed(name: str, step: int | None = None) -> Tensor:
+            whole = self.along(padding.pack(at_least_float32(cached(f"hook_{name}"))))
+            stepped = step is not None and "step" in getattr(self, f"hook_{name}").point.dims
+            return whole[:, :, step] if stepped else whole
 
-        held = Held(packed, padding, state, packed("x"), {})
+        held = Held(packed, padding, state, {})
         for stage in reversed(self.path):
             for way in (held, *held.beside):
                 stage.hold(self, way)

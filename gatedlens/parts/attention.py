@@ -67,6 +67,7 @@ class AttentionKind:
     keys: str = ""
     together: bool = False
     after: str = ""
+    gate_of_heads: bool = False
 
     @property
     def inner(self) -> str:
@@ -114,7 +115,8 @@ class AttentionKind:
             Point("hook_z", q, "sum over key_pos of pattern * v", source),
         ]
         if self.gated:
-            rows += [Point("hook_gate", q, "sigmoid(gate_pre)", source), Point("hook_gated", q, "z * gate", source)]
+            gate = f"batch pos {self.head}" if self.gate_of_heads else q
+            rows += [Point("hook_gate", gate, "sigmoid(gate_pre)", source), Point("hook_gated", q, "z * gate", source)]
         if self.after:
             rows += [
                 Point("hook_scale", "batch pos one", f"sqrt(mean(o_proj({self.inner})^2) + eps)", RMSNORM),
@@ -221,7 +223,10 @@ class Attention(TokenMixing):
     ) -> tuple[Factors, ...]:
         """A is the pattern of each channel's head times the gate, x the values, and r what the carried values bring."""
         v, pattern, o = (at_least_float32(cached(name)) for name in ("hook_v", "hook_pattern", self.output_point))
-        gates = [at_least_float32(cached("hook_gate")).flatten(2)] if self.kind.gated else []
+        gates = [at_least_float32(cached("hook_gate"))] if self.kind.gated else []
+        if self.kind.gate_of_heads:
+            gates = [gate.unsqueeze(-1).expand(o.shape) for gate in gates]
+        gates = [gate.flatten(2) for gate in gates]
         if self.kind.after:
             gates.append((1 / at_least_float32(cached("hook_scale"))).expand(*o.shape[:2], o[0, 0].numel()))
         gate = padding.pack(reduce(torch.mul, gates)) if gates else None
@@ -379,7 +384,8 @@ class Attention(TokenMixing):
         pattern = F.dropout(pattern, vars(w).get("attention_dropout", 0.0), self.training)
         out = self.hook_z(torch.einsum("bhqk,bkhd->bqhd", pattern, values.repeat_interleave(groups, dim=2)))
         if gate_pre is not None:
-            out = self.hook_gated(out * self.hook_gate(torch.sigmoid(gate_pre)))
+            gate = self.hook_gate(torch.sigmoid(gate_pre))
+            out = self.hook_gated(out * (gate.unsqueeze(-1) if self.kind.gate_of_heads else gate))
         if self.kind.after:
             put_out = at_least_float32(F.linear(out.flatten(2), w.o_proj.weight))
             scale = self.hook_scale((put_out.pow(2).mean(-1, keepdim=True) + eps_of(self.after, 0.0)).sqrt())

@@ -68,8 +68,12 @@ class DeltaNetMixer(FlaMixer):
     def entering(self) -> Stage:
         return SiLU(("q", "k"), of="conv" if self.kind.conv else "x")
 
+    def betas(self, n: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos *step head"]:
+        """beta, in front of its sigmoid."""
+        return F.linear(n, self.weights.b_proj.weight)
+
     def read_beside(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Streams:
-        return {"beta_pre": self.hook_beta_pre(F.linear(n, self.weights.b_proj.weight))}
+        return {"beta_pre": self.hook_beta_pre(self.betas(n))}
 
     def named_weights(self) -> dict[str, Tensor]:
         return {**linear("beta", self.weights.b_proj), **super().named_weights()}
