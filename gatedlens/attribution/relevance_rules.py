@@ -111,7 +111,7 @@ class Rules:
         """`Rules.of(model)`: the rules of relevance for a model; `gates` as in `lrp`."""
         if gates not in GATES:
             raise InputError(f"gates={gates!r}: it is {', '.join(map(repr, GATES))}.{did_you_mean(str(gates), GATES)}")
-        every = [mixer for block in model.blocks for mixer in (*map(block.mixer_at, block.inner), *block.mixers)]
+        every = [mixer for block in model.blocks for mixer in block.mixers]
         mixers = tuple(f"blocks.{mixer.layer}.{mixer.place}." for mixer in every)
         outside = [name for name in model.names.points if not name.startswith(mixers)]
         scales = [name for name in model.names.points if name.endswith(SCALE) or _mixes(model, name, mixers)]

@@ -7,7 +7,8 @@
     gl.knockout.sweep(model, tokens, metric, dst=-1, window=3)              # Result [layer, src], a heat map
 
 o = A x + r is what a layer's token mixing hands to its output projection (`layer.py`), i a target, j a source. A is that
-of the same run, with whatever was edited upstream. Three things can be cut:
+of the same run, with whatever was edited upstream. In a layer of two mixers, side by side or one before the other, each has its A
+and is cut, unless layers=gl.layers.where(kind=...) names one of them. Three things can be cut:
 
     cut                 A[i, j] = 0: o_i loses all that comes from x_j, through conv, scan and skip
     cut_scan            o_i loses gate_i S[i, j] u_j: what the state carries of j's write into i's readout. The conv stays, and

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from gatedlens.address.entries import Index
-from gatedlens.address.layers import Layers, mixing_of
+from gatedlens.address.layers import Layers, Mixers, mixers_of
 from gatedlens.address.positions import Positions, columns, listed
 from gatedlens.errors import InputError
 from gatedlens.knockout.cutting import Cut, Way, erase, share, token, update, write
@@ -176,7 +176,8 @@ def sweep(
     InputError for a window that does not fit the layers, for positions that no row has, for a metric that is 0 without a cut,
     and for a model in training mode. Geva et al. 2023 (arXiv 2304.14767).
     """
-    chosen = mixing_of(model, layers)
+    mixers = mixers_of(model, layers)
+    chosen = tuple(dict.fromkeys(mixer.layer for mixer in mixers))
     if not 1 <= window <= len(chosen):
         raise InputError(f"window={window}: give 1 to {len(chosen)}, the number of layers.")
     windows = [chosen[max(0, c - window // 2) : c + (window + 1) // 2] for c in range(len(chosen))]
@@ -184,8 +185,9 @@ def sweep(
     groups = _sources(run, src)
     targets = run.mask_of(dst, "dst")
     made = partial(how, scan=scan, **index)
+    places = [Mixers(tuple((m.layer, m.place) for m in mixers if m.layer in some)) for some in windows]
     cells = [
-        _Cell((row, column), (), some, sources, targets, made)
+        _Cell((row, column), (), some, places[row], sources, targets, made)
         for row, some in enumerate(windows)
         for column, sources in enumerate(groups.values())
     ]
@@ -230,9 +232,10 @@ def _sources(run: Baseline, src: Positions | Mapping[str, Positions]) -> dict[An
 
 @dataclass(frozen=True)
 class _Cell(Cell):
-    """All edges from `src` to `dst` cut in `layers`; `how(src, dst, layers)` makes the cut."""
+    """All edges from `src` to `dst` cut in `mixers` of `layers`; `how(src, dst, layers)` makes the cut."""
 
     layers: Sequence[int]
+    mixers: Mixers
     src: Bool[Tensor, "batch pos"]
     dst: Bool[Tensor, "batch pos"]
     how: How
@@ -251,5 +254,5 @@ class _Cell(Cell):
     def hooks(self, cells: Sequence[Any], run: Baseline) -> list[tuple[str, Any]]:
         """One cut in the rows of all of them. The first source's batch of a window verifies that a cut is exact."""
         edges = Edges(((torch.cat([cell.src for cell in cells]), self.dst.repeat(len(cells), 1)),), strict=False)
-        cuts = _with(self.how(0, 0, layers=self.layers), edges=edges, verify=self.place[-1] == 0)
+        cuts = _with(self.how(0, 0, layers=self.mixers), edges=edges, verify=self.place[-1] == 0)
         return cuts.hooks(run.model)

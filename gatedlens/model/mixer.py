@@ -44,6 +44,7 @@ class TokenMixing(Part):
     attention_points: tuple[str, ...] = ()
     output_point = "hook_gated"
     scans: tuple[str, ...] = ("",)
+    heads_axis = "head"  # what its heads are called, where it has any
 
     def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int):
         super().__init__(weights, rows)

@@ -209,6 +209,7 @@ class Attention(TokenMixing):
         self.window = window
         self.__dict__["rotary"] = rotary  # of the wrapped model, as `weights` is
         self.output_point = kind.output
+        self.heads_axis = kind.head
         gates = (*(("hook_gate",) if kind.gated else ()), *(("hook_scale",) if kind.after else ()))
         self.attention_points = ("hook_v", "hook_pattern", *gates, kind.output)
         self.__dict__["after"] = after  # the wrapped norm behind o_proj
