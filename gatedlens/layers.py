@@ -1,13 +1,13 @@
 """Layers of a hybrid by what stands in them, wherever `layers=` is asked for.
 
-    gl.ablation.zero_scan(layers=gl.layers.where(kind="recurrent"))
+    gl.ablation.no_scan(layers=gl.layers.where(kind="recurrent"))
     gl.knockout.cut(3, -1, layers=gl.layers.where(kind="attention"))
     gl.knockout.cut(3, -1, layers=gl.layers.where(kind="attention", layers=[1, 2]))
     gl.layers.where(kind="recurrent").of(model)          # their numbers
 
-Kinds: "recurrent", "attention" and "conv" of what mixes tokens, "mlp" and "experts" of what mixes channels. A layer of two mixers,
-side by side (Falcon-H1) or one before the other (Zamba2), is of both kinds; then what acts on mixers (knockout, implicit attention
-and what is made of it) acts on those of the kind alone, and on both without one.
+Kinds: "recurrent", "attention" and "conv" of what mixes tokens, "mlp" and "experts" of what mixes channels. A layer of two
+mixers, side by side (Falcon-H1) or one before the other (Zamba2), is of both kinds; then what acts on mixers (knockout,
+implicit attention and what is made of it) acts on those of the kind alone, and on both without one.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def mixers_of(model: HookedModel, layers: Layers) -> tuple[Any, ...]:
         several = one is None or isinstance(one, slice | str | Where | Mixers) or _is_mask(one)
         for layer in layers_of(model, one):
             block = model.blocks[layer]
-            found = block.mixers if several else block.mixers or (block.mixer,)  # which says that there is none
+            found = list(block.mixers if several else block.mixers or (block.mixer,))  # which says that there is none
             if isinstance(one, Where | Mixers):
                 found = one.meant(found)
             chosen |= {(mixer.layer, mixer.place) for mixer in found}

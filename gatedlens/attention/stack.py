@@ -11,15 +11,15 @@
     gl.plot.layers(dict(zip(stack.names, stack.mean()[:, 0])), tokens)
 
 Where a layer mixes tokens more than once, side by side or one mixing before the other, each of its mixers has an operator of its
-own, one behind the other on the axis `layer`: `stack.names` says which is which, `stack[3, "attn"]` is one of them, and a stack of
-`layers=gl.layers.where(kind="attention")` holds those of that kind alone. A rollout chains them as the layer does.
+own, one behind the other on the axis `layer`: `stack.names` says which is which, `stack[3, "attn"]` is one of them, and a stack
+of `layers=gl.layers.where(kind="attention")` holds those of that kind alone. A rollout chains them as the layer does.
 
 An operator is derived from the cache when it is asked for, and not kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, overload
@@ -66,8 +66,8 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionStack:
-    """The operators of `mixers`, each a layer and the place in it where tokens are mixed, in running order; `parts` are the factors
-    that are in each (all of them), `heads` the heads whose channels they are of (None: all channels)."""
+    """The operators of `mixers`, each a layer and the place in it where tokens are mixed, in running order; `parts` are the
+    factors that are in each (all of them), `heads` the heads whose channels they are of (None: all channels)."""
 
     cache: ActivationCache
     mixers: tuple[tuple[int, str], ...]
@@ -95,7 +95,7 @@ class AttentionStack:
     def __getitem__(self, layer: int | tuple[int, str]) -> ImplicitAttention: ...
 
     @overload
-    def __getitem__(self, layer: slice | Sequence[int]) -> AttentionStack: ...
+    def __getitem__(self, layer: slice | list[int] | Where) -> AttentionStack: ...
 
     def __getitem__(self, layer: Any) -> ImplicitAttention | AttentionStack:
         """`stack[3]`: layer 3 of the model (-1: its last), of two in the stack the one that writes to the stream first;

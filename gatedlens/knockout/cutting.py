@@ -20,7 +20,7 @@ from gatedlens.address.layers import Layers, mixers_of, scans_of
 from gatedlens.attention.in_progress import underway, verify
 from gatedlens.attention.layer import ImplicitAttention
 from gatedlens.errors import InputError
-from gatedlens.knockout.token_edges import Edges, alike, visible
+from gatedlens.knockout.token_edges import Edges, GivenEdges, alike, visible
 from gatedlens.model.base import HookedModel
 from gatedlens.model.hookpoint import Capture, HookPoint
 from gatedlens.model.mixer import TokenMixing
@@ -88,7 +88,7 @@ class Cut:
     """One step of an intervention: `edges` cut in a `way`. `verify` costs one more scan: see `underway.verify`."""
 
     way: Way
-    edges: Edges
+    edges: Edges | GivenEdges
     layers: Layers
     scan: str | None
     index: Mapping[str, Index]

@@ -43,11 +43,12 @@ class Sub(NamedTuple):
 
 
 class Inner(NamedTuple):
-    """`Inner("shared", "shared.attn", "shared.hook_attn_out", "mixer", (ATTENTION, MLP))`: a part of a block that mixes tokens for
-    what one branch reads, and writes to no stream itself.
+    """`Inner("shared", "shared.attn", "shared.hook_attn_out", "mixer", (ATTENTION, MLP))`: a part of a block that mixes tokens
+    for what one branch reads, and writes to no stream itself.
 
-    It reads `{name}.hook_read`, a copy of the stream, and gives `{name}.hook_out`. mixer: where in it tokens are mixed; out: the
-    point behind that mixer's projection; reader: the branch that alone reads what it gives; kinds: what stands in it.
+    It reads `{name}.hook_read`, a copy of the stream, and gives `{name}.hook_out`; what it reads of the embedding beside the
+    stream is `{name}.hook_embed`. mixer: where in it tokens are mixed; out: the point behind that mixer's projection; reader:
+    the branch that alone reads what it gives; kinds: what stands in it.
     """
 
     name: str

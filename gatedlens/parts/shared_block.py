@@ -40,7 +40,8 @@ def shared_rows(attention: tuple[Point, ...], mlp: tuple[Point, ...], source: st
     """`shared_rows(ATTENDS.rows(PAPER), gated_mlp_rows("GELU"), PAPER)`: the points of a `SharedBlock`."""
     return (
         Point("hook_read", "batch pos d_model", "resid_pre (a copy: edits reach the shared block only)", source),
-        Point("hook_in", "batch pos d_concat", "read and embed side by side", source),
+        Point("hook_embed", "batch pos d_model", "embed (a copy: edits reach the shared block only)", source),
+        Point("hook_in", "batch pos d_concat", "read and shared.embed side by side", source),
         *norm_rows("ln1", "shared.in", RMSNORM, axes="batch pos d_concat"),
         *block_rows("attn", attention),
         Point("hook_attn_out", "batch pos d_model", "o_proj(attn.z)", source),
@@ -63,7 +64,7 @@ class SharedBlock(Part):
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], embed: Float[Tensor, "batch pos d_model"], run: DocumentRun
     ) -> Float[Tensor, "batch pos d_model"]:
-        both = self.hook_in(torch.cat([self.hook_read(x), embed], dim=-1))
+        both = self.hook_in(torch.cat([self.hook_read(x), self.hook_embed(embed)], dim=-1))
         attended = self.hook_attn_out(self.attn(self.ln1(both), run))
         mixed, last = self.mlp(self.ln2(attended), run), self.weights.linear
         return self.hook_out(F.linear(mixed, last.weight, last.bias))

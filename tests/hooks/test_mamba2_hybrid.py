@@ -237,7 +237,8 @@ def zamba2(out, c, w, config, cfg, layer, embed):
         return c(f"shared.{name}")
 
     inner["hook_read"] = c("hook_resid_pre")
-    inner["hook_in"] = torch.cat([within("hook_read"), embed], -1)
+    inner["hook_embed"] = embed
+    inner["hook_in"] = torch.cat([within("hook_read"), within("hook_embed")], -1)
     literally.norm_rows(inner, within, "ln1", within("hook_in"), shared.input_layernorm.weight, cfg.eps)
     m, d_head = shared.self_attn, config.attention_head_dim
     adapted = {}

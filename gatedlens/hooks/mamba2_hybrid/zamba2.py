@@ -3,9 +3,9 @@
     t  = linear(mlp(norm(attention(norm([h, embed])))))          of a shared block; t enters the mixer's input alone
     h += mamba(norm(h + t))
 
-There are num_mem_blocks shared blocks (parts/shared_block.py), used in turn; a layer's own are adapters of low rank, added to q, k,
-v (if the config says so) and to gate and up. Scores are divided by sqrt(d_head / 2); the MLP's activation is GELU. The time step is
-at least time_step_min and has no upper limit.
+There are num_mem_blocks shared blocks (parts/shared_block.py), used in turn; a layer's own are adapters of low rank, added to
+q, k, v (if the config says so) and to gate and up. Scores are divided by sqrt(d_head / 2); the MLP's activation is GELU. The
+time step is at least time_step_min and has no upper limit.
 """
 
 from __future__ import annotations
