@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gatedlens.attention import AttentionStack, Contributions, ImplicitAttention, implicit_attention
     from gatedlens.hooks import (
         HookedFLA, HookedGriffin, HookedJamba, HookedKimiLinear, HookedMamba, HookedMamba2, HookedMamba2Hybrid,
-        HookedOlmoHybrid, HookedQwen3Next, HookedRWKV, HookedRWKV6, HookedRWKV7, HookedViM, register,
+        HookedOlmoHybrid, HookedQwen3Next, HookedRWKV, HookedRWKV6, HookedRWKV7, HookedViM, HookedZamba, register,
     )
     from gatedlens.inspection import Inspection, inspect
     from gatedlens.loading import bundled_models, from_pretrained, wrap
@@ -43,7 +43,7 @@ else:
         "hooks": (
             "HookedFLA", "HookedGriffin", "HookedJamba", "HookedKimiLinear", "HookedMamba", "HookedMamba2",
             "HookedMamba2Hybrid", "HookedOlmoHybrid", "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7",
-            "HookedViM", "register",
+            "HookedViM", "HookedZamba", "register",
         ),
         "inspection": ("Inspection", "inspect"),
         "loading": ("bundled_models", "from_pretrained", "wrap"),
@@ -55,11 +55,12 @@ __all__ = [
     "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError",
     "HookPoint", "HookTable", "HookedConfig", "HookedFLA", "HookedGriffin", "HookedJamba", "HookedKimiLinear",
     "HookedLanguageModel", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid", "HookedModel", "HookedOlmoHybrid",
-    "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7", "HookedViM", "HookedVisionModel", "ImplicitAttention",
-    "InputError", "Inspection", "Point", "PointError", "RecurrentState", "Result", "StoreError", "TooLargeError",
-    "Verification", "View", "__version__", "ablation", "amplify", "attribution", "bundled_models", "circuits", "data",
-    "evaluation", "from_pretrained", "fused", "implicit_attention", "inspect", "knockout", "layers", "lens", "metrics",
-    "patching", "plot", "profiles", "register", "states", "steering", "store", "tasks", "tracing", "verify", "wrap",
+    "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7", "HookedViM", "HookedVisionModel", "HookedZamba",
+    "ImplicitAttention", "InputError", "Inspection", "Point", "PointError", "RecurrentState", "Result", "StoreError",
+    "TooLargeError", "Verification", "View", "__version__", "ablation", "amplify", "attribution", "bundled_models",
+    "circuits", "data", "evaluation", "from_pretrained", "fused", "implicit_attention", "inspect", "knockout", "layers",
+    "lens", "metrics", "patching", "plot", "profiles", "register", "states", "steering", "store", "tasks", "tracing",
+    "verify", "wrap",
 ]
 # isort: on
 # fmt: on

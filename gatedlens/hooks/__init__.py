@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from gatedlens.hooks.rwkv6 import HookedRWKV6 as HookedRWKV6
     from gatedlens.hooks.rwkv7 import HookedRWKV7 as HookedRWKV7
     from gatedlens.hooks.vim import HookedViM as HookedViM
+    from gatedlens.hooks.zamba import HookedZamba as HookedZamba
 else:
     CLASSES = {
         "fla": ("HookedFLA",),
@@ -48,6 +49,7 @@ else:
         "rwkv6": ("HookedRWKV6",),
         "rwkv7": ("HookedRWKV7",),
         "vim": ("HookedViM",),
+        "zamba": ("HookedZamba",),
     }
     __getattr__ = late(__name__, CLASSES)
 

@@ -17,13 +17,14 @@ HYBRIDS: dict[str, Callable[[], Any]] = {
     "Kimi Linear": lambda: gl.HookedKimiLinear.tiny(seed=1, dtype=torch.float64),
     "OLMo-hybrid": lambda: gl.HookedOlmoHybrid.tiny(seed=1, dtype=torch.float64),
     "Jamba": lambda: gl.HookedJamba.tiny(seed=1, dtype=torch.float64),
+    "Zamba": lambda: gl.HookedZamba.tiny(seed=1, dtype=torch.float64),
     "Bamba": lambda: test_mamba2_hybrid.tiny("Bamba"),
     "Granite": lambda: test_mamba2_hybrid.tiny("Granite"),
     "Nemotron-H": lambda: test_mamba2_hybrid.tiny("Nemotron-H"),
     "Falcon-H1": lambda: test_mamba2_hybrid.tiny("Falcon-H1"),
     "Zamba2": lambda: test_mamba2_hybrid.tiny("Zamba2"),
 }
-TWO = ("Falcon-H1", "Zamba2")  # whose layers mix tokens twice
+TWO = ("Falcon-H1", "Zamba", "Zamba2")  # whose layers mix tokens twice
 
 
 @cache
