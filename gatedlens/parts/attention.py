@@ -188,6 +188,7 @@ class Attention(TokenMixing):
 
     place = "attn"
     role = ATTENTION
+    last = "o_proj"  # what the wrapped module calls its output projection
 
     def __init__(
         self,
@@ -242,10 +243,15 @@ class Attention(TokenMixing):
         return (Factors(x=x, o=o, scan=PatternScan(own, before, head), gate=gate, start=start),)
 
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
-        out, by = self.weights.o_proj, self.multipliers.output
+        out, by = self.o_proj, self.multipliers.output
         if self.kind.after:  # of an o_proj without a bias
             return self.after.weight.unsqueeze(1) * multiplied(out.weight, by), None
         return multiplied(out.weight, by), None if out.bias is None else multiplied(out.bias, by)
+
+    @property
+    def o_proj(self) -> Any:
+        """The wrapped output projection."""
+        return getattr(self.weights, self.last)
 
     def project(self, n: Float[Tensor, "batch pos d_read"], name: str) -> Float[Tensor, "batch pos some d_head"]:
         """`projected` of "q", "k" or "v", by head."""
@@ -362,8 +368,9 @@ class Attention(TokenMixing):
         if gate_pre is not None:
             out = self.hook_gated(out * self.hook_gate(torch.sigmoid(gate_pre)))
         if self.kind.after:
-            put_out = at_least_float32(F.linear(out.flatten(2), w.o_proj.weight))
+            put_out = at_least_float32(F.linear(out.flatten(2), self.o_proj.weight))
             scale = self.hook_scale((put_out.pow(2).mean(-1, keepdim=True) + eps_of(self.after, 0.0)).sqrt())
             scaled = self.hook_scaled((at_least_float32(out) / scale.unsqueeze(-1)).to(out.dtype))
             return F.linear(scaled.flatten(2), *self.output_weights())
-        return multiplied(F.linear(out.flatten(2), w.o_proj.weight, w.o_proj.bias), self.multipliers.output)
+        last = self.o_proj
+        return multiplied(F.linear(out.flatten(2), last.weight, last.bias), self.multipliers.output)
