@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gatedlens.address import Alias, HookTable, Point, View
     from gatedlens.attention import AttentionStack, Contributions, ImplicitAttention, implicit_attention
     from gatedlens.hooks import (
-        HookedFLA, HookedGriffin, HookedJamba, HookedKimiLinear, HookedMamba, HookedMamba2, HookedMamba2Hybrid,
+        HookedFLA, HookedGriffin, HookedJamba, HookedKimiLinear, HookedLFM2, HookedMamba, HookedMamba2, HookedMamba2Hybrid,
         HookedMambaSsmHybrid, HookedOlmoHybrid, HookedQwen3Next, HookedRWKV, HookedRWKV6, HookedRWKV7, HookedViM, HookedZamba,
         register,
     )
@@ -42,9 +42,9 @@ else:
         "address": ("Alias", "HookTable", "Point", "View"),
         "attention": ("AttentionStack", "Contributions", "ImplicitAttention", "implicit_attention"),
         "hooks": (
-            "HookedFLA", "HookedGriffin", "HookedJamba", "HookedKimiLinear", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid",
-            "HookedMambaSsmHybrid", "HookedOlmoHybrid", "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7",
-            "HookedViM", "HookedZamba", "register",
+            "HookedFLA", "HookedGriffin", "HookedJamba", "HookedKimiLinear", "HookedLFM2", "HookedMamba", "HookedMamba2",
+            "HookedMamba2Hybrid", "HookedMambaSsmHybrid", "HookedOlmoHybrid", "HookedQwen3Next", "HookedRWKV", "HookedRWKV6",
+            "HookedRWKV7", "HookedViM", "HookedZamba", "register",
         ),
         "inspection": ("Inspection", "inspect"),
         "loading": ("bundled_models", "from_pretrained", "wrap"),
@@ -54,13 +54,13 @@ else:
 
 __all__ = [
     "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError", "HookPoint",
-    "HookTable", "HookedConfig", "HookedFLA", "HookedGriffin", "HookedJamba", "HookedKimiLinear", "HookedLanguageModel",
-    "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid", "HookedMambaSsmHybrid", "HookedModel", "HookedOlmoHybrid",
-    "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7", "HookedViM", "HookedVisionModel", "HookedZamba",
-    "ImplicitAttention", "InputError", "Inspection", "Point", "PointError", "RecurrentState", "Result", "StoreError",
-    "TooLargeError", "Verification", "View", "__version__", "ablation", "amplify", "attribution", "bundled_models", "circuits",
-    "data", "evaluation", "from_pretrained", "fused", "implicit_attention", "inspect", "knockout", "layers", "lens", "metrics",
-    "patching", "plot", "profiles", "register", "states", "steering", "store", "tasks", "tracing", "verify", "wrap",
+    "HookTable", "HookedConfig", "HookedFLA", "HookedGriffin", "HookedJamba", "HookedKimiLinear", "HookedLFM2",
+    "HookedLanguageModel", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid", "HookedMambaSsmHybrid", "HookedModel",
+    "HookedOlmoHybrid", "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7", "HookedViM", "HookedVisionModel",
+    "HookedZamba", "ImplicitAttention", "InputError", "Inspection", "Point", "PointError", "RecurrentState", "Result",
+    "StoreError", "TooLargeError", "Verification", "View", "__version__", "ablation", "amplify", "attribution", "bundled_models",
+    "circuits", "data", "evaluation", "from_pretrained", "fused", "implicit_attention", "inspect", "knockout", "layers", "lens",
+    "metrics", "patching", "plot", "profiles", "register", "states", "steering", "store", "tasks", "tracing", "verify", "wrap",
 ]
 # isort: on
 # fmt: on

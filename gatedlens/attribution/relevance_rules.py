@@ -49,8 +49,10 @@ from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.scanning import at_least_float32
 
 SIGMOID = "sigmoid("  # how the equation of a gate that only weighs begins
-ACTIVATION = re.compile(r"(\w+)\(([\w.]+)\)")  # the equation of a gate: an activation of one other point
-HAS_CONTENT = ("silu", "swish", "gelu", "gelu_tanh", "relu", "elu", "mish", "hardswish", "tanh")  # 0 at 0
+ACTIVATION = re.compile(
+    r"(?:(\w+)\()?([\w.]+)\)?"
+)  # the equation of a gate: an activation of one other point, or the point
+HAS_CONTENT = ("identity", "silu", "swish", "gelu", "gelu_tanh", "relu", "elu", "mish", "hardswish", "tanh")  # 0 at 0
 WEIGHS = ("sigmoid", "hardsigmoid", "softplus", "exp")  # not 0 at 0
 GATES = ("content", "half", "none")
 SCALE, GATE, ROUTING = ".hook_scale", ".hook_gate", ".hook_expert_weights"
@@ -209,7 +211,7 @@ def _gate(model: HookedModel, layer: int, name: str) -> Gate:
     """What a point says of itself by its equation: `SiLU(gate_pre)`, with names relative to its part or its block."""
     points, (own, _, _) = model.names.points, name.rpartition(".")
     found = ACTIVATION.fullmatch(points[name].equation)
-    act = found[1].lower() if found else points[name].equation.partition("(")[0].lower()
+    act = (found[1] or "identity").lower() if found else points[name].equation.partition("(")[0].lower()
     if found is None or act not in (*HAS_CONTENT, *WEIGHS):
         return Gate(act in WEIGHS, None)
     part, _, leaf = found[2].rpartition(".")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gatedlens.hooks.griffin import HookedGriffin as HookedGriffin
     from gatedlens.hooks.jamba import HookedJamba as HookedJamba
     from gatedlens.hooks.kimi_linear import HookedKimiLinear as HookedKimiLinear
+    from gatedlens.hooks.lfm2 import HookedLFM2 as HookedLFM2
     from gatedlens.hooks.mamba import HookedMamba as HookedMamba
     from gatedlens.hooks.mamba2 import HookedMamba2 as HookedMamba2
     from gatedlens.hooks.mamba2_hybrid import HookedMamba2Hybrid as HookedMamba2Hybrid
@@ -41,6 +42,7 @@ else:
         "griffin": ("HookedGriffin",),
         "jamba": ("HookedJamba",),
         "kimi_linear": ("HookedKimiLinear",),
+        "lfm2": ("HookedLFM2",),
         "mamba": ("HookedMamba",),
         "mamba2": ("HookedMamba2",),
         "mamba2_hybrid": ("HookedMamba2Hybrid",),

@@ -202,7 +202,8 @@ class HybridModel(PositionedModel):
             "swish" if family.act == "silu" else family.act,
         ):
             raise CheckpointError(f"{model_name} has hidden_act={act!r}; supported is {family.act!r}.")
-        check_rope(wrapped.model._modules.get("rotary_emb"), model_name)
+        inside = wrapped.model._modules
+        check_rope(inside.get("rotary_emb", inside.get("pos_emb")), model_name)
         weight = getattr(wrapped.model, family.embedding).weight
         own = {
             "act_fn": family.act,

@@ -19,6 +19,7 @@ HYBRIDS: dict[str, Callable[[], Any]] = {
     "Jamba": lambda: gl.HookedJamba.tiny(seed=1, dtype=torch.float64),
     "Zamba": lambda: gl.HookedZamba.tiny(seed=1, dtype=torch.float64),
     "mamba-ssm's": lambda: gl.HookedMambaSsmHybrid.tiny(seed=1, dtype=torch.float64),
+    "LFM2": lambda: gl.HookedLFM2.tiny(seed=1, dtype=torch.float64),
     "Bamba": lambda: test_mamba2_hybrid.tiny("Bamba"),
     "Granite": lambda: test_mamba2_hybrid.tiny("Granite"),
     "Nemotron-H": lambda: test_mamba2_hybrid.tiny("Nemotron-H"),

@@ -43,7 +43,7 @@ def own_of(model):
                 found.append((layer, name.removesuffix(".hook_pattern"), "attention"))
             elif name == "mixer.hook_reset":
                 found.append((layer, "mixer", "recurrent"))
-            elif name == "mixer.hook_conv_out":
+            elif name == "mixer.hook_in_gate":
                 found.append((layer, "mixer", "conv"))
     return found
 
