@@ -89,6 +89,7 @@ def bundled() -> list[str]:
 
 
 MODEL = Word(bundled, files=True)
+FILES = Word(lambda: (), files=True)
 DTYPE = Word(lambda: ("float64", "float32", "bfloat16", "float16"))
 DEVICE = Word(lambda: ("cpu", "cuda", "cuda:0", "mps"))
 
@@ -157,8 +158,8 @@ def with_model(default: str | None = None, loads: bool = True, dtype: str = "--d
 
 
 TEXT = click.option("--text", help="what it reads (default: a passage or prompt that suits a bundled model)")
-IMAGE = click.option("--image", type=click.Path(), help="the path of the image that a vision model reads")
-OUT = click.option("--out", default="out", show_default=True, type=click.Path(), help="the folder for what is written")
+IMAGE = click.option("--image", type=FILES, help="the path of the image that a vision model reads")
+OUT = click.option("--out", default="out", show_default=True, type=FILES, help="the folder for what is written")
 LAYER = click.option("--layer", type=int, default=-1, help="the layer (default: the last)")
 POSITION = click.option("--position", type=int, help="which position (default: the last; of an image its class token's)")
 ANSWER = click.option("--answer", help="the token that is asked about (default: the one that the model finds likeliest)")
