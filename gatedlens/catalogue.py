@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from gatedlens.address.equations import arrows
 from gatedlens.address.names import Point
 from gatedlens.errors import in_bytes
 from gatedlens.hooks import architectures
@@ -21,27 +21,6 @@ from gatedlens.model.base import HookedModel
 __all__ = ["data", "diagram", "index", "main", "page", "pages", "stale"]
 
 FOLDER = Path(__file__).parent.parent / "hooks"
-
-
-def arrows(rows: tuple[Point, ...]) -> list[tuple[str, str]]:
-    """(from, to) row names: an equation that names another row of the block depends on it.
-
-    A bare word is the row of the same part if there is one, else the only row of that leaf; `ln1.out` names its part.
-    """
-    by_leaf: dict[str, list[str]] = {}
-    for row in rows:
-        by_leaf.setdefault(row.leaf.removeprefix("hook_"), []).append(row.name)
-    place = {row.name: i for i, row in enumerate(rows)}
-    found = []
-    for row in rows:
-        formula = re.sub(r"\[[^\]]*\]", "", row.equation)  # an index is no dependency
-        for word in dict.fromkeys(re.findall(r"[A-Za-z_][A-Za-z_0-9]*(?:\.[A-Za-z_][A-Za-z_0-9]*)*", formula)):
-            part, _, leaf = word.rpartition(".")
-            names = [name for name in by_leaf.get(leaf, []) if not part or name == f"{part}.hook_{leaf}"]
-            near = [name for name in names if name.rpartition(".")[0] == row.part]
-            chosen = near or (names if len(names) == 1 else [])
-            found += [(name, row.name) for name in chosen if place[name] < place[row.name]]
-    return found
 
 
 def diagram(rows: tuple[Point, ...]) -> str:
