@@ -151,19 +151,26 @@ def stale(folder: Path = FOLDER) -> list[str]:
     return wrong + sorted(present - set(wanted))
 
 
+def _here() -> Path:
+    """The repository's hooks/; of an installed package, which has none, one where the command runs."""
+    return FOLDER if FOLDER.exists() else Path("hooks")
+
+
 def main() -> int:
     """`main()` is `python -m gatedlens.catalogue`: write the pages, or with --check fail on a stale one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=_here(), help="where the pages lie (%(default)s)")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is stale")
     args = parser.parse_args()
-    wrong = stale()
+    folder: Path = args.folder
+    wrong = stale(folder)
     if args.check:
         print(f"stale: {', '.join(wrong)} (run `make catalogue`)" if wrong else "the catalogue is up to date")
         return bool(wrong)
-    FOLDER.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     for name, text in pages().items():
-        (FOLDER / name).write_text(text)
-    print(f"wrote {len(pages())} files to {FOLDER.name}/" + (f" ({', '.join(wrong)} had changed)" if wrong else ""))
+        (folder / name).write_text(text)
+    print(f"wrote {len(pages())} files to {folder.name}/" + (f" ({', '.join(wrong)} had changed)" if wrong else ""))
     return 0
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -75,10 +76,24 @@ def notebook(path: Path) -> str:
     return nbformat.writes(made).rstrip() + "\n"
 
 
+INDEX = """# Tutorials
+
+One idea each, as notebooks and as scripts of the same cells (`make notebooks` makes one of the other). All run offline, on bundled
+models.
+
+"""
+
+
+def index() -> str:
+    """tutorials/README.md"""
+    lines = [f"{one.name.split('-')[0]}. [{title(one).partition(' ')[2]}]({one.stem}.ipynb)" for one in tutorials()]
+    return INDEX + "\n".join(lines) + "\n"
+
+
 def stale() -> list[str]:
     """The files of tutorials/ that are not as they should be."""
     wanted = {path.with_suffix(".ipynb"): notebook(path) for path in tutorials()}
-    wanted |= {path: script(path) for path in tutorials()}
+    wanted |= {path: script(path) for path in tutorials()} | {FOLDER / "README.md": index()}
     wrong = [path.name for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     return wrong + sorted(path.name for path in FOLDER.glob("*.ipynb") if path not in wanted)
 
@@ -90,6 +105,7 @@ def write() -> list[str]:
         text = script(path)
         path.write_text(text, encoding="utf-8")
         path.with_suffix(".ipynb").write_text(notebook(path), encoding="utf-8")
+    (FOLDER / "README.md").write_text(index(), encoding="utf-8")
     for path in FOLDER.glob("*.ipynb"):
         if not path.with_suffix(".py").exists():
             path.unlink()
@@ -125,6 +141,8 @@ def run(path: Path) -> Any:
         return found
     made = nbformat.reads(notebook(path), as_version=4)
     with tempfile.TemporaryDirectory() as folder:
+        for beside in (one for one in FOLDER.iterdir() if one.is_dir() and not one.name.startswith((".", "_"))):
+            shutil.copytree(beside, Path(folder) / beside.name)
         NotebookClient(made, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
     made.metadata["digest"] = digest(path)
     OUT.mkdir(parents=True, exist_ok=True)
