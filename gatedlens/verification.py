@@ -264,7 +264,9 @@ class Trial:
                 return x * (1 + 0.2 * noise) + 0.1 * noise
 
             with model.hooks([(name, edit)]):
-                edited, after = model.run_with_cache(self.batch, names_filter=[*feeds.get(name, ()), "hook_logits"], **options)
+                edited, after = model.run_with_cache(
+                    self.batch, names_filter=[*feeds.get(name, ()), "hook_logits"], **options
+                )
             if torch.equal(edited, plain):
                 idle.append(name)
             still += [f"{name} -> {fed}" for fed in feeds.get(name, ()) if torch.equal(after[fed], before[fed])]

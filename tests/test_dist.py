@@ -27,7 +27,15 @@ INSIDE = {
     "gatedlens/bundled/mamba-recall/tokenizer.json",
     "gatedlens/__main__.py",
 }
-IN_SOURCE = {"hooks/mamba.md", "tutorials/1-first-look.ipynb", "docs/start.md", "CITATION.cff", "llms.txt", "website/pages.py", "mkdocs.yml"}
+IN_SOURCE = {
+    "hooks/mamba.md",
+    "tutorials/1-first-look.ipynb",
+    "docs/start.md",
+    "CITATION.cff",
+    "llms.txt",
+    "website/pages.py",
+    "mkdocs.yml",
+}
 TRY = """
 import sys, gatedlens as gl
 assert gl.__file__.startswith(sys.prefix), gl.__file__
@@ -63,7 +71,8 @@ def test_what_is_inside(dist):
     for path in (ROOT / "gatedlens").rglob("*"):
         if path.is_file() and "__pycache__" not in path.parts:
             assert str(path.relative_to(ROOT)) in names, f"{path} is not in the wheel"
-    source = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as packed:
+        source = {name.partition("/")[2] for name in packed.getnames()}
     assert source >= IN_SOURCE | INSIDE - {"gatedlens/catalogue.json"}
     assert wheel.name.startswith(f"gatedlens-{gl.__version__}-") and sdist.name == f"gatedlens-{gl.__version__}.tar.gz"
 
@@ -85,4 +94,6 @@ def test_it_installs_and_runs_in_a_clean_environment(kind, dist, tmp_path):
     assert run(command, "--version", **where) == f"gatedlens {gl.__version__}\n"
     run(command, "lens", "gatedlens/mamba-recall", "--out", "out", **where)
     assert {path.suffix for path in (tmp_path / "work" / "out").iterdir()} == {".png", ".json"}
-    assert Path(run(python, "-c", "import gatedlens; print(gatedlens.__file__)", **where).strip()).is_relative_to(tmp_path)
+    assert Path(run(python, "-c", "import gatedlens; print(gatedlens.__file__)", **where).strip()).is_relative_to(
+        tmp_path
+    )

@@ -175,10 +175,16 @@ def test_notebooks_are_their_scripts_and_carry_no_output(tmp_path):
         nbformat.validate(made)
         code = [cell for cell in made.cells if cell.cell_type == "code"]
         assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
-        assert f"tutorials/{path.stem}.ipynb" in made.cells[0].source and "colab.research.google.com" in made.cells[0].source
+        assert (
+            f"tutorials/{path.stem}.ipynb" in made.cells[0].source
+            and "colab.research.google.com" in made.cells[0].source
+        )
         (install,) = [cell for cell in code if cell.source.startswith("%pip")]
         assert install.metadata["tags"] == ["skip-execution"]
-        assert jupytext.writes(made, "py:percent").partition("# %%")[2].split() == path.read_text().partition("# %%")[2].split()
+        assert (
+            jupytext.writes(made, "py:percent").partition("# %%")[2].split()
+            == path.read_text().partition("# %%")[2].split()
+        )
 
 
 def test_a_new_tutorial_gets_its_notebook_and_what_is_changed_is_stale(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
-"""The site and the pages of the repository: every link leads somewhere, every public callable has its place, a browser shows it."""
+"""The site and the pages of the repository: every link leads somewhere, every public callable has its place, and a browser
+shows it."""
 
 from __future__ import annotations
 
@@ -73,9 +74,13 @@ class Page(HTMLParser):
             self.anchors.add(given["id"])
         if tag == "a" and given.get("href") is not None:
             self.links.append(given["href"])
-        if tag in ("script", "img", "link", "iframe", "source") and (given.get("src") or given.get("href")):
-            if given.get("rel") not in ("canonical", "prev", "next"):
-                self.loaded.append(given.get("src") or given["href"])
+        loads = tag in ("script", "img", "link", "iframe", "source") and given.get("rel") not in (
+            "canonical",
+            "prev",
+            "next",
+        )
+        if loads and (given.get("src") or given.get("href")):
+            self.loaded.append(given.get("src") or given["href"])
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +89,11 @@ def site(tmp_path_factory):
     out = tmp_path_factory.mktemp("site")
     env = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
     built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(out)], cwd=ROOT, env=env, capture_output=True, text=True
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(out)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert built.returncode == 0, built.stderr[-3000:]
     assert "WARNING" not in built.stderr, built.stderr[-3000:]
@@ -118,7 +127,9 @@ def test_nothing_is_loaded_from_elsewhere(site, built):
     for sheet in site.rglob("*.css"):
         assert not re.search(r"url\([\"']?(https?:)?//", sheet.read_text(encoding="utf-8")), sheet
     for script in ("import(", "unpkg.com"):
-        assert script in "".join(p.read_text() for p in site.glob("assets/javascripts/bundle*.js")) or script == "import("
+        assert (
+            script in "".join(p.read_text() for p in site.glob("assets/javascripts/bundle*.js")) or script == "import("
+        )
     assert (site / "assets" / "mermaid-11.17.2.min.js").exists(), "else the theme would ask unpkg.com for it"
 
 
@@ -126,7 +137,9 @@ def test_nothing_is_loaded_from_elsewhere(site, built):
 def test_every_public_callable_is_in_the_reference(site):
     text = {path.stem: path.read_text(encoding="utf-8") for path in (site / "reference").glob("*.html")}
     whole = "".join(text.values())
-    assert not [said for said in REACHED if f"{said.rpartition('.')[2]}</span>" not in whole and f'{said}"' not in whole]
+    assert not [
+        said for said in REACHED if f"{said.rpartition('.')[2]}</span>" not in whole and f'{said}"' not in whole
+    ]
     for said, _, names in pages.public():
         for name in names:
             assert f">{said}.{name}<" in text[said] or f"{said}.{name}" in text[said], f"{said}.{name}"
@@ -164,7 +177,11 @@ def test_a_browser_shows_it(site, tmp_path):
             with Image.open(picture) as image:
                 assert len(image.convert("RGB").getcolors(2**24)) > colours, f"{page} is blank"
         dumped = subprocess.run(
-            [*common, "--dump-dom", f"{address}/hooks/mamba.html"], check=True, capture_output=True, text=True, timeout=120
+            [*common, "--dump-dom", f"{address}/hooks/mamba.html"],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=120,
         ).stdout
         assert '<pre class="mermaid"' not in dumped and '<div class="mermaid"' in dumped, "the diagram is drawn"
     finally:

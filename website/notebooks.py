@@ -1,11 +1,11 @@
-"""Notebooks: each tutorial twice, as a script that is read and edited and as the notebook that is made of it (jupytext, percent format).
+"""Notebooks: each tutorial twice, as a script that is read and edited and as the notebook that is made of it (jupytext).
 
     python -m website.notebooks               # writes tutorials/*.ipynb from tutorials/*.py          (make notebooks)
     python -m website.notebooks --check       # fails if one is stale
     python -m website.notebooks --run         # runs those that have changed, for their outputs       (make docs, the tests)
 
-A notebook in the repository carries no output. Outputs lie in out/notebooks, each with a digest of what made them: of the tutorial
-and of the package. A cell that installs the package is for Colab and is passed over here.
+A notebook in the repository carries no output. Outputs lie in out/notebooks, each with a digest of what made them: of the
+tutorial and of the package. A cell that installs the package is for Colab and is passed over here.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def colab(path: Path) -> str:
 
 
 def script(path: Path) -> str:
-    """The tutorial's text with its Colab line, and the cell that installs the package there, in front of the first cell of code."""
+    """The tutorial's text with its Colab line, and the cell that installs the package there, before the first of code."""
     text = path.read_text(encoding="utf-8")
     text = re.sub(r"\n#\n# \[Open in Colab\]\(.*\)", "", text, count=1)
     text = re.sub(r"^(# # .+)$", lambda found: f"{found[1]}\n#\n{colab(path)}", text, count=1, flags=re.M)
@@ -78,8 +78,8 @@ def notebook(path: Path) -> str:
 
 INDEX = """# Tutorials
 
-One idea each, as notebooks and as scripts of the same cells (`make notebooks` makes one of the other). All run offline, on bundled
-models.
+One idea each, as notebooks and as scripts of the same cells (`make notebooks` makes one of the other). All run offline,
+on bundled models.
 
 """
 
@@ -94,7 +94,9 @@ def stale() -> list[str]:
     """The files of tutorials/ that are not as they should be."""
     wanted = {path.with_suffix(".ipynb"): notebook(path) for path in tutorials()}
     wanted |= {path: script(path) for path in tutorials()} | {FOLDER / "README.md": index()}
-    wrong = [path.name for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    wrong = [
+        path.name for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
     return wrong + sorted(path.name for path in FOLDER.glob("*.ipynb") if path not in wanted)
 
 

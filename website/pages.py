@@ -157,7 +157,7 @@ def tutorial(path: Path) -> dict[str, str | bytes]:
             if shown:
                 parts.append(f'<div class="output" markdown>\n\n{shown}\n\n</div>')
     if not fresh:
-        parts.insert(1, '!!! note\n    Without outputs: `make docs` runs the tutorials first.')
+        parts.insert(1, "!!! note\n    Without outputs: `make docs` runs the tutorials first.")
     files[f"tutorials/{path.stem}.md"] = "\n\n".join(parts) + "\n"
     return files
 

@@ -1,6 +1,6 @@
 """Equations: which point is made of which, read off the rows.
 
-    arrows(rows)                  # [("mixer.hook_dt", "mixer.hook_decay"), ...]: an edit of the first moves the second
+arrows(rows)                  # [("mixer.hook_dt", "mixer.hook_decay"), ...]: an edit of the first moves the second
 """
 
 from __future__ import annotations

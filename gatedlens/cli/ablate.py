@@ -45,8 +45,8 @@ def ablate(
 ) -> Answer:  # fmt: skip
     """What each ablation does to log p(answer) at the last position, or to logit[answer] - logit[wrong].
 
-    point: None takes whole components away, each in each layer (a component that a layer lacks has no number); else a point's word,
-    name or glob, by layer, or by layer and pos. how: zero; mean: the mean of the point over this text; noise of its size.
+    point: None takes whole components away, each in each layer (one that a layer lacks has no number); else a point's word, name
+    or glob, by layer, or by layer and pos. how: zero; mean: the mean of the point over this text; noise of its size.
     """
     if how not in HOW:
         raise InputError(f"--how {how}: it is {' or '.join(HOW)}.{did_you_mean(how, HOW)}")
@@ -112,18 +112,26 @@ def _of_points(model: HookedModel, text: str, point: str, how: str, by_pos: bool
 
 
 def _measured(
-    model: HookedModel, batch: Any, metric: Any, plain: float, cells: list[Cell], name: str, text: str, point: str | None
+    model: HookedModel,
+    batch: Any,
+    metric: Any,
+    plain: float,
+    cells: list[Cell],
+    name: str,
+    text: str,
+    point: str | None,
 ) -> Result:
     """A Result of every cell; NaN where there is none."""
     axes = ("component", "layer") if point is None else ("layer", "pos")[: len(cells[0][0])] if cells else ("layer",)
-    labels: dict[str, list[Any]] = {axis: list(dict.fromkeys(key[i] for key, _ in cells)) for i, axis in enumerate(axes)}
+    labels: dict[str, list[Any]] = {
+        axis: list(dict.fromkeys(key[i] for key, _ in cells)) for i, axis in enumerate(axes)
+    }
     values = torch.full([len(labels[axis]) for axis in axes], torch.nan, dtype=torch.float64)
     for key, step in cells:
         with step.on(model):
-            values[tuple(labels[axis].index(one) for axis, one in zip(axes, key, strict=True))] = (
-                float(metric(model(batch))) - plain
-            )
+            change = float(metric(model(batch))) - plain
+        values[tuple(labels[axis].index(one) for axis, one in zip(axes, key, strict=True))] = change
     if "pos" in labels:
-        labels["pos"] = model.to_str_tokens(text)  # type: ignore[attr-defined]
+        labels["pos"] = model.to_str_tokens(text)
     title = f"{name}: without {'each component' if point is None else point}"
     return Result(values, axes, labels, title, "change", {"model": name, "text": text, "whole": plain})

@@ -8,6 +8,7 @@ Which tokens or patches a prediction comes from: a coloured text (a page) or a m
 
 from __future__ import annotations
 
+from gatedlens import plot
 from gatedlens.cli.answer import Answer, table
 from gatedlens.cli.attention import read
 from gatedlens.cli.outfolder import out_folder, stem, written
@@ -26,7 +27,9 @@ def attribute(
     explain = explainer(method)
     model = source.open()
     input, labels, said = read(model, text, image)
-    chosen = [None if one is None else single(model, one, name) for one, name in ((answer, "--answer"), (wrong, "--wrong"))]
+    chosen = [
+        None if one is None else single(model, one, name) for one, name in ((answer, "--answer"), (wrong, "--wrong"))
+    ]
     target = (chosen[0], chosen[1]) if wrong is not None else chosen[0]
     folder = out_folder(out)
     found = explain(model, input, target, progress=False)
@@ -36,7 +39,7 @@ def attribute(
     tops = [{"label": labels[place], "pos": place, "value": float(scores[place])} for place in places]
     what = _said(model, found.target)
     if isinstance(model, HookedLanguageModel):
-        page = found.plot().save(stem(folder, source.name, f"attribute-{method}", ".html"))
+        page = plot.text(scores, labels, found.title).save(stem(folder, source.name, f"attribute-{method}", ".html"))
         files = [str(page), *written(folder, source.name, f"attribute-{method}", found, figure=None)]
     else:
         files = written(folder, source.name, f"attribute-{method}", found)

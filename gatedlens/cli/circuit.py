@@ -8,6 +8,7 @@ the strongest of them keep; a picture and the circuit as JSON.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from gatedlens import circuits, metrics
@@ -17,7 +18,11 @@ from gatedlens.cli.prompts import pair_of, single
 from gatedlens.cli.source import Source
 from gatedlens.errors import InputError, did_you_mean
 
-METHODS = {"eap": circuits.eap, "eap_ig": circuits.eap_ig, "edge_patch": circuits.edge_patch}
+METHODS: dict[str, Callable[..., circuits.Circuit]] = {
+    "eap": circuits.eap,
+    "eap_ig": circuits.eap_ig,
+    "edge_patch": circuits.edge_patch,
+}
 
 
 def circuit(
@@ -47,6 +52,11 @@ def circuit(
             "model": source.name, "clean": clean, "corrupted": corrupted, "answer": answer, "wrong": wrong, "method": method,
             "edges": [dict(zip(("sender", "receiver", "score"), row, strict=True)) for row in rows], "faithfulness": faithful,
         },
-        [f"clean:     {clean!r} -> {answer!r}", f"corrupted: {corrupted!r} -> {wrong!r}", shown, table("sender receiver score", rows)],
+        [
+            f"clean:     {clean!r} -> {answer!r}",
+            f"corrupted: {corrupted!r} -> {wrong!r}",
+            shown,
+            table("sender receiver score", rows),
+        ],
         files=[f"{where}.png", str(kept.save(f"{where}.json"))],
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """The command line: `gatedlens demo`, `attention`, `patch`, `harvest`, ...; each has --help with examples, and --json.
 
-What goes wrong is one line, an interruption says how to go on, and with --json an error is JSON too. The commands themselves stand
-in `commands.py`; of what knows torch nothing is imported here.
+What goes wrong is one line, an interruption says how to go on, and with --json an error is JSON too. The commands themselves
+stand in `commands.py`; of what knows torch nothing is imported here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import rich_click as click
+from click.exceptions import Exit
 
 from gatedlens.cli.answer import Answer
 from gatedlens.cli.commands import COMPLETE, app
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with app.make_context("gatedlens", given) as context:
                 as_json, answer = app.invoke(context)
             _print(answer, as_json)
-        except click.exceptions.Exit as done:
+        except Exit as done:
             raise SystemExit(done.exit_code) from None
         except click.ClickException as error:
             raise SystemExit(said.failed(error, _usage(error), 2)) from None

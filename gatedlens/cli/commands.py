@@ -25,6 +25,7 @@ from gatedlens.cli.options import (
     Several,
     Word,
     app,
+    as_json,
     command,
     pair,
     with_model,
@@ -184,7 +185,10 @@ def compare(out: str) -> Answer:
 
     found = run(out)
     label, guess, probability, error = found.digit
-    rows = [[name, answer, right, strongest, f"{off:.1e}"] for name, (answer, right, strongest, off) in found.recalled.items()]
+    rows = [
+        [name, answer, right, strongest, f"{off:.1e}"]
+        for name, (answer, right, strongest, off) in found.recalled.items()
+    ]
     return Answer(
         found.to_dict(),
         [
@@ -236,7 +240,11 @@ def verify(source: Source) -> Answer:
 @IMAGE
 @LAYER
 @click.option(
-    "--reduce", type=REDUCE, default="mean", show_default=True, help="mean or abs_mean over channels, or row: one row of the mean"
+    "--reduce",
+    type=REDUCE,
+    default="mean",
+    show_default=True,
+    help="mean or abs_mean over channels, or row: one row of the mean",
 )
 @POSITION
 @OUT
@@ -284,7 +292,14 @@ def lens(source: Source, text: str | None, answer: str | None, position: int | N
 @click.option("--top", type=int, default=10, show_default=True, help="how many shares are shown")
 @OUT
 def dla(
-    source: Source, text: str | None, answer: str | None, wrong: str | None, by: str, position: int | None, top: int, out: str
+    source: Source,
+    text: str | None,
+    answer: str | None,
+    wrong: str | None,
+    by: str,
+    position: int | None,
+    top: int,
+    out: str,
 ) -> Answer:
     """Direct logit attribution: which component, token or head writes the answer's logit. The shares sum exactly."""
     from gatedlens.cli.dla import dla as run
@@ -302,7 +317,14 @@ def dla(
 @click.option("--top", type=int, default=5, show_default=True, help="how many tokens or patches are shown")
 @OUT
 def attribute(
-    source: Source, text: str | None, image: str | None, method: str, answer: str | None, wrong: str | None, top: int, out: str
+    source: Source,
+    text: str | None,
+    image: str | None,
+    method: str,
+    answer: str | None,
+    wrong: str | None,
+    top: int,
+    out: str,
 ) -> Answer:
     """Explain a prediction: the relevance of each token, as a coloured page, or of each patch, as a map."""
     from gatedlens.cli.attribute import attribute as run
@@ -315,7 +337,9 @@ def attribute(
 @TEXT
 @ANSWER
 @WRONG
-@click.option("--point", help="mixer_out, gate, state, ... or a glob (default: whole components: scan, conv, gate, ...)")
+@click.option(
+    "--point", help="mixer_out, gate, state, ... or a glob (default: whole components: scan, conv, gate, ...)"
+)
 @click.option("--how", type=HOW, default="zero", show_default=True, help="what a point becomes: zero, mean or noise")
 @click.option("--axes", default="layer", show_default=True, help="layer, or of a point layer,pos")
 @click.option("--top", type=int, default=10, show_default=True, help="how many are shown")
@@ -333,7 +357,9 @@ def ablate(
 @command("patch", PATCH, quiet=True)
 @with_model()
 @pair
-@click.option("--point", default="resid_pre", show_default=True, help="resid_pre, mixer_out, gate, state, ... or a glob")
+@click.option(
+    "--point", default="resid_pre", show_default=True, help="resid_pre, mixer_out, gate, state, ... or a glob"
+)
 @click.option("--axes", default="layer,pos", show_default=True, help="what is swept: layer, and any axes of the point")
 @click.option("--batch-size", type=int, help="how many patches a run holds at most (default: what memory allows)")
 @OUT
@@ -434,7 +460,7 @@ def harvest(
     what = {"max_tokens": max_tokens, "positions": positions, "dtype": dtype, "reduce": list(reduce) or None}
     options: dict[str, Any] = {"batch_size": batch_size, "context": context, "field": field, **what}
     size = store.estimate(model, data, list(names), out, **options)
-    if not click.get_current_context().params.get("json"):
+    if not as_json():
         click.echo(f"{out}: {size}")
     made = store.harvest(model, data, list(names), out, **options, engine=engine, workers=workers, progress=progress)
     done = made.manifest["finished"]

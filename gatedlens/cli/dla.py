@@ -39,7 +39,7 @@ def dla(
     said = model.to_string([right])
     what = f"the logit of {said!r}" + (f" - {wrong!r}" if wrong is not None else "")
     tops = found.top(top)
-    names = [axis for axis in found.axes]
+    names = list(found.axes)
     rows = cells(tops, names)
     total = float(found.values.double().sum())
     return Answer(

@@ -49,7 +49,17 @@ def lens(
         columns += " answer rank"
         rows = [[*row, f"{one['answer']:.1%}", one["rank"]] for row, one in zip(rows, depths, strict=True)]
     return Answer(
-        {"model": source.name, "text": text, "position": place, "token": tokens[place], "answer": answer, "layers": depths},
-        [f"{source.name} reads {text!r}; after {tokens[place]!r} at {place} each layer would say:", table(columns, rows)],
+        {
+            "model": source.name,
+            "text": text,
+            "position": place,
+            "token": tokens[place],
+            "answer": answer,
+            "layers": depths,
+        },
+        [
+            f"{source.name} reads {text!r}; after {tokens[place]!r} at {place} each layer would say:",
+            table(columns, rows),
+        ],
         files=written(folder, source.name, "lens", shown, figure),
     )

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import rich_click as click
+from click.shell_completion import CompletionItem
 
 from gatedlens.cli.answer import Answer
 from gatedlens.cli.source import Source
@@ -32,7 +33,7 @@ class Several(click.Option):
     """An option of several words, given once or more often."""
 
     def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, multiple=True, **options)
+        super().__init__(*args, **{**options, "multiple": True})
 
 
 class Command(click.RichCommand):
@@ -79,8 +80,8 @@ class Word(click.ParamType):
         self.known, self.files = known, files
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
-        found = [click.shell_completion.CompletionItem(w) for w in self.known() if w.startswith(incomplete)]
-        return found or [click.shell_completion.CompletionItem(incomplete, type="file")] if self.files else found
+        found = [CompletionItem(w) for w in self.known() if w.startswith(incomplete)]
+        return found or [CompletionItem(incomplete, type="file")] if self.files else found
 
 
 def bundled() -> list[str]:
@@ -123,6 +124,12 @@ def command(name: str, examples: str, quiet: bool = False) -> Callable[[Function
     return decorate
 
 
+def as_json() -> bool:
+    """Whether the command that runs prints JSON, so that it says nothing else."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.params.get("json"))
+
+
 def with_model(default: str | None = None, loads: bool = True, dtype: str = "--dtype") -> Callable[[Function], Any]:
     """The model, as `source`. loads: whether its weights are read; dtype: what the option for its numbers is called."""
 
@@ -135,20 +142,28 @@ def with_model(default: str | None = None, loads: bool = True, dtype: str = "--d
             name = default if name is None else name
             if name is None:
                 raise click.UsageError("Give a model: MODEL, or --model MODEL.")
-            how = {key: given.pop(key) for key in ("tokenizer", "variant", "device", "model_dtype", "revision") if key in given}
+            how = {
+                key: given.pop(key)
+                for key in ("tokenizer", "variant", "device", "model_dtype", "revision")
+                if key in given
+            }
             source = Source(name, dtype=how.pop("model_dtype"), **how)
             return function(source=source, **given)
 
         options = [
             click.argument("named", metavar="MODEL", required=False, type=MODEL),
             click.option("--model", type=MODEL, help=f"the same as MODEL{f' (default: {default})' if default else ''}"),
-            click.option("--variant", help="which model a checkpoint of one file holds, where it does not say so itself"),
+            click.option(
+                "--variant", help="which model a checkpoint of one file holds, where it does not say so itself"
+            ),
             click.option("--revision", help="of a hub model: a branch, tag or commit"),
         ]
         said = "float64 for the sharpest figures, bfloat16, ..." if loads else "in which bytes are counted"
         options.append(click.option(dtype, "model_dtype", type=DTYPE, help=f"{said} (default: as the checkpoint)"))
         if loads:
-            options.append(click.option("--device", type=DEVICE, help="cpu, cuda:0, ... (default: cuda where there is one)"))
+            options.append(
+                click.option("--device", type=DEVICE, help="cpu, cuda:0, ... (default: cuda where there is one)")
+            )
             options.append(click.option("--tokenizer", help="a folder or hub name (default: the one beside the model)"))
         for option in reversed(options):
             opened = option(opened)
@@ -161,8 +176,12 @@ TEXT = click.option("--text", help="what it reads (default: a passage or prompt 
 IMAGE = click.option("--image", type=FILES, help="the path of the image that a vision model reads")
 OUT = click.option("--out", default="out", show_default=True, type=FILES, help="the folder for what is written")
 LAYER = click.option("--layer", type=int, default=-1, help="the layer (default: the last)")
-POSITION = click.option("--position", type=int, help="which position (default: the last; of an image its class token's)")
-ANSWER = click.option("--answer", help="the token that is asked about (default: the one that the model finds likeliest)")
+POSITION = click.option(
+    "--position", type=int, help="which position (default: the last; of an image its class token's)"
+)
+ANSWER = click.option(
+    "--answer", help="the token that is asked about (default: the one that the model finds likeliest)"
+)
 WRONG = click.option("--wrong", help="the token that it is compared with (default: none)")
 BATCH = click.option("--batch-size", type=int, default=8, show_default=True, help="how many are computed together")
 

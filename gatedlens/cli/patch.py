@@ -60,7 +60,7 @@ def patch(
     wrong: str | None = None,
     point: str = "resid_pre",
     axes: str = "layer,pos",
-    out: str | Path = "out",
+    out: str = "out",
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Patched:

@@ -1,8 +1,8 @@
 """Prompts: the texts and tokens of a command, as the model knows them.
 
-    clean, corrupted, answer, wrong = pair_of("patch", "gatedlens/mamba-recall", None, None, None, None)
-    right = single(model, answer, "--answer")            # its id, or an InputError that names the option
-    right = likeliest(model, text)                       # the id of what the model would say
+clean, corrupted, answer, wrong = pair_of("patch", "gatedlens/mamba-recall", None, None, None, None)
+right = single(model, answer, "--answer")            # its id, or an InputError that names the option
+right = likeliest(model, text)                       # the id of what the model would say
 """
 
 from __future__ import annotations

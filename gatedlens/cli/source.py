@@ -1,7 +1,7 @@
 """Source: the model that a command is given, by its name and by how it is opened; nothing is read before `open`.
 
-    source = Source("gatedlens/mamba-moby", dtype="float64")
-    source.name, source.open()
+source = Source("gatedlens/mamba-moby", dtype="float64")
+source.name, source.open()
 """
 
 from __future__ import annotations

@@ -29,20 +29,8 @@ class WorldVocabulary:
     @staticmethod
     def read(path: str | Path) -> WorldVocabulary:
         """`WorldVocabulary.read(path)`: that of a file; CheckpointError names the line that is not as it should be."""
-        words: dict[bytes, int] = {}
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                first, rest = line.split(" ", 1)
-                literal, size = rest.rsplit(" ", 1)
-                said = ast.literal_eval(literal)
-                word = said.encode("utf-8") if isinstance(said, str) else bytes(said)
-                if len(word) != int(size):
-                    raise ValueError(f"it has {len(word)} bytes")
-                words[word] = int(first)
-            except (ValueError, SyntaxError, TypeError) as error:
-                raise CheckpointError(
-                    f"{path}, line {number}: expected is an id, a word and its bytes, as 33 '!' 1; this is {line[:60]!r} ({error})."
-                ) from error
+        lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
+        words = dict(_word(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line)
         if not words:
             raise CheckpointError(f"{path} holds no words.")
         return WorldVocabulary(words)
@@ -76,3 +64,19 @@ class WorldVocabulary:
     def get_vocab(self) -> dict[str, int]:
         """`words.get_vocab()["!"]`: ids by word."""
         return {word.decode("utf-8", errors="replace"): i for word, i in self.words.items()}
+
+
+def _word(line: str, where: str) -> tuple[bytes, int]:
+    """(word, id) of a line."""
+    try:
+        first, rest = line.split(" ", 1)
+        literal, size = rest.rsplit(" ", 1)
+        said = ast.literal_eval(literal)
+        word = said.encode("utf-8") if isinstance(said, str) else bytes(said)
+        if len(word) != int(size):
+            raise ValueError(f"it has {len(word)} bytes")
+        return word, int(first)
+    except (ValueError, SyntaxError, TypeError) as error:
+        raise CheckpointError(
+            f"{where}: expected is an id, a word and its bytes, as 33 '!' 1; this is {line[:60]!r} ({error})."
+        ) from error

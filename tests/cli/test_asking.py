@@ -64,7 +64,9 @@ def test_dla_sums_to_the_logit(asked, model):
 
 def test_attribute(asked, model, tmp_path):
     found, out = asked("attribute", RECALL, "--text", TEXT, "--method", "occlusion", "--answer", "3", "--wrong", "7")
-    want = gl.attribution.occlusion(model, TEXT, (model.to_single_token("3"), model.to_single_token("7")), progress=False)
+    want = gl.attribution.occlusion(
+        model, TEXT, (model.to_single_token("3"), model.to_single_token("7")), progress=False
+    )
     assert found["scores"] == pytest.approx(want.scores[0].tolist(), abs=1e-4)
     assert found["tops"][0]["pos"] == int(want.order(0)[0]) and "the logit of '3' - '7'" in out
     digit = gl.data.digits()["test"][0][0]
@@ -77,7 +79,9 @@ def test_attribute(asked, model, tmp_path):
 
 def test_ablate(asked, model):
     found, out = asked("ablate", RECALL, "--text", TEXT, "--answer", "3")
-    assert found["axes"] == ["component", "layer"] and found["metric"] == "log p(answer)" and "changes most without" in out
+    assert (
+        found["axes"] == ["component", "layer"] and found["metric"] == "log p(answer)" and "changes most without" in out
+    )
     measure = gl.metrics.log_probability(model.to_single_token("3"))
     plain = float(measure(model(TEXT).detach()))
     assert found["whole"] == pytest.approx(plain, abs=1e-5)
@@ -86,7 +90,9 @@ def test_ablate(asked, model):
     assert found["values"][1][1] == pytest.approx(change, abs=1e-4)
     found, _ = asked("ablate", RECALL, "--text", TEXT, "--point", "mixer_out", "--how", "mean", "--axes", "layer,pos")
     assert found["shape"] == [2, 9] and found["tops"][0]["pos"] in (2, 3, 8)
-    assert asked("ablate", RECALL, "--text", TEXT, "--point", "gate", "--how", "noise", "--wrong", "7")[0]["shape"] == [2]
+    assert asked("ablate", RECALL, "--text", TEXT, "--point", "gate", "--how", "noise", "--wrong", "7")[0]["shape"] == [
+        2
+    ]
     rows, _ = asked("ablate", "gatedlens/gdn-recall", "--text", TEXT)
     assert rows["shape"][0] > 3, "a delta rule has an erase, too"
 

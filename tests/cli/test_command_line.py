@@ -323,11 +323,7 @@ def test_every_wrong_argument_is_one_line(name, files, capsys):
     """Code 2 and one line of our own, whatever is wrong; nothing else is said."""
     for arguments in WRONG[name]:
         own = RUNS[name][:1] if arguments[0] == "--model" and RUNS[name][1] == RECALL else RUNS[name]
-        line = (
-            [*own, *arguments]
-            if "--out" in arguments or name == "table"
-            else [*own, "--out", "out", *arguments]
-        )
+        line = [*own, *arguments] if "--out" in arguments or name == "table" else [*own, "--out", "out", *arguments]
         assert cli.main(line) == 2, line
         said = capsys.readouterr().err
         assert len(said.splitlines()) == 1 and said.startswith(f"gatedlens {RUNS[name][0]}: "), (line, said)
@@ -411,7 +407,12 @@ def test_json_says_errors_too(capsys, tmp_path):
     found = json.loads(shown.out)
     assert found["command"] == "lens" and found["kind"] == "CheckpointError" and found["exit"] == 2
     assert "Did you mean 'gatedlens/mamba-moby'" in found["error"] and shown.err.startswith("gatedlens lens: ")
-    for line, said in ((["lens", "--jsn"], "--json"), (["lnes"], "lens"), (["lens"], "Give a model"), (["table", RECALL, "--layer", "x"], "'x'")):
+    for line, said in (
+        (["lens", "--jsn"], "--json"),
+        (["lnes"], "lens"),
+        (["lens"], "Give a model"),
+        (["table", RECALL, "--layer", "x"], "'x'"),
+    ):
         for more in ([], ["--json"]):
             with pytest.raises(SystemExit) as stop:
                 cli.main([*line, *more])
@@ -437,7 +438,11 @@ def test_how_a_model_is_opened(tmp_path, capsys):
         assert cli.main([*line, *more]) == 0
         found.append(json.loads(capsys.readouterr().out)["layers"][-1]["top"][0])
     assert found[0][0] == found[1][0] == "3" and found[0][1] == pytest.approx(found[1][1], abs=1e-4)
-    for more, said in ((["--dtype", "flaot64"], "float64"), (["--device", "gpu"], "device='gpu'"), (["--variant", "x"], "variant='x'")):
+    for more, said in (
+        (["--dtype", "flaot64"], "float64"),
+        (["--device", "gpu"], "device='gpu'"),
+        (["--variant", "x"], "variant='x'"),
+    ):
         assert cli.main([*line, *more]) == 2
         assert said in capsys.readouterr().err
 
@@ -458,7 +463,11 @@ def test_the_shell_completes(monkeypatch):
     import os
 
     def completed(*words):
-        env = {"_GATEDLENS_COMPLETE": "bash_complete", "COMP_WORDS": " ".join(["gatedlens", *words]), "COMP_CWORD": str(len(words))}
+        env = {
+            "_GATEDLENS_COMPLETE": "bash_complete",
+            "COMP_WORDS": " ".join(["gatedlens", *words]),
+            "COMP_CWORD": str(len(words)),
+        }
         monkeypatch.setattr(os, "environ", {**os.environ, **env})
         started = run([], stdout=-1)
         return started.communicate(timeout=120)[0]

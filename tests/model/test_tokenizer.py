@@ -200,7 +200,10 @@ def test_the_world_models_vocabulary_is_found(tmp_path):
     assert gl.from_pretrained(file, device="cpu").tokenizer is None
     (tmp_path / "rwkv_vocab_v20230424.txt").write_text("\n".join(WORLD), encoding="utf-8")
     model = gl.from_pretrained(file, device="cpu")
-    assert model.to_tokens("Hello \u00e9").tolist() == [[3, 5, 8, 6, 7]] and model.to_string([3, 5, 8, 6, 7]) == "Hello \u00e9"
+    assert (
+        model.to_tokens("Hello \u00e9").tolist() == [[3, 5, 8, 6, 7]]
+        and model.to_string([3, 5, 8, 6, 7]) == "Hello \u00e9"
+    )
     assert model.tokenizer.eos_token_id == 0 and model.to_string([0, 2]) == "H"
     with pytest.raises(gl.InputError, match="begins with the byte 0x7a"):
         model.to_tokens("z")
