@@ -165,7 +165,7 @@ def test_tutorials_run_as_notebooks(path):
 
 def test_tutorials_are_numbered():
     numbers = [int(path.name.split("-")[0]) for path in TUTORIALS]
-    assert numbers[0] == 1 and len(set(numbers)) == len(numbers), "two tutorials have one number"
+    assert numbers[0] == 0 and len(set(numbers)) == len(numbers), "two tutorials have one number"
 
 
 def test_notebooks_are_their_scripts_and_carry_no_output(tmp_path):
