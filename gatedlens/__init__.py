@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from gatedlens.address import Alias, HookTable, Point, View
     from gatedlens.attention import AttentionStack, Contributions, ImplicitAttention, implicit_attention
     from gatedlens.hooks import (
-        HookedFLA, HookedGriffin, HookedJamba, HookedKimiLinear, HookedMamba, HookedMamba2, HookedMamba2Hybrid,
-        HookedOlmoHybrid, HookedQwen3Next, HookedRWKV, HookedRWKV6, HookedRWKV7, HookedViM, register,
+        HookedBailingHybrid, HookedFLA, HookedGriffin, HookedJamba, HookedKimiLinear, HookedMamba, HookedMamba2,
+        HookedMamba2Hybrid, HookedOlmoHybrid, HookedQwen3Next, HookedRWKV, HookedRWKV6, HookedRWKV7, HookedViM, register,
     )
     from gatedlens.inspection import Inspection, inspect
     from gatedlens.loading import bundled_models, from_pretrained, wrap
@@ -41,9 +41,9 @@ else:
         "address": ("Alias", "HookTable", "Point", "View"),
         "attention": ("AttentionStack", "Contributions", "ImplicitAttention", "implicit_attention"),
         "hooks": (
-            "HookedFLA", "HookedGriffin", "HookedJamba", "HookedKimiLinear", "HookedMamba", "HookedMamba2",
-            "HookedMamba2Hybrid", "HookedOlmoHybrid", "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7",
-            "HookedViM", "register",
+            "HookedBailingHybrid", "HookedFLA", "HookedGriffin", "HookedJamba", "HookedKimiLinear", "HookedMamba",
+            "HookedMamba2", "HookedMamba2Hybrid", "HookedOlmoHybrid", "HookedQwen3Next", "HookedRWKV", "HookedRWKV6",
+            "HookedRWKV7", "HookedViM", "register",
         ),
         "inspection": ("Inspection", "inspect"),
         "loading": ("bundled_models", "from_pretrained", "wrap"),
@@ -53,13 +53,14 @@ else:
 
 __all__ = [
     "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError",
-    "HookPoint", "HookTable", "HookedConfig", "HookedFLA", "HookedGriffin", "HookedJamba", "HookedKimiLinear",
-    "HookedLanguageModel", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid", "HookedModel", "HookedOlmoHybrid",
-    "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7", "HookedViM", "HookedVisionModel", "ImplicitAttention",
-    "InputError", "Inspection", "Point", "PointError", "RecurrentState", "Result", "StoreError", "TooLargeError",
-    "Verification", "View", "__version__", "ablation", "amplify", "attribution", "bundled_models", "circuits", "data",
-    "evaluation", "from_pretrained", "fused", "implicit_attention", "inspect", "knockout", "layers", "lens", "metrics",
-    "patching", "plot", "profiles", "register", "states", "steering", "store", "tasks", "tracing", "verify", "wrap",
+    "HookPoint", "HookTable", "HookedBailingHybrid", "HookedConfig", "HookedFLA", "HookedGriffin", "HookedJamba",
+    "HookedKimiLinear", "HookedLanguageModel", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid", "HookedModel",
+    "HookedOlmoHybrid", "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7", "HookedViM", "HookedVisionModel",
+    "ImplicitAttention", "InputError", "Inspection", "Point", "PointError", "RecurrentState", "Result", "StoreError",
+    "TooLargeError", "Verification", "View", "__version__", "ablation", "amplify", "attribution", "bundled_models",
+    "circuits", "data", "evaluation", "from_pretrained", "fused", "implicit_attention", "inspect", "knockout", "layers",
+    "lens", "metrics", "patching", "plot", "profiles", "register", "states", "steering", "store", "tasks", "tracing",
+    "verify", "wrap",
 ]
 # isort: on
 # fmt: on

@@ -77,7 +77,7 @@ def test_diagram_arrows_are_the_equations():
     assert all(order.index(a) < order.index(b) for a, b in arrows)
 
 
-OWN_TESTS = ("architecture.md", "ecosystem.md")  # of pages whose code takes more than running it
+OWN_TESTS = ("architecture.md", "ecosystem.md", "loading.md")  # of pages whose code takes more than running it
 
 
 def blocks_of(page: Path) -> list[str]:

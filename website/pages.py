@@ -121,7 +121,7 @@ def navigation() -> list[Any]:
     points = [f"hooks/{path.name}" for path in sorted((ROOT / "hooks").glob("*.md")) if path.name != "README.md"]
     return [
         {"Home": "index.md"},
-        {"Start": ["start.md", "questions.md", "command-line.md", {"Coming from other libraries": "ecosystem.md"}]},
+        {"Start": ["start.md", "loading.md", "questions.md", "command-line.md", {"Coming from other libraries": "ecosystem.md"}]},
         {
             "Guides": [
                 "names.md", "attention.md", "mechanism.md", "explain.md", "states.md", "store.md", "vision.md", "speed.md",

@@ -6,8 +6,8 @@
     @OUT
     def lens(source: Source, text: str | None, out: str) -> Answer: ...
 
-A model is the command's argument or `--model`, with `--tokenizer`, `--variant`, `--device`, `--dtype`, `--revision`; the function
-gets them as one Source. An option that takes several words (`several=True`) takes them up to the next option, as in
+A model is the command's argument or `--model`, with `--tokenizer`, `--variant`, `--device`, `--dtype`, `--revision`, `--offload`;
+the function gets them as one Source. An option that takes several words (`several=True`) takes them up to the next option, as in
 `--names hook_embed hook_logits --out store`.
 """
 
@@ -25,6 +25,8 @@ from gatedlens.cli.answer import Answer
 from gatedlens.cli.source import Source
 from gatedlens.version import __version__
 
+# What a Source is made of, and what the parameters are called: `--dtype` of `harvest` is the store's.
+HOW = {"dtype": "model_dtype", **{name: name for name in ("tokenizer", "variant", "device", "revision", "offload")}}
 Function = Callable[..., Any]
 BUNDLED = Path(__file__).parent.parent / "bundled"
 
@@ -142,12 +144,8 @@ def with_model(default: str | None = None, loads: bool = True, dtype: str = "--d
             name = default if name is None else name
             if name is None:
                 raise click.UsageError("Give a model: MODEL, or --model MODEL.")
-            how = {
-                key: given.pop(key)
-                for key in ("tokenizer", "variant", "device", "model_dtype", "revision")
-                if key in given
-            }
-            source = Source(name, dtype=how.pop("model_dtype"), **how)
+            how = {key: given.pop(given_as) for key, given_as in HOW.items() if given_as in given}
+            source = Source(name, **how)
             return function(source=source, **given)
 
         options = [
@@ -164,6 +162,8 @@ def with_model(default: str | None = None, loads: bool = True, dtype: str = "--d
             options.append(
                 click.option("--device", type=DEVICE, help="cpu, cuda:0, ... (default: cuda where there is one)")
             )
+            disk = click.Choice(["disk"])
+            options.append(click.option("--offload", type=disk, help="run a model larger than the memory from its files"))
             options.append(click.option("--tokenizer", help="a folder or hub name (default: the one beside the model)"))
         for option in reversed(options):
             opened = option(opened)

@@ -23,6 +23,7 @@ class Source:
     device: str | None = None
     dtype: str | None = None
     revision: str | None = None
+    offload: str | None = None
 
     def open(self) -> Any:
         """`source.open()`: the hooked model."""
