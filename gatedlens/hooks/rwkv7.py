@@ -79,7 +79,7 @@ _SHIFTED = (
     Point("hook_log_decay", "batch pos head state", "-exp(-1/2) * sigmoid(w_pre)", f"{PAPER}, eq. 12"),
     Point("hook_a", "batch pos head state", "sigmoid(a0 + xa @ a1 @ a2)", f"{PAPER}, eq. 4 (in-context learning rate)"),
     Point("hook_k_pre", "batch pos head state", "key(xk)", f"{PAPER}, eq. 5"),
-    Point("hook_kk", "batch pos head state", "k_pre * k_k / max(|k_pre * k_k|, 1e-12), |.| of a head", f"{PAPER}, eq. 6, 15"),
+    Point("hook_kk", "batch pos head state", "k_pre * k_k / max(|k_pre * k_k|, 1e-12), |.| by head", f"{PAPER}, eq. 6, 15"),
     Point("hook_k", "batch pos head state", "k_pre * (1 + (a - 1) * k_a)", f"{PAPER}, eq. 7"),
     Point("hook_v_own", "batch pos channel", "value(xv)", f"{PAPER}, eq. 8"),
 )  # fmt: skip
@@ -88,7 +88,7 @@ _VALUES = (
     Point(
         "hook_v_first",
         "batch pos channel",
-        f"{FIRST_VALUES.replace('hook_', '')} (a copy: edits reach this block only)",
+        f"{FIRST_VALUES.replace('hook_', '')} (copied: edits reach this block only)",
         f"{PAPER}, eq. 9",
     ),
     Point("hook_v_mix", "batch pos channel", "sigmoid(v0 + xv @ v1 @ v2)", f"{PAPER}, eq. 9 (value residual)"),
@@ -99,7 +99,7 @@ _SCANNED = (
     Point("hook_gate_act", "batch pos low", "sigmoid(gate_low)", f"{PAPER}, eq. 14"),
     Point("hook_u", "batch pos channel", "x", STATE),
     Point("hook_bonus", "batch pos head", "sum over state of r * k * r_k", f"{PAPER}, eq. 20"),
-    Point("hook_reset", "batch pos one", "1 where a document begins (position 0 of position_ids), else 0", STATE),
+    Point("hook_reset", "batch pos one", "1 where documents begin (position 0 of position_ids), else 0", STATE),
     Point("hook_state_start", "batch head value state", "state before the first position (zero without one)", STATE, True),
     Point("hook_decay", "batch pos head value state", "exp(log_decay) * (1 - reset), the same for all values", STATE, True),
     Point("hook_write", "batch pos head value state", "u * k", STATE, True),
