@@ -57,10 +57,9 @@ __all__ = [
     "HookedKimiLinear", "HookedLanguageModel", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid", "HookedModel",
     "HookedOlmoHybrid", "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7", "HookedViM", "HookedVisionModel",
     "ImplicitAttention", "InputError", "Inspection", "Point", "PointError", "RecurrentState", "Result", "StoreError",
-    "TooLargeError", "Verification", "View", "__version__", "ablation", "amplify", "attribution", "bundled_models",
-    "circuits", "data", "evaluation", "from_pretrained", "fused", "implicit_attention", "inspect", "knockout", "layers",
-    "lens", "metrics", "patching", "plot", "profiles", "register", "states", "steering", "store", "tasks", "tracing",
-    "verify", "wrap",
+    "TooLargeError", "Verification", "View", "__version__", "ablation", "amplify", "attribution", "bundled_models", "circuits",
+    "data", "evaluation", "from_pretrained", "fused", "implicit_attention", "inspect", "knockout", "layers", "lens", "metrics",
+    "patching", "plot", "profiles", "register", "states", "steering", "store", "tasks", "tracing", "verify", "wrap",
 ]
 # isort: on
 # fmt: on

@@ -12,8 +12,10 @@ files and their tensors (`checkpoint.py`), the tensors against what the config a
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import chain
@@ -51,7 +53,10 @@ else:
 BUNDLED = Path(__file__).parent / "bundled"
 PLACING = ("device_map", "max_memory", "offload_folder")  # what `hub` says of placement
 ONE_FILE = (".pth", ".pt", ".bin", ".safetensors")
+log = logging.getLogger(__name__)
+
 ONE_EXPERT = re.compile(r".*\.experts\.(?=\d+\.)")
+PART = re.compile(r"(model\.)?[a-z_]+(\.\d+)?")  # of a model, of a tensor's name: mtp, model.visual, model.layers.42
 
 
 def bundled_models() -> list[str]:
@@ -346,7 +351,18 @@ def _from_transformers(
             source, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **hub
         )
     _complete(source, info["missing_keys"], info["unexpected_keys"], info.get("mismatched_keys", ()))
+    _say_unread(source, held, model)
     return model
+
+
+def _say_unread(source: str, held: Iterable[str], model: Any) -> None:
+    """One line in the log on tensors that transformers leaves in the files: a vision tower, what predicts several tokens."""
+    patterns = [re.compile(one) for one in model._keys_to_ignore_on_load_unexpected or ()]
+    names = [name for name in held if any(pattern.search(name) for pattern in patterns)]
+    parts = Counter(found[0] for name in names if (found := PART.match(name)))
+    if parts:
+        told = ", ".join(f"{part} ({count} tensors)" for part, count in parts.items())
+        log.warning("%s: not read, as in transformers, and not opened: %s.", source, told)
 
 
 def _asked_for(source: str, where: Any, hub: Mapping[str, Any]) -> nn.Module:

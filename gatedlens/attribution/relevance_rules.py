@@ -217,8 +217,8 @@ def _gate(model: HookedModel, layer: int, name: str) -> Gate:
     linear = LINEAR.fullmatch(points[name].equation)
     if linear is not None and f"{own}.hook_{linear[1]}" in points:
         inner = _gate(model, layer, f"{own}.hook_{linear[1]}")
-        act = None if inner.reads is None else Share(f"{own}.hook_{linear[1]}", (inner.reads,))
-        return Gate(inner.weighs, None if act is None else name, act)
+        share = None if inner.reads is None else Share(f"{own}.hook_{linear[1]}", (inner.reads,))
+        return Gate(inner.weighs, None if share is None else name, share)
     found = ACTIVATION.fullmatch(points[name].equation)
     act = found[1].lower() if found else points[name].equation.partition("(")[0].lower()
     if found is None or act not in (*HAS_CONTENT, *WEIGHS):
@@ -277,6 +277,7 @@ class FlowHook:
                 # out equals pre * (out / pre). With the ratio held fixed, that product passes all of out's relevance to pre;
                 # so the mean of the two passes half of it each way.
                 pre = at_least_float32(values[gate].flatten(2))
+                pre = pre.repeat_interleave(out.shape[2] // pre.shape[2], dim=2)  # a gate may be one number a head
                 out = (out + pre * ratio(out, pre)) / 2
             total.append(out)
         verify(fixed, torch.stack(plain).sum(0), o.detach(), "relevance")
