@@ -36,6 +36,7 @@ from gatedlens.model.fields import (
     NUMBER,
     POSITIVE,
     SIZE,
+    THETA,
     TRANSFORMERS,
     Field,
     layers_of,
@@ -116,7 +117,7 @@ FIELDS = {
         num_kv_heads=SIZE.or_null(),
         qkv_bias=FLAG,
         window_size=SIZE.or_null(),
-        rope_theta=POSITIVE,
+        rope_theta=THETA,
     ).or_null(),
     "attnres_block_size": Field("null: gatedlens opens no attention over earlier layers", lambda v: v is None),
 }

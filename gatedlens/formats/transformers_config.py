@@ -17,6 +17,7 @@ from gatedlens.model.fields import (
     SHARE,
     SIZE,
     TEXT,
+    THETA,
     Field,
     layers_of,
     listed,
@@ -98,9 +99,9 @@ RECURRENT_GEMMA = {
     "logits_soft_cap": NOT_NEGATIVE.or_null(),
     "rms_norm_eps": EPS,
     "hidden_activation": TEXT,
-    "rope_theta": POSITIVE,
+    "rope_theta": THETA,
     "partial_rotary_factor": SHARE,
-    "rope_parameters": table(rope_type=TEXT, rope_theta=POSITIVE, partial_rotary_factor=SHARE).or_null(),
+    "rope_parameters": table(rope_type=TEXT, rope_theta=THETA, partial_rotary_factor=SHARE).or_null(),
 }
 LAYER_KINDS = listed(one_of("linear_attention", "full_attention"), low=1)
 _QWEN = {  # of the language model
@@ -121,9 +122,9 @@ _QWEN = {  # of the language model
     "linear_num_value_heads": SIZE,
     "rms_norm_eps": EPS,
     "attention_bias": FLAG,
-    "rope_theta": POSITIVE,
+    "rope_theta": THETA,
     "partial_rotary_factor": SHARE,
-    "rope_parameters": table(rope_type=TEXT, rope_theta=POSITIVE, partial_rotary_factor=SHARE).or_null(),
+    "rope_parameters": table(rope_type=TEXT, rope_theta=THETA, partial_rotary_factor=SHARE).or_null(),
     "decoder_sparse_step": SIZE,
     "mlp_only_layers": listed(COUNT).or_null(),
     "num_experts": COUNT,

@@ -117,6 +117,12 @@ class KimiDeltaMixer(DeltaMixer):
         dt = self.hook_dt_pre(by_head(at_least_float32(dt) + forget.dt_bias))
         return {"q": q, "k": k, "x": x, "gate_pre": gate, "beta_pre": beta, "dt_pre": dt}
 
+    def read_with(self) -> dict[str, Tensor]:
+        w, forget = self.weights, self.weights.forget_gate
+        words = {"Q": w.q_proj, "K": w.k_proj, "in": w.v_proj, "beta": w.b_proj}
+        words |= {"gate_low": w.g_a_proj, "gate": w.g_b_proj, "dt_low": forget.f_a_proj, "dt": forget.f_b_proj}
+        return {f"W_{word}": one.weight.mT for word, one in words.items()}
+
 
 # -- the model ------------------------------------------------------------------------------------------------------
 

@@ -50,6 +50,7 @@ from gatedlens.model.path import Content, PathMixer, Stage, Streams
 from gatedlens.model.run import Run
 from gatedlens.model.stages import Bonus, Gate, GroupNorm, Named, Scan
 from gatedlens.model.state import Carried
+from gatedlens.model.weights import linear
 from gatedlens.parts.first_norm import NormedStream
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.terms import Terms
@@ -78,7 +79,7 @@ _SHIFTED = (
     Point("hook_log_decay", "batch pos head state", "-exp(-1/2) * sigmoid(w_pre)", f"{PAPER}, eq. 12"),
     Point("hook_a", "batch pos head state", "sigmoid(a0 + xa @ a1 @ a2)", f"{PAPER}, eq. 4 (in-context learning rate)"),
     Point("hook_k_pre", "batch pos head state", "key(xk)", f"{PAPER}, eq. 5"),
-    Point("hook_kk", "batch pos head state", "k_pre * k_k / max(|k_pre * k_k|, 1e-12), |.| of a head", f"{PAPER}, eq. 6, 15"),
+    Point("hook_kk", "batch pos head state", "k_pre * k_k / max(|k_pre * k_k|, 1e-12), |.| by head", f"{PAPER}, eq. 6, 15"),
     Point("hook_k", "batch pos head state", "k_pre * (1 + (a - 1) * k_a)", f"{PAPER}, eq. 7"),
     Point("hook_v_own", "batch pos channel", "value(xv)", f"{PAPER}, eq. 8"),
 )  # fmt: skip
@@ -87,7 +88,7 @@ _VALUES = (
     Point(
         "hook_v_first",
         "batch pos channel",
-        f"{FIRST_VALUES.replace('hook_', '')} (a copy: edits reach this block only)",
+        f"{FIRST_VALUES.replace('hook_', '')} (copied: edits reach this block only)",
         f"{PAPER}, eq. 9",
     ),
     Point("hook_v_mix", "batch pos channel", "sigmoid(v0 + xv @ v1 @ v2)", f"{PAPER}, eq. 9 (value residual)"),
@@ -98,7 +99,7 @@ _SCANNED = (
     Point("hook_gate_act", "batch pos low", "sigmoid(gate_low)", f"{PAPER}, eq. 14"),
     Point("hook_u", "batch pos channel", "x", STATE),
     Point("hook_bonus", "batch pos head", "sum over state of r * k * r_k", f"{PAPER}, eq. 20"),
-    Point("hook_reset", "batch pos one", "1 where a document begins (position 0 of position_ids), else 0", STATE),
+    Point("hook_reset", "batch pos one", "1 where documents begin (position 0 of position_ids), else 0", STATE),
     Point("hook_state_start", "batch head value state", "state before the first position (zero without one)", STATE, True),
     Point("hook_decay", "batch pos head value state", "exp(log_decay) * (1 - reset), the same for all values", STATE, True),
     Point("hook_write", "batch pos head value state", "u * k", STATE, True),
@@ -218,6 +219,11 @@ class Rwkv7Mixer(PathMixer):
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
         return self.weights.o_proj.weight, None
 
+    def named_weights(self) -> dict[str, Tensor]:
+        w = self.weights
+        read = {**linear("in", w.v_proj), **linear("K", w.k_proj), **linear("R", w.r_proj)}
+        return {**read, **super().named_weights()}
+
 
 class Rwkv7Mlp(TokenMixing):
     """The channel mix, every intermediate a point."""
@@ -230,6 +236,9 @@ class Rwkv7Mlp(TokenMixing):
         k = self.hook_k(F.linear(xk, w.key.weight))
         k_act = self.hook_k_act(torch.relu(k).square())
         return F.linear(k_act, w.value.weight)
+
+    def named_weights(self) -> dict[str, Tensor]:
+        return {**linear("in", self.weights.key), **linear("out", self.weights.value)}
 
 
 # -- the model ------------------------------------------------------------------------------------------------------

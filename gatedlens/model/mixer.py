@@ -18,6 +18,7 @@ from gatedlens.model.hookpoint import RECURRENT, Part
 from gatedlens.model.padding import Padding, windows
 from gatedlens.model.run import Run
 from gatedlens.model.state import RecurrentState
+from gatedlens.model.weights import given
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.chunks import chunked
 from gatedlens.recurrence.convolution import slide
@@ -46,6 +47,7 @@ class TokenMixing(Part):
     output_point = "hook_gated"
     scans: tuple[str, ...] = ("",)
     steps: int = 1  # that a position takes in a recurrence, each with a content of its own
+    heads_axis = "head"  # what its heads are called, where it has any
 
     def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int):
         super().__init__(weights, rows)
@@ -96,6 +98,12 @@ class TokenMixing(Part):
     def state_of(self, state: RecurrentState) -> Tensor:
         """What `state` carries of the scan, in the form of hook_state at one position: [batch, channel] (state)."""
         return state["scan", self.layer]
+
+
+def written(mixing: TokenMixing) -> dict[str, Tensor]:
+    """`written(mixer)`: W_out and, where there is one, b_out, of its `output_weights`."""
+    weight, bias = mixing.output_weights()
+    return given(W_out=weight.mT, b_out=bias)
 
 
 class Mixer(TokenMixing):

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.model.mixer import Kernel, Mixer
+from gatedlens.model.mixer import Kernel, Mixer, written
 from gatedlens.model.padding import Padding
 from gatedlens.model.run import Run
 from gatedlens.model.state import RecurrentState
@@ -121,6 +121,10 @@ class Stage(ABC):
     def hold(self, mixer: PathMixer, held: Held) -> None:
         """Put what the stage is into the factors."""
 
+    def named_weights(self, mixer: PathMixer) -> dict[str, Tensor]:
+        """The stage's weights, by the words of weights.py."""
+        return {}
+
 
 class PathMixer(Mixer):
     """out = W o + b, o at the end of the path. Subclasses give `path`, `project`, `terms`, `selection`, and `heads` where a head
@@ -147,6 +151,11 @@ class PathMixer(Mixer):
     def terms_of(self, stream: Callable[[str], Tensor]) -> Any:
         """The recurrence, of what `stream` gives for each name in `selection`."""
         return self.terms(**{name: stream(name) for name in self.selection})
+
+    def named_weights(self) -> dict[str, Tensor]:
+        """What the stages and the output projection have; a mixer puts what it projects with in front."""
+        of_stages = (stage.named_weights(self) for stage in self.path)
+        return {word: weight for found in (*of_stages, written(self)) for word, weight in found.items()}
 
     @property
     def heads(self) -> int:

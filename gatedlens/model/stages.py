@@ -19,6 +19,7 @@ from torch import Tensor
 from gatedlens.model.padding import Padding
 from gatedlens.model.path import Content, Held, PathMixer, Stage, Streams
 from gatedlens.model.run import Run
+from gatedlens.model.weights import given
 from gatedlens.recurrence.decay_matrix import DecayScan
 from gatedlens.recurrence.factors import reach
 from gatedlens.recurrence.head_matrix import HeadScan
@@ -26,6 +27,7 @@ from gatedlens.recurrence.matrix import ScanMatrix
 from gatedlens.recurrence.micro_steps import StepScan, at_step
 from gatedlens.recurrence.prior_matrix import PriorScan
 from gatedlens.recurrence.scanning import at_least_float32
+from gatedlens.recurrence.side_by_side import SideBySide
 from gatedlens.recurrence.terms import Terms
 from gatedlens.recurrence.transforms import anywhere
 
@@ -47,6 +49,24 @@ class Conv(Stage):
             return convs[0].weight, convs[0].bias
         bias = None if convs[0].bias is None else torch.cat([conv.bias for conv in convs])
         return torch.cat([conv.weight for conv in convs]), bias
+
+    def named_weights(self, mixer: PathMixer) -> dict[str, Tensor]:
+        if isinstance(self.name, tuple):
+            each = [getattr(mixer.weights, name) for name in self.name]
+            pairs = [(conv.weight, conv.bias) for conv in each]
+        else:
+            conv, sizes = (
+                getattr(mixer.weights, self.name),
+                [mixer.sizes[s] for s in self.streams if len(self.streams) > 1],
+            )
+            weights = conv.weight.split(sizes) if sizes else (conv.weight,)
+            biases = conv.bias.split(sizes) if sizes and conv.bias is not None else [conv.bias] * len(weights)
+            pairs = list(zip(weights, biases, strict=True))
+        found: dict[str, Tensor] = {}
+        for stream, (weight, bias) in zip(self.streams, pairs, strict=True):
+            word = "conv" if stream == "x" else f"{stream.upper()}_conv"
+            found |= given(**{f"W_{word}": weight.squeeze(1), f"b_{word}": bias})
+        return found
 
     def content(self, mixer: PathMixer, step: int = 0) -> slice:
         """Which channels of the convolution the content of a step is."""
@@ -226,7 +246,9 @@ class ChannelScan(Stage):
     def hold(self, mixer: PathMixer, held: Held) -> None:
         reset = held.fresh
         terms = mixer.terms_of(held.cached)._replace(fresh=reset)
-        held.factors["scan"] = DecayScan.of(terms)
+        parts = terms.by_group()
+        scans, sizes = [DecayScan.of(part) for part in parts], [part.log_decay.shape[2] for part in parts]
+        held.factors["scan"] = scans[0] if len(scans) == 1 else SideBySide.of(scans, sizes, held.x.device)
         if held.state is not None:
             start = held.state["scan", mixer.layer].to(held.x)
             if reset is not None:  # the scan knows what resets leave of it, but for a whole one at the first position
@@ -243,7 +265,7 @@ class Skip(Stage):
 
     def weight(self, mixer: PathMixer, like: Content) -> Float[Tensor, " channel"]:
         """D of each channel."""
-        given = at_least_float32(getattr(mixer.weights, self.name))
+        given = at_least_float32(getattr(mixer.weights, self.name)).flatten()
         return given.repeat_interleave(like.shape[-1] // len(given))
 
     def reads(self, mixer: PathMixer) -> tuple[str, ...]:
@@ -256,6 +278,9 @@ class Skip(Stage):
     def hold(self, mixer: PathMixer, held: Held) -> None:
         held.factors["skip"] = self.weight(mixer, held.x).to(held.x.dtype)
         self.inner.hold(mixer, held)
+
+    def named_weights(self, mixer: PathMixer) -> dict[str, Tensor]:
+        return {"D": getattr(mixer.weights, self.name), **self.inner.named_weights(mixer)}
 
 
 @dataclass(frozen=True)

@@ -247,3 +247,11 @@ class DeltaMixer(PathMixer):
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
         projection = getattr(self.weights, self.kind.output)
         return projection.weight, projection.bias
+
+    def read_with(self) -> dict[str, Tensor]:
+        """The matrices of the streams, by their words."""
+        raise NotImplementedError
+
+    def named_weights(self) -> dict[str, Tensor]:
+        rate = -torch.exp(at_least_float32(self.forgetting.A_log)).flatten()
+        return {**self.read_with(), "b_dt": self.forgetting.dt_bias.flatten(), "A": rate, **super().named_weights()}

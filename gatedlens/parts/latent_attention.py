@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.address.point import Point
+from gatedlens.model.mixer import written
 from gatedlens.model.norm import Norm, norm_rows
 from gatedlens.model.run import DocumentRun
 from gatedlens.model.state import Carried
@@ -45,7 +46,7 @@ class LatentKind(AttentionKind):
 
     rotary: the shared part of the key, and as much at the end of each query, is turned by position. pairs: neighbours are turned
     with one another, (0, 1), (2, 3), ..., and stand apart behind it, as in DeepSeek's; else the halves are. narrow_q: queries
-    come from a latent of their own. gated, gate_of_heads (both, or none): a sigmoid of a number a head, of g_proj, before o_proj.
+    come from a latent of their own. gated, gate_of_heads: a sigmoid of one number a head, of g_proj, before o_proj (or none).
     head: what the axis of the heads is called.
     """
 
@@ -107,6 +108,9 @@ class LatentAttention(Attention):
         q_norm, self.kv_norm = norms
         if q_norm is not None:
             self.q_norm = q_norm
+
+    def named_weights(self) -> dict[str, Tensor]:
+        return written(self)
 
     def read(
         self, n: Float[Tensor, "batch pos d_model"], run: DocumentRun

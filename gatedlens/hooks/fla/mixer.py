@@ -221,3 +221,9 @@ class FlaMixer(PathMixer):
 
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
         return self.weights.o_proj.weight, None
+
+    def named_weights(self) -> dict[str, Tensor]:
+        words = {"in" if stream == "x" else stream.upper(): name for stream, name in self.projections.items()}
+        words |= {"gate": "g"} if self.kind.gated else {}
+        read = {f"W_{word}": getattr(self.weights, f"{name}_proj").weight.mT for word, name in words.items()}
+        return {**read, **super().named_weights()}
