@@ -53,8 +53,8 @@ for what, place in places.items():
     print(f"the last token's attention to {what}: {share[rows, place].mean():.1%}")
 
 # %% [markdown]
-# The layer of the scan looks a token or two back, the attention goes straight to the value, and not to the key before it. But a value
-# does not say whose it is: something must have brought the key there. That would be the scan's part.
+# The layer of the scan looks a token or two back, the attention goes straight to the value, and not to the key before it. But a
+# value does not say whose it is: something must have brought the key there. That would be the scan's part.
 #
 # ## Gather, then aggregate
 #
