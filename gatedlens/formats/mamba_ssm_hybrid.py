@@ -160,7 +160,7 @@ class MambaSsmHybrid(Layout):
         return Mamba2HybridWeights(config)
 
 
-# A Mamba-2, then an attention behind a conv, each with an MLP.
+# A Mamba-2, then an attention, each with an MLP.
 TINY = Tiny(
     "tiny-mamba_ssm_hybrid",
     Mamba2HybridWeights,
@@ -175,7 +175,6 @@ TINY = Tiny(
             "num_heads": 4,
             "num_heads_kv": 2,
             "head_dim": 4,
-            "d_conv": 3,
             "rotary_emb_dim": 2,
             "qkv_proj_bias": False,
             "out_proj_bias": False,

@@ -20,7 +20,9 @@ ATTENDS = {"causal": True, "num_heads": 4, "num_heads_kv": 2, "head_dim": 4}
 SSM = {"layer": "Mamba2", "d_state": 4, "headdim": 6, "ngroups": 2, "d_ssm": 24}
 VARIANTS = {
     "tiny": {},
-    "channels beside": {"ssm_cfg": {**SSM, "D_has_hdim": True}},
+    "channels beside": {
+        "ssm_cfg": {**SSM, "D_has_hdim": True}, "attn_cfg": {**ATTENDS, "d_conv": 3, "rotary_emb_dim": 2},
+    },
     "norm before the gate, dt limited, no MLP": {
         "d_intermediate": 0, "attn_cfg": {**ATTENDS, "d_conv": 2, "qkv_proj_bias": False},
         "ssm_cfg": {**SSM, "norm_before_gate": True, "dt_limit": [0.05, 0.8], "D_has_hdim": True},
