@@ -1,9 +1,14 @@
 # %% [markdown]
 # # 13. Retrieval in a hybrid: the scan or the attention?
 #
+# [Open in Colab](https://colab.research.google.com/github/gatedlens/gatedlens/blob/main/tutorials/13-retrieval-in-a-hybrid.ipynb)
+#
 # One idea: **a hybrid can be asked which of its parts does what, by kind, and each answer can be checked by a cut.** The model
 # has a gated delta net, then an attention, and has learnt to recall: `C 2 ... C 7 ... ? C` asks for the value that stands behind
 # `C` last. Which of the two finds it, what is the other for, and what does the delta rule's erase do here?
+
+# %% tags=["skip-execution"]
+# %pip install -q "gatedlens[plot]"  # in Colab
 
 # %%
 import torch

@@ -20,6 +20,7 @@ from gatedlens.model.base import HookedModel
 # The files, and a class of each: loaded when it is first asked for, whether or not its file was asked for before. Checkers and
 # editors read the imports, Python the table.
 if TYPE_CHECKING:
+    from gatedlens.hooks.bailing_hybrid import HookedBailingHybrid as HookedBailingHybrid
     from gatedlens.hooks.fla import HookedFLA as HookedFLA
     from gatedlens.hooks.griffin import HookedGriffin as HookedGriffin
     from gatedlens.hooks.jamba import HookedJamba as HookedJamba
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from gatedlens.hooks.zamba import HookedZamba as HookedZamba
 else:
     CLASSES = {
+        "bailing_hybrid": ("HookedBailingHybrid",),
         "fla": ("HookedFLA",),
         "griffin": ("HookedGriffin",),
         "jamba": ("HookedJamba",),

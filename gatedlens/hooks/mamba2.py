@@ -42,6 +42,7 @@ from gatedlens.model.path import PathMixer, Stage, Streams
 from gatedlens.model.run import Run
 from gatedlens.model.stages import Conv, Gate, GroupNorm, Scan, SiLU, Skip
 from gatedlens.model.state import Carried
+from gatedlens.model.weights import several
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.terms import Terms
 
@@ -225,7 +226,7 @@ class Mamba2Mixer(PathMixer):
         return *before, Gate(F.silu, out="product"), GroupNorm(groups, eps)
 
     @property
-    def A(self) -> Float[Tensor, " head"]:
+    def A(self) -> Float[Tensor, " head"]:  # type: ignore[override]
         """-exp(A_log), at least float32."""
         return -torch.exp(at_least_float32(self.weights.A_log))
 
@@ -272,6 +273,17 @@ class Mamba2Mixer(PathMixer):
         out, by, first = self.weights.out_proj, self.shape.output, self.shape.beside
         weight = out.weight[:, first:] if first else out.weight
         return multiplied(weight, by), None if out.bias is None else multiplied(out.bias, by)
+
+    def read_with(self) -> tuple[Float[Tensor, "some d_model"], Float[Tensor, " some"] | None]:
+        """(W, b) of in_proj, with what its input is multiplied by."""
+        w = self.weights.in_proj
+        return multiplied(w.weight, self.shape.input), w.bias
+
+    def named_weights(self) -> dict[str, Tensor]:
+        words, w = ("gate", "in", "B", "C", "dt"), self.weights
+        read = several(*self.read_with(), dict(zip(words, self.shape.widths, strict=True)))
+        read["b_dt"] = w.dt_bias + read["b_dt"] if "b_dt" in read else w.dt_bias
+        return {**read, "A": self.A, **super().named_weights()}
 
 
 # -- the model ------------------------------------------------------------------------------------------------------

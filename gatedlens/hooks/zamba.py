@@ -33,6 +33,7 @@ from gatedlens.model.hookpoint import rows_of
 from gatedlens.model.path import Kernel, PathMixer, Streams
 from gatedlens.model.run import Run
 from gatedlens.model.state import CARRIED
+from gatedlens.model.weights import linear
 from gatedlens.parts.activation import ACTIVATIONS
 from gatedlens.parts.attention import CARRIED_WINDOW, AttentionKind, Multipliers
 from gatedlens.parts.glu import GatedMlp, gated_mlp_rows
@@ -65,7 +66,7 @@ class ZambaMixer(MambaMixer):
     """Mamba's mixer with its channels in groups that select apart."""
 
     @property
-    def A(self) -> Float[Tensor, "channel state"]:
+    def A(self) -> Float[Tensor, "channel state"]:  # type: ignore[override]
         """-exp(A_log), at least float32."""
         return -torch.exp(at_least_float32(self.weights.A_log.flatten(0, 1)))
 
@@ -103,6 +104,19 @@ class ZambaMixer(MambaMixer):
 
     def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
         return PathMixer.forward(self, n, run)
+
+    def named_weights(self) -> dict[str, Tensor]:
+        w = self.weights.in_proj
+        read = linear("in", Rows(w, 0)) | linear("gate", Rows(w, 1))
+        return {**read, "A": self.A, **PathMixer.named_weights(self)}
+
+
+class Rows:
+    """Every other row of a projection, from the first or from the second."""
+
+    def __init__(self, projection: Any, start: int):
+        self.weight = projection.weight[start::2]
+        self.bias = None if projection.bias is None else projection.bias[start::2]
 
 
 def mamba(site: Site) -> ZambaMixer:

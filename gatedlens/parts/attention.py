@@ -32,6 +32,7 @@ from gatedlens.model.norm import Norm, eps_of, norm_rows
 from gatedlens.model.padding import Padding
 from gatedlens.model.run import DocumentRun
 from gatedlens.model.state import Carried, RecurrentState
+from gatedlens.model.weights import given
 from gatedlens.recurrence.factors import Factors
 from gatedlens.recurrence.pattern_matrix import PatternScan
 from gatedlens.recurrence.scanning import at_least_float32
@@ -66,6 +67,7 @@ class AttentionKind:
     keys: str = ""
     together: bool = False
     after: str = ""
+    gate_of_heads: bool = False
 
     @property
     def inner(self) -> str:
@@ -113,7 +115,8 @@ class AttentionKind:
             Point("hook_z", q, "sum over key_pos of pattern * v", source),
         ]
         if self.gated:
-            rows += [Point("hook_gate", q, "sigmoid(gate_pre)", source), Point("hook_gated", q, "z * gate", source)]
+            gate = f"batch pos {self.head}" if self.gate_of_heads else q
+            rows += [Point("hook_gate", gate, "sigmoid(gate_pre)", source), Point("hook_gated", q, "z * gate", source)]
         if self.after:
             rows += [
                 Point("hook_scale", "batch pos one", f"sqrt(mean(o_proj({self.inner})^2) + eps)", RMSNORM),
@@ -222,7 +225,10 @@ class Attention(TokenMixing):
     ) -> tuple[Factors, ...]:
         """A is the pattern of each channel's head times the gate, x the values, and r what the carried values bring."""
         v, pattern, o = (at_least_float32(cached(name)) for name in ("hook_v", "hook_pattern", self.output_point))
-        gates = [at_least_float32(cached("hook_gate")).flatten(2)] if self.kind.gated else []
+        gates = [at_least_float32(cached("hook_gate"))] if self.kind.gated else []
+        if self.kind.gate_of_heads:
+            gates = [gate.unsqueeze(-1).expand(o.shape) for gate in gates]
+        gates = [gate.flatten(2) for gate in gates]
         if self.kind.after:
             gates.append((1 / at_least_float32(cached("hook_scale"))).expand(*o.shape[:2], o[0, 0].numel()))
         gate = padding.pack(reduce(torch.mul, gates)) if gates else None
@@ -248,6 +254,26 @@ class Attention(TokenMixing):
             return self.after.weight.unsqueeze(1) * multiplied(out.weight, by), None
         return multiplied(out.weight, by), None if out.bias is None else multiplied(out.bias, by)
 
+    def named_weights(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for word in ("Q", "K", "V"):
+            weight, bias = self.read_with(word.lower())
+            gated = word == "Q" and self.kind.gated
+            width = 2 * self.d_head if gated else self.d_head  # a head's gate lies behind its query
+            each = weight.unflatten(0, (-1, width)).split(self.d_head, dim=1)
+            own = (None, None) if bias is None else bias.unflatten(0, (-1, width)).split(self.d_head, dim=1)
+            for name, one, offset in zip((word, "gate"), each, own, strict=False):
+                found |= given(**{f"W_{name}": one.mT, f"b_{name}": offset})
+        out, by = self.o_proj, self.multipliers.output
+        bias = None if out.bias is None else multiplied(out.bias, by)
+        by_head = multiplied(out.weight, by).unflatten(1, (-1, self.d_head)).permute(1, 2, 0)
+        return {**found, **given(W_O=by_head, b_O=bias)}
+
+    def read_with(self, name: str) -> tuple[Float[Tensor, "some d_read"], Float[Tensor, " some"] | None]:
+        """(W, b) of q_proj, k_proj or v_proj."""
+        projection = getattr(self.weights, f"{name}_proj")
+        return projection.weight, projection.bias
+
     @property
     def o_proj(self) -> Any:
         """The wrapped output projection."""
@@ -259,8 +285,7 @@ class Attention(TokenMixing):
 
     def projected(self, n: Float[Tensor, "batch pos d_read"], name: str) -> Float[Tensor, "batch pos some"]:
         """What q_proj, k_proj or v_proj gives."""
-        projection = getattr(self.weights, f"{name}_proj")
-        return F.linear(n, projection.weight, projection.bias)
+        return F.linear(n, *self.read_with(name))
 
     def angles(self, positions: Int[Tensor, "batch pos"], like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of position * theta^(-2j / rotary_dim), scaled where the model scales them, in the dtype of `like`."""
@@ -366,7 +391,8 @@ class Attention(TokenMixing):
         pattern = F.dropout(pattern, vars(w).get("attention_dropout", 0.0), self.training)
         out = self.hook_z(torch.einsum("bhqk,bkhd->bqhd", pattern, values.repeat_interleave(groups, dim=2)))
         if gate_pre is not None:
-            out = self.hook_gated(out * self.hook_gate(torch.sigmoid(gate_pre)))
+            gate = self.hook_gate(torch.sigmoid(gate_pre))
+            out = self.hook_gated(out * (gate.unsqueeze(-1) if self.kind.gate_of_heads else gate))
         if self.kind.after:
             put_out = at_least_float32(F.linear(out.flatten(2), self.o_proj.weight))
             scale = self.hook_scale((put_out.pow(2).mean(-1, keepdim=True) + eps_of(self.after, 0.0)).sqrt())

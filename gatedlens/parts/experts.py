@@ -192,6 +192,9 @@ class Experts(Part):
         out = self.routed(m, weights)
         return out if self.shared is None else out + self.shared(m, run)
 
+    def named_weights(self) -> dict[str, Tensor]:
+        return {"W_router": getattr(self.weights, self.router).weight.mT}
+
     def routed(
         self, m: Float[Tensor, "batch pos d_model"], weights: Float[Tensor, "batch pos expert"]
     ) -> Float[Tensor, "batch pos d_model"]:
