@@ -43,7 +43,7 @@ def shared_rows(attention: tuple[Point, ...], mlp: tuple[Point, ...], source: st
         Point(
             "hook_embed",
             "batch pos d_model",
-            "resid_pre of block 0, the embedding (a copy: edits reach the shared block only)",
+            "embed (a copy: edits reach the shared block only)",
             source,
         ),
         Point("hook_in", "batch pos d_concat", "read and shared.embed side by side", source),
