@@ -163,7 +163,9 @@ def with_model(default: str | None = None, loads: bool = True, dtype: str = "--d
                 click.option("--device", type=DEVICE, help="cpu, cuda:0, ... (default: cuda where there is one)")
             )
             disk = click.Choice(["disk"])
-            options.append(click.option("--offload", type=disk, help="run a model larger than the memory from its files"))
+            options.append(
+                click.option("--offload", type=disk, help="run a model larger than the memory from its files")
+            )
             options.append(click.option("--tokenizer", help="a folder or hub name (default: the one beside the model)"))
         for option in reversed(options):
             opened = option(opened)
