@@ -33,7 +33,7 @@ stack = gl.implicit_attention(cache)
 print(stack)
 for attention in stack:
     print(attention, attention.check())
-figure = gl.plot.layers(dict(zip(stack.layers, stack.abs_mean(progress=False)[:, 0], strict=True)), tokens)
+figure = gl.plot.layers(dict(zip(stack.names, stack.abs_mean(progress=False)[:, 0], strict=True)), tokens)
 
 # %% [markdown]
 # ## Factors

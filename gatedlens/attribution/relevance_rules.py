@@ -51,9 +51,10 @@ from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.scanning import at_least_float32
 
 SIGMOID = "sigmoid("  # how the equation of a gate that only weighs begins
-ACTIVATION = re.compile(r"(\w+)\(([\w.]+)\)")  # the equation of a gate: an activation of one other point
+# The equation of a gate: an activation of one other point, or the point.
+ACTIVATION = re.compile(r"(?:(\w+)\()?([\w.]+)\)?")
 LINEAR = re.compile(r"(\w+) @ \w+")  # the equation of a gate: an activation's point times a matrix
-HAS_CONTENT = ("silu", "swish", "gelu", "gelu_tanh", "relu", "elu", "mish", "hardswish", "tanh")  # 0 at 0
+HAS_CONTENT = ("identity", "silu", "swish", "gelu", "gelu_tanh", "relu", "elu", "mish", "hardswish", "tanh")  # 0 at 0
 WEIGHS = ("sigmoid", "hardsigmoid", "softplus", "exp")  # not 0 at 0
 GATES = ("content", "half", "none")
 SCALE, GATE, ROUTING = ".hook_scale", ".hook_gate", ".hook_expert_weights"
@@ -115,7 +116,7 @@ class Rules:
         """`Rules.of(model)`: the rules of relevance for a model; `gates` as in `lrp`."""
         if gates not in GATES:
             raise InputError(f"gates={gates!r}: it is {', '.join(map(repr, GATES))}.{did_you_mean(str(gates), GATES)}")
-        every = [mixer for block in model.blocks for mixer in (*map(block.mixer_at, block.inner), *block.mixers)]
+        every = [mixer for block in model.blocks for mixer in block.mixers]
         mixers = tuple(f"blocks.{mixer.layer}.{mixer.place}." for mixer in every)
         outside = [name for name in model.names.points if not name.startswith(mixers)]
         scales = [name for name in model.names.points if name.endswith(SCALE) or _mixes(model, name, mixers)]
@@ -217,10 +218,10 @@ def _gate(model: HookedModel, layer: int, name: str) -> Gate:
     linear = LINEAR.fullmatch(points[name].equation)
     if linear is not None and f"{own}.hook_{linear[1]}" in points:
         inner = _gate(model, layer, f"{own}.hook_{linear[1]}")
-        act = None if inner.reads is None else Share(f"{own}.hook_{linear[1]}", (inner.reads,))
-        return Gate(inner.weighs, None if act is None else name, act)
+        share = None if inner.reads is None else Share(f"{own}.hook_{linear[1]}", (inner.reads,))
+        return Gate(inner.weighs, None if share is None else name, share)
     found = ACTIVATION.fullmatch(points[name].equation)
-    act = found[1].lower() if found else points[name].equation.partition("(")[0].lower()
+    act = (found[1] or "identity").lower() if found else points[name].equation.partition("(")[0].lower()
     if found is None or act not in (*HAS_CONTENT, *WEIGHS):
         return Gate(act in WEIGHS, None)
     part, _, leaf = found[2].rpartition(".")

@@ -72,6 +72,11 @@ class BailingDeltaMixer(KimiDeltaMixer):
         dt = self.hook_dt_pre(by_head(at_least_float32(F.linear(n, forget.f_proj.weight)) + forget.dt_bias))
         return {"q": q, "k": k, "x": x, "gate_pre": gate, "beta_pre": beta, "dt_pre": dt}
 
+    def read_with(self) -> dict[str, Tensor]:
+        w = self.weights
+        words = {"Q": w.q_proj, "K": w.k_proj, "in": w.v_proj, "gate": w.g_proj, "beta": w.b_proj}
+        return {f"W_{word}": one.weight.mT for word, one in {**words, "dt": w.forget_gate.f_proj}.items()}
+
 
 class HookedBailingHybrid(HookedKimiLinear):
     """`HookedBailingHybrid(BailingHybridForCausalLM(...))`, or better `gl.wrap(...)`: Ling 3 opened up.

@@ -230,7 +230,7 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
             raise HookError(f"{where} returned a tensor on {out.device}; the {what} is on {x.device}.")
 
 
-RECURRENT, ATTENTION, MLP, EXPERTS = "recurrent", "attention", "mlp", "experts"  # what stands in a layer
+RECURRENT, ATTENTION, CONV, MLP, EXPERTS = "recurrent", "attention", "conv", "mlp", "experts"  # what stands in a layer
 
 
 class Part(NamedWeights, torch.nn.Module):

@@ -47,6 +47,7 @@ class TokenMixing(Part):
     output_point = "hook_gated"
     scans: tuple[str, ...] = ("",)
     steps: int = 1  # that a position takes in a recurrence, each with a content of its own
+    heads_axis = "head"  # what its heads are called, where it has any
 
     def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int):
         super().__init__(weights, rows)

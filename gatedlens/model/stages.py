@@ -27,6 +27,7 @@ from gatedlens.recurrence.matrix import ScanMatrix
 from gatedlens.recurrence.micro_steps import StepScan, at_step
 from gatedlens.recurrence.prior_matrix import PriorScan
 from gatedlens.recurrence.scanning import at_least_float32
+from gatedlens.recurrence.side_by_side import SideBySide
 from gatedlens.recurrence.terms import Terms
 from gatedlens.recurrence.transforms import anywhere
 
@@ -245,7 +246,9 @@ class ChannelScan(Stage):
     def hold(self, mixer: PathMixer, held: Held) -> None:
         reset = held.fresh
         terms = mixer.terms_of(held.cached)._replace(fresh=reset)
-        held.factors["scan"] = DecayScan.of(terms)
+        parts = terms.by_group()
+        scans, sizes = [DecayScan.of(part) for part in parts], [part.log_decay.shape[2] for part in parts]
+        held.factors["scan"] = scans[0] if len(scans) == 1 else SideBySide.of(scans, sizes, held.x.device)
         if held.state is not None:
             start = held.state["scan", mixer.layer].to(held.x)
             if reset is not None:  # the scan knows what resets leave of it, but for a whole one at the first position
@@ -262,7 +265,7 @@ class Skip(Stage):
 
     def weight(self, mixer: PathMixer, like: Content) -> Float[Tensor, " channel"]:
         """D of each channel."""
-        given = at_least_float32(getattr(mixer.weights, self.name))
+        given = at_least_float32(getattr(mixer.weights, self.name)).flatten()
         return given.repeat_interleave(like.shape[-1] // len(given))
 
     def reads(self, mixer: PathMixer) -> tuple[str, ...]:

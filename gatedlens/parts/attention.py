@@ -191,6 +191,7 @@ class Attention(TokenMixing):
 
     place = "attn"
     role = ATTENTION
+    last = "o_proj"  # what the wrapped module calls its output projection
 
     def __init__(
         self,
@@ -212,6 +213,7 @@ class Attention(TokenMixing):
         self.window = window
         self.__dict__["rotary"] = rotary  # of the wrapped model, as `weights` is
         self.output_point = kind.output
+        self.heads_axis = kind.head
         gates = (*(("hook_gate",) if kind.gated else ()), *(("hook_scale",) if kind.after else ()))
         self.attention_points = ("hook_v", "hook_pattern", *gates, kind.output)
         self.__dict__["after"] = after  # the wrapped norm behind o_proj
@@ -247,7 +249,7 @@ class Attention(TokenMixing):
         return (Factors(x=x, o=o, scan=PatternScan(own, before, head), gate=gate, start=start),)
 
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
-        out, by = self.weights.o_proj, self.multipliers.output
+        out, by = self.o_proj, self.multipliers.output
         if self.kind.after:  # of an o_proj without a bias
             return self.after.weight.unsqueeze(1) * multiplied(out.weight, by), None
         return multiplied(out.weight, by), None if out.bias is None else multiplied(out.bias, by)
@@ -262,7 +264,7 @@ class Attention(TokenMixing):
             own = (None, None) if bias is None else bias.unflatten(0, (-1, width)).split(self.d_head, dim=1)
             for name, one, offset in zip((word, "gate"), each, own, strict=False):
                 found |= given(**{f"W_{name}": one.mT, f"b_{name}": offset})
-        out, by = self.weights.o_proj, self.multipliers.output
+        out, by = self.o_proj, self.multipliers.output
         bias = None if out.bias is None else multiplied(out.bias, by)
         by_head = multiplied(out.weight, by).unflatten(1, (-1, self.d_head)).permute(1, 2, 0)
         return {**found, **given(W_O=by_head, b_O=bias)}
@@ -271,6 +273,11 @@ class Attention(TokenMixing):
         """(W, b) of q_proj, k_proj or v_proj."""
         projection = getattr(self.weights, f"{name}_proj")
         return projection.weight, projection.bias
+
+    @property
+    def o_proj(self) -> Any:
+        """The wrapped output projection."""
+        return getattr(self.weights, self.last)
 
     def project(self, n: Float[Tensor, "batch pos d_read"], name: str) -> Float[Tensor, "batch pos some d_head"]:
         """`projected` of "q", "k" or "v", by head."""
@@ -387,8 +394,9 @@ class Attention(TokenMixing):
             gate = self.hook_gate(torch.sigmoid(gate_pre))
             out = self.hook_gated(out * (gate.unsqueeze(-1) if self.kind.gate_of_heads else gate))
         if self.kind.after:
-            put_out = at_least_float32(F.linear(out.flatten(2), w.o_proj.weight))
+            put_out = at_least_float32(F.linear(out.flatten(2), self.o_proj.weight))
             scale = self.hook_scale((put_out.pow(2).mean(-1, keepdim=True) + eps_of(self.after, 0.0)).sqrt())
             scaled = self.hook_scaled((at_least_float32(out) / scale.unsqueeze(-1)).to(out.dtype))
             return F.linear(scaled.flatten(2), *self.output_weights())
-        return multiplied(F.linear(out.flatten(2), w.o_proj.weight, w.o_proj.bias), self.multipliers.output)
+        last = self.o_proj
+        return multiplied(F.linear(out.flatten(2), last.weight, last.bias), self.multipliers.output)

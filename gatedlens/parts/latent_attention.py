@@ -46,7 +46,7 @@ class LatentKind(AttentionKind):
 
     rotary: the shared part of the key, and as much at the end of each query, is turned by position. pairs: neighbours are turned
     with one another, (0, 1), (2, 3), ..., and stand apart behind it, as in DeepSeek's; else the halves are. narrow_q: queries
-    come from a latent of their own. gated, gate_of_heads: a sigmoid of one number a head, of g_proj, before o_proj (both or none).
+    come from a latent of their own. gated, gate_of_heads: a sigmoid of one number a head, of g_proj, before o_proj (or none).
     head: what the axis of the heads is called.
     """
 

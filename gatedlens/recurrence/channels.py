@@ -3,13 +3,15 @@
     state_t[c, n] = decay_t[c, n] state_{t-1}[c, n] + amount_t[c] key_t[n] u_t[c]        scan_t[c] = sum_n read_t[n] state_t[c, n]
     decay_t[c, n] = exp(log_decay_t[c] rate[c, n]) (1 - fresh_t)
 
-It is `Terms` with heads of one value: `as_heads` writes it so. Key and read are shared by all channels. Where both are None the
-state has no axis of its own: a channel's state is a number, and the scan reads it as it is.
+It is `Terms` with heads of one value: `as_heads` writes it so. Key and read are shared by all channels, or by each of some groups
+of them, one behind the other. Where both are None the state has no axis of its own: a channel's state is a number, and the scan
+reads it as it is.
 
     Mamba, ViM      log_decay dt, rate A, amount dt, key B, read C
+    Zamba           the same, B and C of each group of channels
     RG-LRU, HGRN    log_decay log a, amount the input gate; no key, no read
 
-b batch, l pos, c channel, n state.
+b batch, l pos, c channel, g group, n state.
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ class ChannelTerms(NamedTuple):
 
     log_decay: Float[Tensor, "batch pos channel"]
     amount: Float[Tensor, "batch pos channel"] | None = None
-    key: Float[Tensor, "batch pos state"] | None = None
-    read: Float[Tensor, "batch pos state"] | None = None
+    key: Float[Tensor, "batch pos *group state"] | None = None
+    read: Float[Tensor, "batch pos *group state"] | None = None
     rate: Float[Tensor, "channel state"] | None = None
     fresh: Float[Tensor, "batch pos one"] | None = None  # 1 where a document begins: the state before it is forgotten
 
@@ -64,7 +66,22 @@ class ChannelTerms(NamedTuple):
             return Steps(numbers, (self.log_decay, amount, u, *fresh), ())
         # The rate lies in memory with channels innermost: `vectors` says why.
         rate = self.rate.mT.contiguous().mT
-        return Steps(vectors, (self.log_decay, amount * u, self.key, self.read, *fresh), (rate,))
+        given = vectors if self.key.ndim == 3 else vectors_of_groups
+        return Steps(given, (self.log_decay, amount * u, self.key, self.read, *fresh), (rate,))
+
+    def by_group(self) -> list[ChannelTerms]:
+        """The same group by group, each with one key and one read; of terms without groups themselves."""
+        if self.key is None or self.read is None or self.rate is None or self.key.ndim == 3:
+            return [self]
+        groups = self.key.shape[2]
+        width = self.log_decay.shape[2] // groups
+        found = []
+        for g in range(groups):
+            some = slice(g * width, (g + 1) * width)
+            amount = None if self.amount is None else self.amount[:, :, some]
+            key, read = self.key[:, :, g], self.read[:, :, g]
+            found.append(ChannelTerms(self.log_decay[:, :, some], amount, key, read, self.rate[some], self.fresh))
+        return found
 
     def as_heads(self) -> Terms:
         """The same with a head for each channel, of one value and one key a state: slow, and what tests compare with."""
@@ -72,8 +89,8 @@ class ChannelTerms(NamedTuple):
         key, read = (one if x is None else x for x in (self.key, self.read))
         return Terms(
             self.log_decay.unsqueeze(-1),
-            key.unsqueeze(2),
-            read.unsqueeze(2),
+            key.unsqueeze(2) if key.ndim == 3 else key,
+            read.unsqueeze(2) if read.ndim == 3 else read,
             self.amount,
             None,
             None,
@@ -148,6 +165,20 @@ class Raised(Function):
         d_key = torch.matmul(write, value.to(write.dtype).unsqueeze(-1)).squeeze(-1)
         # autograd gives each the dtype of its input.
         return d_log, d_value, d_key, None if d_rate is None else d_rate.mT, *(None for _ in fresh)
+
+
+def vectors_of_groups(
+    log: Float[Tensor, "... channel"],
+    value: Float[Tensor, "... channel"],
+    key: Float[Tensor, "... group state"],
+    read: Float[Tensor, "... group state"],
+    *fresh_and_rate: Float[Tensor, ...],
+) -> tuple[Float[Tensor, "... channel state"], Float[Tensor, "... channel state"], Float[Tensor, "... channel state"]]:
+    """The same where each group of channels has a key and a read."""
+    width = value.shape[-1] // key.shape[-2]
+    decay, _, _ = vectors(log, value, key[..., 0, :], read[..., 0, :], *fresh_and_rate)
+    key, read = (x.repeat_interleave(width, dim=-2) for x in (key, read))
+    return decay, (value.unsqueeze(-2) * key.mT).mT, read
 
 
 def numbers(
