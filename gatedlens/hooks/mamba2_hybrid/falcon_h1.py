@@ -32,6 +32,10 @@ class MultipliedMixer(Mamba2Mixer):
     def projected(self, n: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos some"]:
         return super().projected(n) * self.weights.mup_vector
 
+    def read_with(self) -> tuple[Float[Tensor, "some d_model"], Float[Tensor, " some"] | None]:
+        (weight, bias), by = super().read_with(), self.weights.mup_vector.flatten()
+        return weight * by.unsqueeze(-1), None if bias is None else bias * by
+
 
 def mamba(site: Site) -> MultipliedMixer:
     config, shape = site.config, Mamba2Shape.of(site.weights, site.config.to_dict())
