@@ -183,10 +183,9 @@ def from_pretrained(
     placement.py). adapter: a folder or hub name of a LoRA of peft, which is merged as it is read; a folder that holds an adapter
     alone names its model itself. offload="disk": weights stay in their files and are read as blocks run, on the CPU and in the
     dtype of the file; activations have gradients and weights none (see weights/disk.py). Quantised weights are dequantised as
-    they are read, or as they load; a log line says so. Weights are as in the file, nothing is folded: TransformerLens's
-    `fold_ln=False` and its like are heard, and True is refused. Raises CheckpointError, which names the file, what is wrong in
-    it and what was expected, for weights that are missing, left over, damaged or of another architecture; warns of weights
-    that are NaN or infinite.
+    they are read, or as they load; a log line says so. Nothing is folded: TransformerLens's `fold_ln=False` and its like are
+    heard, and True is refused. Raises CheckpointError, which names the file, what is wrong in it and what was expected, for
+    weights that are missing, left over, damaged or of another architecture; warns of weights that are NaN or infinite.
     """
     if isinstance(name_or_path, nn.Module):
         raise CheckpointError("from_pretrained takes a name or a path; gl.wrap(model) takes a model that you have.")
@@ -205,8 +204,6 @@ def from_pretrained(
     with about(name):
         if file is not None:
             hooked, wrapped = _from_file(file, variant, dtype, hub, offload is not None)
-            if tokenizer is None and issubclass(hooked, HookedLanguageModel):
-                tokenizer = tokenizers.beside_file(file)
         else:
             if variant is not None:
                 raise CheckpointError(f"variant={variant!r} is for a checkpoint that is one file; {name} is none.")
