@@ -198,12 +198,16 @@ class Names:
         name = f"{prefix}{part}.{leaf}" if part else f"{prefix}{leaf}"
         raise self.unknown(name, asked, self._nearest_words(word, prefix))
 
-    def _of_word(self, word: str, prefix: str, part: str | None, asked: str) -> Found | None:
-        """The point that a word means within a block, or (with no prefix) outside the blocks."""
+    def _of_word(
+        self, word: str, prefix: str, part: str | None, asked: str, own: tuple[bool, ...] = (True, False)
+    ) -> Found | None:
+        """The point that a word means within a block, or (with no prefix) outside the blocks; own: our names, those of others."""
         part = PARTS.get(part or "", part)
         leaf = _leaf(word)
         wanted = f"{part}.{leaf}" if part else leaf
-        for rests in self._rests.get(prefix, ()):  # our own names win: MambaLens's hook_y is our hook_scan
+        for rests in [
+            self._rests.get(prefix, ([], []))[not ours] for ours in own
+        ]:  # MambaLens's hook_y is our hook_scan
             hits = [r for r in rests if r == wanted or (part is None and r.endswith(f".{leaf}"))]
             for preferred in (leaf, f"mixer.{leaf}", f"attn.{leaf}"):
                 if preferred in hits:
@@ -217,9 +221,13 @@ class Names:
     def _in_layers(self, word: str) -> list[Found]:
         """What a word alone means, "dt" or "mixer.dt": the point outside the blocks, or that of every layer which has one."""
         part, _, leaf = word.rpartition(".")
-        found = [self._of_word(leaf, f"blocks.{i}.", part or None, repr(word)) for i in range(self.n_layers)]
         outside = None if part else self._of_word(leaf, "", None, repr(word))
-        return [replace(one, asked=word) for one in ([outside] if outside else found) if one is not None]
+        prefixes = [f"blocks.{layer}." for layer in range(self.n_layers)]
+        for own in (True, False):  # a name of ours in one layer wins over another tool's for something else in the next
+            inside = [self._of_word(leaf, prefix, part or None, repr(word), (own,)) for prefix in prefixes]
+            if found := [replace(one, asked=word) for one in ([outside] if outside else inside) if one is not None]:
+                return found
+        return []
 
     def _which(self, word: str, several: list[Found]) -> PointError:
         """The error for a word of several layers where one point is asked for."""

@@ -276,8 +276,8 @@ class Mamba2Mixer(PathMixer):
 
     def read_with(self) -> tuple[Float[Tensor, "some d_model"], Float[Tensor, " some"] | None]:
         """(W, b) of in_proj, with what its input is multiplied by."""
-        w = self.weights.in_proj
-        return multiplied(w.weight, self.shape.input), w.bias
+        w, first = self.weights.in_proj, 2 * self.shape.beside
+        return multiplied(w.weight[first:], self.shape.input), None if w.bias is None else w.bias[first:]
 
     def named_weights(self) -> dict[str, Tensor]:
         words, w = ("gate", "in", "B", "C", "dt"), self.weights
