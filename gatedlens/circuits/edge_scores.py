@@ -29,7 +29,8 @@ from gatedlens.errors import InputError
 from gatedlens.metrics import Metric
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
-from gatedlens.options import checked
+from gatedlens.model.language import OF_INPUT, HookedLanguageModel
+from gatedlens.options import checked, taking
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.result import Result
 from gatedlens.runs.cells import Plan
@@ -40,6 +41,7 @@ from gatedlens.runs.pair import Pair, steps_of, subtracting
 APPROXIMATE = "approximate rise of the metric"
 
 
+@taking(HookedLanguageModel.forward, only=OF_INPUT)
 @checked
 def eap(
     model: HookedModel, clean: Input, corrupted: Input, metric: Metric, positions: bool = False, **options: Any
@@ -59,6 +61,7 @@ def eap(
     return _circuit(model, graph, found, "EAP", {})
 
 
+@taking(HookedLanguageModel.forward, only=OF_INPUT)
 @checked
 def eap_ig(
     model: HookedModel,
@@ -87,6 +90,7 @@ def eap_ig(
     return _circuit(model, graph, found, "EAP-IG", {"steps": steps})
 
 
+@taking(HookedLanguageModel.forward, only=OF_INPUT)
 @checked
 def edge_patch(
     model: HookedModel,
