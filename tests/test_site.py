@@ -121,6 +121,13 @@ def test_every_link_of_the_site_leads_somewhere(site, built):
 
 
 @pytest.mark.slow
+def test_the_maps_lead_to_pages_of_the_site(site):
+    for name in ("llms.txt", "AGENTS.txt"):
+        links = [target for target, _ in pages.LINK.findall((site / name).read_text(encoding="utf-8"))]
+        assert len(links) > 2 and all((site / link).exists() for link in links), (name, links)
+
+
+@pytest.mark.slow
 def test_nothing_is_loaded_from_elsewhere(site, built):
     for path, page in built.items():
         assert not [one for one in page.loaded if re.match(r"(https?:)?//", one)], path
