@@ -53,8 +53,7 @@ def on_files(files: Any, config: Any) -> Any:
     for where, content in generated().items():
         files.append(File.generated(config, where, content=content))
     for name in AS_THEY_ARE:
-        where = name if "." in name and not name.endswith(".md") else f"{name.removesuffix('.md')}.txt"
-        files.append(File.generated(config, where, content=(ROOT / name).read_text(encoding="utf-8")))
+        files.append(File.generated(config, place(name), content=as_it_is(name)))
     return files
 
 
@@ -94,6 +93,13 @@ def turned(text: str, source: str) -> str:
 
     pieces = CODE.split(text)
     return "".join(piece if piece.startswith("`") else LINK.sub(turn, piece) for piece in pieces)
+
+
+def as_it_is(name: str) -> str:
+    """A file of the repository that is no page; what is a map (llms.txt) leads to the site's pages."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    maps = name in ("llms.txt", "AGENTS.md")
+    return re.sub(r"(\]\((?!https?:)[^)]+)\.md(?=\))", r"\1.html", turned(text, name)) if maps else text
 
 
 def read(source: str) -> str:
