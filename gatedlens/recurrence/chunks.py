@@ -19,12 +19,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import Function
+from torch.overrides import handle_torch_function
 
 from gatedlens.recurrence import doubling
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.chunk import GONE, Given, chunk_of
 from gatedlens.recurrence.terms import Terms
-from gatedlens.recurrence.transforms import forward_mode, gradients, has_old_axis, transformed
+from gatedlens.recurrence.transforms import forward_mode, gradients, has_old_axis, overridden, transformed
 
 CHUNK = 64  # positions; their square is what a chunk costs beside its states
 WIDE_CHUNK = 32  # for a delta rule with wide keys, whose triangular solve grows with the square of the chunk
@@ -60,6 +61,8 @@ def chunked(
 
     chunk: positions of a chunk; at_once: chunks side by side. None: what is best for the device and the shape.
     """
+    if overridden(u, initial, *terms):
+        return handle_torch_function(chunked, (u, initial, *terms), terms, u, initial)  # type: ignore[no-any-return]
     size = chunk_size(terms) if chunk is None else chunk
     number = chunks_at_once(terms, u, size) if at_once is None else at_once
     same, (log, key, read, erase, probe) = laid_out(terms)

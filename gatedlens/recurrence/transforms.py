@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 from torch._C import _functorch
+from torch.overrides import has_torch_function
 
 
 def forward_mode() -> bool:
@@ -23,6 +24,12 @@ def forward_mode() -> bool:
 def transformed() -> bool:
     """Whether a transform of torch.func or forward mode is under way: only what has a rule for each passes it on."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def overridden(*tensors: object) -> bool:
+    """Whether any of them is of a tensor class that computes functions its own way, by torch's protocol: whoever is asked hands the
+    call on by `handle_torch_function`."""
+    return not torch.compiler.is_compiling() and has_torch_function(tensors)
 
 
 def has_old_axis(*tensors: Tensor) -> bool:
