@@ -17,11 +17,10 @@ operations' names (rules.py); an operation that has none is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import Function
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -47,8 +46,14 @@ class Contrast(Tensor):
 
     @property
     def runs(self) -> tuple[Tensor, ...]:
-        """Every run's, the reference's first and the input's last, as plain tensors in the graph of their own gradients."""
+        """Every run's, the reference's first and the input's last, each in the graph of its own gradient."""
         return (*self.earlier, self)
+
+    @property
+    def plain(self) -> tuple[Tensor, ...]:
+        """Every run's as a plain tensor without a gradient."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return tuple(run.detach().as_subclass(Tensor) for run in self.runs)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -142,13 +147,7 @@ class Sloped(Function):
         return (grads[0] * ctx.saved_tensors[0]).sum_to_size(ctx.shape).to(ctx.dtype), None, None
 
 
-def neighbours(runs: Sequence[Float[Tensor, "*shape"]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(a run, the one before it), both without a gradient."""
-    for after, before in zip(runs[1:], runs[:-1], strict=True):
-        yield after.detach(), before.detach()
-
-
 def difference(x: Contrast) -> list[Tensor]:
     """What each step adds, from the reference on: its sum is x - x'."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return [after - before for after, before in neighbours(x.runs)]
+    runs = x.plain
+    return [after - before for before, after in zip(runs[:-1], runs[1:], strict=True)]

@@ -46,7 +46,7 @@ LIKE = "to type type_as expand_as view_as reshape_as".split()
 PRODUCTS = "matmul __matmul__ __rmatmul__ bmm mm mv dot einsum linear addcmul conv1d conv2d outer baddbmm addmm".split()
 ELEMENTWISE = (
     "sigmoid silu tanh gelu softplus logsigmoid mish hardswish hardsigmoid elu leaky_relu sin cos log log1p expm1 clamp clamp_min "
-    "clamp_max abs erf logit"
+    "clamp_max abs erf logit of_one_number"
 ).split()
 ASKED = (
     "size dim numel nelement stride is_floating_point is_complex is_contiguous element_size __len__ data_ptr tolist item __repr__ "
@@ -107,6 +107,14 @@ def dropout(call: Call) -> Any:
     return given["input"]
 
 
+def numerator_and_denominator(call: Call) -> Any:
+    """Points inside RWKV-4's scan: as a quotient it has another rule, far worse, and scores must not hang on who listens."""
+    raise InputError(
+        "Secant relevance takes RWKV-4's scan as a running mean, and its numerator and denominator (hook_state_start, hook_decay, "
+        "hook_write, hook_state, hook_num, hook_den, hook_max) have no relevance: ask for hook_k, hook_u or hook_scan."
+    )
+
+
 def in_place(name: str) -> Rule:
     """`in_place("mul")`: `x.mul_(y)`, `x[i] = y`: what the operation gives stands in the place of x, in every run."""
 
@@ -145,6 +153,7 @@ def rules() -> Mapping[str, Rule]:
     found |= {"__setitem__": in_place("__getitem__"), "copy_": in_place("clone")}
     found |= {"linear_scan": scans.every_state, "states_of_delta_rule": scans.every_state_of_delta_rule}
     found |= {"scan": scans.of_steps, "chunked": scans.of_heads, "prior_chunked": scans.of_heads_before, "wkv": wkv.running_mean}
+    found |= {"OpenWkv": numerator_and_denominator}
     return found
 
 

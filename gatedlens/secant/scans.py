@@ -103,23 +103,33 @@ class DeltaStates(Function):
             return torch.cat([x[:, 1:], torch.full_like(x[:, :1], filled)], dim=1).flip(1)
 
         # The adjoint of S' = S decay - (S probe) erase is a delta rule too, which finds by erase and erases by probe.
-        adjoint = behind(decay, 1.0), grads[0].flip(1), behind(probe.unsqueeze(-2), 0.0), behind(erase.squeeze(-2), 0.0)
-        g = states_of_delta_rule(*adjoint, torch.zeros_like(start)).flip(1)  # [b, l, h, v, k]
+        if erase.shape[-2] == 1:
+            adjoint = behind(decay, 1.0), grads[0].flip(1), behind(probe.unsqueeze(-2), 0.0), behind(erase.squeeze(-2), 0.0)
+            g = states_of_delta_rule(*adjoint, torch.zeros_like(start)).flip(1)  # [b, l, h, v, k]
+        else:
+            g = _by_value(decay, erase, probe, grads[0])
         before = torch.cat([start.unsqueeze(1), states[:, :-1]], dim=1)
-        of_found = -(g @ erase.mT)  # [b, l, h, v, 1]
+        of_found = -(g * erase).sum(-1, keepdim=True)  # [b, l, h, v, 1]
         of_probe = (before.mT @ of_found).squeeze(-1)
-        of_erase = -(found.mT @ g)  # [b, l, h, 1, k]
+        of_erase = -(found * g).sum_to_size(erase.shape)
         of_decay = (g * before).sum_to_size(decay.shape)
         of_start = g[:, 0] * decay[:, 0] + of_found[:, 0] * probe[:, 0].unsqueeze(-2)
         return None, None, of_decay, g, of_erase, of_probe, of_start
+
+
+def _by_value(decay: Tensor, erase: Tensor, probe: Tensor, grad: Tensor) -> Tensor:
+    """The adjoint where a hook gave each value an erase of its own: a position at a time."""
+    found = [grad[:, -1]]
+    for t in reversed(range(1, grad.shape[1])):
+        g = found[-1]
+        found.append(grad[:, t - 1] + g * decay[:, t] - (g * erase[:, t]).sum(-1, keepdim=True) * probe[:, t].unsqueeze(-2))
+    return torch.stack(found[::-1], dim=1)
 
 
 def every_state_of_delta_rule(call: Call) -> Contrast:
     """states_of_delta_rule(decay, write, erase, probe, state)"""
     given = _arguments(call)
     each = [_runs(x, call.number) for x in given]
-    if each[2][0].shape[-2] != 1:
-        raise InputError("Secant relevance: a hook at hook_erase may not give each value an erase of its own.")
     with torch.no_grad():
         values = [states_of_delta_rule(*run) for run in zip(*each, strict=True)]
         found = [
