@@ -67,7 +67,7 @@ def chunked(
     number = chunks_at_once(terms, u, size) if at_once is None else at_once
     same, (log, key, read, erase, probe) = laid_out(terms)
     share = 1 if key.shape[2] == terms.heads else terms.share
-    tensors = (log, key, terms.value(u), read, erase, probe, _inside(initial, share))
+    tensors = (log, key, terms.value(u), read, erase, probe, inside(initial, share))
     if torch.compiler.is_compiling():
         out, last, _ = _chunked(size, number, same, *tensors)
     else:
@@ -81,7 +81,7 @@ def chunked(
     return out, last.unflatten(-1, (share, -1)).permute(0, 1, 3, 4, 2).flatten(1, 2)
 
 
-def _inside(state: Float[Tensor, "batch head value key"], share: int) -> Float[Tensor, "batch group key values"]:
+def inside(state: Float[Tensor, "batch head value key"], share: int) -> Float[Tensor, "batch group key values"]:
     """A state as chunks take it: the heads of a group side by side, in memory of its own."""
     return state.unflatten(1, (-1, share)).permute(0, 1, 4, 2, 3).flatten(-2).contiguous()
 

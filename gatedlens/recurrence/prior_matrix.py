@@ -15,13 +15,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.overrides import handle_torch_function
 
 from gatedlens.recurrence.chunks import chunked
 from gatedlens.recurrence.head_matrix import HeadScan
 from gatedlens.recurrence.matrix import ScanMatrix
 from gatedlens.recurrence.terms import Terms
-from gatedlens.recurrence.transforms import overridden
 
 
 def delayed(terms: Terms) -> Terms:
@@ -47,8 +45,6 @@ def prior_chunked(
     terms: Terms, u: Float[Tensor, "batch pos head value"], initial: Float[Tensor, "batch head value key"]
 ) -> tuple[Float[Tensor, "batch pos head value"], Float[Tensor, "batch head value key"]]:
     """`prior_chunked(terms, u, initial)`: scan_t = S_{t-1} read_t, and the last state; by chunks, as `chunked`."""
-    if overridden(u, initial, *terms):
-        return handle_torch_function(prior_chunked, (u, initial, *terms), terms, u, initial)  # type: ignore[no-any-return]
     scan, last = chunked(delayed(terms), F.pad(u, (0, 0, 0, 0, 1, 0)), initial)
     return scan[:, :-1], last
 

@@ -152,7 +152,7 @@ def rules() -> Mapping[str, Rule]:
     found |= {f"{name}_": in_place(name) for name in (*LINEAR, *ELEMENTWISE, "mul", "div", "exp", "addcmul", "relu")}
     found |= {"__setitem__": in_place("__getitem__"), "copy_": in_place("clone")}
     found |= {"linear_scan": scans.every_state, "states_of_delta_rule": scans.every_state_of_delta_rule}
-    found |= {"scan": scans.of_steps, "chunked": scans.of_heads, "prior_chunked": scans.of_heads_before, "wkv": wkv.running_mean}
+    found |= {"scan": scans.of_steps, "chunked": scans.of_heads, "wkv": wkv.running_mean}
     found |= {"OpenWkv": numerator_and_denominator}
     return found
 

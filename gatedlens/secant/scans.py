@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from gatedlens.errors import InputError
-from gatedlens.recurrence.chunks import chunked
+from gatedlens.recurrence.autocast import exact
+from gatedlens.recurrence.chunk_secant import Forward, Laid, backward, forward
+from gatedlens.recurrence.chunks import chunk_size, inside, laid_out
 from gatedlens.recurrence.delta_states import states_of_delta_rule
-from gatedlens.recurrence.prior_matrix import prior_chunked
 from gatedlens.recurrence.scanning import linear_scan, readout, scan
-from gatedlens.recurrence.terms import Terms
 from gatedlens.secant.contrast import Call, Contrast, Rule
 from gatedlens.secant.products import mean_of
 
@@ -152,7 +152,8 @@ class Block(NamedTuple):
     body: Body
     rules: Mapping[str, Rule]
     parts: list[slice]
-    before: list[Tensor | None]  # the sequences of the run before; None where they are the same in both
+    now: list[Tensor]  # the sequences of this run
+    before: list[Tensor | None]  # those of the run before; None where they are the same in both
     starts: list[tuple[Tensor, Tensor]]  # the states before each block: of this run, and of the one before
 
 
@@ -162,12 +163,11 @@ class Blocks(Function):
     @staticmethod
     def forward(ctx: Any, block: Block, out: Tensor, last: Tensor, start: Tensor, *live: Tensor) -> Any:
         ctx.block = block
-        ctx.save_for_backward(*live)
         return out.view_as(out), last.view_as(last)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        block, live = ctx.block, ctx.saved_tensors
+        block, live = ctx.block, ctx.block.now
         moving = [i for i, before in enumerate(block.before) if before is not None]
         into: list[Any] = [torch.empty_like(x) if i in moving else None for i, x in enumerate(live)]
         of_scan, of_state = grads
@@ -214,7 +214,8 @@ def by_blocks(
     scans, ends = [outs[0]], [lasts[0]]
     for run in range(1, number):
         before = [x[run - 1].detach() if isinstance(s, Contrast) else None for s, x in zip(sequences, each, strict=True)]
-        block = Block(body, call.rules, parts, before, list(zip(starts[run], starts[run - 1], strict=True)))
+        now = [x[run].detach() for x in each]
+        block = Block(body, call.rules, parts, now, before, list(zip(starts[run], starts[run - 1], strict=True)))
         found = Blocks.apply(block, outs[run], lasts[run], begins[run], *(x[run] for x in each))
         scans.append(found[0])
         ends.append(found[1])
@@ -239,47 +240,49 @@ def of_steps(call: Call) -> tuple[Contrast, Contrast]:
     return by_blocks(call, run_plain, body, list(sequences), initial)
 
 
+# -- heads with matrix states -------------------------------------------------------------------------------------------
+
+
+class Chunks(Function):
+    """(scan, last) of one run with the gradient of the rule, chunk by chunk: `chunk_secant.py`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, size: int, same: bool, now: Forward, then: Forward, held: tuple[Laid, Laid], start: Tensor, *live: Any
+    ) -> Any:
+        ctx.sizes, ctx.held, ctx.starts = (size, same), held, (now.starts, then.starts)
+        return now.scan.view_as(now.scan), now.last.view_as(now.last)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        of_out, of_last = grads
+        with exact(of_out):
+            found = backward(*ctx.sizes, *ctx.held, ctx.starts, of_out, of_last)
+        return None, None, None, None, None, found[-1], *found[:-1]
+
+
 def of_heads(call: Call) -> tuple[Contrast, Contrast]:
     """chunked(terms, u, initial)"""
-    return _of_heads(call, prior=False)
-
-
-def of_heads_before(call: Call) -> tuple[Contrast, Contrast]:
-    """prior_chunked(terms, u, initial): each position reads the state before its own step."""
-    return _of_heads(call, prior=True)
-
-
-def _of_heads(call: Call, prior: bool) -> tuple[Contrast, Contrast]:
     terms, u, initial = _arguments(call)[:3]
-    names = [name for name, x in terms._asdict().items() if x is not None and name != "rate"]
-    same = terms.erase is not None and terms.erase is terms.key
-    names = [name for name in names if not (same and name == "erase")]
-    rate = None if terms.rate is None else terms.rate.detach()
-
-    def at(given: Sequence[Any]) -> tuple[Terms, Any]:
-        fields = dict(zip(names, given[:-1], strict=True))
-        if same:
-            fields["erase"] = fields["key"]
-        return Terms(**{**dict.fromkeys(Terms._fields), **fields, "rate": rate}), given[-1]
-
-    def run_plain(given: Sequence[Any], state: Tensor) -> tuple[Tensor, Tensor]:
-        return (prior_chunked if prior else chunked)(*at(given), state)
-
-    def body(given: Sequence[Any], state: Tensor) -> tuple[Tensor, Tensor]:
-        return _in_full(*at(given), state, prior)
-
-    return by_blocks(call, run_plain, body, [*(getattr(terms, name) for name in names), u], initial)
-
-
-def _in_full(terms: Terms, u: Tensor, state: Tensor, prior: bool) -> tuple[Tensor, Tensor]:
-    """The recurrence of heads with every state there, in operations that have rules."""
-    decay, write, probe = terms.decays().unsqueeze(-2), terms.write(u), terms.probes()
-    if terms.erase is None or probe is None:
-        states = linear_scan(decay, write, state)
-    else:
-        states = states_of_delta_rule(decay, write, terms.erase.unsqueeze(-2), probe, state)
-    read, seen = terms.of_heads(terms.read), states
-    if prior:
-        read = read if terms.fresh is None else read * (1 - terms.fresh).unsqueeze(-1)
-        seen = torch.cat([state.unsqueeze(1), states[:, :-1]], dim=1)
-    return (seen @ read.unsqueeze(-1)).squeeze(-1), states[:, -1]
+    number, size = call.number, chunk_size(terms)
+    with torch._C._EnableTorchFunction():
+        same, (log, key, read, erase, probe) = laid_out(terms)
+        share = 1 if key.shape[2] == terms.heads else terms.share
+        laid = (log, key, terms.value(u), read, erase, probe)
+        start = inside(initial, share)
+    each = [(None,) * number if x is None else _runs(x, number) for x in laid]
+    starts = _runs(start, number)
+    held: list[Any] = [
+        tuple(None if x[run] is None else x[run].detach().contiguous() for x in each) for run in range(number)
+    ]
+    with torch.no_grad(), exact(starts[0]):
+        runs = [forward(size, same, laid, start.detach()) for laid, start in zip(held, starts, strict=True)]
+    scans, ends = [runs[0].scan], [runs[0].last]
+    for run in range(1, number):
+        live = [x[run] for x in each]
+        found = Chunks.apply(size, same, runs[run], runs[run - 1], (held[run], held[run - 1]), starts[run], *live)
+        scans.append(found[0])
+        ends.append(found[1])
+    with torch._C._EnableTorchFunction():
+        last = call.together(ends).unflatten(-1, (share, -1)).permute(0, 1, 3, 4, 2).flatten(1, 2)
+    return call.together(scans), last
