@@ -21,7 +21,8 @@ Slope = Callable[[Values, Values, Values, Values], Values]  # of g(z), g(z'), z,
 def logarithmic_mean(p: Values, q: Values, apart: Values) -> Values:
     """(p - q) / (log p - log q), `apart` the difference of the logarithms: (p + q) / 2 where that is 0; 0 where it is not finite."""
     half = apart / 2
-    return (p + q) / 2 * torch.where(half == 0, 1.0, torch.tanh(half) / half).nan_to_num(0.0, 0.0, 0.0)
+    ratio = torch.tanh(half).div_(half).masked_fill_(half == 0, 1.0)
+    return ratio.nan_to_num_(0.0, 0.0, 0.0).mul_(p + q).div_(2)
 
 
 def of_exp(g: Values, g0: Values, z: Values, z0: Values) -> Values:
@@ -60,16 +61,18 @@ def quotient(call: Call, g: Values, g0: Values, z: Values, z0: Values) -> Values
     eps = torch.finfo(z.dtype).eps
     apart = z - z0
     slope = (g - g0).to(z.dtype) / apart
-    near = apart.abs() <= eps ** (1 / 3) * (1 + z.abs())
-    if bool(near.any()):
+    near = (apart.abs() <= eps ** (1 / 3) * (1 + z.abs())).flatten().nonzero().squeeze(1)
+    if len(near):
         args, kwargs = call.given(0)
+        apart, high, low, at, before = (x.reshape(-1)[near] for x in (apart, g, g0, z, z0))
         with torch.enable_grad():
-            middle = ((z + z0) / 2)[near].requires_grad_()
+            middle = ((at + before) / 2).requires_grad_()
             (found,) = torch.autograd.grad(call.func(middle, *args[1:], **kwargs).sum(), middle)
         # Where the two differ by more than rounding, the function is steep or bent there (a square root near 0): the quotient.
-        apart, high, low = apart[near], g[near], g0[near]
         agree = (found * apart - (high - low)).abs() <= 4 * eps * torch.maximum(high.abs(), low.abs())
-        slope[near] = torch.where(agree | (apart == 0), found, slope[near])
+        slope = slope.contiguous()
+        flat = slope.view(-1)
+        flat[near] = torch.where(agree | (apart == 0), found, flat[near])
     return slope
 
 

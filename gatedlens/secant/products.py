@@ -81,6 +81,42 @@ def bilinear(call: Call) -> Any:
     return call.valued(values, flow)
 
 
+class Einsum(Function):
+    """A value whose gradients are those of an einsum of two factors at their means: einsums too."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, mean_a: Tensor, mean_b: Tensor, value: Tensor, axes: Any) -> Tensor:
+        ctx.save_for_backward(mean_a, mean_b)
+        ctx.axes = axes
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (mean_a, mean_b), (of_a, of_b, out) = ctx.saved_tensors, ctx.axes
+        left = torch.einsum(f"{out},{of_b}->{of_a}", grads[0], mean_b) if ctx.needs_input_grad[0] else None
+        right = torch.einsum(f"{out},{of_a}->{of_b}", grads[0], mean_a) if ctx.needs_input_grad[1] else None
+        return left, right, None, None, None, None
+
+
+def einsum(call: Call) -> Any:
+    """torch.einsum of two factors, without the product of the means that `bilinear` would take first."""
+    if len(call.places) < 2:
+        return linear(call)
+    equation = str(call.leaves[0]).replace(" ", "")
+    inputs, _, out = equation.partition("->")
+    axes = (*inputs.split(","), out)
+    plain = len(axes) == 3 and out and "." not in equation and all(len(set(each)) == len(each) for each in axes)
+    if not plain or not all(set(one) <= set(other) | set(out) for one, other in (axes[:2], axes[1::-1])):
+        return bilinear(call)
+    a, b = (call.leaves[place] for place in call.places)
+    values = call.values()
+    outs = [values[0]]
+    for run in range(1, call.number):
+        means = mean_of(a.runs, run), mean_of(b.runs, run)
+        outs.append(Einsum.apply(a.runs[run], b.runs[run], *means, values[run], axes))
+    return call.together(outs)
+
+
 def divided(call: Call) -> Any:
     """a / b = a * (1 / b): D(a / b) = mean(1 / b) Da - mean(a) Db / (b b')."""
     a, b = call.leaves[:2]

@@ -32,7 +32,7 @@ from gatedlens.secant.elementwise import (
     of_square,
     power,
 )
-from gatedlens.secant.products import bilinear, divided, lerp, linear, normalize, times
+from gatedlens.secant.products import bilinear, divided, einsum, lerp, linear, normalize, times
 from gatedlens.secant.shares import log_softmax, logsumexp, softmax
 
 LINEAR = (
@@ -43,7 +43,7 @@ LINEAR = (
     "masked_select __iter__ data"
 ).split()
 LIKE = "to type type_as expand_as view_as reshape_as".split()
-PRODUCTS = "matmul __matmul__ __rmatmul__ bmm mm mv dot einsum linear addcmul conv1d conv2d outer baddbmm addmm".split()
+PRODUCTS = "matmul __matmul__ __rmatmul__ bmm mm mv dot linear addcmul conv1d conv2d outer baddbmm addmm".split()
 ELEMENTWISE = (
     "sigmoid silu tanh gelu softplus logsigmoid mish hardswish hardsigmoid elu leaky_relu sin cos log log1p expm1 clamp clamp_min "
     "clamp_max abs erf logit of_one_number"
@@ -144,7 +144,7 @@ def rules() -> Mapping[str, Rule]:
     found |= dict.fromkeys(OF_AUTOGRAD, itself) | dict.fromkeys(LINEAR, linear) | dict.fromkeys(LIKE, like) | dict.fromkeys(PRODUCTS, bilinear)
     found |= {name: elementwise() for name in ELEMENTWISE}
     found |= {"mul": times, "__rmul__": times, "multiply": times, "div": divided, "true_divide": divided, "__rdiv__": reversed_division}
-    found |= {"lerp": lerp, "normalize": normalize, "pow": power, "__pow__": power, "dropout": dropout}
+    found |= {"einsum": einsum, "lerp": lerp, "normalize": normalize, "pow": power, "__pow__": power, "dropout": dropout}
     found |= {"exp": elementwise(of_exp), "square": elementwise(of_square), "sqrt": elementwise(of_sqrt)}
     found |= {"rsqrt": elementwise(of_rsqrt), "reciprocal": elementwise(of_reciprocal), "relu": elementwise(of_relu)}
     found |= {"softmax": softmax, "log_softmax": log_softmax, "logsumexp": logsumexp}

@@ -31,6 +31,7 @@ from gatedlens.secant.products import mean_of
 
 BLOCK = 1 << 18  # numbers of a block's states, of one run
 SHORTEST = 8  # positions
+BY_KEY = 16  # positions of a chunk where keys decay each at its own pace: pairs of positions cost most there
 
 Body = Callable[[Sequence[Any], Tensor], tuple[Tensor, Tensor]]  # of some positions of every sequence, and the state before
 
@@ -264,7 +265,7 @@ class Chunks(Function):
 def of_heads(call: Call) -> tuple[Contrast, Contrast]:
     """chunked(terms, u, initial)"""
     terms, u, initial = _arguments(call)[:3]
-    number, size = call.number, chunk_size(terms)
+    number, size = call.number, min(chunk_size(terms), BY_KEY) if terms.by_key else chunk_size(terms)
     with torch._C._EnableTorchFunction():
         same, (log, key, read, erase, probe) = laid_out(terms)
         share = 1 if key.shape[2] == terms.heads else terms.share

@@ -53,10 +53,10 @@ def _total(q: Tensor, dim: int) -> Tensor:
     return q.sum(dim, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
 
 
-def mean_shares(s: Tensor, s0: Tensor, dim: int) -> Tensor:
-    """q: the logarithmic mean of softmax(s) and softmax(s'); 0 where a score is -inf."""
-    log, log0 = s.log_softmax(dim), s0.log_softmax(dim)
-    return logarithmic_mean(log.exp(), log0.exp(), log - log0)
+def mean_shares(s: Tensor, s0: Tensor, p: Tensor, p0: Tensor, dim: int) -> Tensor:
+    """q: the logarithmic mean of p and p', the softmax of s and s'; 0 where a score is -inf."""
+    further = s.logsumexp(dim, keepdim=True) - s0.logsumexp(dim, keepdim=True)
+    return logarithmic_mean(p, p0, (s - s0).sub_(further))
 
 
 def _asked(call: Call) -> tuple[Contrast, int]:
@@ -74,7 +74,7 @@ def softmax(call: Call) -> Contrast:
     outs = [values[0]]
     for run in range(1, call.number):
         with torch.no_grad():
-            q = mean_shares(s.runs[run].detach(), s.runs[run - 1].detach(), dim)
+            q = mean_shares(s.runs[run].detach(), s.runs[run - 1].detach(), values[run], values[run - 1], dim)
         outs.append(Shared.apply(s.runs[run], q, values[run], dim))
     return call.together(outs)
 
@@ -88,7 +88,8 @@ def logsumexp(call: Call) -> Contrast:
     outs = [call.outcome(0).detach()]
     for run in range(1, call.number):
         after, before = s.runs[run].detach(), s.runs[run - 1].detach()
-        found = Summed.apply(s.runs[run], mean_shares(after, before, dim), after.logsumexp(dim, keepdim=True), dim)
+        q = mean_shares(after, before, after.softmax(dim), before.softmax(dim), dim)
+        found = Summed.apply(s.runs[run], q, after.logsumexp(dim, keepdim=True), dim)
         outs.append(found if keep else found.squeeze(dim))
     return call.together(outs)
 
