@@ -62,11 +62,10 @@ def times(call: Call) -> Any:
 
 
 def bilinear(call: Call) -> Any:
-    """A function of two factors that is linear in each (a matrix product, an einsum): its gradient at the means."""
+    """A function of two factors that is linear in each (a matrix product, an einsum), or adds something to their product: its
+    gradient at the means."""
     if len(call.places) < 2:
         return linear(call)
-    if len(call.places) > 2:
-        raise InputError(f"Secant relevance: {call.name!r} multiplies {len(call.places)} factors at once; take two at a time.")
     values = call.values()
 
     def flow(run: int) -> Tensor:
@@ -102,6 +101,8 @@ def einsum(call: Call) -> Any:
     """torch.einsum of two factors, without the product of the means that `bilinear` would take first."""
     if len(call.places) < 2:
         return linear(call)
+    if len(call.places) > 2:
+        raise InputError(f"Secant relevance: {call.name!r} multiplies {len(call.places)} factors at once; take two at a time.")
     equation = str(call.leaves[0]).replace(" ", "")
     inputs, _, out = equation.partition("->")
     axes = (*inputs.split(","), out)

@@ -45,7 +45,7 @@ LINEAR = (
 LIKE = "to type type_as expand_as view_as reshape_as".split()
 PRODUCTS = "matmul __matmul__ __rmatmul__ bmm mm mv dot linear addcmul conv1d conv2d outer baddbmm addmm".split()
 ELEMENTWISE = (
-    "sigmoid silu tanh gelu softplus logsigmoid mish hardswish hardsigmoid elu leaky_relu sin cos log log1p expm1 clamp clamp_min "
+    "sigmoid silu tanh gelu softplus logsigmoid log_sigmoid mish hardswish hardsigmoid elu leaky_relu sin cos log log1p expm1 clamp clamp_min "
     "clamp_max abs erf logit of_one_number"
 ).split()
 ASKED = (
