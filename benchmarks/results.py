@@ -182,9 +182,13 @@ def run(
         model = gl.from_pretrained(name, device="cpu")
         methods = list(methods_of(name))
         if any(method in methods for method in OF_FACTORS):
-            methods += [with_factors(m, f) for m in OF_FACTORS for part, f in ABLATED.items() if has_factor(model, part)]
+            methods += [
+                with_factors(m, f) for m in OF_FACTORS for part, f in ABLATED.items() if has_factor(model, part)
+            ]
         out = None if records is None else records / name.rpartition("/")[2]
-        found = evaluate(model, MODELS[name], methods, out=out, limit=limit, seed=SEED, batch_size=32, progress=progress)
+        found = evaluate(
+            model, MODELS[name], methods, out=out, limit=limit, seed=SEED, batch_size=32, progress=progress
+        )
         text, numbers[name] = section(model, found)
         parts.append(text)
     machine = {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}

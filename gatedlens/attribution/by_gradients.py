@@ -70,7 +70,8 @@ def integrated_gradients(
     the baseline x0 to x. Sundararajan et al. 2017 (arXiv 1703.01365).
 
     Complete: the scores of a row sum to the number at x minus that at x0, up to facts["error"], which falls with `n_steps`.
-    baseline, keep: see `empty_input.py`; by the paper's definition nothing is kept, and keep="read" is more faithful. The nodes are
+    baseline, keep: see `empty_input.py`; by the paper's definition nothing is kept, and keep="read" is more faithful. The nodes
+    are
     Gauss and Legendre's, so a few are enough where the way is smooth: n_steps=3 comes near 50. batch_size: how many inputs one
     forward holds.
     """

@@ -15,14 +15,15 @@ rules, softmax and norms. Nothing is detached: gates, decays, keys and patterns 
 
     scores_j = sum_d (x_j - x'_j) M_j            sum_j scores_j = number(x) - number(x')
 
-It is complete: docs/secant.md says why, and `rules.py` in `gatedlens/secant/` which operation has which rule. It asks what happens
-when all of that is taken away, so it leads where that is tested; where an answer stands, `lrp` points at better
+It is complete: docs/secant.md says why, and `rules.py` in `gatedlens/secant/` which operation has which rule. It asks what
+happens when all of that is taken away, so it leads where that is tested; where an answer stands, `lrp` points at better
 (docs/results.md). Experts are those that the input chooses, in the reference's run as well.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -60,12 +61,13 @@ def secant(
     steps: int = 1,
     attention_mask: Tensor | None = None,
 ) -> Attribution:
-    """`gl.attribution.secant(model, text)`: the share of each token or patch in number(x) - number(x'): see the head of this file.
+    """`gl.attribution.secant(model, text)`: the share of each token or patch in number(x) - number(x'): see the head of this
+    file.
 
     baseline, keep: what the reference holds, and where it is the input: see `empty_input.py`. steps: into so many parts the way
     from reference to input is cut, each with a secant of its own; steps + 1 forwards and as many backwards as steps.
-    facts["reference"] is number(x'), facts["remainder"] what the scores do not sum to: rounding alone, for a logit or a difference
-    of logits; of another metric what a sum of 16 nodes leaves of its integral.
+    facts["reference"] is number(x'), facts["remainder"] what the scores do not sum to: rounding alone, for a logit or a
+    difference of logits; of another metric what a sum of 16 nodes leaves of its integral.
     """
     question = Question.of(model, input, target, attention_mask)
     return _scored(question, TwoRuns.of(question, baseline, keep, steps), keep)
@@ -97,16 +99,18 @@ def _complete(relevance: Tensor, logits: Any, seeds: list[Tensor]) -> None:
     with torch.no_grad():
         found = relevance.double().flatten(1).sum(1)
         runs = [run.double() for run in logits.plain]
-        steps = [after - before for before, after in zip(runs[:-1], runs[1:], strict=True)]
+        steps = [after - before for before, after in pairwise(runs)]
         moved = torch.stack([(step * seed).flatten(1).sum(1) for step, seed in zip(steps, seeds, strict=True)]).sum(0)
-        size = relevance.double().abs().flatten(1).sum(1) + sum((r * s).abs().flatten(1).sum(1) for r, s in zip(runs[1:], seeds))
+        size = relevance.double().abs().flatten(1).sum(1) + sum(
+            (r * s).abs().flatten(1).sum(1) for r, s in zip(runs[1:], seeds, strict=True)
+        )
         allowed = torch.finfo(relevance.dtype).eps ** 0.5
         if not bool(((found - moved).abs() <= allowed * size.clamp(min=1e-30)).all()):
             off = float((found - moved).abs().max())
             raise InputError(
-                f"Secant relevance is off by {off:.3g} of what it explains: an operation of this forward, or a hook on the model, has "
-                "a gradient of its own (a torch.autograd.Function, a detached tensor), which no rule knows. A function of one number "
-                "says so by `of_one_number` (gatedlens/recurrence/transforms.py)."
+                f"Secant relevance is off by {off:.3g} of what it explains: an operation of this forward, or a hook on the "
+                "model, has a gradient of its own (a torch.autograd.Function, a detached tensor), which no rule knows. A function of "
+                "one number says so by `of_one_number` (gatedlens/recurrence/transforms.py)."
             )
 
 
@@ -122,8 +126,8 @@ def mix(
 ) -> Attribution:
     """`gl.attribution.mix(model, text)`: the mean of `secant` and `lrp`, each scaled so that its sizes sum to 1.
 
-    Of the two, secant is better at what a test takes away, lrp at where the answer stands; the mix is near the better of both, and
-    not complete. Options as in `secant`; it costs what both cost.
+    Of the two, secant is better at what a test takes away, lrp at where the answer stands; the mix is near the better of both,
+    and not complete. Options as in `secant`; it costs what both cost.
     """
     found = secant(model, input, target, baseline=baseline, keep=keep, attention_mask=attention_mask)
     pointing = lrp(model, input, target, attention_mask=attention_mask)
@@ -210,10 +214,12 @@ def secant_by_head(
     steps: int = 1,
     attention_mask: Tensor | None = None,
 ) -> Result:
-    """`gl.attribution.secant_by_head(model, text)`: what each source token is worth through each head, batch x layer x head x src.
+    """`gl.attribution.secant_by_head(model, text)`: what each source token is worth through each head, batch x layer x head x
+    src.
 
     Of a head's output the relevance that its layer's mixer draws from the token src, by whatever way: value, key, decay, gate.
-    Summed over src it is the head's relevance (fact "head"), over heads what the mixer draws from a token. What a mixer reads beside
+    Summed over src it is the head's relevance (fact "head"), over heads what the mixer draws from a token. What a mixer reads
+    beside
     its own input (RWKV-7: the values of layer 0) is no token's: the fact "remainder", batch x layer x head. Layers without heads
     are not on the axis; PointError for a model without. Options as in `secant`; one backward through the layer a head.
     """

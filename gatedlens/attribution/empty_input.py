@@ -5,7 +5,8 @@
     baseline=tensor          an embedding [d_model]; for images an image [channels, height, width], as the model reads it
 
     keep="read"              the position that is read, and BOS, stay as they are, as they do where a test takes tokens away
-    keep="nothing"           nothing does                              keep=tensor           booleans [batch, pos], True where it does
+    keep="nothing"           nothing does                              keep=tensor           booleans [batch, pos], True where
+    it does
 
 Of an image no place is kept: what is read is none of its patches.
 

@@ -5,8 +5,8 @@
     with runs.on(model):                             # as `Rules.on`: values as they are, gradients under the rules
         logits = model(tokens, state=state)
 
-The reference is what the baseline puts in at every position, while what is kept stays as it is. With several steps the way between
-the two is cut into so many equal parts, each with a secant of its own: a run more for each.
+The reference is what the baseline puts in at every position, while what is kept stays as it is. With several steps the way
+between the two is cut into so many equal parts, each with a secant of its own: a run more for each.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy
@@ -101,7 +102,7 @@ class Traced:
     def seeds(self) -> list[Tensor]:
         """Of every step d number / d logits: of a logit as it is, of a metric of the user's its mean on the straight line."""
         runs, found = _plain(self.logits), []
-        for before, after in zip(runs[:-1], runs[1:], strict=True):
+        for before, after in pairwise(runs):
             nodes, weights = numpy.polynomial.legendre.leggauss(1 if self.question.target.custom is None else NODES)
             total = torch.zeros_like(after)
             for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
@@ -109,14 +110,16 @@ class Traced:
                 with torch.enable_grad():
                     number = self._number(at).sum()
                 if not number.requires_grad:
-                    raise InputError("The metric does not depend on the input: it has no gradient. Does it detach, or count?")
+                    raise InputError(
+                        "The metric does not depend on the input: it has no gradient. Does it detach, or count?"
+                    )
                 total += float(weight) * torch.autograd.grad(number, at)[0].as_subclass(Tensor)
             found.append(total)
         return found
 
     def gradients(self, outputs: list[Tensor], seeds: list[Tensor], *names: str) -> dict[str, list[Tensor]]:
-        """Of every step the gradient at some points of what `outputs` are, weighed by `seeds`; the graph stays. A point that is the
-        same in every run (it stands before the entrance, or no token is in it) gets none."""
+        """Of every step the gradient at some points of what `outputs` are, weighed by `seeds`; the graph stays. A point that is
+        the same in every run (it stands before the entrance, or no token is in it) gets none."""
         moving = [name for name in names if isinstance(self.values[name], Contrast) and self.values[name].requires_grad]
         flat = [run for name in moving for run in _runs(self.values[name])[1:]]
         with exact(outputs[-1]), torch._C.DisableTorchFunctionSubclass():
@@ -151,4 +154,3 @@ def _runs(x: Tensor) -> tuple[Tensor, ...]:
 
 def _plain(x: Tensor) -> tuple[Tensor, ...]:
     return x.plain if isinstance(x, Contrast) else (x.detach(), x.detach())
-

@@ -3,7 +3,8 @@
     DS_t = DS_{t-1} mean(decay_t) + mean(S_{t-1}) D decay_t - D(found_t erase_t^T) + D(value_t key_t^T)     D(a b) by the means
     D scan_t = DS_t mean(read_t) + mean(S_t) D read_t             found_t = S_{t-1} probe_t
 
-Let L_t be what DS_t is worth in the end. It runs from the end by the means of both runs, as an ordinary gradient would at them; and
+Let L_t be what DS_t is worth in the end. It runs from the end by the means of both runs, as an ordinary gradient would at them;
+and
 so do the shares of value, key and erase, which look at L alone. Those of read and probe look at the states, each run's by its own
 decays: mean(S_t)^T dscan_t. Between both stands that of a decay, <L_t, mean(S_{t-1})>: a sum over pairs (i, j), j < t <= i, with
 the means' decays from t to i and the run's own ones from j to t,
@@ -116,9 +117,7 @@ def _of_chunk(
         y = solve(middle.strict[-1].mT, wanted[-1], upper=True)
         of_value = y if middle.same else wanted[0] - middle.strict[0].mT @ y
     of_sources = _of_sources(middle, out, inner, y, ahead)
-    of_rows = [
-        _of_rows(chunk, out, some, y, state) for chunk, some, state in zip(own, written, before, strict=True)
-    ]
+    of_rows = [_of_rows(chunk, out, some, y, state) for chunk, some, state in zip(own, written, before, strict=True)]
     of_read, *of_probe = ((a + b) / 2 for a, b in zip(*of_rows, strict=True))
     of_decay = sum(
         _of_decay(middle, chunk, out, some, y, state, ahead)
@@ -310,7 +309,9 @@ def _of_decays_by_key(
     return found[..., : own.length, :]
 
 
-def _scan(decay: Float[Tensor, "*some pos key"], write: Float[Tensor, "*some pos key"]) -> Float[Tensor, "*some pos key"]:
+def _scan(
+    decay: Float[Tensor, "*some pos key"], write: Float[Tensor, "*some pos key"]
+) -> Float[Tensor, "*some pos key"]:
     flat = (x.reshape(-1, *x.shape[-2:]) for x in (decay, write))
     return linear_scan(*flat).view(write.shape)
 
@@ -323,4 +324,3 @@ def _shifted(x: Float[Tensor, "*some pos key"], first: float = 0.0) -> Float[Ten
 def _behind(decay: Float[Tensor, "*some pos key"]) -> Float[Tensor, "*some pos key"]:
     """The product of the decays behind each position."""
     return _shifted(torch.cumprod(decay.flip(-2), -2), 1.0).flip(-2)
-

@@ -28,8 +28,8 @@ def transformed() -> bool:
 
 
 def overridden(*tensors: object) -> bool:
-    """Whether any of them is of a tensor class that computes functions its own way, by torch's protocol: whoever is asked hands the
-    call on by `handle_torch_function`."""
+    """Whether any of them is of a tensor class that computes functions its own way, by torch's protocol: whoever is asked hands
+    the call on by `handle_torch_function`."""
     return not torch.compiler.is_compiling() and has_torch_function(tensors)
 
 

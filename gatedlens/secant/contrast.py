@@ -1,4 +1,5 @@
-"""Contrast: an activation in the run of the input, beside what it is in the run of a reference. Whatever is computed from it is one.
+"""Contrast: an activation in the run of the input, beside what it is in the run of a reference. Whatever is computed from it is
+one.
 
     x = Contrast.of(features, (reference,), RULES)
     y = F.silu(x @ W) * x                      # any code of torch: y is a Contrast, y.earlier[0] what it is of the reference
@@ -11,13 +12,14 @@ goes in to the difference of what comes out, *exactly*, and autograd strings the
 
     sum over (x - x') M = f(x) - f(x')         M the gradient under the rules
 
-for any code whatsoever: each operation hands on what it is given (the page docs/secant.md has the proof). `rules` is a table by the
-operations' names (rules.py); an operation that has none is refused.
+for any code whatsoever: each operation hands on what it is given (the page docs/secant.md has the proof). `rules` is a table by
+the operations' names (rules.py); an operation that has none is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -83,8 +85,8 @@ class Call:
         if self.name in self.rules:
             return self.rules[self.name]
         raise InputError(
-            f"Secant relevance has no rule for {self.name!r} ({self.func}), so what it passes on cannot be told. A forward in other "
-            "operations has one, or give the rules a line: `{**RULES, 'name': rule}`; see gatedlens/secant/rules.py."
+            f"Secant relevance has no rule for {self.name!r} ({self.func}), so what it passes on cannot be told. A forward in "
+            "other operations has one, or give the rules a line: `{**RULES, 'name': rule}`; see gatedlens/secant/rules.py."
         )
 
     def given(self, run: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -150,4 +152,4 @@ class Sloped(Function):
 def difference(x: Contrast) -> list[Tensor]:
     """What each step adds, from the reference on: its sum is x - x'."""
     runs = x.plain
-    return [after - before for before, after in zip(runs[:-1], runs[1:], strict=True)]
+    return [after - before for before, after in pairwise(runs)]

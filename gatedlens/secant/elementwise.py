@@ -1,7 +1,8 @@
 """Elementwise: the secant of a function of one number, Dg = (g(z) - g(z')) / (z - z') Dz.
 
 Where z and z' nearly meet, the quotient is rounding; there the derivative halfway stands for it, which is as exact: the error of
-either is some cube root of the dtype's rounding, squared. Where a closed form knows better it is used (exp: the logarithmic mean).
+either is some cube root of the dtype's rounding, squared. Where a closed form knows better it is used (exp: the logarithmic
+mean).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ Slope = Callable[[Values, Values, Values, Values], Values]  # of g(z), g(z'), z,
 
 
 def logarithmic_mean(p: Values, q: Values, apart: Values) -> Values:
-    """(p - q) / (log p - log q), `apart` the difference of the logarithms: (p + q) / 2 where that is 0; 0 where it is not finite."""
+    """(p - q) / (log p - log q), `apart` the difference of the logarithms: (p + q) / 2 where that is 0; 0 where it is not
+    finite."""
     half = apart / 2
     ratio = torch.tanh(half).div_(half).masked_fill_(half == 0, 1.0)
     return ratio.nan_to_num_(0.0, 0.0, 0.0).mul_(p + q).div_(2)

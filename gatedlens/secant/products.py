@@ -102,7 +102,9 @@ def einsum(call: Call) -> Any:
     if len(call.places) < 2:
         return linear(call)
     if len(call.places) > 2:
-        raise InputError(f"Secant relevance: {call.name!r} multiplies {len(call.places)} factors at once; take two at a time.")
+        raise InputError(
+            f"Secant relevance: {call.name!r} multiplies {len(call.places)} factors at once; take two at a time."
+        )
     equation = str(call.leaves[0]).replace(" ", "")
     inputs, _, out = equation.partition("->")
     axes = (*inputs.split(","), out)

@@ -35,27 +35,31 @@ from gatedlens.secant.elementwise import (
 from gatedlens.secant.products import bilinear, divided, einsum, lerp, linear, normalize, times
 from gatedlens.secant.shares import log_softmax, logsumexp, softmax
 
-LINEAR = (
-    "add sub rsub __rsub__ __radd__ neg sum mean cumsum cat concat stack view reshape flatten unflatten squeeze "
-    "unsqueeze transpose permute movedim mT T H mH adjoint expand repeat repeat_interleave chunk split split_with_sizes "
-    "tensor_split unbind flip roll __getitem__ select narrow index_select gather scatter index_add masked_fill where tril triu "
-    "diagonal diag_embed pad clone contiguous float double half bfloat16 detach broadcast_to broadcast_tensors unfold take_along_dim "
-    "masked_select __iter__ data"
-).split()
-LIKE = "to type type_as expand_as view_as reshape_as".split()
-PRODUCTS = "matmul __matmul__ __rmatmul__ bmm mm mv dot linear addcmul conv1d conv2d outer baddbmm addmm".split()
-ELEMENTWISE = (
-    "sigmoid silu tanh gelu softplus logsigmoid log_sigmoid mish hardswish hardsigmoid elu leaky_relu sin cos log log1p expm1 clamp clamp_min "
-    "clamp_max abs erf logit of_one_number"
-).split()
-ASKED = (
-    "size dim numel nelement stride is_floating_point is_complex is_contiguous element_size __len__ data_ptr tolist item __repr__ "
-    "__format__ __bool__ __float__ eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ isfinite isnan isinf any all nonzero "
-    "argmax argmin argsort allclose equal zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_full "
-    "new_empty new_tensor get_device is_conj is_neg numpy storage_offset "
-    "__hash__ is_same_size result_type"
-).split()
-OF_AUTOGRAD = "grad backward requires_grad_ retain_grad register_hook".split()
+
+def _named(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+LINEAR = _named(
+    "add sub rsub __rsub__ __radd__ neg sum mean cumsum cat concat stack view reshape flatten unflatten squeeze unsqueeze "
+    "transpose permute movedim mT T H mH adjoint expand repeat repeat_interleave chunk split split_with_sizes tensor_split unbind flip "
+    "roll __getitem__ select narrow index_select gather scatter index_add masked_fill where tril triu diagonal diag_embed pad clone "
+    "contiguous float double half bfloat16 detach broadcast_to broadcast_tensors unfold take_along_dim masked_select __iter__ "
+    "data"
+)
+LIKE = _named("to type type_as expand_as view_as reshape_as")  # another tensor, which says what form x shall have
+PRODUCTS = _named("matmul __matmul__ __rmatmul__ bmm mm mv dot linear addcmul conv1d conv2d outer baddbmm addmm")
+ELEMENTWISE = _named(
+    "sigmoid silu tanh gelu softplus logsigmoid log_sigmoid mish hardswish hardsigmoid elu leaky_relu sin cos log log1p expm1 "
+    "clamp clamp_min clamp_max abs erf logit of_one_number"
+)
+ASKED = _named(
+    "size dim numel nelement stride is_floating_point is_complex is_contiguous element_size __len__ data_ptr tolist item "
+    "__repr__ __format__ __bool__ __float__ eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ isfinite isnan isinf any all "
+    "nonzero argmax argmin argsort allclose equal zeros_like ones_like empty_like full_like rand_like randn_like new_zeros "
+    "new_ones new_full new_empty new_tensor get_device is_conj is_neg numpy storage_offset __hash__ is_same_size result_type"
+)
+OF_AUTOGRAD = _named("grad backward requires_grad_ retain_grad register_hook")
 
 
 def asked(call: Call) -> Any:
@@ -110,8 +114,9 @@ def dropout(call: Call) -> Any:
 def numerator_and_denominator(call: Call) -> Any:
     """Points inside RWKV-4's scan: as a quotient it has another rule, far worse, and scores must not hang on who listens."""
     raise InputError(
-        "Secant relevance takes RWKV-4's scan as a running mean, and its numerator and denominator (hook_state_start, hook_decay, "
-        "hook_write, hook_state, hook_num, hook_den, hook_max) have no relevance: ask for hook_k, hook_u or hook_scan."
+        "Secant relevance takes RWKV-4's scan as a running mean, and its numerator and denominator (hook_state_start, "
+        "hook_decay, hook_write, hook_state, hook_num, hook_den, hook_max) have no relevance: ask for hook_k, hook_u or "
+        "hook_scan."
     )
 
 
@@ -140,11 +145,30 @@ def in_place(name: str) -> Rule:
 
 def rules() -> Mapping[str, Rule]:
     """The whole table."""
-    found: dict[str, Rule] = {name: asked for name in ASKED}
-    found |= dict.fromkeys(OF_AUTOGRAD, itself) | dict.fromkeys(LINEAR, linear) | dict.fromkeys(LIKE, like) | dict.fromkeys(PRODUCTS, bilinear)
-    found |= {name: elementwise() for name in ELEMENTWISE}
-    found |= {"mul": times, "__rmul__": times, "multiply": times, "div": divided, "true_divide": divided, "__rdiv__": reversed_division}
-    found |= {"einsum": einsum, "lerp": lerp, "normalize": normalize, "pow": power, "__pow__": power, "dropout": dropout}
+    found: dict[str, Rule] = dict.fromkeys(ASKED, asked)
+    found |= (
+        dict.fromkeys(OF_AUTOGRAD, itself)
+        | dict.fromkeys(LINEAR, linear)
+        | dict.fromkeys(LIKE, like)
+        | dict.fromkeys(PRODUCTS, bilinear)
+    )
+    found |= dict.fromkeys(ELEMENTWISE, elementwise())
+    found |= {
+        "mul": times,
+        "__rmul__": times,
+        "multiply": times,
+        "div": divided,
+        "true_divide": divided,
+        "__rdiv__": reversed_division,
+    }
+    found |= {
+        "einsum": einsum,
+        "lerp": lerp,
+        "normalize": normalize,
+        "pow": power,
+        "__pow__": power,
+        "dropout": dropout,
+    }
     found |= {"exp": elementwise(of_exp), "square": elementwise(of_square), "sqrt": elementwise(of_sqrt)}
     found |= {"rsqrt": elementwise(of_rsqrt), "reciprocal": elementwise(of_reciprocal), "relu": elementwise(of_relu)}
     found |= {"softmax": softmax, "log_softmax": log_softmax, "logsumexp": logsumexp}

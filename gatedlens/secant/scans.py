@@ -33,7 +33,9 @@ BLOCK = 1 << 18  # numbers of a block's states, of one run
 SHORTEST = 8  # positions
 BY_KEY = 16  # positions of a chunk where keys decay each at its own pace: pairs of positions cost most there
 
-Body = Callable[[Sequence[Any], Tensor], tuple[Tensor, Tensor]]  # of some positions of every sequence, and the state before
+Body = Callable[
+    [Sequence[Any], Tensor], tuple[Tensor, Tensor]
+]  # of some positions of every sequence, and the state before
 
 
 def _arguments(call: Call) -> tuple[Any, ...]:
@@ -105,7 +107,12 @@ class DeltaStates(Function):
 
         # The adjoint of S' = S decay - (S probe) erase is a delta rule too, which finds by erase and erases by probe.
         if erase.shape[-2] == 1:
-            adjoint = behind(decay, 1.0), grads[0].flip(1), behind(probe.unsqueeze(-2), 0.0), behind(erase.squeeze(-2), 0.0)
+            adjoint = (
+                behind(decay, 1.0),
+                grads[0].flip(1),
+                behind(probe.unsqueeze(-2), 0.0),
+                behind(erase.squeeze(-2), 0.0),
+            )
             g = states_of_delta_rule(*adjoint, torch.zeros_like(start)).flip(1)  # [b, l, h, v, k]
         else:
             g = _by_value(decay, erase, probe, grads[0])
@@ -123,7 +130,9 @@ def _by_value(decay: Tensor, erase: Tensor, probe: Tensor, grad: Tensor) -> Tens
     found = [grad[:, -1]]
     for t in reversed(range(1, grad.shape[1])):
         g = found[-1]
-        found.append(grad[:, t - 1] + g * decay[:, t] - (g * erase[:, t]).sum(-1, keepdim=True) * probe[:, t].unsqueeze(-2))
+        found.append(
+            grad[:, t - 1] + g * decay[:, t] - (g * erase[:, t]).sum(-1, keepdim=True) * probe[:, t].unsqueeze(-2)
+        )
     return torch.stack(found[::-1], dim=1)
 
 
@@ -214,7 +223,9 @@ def by_blocks(
             starts.append(mine)
     scans, ends = [outs[0]], [lasts[0]]
     for run in range(1, number):
-        before = [x[run - 1].detach() if isinstance(s, Contrast) else None for s, x in zip(sequences, each, strict=True)]
+        before = [
+            x[run - 1].detach() if isinstance(s, Contrast) else None for s, x in zip(sequences, each, strict=True)
+        ]
         now = [x[run].detach() for x in each]
         block = Block(body, call.rules, parts, now, before, list(zip(starts[run], starts[run - 1], strict=True)))
         found = Blocks.apply(block, outs[run], lasts[run], begins[run], *(x[run] for x in each))
@@ -227,7 +238,9 @@ def of_steps(call: Call) -> tuple[Contrast, Contrast]:
     """scan(terms, sequences, constants, initial)"""
     terms, sequences, constants, initial = _arguments(call)
     if any(isinstance(x, Contrast) for x in constants):
-        raise InputError("Secant relevance: the constants of a scan are the same in every run; give what differs by position.")
+        raise InputError(
+            "Secant relevance: the constants of a scan are the same in every run; give what differs by position."
+        )
     constants = [x.detach() for x in constants]
 
     def run_plain(given: Sequence[Any], state: Tensor) -> tuple[Tensor, Tensor]:

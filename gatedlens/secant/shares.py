@@ -3,8 +3,8 @@
     Dp_j = q_j (Ds_j - sum_i q_i Ds_i / sum_i q_i)            q the logarithmic mean of p and p'
     D log sum_i exp s_i = sum_i q_i Ds_i / sum_i q_i
 
-since Dp = q D log p and log p_j = s_j - log sum_i exp s_i. (Taken as a quotient, exp s over its sum, softmax has another rule that is
-as complete, and far worse: it credits a score with what it takes away from all others, and takes that back elsewhere.)
+since Dp = q D log p and log p_j = s_j - log sum_i exp s_i. (Taken as a quotient, exp s over its sum, softmax has another rule
+that is as complete, and far worse: it credits a score with what it takes away from all others, and takes that back elsewhere.)
 """
 
 from __future__ import annotations

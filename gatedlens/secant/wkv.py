@@ -105,7 +105,9 @@ def running_mean(call: Call) -> tuple[Contrast, Carry]:
     args, kwargs = torch.utils._pytree.tree_unflatten(call.leaves, call.form)
     k, v, w, u, mask, carry, fresh = (*args, *kwargs.values(), None)[:7]
     if any(isinstance(x, Contrast) for x in (w, u, *carry, fresh)):
-        raise InputError("Secant relevance goes through RWKV's scan by its keys and values alone: its carry and rates are held.")
+        raise InputError(
+            "Secant relevance goes through RWKV's scan by its keys and values alone: its carry and rates are held."
+        )
     kept = None if fresh is None else log_kept(fresh)
     w, u, carry = w.detach(), u.detach(), tuple(x.detach() for x in carry)
 

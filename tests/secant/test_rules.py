@@ -16,7 +16,8 @@ def new(*shape, seed=0, scale=2.0):
 
 
 def secants(function, *pairs, seed=9):
-    """(the gradient at each input under the rules, what it is worth) of pairs (now, then), weighed at random; held to be complete."""
+    """(the gradient at each input under the rules, what it is worth) of pairs (now, then), weighed at random; held to be
+    complete."""
     live = [now.clone().requires_grad_() for now, _ in pairs]
     out = function(*(Contrast.of(x, (then,), RULES) for x, (_, then) in zip(live, pairs, strict=True)))
     values = function(*(then for _, then in pairs)), function(*(now for now, _ in pairs))
@@ -72,7 +73,10 @@ def test_elementwise_is_the_quotient(name):
 
 
 def test_saturated_and_far_apart_numbers_stay_finite():
-    now, then = torch.tensor([800.0, -800.0, 60.0, -745.0, 0.0]).double(), torch.tensor([-800.0, 800.0, 61.0, -746.0, 1e-300]).double()
+    now, then = (
+        torch.tensor([800.0, -800.0, 60.0, -745.0, 0.0]).double(),
+        torch.tensor([-800.0, 800.0, 61.0, -746.0, 1e-300]).double(),
+    )
     for function in (torch.sigmoid, F.silu, F.softplus, torch.tanh):
         (grad,), _ = secants(function, (now, then))
         assert grad.isfinite().all()
@@ -97,7 +101,11 @@ def test_products_are_the_midpoint_rule():
     assert torch.allclose(of_a, weight * (inverse[0] + inverse[1]) / 2)
     assert torch.allclose(of_b, (-weight * (a[0] + a[1]) / 2 * inverse[0] * inverse[1]).sum(0))
     q, k = (new(2, 3, 4), new(2, 3, 4, seed=1)), (new(2, 5, 4, seed=2), new(2, 5, 4, seed=3))
-    for function in (lambda q, k: torch.einsum("bqd,bkd->bqk", q, k), lambda q, k: q @ k.mT, lambda q, k: (q.unsqueeze(2) * k.unsqueeze(1)).sum(-1)):
+    for function in (
+        lambda q, k: torch.einsum("bqd,bkd->bqk", q, k),
+        lambda q, k: q @ k.mT,
+        lambda q, k: (q.unsqueeze(2) * k.unsqueeze(1)).sum(-1),
+    ):
         (of_q, of_k), weight = secants(function, q, k)
         assert torch.allclose(of_q, weight @ (k[0] + k[1]) / 2)
         assert torch.allclose(of_k, weight.mT @ (q[0] + q[1]) / 2)
@@ -148,7 +156,9 @@ def test_a_plain_mlp_is_deeplift(recwarn):
     """captum's DeepLift (rescale) on linear maps and activations of one number."""
     captum = pytest.importorskip("captum.attr")
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 7), nn.Sigmoid(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    net = nn.Sequential(
+        nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 7), nn.Sigmoid(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 2)
+    ).double()
     x, reference = new(3, 6), new(3, 6, seed=1)
     want = captum.DeepLift(net).attribute(x, reference, target=1)
     live = x.clone().requires_grad_()

@@ -22,7 +22,8 @@ def mean(pair):
 
 
 def literal_secant(decay, write, erase, probe, read, start, dscan, dlast, prior=False):
-    """What each tensor gets of a rule that is written down: forward both runs, backward the means. Every one is a pair of runs."""
+    """What each tensor gets of a rule that is written down: forward both runs, backward the means. Every one is a pair of
+    runs."""
     states = [[s] for s in start]
     for run in range(2):
         for t in range(write[run].shape[1]):
@@ -31,7 +32,10 @@ def literal_secant(decay, write, erase, probe, read, start, dscan, dlast, prior=
             states[run].append(decay[run][:, t] * state - found * erase[run][:, t].unsqueeze(-2) + write[run][:, t])
     S = [torch.stack(some, 1) for some in states]  # one longer, the start in front
     length = write[0].shape[1]
-    grads = {name: torch.zeros_like(pair[0]) for name, pair in {"decay": decay, "write": write, "erase": erase, "probe": probe, "read": read}.items()}
+    grads = {
+        name: torch.zeros_like(pair[0])
+        for name, pair in {"decay": decay, "write": write, "erase": erase, "probe": probe, "read": read}.items()
+    }
     worth = dlast.clone()
     for t in reversed(range(length)):
         before, after = mean([s[:, t] for s in S]), mean([s[:, t + 1] for s in S])
@@ -73,7 +77,11 @@ def contrasts(now, then):
 
 def run(of, fields, function):
     terms = Terms(**{name: x for name, x in fields.items() if name not in ("u", "initial")})
-    return function(terms, fields["u"], fields["initial"]) if of is None else of(function(terms, fields["u"], fields["initial"]))
+    return (
+        function(terms, fields["u"], fields["initial"])
+        if of is None
+        else of(function(terms, fields["u"], fields["initial"]))
+    )
 
 
 CASES = [*product((False, True), (False, True), (1, 2), (False, True))]
@@ -95,7 +103,9 @@ def test_heads_by_chunks_are_the_rule_word_for_word(by_key, delta, share, amount
         live, given = contrasts(now, then)
         out, end = run(None, given, function)
         plain = [run(None, fields, function) for fields in (then, now)]
-        assert torch.allclose(out.plain[0], plain[0][0], atol=1e-12) and torch.allclose(out.plain[1], plain[1][0], atol=1e-12)
+        assert torch.allclose(out.plain[0], plain[0][0], atol=1e-12) and torch.allclose(
+            out.plain[1], plain[1][0], atol=1e-12
+        )
         moved = sum(((b - a) * w).sum() for a, b, w in zip(*plain, (weight, last), strict=True))
         grads = torch.autograd.grad([out, end], list(live.values()), [weight, last])
         total = sum(((now[name] - then[name]) * g).sum() for name, g in zip(live, grads, strict=True))
@@ -178,7 +188,9 @@ def test_channels_are_the_rule_word_for_word(vectors, monkeypatch):
         found.append(grads)
     assert all(torch.allclose(a, b, atol=1e-11) for a, b in zip(*found, strict=True))
     # The rule in words, on states that stand whole.
-    decay = [torch.exp(x["log_decay"].unsqueeze(-1) * rate if vectors else x["log_decay"].unsqueeze(-1)) for x in (now, then)]
+    decay = [
+        torch.exp(x["log_decay"].unsqueeze(-1) * rate if vectors else x["log_decay"].unsqueeze(-1)) for x in (now, then)
+    ]
     value_ = [x["amount"] * x["u"] for x in (now, then)]
     one = torch.ones(BATCH, LENGTH, 1, dtype=torch.float64)
     key, read = ([x[name] if vectors else one for x in (now, then)] for name in ("key", "read"))
@@ -193,7 +205,14 @@ def test_channels_are_the_rule_word_for_word(vectors, monkeypatch):
     if vectors:
         assert torch.allclose(grads["read"], (mean(states) * weight.unsqueeze(-1)).sum(-2), atol=1e-11)
         assert torch.allclose(grads["key"], (worth * mean(value_).unsqueeze(-1)).sum(-2), atol=1e-11)
-    before = mean([torch.cat([(s if vectors else s.unsqueeze(-1)).unsqueeze(1), x[:, :-1]], 1) for s, x in zip(start, states, strict=True)])
+    before = mean(
+        [
+            torch.cat([(s if vectors else s.unsqueeze(-1)).unsqueeze(1), x[:, :-1]], 1)
+            for s, x in zip(start, states, strict=True)
+        ]
+    )
     gap = (now["log_decay"] - then["log_decay"]).unsqueeze(-1)
-    slope = torch.where(gap == 0, decay[0] * (rate if vectors else 1), (decay[0] - decay[1]) / torch.where(gap == 0, 1.0, gap))
+    slope = torch.where(
+        gap == 0, decay[0] * (rate if vectors else 1), (decay[0] - decay[1]) / torch.where(gap == 0, 1.0, gap)
+    )
     assert torch.allclose(grads["log_decay"], (worth * before * slope).sum(-1), atol=1e-10)

@@ -1,4 +1,5 @@
-"""The secant of RWKV-4's scan: its running mean is the scan, its rule is that of the lines it is written in, and linear in length."""
+"""The secant of RWKV-4's scan: its running mean is the scan, its rule is that of the lines it is written in, and linear in
+length."""
 
 from __future__ import annotations
 
