@@ -22,7 +22,7 @@ PACKAGE = Path(gl.__file__).parent
 FLOORS = (
     {"errors", "files", "foreign", "late", "options", "version"},
     {"address", "recurrence", "result"},
-    {"fused"},  # what a mixer hands to mamba-ssm's kernels
+    {"fused", "secant"},  # what a mixer hands to mamba-ssm's kernels; two runs side by side, and a rule for every operation
     {"model"},
     {"formats", "compat.names"},  # data of the architectures: checkpoints, and other tools' names, though compat is a door
     {"parts"},

@@ -109,8 +109,8 @@ def _complete(relevance: Tensor, logits: Any, seeds: list[Tensor]) -> None:
             off = float((found - moved).abs().max())
             raise InputError(
                 f"Secant relevance is off by {off:.3g} of what it explains: an operation of this forward, or a hook on the "
-                "model, has a gradient of its own (a torch.autograd.Function, a detached tensor), which no rule knows. A function of "
-                "one number says so by `of_one_number` (gatedlens/recurrence/transforms.py)."
+                "model, has a gradient of its own (a torch.autograd.Function, a detached tensor), which no rule knows. A "
+                "function of one number says so by `of_one_number` (gatedlens/recurrence/transforms.py)."
             )
 
 

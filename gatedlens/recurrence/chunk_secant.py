@@ -20,6 +20,8 @@ it is products of matrices; with one a key it goes by halves, as chunk.py and ha
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -119,7 +121,7 @@ def _of_chunk(
     of_sources = _of_sources(middle, out, inner, y, ahead)
     of_rows = [_of_rows(chunk, out, some, y, state) for chunk, some, state in zip(own, written, before, strict=True)]
     of_read, *of_probe = ((a + b) / 2 for a, b in zip(*of_rows, strict=True))
-    of_decay = sum(
+    of_decay = _sum(
         _of_decay(middle, chunk, out, some, y, state, ahead)
         for chunk, some, state in zip(own, written, before, strict=True)
     )
@@ -133,6 +135,10 @@ def _slope(now: Chunk, then: Chunk) -> Tensor:
     half = ((log - other) / 2).nan_to_num(0.0)
     ratio = torch.where(half == 0, 1.0, torch.tanh(half) / half).nan_to_num(0.0)
     return (log.exp() + other.exp()) / 2 * ratio * ((log > GONE) | (other > GONE))
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, terms)
 
 
 # -- rows and sources ----------------------------------------------------------------------------------------------------
@@ -156,7 +162,7 @@ def _of_sources(chunk: Chunk, out: Tensor, inner: list[Tensor], y: Tensor | None
         sources = [
             _apart(
                 source[..., :size, :] * met.right
-                + sum(_below(kinds[j], size).mT @ row for kinds, row in zip(matrices, met.rows, strict=True)),
+                + _sum(_below(kinds[j], size).mT @ row for kinds, row in zip(matrices, met.rows, strict=True)),
                 source[..., size:, :],
             )
             for j, source in enumerate(sources)
@@ -188,7 +194,7 @@ def _of_rows(chunk: Chunk, out: Tensor, inner: list[Tensor], y: Tensor | None, s
             _apart(
                 row[..., :size, :],
                 row[..., size:, :] * met.left
-                + sum(_below(kinds[j], size) @ source for j, source in enumerate(met.sources)),
+                + _sum(_below(kinds[j], size) @ source for j, source in enumerate(met.sources)),
             )
             for row, kinds in zip(rows, matrices, strict=True)
         ]
@@ -274,7 +280,7 @@ def _of_decays_by_key(
 
     def of_sources(values: list[Tensor], some: list[Tensor], a: Tensor, after: Tensor) -> Tensor:
         """t beside the sources: E'(end, t) sum over j < t of E(t-1, j) source_j values_j."""
-        w = sum(source * value for source, value in zip(some, values, strict=True))
+        w = _sum(source * value for source, value in zip(some, values, strict=True))
         return _behind(after) * _shifted(_scan(a, w))
 
     def of_rows(values: list[Tensor], some: list[Tensor], a: Tensor, before: Tensor) -> Tensor:
@@ -300,9 +306,9 @@ def _of_decays_by_key(
         blocks = [[_below(m, size) for m in kinds] for kinds in matrices]
         (a, a_right), (mean_left, mean_right) = halves(decay), halves(mean)
         read_by = [
-            sum(kinds[j].mT @ row for kinds, row in zip(blocks, met.rows, strict=True)) for j in range(len(sources))
+            _sum(kinds[j].mT @ row for kinds, row in zip(blocks, met.rows, strict=True)) for j in range(len(sources))
         ]
-        seen = [sum(block @ source for block, source in zip(kinds, mine.sources, strict=True)) for kinds in blocks]
+        seen = [_sum(block @ source for block, source in zip(kinds, mine.sources, strict=True)) for kinds in blocks]
         left = of_sources(read_by, [halves(x)[0] for x in sources], a, mean_left)
         right = of_rows(seen, [halves(x)[1] for x in rows], mean_right, a_right)
         found = found + torch.stack([left, right], -3).flatten(-4, -2)

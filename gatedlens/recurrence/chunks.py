@@ -62,7 +62,7 @@ def chunked(
     chunk: positions of a chunk; at_once: chunks side by side. None: what is best for the device and the shape.
     """
     if overridden(u, initial, *terms):
-        return handle_torch_function(chunked, (u, initial, *terms), terms, u, initial)  # type: ignore[no-any-return]
+        return handle_torch_function(chunked, (u, initial, *terms), terms, u, initial)
     size = chunk_size(terms) if chunk is None else chunk
     number = chunks_at_once(terms, u, size) if at_once is None else at_once
     same, (log, key, read, erase, probe) = laid_out(terms)

@@ -39,7 +39,7 @@ def states_of_delta_rule(
     """`march`, by the way that the device likes."""
     if overridden(decay, write, erase, probe, state):
         given = decay, write, erase, probe, state
-        return handle_torch_function(states_of_delta_rule, given, *given)  # type: ignore[no-any-return]
+        return handle_torch_function(states_of_delta_rule, given, *given)
     if not doubling.pays(write):
         return march(decay, write, erase, probe, state)
     length, width, keys = write.shape[1], *write.shape[3:]

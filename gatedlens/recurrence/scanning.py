@@ -112,7 +112,7 @@ def linear_scan(
 ) -> Float[Tensor, "batch pos *rest"]:
     """state_t = decay_t * state_{t-1} + write_t, all states, from `initial` (zero when None); shapes may broadcast."""
     if overridden(decay, write, initial):
-        return handle_torch_function(linear_scan, (decay, write, initial), decay, write, initial)  # type: ignore[no-any-return]
+        return handle_torch_function(linear_scan, (decay, write, initial), decay, write, initial)
     if initial is None:
         initial = torch.zeros_like(write[:, 0])
     if not decay.shape == write.shape == (len(initial), write.shape[1], *initial.shape[1:]):
@@ -283,7 +283,7 @@ def scan(
     """
     tensors = (initial, *sequences, *constants)
     if overridden(*tensors):
-        return handle_torch_function(scan, tensors, terms, sequences, constants, initial)  # type: ignore[no-any-return]
+        return handle_torch_function(scan, tensors, terms, sequences, constants, initial)
     if torch.compiler.is_compiling():
         return _compiled(terms, sequences, constants, initial)
     if transformed():

@@ -254,7 +254,7 @@ def wkv(
     """
     if overridden(k, v, w, u, fresh, *carry):
         given = k, v, w, u, mask, carry, fresh
-        return handle_torch_function(wkv, (k, v, w, u, fresh, *carry), *given)  # type: ignore[no-any-return]
+        return handle_torch_function(wkv, (k, v, w, u, fresh, *carry), *given)
     kept = None if fresh is None else log_kept(fresh)
     compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
     # Four ways to the same numbers. Inside torch.compile a Function cannot stand, so with gradients the segment is written in
@@ -345,7 +345,7 @@ class OpenWkv:
         fresh: Float[Tensor, "batch pos one"] | None = None,
     ):
         if overridden(k, v):  # none has a rule for numerator and denominator apart
-            handle_torch_function(OpenWkv, (k, v), k, v)
+            handle_torch_function(OpenWkv, (k, v), k, v, w, u, mask, carry)
         self.out_dtype = v.dtype
         self.k, self.v, self.w, self.u, self.num0, self.den0, top = (t.double() for t in (k, v, w, u, *carry))
         # NOTHING, and whatever else is below, is an empty past: e^-700 is still a normal float64, so e^-top below is finite.

@@ -41,23 +41,24 @@ def _named(text: str) -> tuple[str, ...]:
 
 
 LINEAR = _named(
-    "add sub rsub __rsub__ __radd__ neg sum mean cumsum cat concat stack view reshape flatten unflatten squeeze unsqueeze "
-    "transpose permute movedim mT T H mH adjoint expand repeat repeat_interleave chunk split split_with_sizes tensor_split unbind flip "
-    "roll __getitem__ select narrow index_select gather scatter index_add masked_fill where tril triu diagonal diag_embed pad clone "
-    "contiguous float double half bfloat16 detach broadcast_to broadcast_tensors unfold take_along_dim masked_select __iter__ "
-    "data"
+    "add sub rsub __rsub__ __radd__ neg sum mean cumsum cat concat stack view reshape flatten unflatten squeeze "
+    "unsqueeze transpose permute movedim mT T H mH adjoint expand repeat repeat_interleave chunk split "
+    "split_with_sizes tensor_split unbind flip roll __getitem__ select narrow index_select gather scatter index_add "
+    "masked_fill where tril triu diagonal diag_embed pad clone contiguous float double half bfloat16 detach "
+    "broadcast_to broadcast_tensors unfold take_along_dim masked_select __iter__ data"
 )
 LIKE = _named("to type type_as expand_as view_as reshape_as")  # another tensor, which says what form x shall have
 PRODUCTS = _named("matmul __matmul__ __rmatmul__ bmm mm mv dot linear addcmul conv1d conv2d outer baddbmm addmm")
 ELEMENTWISE = _named(
-    "sigmoid silu tanh gelu softplus logsigmoid log_sigmoid mish hardswish hardsigmoid elu leaky_relu sin cos log log1p expm1 "
-    "clamp clamp_min clamp_max abs erf logit of_one_number"
+    "sigmoid silu tanh gelu softplus logsigmoid log_sigmoid mish hardswish hardsigmoid elu leaky_relu sin cos log "
+    "log1p expm1 clamp clamp_min clamp_max abs erf logit of_one_number"
 )
 ASKED = _named(
-    "size dim numel nelement stride is_floating_point is_complex is_contiguous element_size __len__ data_ptr tolist item "
-    "__repr__ __format__ __bool__ __float__ eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ isfinite isnan isinf any all "
-    "nonzero argmax argmin argsort allclose equal zeros_like ones_like empty_like full_like rand_like randn_like new_zeros "
-    "new_ones new_full new_empty new_tensor get_device is_conj is_neg numpy storage_offset __hash__ is_same_size result_type"
+    "size dim numel nelement stride is_floating_point is_complex is_contiguous element_size __len__ data_ptr tolist "
+    "item __repr__ __format__ __bool__ __float__ eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ isfinite "
+    "isnan isinf any all nonzero argmax argmin argsort allclose equal zeros_like ones_like empty_like full_like "
+    "rand_like randn_like new_zeros new_ones new_full new_empty new_tensor get_device is_conj is_neg numpy "
+    "storage_offset __hash__ is_same_size result_type"
 )
 OF_AUTOGRAD = _named("grad backward requires_grad_ retain_grad register_hook")
 

@@ -187,7 +187,7 @@ class Blocks(Function):
                 state = starts[0].detach().requires_grad_()
                 given: list[Any] = [x[:, part] for x in live]
                 for i, leaf in zip(moving, leaves, strict=True):
-                    given[i] = Contrast.of(leaf, (block.before[i][:, part],), block.rules)  # type: ignore[index]
+                    given[i] = Contrast.of(leaf, (block.before[i][:, part],), block.rules)
                 with torch._C._EnableTorchFunction():
                     outs = block.body(given, Contrast.of(state, (starts[1],), block.rules))
                 found = torch.autograd.grad(
@@ -269,9 +269,9 @@ class Chunks(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        of_out, of_last = grads
+        (size, same), (now, then), (of_out, of_last) = ctx.sizes, ctx.held, grads
         with exact(of_out):
-            found = backward(*ctx.sizes, *ctx.held, ctx.starts, of_out, of_last)
+            found = backward(size, same, now, then, ctx.starts, of_out, of_last)
         return None, None, None, None, None, found[-1], *found[:-1]
 
 
@@ -284,7 +284,7 @@ def of_heads(call: Call) -> tuple[Contrast, Contrast]:
         share = 1 if key.shape[2] == terms.heads else terms.share
         laid = (log, key, terms.value(u), read, erase, probe)
         start = inside(initial, share)
-    each = [(None,) * number if x is None else _runs(x, number) for x in laid]
+    each: list[Any] = [(None,) * number if x is None else _runs(x, number) for x in laid]
     starts = _runs(start, number)
     held: list[Any] = [
         tuple(None if x[run] is None else x[run].detach().contiguous() for x in each) for run in range(number)

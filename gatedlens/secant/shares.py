@@ -98,5 +98,5 @@ def log_softmax(call: Call) -> Contrast:
     """log_softmax(s, dim) = s - logsumexp(s, dim)"""
     (s, dim), values = _asked(call), call.values()
     with torch._C._EnableTorchFunction():
-        found = s - torch.logsumexp(s, dim, keepdim=True)
+        found: Any = s - torch.logsumexp(s, dim, keepdim=True)
     return call.valued(values, lambda run: found.runs[run])
