@@ -41,6 +41,7 @@ MODELS = {
     "gatedlens/rwkv-moby": "moby",
 }
 LIMIT, SEED = 128, 0
+LIMIT_OF_BYTES = 48  # samples of 48 bytes, which take longer
 PAPER = ("raw_attention", "rollout", "gradient_attention")
 VARIANTS = ("", ":factors=hidden", ":sign=abs", ":sign=abs,factors=hidden", ":mode=official,start_layer=0")
 METHODS = (
@@ -149,7 +150,9 @@ def section(model: Any, found: Evaluation) -> tuple[str, dict[str, Any]]:
     """(markdown, JSON) of one model."""
     whole, shown = found.table(), methods_of(found.run["model"])
     table = ScoreTable(whole.title, {m: whole.rows[m] for m in shown}, whole.better)
-    against = {f"{one} - {other}": list(contrasts(found, one, other)) for one, other in AGAINST}
+    against = {
+        f"{one} - {other}": list(contrasts(found, one, other)) for one, other in AGAINST if {one, other} <= set(shown)
+    }
     both = [m for m in shown if "hidden" not in m and with_factors(m, "hidden") in shown]
     pairs = {f"{m}: unified - hidden": list(contrasts(found, m, with_factors(m, "hidden"))) for m in both}
     pieces = {}
@@ -159,10 +162,9 @@ def section(model: Any, found: Evaluation) -> tuple[str, dict[str, Any]]:
                 whole_, less = (method, with_factors(method, factors))
                 one, other = (less, whole_) if name == "skip" else (whole_, less)
                 pieces[f"{method}: with {name} - without"] = list(contrasts(found, one, other))
-    text = (
-        f"## {found.run['model']}\n\n{table.markdown()}\n\n"
-        f"Of two runs against others, paired over samples:\n\n{contrast_table(against)}\n"
-    )
+    text = f"## {found.run['model']}\n\n{table.markdown()}\n"
+    if against:
+        text += f"\nOf two runs against others, paired over samples:\n\n{contrast_table(against)}\n"
     if both:
         text += (
             f"\nUnified against hidden, paired over samples:\n\n{contrast_table(pairs)}\n\n"
@@ -186,15 +188,14 @@ def run(
                 with_factors(m, f) for m in OF_FACTORS for part, f in ABLATED.items() if has_factor(model, part)
             ]
         out = None if records is None else records / name.rpartition("/")[2]
-        found = evaluate(
-            model, MODELS[name], methods, out=out, limit=limit, seed=SEED, batch_size=32, progress=progress
-        )
+        most = min(limit, LIMIT_OF_BYTES) if MODELS[name] == "moby" else limit
+        found = evaluate(model, MODELS[name], methods, out=out, limit=most, seed=SEED, batch_size=32, progress=progress)
         text, numbers[name] = section(model, found)
         parts.append(text)
     machine = {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
     seconds = round(time.time() - began)
     head = (
-        f"{limit} samples a model, drawn with seed {SEED}; {seconds} s with {machine['threads']} thread, torch "
+        f"{limit} samples a model (of bytes {min(limit, LIMIT_OF_BYTES)}), drawn with seed {SEED}; {seconds} s with {machine['threads']} thread, torch "
         f"{machine['torch']}. Curves: area, trapezoid (positive and negative over 10 to 90 %, so at most 0.8; the others over "
         "0 to 100 %). In brackets: 95 %, bootstrap over samples. Bold: the best number of a column. A difference is marked "
         "better or worse where its interval leaves 0 out.\n"
