@@ -24,14 +24,15 @@ from torch import Tensor
 
 from gatedlens import fused
 from gatedlens.address.composite import turned
-from gatedlens.address.names import NamesFilter, Point
+from gatedlens.address.names import NamesFilter, Point, is_placed, listed
 from gatedlens.address.point import overlaps, refuse_overlap
 from gatedlens.errors import InputError, PointError
 from gatedlens.metrics import Metric, per_row
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
 from gatedlens.model.hooking import CACHE_LIMIT
-from gatedlens.options import checked
+from gatedlens.model.language import OF_INPUT, HookedLanguageModel
+from gatedlens.options import checked, taking
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.result import Result
 from gatedlens.runs import inputs
@@ -73,6 +74,7 @@ def attribution_patch(
     max_bytes: int | None = ...,
     **options: Any,
 ) -> dict[str, Result]: ...
+@taking(HookedLanguageModel.forward, only=OF_INPUT)
 @checked
 def attribution_patch(
     model: HookedModel,
@@ -146,6 +148,7 @@ def attribution_patch_ig(
     max_bytes: int | None = ...,
     **options: Any,
 ) -> dict[str, Result]: ...
+@taking(HookedLanguageModel.forward, only=OF_INPUT)
 @checked
 def attribution_patch_ig(
     model: HookedModel,
@@ -213,6 +216,7 @@ def attribution_patch_ig_activations(
     max_bytes: int | None = ...,
     **options: Any,
 ) -> dict[str, Result]: ...
+@taking(HookedLanguageModel.forward, only=OF_INPUT)
 @checked
 def attribution_patch_ig_activations(
     model: HookedModel,
@@ -271,7 +275,7 @@ class _Points:
         self.model = model
         self.keep = (keep,) if isinstance(keep, str) else tuple(keep)
         self.names = _full_names(model, names)
-        self.single = isinstance(names, str)
+        self.single = isinstance(names, str) or is_placed(names)
         self.found: dict[str, list[str]] = {}
         for name in self.names:
             self.found.setdefault(self.point(name).name, []).append(name)
@@ -335,9 +339,9 @@ class _Points:
 def _full_names(model: HookedModel, names: NamesFilter) -> list[str]:
     if names is None:
         return model.names.select(None)[0]
-    if not isinstance(names, str) and not callable(names) and not list(names):
+    if not callable(names) and not listed(names):
         raise PointError("names is an empty list: name the points, or pass None for every one that is not lazy.")
-    asked = [names] if isinstance(names, str) or callable(names) else list(names)
+    asked = [names] if callable(names) else listed(names)
     found = [one for name in asked for one in model.names.hooked(name)]
     for one in found:
         if one.view is not None:

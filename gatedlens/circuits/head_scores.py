@@ -12,7 +12,7 @@ score of the edge mixer -> r (`edge_scores.py`), for the projection's bias is th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from gatedlens.metrics import Metric
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
 from gatedlens.model.by_head import with_heads
-from gatedlens.options import checked
+from gatedlens.model.language import OF_INPUT, HookedLanguageModel
+from gatedlens.options import checked, taking
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.result import Result
@@ -35,6 +36,7 @@ from gatedlens.runs.pair import Pair
 AXES = ("layer", "head", "receiver")
 
 
+@taking(HookedLanguageModel.forward, only=OF_INPUT)
 @checked
 def eap_heads(model: HookedModel, clean: Input, corrupted: Input, metric: Metric, **options: Any) -> Result:
     """`gl.circuits.eap_heads(model, clean, corrupted, metric).at(receiver="logits").plot()`: `eap` with heads as senders.
@@ -48,6 +50,7 @@ def eap_heads(model: HookedModel, clean: Input, corrupted: Input, metric: Metric
     return scores.result(scores.at_once(metric), "EAP by head", {})
 
 
+@taking(HookedLanguageModel.forward, only=OF_INPUT)
 @checked
 def eap_ig_heads(
     model: HookedModel,
@@ -86,11 +89,12 @@ class HeadScores(Scores):
     def shape(self) -> tuple[int, ...]:
         return tuple(len(self.labels[axis]) for axis in AXES)
 
-    def score(self, receiver: Node, gradient: Float[Tensor, "batch pos d_model"], found: Tensor) -> None:
+    def score(
+        self, receiver: Node, senders: Sequence[Node], gradient: Float[Tensor, "batch pos d_model"], found: Tensor
+    ) -> None:
         column, (_, heads, _) = self.graph.place(receiver) - 1, self.shape
-        before = self.graph.before(receiver)
         for row, (layer, sender) in enumerate(self.senders.items()):
-            if sender in before:
+            if sender in senders:
                 mixer = self.pair.model.blocks[layer].mixer
                 with exact(gradient):
                     along = gradient @ mixer.output_weights()[0].to(
@@ -101,7 +105,7 @@ class HeadScores(Scores):
 
     def result(self, scores: Float[Tensor, "layer head receiver"], title: str, facts: Mapping[str, Any]) -> Result:
         """The Result of these scores, NaN where there is no edge."""
-        there = [[sender.turn < node.turn for node in self.graph.receivers] for sender in self.senders.values()]
+        there = [[sender.reaches(node) for node in self.graph.receivers] for sender in self.senders.values()]
         values = scores.masked_fill(~torch.tensor(there).unsqueeze(1), torch.nan)
         facts = {"model": self.pair.model.cfg.model_name, **facts}
         return Result(values, AXES, self.labels, title, APPROXIMATE, facts)

@@ -34,13 +34,15 @@ from gatedlens.model.block import Block, Sub
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import rows_of
 from gatedlens.model.norm import GemmaNorm, Norm, norm_rows
+from gatedlens.model.weights import linear, several
 from gatedlens.parts.activation import SILU
 from gatedlens.parts.attention import CARRIED_WINDOW, Attention, AttentionKind, check_rope
 from gatedlens.parts.delta_net import CARRIED_DELTA, DeltaKind, DeltaMixer, Projected
 from gatedlens.parts.experts import EXPERTS_OUT, Experts, SharedExpert, experts_rows, shared_expert_rows, softmax_top
 from gatedlens.parts.glu import GatedMlp, gated_mlp_rows
+from gatedlens.parts.grid_positions import GridAttention, GridModel
 from gatedlens.parts.layer_kind import LayerKind, rows_by_kind
-from gatedlens.parts.positioned import NEXT_POSITION, PositionedModel
+from gatedlens.parts.positioned import NEXT_POSITION
 
 GDN = "Gated DeltaNet, arXiv 2412.06464"
 BLOCK = f"{GDN}, fig. 1"
@@ -91,6 +93,14 @@ class MixerByKeyHead(DeltaMixer):
         b, a = F.linear(n, w.in_proj_ba.weight, w.in_proj_ba.bias).unflatten(-1, (groups, -1)).chunk(2, dim=-1)
         return Projected(q, k, x.flatten(2), z.flatten(2), b.flatten(2), a.flatten(2))
 
+    def read_with(self) -> dict[str, Tensor]:
+        w, (groups, state) = self.weights, self.key_shape
+        values = self.sizes["x"] // groups
+        each = w.in_proj_qkvz.weight.unflatten(0, (groups, -1)).split([state, state, values, values], dim=1)
+        both = w.in_proj_ba.weight.unflatten(0, (groups, -1)).chunk(2, dim=1)
+        words = ("W_Q", "W_K", "W_in", "W_gate", "W_beta", "W_dt")
+        return {word: one.flatten(0, 1).mT for word, one in zip(words, (*each, *both), strict=True)}
+
 
 class MixerSideBySide(DeltaMixer):
     """Qwen3.5's: in_proj_qkv holds all queries, all keys, all values; z, b and a have projections of their own."""
@@ -100,6 +110,11 @@ class MixerSideBySide(DeltaMixer):
         q, k, x = F.linear(n, w.in_proj_qkv.weight, w.in_proj_qkv.bias).split(list(self.sizes.values()), dim=-1)
         z, b, a = (F.linear(n, p.weight, p.bias) for p in (w.in_proj_z, w.in_proj_b, w.in_proj_a))
         return Projected(q.unflatten(-1, keys), k.unflatten(-1, keys), x, z, b, a)
+
+    def read_with(self) -> dict[str, Tensor]:
+        w, words = self.weights, {"Q": self.sizes["q"], "K": self.sizes["k"], "in": self.sizes["x"]}
+        alone = {**linear("gate", w.in_proj_z), **linear("beta", w.in_proj_b), **linear("dt", w.in_proj_a)}
+        return {**several(w.in_proj_qkv.weight, w.in_proj_qkv.bias, words), **alone}
 
 
 # -- the model ------------------------------------------------------------------------------------------------------
@@ -135,12 +150,15 @@ class Qwen3NextConfig(HookedConfig):
         return {**super().sizes, **heads, **keys, **attention, "d_mlp": self.d_mlp or 0, **experts}
 
 
-class HookedQwen3Next(PositionedModel):
+class HookedQwen3Next(GridModel):
     """`HookedQwen3Next(Qwen3NextForCausalLM(...))`, or better `gl.wrap(...)`: Qwen3-Next, or Qwen3.5's language model, opened up.
 
     Heads (axis `head`) are those of the delta nets' values; the attention's are `q_head`. Padding on either side or inside a row,
     and documents packed in a row, are as if each row stood alone. (In transformers padding on the right is in the state that a
     call leaves, and so is padding inside a row.)
+
+    Qwen3.5 takes positions of images, too: `model(embeds, start_at_layer=0, position_ids=[3, batch, pos])`, as transformers'
+    model of images and text makes both; its vision tower stays as it is, and is not opened.
     """
 
     title = "Qwen3-Next"
@@ -252,8 +270,13 @@ class HookedQwen3Next(PositionedModel):
             GemmaNorm(heads.q_norm, rows_of("q_norm", points), cfg.eps),
             GemmaNorm(heads.k_norm, rows_of("k_norm", points), cfg.eps),
         )
-        attn = Attention(heads, points, layer, ATTENTION, heads.head_dim, None, model.rotary_emb, norms)
+        attends = Attention if self.sections is None else GridAttention
+        attn = attends(heads, points, layer, ATTENTION, heads.head_dim, None, model.rotary_emb, norms)
         return Block(w, rows, Sub("mixer", attn, ln1, place="attn"), mlp)  # where TransformerLens has attention
+
+    @property
+    def sections(self) -> Any:
+        return vars(text_model(self.wrapped).rotary_emb).get("mrope_section")
 
     def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:
         return GemmaNorm(text_model(self.wrapped).norm, rows, self.cfg.eps)

@@ -81,7 +81,7 @@ def labels_of(attention: ImplicitAttention | AttentionStack, row: int = 0) -> li
     source = attention.cache if isinstance(attention, AttentionStack) else attention
     tokens, model = source.tokens, source.model
     if tokens is None or tokens.ndim != 2:
-        one = attention[attention.layers[0]] if isinstance(attention, AttentionStack) else attention
+        one = next(iter(attention)) if isinstance(attention, AttentionStack) else attention
         return [str(position) for position in range(one.shape[1])]
     if model.tokenizer is None:
         return [str(token) for token in tokens[row].tolist()]
