@@ -1,4 +1,4 @@
-"""Secant relevance against lrp, on each of the architectures of `products.py`: whole models of 4 layers, batch 1, one thread, float32.
+"""Secant relevance against lrp, on the architectures of `products.py`: models of 4 layers, batch 1, one thread, float32.
 
     python -m benchmarks.secant speed mamba            also: CASES of products.py; CPU seconds of both, pos 128 and 1024
     python -m benchmarks.secant memory mamba ours      peak memory, pos 1024 (fresh process); also: theirs

@@ -46,9 +46,9 @@ assert abs(found.scores.sum() + found.facts["remainder"][0] - found.explained) <
 # %% [markdown]
 # ## Against a reference
 #
-# What is a relevance *of*? lrp's sums to the logit itself. `secant` runs the model twice, on the prompt and on a reference that holds
-# nothing but the last token (and BOS), and shares out what lies between the two runs, all of it: gates and decays get theirs.
-# `secant_by_layer` says where it stands before each layer: at the value first, in the end where the answer is read.
+# What is a relevance *of*? lrp's sums to the logit itself. `secant` runs the model twice, on the prompt and on a reference
+# that holds nothing but the last token (and BOS), and shares out what lies between the two runs, all of it: gates and decays
+# get theirs. `secant_by_layer` says where it stands before each layer: at the value first, in the end where the answer is read.
 
 # %%
 between = gl.attribution.secant(model, prompt, why)
@@ -66,8 +66,8 @@ assert by_layer[-1].argmax() == len(tokens) - 1
 # %% [markdown]
 # ## Eleven methods
 #
-# One signature for all, so one loop. Rows are scaled by their largest entry, because units differ: what a token *adds* (lrp, secant,
-# integrated gradients), what its absence *costs* (occlusion), what it *sends* (attention).
+# One signature for all, so one loop. Rows are scaled by their largest entry, because units differ: what a token *adds* (lrp,
+# secant, integrated gradients), what its absence *costs* (occlusion), what it *sends* (attention).
 
 # %%
 QUICK = {"integrated_gradients": {"n_steps": 30}, "occlusion": {"progress": False}}

@@ -130,11 +130,12 @@ figure.savefig("7-perturbation.png", dpi=120, bbox_inches="tight")
 # %% [markdown]
 # ## What it shows, and what not
 #
-# Occlusion, integrated gradients and secant are far ahead of the rest: they compare with black, and the test puts black in (a test
-# that favours its own kind). Occlusion takes 17 forwards for it, integrated gradients 20 forwards and backwards, secant two forwards
-# and one backward: of the black image it knows the one run. Of the others, lrp and the official gradient attention are clearly better than chance; raw
-# attention without signs beats its signed mean, which is no better than chance: in this model it shows where layers look,
-# whatever the class. The order may differ in a model of 24 layers and 196 patches: run it there.
+# Occlusion, integrated gradients and secant are far ahead of the rest: they compare with black, and the test puts black in
+# (a test that favours its own kind). Occlusion takes 17 forwards for it, integrated gradients 20 forwards and backwards,
+# secant two forwards and one backward: of the black image it knows the one run. Of the others, lrp and the official gradient
+# attention are clearly better than chance; raw attention without signs beats its signed mean, which is no better than
+# chance: in this model it shows where layers look, whatever the class. The order may differ in a model of 24 layers and 196
+# patches: run it there.
 
 # %%
 chance = mean["random"]

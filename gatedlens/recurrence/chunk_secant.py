@@ -46,7 +46,7 @@ from gatedlens.recurrence.chunks import _forward, _laid_back, _spans, cut
 from gatedlens.recurrence.halving import _apart, _below
 from gatedlens.recurrence.scanning import linear_scan
 
-SIDE_BY_SIDE = 1 << 20  # numbers of the largest tensor of chunks side by side
+SIDE_BY_SIDE = 1 << 18  # numbers of the largest tensor of chunks side by side
 
 Laid = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # log decay, key, value, read, erase, probe
 

@@ -7,6 +7,7 @@ mean).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -30,6 +31,11 @@ def logarithmic_mean(p: Values, q: Values, apart: Values) -> Values:
 def of_exp(g: Values, g0: Values, z: Values, z0: Values) -> Values:
     """The slope of exp: the logarithmic mean of its values."""
     return logarithmic_mean(g, g0, z - z0)
+
+
+def of_exp2(g: Values, g0: Values, z: Values, z0: Values) -> Values:
+    """The slope of 2^z."""
+    return logarithmic_mean(g, g0, (z - z0) * math.log(2)) * math.log(2)
 
 
 def of_square(g: Values, g0: Values, z: Values, z0: Values) -> Values:

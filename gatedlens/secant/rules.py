@@ -25,6 +25,7 @@ from gatedlens.secant.contrast import Call, Rule
 from gatedlens.secant.elementwise import (
     elementwise,
     of_exp,
+    of_exp2,
     of_reciprocal,
     of_relu,
     of_rsqrt,
@@ -170,11 +171,18 @@ def rules() -> Mapping[str, Rule]:
         "__pow__": power,
         "dropout": dropout,
     }
-    found |= {"exp": elementwise(of_exp), "square": elementwise(of_square), "sqrt": elementwise(of_sqrt)}
+    found |= {
+        "exp": elementwise(of_exp),
+        "exp2": elementwise(of_exp2),
+        "square": elementwise(of_square),
+        "sqrt": elementwise(of_sqrt),
+    }
     found |= {"rsqrt": elementwise(of_rsqrt), "reciprocal": elementwise(of_reciprocal), "relu": elementwise(of_relu)}
     found |= {"softmax": softmax, "log_softmax": log_softmax, "logsumexp": logsumexp}
     found |= {"__get__": attribute, "__set__": asked, "topk": chosen, "sort": chosen}
-    found |= {f"{name}_": in_place(name) for name in (*LINEAR, *ELEMENTWISE, "mul", "div", "exp", "addcmul", "relu")}
+    found |= {
+        f"{name}_": in_place(name) for name in (*LINEAR, *ELEMENTWISE, "mul", "div", "exp", "exp2", "addcmul", "relu")
+    }
     found |= {"__setitem__": in_place("__getitem__"), "copy_": in_place("clone")}
     found |= {"linear_scan": scans.every_state, "states_of_delta_rule": scans.every_state_of_delta_rule}
     found |= {"scan": scans.of_steps, "chunked": scans.of_heads, "wkv": wkv.running_mean}

@@ -40,6 +40,7 @@ def some_equal(now, then):
 
 ELEMENTWISE = {
     "exp": torch.exp,
+    "exp2": torch.exp2,
     "sigmoid": torch.sigmoid,
     "silu": F.silu,
     "gelu": lambda z: F.gelu(z, approximate="tanh"),
