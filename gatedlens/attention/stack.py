@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from gatedlens.address.entries import Index, numbers
 from gatedlens.address.layers import START, Layers, layer_of, layers_of, mixing_of
 from gatedlens.attention.checking import Check, worst
-from gatedlens.attention.layer import ImplicitAttention, points_of
+from gatedlens.attention.layer import ImplicitAttention, points_of, words_of
 from gatedlens.attention.limits import AT_ONCE, DENSE_LIMIT
 from gatedlens.attention.profiles import Profile, induction, induction_of_heads, of_heads, of_layer
 from gatedlens.errors import InputError
@@ -39,6 +39,7 @@ from gatedlens.options import checked, is_whole
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.factors import NAMES
 from gatedlens.result.labelled_tensor import label_of, labelled, with_label
+from gatedlens.result.legend import Legend
 
 INSTEAD = (
     "Ask for fewer layers (`stack[2:5]`), for `stack[layer].row(i)` or `@ x`, for fewer positions, or raise max_bytes."
@@ -105,6 +106,19 @@ class AttentionStack:
             f"AttentionStack({self.cache.model.cfg.model_name}, layers {list(self.layers)}{of}: {' '.join(self.parts)})"
         )
 
+    @checked
+    def words(self, row: int = 0) -> list[str]:
+        """`stack.words(row=0)`: the tokens that it is of, as strings, where there are any; else the positions' numbers."""
+        tokens = self.cache.tokens
+        length = 0 if tokens is not None and tokens.ndim == 2 else self._operator(self.layers[0]).shape[1]
+        return words_of(self.cache.model, tokens, row, length)
+
+    @checked
+    def legend(self, axes: str, shape: Sequence[int], **said: Sequence[Any]) -> Legend | None:
+        """`stack.legend("batch dst src", shape)`: what stands along the axes of a view; said: as in `ImplicitAttention.legend`."""
+        some = "" if self.parts == NAMES else f": {' '.join(self.parts)}"
+        return Legend.of(f"Implicit attention{some}", axes, shape, {"layer": self.layers, **said}, self.words)
+
     # -- which factors -------------------------------------------------------------------------------------------
 
     def only(self, *parts: str) -> AttentionStack:
@@ -166,14 +180,17 @@ class AttentionStack:
     def _stacked(self, view: str, progress: bool, max_bytes: int | None, heads: Index | None) -> Tensor:
         """A view of every layer, under what the view itself says it is."""
         first = self._operator(self.layers[0])
-        each = 1 if heads is None else len(numbers("heads", heads, first.n_heads, repr(first)))
-        self._afford(f"{view}()", 2 * len(self) * each, max_bytes)
+        chosen = [0] if heads is None else numbers("heads", heads, first.n_heads, repr(first))
+        self._afford(f"{view}()", 2 * len(self) * len(chosen), max_bytes)
 
         def of(attention: ImplicitAttention) -> Tensor:
             return attention.mean(None, heads) if view == "mean" else attention.abs_mean(None, heads)
 
         found = list(self.each(of, view, progress))
-        return with_label(torch.stack(found), label_of(found[0]) or "attention")
+        whole = torch.stack(found)
+        axes = "layer batch dst src" if heads is None else "layer batch head dst src"
+        legend = self.legend(axes, whole.shape, head=chosen)
+        return with_label(whole, label_of(found[0]) or "attention", legend)
 
     @checked
     def layer_mean(
@@ -185,7 +202,8 @@ class AttentionStack:
         self._afford("layer_mean()", 2, max_bytes)
         total = reduce(torch.add, self.each(_abs_mean if absolute else _mean, "layer mean", progress))
         said = "|attention|" if absolute else "attention"
-        mean: Tensor = with_label(total / len(self), f"{said} (mean over channels and layers)")
+        legend = self.legend("batch dst src", total.shape)
+        mean: Tensor = with_label(total / len(self), f"{said} (mean over channels and layers)", legend)
         return mean
 
     def check(self) -> Check:
@@ -200,7 +218,7 @@ class AttentionStack:
             )
 
     @checked
-    @labelled("rollout of the attention (mean over channels)")
+    @labelled("rollout of the attention (mean over channels)", "batch dst src")
     def rollout(
         self, start_layer: int | None = None, progress: bool = True, max_bytes: int | None = DENSE_LIMIT
     ) -> Float[Tensor, "batch dst src"]:

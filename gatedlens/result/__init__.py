@@ -5,6 +5,7 @@ found.top(3); found["layer", 2]; found.save("sweep.json"); Result.load("sweep.js
 """
 
 from gatedlens.result.labelled_tensor import KEEP, Function, LabelledTensor, label_of, labelled, with_label
+from gatedlens.result.legend import Legend
 from gatedlens.result.result import Result
 from gatedlens.result.rounding import BITS, NOISE, STEP, figures, levels, moved, noise, order, total
 
@@ -16,6 +17,7 @@ __all__ = [
     "STEP",
     "Function",
     "LabelledTensor",
+    "Legend",
     "Result",
     "figures",
     "label_of",

@@ -26,7 +26,7 @@ from torch import Tensor
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.files import Fields, is_number, read_json, write_json, write_whole
 from gatedlens.foreign import Axes, DataFrame, Figure
-from gatedlens.options import checked
+from gatedlens.options import checked, is_whole
 from gatedlens.result.rounding import figures
 from gatedlens.result.tensorlike import Tensorlike
 
@@ -115,6 +115,22 @@ class Result(Tensorlike):
         for axis in axes:
             out = out._without(axis, out.values.mean(out.dim(axis)))
         return out
+
+    def some(self, **where: slice | Sequence[int]) -> Result:
+        """`result.some(pos=slice(-40, None), layer=[3, 4])`: some entries of axes, by their numbers, which stay axes."""
+        out = self
+        for axis, chosen in where.items():
+            every = range(out.size(axis))
+            if not isinstance(chosen, slice) and not all(is_whole(i) and -len(every) <= i < len(every) for i in chosen):
+                raise InputError(f"some({axis}={chosen!r}): entries are numbers from 0 to {len(every) - 1}, or a slice.")
+            kept = list(every[chosen]) if isinstance(chosen, slice) else [every[i] for i in chosen]
+            values = out.values.index_select(out.dim(axis), torch.tensor(kept, dtype=torch.long, device=out.device))
+            labels = out[axis]
+            out = replace(out, values=values, labels={**out.labels, axis: [labels[i] for i in kept]})
+        return out
+
+    def _titled(self, title: str) -> Result:
+        return replace(self, title=title)
 
     def _without(self, axis: str, values: Tensor) -> Result:
         labels = {name: given for name, given in self.labels.items() if name != axis}
@@ -222,13 +238,13 @@ class Result(Tensorlike):
         """`Result.load("sweep.json")`: what `save` wrote as JSON; InputError for any other file."""
         return cls.from_dict(read_json(path, "result"), path)
 
-    def plot(self, ax: Axes | None = None) -> Figure:
-        """`result.plot()`: a matplotlib Figure: bars for one axis, a heat map for two, one heat map an entry of the first
-        for three.
+    def plot(self, ax: Axes | None = None, backend: str = "matplotlib", **some: slice | Sequence[int]) -> Figure:
+        """`result.plot(pos=slice(-40, None))`: a matplotlib Figure: bars for one axis, a heat map for two, one heat map an entry
+        of the first for three. some: entries of axes, as in `some`. backend: "plotly" for a figure to hover over.
         """
         from gatedlens.plot import results
 
-        return results.result(self, ax)
+        return results.result(self.some(**some), ax, backend)
 
     def __repr__(self) -> str:
         axes = ", ".join(f"{axis} {size}" for axis, size in zip(self.axes, self.values.shape, strict=True))
