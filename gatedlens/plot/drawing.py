@@ -25,6 +25,7 @@ UNSAID = "attention"  # what a number is where neither the caller nor the view s
 LONGEST = 24  # signs of a label that stand at an axis
 FONTS = (9.0, 8.0, 7.0, 6.0)  # points, the largest that fits; of what does not fit at the last every k-th label stands
 LINE = 1.3 / 72  # inches of a line, a point of its font
+BAR = 6.0  # inches of a colour bar, at most
 MARK = "…"  # behind a label after which others are left out
 
 # What is drawn: numbers, or an attention, whose mean is meant. For type checkers: something else is an InputError.
@@ -68,7 +69,7 @@ def inches(ax: Any, axis: str) -> float:
 def fitted(labels: Sequence[Any], room: float) -> tuple[list[int], list[str], float]:
     """(places, names, points): the labels that fit on an axis of `room` inches, and how large.
 
-    All of them, if they do; else every k-th, by its number, with a mark for those between.
+    All of them, if they do; else every k-th, with a mark for those between, and its number where names occur again.
     """
     names = [_short(label(given)) for given in labels]
     each = room / max(len(names), 1)
@@ -77,7 +78,8 @@ def fitted(labels: Sequence[Any], room: float) -> tuple[list[int], list[str], fl
             return list(range(len(names))), names, points
     step = -(-int(1000 * FONTS[-2] * LINE) // max(int(1000 * each), 1))
     places = list(range(0, len(names), step))
-    numbered = [f"{names[i]}" if names[i] == str(i) else f"{i} {names[i]}" for i in places]
+    alike = len(set(names)) < len(names)  # tokens that occur again: which one is meant?
+    numbered = [f"{i} {names[i]}" if alike else names[i] for i in places]
     return places, [f"{name} {MARK}" for name in numbered], FONTS[-2]
 
 
@@ -104,7 +106,8 @@ def label_axis(ax: Any, axis: str, labels: Sequence[Any], room: float | None = N
 def colour_bar(shown: Any, axes: Any, value: str, height: float, shrink: float = 0.9) -> Any:
     """The bar of a picture, `height` inches high, which says what a number is. axes: one, or all that share the colours."""
     figure = (axes if not isinstance(axes, list) else axes[0]).figure
-    bar = figure.colorbar(shown, ax=axes, shrink=shrink, aspect=max(8.0, min(6.0 * height, 40.0)))
+    shrink = min(shrink, BAR / height)
+    bar = figure.colorbar(shown, ax=axes, shrink=shrink, aspect=max(8.0, 7.0 * height * shrink))
     bar.ax.tick_params(labelsize=8)
     bar.set_label(wrapped(value, int(height * shrink * 12)), parse_math=False, usetex=False, fontsize=9)
     return bar

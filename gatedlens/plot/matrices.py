@@ -35,7 +35,7 @@ from gatedlens.plot.sheet import grid, room, sheet
 from gatedlens.result.labelled_tensor import LabelledTensor, label_of
 
 OWN_SCALES = "Each panel has a colour scale of its own: colours do not compare between panels."
-FEW, SOME = 4, 12  # panels: so many each have their labels and a bar that says what a number is
+FEW, MANY = 4, 24  # panels: so many each have their labels and a bar that says what a number is; more than many are small
 Some = slice | Sequence[int]
 
 
@@ -207,8 +207,8 @@ def _grid(
     """One heat map a matrix, under its name; of many panels only those at the rim have labels."""
     cut = {name: _some(data, tokens, pos) for name, data in drawn.items()}
     count, n = len(cut), max(len(data) for data, _ in cut.values())
-    side = room(n, *((0.14, 2.4, 7.0) if count <= FEW else (0.12, 2.0, 4.4) if count <= SOME else (0.08, 1.7, 2.4)))
-    figure, axes = grid(count, side + 1.6, side + 0.9)
+    side = room(n, *((0.14, 2.4, 5.2) if count <= FEW else (0.12, 2.0, 3.6) if count <= MANY else (0.08, 1.5, 1.6)))
+    figure, axes = grid(count, side + (1.6 if count <= FEW else 0.95), side + (1.1 if count <= FEW else 0.45))
     top = max(farthest(data) for data, _ in cut.values())
     images, unlike = [], one_scale and any(bool((data < 0).any()) for data, _ in cut.values())
     for i, row in enumerate(axes):
@@ -220,7 +220,7 @@ def _grid(
             image = _image(ax, shown, names, top if one_scale else farthest(shown), sides)
             if unlike:
                 image.set(cmap="RdBu_r", clim=(-top, top))
-            plain(ax.set_title(name, fontsize=10 if count <= SOME else 9))
+            plain(ax.set_title(name, fontsize=10 if count <= MANY else 9))
             if count <= FEW:
                 plain(ax.set_xlabel("source token"), ax.set_ylabel("destination token"))
             if not one_scale:
@@ -228,7 +228,7 @@ def _grid(
             images.append(image)
     said = value or next((label_of(data) for data, _ in cut.values()), None) or UNSAID
     if one_scale:
-        colour_bar(images[0], [ax for row in axes for ax in row], said, figure.get_size_inches()[1], 0.6)
+        colour_bar(images[0], [ax for row in axes for ax in row], said, figure.get_size_inches()[1], 0.8)
     else:
         what = "" if count <= FEW else f"{said}. Down: destination token, across: source token. "
         plain(figure.supxlabel(wrapped(what + OWN_SCALES * (count > 1), int(12 * figure.get_size_inches()[0])), fontsize=9))

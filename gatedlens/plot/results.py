@@ -20,7 +20,7 @@ from gatedlens.result.result import Result
 
 MAX_PANELS = 72
 FEW = 4  # panels: so many have labels each
-WORDS = 48  # positions whose words are legible side by side
+WORDS = 24  # positions whose words are legible side by side
 RED, BLUE = "#b2182b", "#2166ac"
 
 
@@ -56,7 +56,7 @@ def squeezed(found: Result) -> Result:
 
 def _sheet(found: Result) -> Any:
     """One panel, as large as its labels need it."""
-    width = room(found.size(found.axes[-1]), 0.2, 3.4, 13.0) + 2.4
+    width = room(found.size(found.axes[-1]), 0.2, 3.4, 11.4) + 2.4
     if len(found.axes) == 1:
         return sheet(width, 3.6)
     return sheet(width, room(found.size(found.axes[0]), 0.2, 1.2, 13.0) + 2.0)
@@ -150,7 +150,7 @@ def _panels(found: Result, ax: Any) -> Any:
                 plain(one.set_ylabel(found.axes[1]))
             if "x" in sides:
                 plain(one.set_xlabel(found.axes[2]))
-    _bar(found, shown, [one for row in axes for one in row], min(figure.get_size_inches()[1], 8.0))
+    _bar(found, shown, [one for row in axes for one in row], figure.get_size_inches()[1])
     plain(figure.suptitle(wrapped(found.title, int(9 * figure.get_size_inches()[0]))))
     return figure
 
@@ -168,7 +168,7 @@ def words(found: Result, cells: Sequence[Sequence[str]], ax: Axes | None = None)
         cells = [row[-WORDS:] for row in cells]
     if ax is None:
         longest = min(max((len(label(word)) for row in cells for word in row), default=1), 10)
-        width = room(found.size(columns), 0.14 + 0.075 * longest, 3.4, 30.0) + 2.4
+        width = room(found.size(columns), 0.14 + 0.075 * longest, 3.4, 13.0) + 2.4
         ax = sheet(width, room(found.size(rows), 0.22, 1.2, 16.0) + 2.0)
     figure = _map(found, ax)
     each = inches(ax, "x") / found.size(columns)

@@ -14,7 +14,7 @@ from typing import Any
 
 from gatedlens.options import checked
 
-WIDEST, TALLEST = 16.0, 48.0  # inches of a picture
+WIDEST = 14.0  # inches of a picture
 
 
 def room(entries: int, each: float, least: float, most: float) -> float:
@@ -33,7 +33,8 @@ def grid(count: int, width: float, height: float) -> tuple[Any, list[list[Any]]]
     """
 
     def off(columns: int) -> float:
-        return abs(math.log(columns * width / (-(-count // columns) * height) / 1.5))
+        rows = -(-count // columns)
+        return abs(math.log(columns * width / (rows * height) / 1.5)) + (rows * columns - count) / count
 
     columns = min(range(1, max(2, min(count, int(WIDEST // width)) + 1)), key=off)
     rows = -(-count // columns)
