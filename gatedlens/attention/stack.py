@@ -28,19 +28,21 @@ from tqdm.auto import tqdm
 from gatedlens.address.entries import Index, numbers
 from gatedlens.address.layers import START, Layers, layer_of, layers_of, mixing_of
 from gatedlens.attention.checking import Check, worst
-from gatedlens.attention.layer import ImplicitAttention, points_of, words_of
+from gatedlens.attention.layer import SHOWN, ImplicitAttention, points_of, words_of
 from gatedlens.attention.limits import AT_ONCE, DENSE_LIMIT
 from gatedlens.attention.profiles import Profile, induction, induction_of_heads, of_heads, of_layer
 from gatedlens.errors import InputError
+from gatedlens.markup import card, picture, table
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
 from gatedlens.model.cache import ActivationCache
 from gatedlens.options import checked, is_whole
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.factors import NAMES
-from gatedlens.result.labelled_tensor import label_of, labelled, with_label
+from gatedlens.result.labelled_tensor import LabelledTensor, label_of, labelled, with_label
 from gatedlens.result.legend import Legend
 
+MOST_SHOWN = 24  # layers of a stack that shows its picture by itself
 INSTEAD = (
     "Ask for fewer layers (`stack[2:5]`), for `stack[layer].row(i)` or `@ x`, for fewer positions, or raise max_bytes."
 )
@@ -105,6 +107,17 @@ class AttentionStack:
         return (
             f"AttentionStack({self.cache.model.cfg.model_name}, layers {list(self.layers)}{of}: {' '.join(self.parts)})"
         )
+
+    def _repr_html_(self) -> str:
+        batch, length, _ = self._operator(self.layers[0]).shape
+        rows = [
+            (one.layer, type(one.mixer).__name__, one.shape[2], " ".join(one.parts), len(one.branches)) for one in self
+        ]
+        facts = {"layers": len(self), "rows": batch, "positions": length}
+        inner = table(["layer", "mixer", "channels", "factors", "branches"], rows, 6)
+        view = self.mean(progress=False) if batch == 1 and length <= SHOWN and len(self) <= MOST_SHOWN else None
+        drawn = picture(view[:, 0].result().plot) if isinstance(view, LabelledTensor) else ""
+        return card(f"AttentionStack: {self.cache.model.cfg.model_name}", facts, inner, drawn)
 
     @checked
     def words(self, row: int = 0) -> list[str]:

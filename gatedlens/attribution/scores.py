@@ -141,6 +141,10 @@ class Attribution(Result):
             )
         return plot.over_image(self.scores[row], self.images[row], self.grid, title, self.value, ax=ax)
 
+    def _picture(self) -> str:
+        without = self.axes == IMAGE and (self.images is None or self.grid is None)
+        return "" if without else super()._picture()
+
     def __repr__(self) -> str:
         sizes = ", ".join(f"{axis} {size}" for axis, size in zip(self.axes, self.values.shape, strict=True))
         return f"Attribution({self.method}, target {_short(self.target)}, layers {_short(list(self.layers))}; {sizes})"

@@ -35,7 +35,8 @@ from gatedlens.plot.sheet import grid, room, sheet
 from gatedlens.result.labelled_tensor import LabelledTensor, label_of
 
 OWN_SCALES = "Each panel has a colour scale of its own: colours do not compare between panels."
-FEW, MANY = 4, 24  # panels: so many each have their labels and a bar that says what a number is; more than many are small
+FEW, SOME, MANY = 4, 9, 24  # panels: so few each have their labels and a bar that says what a number is; others are small
+SIDES = ((2.0, 3.7), (1.8, 2.5), (1.5, 1.6))  # inches of a panel, at least and at most: of some, of many, of more
 Some = slice | Sequence[int]
 
 
@@ -207,8 +208,8 @@ def _grid(
     """One heat map a matrix, under its name; of many panels only those at the rim have labels."""
     cut = {name: _some(data, tokens, pos) for name, data in drawn.items()}
     count, n = len(cut), max(len(data) for data, _ in cut.values())
-    side = room(n, *((0.14, 2.4, 5.2) if count <= FEW else (0.12, 2.0, 3.6) if count <= MANY else (0.08, 1.5, 1.6)))
-    figure, axes = grid(count, side + (1.6 if count <= FEW else 0.95), side + (1.1 if count <= FEW else 0.45))
+    side = room(n, 0.14, 2.4, 5.2) if count <= FEW else room(n, 0.12, *SIDES[(count > SOME) + (count > MANY)])
+    figure, axes = grid(count, side + (1.6 if count <= FEW else 0.8), side + (1.1 if count <= FEW else 0.45))
     top = max(farthest(data) for data, _ in cut.values())
     images, unlike = [], one_scale and any(bool((data < 0).any()) for data, _ in cut.values())
     for i, row in enumerate(axes):

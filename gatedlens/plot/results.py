@@ -136,7 +136,7 @@ def _panels(found: Result, ax: Any) -> Any:
         )
     rows, columns = (found.size(axis) for axis in found.axes[1:])
     width = room(columns, 0.16, 1.6, 6.0 if size <= FEW else 3.6)
-    height = room(rows, 0.16, 1.2, 6.0 if size <= FEW else 3.6 if size <= 24 else 2.4)
+    height = room(rows, 0.16, 1.2, 6.0 if size <= FEW else 3.0 if size <= 24 else 2.2)
     figure, axes = grid(size, width + (1.0 if size <= FEW else 0.3), height + (0.9 if size <= FEW else 0.4))
     ends, many = limits(found), size > FEW
     for i, row in enumerate(axes):

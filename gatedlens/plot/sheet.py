@@ -34,7 +34,7 @@ def grid(count: int, width: float, height: float) -> tuple[Any, list[list[Any]]]
 
     def off(columns: int) -> float:
         rows = -(-count // columns)
-        return abs(math.log(columns * width / (rows * height) / 1.5)) + (rows * columns - count) / count
+        return abs(math.log(columns * width / (rows * height) / 1.5)) + 0.5 * (rows * columns - count) / count
 
     columns = min(range(1, max(2, min(count, int(WIDEST // width)) + 1)), key=off)
     rows = -(-count // columns)

@@ -26,11 +26,13 @@ from torch import Tensor
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.files import Fields, is_number, read_json, write_json, write_whole
 from gatedlens.foreign import Axes, DataFrame, Figure
+from gatedlens.markup import card, picture, table
 from gatedlens.options import checked, is_whole
 from gatedlens.result.rounding import figures
 from gatedlens.result.tensorlike import Tensorlike
 
 FORMAT = 1  # of the JSON
+STRONGEST, SHOWN = 5, 100_000  # cells in a notebook's table, and of a result that shows its picture there
 R = TypeVar("R", bound="Result")
 
 
@@ -245,6 +247,24 @@ class Result(Tensorlike):
         from gatedlens.plot import results
 
         return results.result(self.some(**some), ax, backend)
+
+    def _repr_html_(self) -> str:
+        return card(self.title or type(self).__name__, self._said(), self._table(), self._picture())
+
+    def _said(self) -> dict[str, object]:
+        """What stands below its title."""
+        sizes = " x ".join(f"{axis} {size}" for axis, size in zip(self.axes, self.values.shape, strict=True))
+        about = {key: said for key, said in self.facts.items() if key in ("model", "clean", "corrupted", "baseline")}
+        return {"": f"{self.value} [{sizes or 'one number'}]", **about}
+
+    def _table(self) -> str:
+        """Its strongest cells."""
+        cells = self.top(STRONGEST) if self.axes else [{"value": float(self.values)}]
+        rows = [[*(cell.get(f"{axis}_label", cell[axis]) for axis in self.axes), cell["value"]] for cell in cells]
+        return table([*self.axes, self.value], rows)
+
+    def _picture(self) -> str:
+        return picture(self.plot) if 1 <= len(self.axes) <= 3 and 0 < self.values.numel() <= SHOWN else ""
 
     def __repr__(self) -> str:
         axes = ", ".join(f"{axis} {size}" for axis, size in zip(self.axes, self.values.shape, strict=True))

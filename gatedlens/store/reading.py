@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader
 
 from gatedlens.address.entries import Index
 from gatedlens.address.key import Key
-from gatedlens.errors import InputError, PointError, StoreError, did_you_mean
+from gatedlens.errors import InputError, PointError, StoreError, did_you_mean, in_bytes
+from gatedlens.markup import card, table
 from gatedlens.options import checked, is_whole
 from gatedlens.store.column import Column
 from gatedlens.store.disk import journal, manifest
@@ -149,6 +150,16 @@ class Store:
         state = "" if self.is_finished else ", not finished"
         names = ", ".join(self.names[:3]) + (", ..." if len(self.names) > 3 else "")
         return f"Store({self.folder}: {len(self)} samples, {self.n_tokens} tokens of {names}{state})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (name, layout.per, list(layout.shape), str(layout.dtype).removeprefix("torch."))
+            for name, layout in self.layouts.items()
+        ]
+        facts = {"samples": f"{len(self):,}", "tokens": f"{self.n_tokens:,}", "": in_bytes(self.nbytes)}
+        if not self.is_finished:
+            facts["not"] = "finished"
+        return card(f"Store: {self.folder}", facts, table(["point", "one a", "shape", "dtype"], rows))
 
     # -- names ---------------------------------------------------------------------------------------------------
 
