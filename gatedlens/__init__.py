@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from gatedlens.loading import bundled_models, from_pretrained, wrap
     from gatedlens.model import ActivationCache, HookPoint, HookedConfig, HookedLanguageModel, HookedModel, RecurrentState
     from gatedlens.model.vision import HookedVisionModel
-    from gatedlens.result import Result
+    from gatedlens.result import Result, Results
     from gatedlens.verification import Verification, verify
 else:
     __getattr__ = late(__name__, {
@@ -48,7 +48,7 @@ else:
         "inspection": ("Inspection", "inspect"),
         "loading": ("bundled_models", "from_pretrained", "wrap"),
         "model": ("ActivationCache", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "RecurrentState"),
-        "model.vision": ("HookedVisionModel",), "result": ("Result",), "verification": ("Verification", "verify"),
+        "model.vision": ("HookedVisionModel",), "result": ("Result", "Results"), "verification": ("Verification", "verify"),
     })
 
 __all__ = [
@@ -56,7 +56,7 @@ __all__ = [
     "HookPoint", "HookTable", "HookedConfig", "HookedFLA", "HookedGriffin", "HookedJamba", "HookedKimiLinear",
     "HookedLanguageModel", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid", "HookedModel", "HookedOlmoHybrid",
     "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7", "HookedViM", "HookedVisionModel", "ImplicitAttention",
-    "InputError", "Inspection", "Point", "PointError", "RecurrentState", "Result", "StoreError", "TooLargeError",
+    "InputError", "Inspection", "Point", "PointError", "RecurrentState", "Result", "Results", "StoreError", "TooLargeError",
     "Verification", "View", "__version__", "ablation", "amplify", "attribution", "bundled_models", "circuits", "data",
     "evaluation", "from_pretrained", "fused", "implicit_attention", "inspect", "knockout", "layers", "lens", "metrics",
     "patching", "plot", "profiles", "register", "states", "steering", "store", "tasks", "tracing", "verify", "wrap",

@@ -30,7 +30,7 @@ def shown(value: object) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], most: int = ROWS) -> str:
-    """`table(["layer", "share"], [(0, 0.5)])`: a table; of more than `most` rows the first and the last, and how many between."""
+    """`table(["layer", "share"], [(0, 0.5)])`: a table; of more than `most` rows the first and last, and how many between."""
     lines = [list(row) for row in rows]
     head = "".join(f"<th style='{CELL}'>{html.escape(column)}</th>" for column in columns)
     kept = most * 2 // 3 if len(lines) > most else len(lines)
@@ -39,7 +39,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], most: int = 
     if last:
         between = len(lines) - kept - len(last)
         body += f"<tr><td style='{CELL};opacity:.7' colspan='{len(columns)}'>… {between:,} more …</td></tr>"
-    return f"<table style='border-collapse:collapse;margin:.3em 0'><tr>{head}</tr>{body}{''.join(map(_row, last))}</table>"
+    return (
+        f"<table style='border-collapse:collapse;margin:.3em 0'><tr>{head}</tr>{body}{''.join(map(_row, last))}</table>"
+    )
 
 
 def _row(cells: Sequence[object]) -> str:
@@ -50,7 +52,9 @@ def card(title: str, facts: Mapping[str, object] | None = None, *parts: str) -> 
     """`card("LogitLens: mamba-130m", {"positions": 12}, table(...))`: a title, a line of facts, and parts that are HTML."""
     said = " · ".join(f"{html.escape(name)} {shown(value)}" for name, value in (facts or {}).items())
     line = f"<div style='opacity:.8'>{said}</div>" if said else ""
-    return f"<div style='margin:.3em 0;overflow-x:auto'><div><b>{html.escape(title)}</b></div>{line}{''.join(parts)}</div>"
+    return (
+        f"<div style='margin:.3em 0;overflow-x:auto'><div><b>{html.escape(title)}</b></div>{line}{''.join(parts)}</div>"
+    )
 
 
 def picture(draw: Callable[[], Any]) -> str:

@@ -57,7 +57,6 @@ class Means(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         return f"Means({len(self)} points, {self.rows} rows, {self.positions} positions: {', '.join(list(self)[:3])})"
 
-
     def _repr_html_(self) -> str:
         facts = {"points": len(self), "rows": self.rows, "positions": self.positions}
         rows = [(name, list(mean.shape), float(mean.norm())) for name, mean in self.by_name.items()]
@@ -70,7 +69,7 @@ class Means(Mapping[str, Tensor]):
         """`averages.save("means.safetensors")`: write the means and of how many they are, as safetensors; returns the path."""
         facts = {"rows": self.rows, "positions": self.positions, "per_position": self.per_position}
         tensors = {name: mean.detach().cpu().contiguous() for name, mean in self.by_name.items()}
-        write_whole(path, to_bytes(tensors, {"gatedlens": "means", "facts": json.dumps(facts)}))
+        write_whole(Path(path), to_bytes(tensors, {"gatedlens": "means", "facts": json.dumps(facts)}))
         return Path(path)
 
     @staticmethod

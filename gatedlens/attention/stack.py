@@ -41,6 +41,7 @@ from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.factors import NAMES
 from gatedlens.result.labelled_tensor import LabelledTensor, label_of, labelled, with_label
 from gatedlens.result.legend import Legend
+from gatedlens.result.result import Result
 
 MOST_SHOWN = 24  # layers of a stack that shows its picture by itself
 INSTEAD = (
@@ -116,7 +117,7 @@ class AttentionStack:
         facts = {"layers": len(self), "rows": batch, "positions": length}
         inner = table(["layer", "mixer", "channels", "factors", "branches"], rows, 6)
         view = self.mean(progress=False) if batch == 1 and length <= SHOWN and len(self) <= MOST_SHOWN else None
-        drawn = picture(view[:, 0].result().plot) if isinstance(view, LabelledTensor) else ""
+        drawn = "" if view is None else picture(lambda: _result(view[:, 0]).plot())
         return card(f"AttentionStack: {self.cache.model.cfg.model_name}", facts, inner, drawn)
 
     @checked
@@ -128,7 +129,7 @@ class AttentionStack:
 
     @checked
     def legend(self, axes: str, shape: Sequence[int], **said: Sequence[Any]) -> Legend | None:
-        """`stack.legend("batch dst src", shape)`: what stands along the axes of a view; said: as in `ImplicitAttention.legend`."""
+        """`stack.legend("batch dst src", shape)`: what stands along a view's axes; said: as in `ImplicitAttention.legend`."""
         some = "" if self.parts == NAMES else f": {' '.join(self.parts)}"
         return Legend.of(f"Implicit attention{some}", axes, shape, {"layer": self.layers, **said}, self.words)
 
@@ -267,7 +268,15 @@ class AttentionStack:
         """
         bar = tqdm(self, total=len(self), disable=not progress, desc="profiles", unit="layer")
         found = [of_layer(one, max_bytes) if heads is None else of_heads(one, heads, max_bytes) for one in bar]
-        return Profile(*(torch.stack(values) for values in zip(*found, strict=True)))
+        whole = Profile(*(torch.stack(values) for values in zip(*found, strict=True)))
+        return whole.named(f"Profiles of {self.cache.model.cfg.model_name}", *self._axes(heads))
+
+    def _axes(self, heads: Index | None) -> tuple[str, dict[str, Sequence[int]]]:
+        """The axes of what is layer by layer a number a row, or one a head, and what stands along them."""
+        if heads is None:
+            return "layer batch", {"layer": self.layers}
+        first = self._operator(self.layers[0])
+        return "layer batch head", {"layer": self.layers, "head": numbers("heads", heads, first.n_heads, repr(first))}
 
     @checked
     def induction(
@@ -286,7 +295,15 @@ class AttentionStack:
                 return induction(one, tokens, max_bytes).score
             return induction_of_heads(one, heads, tokens, max_bytes).score
 
-        return torch.stack(list(self.each(score, "induction", progress)))
+        whole = torch.stack(list(self.each(score, "induction", progress)))
+        axes, said = self._axes(heads)
+        legend = Legend.of(f"Induction of {self.cache.model.cfg.model_name}", axes, whole.shape, said)
+        return with_label(whole, "induction score", legend)
+
+
+def _result(view: Tensor) -> Result:
+    assert isinstance(view, LabelledTensor)
+    return view.result()
 
 
 def _mean(attention: ImplicitAttention) -> Tensor:

@@ -1,7 +1,7 @@
 """The picture of a circuit: nodes from left to right in running order, mixers above, MLPs below, the stream between.
 
 Edges are arcs as wide as their |score|, red where the clean value raises the metric and blue where it lowers it, as in
-the other plots. Nodes outside the circuit are grey, and left out of a model with many. Of very many edges the strongest are drawn.
+the other plots. Nodes outside the circuit are grey, and left out of a model with many. Of very many edges the strongest stand.
 """
 
 from __future__ import annotations
@@ -89,7 +89,11 @@ def laid_out(circuit: Circuit) -> tuple[dict[str, Place], dict[tuple[str, str], 
         seen[y] = seen.get(y, -1) + 1
         steps = 3 if len(names) > 40 else 2 if len(names) > 14 else 1  # names side by side would overlap
         places[name] = (float(i), y + 0.32 * (seen[y] % steps) * (-1 if y < 0 else 1))
-    count = f"{len(totals)} edges" if len(strongest) == len(totals) else f"the {len(strongest)} strongest of {len(totals)} edges"
+    count = (
+        f"{len(totals)} edges"
+        if len(strongest) == len(totals)
+        else f"the {len(strongest)} strongest of {len(totals)} edges"
+    )
     nodes = "" if len(names) == len(circuit.graph) else f", {len(names)} of {len(circuit.graph)} nodes"
     return places, {edge: totals[edge] for edge in strongest}, f"{circuit.scores.title}: {count}{nodes} ({LEGEND})"
 
@@ -106,7 +110,7 @@ def _totals(circuit: Circuit) -> dict[tuple[str, str], float]:
 def bend(start: Place, end: Place) -> float:
     """How far the middle of an arc stands above the straight line: not at all between neighbours, below it among MLPs."""
     far = end[0] - start[0]
-    return 0.0 if far <= 1 else (0.32 if start[1] + end[1] >= 0 else -0.32) * math.sqrt(far)
+    return 0.0 if far <= 1 else (0.42 if start[1] + end[1] >= 0 else -0.42) * math.sqrt(far)
 
 
 def _ends(places: dict[str, Place], edges: Any) -> tuple[float, float]:
@@ -117,8 +121,8 @@ def _ends(places: dict[str, Place], edges: Any) -> tuple[float, float]:
 
 
 def _arc(ax: Axes, start: Place, end: Place, sizes: Sequence[Place], score: float, share: float) -> None:
-    """A parabola from node to node, in the units of the frame, so that it stays inside; from the rim of a node's box, half as wide
-    and high as `sizes` say, to that of the other's.
+    """A parabola from node to node, in the units of the frame, so that it stays inside: from rim to rim of their boxes, half as
+    wide and high as `sizes` say.
     """
     from matplotlib.patches import FancyArrowPatch
     from matplotlib.path import Path
@@ -140,5 +144,11 @@ def _arc(ax: Axes, start: Place, end: Place, sizes: Sequence[Place], score: floa
     first, last = (first, last) if first < last else (0.0, 1.0)  # boxes that touch
     path = Path([at(first, first), at(first, last), at(last, last)], [Path.MOVETO, Path.CURVE3, Path.CURVE3])
     colour, width = RED if score > 0 else BLUE, 0.5 + 3.0 * share
-    style = {"arrowstyle": "-|>", "mutation_scale": 7 + 6 * share, "color": colour, "linewidth": width, "alpha": 0.75}
+    style: dict[str, Any] = {
+        "arrowstyle": "-|>",
+        "mutation_scale": 7 + 6 * share,
+        "color": colour,
+        "linewidth": width,
+        "alpha": 0.75,
+    }
     ax.add_patch(FancyArrowPatch(path=path, zorder=2, **style))

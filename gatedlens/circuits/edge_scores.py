@@ -34,10 +34,8 @@ from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.result import Result
 from gatedlens.runs.cells import Plan
 from gatedlens.runs.engine import Earlier, Effort
-from gatedlens.runs.gradients import Listener, collected, listen, on_the_way
+from gatedlens.runs.gradients import Listener, approximate_rise, collected, listen, on_the_way
 from gatedlens.runs.pair import Pair, steps_of, subtracting
-
-APPROXIMATE = "approximate rise of the metric"
 
 
 @checked
@@ -56,7 +54,7 @@ def eap(
     pair, graph = Pair.of(model, clean, corrupted, options), Graph.of(model)
     _, store = pair.cached(pair.clean, (node.writes for node in graph.senders))
     found = Scores(pair, graph, store, positions).at_once(metric)
-    return _circuit(model, graph, found, "EAP", {})
+    return _circuit(model, graph, found, metric, "EAP", {})
 
 
 @checked
@@ -84,7 +82,7 @@ def eap_ig(
     scores = Scores(pair, graph, pair.differences(node.writes for node in graph.senders), positions)
     axes = ("sender", "receiver", "pos")[: len(scores.shape)]
     found = integrated(scores, metric, steps, axes, _labels(graph), "EAP-IG", Effort(results, progress=progress))
-    return _circuit(model, graph, found, "EAP-IG", {"steps": steps})
+    return _circuit(model, graph, found, metric, "EAP-IG", {"steps": steps})
 
 
 @checked
@@ -185,17 +183,19 @@ def integrated(
 
     values = torch.full((steps, *scores.shape), torch.nan, dtype=torch.float64)
     facts = {"model": pair.model.cfg.model_name, "steps": steps}
-    blank = Result(values, ("step", *axes), dict(labels), f"{title}, step by step", APPROXIMATE, facts)
+    blank = Result(values, ("step", *axes), dict(labels), f"{title}, step by step", approximate_rise(metric), facts)
     return collected(pair, metric, blank, one, {}, effort).values.mean(0)
 
 
-def _circuit(model: HookedModel, graph: Graph, scores: Tensor, title: str, facts: dict[str, Any]) -> Circuit:
+def _circuit(
+    model: HookedModel, graph: Graph, scores: Tensor, metric: Metric, title: str, facts: dict[str, Any]
+) -> Circuit:
     """The circuit of all edges; `scores` get NaN where a receiver does not come after the sender."""
     size, axes = len(graph.senders), ("sender", "receiver", "pos")[: scores.ndim]
     edge = torch.ones(size, size, dtype=torch.bool).triu().reshape(size, size, *(1 for _ in scores.shape[2:]))
     values = scores.masked_fill(~edge, torch.nan)
     facts = {"model": model.cfg.model_name, **facts}
-    return Circuit.of(Result(values, axes, _labels(graph), title, APPROXIMATE, facts))
+    return Circuit.of(Result(values, axes, _labels(graph), title, approximate_rise(metric), facts))
 
 
 def _labels(graph: Graph) -> dict[str, list[str]]:

@@ -214,7 +214,7 @@ def sweep(
         plan,
         meter,
         lambda cell, value: (value.double() - clean) / abs(clean),
-        value="(metric - clean) / |clean|",
+        value=f"({meter.said} - clean) / |clean|",
         verb="cut",
         facts=facts,
         unit=abs(clean),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, overload
 
 from gatedlens.errors import InputError
 from gatedlens.foreign import Figure
@@ -16,7 +17,9 @@ from gatedlens.result.labelled_tensor import LabelledTensor, label_of
 
 HTML = "html"
 BODY = "font-family:system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em"
-BOX = "padding:1px 2px;margin:0 1px;border-radius:3px;box-shadow:inset 0 0 0 1px rgba(128,128,128,.35)"  # a token's frame
+BOX = (
+    "padding:1px 2px;margin:0 1px;border-radius:3px;box-shadow:inset 0 0 0 1px rgba(128,128,128,.35)"  # a token's frame
+)
 
 
 class Html:
@@ -69,6 +72,24 @@ def legend(least: float, most: float, said: str = "") -> str:
     )
 
 
+@overload
+def text(
+    scores: Matrix,
+    tokens: Sequence[str] | None = None,
+    title: str | None = None,
+    pos: slice | Sequence[int] | None = None,
+    value: str | None = None,
+    backend: Literal["html"] = ...,
+) -> Html: ...
+@overload
+def text(
+    scores: Matrix,
+    tokens: Sequence[str] | None = None,
+    title: str | None = None,
+    pos: slice | Sequence[int] | None = None,
+    value: str | None = None,
+    backend: str = ...,
+) -> Html | Figure: ...
 @checked
 def text(
     scores: Matrix,

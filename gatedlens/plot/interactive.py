@@ -142,14 +142,24 @@ def token_map(words: Sequence[tuple[str, int, float]], bound: float, title: str,
             x, y = 0.0, y + 1
     figure.add_trace(
         go.Scatter(
-            x=[e[0] for e in ends], y=[e[1] for e in ends], text=[e[2] for e in ends], mode="text+markers",
-            hovertext=[e[3] for e in ends], hoverinfo="text", textfont={"family": "monospace", "size": 13},
+            x=[e[0] for e in ends],
+            y=[e[1] for e in ends],
+            text=[e[2] for e in ends],
+            mode="text+markers",
+            hovertext=[e[3] for e in ends],
+            hoverinfo="text",
+            textfont={"family": "monospace", "size": 13},
             marker={
-                "color": [score for _, _, score in words], "opacity": 0, "size": 14, "cmin": -bound, "cmax": bound,
-                "colorscale": [[0, "rgb(29,78,216)"], [0.5, "white"], [1, "rgb(214,40,40)"]], "showscale": True,
+                "color": [score for _, _, score in words],
+                "opacity": 0,
+                "size": 14,
+                "cmin": -bound,
+                "cmax": bound,
+                "colorscale": [[0, "rgb(29,78,216)"], [0.5, "white"], [1, "rgb(214,40,40)"]],
+                "showscale": True,
                 "colorbar": {"title": {"text": html.escape(value), "side": "right"}},
             },
-        )  # fmt: skip
+        )
     )
     hidden = {"visible": False}
     figure.update_layout(title=html.escape(title), xaxis=hidden, yaxis={**hidden, "autorange": "reversed"})
@@ -173,7 +183,9 @@ def circuit(
         line = {"width": 0.8 + 6 * abs(score) / most, "color": "#b2182b" if score > 0 else "#2166ac"}
         said = f"{html.escape(sender)} → {html.escape(receiver)}<br>{score:.4g}"
         figure.add_trace(
-            go.Scatter(x=x.tolist(), y=y.tolist(), mode="lines", line=line, opacity=0.75, hoverinfo="text", hovertext=said)
+            go.Scatter(
+                x=x.tolist(), y=y.tolist(), mode="lines", line=line, opacity=0.75, hoverinfo="text", hovertext=said
+            )
         )
     names = list(places)
     figure.add_trace(

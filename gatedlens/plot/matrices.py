@@ -35,7 +35,11 @@ from gatedlens.plot.sheet import grid, room, sheet
 from gatedlens.result.labelled_tensor import LabelledTensor, label_of
 
 OWN_SCALES = "Each panel has a colour scale of its own: colours do not compare between panels."
-FEW, SOME, MANY = 4, 9, 24  # panels: so few each have their labels and a bar that says what a number is; others are small
+FEW, SOME, MANY = (
+    4,
+    9,
+    24,
+)  # panels: so few each have their labels and a bar that says what a number is; others are small
 SIDES = ((2.0, 3.7), (1.8, 2.5), (1.5, 1.6))  # inches of a panel, at least and at most: of some, of many, of more
 Some = slice | Sequence[int]
 
@@ -232,7 +236,11 @@ def _grid(
         colour_bar(images[0], [ax for row in axes for ax in row], said, figure.get_size_inches()[1], 0.8)
     else:
         what = "" if count <= FEW else f"{said}. Down: destination token, across: source token. "
-        plain(figure.supxlabel(wrapped(what + OWN_SCALES * (count > 1), int(12 * figure.get_size_inches()[0])), fontsize=9))
+        plain(
+            figure.supxlabel(
+                wrapped(what + OWN_SCALES * (count > 1), int(12 * figure.get_size_inches()[0])), fontsize=9
+            )
+        )
     plain(figure.suptitle(wrapped(title, int(9 * figure.get_size_inches()[0]))))
     return figure
 
@@ -286,5 +294,3 @@ def activation(
     colour_bar(shown, ax, what, inches(ax, "y"))
     figure: Any = ax.figure
     return figure
-
-

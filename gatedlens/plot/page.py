@@ -80,7 +80,8 @@ def attention_page(
     body = (
         f"<h1 style='font-size:1.4em'>{html.escape(title)}</h1>"
         "<p>Hover a token (or move to it with Tab) to see which earlier tokens it reads; click to keep it. "
-        "Colours are of its own row, so they do not compare between tokens or layers. <label>Layer: <select id='gl-layer'></select></label></p>"
+        "Colours are of its own row, so they do not compare between tokens or layers. "
+        "<label>Layer: <select id='gl-layer'></select></label></p>"
         "<p id='gl-text' style='font-family:monospace;font-size:1.1em;line-height:1.9;overflow-wrap:anywhere;cursor:pointer'></p>"
         f"<div style='height:.8em;width:16em;background:linear-gradient(to right,{stops})'></div><p id='gl-ends'></p>"
         f"<p id='gl-said' style='font-family:monospace'></p>{lines}<style>.gl-token{{{BOX}}}</style>"

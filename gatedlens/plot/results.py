@@ -1,7 +1,7 @@
 """The figure of a Result: bars for one axis, a heat map for two, one heat map an entry of the first axis for three.
 
-An axis with one entry is no axis of the picture: the title says which entry it is. Results whose facts say `"scale": "log"` (ranks)
-are drawn on a logarithmic scale with the smallest number, the best, dark.
+An axis with one entry is no axis of the picture: the title says which entry it is. Results whose facts say `"scale": "log"`
+(ranks) are drawn on a logarithmic scale with the smallest number, the best, dark.
 """
 
 from __future__ import annotations

@@ -124,7 +124,9 @@ class Result(Tensorlike):
         for axis, chosen in where.items():
             every = range(out.size(axis))
             if not isinstance(chosen, slice) and not all(is_whole(i) and -len(every) <= i < len(every) for i in chosen):
-                raise InputError(f"some({axis}={chosen!r}): entries are numbers from 0 to {len(every) - 1}, or a slice.")
+                raise InputError(
+                    f"some({axis}={chosen!r}): entries are numbers from 0 to {len(every) - 1}, or a slice."
+                )
             kept = list(every[chosen]) if isinstance(chosen, slice) else [every[i] for i in chosen]
             values = out.values.index_select(out.dim(axis), torch.tensor(kept, dtype=torch.long, device=out.device))
             labels = out[axis]
@@ -259,8 +261,19 @@ class Result(Tensorlike):
 
     def _table(self) -> str:
         """Its strongest cells."""
-        cells = self.top(STRONGEST) if self.axes else [{"value": float(self.values)}]
-        rows = [[*(cell.get(f"{axis}_label", cell[axis]) for axis in self.axes), cell["value"]] for cell in cells]
+        if not self.axes:
+            return table([self.value], [[float(self.values)]])
+        ranks = self.facts.get("scale") == "log"  # of which the smallest are the best
+        cells = replace(self, values=-self.values).top(STRONGEST, signed=True) if ranks else self.top(STRONGEST)
+        alike = {axis for axis in self.axes if len({*map(str, self[axis])}) < self.size(axis)}
+
+        def called(cell: Mapping[str, Any], axis: str) -> object:
+            label = cell.get(f"{axis}_label", cell[axis])
+            return f"{label} ({cell[axis]})" if axis in alike else label
+
+        rows = [
+            [*(called(cell, axis) for axis in self.axes), -cell["value"] if ranks else cell["value"]] for cell in cells
+        ]
         return table([*self.axes, self.value], rows)
 
     def _picture(self) -> str:

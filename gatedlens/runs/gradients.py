@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from gatedlens.errors import InputError
-from gatedlens.metrics import Metric, per_row
+from gatedlens.metrics import Metric, name_of, per_row
 from gatedlens.model.hookpoint import Saver
 from gatedlens.recurrence.autocast import exact
 from gatedlens.result.result import Result
@@ -29,6 +29,11 @@ from gatedlens.runs.ledger import Ledger
 from gatedlens.runs.pair import Pair
 
 Listener = Callable[[Tensor], None]
+
+
+def approximate_rise(metric: Metric) -> str:
+    """What a difference times a gradient is."""
+    return f"approximate rise of the {name_of(metric)}"
 
 
 class Passing(Function):

@@ -115,10 +115,10 @@ class Store:
                 f"{self.folder} is damaged: finished.files in manifest.json names {', '.join(told) or 'none'}, and the batches "
                 f"of journal.jsonl lie in {', '.join(names) or 'none'}."
             )
-        for card in finished.get("besides", []):
-            if card["name"] == path.name and not fits(card, self.folder):
+        for besides in finished.get("besides", []):
+            if besides["name"] == path.name and not fits(besides, self.folder):
                 raise StoreError(
-                    f"{path} is damaged: its checksum is not {card['crc32']}, as in manifest.json. {AGAIN}"
+                    f"{path} is damaged: its checksum is not {besides['crc32']}, as in manifest.json. {AGAIN}"
                 )
 
     def _names(self) -> set[str]:

@@ -1,4 +1,4 @@
-"""Every picture at every size that users have: `python -m tests.plot.gallery FOLDER [WORD]` draws those with the word in the name.
+"""Every picture at every size that users have: `python -m tests.plot.gallery FOLDER [WORD]` draws those with it in the name.
 
 Numbers are made up, sizes are not: 2, 24 and 64 layers, 8, 60 and 300 tokens, 14 x 14 patches.
 """
@@ -18,7 +18,7 @@ from gatedlens.evaluation.curves import AXES, Curve
 from gatedlens.plot import results
 
 LAYERS, LENGTHS = (2, 24, 64), (8, 60, 300)
-WORDS = "It was the whiteness of the whale that above all things app alled me , and\n yet".split(" ")
+WORDS = "It was the whiteness of the whale that above all things app alled me , and\n yet".split(" ")  # noqa: SIM905
 
 
 def tokens(n: int) -> list[str]:
@@ -51,78 +51,88 @@ def grid(side: int) -> Any:
     return gl.HookedViM.tiny(img_size=4 * side).grid
 
 
+def at_token(n: int) -> dict[str, list[str]]:
+    return {"pos": tokens(n)}
+
+
+def by_length(n: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    yield f"heatmap-{n}", lambda: gl.plot.heatmap(attention(n), tokens(n), value="|attention| (mean over channels)")
+    yield f"text-{n}", lambda: gl.plot.text(sweep(n), tokens(n), "lrp of mamba-130m")
+    yield f"bars-{n}", lambda: gl.Result(sweep(n), ("pos",), at_token(n), "Occlusion", "logit difference").plot()
+    yield f"activation-{n}", lambda: activation(n)
+
+
+def by_layer_and_length(k: int, n: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    def result(values: torch.Tensor, title: str, value: str, **facts: Any) -> gl.Result:
+        return gl.Result(values, ("layer", "pos", "head")[: values.ndim], at_token(n), title, value, facts)
+
+    score = "logit difference (corrupted 0, clean 1)"
+    ranks = torch.linspace(11, 0, k).exp().sub(1).round()[:, None].expand(k, n).contiguous()
+    words = [tokens(n)[i % 3 :] + tokens(n)[: i % 3] for i in range(k)]
+    likeliest = "Logit lens: probability of the likeliest token"
+    yield f"layers-{k}x{n}", lambda: gl.plot.layers({i: attention(n, i) for i in range(k)}, tokens(n))
+    yield (
+        f"sweep-{k}x{n}",
+        lambda: result(sweep(k, n), "Patching blocks.*.hook_resid_pre of mamba-130m-hf", score).plot(),
+    )
+    yield f"ranks-{k}x{n}", lambda: result(ranks, "Logit lens: rank of ' whale'", "rank", scale="log").plot()
+    yield f"lens-{k}x{n}", lambda: results.words(result(torch.rand(k, n), likeliest, "probability"), words)
+    for heads in (4, 16):
+        yield (
+            f"by-head-{k}x{n}x{heads}",
+            lambda heads=heads: result(sweep(k, n, heads), "Patching hook_scan by head", score).plot(),
+        )
+
+
+def by_layer(k: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    at_one = gl.Result(sweep(k, 1), ("layer", "pos"), {"pos": ["?"]}, "Patching at one position", "score")
+    names = ["embed", *(f"{i}_{kind}_out" for i in range(k) for kind in ("mixer", "mlp"))]
+    shares = gl.Result(
+        sweep(len(names)), ("component",), {"component": names}, "Direct logit attribution", "logit difference"
+    )
+    yield f"one-row-{k}", at_one.plot
+    yield f"components-{k}", shares.plot
+    for edges in (8, 40, None):
+        yield f"circuit-{k}-{edges or 'all'}", lambda edges=edges: circuit(k, edges).plot()
+
+
+def by_side(side: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    image = torch.linspace(-1, 1, 4 * side).outer(torch.linspace(0, 1, 4 * side)).expand(3, -1, -1)
+    places = [f"{i},{j}" for i in range(side) for j in range(side)]
+    said = "a long title of an image, read as a whale (97%), or what else it is"
+    yield f"over-image-{side}", lambda: gl.plot.over_image(sweep(side, side), image, grid(side), value="relevance")
+    yield f"image-{side}", lambda: gl.plot.image(image, said)
+    yield f"patches-{side}", lambda: gl.plot.heatmap(attention(side * side), places)
+
+
+def others() -> Iterator[tuple[str, Callable[[], Any]]]:
+    long = {i: attention(300, i) for i in range(2)}
+    three = {i: attention(8, i) for i in range(3)}
+    steps = {"share": [i / 10 for i in range(1, 10)]}
+    curve = Curve(torch.rand(20, 9), AXES, steps, "lrp, positive perturbation", "probability of the class")
+    yield "layers-one-scale", lambda: gl.plot.layers(three, tokens(8), one_scale=True)
+    yield "layers-some-pos", lambda: gl.plot.layers(long, tokens(300), pos=slice(-20, None))
+    yield "text-some-pos", lambda: gl.plot.text(sweep(300), tokens(300), pos=slice(100, 140))
+    for heads in (4, 16, 64):
+        many = torch.stack([attention(24, i) for i in range(heads)])
+        yield f"heads-{heads}", lambda many=many: gl.plot.heads(many, tokens(24))
+    yield "curve", curve.plot
+    yield "one-cell", lambda: gl.Result(torch.tensor([[0.5]]), ("layer", "pos"), title="One", value="score").plot()
+    tiny = gl.Result(-torch.rand(2, 8) * 3e-7, ("layer", "pos"), title="Tiny", value="score")
+    yield "tiny-numbers", tiny.plot
+
+
 def pictures() -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, what draws it)"""
     for n in LENGTHS:
-        words = tokens(n)
-        layer_by_token = {"pos": words}
-        yield f"heatmap-{n}", lambda n=n, w=words: gl.plot.heatmap(attention(n), w, value="|attention| (mean over channels)")
-        yield f"text-{n}", lambda n=n, w=words: gl.plot.text(sweep(n), w, "lrp of mamba-130m")
-        yield f"bars-{n}", lambda n=n, s=layer_by_token: gl.Result(sweep(n), ("pos",), s, "Occlusion", "logit difference").plot()
-        for layers in LAYERS:
-            yield (
-                f"layers-{layers}x{n}",
-                lambda n=n, w=words, k=layers: gl.plot.layers({i: attention(n, i) for i in range(k)}, w),
-            )
-            title = "Patching blocks.*.hook_resid_pre of mamba-130m-hf"
-            yield (
-                f"sweep-{layers}x{n}",
-                lambda n=n, k=layers, s=layer_by_token: gl.Result(
-                    sweep(k, n), ("layer", "pos"), s, title, "normalised logit difference (corrupted 0, clean 1)"
-                ).plot(),
-            )
-            yield (
-                f"ranks-{layers}x{n}",
-                lambda n=n, k=layers, s=layer_by_token: gl.Result(
-                    torch.linspace(11, 0, k).exp().sub(1).round()[:, None].expand(k, n).contiguous(),
-                    ("layer", "pos"), s, "Logit lens: rank of ' whale'", "rank (0: the likeliest)", {"scale": "log"},
-                ).plot(),
-            )  # fmt: skip
-            yield (
-                f"lens-{layers}x{n}",
-                lambda n=n, k=layers, s=layer_by_token, w=words: results.words(
-                    gl.Result(torch.rand(k, n), ("layer", "pos"), s, "Logit lens: probability of the likeliest token", "probability"),
-                    [w[i % 3 :] + w[: i % 3] for i in range(k)],
-                ),
-            )
-            for heads in (4, 16):
-                yield (
-                    f"by-head-{layers}x{n}x{heads}",
-                    lambda n=n, k=layers, h=heads, s=layer_by_token: gl.Result(
-                        sweep(k, n, h), ("layer", "pos", "head"), s, "Patching hook_scan by head", "score (corrupted 0, clean 1)"
-                    ).plot(),
-                )
-    yield "layers-one-scale", lambda: gl.plot.layers({i: attention(8, i) for i in range(3)}, tokens(8), one_scale=True)
-    yield "layers-some-pos", lambda: gl.plot.layers({i: attention(300, i) for i in range(2)}, tokens(300), pos=slice(-20, None))
-    yield "text-some-pos", lambda: gl.plot.text(sweep(300), tokens(300), pos=slice(100, 140))
-    for heads in (4, 16, 64):
-        yield f"heads-{heads}", lambda h=heads: gl.plot.heads(torch.stack([attention(24, i) for i in range(h)]), tokens(24))
-    for layers in LAYERS:
-        for edges in (8, 40, None):
-            yield f"circuit-{layers}-{edges or 'all'}", lambda k=layers, e=edges: circuit(k, e).plot()
-    for layers in LAYERS:
-        yield (
-            f"one-row-{layers}",
-            lambda k=layers: gl.Result(sweep(k, 1), ("layer", "pos"), {"pos": ["?"]}, "Patching at one position", "score").plot(),
-        )
-        names = ["embed", *(f"{i}_{kind}_out" for i in range(layers) for kind in ("mixer", "mlp"))]
-        yield (
-            f"components-{layers}",
-            lambda k=len(names), s=names: gl.Result(
-                sweep(k), ("component",), {"component": s}, "Direct logit attribution", "logit difference"
-            ).plot(),
-        )
+        yield from by_length(n)
+        for k in LAYERS:
+            yield from by_layer_and_length(k, n)
+    for k in LAYERS:
+        yield from by_layer(k)
     for side in (3, 14):
-        image = torch.linspace(-1, 1, 4 * side).outer(torch.linspace(0, 1, 4 * side)).expand(3, -1, -1)
-        yield f"over-image-{side}", lambda g=grid(side), x=image, s=side: gl.plot.over_image(sweep(s, s), x, g, value="relevance")
-        yield f"image-{side}", lambda x=image: gl.plot.image(x, "a long title of an image, read as a whale (97%), or what else it is")
-        yield f"patches-{side}", lambda s=side: gl.plot.heatmap(attention(s * s), [f"{i},{j}" for i in range(s) for j in range(s)])
-    steps = {"share": [i / 10 for i in range(1, 10)]}
-    yield "curve", lambda: Curve(torch.rand(20, 9), AXES, steps, "lrp, positive perturbation", "probability of the class").plot()
-    for n in LENGTHS:
-        yield f"activation-{n}", lambda n=n: activation(n)
-    yield "one-cell", lambda: gl.Result(torch.tensor([[0.5]]), ("layer", "pos"), title="One", value="score").plot()
-    yield "tiny-numbers", lambda: gl.Result(-torch.rand(2, 8) * 3e-7, ("layer", "pos"), title="Tiny", value="score").plot()
+        yield from by_side(side)
+    yield from others()
 
 
 def activation(n: int) -> Any:
