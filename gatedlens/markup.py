@@ -30,7 +30,7 @@ def shown(value: object) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], most: int = ROWS) -> str:
-    """`table(["layer", "share"], [(0, 0.5)])`: a table; of more than `most` rows the first and last, and how many between."""
+    """`table(["layer", "share"], [(0, 0.5)])`: a table; of more than `most` rows the first and the last."""
     lines = [list(row) for row in rows]
     head = "".join(f"<th style='{CELL}'>{html.escape(column)}</th>" for column in columns)
     kept = most * 2 // 3 if len(lines) > most else len(lines)
@@ -58,7 +58,7 @@ def card(title: str, facts: Mapping[str, object] | None = None, *parts: str) -> 
 
 
 def picture(draw: Callable[[], Any]) -> str:
-    """`picture(result.plot)`: what a function draws, a figure or coloured text, as a part of a card; nothing without matplotlib."""
+    """`picture(result.plot)`: what a function draws as a part of a card; nothing without matplotlib."""
     try:
         figure = draw()
     except ImportError:

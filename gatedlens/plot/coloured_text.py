@@ -12,7 +12,7 @@ from gatedlens.foreign import Figure
 from gatedlens.markup import BORDER, number
 from gatedlens.options import checked
 from gatedlens.plot.backends import plotly
-from gatedlens.plot.drawing import MARK, Matrix, farthest, label, numbers_of
+from gatedlens.plot.drawing import MARK, Matrix, colour, farthest, label, numbers_of
 from gatedlens.result.labelled_tensor import LabelledTensor, label_of
 
 HTML = "html"
@@ -43,13 +43,6 @@ class Html:
         """`html.save("page.html")`: write a self-contained page and return its path."""
         Path(path).write_text(self.page(), encoding="utf-8", errors="xmlcharrefreplace")
         return Path(path)
-
-
-def colour(share: float) -> str:
-    """A background for a value in [-1, 1]: red above zero, blue below, none for what is no number."""
-    share = share if share == share else 0.0
-    r, g, b = (214, 40, 40) if share > 0 else (29, 78, 216)
-    return f"rgba({r},{g},{b},{min(abs(share), 1):.3f})"
 
 
 def style(share: float) -> str:

@@ -113,6 +113,13 @@ def colour_bar(shown: Any, axes: Any, value: str, height: float, shrink: float =
     return bar
 
 
+def colour(share: float) -> str:
+    """A background for a value in [-1, 1]: red above zero, blue below, none for what is no number."""
+    share = share if share == share else 0.0
+    r, g, b = (214, 40, 40) if share > 0 else (29, 78, 216)
+    return f"rgba({r},{g},{b},{min(abs(share), 1):.3f})"
+
+
 @checked
 def farthest(values: Tensor) -> float:
     """How far the farthest number is from 0; what is no number counts for nothing."""

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from gatedlens.files import optional
-from gatedlens.plot.coloured_text import colour
-from gatedlens.plot.drawing import farthest, label
+from gatedlens.plot.drawing import colour, farthest, label
 from gatedlens.result.result import Result
 
 SIGNED, POSITIVE, BEST_DARK = "RdBu_r", "Blues", "Blues_r"

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.files import in_page
-from gatedlens.plot.coloured_text import BOX, Html, colour
-from gatedlens.plot.drawing import label
+from gatedlens.plot.coloured_text import BOX, Html
+from gatedlens.plot.drawing import colour, label
 
 SCRIPT = """
 const data = JSON.parse(document.getElementById('gl-data').textContent);

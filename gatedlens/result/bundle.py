@@ -12,7 +12,7 @@ A bundle is a named tuple of labelled tensors (see `labelled_tensor.py`).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -44,7 +44,13 @@ class Bundle:
         found: tuple[str, ...] = cls._fields  # type: ignore[attr-defined]
         return found
 
-    def named(self: B, title: str, axes: str, said: Mapping[str, Sequence[Any]] | None = None, words: Any = None) -> B:
+    def named(
+        self: B,
+        title: str,
+        axes: str,
+        said: Mapping[str, Sequence[Any]] | None = None,
+        words: Callable[[int], Sequence[str]] | None = None,
+    ) -> B:
         """`Profile(...).named("Profile, layer 3", "batch head", {"head": [0, 2]})`: the same, whose tensors know their axes."""
         fields = []
         for name, tensor in self._tensors().items():

@@ -49,7 +49,11 @@ class LabelledTensor(Tensor):
         if function not in KEEP:
             return _plain(found)
         said = next((one for one in args if isinstance(one, LabelledTensor)), None)
-        return found if said is None else with_label(found, said.label, _legend(function, *args))
+        if said is None:
+            return found
+        legend = _legend(function, *args)
+        fits = legend is not None and [*map(len, legend.places)] == [*found.shape]
+        return with_label(found, said.label, legend if fits else None)
 
     @property
     def title(self) -> str:

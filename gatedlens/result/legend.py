@@ -69,15 +69,17 @@ class Legend:
         if len(given) > len(self.axes) or any(one is None for one in given):
             return None
         given += [slice(None)] * (len(self.axes) - len(given))
-        out, axes, places, lists = self, [], [], 0
+        out, axes, places, lists, numbers = self, [], [], 0, 0
         for axis, own, one in zip(self.axes, self.places, given, strict=True):
             if isinstance(one, slice):
                 axes.append(axis)
                 places.append(own[one])
                 continue
-            asked = torch.as_tensor(one)
-            lists += asked.ndim > 0
-            if asked.ndim > 1 or lists > 1:
+            asked = torch.as_tensor(one, dtype=torch.long if isinstance(one, list) and not one else None)
+            lists, numbers = lists + (asked.ndim > 0), numbers + (asked.ndim == 0)
+            if (
+                asked.ndim > 1 or lists > 1 or (lists and numbers)
+            ):  # a list beside a number may move its axis to the front
                 return None
             chosen = torch.arange(len(own))[asked.cpu()]
             if chosen.ndim == 0:
