@@ -91,10 +91,12 @@ def label_axis(ax: Any, axis: str, labels: Sequence[Any], room: float | None = N
     """`label_axis(ax, "x", tokens)`: a label at 0, 1, ..., or at every k-th where more do not fit into `room` inches (None: the
     axis as it stands); every sign of a label for itself.
     """
-    places, names, points = fitted(labels, inches(ax, axis) if room is None else room)
+    room = inches(ax, axis) if room is None else room
+    places, names, points = fitted(labels, room)
     style: dict[str, Any] = {"fontsize": points, "parse_math": False, "usetex": False}
     if axis == "x":
-        style["rotation"] = 90 if max(map(len, names), default=0) > 2 else 0
+        longest, each = max(map(len, names), default=0), room / max(len(names), 1)
+        style["rotation"] = 90 if longest > 2 or longest * 0.7 * points / 72 > 0.8 * each else 0
         ax.set_xticks(places, names, **style)
     else:
         ax.set_yticks(places, names, **style)

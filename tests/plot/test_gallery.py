@@ -33,9 +33,13 @@ def troubles(figure: Any) -> list[str]:
     figure.draw_without_rendering()
     frame, found = figure.bbox, []
     texts = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
-    off = {
-        label for ax in figure.axes if not ax.axison for axis in (ax.xaxis, ax.yaxis) for label in axis.findobj(Text)
-    }
+    off = set()  # labels that matplotlib keeps and does not draw
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            off |= set() if ax.axison else set(axis.findobj(Text))
+            low, high = sorted(axis.get_view_interval())
+            for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
+                off |= set() if low <= tick.get_loc() <= high else {tick.label1, tick.label2}
     for text in texts:
         if text in off:
             continue
