@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OF_NUMBERS := tests/attribution tests/evaluation tests/circuits tests/patching tests/result/test_rounding.py
 
-.PHONY: demo test test-cpu test-matrix bench results check catalogue tutorials bundled format clean
+.PHONY: demo test test-cpu test-matrix bench results check catalogue notebooks tutorials docs dist bundled format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,11 +27,12 @@ test: $(STAMP)  ## every test, the slow ones last
 test-cpu: $(STAMP)  ## what computes scores and orders once more, without the processor's own vector instructions
 	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -n $(WORKERS) --cases papers $(OF_NUMBERS)
 
-check: $(STAMP)  ## format, lint, types, catalogue
+check: $(STAMP)  ## format, lint, types, catalogue, notebooks
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m gatedlens.catalogue --check
+	$(BIN)/python -m website.notebooks --check
 
 format: $(STAMP)
 	$(BIN)/ruff format .
@@ -40,8 +41,18 @@ format: $(STAMP)
 catalogue: $(STAMP)  ## write hooks/ from the rows
 	$(BIN)/python -m gatedlens.catalogue
 
-tutorials: $(STAMP)  ## run every tutorial
-	for file in tutorials/*.py; do echo "== $$file"; MPLBACKEND=agg $(BIN)/python $$file || exit 1; done
+notebooks: $(STAMP)  ## write tutorials/*.ipynb from tutorials/*.py
+	$(BIN)/python -m website.notebooks
+
+tutorials: $(STAMP)  ## run every tutorial as a notebook; those that have not changed are kept
+	$(BIN)/python -m website.notebooks --run
+
+docs: tutorials  ## the site in out/site, offline, with the tutorials' outputs
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --strict --quiet
+	@echo "out/site/index.html"
+
+dist: $(STAMP)  ## wheel and sdist in dist/
+	$(BIN)/python -m build --no-isolation --outdir dist .
 
 bench: $(STAMP)  ## ratios against transformers and TransformerLens, in one run
 	$(BIN)/python -m benchmarks.run

@@ -8,8 +8,7 @@
     gl.plot.heatmap(attention.mean()[0], tokens=model.to_str_tokens("Call me Ishmael"))
 
 Every gate, convolution and scan intermediate is a named hook point (`model.hook_table()`); implicit attention follows
-Zimerman, Ali and Wolf, "Explaining Modern Gated-Linear RNNs via a Unified Implicit Attention Formulation" (ICLR 2025).
-"""
+Zimerman, Ali and Wolf, "Explaining Modern Gated-Linear RNNs via a Unified Implicit Attention Formulation" (ICLR 2025)."""
 
 # fmt: off
 # isort: off
@@ -19,16 +18,16 @@ from gatedlens.errors import CheckpointError, GatedlensError, HookError, InputEr
 from gatedlens.late import late
 from gatedlens.version import __version__
 
-# What knows torch is loaded when it is first asked for: an import, and `gatedlens --help`, need not wait for it. Checkers
-# and editors read the imports, Python the table of the same names; the modules of `__all__` need no line in it.
+# What knows torch is loaded when first asked for. Checkers read the imports, Python the table of the same names (but modules).
 if TYPE_CHECKING:
     from gatedlens import ablation, amplify, attribution, circuits, data, evaluation, fused, knockout, layers, lens, metrics
     from gatedlens import patching, plot, profiles, states, steering, store, tasks, tracing
     from gatedlens.address import Alias, HookTable, Point, View
     from gatedlens.attention import AttentionStack, Contributions, ImplicitAttention, implicit_attention
     from gatedlens.hooks import (
-        HookedFLA, HookedGriffin, HookedJamba, HookedKimiLinear, HookedMamba, HookedMamba2, HookedMamba2Hybrid,
-        HookedOlmoHybrid, HookedQwen3Next, HookedRWKV, HookedRWKV6, HookedRWKV7, HookedViM, register,
+        HookedBailingHybrid, HookedFLA, HookedGriffin, HookedJamba, HookedKimiLinear, HookedLFM2, HookedMamba, HookedMamba2,
+        HookedMamba2Hybrid, HookedMambaSsmHybrid, HookedOlmoHybrid, HookedQwen3Next, HookedRWKV, HookedRWKV6, HookedRWKV7,
+        HookedViM, HookedZamba, register,
     )
     from gatedlens.inspection import Inspection, inspect
     from gatedlens.loading import bundled_models, from_pretrained, wrap
@@ -41,9 +40,9 @@ else:
         "address": ("Alias", "HookTable", "Point", "View"),
         "attention": ("AttentionStack", "Contributions", "ImplicitAttention", "implicit_attention"),
         "hooks": (
-            "HookedFLA", "HookedGriffin", "HookedJamba", "HookedKimiLinear", "HookedMamba", "HookedMamba2",
-            "HookedMamba2Hybrid", "HookedOlmoHybrid", "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7",
-            "HookedViM", "register",
+            "HookedBailingHybrid", "HookedFLA", "HookedGriffin", "HookedJamba", "HookedKimiLinear", "HookedLFM2", "HookedMamba",
+            "HookedMamba2", "HookedMamba2Hybrid", "HookedMambaSsmHybrid", "HookedOlmoHybrid", "HookedQwen3Next", "HookedRWKV",
+            "HookedRWKV6", "HookedRWKV7", "HookedViM", "HookedZamba", "register",
         ),
         "inspection": ("Inspection", "inspect"),
         "loading": ("bundled_models", "from_pretrained", "wrap"),
@@ -52,14 +51,15 @@ else:
     })
 
 __all__ = [
-    "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError",
-    "HookPoint", "HookTable", "HookedConfig", "HookedFLA", "HookedGriffin", "HookedJamba", "HookedKimiLinear",
-    "HookedLanguageModel", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid", "HookedModel", "HookedOlmoHybrid",
-    "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7", "HookedViM", "HookedVisionModel", "ImplicitAttention",
-    "InputError", "Inspection", "Point", "PointError", "RecurrentState", "Result", "Results", "StoreError", "TooLargeError",
-    "Verification", "View", "__version__", "ablation", "amplify", "attribution", "bundled_models", "circuits", "data",
-    "evaluation", "from_pretrained", "fused", "implicit_attention", "inspect", "knockout", "layers", "lens", "metrics",
-    "patching", "plot", "profiles", "register", "states", "steering", "store", "tasks", "tracing", "verify", "wrap",
+    "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError", "HookPoint",
+    "HookTable", "HookedBailingHybrid", "HookedConfig", "HookedFLA", "HookedGriffin", "HookedJamba", "HookedKimiLinear",
+    "HookedLFM2", "HookedLanguageModel", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid", "HookedMambaSsmHybrid",
+    "HookedModel", "HookedOlmoHybrid", "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7", "HookedViM",
+    "HookedVisionModel", "HookedZamba", "ImplicitAttention", "InputError", "Inspection", "Point", "PointError", "RecurrentState",
+    "Result", "Results", "StoreError", "TooLargeError", "Verification", "View", "__version__", "ablation", "amplify",
+    "attribution", "bundled_models", "circuits", "data", "evaluation", "from_pretrained", "fused", "implicit_attention",
+    "inspect", "knockout", "layers", "lens", "metrics", "patching", "plot", "profiles", "register", "states", "steering", "store",
+    "tasks", "tracing", "verify", "wrap",
 ]
 # isort: on
 # fmt: on

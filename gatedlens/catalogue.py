@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from gatedlens.address.equations import arrows
 from gatedlens.address.names import Point
 from gatedlens.errors import in_bytes
 from gatedlens.hooks import architectures
@@ -21,27 +21,6 @@ from gatedlens.model.base import HookedModel
 __all__ = ["data", "diagram", "index", "main", "page", "pages", "stale"]
 
 FOLDER = Path(__file__).parent.parent / "hooks"
-
-
-def arrows(rows: tuple[Point, ...]) -> list[tuple[str, str]]:
-    """(from, to) row names: an equation that names another row of the block depends on it.
-
-    A bare word is the row of the same part if there is one, else the only row of that leaf; `ln1.out` names its part.
-    """
-    by_leaf: dict[str, list[str]] = {}
-    for row in rows:
-        by_leaf.setdefault(row.leaf.removeprefix("hook_"), []).append(row.name)
-    place = {row.name: i for i, row in enumerate(rows)}
-    found = []
-    for row in rows:
-        formula = re.sub(r"\[[^\]]*\]", "", row.equation)  # an index is no dependency
-        for word in dict.fromkeys(re.findall(r"[A-Za-z_][A-Za-z_0-9]*(?:\.[A-Za-z_][A-Za-z_0-9]*)*", formula)):
-            part, _, leaf = word.rpartition(".")
-            names = [name for name in by_leaf.get(leaf, []) if not part or name == f"{part}.hook_{leaf}"]
-            near = [name for name in names if name.rpartition(".")[0] == row.part]
-            chosen = near or (names if len(names) == 1 else [])
-            found += [(name, row.name) for name in chosen if place[name] < place[row.name]]
-    return found
 
 
 def diagram(rows: tuple[Point, ...]) -> str:
@@ -172,19 +151,26 @@ def stale(folder: Path = FOLDER) -> list[str]:
     return wrong + sorted(present - set(wanted))
 
 
+def _here() -> Path:
+    """The repository's hooks/; of an installed package, which has none, one where the command runs."""
+    return FOLDER if FOLDER.exists() else Path("hooks")
+
+
 def main() -> int:
     """`main()` is `python -m gatedlens.catalogue`: write the pages, or with --check fail on a stale one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=_here(), help="where the pages lie (%(default)s)")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is stale")
     args = parser.parse_args()
-    wrong = stale()
+    folder: Path = args.folder
+    wrong = stale(folder)
     if args.check:
         print(f"stale: {', '.join(wrong)} (run `make catalogue`)" if wrong else "the catalogue is up to date")
         return bool(wrong)
-    FOLDER.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     for name, text in pages().items():
-        (FOLDER / name).write_text(text)
-    print(f"wrote {len(pages())} files to {FOLDER.name}/" + (f" ({', '.join(wrong)} had changed)" if wrong else ""))
+        (folder / name).write_text(text)
+    print(f"wrote {len(pages())} files to {folder.name}/" + (f" ({', '.join(wrong)} had changed)" if wrong else ""))
     return 0
 
 

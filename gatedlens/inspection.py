@@ -23,7 +23,7 @@ from gatedlens.errors import InputError, in_bytes
 from gatedlens.loading import HubOption, skeleton
 from gatedlens.model.base import HookedModel
 from gatedlens.model.config import dtype_of
-from gatedlens.model.hookpoint import ATTENTION, EXPERTS, MLP, RECURRENT
+from gatedlens.model.hookpoint import ATTENTION, CONV, EXPERTS, MLP, RECURRENT
 from gatedlens.options import checked, is_whole
 
 __all__ = ["Inspection", "inspect"]
@@ -128,7 +128,7 @@ def inspect(
     )
 
 
-ORDER = (RECURRENT, ATTENTION, MLP, EXPERTS)  # of the words for a layer
+ORDER = (RECURRENT, ATTENTION, CONV, MLP, EXPERTS)  # of the words for a layer
 
 
 def _heaviest(sizes: dict[str, int], n: int = 3) -> tuple[tuple[str, int], ...]:

@@ -5,6 +5,8 @@ model = gl.from_pretrained("path/to/folder")                   # the same, or an
 model = gl.from_pretrained("vim_s_midclstok_80p5acc.pth")      # an original checkpoint that is one file
 model = gl.from_pretrained("gatedlens/mamba-recall")           # bundled: trained, tiny, no network
 model = gl.wrap(hf_model, tokenizer)                           # shares hf_model's parameters
+model = gl.from_pretrained("path/to/folder", adapter="lora")   # with an adapter of peft; its own folder will do, too
+model = gl.from_pretrained("path/to/folder", offload="disk")   # larger than the memory
 
 What is read is checked before it is used, and before anything is built: the config against its fields (`fields.py`), the
 files and their tensors (`checkpoint.py`), the tensors against what the config asks for.
@@ -12,9 +14,10 @@ files and their tensors (`checkpoint.py`), the tensors against what the config a
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
@@ -24,18 +27,20 @@ import torch
 from torch import Tensor, nn
 
 from gatedlens.errors import CheckpointError, did_you_mean
+from gatedlens.formats import adapting, quantisation
 from gatedlens.formats.refused import NAMESAKES, heard, why_not_opened
 from gatedlens.hooks import architectures
-from gatedlens.model import checkpoint, fields, placement
+from gatedlens.model import checkpoint, fields, fit, placement
 from gatedlens.model import tokenizer as tokenizers
 from gatedlens.model.base import HookedModel
 from gatedlens.model.checkpoint import about, reading
-from gatedlens.model.config import dtype_of
+from gatedlens.model.config import FLOATS, dtype_name, dtype_of
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.tokenizer import TokenizerLike
 from gatedlens.model.vision import HookedVisionModel
 from gatedlens.model.watch import check_plain
 from gatedlens.options import checked
+from gatedlens.weights import AsRead, bare, disk
 
 # What `wrap` and `from_pretrained` return: an editor completes the methods of both; isinstance tells which it is. A fifth
 # architecture is one of the two, or joins the union.
@@ -48,6 +53,7 @@ if TYPE_CHECKING:
 else:
     Vendors = NameOrPath = HubOption = Any
 
+log = logging.getLogger("gatedlens")
 BUNDLED = Path(__file__).parent / "bundled"
 PLACING = ("device_map", "max_memory", "offload_folder")  # what `hub` says of placement
 ONE_FILE = (".pth", ".pt", ".bin", ".safetensors")
@@ -79,10 +85,11 @@ def wrap(model: Vendors, tokenizer: TokenizerLike = None, *, model_name: str | N
         raise CheckpointError(f"This is a {type(model).__name__} already: use it as it is, or wrap its `.wrapped`.")
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"wrap takes a model, not {type(model).__name__}: gl.from_pretrained loads one by name.")
+    model = adapting.base_of(model)
     hooked = _architecture_of(model)
     if hooked is None:
         raise CheckpointError(_unknown(model))
-    check_plain(model)
+    check_plain(bare(model))
     config, name = getattr(model, "config", None), type(model).__name__
     known = getattr(config, "name_or_path", "") if not isinstance(config, dict) else ""
     opened = _opened(hooked, model, str(model_name or known or name), tokenizer)
@@ -101,7 +108,11 @@ def _opened(hooked: Any, wrapped: nn.Module, name: str, tokenizer: Any) -> Any:
     """The hooked model; CheckpointError for a module that lacks what its class has, or whose config is not as expected."""
     tokenizer = tokenizers.tokenizer_of(tokenizer)
     with reading(name, f"({type(wrapped).__name__}) is not built as {hooked.title} is"):
-        return hooked(wrapped, model_name=name, tokenizer=tokenizer)
+        opened = hooked(wrapped, model_name=name, tokenizer=tokenizer)
+    told = opened.as_read.told()
+    if told:
+        log.info("%s: %s.", name, told)
+    return opened
 
 
 def _unknown(model: nn.Module) -> str:
@@ -127,7 +138,15 @@ def _tell_nonfinite(name: str, model: nn.Module) -> None:
         low, high = p.aminmax()  # NaN if any number is; no second tensor of this size
         return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
 
-    wrong = [path for path, p in model.named_parameters() if not p.is_meta and p.numel() and not finite(p)]
+    wrong = []
+    for place, module in model.named_modules():
+        with disk.reading([module]):
+            plain = (
+                (n, p)
+                for n, p in module.named_parameters(place, False)
+                if type(p) is nn.Parameter and p.dtype in FLOATS
+            )
+            wrong += [path for path, p in plain if not p.is_meta and p.numel() and not finite(p)]
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         warnings.warn(f"{name}: {', '.join(wrong[:4])}{more} hold NaN or infinite numbers.", stacklevel=3)
@@ -145,6 +164,8 @@ def from_pretrained(
     tokenizer: TokenizerLike = None,
     variant: str | None = None,
     revision: str | None = None,
+    adapter: NameOrPath | None = None,
+    offload: str | None = None,
     **hub: HubOption,
 ) -> Model:
     """`gl.from_pretrained("state-spaces/mamba-130m-hf", dtype=torch.bfloat16)`: a hooked model in eval mode.
@@ -157,9 +178,13 @@ def from_pretrained(
     ("vim_small"). dtype: that of the checkpoint if None. device: CUDA where there is one if None. tokenizer: found beside
     the model if None; a folder's or hub name's is loaded. revision and `hub` (token, cache_dir, local_files_only, ...) go
     to the hub; so does device_map="auto", which spreads a large model over devices, main memory and disk (see
-    placement.py). Weights are as in the file, nothing is folded: TransformerLens's `fold_ln=False` and its like are heard,
-    and True is refused. Raises CheckpointError, which names the file, what is wrong in it and what was expected, for
-    weights that are missing, left over, damaged or of another architecture; warns of weights that are NaN or infinite.
+    placement.py). adapter: a folder or hub name of a LoRA of peft, which is merged as it is read; a folder that holds an adapter
+    alone names its model itself. offload="disk": weights stay in their files and are read as blocks run, on the CPU and in the
+    dtype of the file; activations have gradients and weights none (see weights/disk.py). Quantised weights are dequantised as
+    they are read, or as they load; a log line says so. Weights are as in the file, nothing is folded: TransformerLens's
+    `fold_ln=False` and its like are heard, and True is refused. Raises CheckpointError, which names the file, what is wrong in
+    it and what was expected, for weights that are missing, left over, damaged or of another architecture; warns of weights
+    that are NaN or infinite.
     """
     if isinstance(name_or_path, nn.Module):
         raise CheckpointError("from_pretrained takes a name or a path; gl.wrap(model) takes a model that you have.")
@@ -167,22 +192,34 @@ def from_pretrained(
         raise CheckpointError(f"from_pretrained takes a name or a path, not {name_or_path!r}.")
     if device is not None and hub.get("device_map") is not None:
         raise CheckpointError(f"device={device!r} and device_map={hub['device_map']!r}: give one of the two.")
+    if offload is not None:
+        device = _check_offload(offload, device, hub)
+    if adapting.is_alone(name_or_path) and adapter is None:
+        name_or_path, adapter = adapting.base_named_by(name_or_path), name_or_path
     hub = heard({"revision": revision, **hub} if revision is not None else hub)
     dtype, device = dtype_of(dtype, CheckpointError), _device(device)
     name, path = str(name_or_path), Path(name_or_path).expanduser()
     file = _one_file(path)
     with about(name):
         if file is not None:
-            hooked, wrapped = _from_file(file, variant, dtype, hub)
+            hooked, wrapped = _from_file(file, variant, dtype, hub, offload is not None)
+            if tokenizer is None and issubclass(hooked, HookedLanguageModel):
+                tokenizer = tokenizers.beside_file(file)
         else:
             if variant is not None:
                 raise CheckpointError(f"variant={variant!r} is for a checkpoint that is one file; {name} is none.")
             source = _source(name)
-            hooked, wrapped = _from_folder(source, name, dtype, hub)
+            hooked, wrapped = _from_folder(source, name, dtype, hub, offload is not None)
             tokenizer = tokenizers.beside(source, hub) if tokenizer is None else tokenizer
+        if offload is not None:
+            folder: Any = hub.get("offload_folder")
+            disk.put_on_disk(wrapped, folder)
+        if adapter is not None:
+            apart = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}  # of the model
+            wrapped = adapting.put_on(wrapped, adapter, apart)
         _tell_nonfinite(name, wrapped)
         if hub.get("device_map") is None:
-            wrapped.to(device)
+            _move(wrapped, device)
         elif not placement.is_placed(wrapped):  # transformers has placed its own
             wrapped = placement.spread(wrapped, **{key: hub[key] for key in PLACING if key in hub})
         return _opened(hooked, wrapped.eval(), name, tokenizer)
@@ -202,8 +239,12 @@ def skeleton(name_or_path: NameOrPath, *, variant: str | None = None, **hub: Hub
             return _opened(hooked, _empty(hooked, where, config), name, None)
         source = _source(name)
         hooked, where, config = _told_by_folder(source, name, hub)
-        built = _asked_for(source, where, hub) if _by_transformers(hooked, config) else _empty(hooked, where, config)
-        return _opened(hooked, built.eval(), name, None)
+        if _by_transformers(hooked, config):
+            return _opened(hooked, _asked_for(source, where, hub).eval(), name, None)
+        stored = dtype_of(
+            config.get("dtype") or config.get("torch_dtype"), CheckpointError
+        )  # where an original's config says it
+        return _opened(hooked, _empty(hooked, where, config).to(stored).eval(), name, None)
 
 
 def _device(device: Any) -> torch.device:
@@ -218,6 +259,37 @@ def _device(device: Any) -> torch.device:
         ) from error
 
 
+def _check_offload(offload: str, device: Any, hub: Mapping[str, Any]) -> str:
+    """The device of a model whose weights are on the disk; CheckpointError for what does not go with that."""
+    if offload != "disk":
+        raise CheckpointError(f"offload={offload!r}: weights are in memory (None) or on the 'disk'.")
+    if hub.get("device_map") is not None:
+        raise CheckpointError(f"offload='disk' and device_map={hub['device_map']!r}: give one of the two.")
+    if device is not None and torch.device(device).type != "cpu":
+        raise CheckpointError(
+            f"offload='disk' runs on the CPU, and device={device!r} was asked for: device_map='auto' with offload_folder=... "
+            "spreads a model over a GPU, main memory and disk."
+        )
+    return "cpu"
+
+
+def _as_stored(files: checkpoint.Files, dtype: torch.dtype | None, source: str) -> torch.dtype:
+    """The dtype of weights that stay on the disk, which is that of the file."""
+    stored = files.dtype()
+    if dtype not in (None, stored):
+        raise CheckpointError(
+            f"offload='disk' reads weights as they are stored, and {source} stores {dtype_name(stored)}; "
+            f"dtype={dtype_name(dtype)} would be another model in memory. Leave dtype out."
+        )
+    return stored
+
+
+def _move(wrapped: nn.Module, device: torch.device) -> None:
+    """To a device, unless it is there: some quantised models must not be moved at all."""
+    if any(t.device != device for t in chain(wrapped.parameters(), wrapped.buffers())):
+        wrapped.to(device)
+
+
 def _check_options(hub: Mapping[str, Any]) -> None:
     """CheckpointError for options that nobody would hear: transformers has more, an original checkpoint has these."""
     known = (*checkpoint.HUB, *PLACING, "trust_remote_code")  # the last one goes to the tokenizer
@@ -227,13 +299,23 @@ def _check_options(hub: Mapping[str, Any]) -> None:
         )
 
 
-def _from_folder(source: str, name: str, dtype: torch.dtype | None, hub: Mapping[str, Any]) -> tuple[Any, nn.Module]:
-    """(architecture, module) of a folder or hub repository with a config.json."""
+def _from_folder(
+    source: str, name: str, dtype: torch.dtype | None, hub: Mapping[str, Any], on_disk: bool
+) -> tuple[Any, nn.Module]:
+    """(architecture, module) of a folder or hub repository with a config.json. on_disk: its tensors stay views of the files."""
     hooked, where, config = _told_by_folder(source, name, hub)
+    if on_disk:
+        quantised = quantisation.of(config)
+        if quantised is not None:
+            raise CheckpointError(
+                f"offload='disk' reads weights as they are stored, and those of {name} are quantised "
+                f"({quantisation.method(quantised)}): they are smaller in memory already. Leave offload out."
+            )
+        dtype = _as_stored(checkpoint.find(source, hub), dtype, name)
     if _by_transformers(hooked, config):
         return hooked, _from_transformers(hooked, source, where, config, dtype, hub)
     _check_options(hub)
-    return hooked, _from_original(hooked, source, where, config, checkpoint.find(source, hub).tensors(), dtype)
+    return hooked, _from_original(hooked, source, where, config, checkpoint.find(source, hub).tensors(), dtype, on_disk)
 
 
 def _told_by_folder(source: str, name: str, hub: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
@@ -271,11 +353,12 @@ def _one_file(path: Path) -> Path | None:
 
 
 def _from_file(
-    path: Path, variant: str | None, dtype: torch.dtype | None, hub: Mapping[str, Any]
+    path: Path, variant: str | None, dtype: torch.dtype | None, hub: Mapping[str, Any], on_disk: bool
 ) -> tuple[Any, nn.Module]:
     """(architecture, module) of an original checkpoint in one file: tensors, or `{"model": tensors, "args": ...}`."""
     hooked, where, config, state = _told_by_file(path, variant, hub)
-    return hooked, _from_original(hooked, str(where), where, config, state, dtype)
+    dtype = _as_stored(checkpoint.Files((path,), None, {}), dtype, str(path)) if on_disk else dtype
+    return hooked, _from_original(hooked, str(where), where, config, state, dtype, on_disk)
 
 
 def _told_by_file(
@@ -331,9 +414,10 @@ def _from_transformers(
     hooked: Any, source: str, where: Any, config: Mapping[str, Any], dtype: torch.dtype | None, hub: Mapping[str, Any]
 ) -> nn.Module:
     """transformers loads it, once the tensors that the files hold are known to fit; we make sure that none was left."""
-    from transformers import AutoModelForCausalLM
-
-    held = checkpoint.find(source, hub).shapes()
+    files = checkpoint.find(source, hub)
+    if quantisation.of(config) is not None:
+        return _from_quantised(hooked, source, where, config, dtype, hub, files.names())
+    held = files.shapes()
     fields.check_depth(config, hooked.hub_fields, where, len(held))
     expected = _asked_for(source, where, hub)
     names = {name for name, _ in expected.named_parameters(remove_duplicate=False)}
@@ -341,11 +425,45 @@ def _from_transformers(
     _check_shapes(source, expected, {name.removeprefix(prefix): shape for name, shape in held.items()})
     if prefix:
         hub = {"key_mapping": {f"^{re.escape(prefix)}": ""}, **hub}
+    return _by_its_class(source, dtype, ignore_mismatched_sizes=True, **hub)
+
+
+def _by_its_class(source: str, dtype: torch.dtype | None, **options: Any) -> nn.Module:
+    """What transformers loads; CheckpointError unless the files held exactly what the model has."""
+    from transformers import AutoModelForCausalLM
+
     with reading(source, "cannot be loaded"), _quiet() if Path(source).is_dir() else nullcontext():
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **hub
+            source, dtype=dtype or "auto", output_loading_info=True, **options
         )
-    _complete(source, info["missing_keys"], info["unexpected_keys"], info.get("mismatched_keys", ()))
+    fit.check(source, info["missing_keys"], info["unexpected_keys"], info.get("mismatched_keys", ()))
+    return model
+
+
+def _from_quantised(
+    hooked: Any,
+    source: str,
+    where: Any,
+    config: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    hub: Mapping[str, Any],
+    held: Mapping[str, Path],
+) -> nn.Module:
+    """The same of quantised weights, whose shapes are those of their packed form: transformers alone knows whether they fit."""
+    quantised = quantisation.of(config) or {}
+    quantisation.need(quantised)
+    fields.check_depth(config, hooked.hub_fields, where, len(held))
+    with _unsaid():
+        model = _by_its_class(source, dtype, **quantisation.options(quantised), **hub)
+    if AsRead(model).plain:  # nothing is left to be dequantised as it is read
+        into, count = str(next(model.parameters()).dtype).removeprefix("torch."), quantisation.packed(held)
+        log.info(
+            "%s: %d matrices were dequantised while loading, %s into %s.",
+            source,
+            count,
+            quantisation.method(quantised),
+            into,
+        )
     return model
 
 
@@ -365,25 +483,13 @@ def _check_shapes(source: str, expected: nn.Module, held: Mapping[str, Any]) -> 
     Whether a name is missing or left over, transformers says: it knows older names, too.
     """
     wanted = expected.state_dict()
-    mismatched = _misshapen(wanted, held)
+    mismatched = fit.misshapen(wanted, held)
     asked, there = sum(p.numel() for p in expected.parameters()), sum(shape.numel() for shape in held.values())
     if mismatched or asked > there:
         # Files hold experts one by one, where the model has them stacked: neither is missing, neither left over.
         apart = {name: found[0] for name in held if (found := ONE_EXPERT.match(name))}
-        missing = {name for name in _missing(expected, held) if f"{name.rpartition('.')[0]}." not in apart.values()}
-        _complete(source, missing, set(held) - set(wanted) - set(apart), mismatched)
-
-
-def _misshapen(wanted: Mapping[str, Tensor], held: Mapping[str, Any]) -> list[str]:
-    return [f"{k} {list(held[k])} for {list(v.shape)}" for k, v in wanted.items() if k in held and held[k] != v.shape]
-
-
-def _missing(module: nn.Module, held: Iterable[str]) -> set[str]:
-    """The names of `module` that are not held, nor tied to one that is."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    known = {id(parameters[name]) for name in held if name in parameters}
-    absent = set(module.state_dict()) - set(held)
-    return {name for name in absent if name not in parameters or id(parameters[name]) not in known}
+        missing = {name for name in fit.missing(expected, held) if f"{name.rpartition('.')[0]}." not in apart.values()}
+        fit.check(source, missing, set(held) - set(wanted) - set(apart), mismatched)
 
 
 @contextmanager
@@ -413,17 +519,6 @@ def _unsaid() -> Iterator[None]:
         hf_logging.set_verbosity(said)
 
 
-def _complete(source: str, missing: Any, extra: Any, mismatched: Any = ()) -> None:
-    """Raise unless a checkpoint held exactly what its config asks for."""
-    problems = []
-    for what, keys in (("is missing", missing), ("has unknown", extra), ("has misshapen", mismatched)):
-        keys = sorted(str(k) for k in keys)
-        if keys:
-            problems.append(f"{what} {len(keys)} weights: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}")
-    if problems:
-        raise CheckpointError(f"The checkpoint {source} {'; it '.join(problems)}. It does not fit its config.json.")
-
-
 def _from_original(
     hooked: Any,
     source: str,
@@ -431,6 +526,7 @@ def _from_original(
     config: dict[str, Any],
     state: Mapping[str, Tensor],
     dtype: torch.dtype | None,
+    on_disk: bool,
 ) -> nn.Module:
     """An original checkpoint into the architecture's own parameter module, which is built once everything fits."""
     fields.check_depth(config, hooked.layout.fields, where, len(state))
@@ -441,7 +537,9 @@ def _from_original(
         found = [hooked.layout.rename(one) for one in bare]
     renamed = next((one for one in found if set(one) & set(wanted)), found[0])
     shapes = {name: tensor.shape for name, tensor in renamed.items()}
-    _complete(source, _missing(expected, renamed), set(renamed) - set(wanted), _misshapen(wanted, shapes))
+    fit.check(source, fit.missing(expected, renamed), set(renamed) - set(wanted), fit.misshapen(wanted, shapes))
+    if on_disk:
+        return fit.holding(expected, renamed)
     wrapped: nn.Module = hooked.layout.empty(config)
     wrapped.load_state_dict(renamed, strict=False)
     return wrapped.to(dtype or next(iter(renamed.values())).dtype)

@@ -19,9 +19,9 @@ ROWS = 12  # of a table; of longer ones the first and the last stand
 CELL = "text-align:left;padding:2px 10px 2px 0;vertical-align:top"
 
 
-def number(value: float, figures: int = 4) -> str:
-    """`number(0.123456)`: "0.1235": so many figures of a number, without a sign where it is 0."""
-    return f"{value + 0.0:.{figures}g}"  # -0.0 + 0.0 is 0.0
+def number(value: float, figures: int = 4, sign: str = "") -> str:
+    """`number(0.123456)`: "0.1235": so many figures of a number; sign="+": with its sign. 0 is 0, never "-0.0000"."""
+    return f"{value + 0.0:{sign}.{figures}g}"  # -0.0 + 0.0 is 0.0
 
 
 def shown(value: object) -> str:

@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gatedlens.address.entries import Index, Where
+from gatedlens.address.names import Name
 from gatedlens.address.positions import Positions, mask_of, one_a_row
 from gatedlens.errors import CheckpointError, InputError, PointError
 from gatedlens.files import Fields, read_tensors
@@ -52,7 +53,7 @@ WRITE = ".hook_write"
 @checked
 @torch.no_grad()
 def vector(
-    model: HookedModel, positive: Input, negative: Input, name: str, pos: int | None = -1, **index: Index
+    model: HookedModel, positive: Input, negative: Input, name: Name, pos: int | None = -1, **index: Index
 ) -> SteeringVector:
     """`gl.steering.vector(model, ["I hate you"], ["I love you"], "blocks.6.hook_resid_post")`: a SteeringVector.
 

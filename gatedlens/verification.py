@@ -13,9 +13,11 @@ the largest number that was expected. They are of random tokens (or images), unl
     somebody inside               the logits while every point is cached, lazy ones too
     A x + r                       the implicit attention of every mixer yields its output, and its views say the same
     an edit reaches the output    how many points may be edited without the output moving
+    ... and what its rows say     how many points do not move, of which the equation names the edited one
     a split at a state            prefix, then suffix from the state, against the whole
     padding                       a batch of unequal rows, padded on either side, against its rows alone
-    step by step                  a token at a time from states, as `generate` goes
+    step by step                  a token at a time from states
+    generation                    by how much `generate`'s greedy tokens fall short of the likeliest of one whole forward
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
+from gatedlens.address.equations import arrows
 from gatedlens.attention.checking import off
 from gatedlens.attention.stack import implicit_attention
 from gatedlens.errors import InputError, did_you_mean
@@ -165,13 +168,14 @@ class Trial:
         yield from self._vendors()
         with torch.no_grad():
             yield from self._inside()
-            yield self._edits()
+            yield from self._edits()
             if isinstance(self.model, HookedLanguageModel):
                 yield from self._in_parts()
             else:
                 why = "it reads a whole image at once"
                 yield from (
-                    Claim(name, None, self.limit, why) for name in ("a split at a state", "padding", "step by step")
+                    Claim(name, None, self.limit, why)
+                    for name in ("a split at a state", "padding", "step by step", "generation")
                 )
 
     def _claim(self, name: str, got: Tensor, wanted: Tensor, limit: float | None = None) -> Claim:
@@ -238,7 +242,7 @@ class Trial:
         ]
         yield Claim("A x + r", max(errors), self.limit, f"{len(errors)} mixers, with every view of their matrices")
 
-    def _edits(self) -> Claim:
+    def _edits(self) -> Iterator[Claim]:
         """Of each kind of block the first, and the points outside the blocks: from a state, where there are states."""
         model, options = self.model, {}
         if isinstance(model, HookedLanguageModel):
@@ -246,7 +250,12 @@ class Trial:
         kinds = {model.rows_for(layer): layer for layer in reversed(range(model.cfg.n_layers))}
         some = tuple(f"blocks.{layer}." for layer in kinds.values())
         names = [name for name in model.names.points if not name.startswith("blocks.") or name.startswith(some)]
-        plain, idle = model(self.batch, **options), []
+        feeds: dict[str, list[str]] = {}
+        for rows, layer in kinds.items():
+            for source, target in arrows(rows):
+                feeds.setdefault(f"blocks.{layer}.{source}", []).append(f"blocks.{layer}.{target}")
+        plain, before = model.run_with_cache(self.batch, names_filter=[*names, "hook_logits"], **options)
+        idle, still = [], []
         for name in names:
             generator = torch.Generator().manual_seed(0)
 
@@ -254,12 +263,17 @@ class Trial:
                 noise = torch.rand(x.shape, generator=generator).to(x)
                 return x * (1 + 0.2 * noise) + 0.1 * noise
 
-            edited = model.run_with_hooks(self.batch, fwd_hooks=[(name, edit)], **options)
+            with model.hooks([(name, edit)]):
+                edited, after = model.run_with_cache(
+                    self.batch, names_filter=[*feeds.get(name, ()), "hook_logits"], **options
+                )
             if torch.equal(edited, plain):
                 idle.append(name)
-        return Claim(
-            "an edit reaches the output", float(len(idle)), 0.0, ", ".join(idle[:3]) or f"{len(names):,} points"
-        )
+            still += [f"{name} -> {fed}" for fed in feeds.get(name, ()) if torch.equal(after[fed], before[fed])]
+        told = f"{len(names):,} points"
+        yield Claim("an edit reaches the output", float(len(idle)), 0.0, ", ".join(idle[:3]) or told)
+        told = f"{sum(map(len, feeds.values())):,} equations"
+        yield Claim("... and what its rows say", float(len(still)), 0.0, ", ".join(still[:3]) or told)
 
     # -- in parts ----------------------------------------------------------------------------------------------------
 
@@ -284,6 +298,16 @@ class Trial:
             out, state = model(tokens[:, place : place + 1], state=state, return_state=True)
             steps.append(out)
         yield self._claim("step by step", torch.cat(steps, dim=1), self.logits)
+        yield self._generation(cut)
+
+    def _generation(self, new: int) -> Claim:
+        model, tokens = self.model, self.batch.value
+        options = {"do_sample": False, "stop_at_eos": False, "verbose": False, "return_type": "tokens"}
+        made = model.generate(tokens, max_new_tokens=new, **options)
+        logits = model(made)[:, -new - 1 : -1].float()
+        chosen = logits.gather(-1, made[:, -new:].unsqueeze(-1)).squeeze(-1)
+        short = (logits.amax(-1) - chosen).max() / logits.abs().max()
+        return Claim("generation", float(short), self.limit, f"{new} tokens a row, greedily")
 
 
 def _vendors_own(wrapped: torch.nn.Module) -> torch.nn.Module:

@@ -35,7 +35,12 @@ def there(hooked):
     return True
 
 
-EVERY = {name: hooked for name, hooked in architectures().items() if there(hooked)}
+def has_a_state(hooked):
+    """Whether an architecture is a recurrence at all: LFM2 has convolutions in its place, and tests of its own."""
+    return any(row.name.endswith("state") for row in hooked.block_points)
+
+
+EVERY = {name: hooked for name, hooked in architectures().items() if has_a_state(hooked) and there(hooked)}
 LANGUAGE = {name: hooked for name, hooked in EVERY.items() if issubclass(hooked, gl.HookedLanguageModel)}
 ERASING = {
     name: hooked for name, hooked in LANGUAGE.items() if "mixer.hook_erase" in {row.name for row in hooked.block_points}

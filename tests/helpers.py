@@ -40,12 +40,23 @@ def by_channel(x: torch.Tensor, model, axis: int) -> torch.Tensor:
 
 
 def kept(cache, stem: str, state: torch.Tensor, t: int) -> torch.Tensor:
-    """What the step `t` leaves of the state before it: decay state, less erase (probe . state) of a delta rule."""
+    """What the step `t` leaves of the state before it: decay state, less erase (probe . state) of a delta rule. Where a token
+    takes several steps, the later ones look at what the earlier have left."""
     left = cache[f"{stem}hook_decay"][:, t] * state
     if f"{stem}hook_erase" not in cache.cache_dict:
         return left
-    found = (cache[f"{stem}hook_probe"][:, t].unsqueeze(-2) * state).sum(-1, keepdim=True)
-    return left - cache[f"{stem}hook_erase"][:, t] * found
+    for s, (erase, probe) in enumerate(steps_of(cache, stem, t)):
+        found = (probe.unsqueeze(-2) * (left if s else state)).sum(-1, keepdim=True)
+        left = left - erase * found
+    return left
+
+
+def steps_of(cache, stem: str, t: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(erase, probe) of each step that token `t` takes."""
+    erase, probe = (cache[f"{stem}hook_{name}"] for name in ("erase", "probe"))
+    if erase.ndim == cache[f"{stem}hook_state"].ndim:
+        return [(erase[:, t], probe[:, t])]
+    return list(zip(erase[:, t].unbind(1), probe[:, t].unbind(1), strict=True))
 
 
 def earlier(model, input) -> dict:

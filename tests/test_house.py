@@ -22,7 +22,7 @@ PACKAGE = Path(gl.__file__).parent
 FLOORS = (
     {"errors", "files", "foreign", "late", "markup", "options", "version"},
     {"address", "recurrence", "result"},
-    {"fused"},  # what a mixer hands to mamba-ssm's kernels
+    {"fused", "weights"},  # what a mixer hands to mamba-ssm's kernels; what a vendor's module makes of its weight
     {"model"},
     {"formats", "compat.names"},  # data of the architectures: checkpoints, and other tools' names, though compat is a door
     {"parts"},
@@ -35,10 +35,10 @@ FLOORS = (
         "verification",
     },
     {"evaluation", "amplify"},  # which build on attribution, tasks and data
-    {"cli", "compat", "catalogue", "bundled", "bridge", "circuitsvis", "gatedlens"},
+    {"__main__", "cli", "compat", "catalogue", "bundled", "bridge", "circuitsvis", "gatedlens"},
 )  # fmt: skip
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-SIDEWAYS = {("files", "errors"), ("late", "errors"), ("options", "errors"), ("bundled", "cli")}
+SIDEWAYS = {("files", "errors"), ("late", "errors"), ("options", "errors"), ("bundled", "cli"), ("__main__", "cli")}
 SIDEWAYS |= {(door, "compat") for door in ("bridge", "circuitsvis", "gatedlens")}
 UPWARD = {("model.base", "compat.nnsight"), ("result.result", "plot.results")}  # the two doors: `.nnsight()`, `.plot()`
 
@@ -124,7 +124,17 @@ def test_the_page_of_the_house_names_every_room_and_file():
 
 
 def test_what_must_not_know_torch_does_not():
-    for name in ("address.names", "cli.command_line", "errors", "late", "version"):
+    for name in (
+        "address.names",
+        "cli.answer",
+        "cli.command_line",
+        "cli.commands",
+        "cli.options",
+        "cli.source",
+        "errors",
+        "late",
+        "version",
+    ):
         tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
         known = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
         known |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) if n.module}

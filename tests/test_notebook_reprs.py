@@ -106,8 +106,8 @@ def test_without_matplotlib_a_table_is_left(monkeypatch):
 def test_a_view_knows_its_axes_and_tokens(lm):
     x = example(lm)
     stack = gl.implicit_attention(lm, x)
-    layer = stack.layers[-1]
-    A = stack[layer]
+    *_, A = stack
+    layer = A.layer if A.which in (None, "mixer") else f"{A.layer} {A.which}"
     view = A.abs_mean()
     assert view.axes == ("batch", "dst", "src") and view.title == f"Implicit attention, layer {layer}"
     assert view.tokens is None, "rows of a batch have tokens of their own"
@@ -121,7 +121,7 @@ def test_a_view_knows_its_axes_and_tokens(lm):
     result = row.result()
     assert result.axes == ("dst", "src") and result.value == view.label and torch.equal(result.values, row)
     layers = stack.mean(progress=False)
-    assert layers.axes == ("layer", "batch", "dst", "src") and layers[:, 0].labels["layer"] == list(stack.layers)
+    assert layers.axes == ("layer", "batch", "dst", "src") and layers[:, 0].labels["layer"] == list(stack.names)
     assert gl.plot.heatmap(row).axes[0].get_title().replace("\n", " ") == row.title
     labels = [label.get_text() for label in gl.plot.heatmap(row).axes[0].get_xticklabels()]
     assert labels == [gl.plot.label(token) for token in A.words(1)]

@@ -13,8 +13,8 @@ from gatedlens.verification import Claim
 from tests import supported
 from tests.conftest import EVERY
 
-INSIDE = ("points fire", "somebody inside", "A x + r", "an edit reaches the output")
-PARTS = ("a split at a state", "padding", "step by step")
+INSIDE = ("points fire", "somebody inside", "A x + r", "an edit reaches the output", "... and what its rows say")
+PARTS = ("a split at a state", "padding", "step by step", "generation")
 VENDORS = ("the vendor's logits", "the vendor's gradients")
 
 

@@ -1,9 +1,14 @@
 # %% [markdown]
 # # 1. First look: from a sentence to what a layer attends to
 #
+# [Open in Colab](https://colab.research.google.com/github/gatedlens/gatedlens/blob/main/tutorials/1-first-look.ipynb)
+#
 # One idea: **every intermediate of a gated-linear model has a name, and the attention that the model never computes can
 # be read off them.** We take a small Mamba that has learnt to recall: it reads pairs of a key and a value among noise,
 # then a question, and answers with the value.
+
+# %% tags=["skip-execution"]
+# %pip install -q "gatedlens[plot]"  # in Colab
 
 # %%
 import gatedlens as gl

@@ -1,9 +1,14 @@
 # %% [markdown]
 # # 10. From TransformerLens and nnsight
 #
+# [Open in Colab](https://colab.research.google.com/github/gatedlens/gatedlens/blob/main/tutorials/10-from-transformer-lens-and-nnsight.ipynb)
+#
 # One idea: **a hooked model is an ordinary citizen of the tools you know, so the same question asked through any of them has the
 # same answer.** We ask where a small Mamba keeps the value that it recalls: with TransformerLens's patching, with nnsight, with
 # captum, and with the names that MambaLens gave the state.
+
+# %% tags=["skip-execution"]
+# %pip install -q "gatedlens[plot]"  # in Colab
 
 # %%
 import torch

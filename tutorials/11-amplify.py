@@ -1,11 +1,16 @@
 # %% [markdown]
 # # 11. AMPLIFY: explanations written into prompts
 #
+# [Open in Colab](https://colab.research.google.com/github/gatedlens/gatedlens/blob/main/tutorials/11-amplify.ipynb)
+#
 # One idea: **what a small model looks at can be told to another model, in words.** AMPLIFY (Krishna et al. 2023) takes the
 # examples that a small proxy gets wrong most surely, explains each with respect to its *right* answer, and puts the words
 # that matter into the prompt: "The key words: dull, plot are crucial clues for predicting negative as the correct answer."
 # The papers on implicit attention use it to compare their maps with others in use. The pipeline here is whole; the models
 # are tiny, and what it shows on them is not what it shows on large ones.
+
+# %% tags=["skip-execution"]
+# %pip install -q "gatedlens[plot]"  # in Colab
 
 # %%
 import torch

@@ -1,9 +1,14 @@
 # %% [markdown]
 # # 12. The delta rule: what a write removes
 #
+# [Open in Colab](https://colab.research.google.com/github/gatedlens/gatedlens/blob/main/tutorials/12-the-delta-rule.ipynb)
+#
 # One idea: **a delta rule does not only write into its state, it first takes out what its probe finds there, and that can be
 # switched off.** We ask a gated delta net that has learnt to recall for a key that was written twice. Which heads forget the
 # first value, at which tokens, and what does the model say when they cannot?
+
+# %% tags=["skip-execution"]
+# %pip install -q "gatedlens[plot]"  # in Colab
 
 # %%
 import torch

@@ -1,6 +1,8 @@
 # %% [markdown]
 # # 2. Seven architectures, the same words, the same three lines
 #
+# [Open in Colab](https://colab.research.google.com/github/gatedlens/gatedlens/blob/main/tutorials/2-seven-architectures.ipynb)
+#
 # One idea: **Mamba, Mamba-2, Griffin, RWKV-4, RWKV-7, gated delta nets (Qwen3-Next) and Vision Mamba fill the same recurrence,**
 #
 #     state_t = decay_t * state_{t-1} - erase_t (probe_t . state_{t-1}) + write_t
@@ -8,6 +10,9 @@
 #
 # **so what you write for one runs on the others.** The bundled models are small and trained: the first six answer the recall
 # task of tutorial 1, the last reads handwritten digits. `LAYERS` says which layer we look at.
+
+# %% tags=["skip-execution"]
+# %pip install -q "gatedlens[plot]"  # in Colab
 
 # %%
 import torch

@@ -1,9 +1,14 @@
 # %% [markdown]
 # # 3. Implicit attention: an account of a prediction that adds up
 #
+# [Open in Colab](https://colab.research.google.com/github/gatedlens/gatedlens/blob/main/tutorials/3-implicit-attention.ipynb)
+#
 # One idea: **a gated-linear layer is, once its gates are fixed, a matrix between tokens; because the matrix is exact, what
 # it says can be added up to the prediction.** We ask a small Mamba that has learnt to recall which token gave it the answer,
 # by how much, and by which way.
+
+# %% tags=["skip-execution"]
+# %pip install -q "gatedlens[plot]"  # in Colab
 
 # %%
 import torch
@@ -28,7 +33,7 @@ stack = gl.implicit_attention(cache)
 print(stack)
 for attention in stack:
     print(attention, attention.check())
-figure = gl.plot.layers(dict(zip(stack.layers, stack.abs_mean(progress=False)[:, 0], strict=True)), tokens)
+figure = gl.plot.layers(dict(zip(stack.names, stack.abs_mean(progress=False)[:, 0], strict=True)), tokens)
 
 # %% [markdown]
 # ## Factors

@@ -1,9 +1,14 @@
 # %% [markdown]
 # # 4. Patching: find a circuit, then check it by breaking it
 #
+# [Open in Colab](https://colab.research.google.com/github/gatedlens/gatedlens/blob/main/tutorials/4-patching.ipynb)
+#
 # One idea: **run the model on a prompt that it would answer differently, put back what it had computed on the right one,
 # one place at a time, and see where the answer comes back.** What restores it carries the answer; what carries the answer
 # can be broken. The models are the recall models of tutorial 1: a key, its value, noise, a question.
+
+# %% tags=["skip-execution"]
+# %pip install -q "gatedlens[plot]"  # in Colab
 
 # %%
 import torch

@@ -1,11 +1,16 @@
 # %% [markdown]
 # # 5. Causal tracing: where does the answer travel?
 #
+# [Open in Colab](https://colab.research.google.com/github/gatedlens/gatedlens/blob/main/tutorials/5-causal-tracing.ipynb)
+#
 # One idea: **spoil what matters, put one clean activation back, and see whether the prediction returns.** If it does, what
 # was needed passes through there (Meng et al. 2022; for Mamba Sharma, Atkinson and Bau 2024). In a transformer the
 # information sits in the residual stream until attention fetches it. In a recurrent model there is another place where it can
 # be: the state. We follow one token through a small Mamba that recalls values by their keys, and then through a Griffin and
 # an RWKV that learnt the same.
+
+# %% tags=["skip-execution"]
+# %pip install -q "gatedlens[plot]"  # in Colab
 
 # %%
 import torch

@@ -1,9 +1,14 @@
 # %% [markdown]
 # # 6. Attribution in text: nine answers to one question, and how to tell which is right
 #
+# [Open in Colab](https://colab.research.google.com/github/gatedlens/gatedlens/blob/main/tutorials/6-attribution-text.ipynb)
+#
 # One idea: **an explanation is a claim, and claims can be checked.** Which tokens does a prediction come from? Nine methods
 # answer, each with one number a token, and they do not agree. Where the truth is known, as in the recall task, they can be
 # scored; where it is not, take the token away and see what happens: that is `occlusion`.
+
+# %% tags=["skip-execution"]
+# %pip install -q "gatedlens[plot]"  # in Colab
 
 # %%
 import torch

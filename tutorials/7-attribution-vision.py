@@ -1,9 +1,14 @@
 # %% [markdown]
 # # 7. Attribution in images: which patches make it a 3?
 #
+# [Open in Colab](https://colab.research.google.com/github/gatedlens/gatedlens/blob/main/tutorials/7-attribution-vision.ipynb)
+#
 # One idea: **delete what the explanation calls important, and watch the prediction.** If it was important, the class is gone
 # after a few patches; deleting what was called unimportant changes nothing. That test (perturbation, in both directions) needs
 # no known truth, is how the papers rank methods, and takes ten lines.
+
+# %% tags=["skip-execution"]
+# %pip install -q "gatedlens[plot]"  # in Colab
 
 # %%
 import torch

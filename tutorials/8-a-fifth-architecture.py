@@ -1,6 +1,8 @@
 # %% [markdown]
 # # 8. An architecture of yours
 #
+# [Open in Colab](https://colab.research.google.com/github/gatedlens/gatedlens/blob/main/tutorials/8-a-fifth-architecture.ipynb)
+#
 # One idea: **an architecture is one file: its rows, the path of its content, and how it fills the one recurrence. Everything
 # else follows.** We walk through `fifth/my_mamba2.py`, which adds Mamba-2 (Dao and Gu 2024, arXiv 2405.21060) as if gatedlens did
 # not have it: heads with matrix states, a decay a head, B and C shared by groups of heads, a norm behind the gate.
@@ -86,6 +88,9 @@
 # `MyMamba2` subclasses `HookedLanguageModel` and says where things are in your module: `describe` (the sizes), `make_block`,
 # `make_final_norm`, `embedding`, `unembedding`. `wraps = ("Mamba2Weights",)` is the name of the class that `gl.wrap` hands over.
 # One call makes it known (a package of yours can name it under the entry point group `gatedlens.architectures` instead):
+
+# %% tags=["skip-execution"]
+# %pip install -q "gatedlens[plot]"  # in Colab
 
 # %%
 import sys

@@ -1,10 +1,15 @@
 # %% [markdown]
 # # 9. The activation store: a probe and a sparse autoencoder on a whole corpus
 #
+# [Open in Colab](https://colab.research.google.com/github/gatedlens/gatedlens/blob/main/tutorials/9-activation-store.ipynb)
+#
 # One idea: **run the model over the corpus once, then work on what it left.** A store is a folder that is read lazily, that
 # can be gone on with after any interruption, and whose values are those of `run_with_cache`, to the bit. We ask two
 # questions of a Mamba that has read Moby-Dick byte by byte: what does its state remember, and into which parts does its
 # output fall apart?
+
+# %% tags=["skip-execution"]
+# %pip install -q "gatedlens[plot]"  # in Colab
 
 # %%
 import tempfile

@@ -21,6 +21,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from gatedlens.address.names import Name, listed
 from gatedlens.errors import CheckpointError, InputError, PointError, did_you_mean
 from gatedlens.files import Fields, read_tensors, write_whole
 from gatedlens.markup import card, table
@@ -131,7 +132,7 @@ class Sums(Saver):
 def means(
     model: HookedModel,
     batches: str | Tensor | Iterable[Input],
-    names: str | Sequence[str],
+    names: Name | Sequence[Name],
     per_position: bool = False,
     progress: bool = True,
 ) -> Means:
@@ -144,7 +145,7 @@ def means(
     PointError for a name that no point has; InputError for no batch, for batches of unequal length with per_position, and for a
     position that is padding in every row.
     """
-    chosen = [one.name for name in ([names] if isinstance(names, str) else names) for one in model.names.hooked(name)]
+    chosen = [one.name for name in listed(names) for one in model.names.hooked(name)]
     sums, rows, positions = Sums(per_position), 0, 0
     given = [batches] if isinstance(batches, str | Tensor) else batches
     with model.hooks([(name, sums) for name in dict.fromkeys(chosen)]):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gatedlens.ablation.average import Means
 from gatedlens.address.entries import Index, Where
+from gatedlens.address.names import Name, listed
 from gatedlens.errors import InputError, PointError
 from gatedlens.model.base import HookedModel
 from gatedlens.model.cache import ActivationCache
@@ -37,11 +38,11 @@ else:
 
 
 @overload
-def constant(names: str | Sequence[str], *number: int | float, **index: Index) -> Intervention: ...
+def constant(names: Name | Sequence[Name], *number: int | float, **index: Index) -> Intervention: ...
 @overload
-def constant(names: str | Sequence[str], *, value: int | float, **index: Index) -> Intervention: ...
+def constant(names: Name | Sequence[Name], *, value: int | float, **index: Index) -> Intervention: ...
 @checked
-def constant(names: str | Sequence[str], *number: int | float, **index: Any) -> Intervention:
+def constant(names: Name | Sequence[Name], *number: int | float, **index: Any) -> Intervention:
     """`gl.ablation.constant("blocks.*.mixer.hook_gate", 1)`: these entries become a number; 1 opens every gate.
 
     The number stands behind the names, or is said as `value=1`. Behind the names it leaves `value=` to the axis of that name, the
@@ -62,7 +63,7 @@ def constant(names: str | Sequence[str], *number: int | float, **index: Any) -> 
 
 
 @checked
-def zero(names: str | Sequence[str], **index: Index) -> Intervention:
+def zero(names: Name | Sequence[Name], **index: Index) -> Intervention:
     """`gl.ablation.zero("blocks.*.mixer.hook_write", pos=3, channel=[0, 5])`: these entries become 0.
 
     names: a point's name, an alias or a glob, or a list of them. index: any axis of the points: a number, a slice, a list or a
@@ -78,7 +79,7 @@ def zero(names: str | Sequence[str], **index: Index) -> Intervention:
 
 
 @checked
-def scale(names: str | Sequence[str], factor: int | float, **index: Index) -> Intervention:
+def scale(names: Name | Sequence[Name], factor: int | float, **index: Index) -> Intervention:
     """`gl.ablation.scale("blocks.*.hook_mixer_out", 0.5)`: the activation times a factor.
 
     names, index and errors: as of `gl.ablation.zero`.
@@ -87,7 +88,7 @@ def scale(names: str | Sequence[str], factor: int | float, **index: Index) -> In
 
 
 @checked
-def noise(names: str | Sequence[str], std: int | float, seed: int = 0, **index: Index) -> Intervention:
+def noise(names: Name | Sequence[Name], std: int | float, seed: int = 0, **index: Index) -> Intervention:
     """`gl.ablation.noise("hook_embed", std=0.1, seed=0)`: the activation plus Gaussian noise of this standard deviation.
 
     The noise is of its own at every point, row and entry, and the same at every call for one seed (so also at every step of
@@ -102,7 +103,7 @@ def noise(names: str | Sequence[str], std: int | float, seed: int = 0, **index: 
 
 
 @checked
-def freeze(names: str | Sequence[str], source: Source, **index: Index) -> Intervention:
+def freeze(names: Name | Sequence[Name], source: Source, **index: Index) -> Intervention:
     """`gl.ablation.freeze("blocks.*.mixer.hook_gate", cache)`: the activation becomes what another run had there.
 
     source: that run's ActivationCache, or a mapping of full names to tensors with the point's axes. A source with one row gives
@@ -119,7 +120,7 @@ def freeze(names: str | Sequence[str], source: Source, **index: Index) -> Interv
 
 
 @checked
-def mean(names: str | Sequence[str], source: Source, over: Sequence[str] = ROWS, **index: Index) -> Intervention:
+def mean(names: Name | Sequence[Name], source: Source, over: Sequence[str] = ROWS, **index: Index) -> Intervention:
     """`gl.ablation.mean("blocks.*.hook_mixer_out", cache, over=("batch", "pos"))`: the activation becomes a mean.
 
     source: an ActivationCache, whose mean over the axes `over` is taken, its padding left out: `("batch",)` gives a mean of its
@@ -156,7 +157,7 @@ def mean(names: str | Sequence[str], source: Source, over: Sequence[str] = ROWS,
 
 
 @checked
-def resample(names: str | Sequence[str], source: Source | None = None, seed: int = 0, **index: Index) -> Intervention:
+def resample(names: Name | Sequence[Name], source: Source | None = None, seed: int = 0, **index: Index) -> Intervention:
     """`gl.ablation.resample("blocks.*.hook_mixer_out", cache, seed=0)`: the activation becomes that of another row.
 
     Rows are drawn at random, the same at every point: from the same batch (source=None), or from a cache's rows. Row b never gets
@@ -184,7 +185,7 @@ def resample(names: str | Sequence[str], source: Source | None = None, seed: int
 
     if source is not None:
         return edit(names, other, **index)
-    return Intervention((Unpadded(Where((names,) if isinstance(names, str) else tuple(names), index), other),))
+    return Intervention((Unpadded(Where(tuple(listed(names)), index), other),))
 
 
 @dataclass(frozen=True)

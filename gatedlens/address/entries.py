@@ -20,7 +20,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from gatedlens.address.layers import Layers, layers_of
-from gatedlens.address.names import Names
+from gatedlens.address.names import Name, Names, is_placed
 from gatedlens.address.point import MADE_OF, Point, refuse_overlap
 from gatedlens.address.positions import mask_of
 from gatedlens.errors import InputError, PointError
@@ -90,7 +90,7 @@ class Where:
     `others`: all entries but these.
     """
 
-    names: tuple[str | Component, ...]
+    names: tuple[Name | Component, ...]
     index: Mapping[str, Any] = field(default_factory=dict)
     layers: Layers = "*"
     others: bool = False
@@ -104,13 +104,13 @@ class Where:
             self.check(name, model.names, model.cfg.sizes)
         return list(found)
 
-    def _named(self, model: HookedModel, name: str | Component) -> list[str]:
+    def _named(self, model: HookedModel, name: Name | Component) -> list[str]:
         if isinstance(name, Component):
             return name.points(model, self.layers)
-        if not isinstance(name, str):
+        if not isinstance(name, str) and not is_placed(name):
             raise PointError(f"{name!r:.80} is no point: name one, or a list of names.")
         asked = [name]
-        if "{l}" in name:
+        if isinstance(name, str) and "{l}" in name:
             asked = [name.replace("{l}", str(layer)) for layer in layers_of(model, self.layers)]
         return [one.name for each in asked for one in model.names.hooked(each) if one.view is None]
 

@@ -3,7 +3,7 @@
 3, -1, [0, 3], range(4), slice(2, 5), tensor([0, 3])      by number; negative ones count from the end
 None, "*", "[01]", ["0", "1?"]                            all of them, or globs of their numbers
 [True, False, ...], tensor([True, False, ...])            a mask of all layers
-gl.layers.where(kind="attention")                         those in which that stands
+gl.layers.where(kind="attention")                         those in which that stands; of what mixes tokens in them, that alone
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ else:  # that file imports this one
 
 # What `layers=` takes; see `positions.Positions` for why it is said to type checkers alone.
 if TYPE_CHECKING:
-    Layers: TypeAlias = "int | slice | str | Sequence[Any] | numpy.ndarray[Any, Any] | Tensor | Where | None"
+    Layers: TypeAlias = "int | slice | str | Sequence[Any] | numpy.ndarray[Any, Any] | Tensor | Where | Mixers | None"
 else:
     Layers = Any
 
@@ -43,9 +43,13 @@ SEVERAL = ("layers: {!r}", "layers={} does not exist;")
 
 @dataclass(frozen=True)
 class Where:
-    """`Where(("attention",))`: the layers of a model in which something of one of these kinds stands; see `gl.layers.where`."""
+    """`Where(("attention",))`: the layers of a model in which something of one of these kinds stands; see `gl.layers.where`.
+
+    layers: of these alone (None: of all).
+    """
 
     kinds: tuple[str, ...]
+    layers: Layers = None
 
     def of(self, model: HookedModel) -> list[int]:
         """`gl.layers.where("attention").of(model)`: [3, 7], their numbers; InputError if the model has no such layer."""
@@ -57,7 +61,33 @@ class Where:
                     f"layers.where(kind={kind!r}): no layer of {model.cfg.model_name} is of this kind; its layers have "
                     f"{', '.join(map(repr, every))}.{did_you_mean(kind, every)}"
                 )
-        return [layer for layer, kinds in enumerate(by_layer) if not kinds.isdisjoint(self.kinds)]
+        some = layers_of(model, self.layers)
+        found = [layer for layer in some if not by_layer[layer].isdisjoint(self.kinds)]
+        if not found:
+            raise InputError(
+                f"layers.where(kind={', '.join(self.kinds)!r}, layers={self.layers!r}): none of these layers of "
+                f"{model.cfg.model_name} is of this kind; {', '.join(map(str, Where(self.kinds).of(model)))} are."
+            )
+        return found
+
+    def meant(self, mixers: Sequence[Any]) -> list[Any]:
+        """`where.meant(block.mixers)`: of what mixes tokens in a layer, that which is of these kinds; all of it where none is."""
+        return [mixer for mixer in mixers if mixer.role in self.kinds] or list(mixers)
+
+
+@dataclass(frozen=True)
+class Mixers:
+    """`Mixers(((3, "attn"), (4, "mixer")))`: some of what mixes tokens, each by its layer and where it stands in it."""
+
+    places: tuple[tuple[int, str], ...]
+
+    def of(self, model: HookedModel) -> list[int]:
+        """`mixers.of(model)`: the numbers of their layers."""
+        return [layer for layer, _ in self.places]
+
+    def meant(self, mixers: Sequence[Any]) -> list[Any]:
+        """`some.meant(block.mixers)`: those of a layer that are meant."""
+        return [mixer for mixer in mixers if (mixer.layer, mixer.place) in self.places]
 
 
 def layers_of(model: HookedModel, layers: Layers) -> tuple[int, ...]:
@@ -68,22 +98,45 @@ def layers_of(model: HookedModel, layers: Layers) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-def mixing_of(model: HookedModel, layers: Layers) -> tuple[int, ...]:
-    """`mixing_of(model, None)`: the same, where all means those that mix tokens."""
-    return tuple(model.mixers) if layers is None else layers_of(model, layers)
+def mixers_of(model: HookedModel, layers: Layers) -> tuple[Any, ...]:
+    """`mixers_of(model, gl.layers.where(kind="attention"))`: what mixes tokens in the layers that are meant, in running order.
+
+    Of layers that mix tokens more than once all of it, unless a kind is named. A pattern passes over layers that mix none.
+    InputError for a number of such a layer, and where nothing is left.
+    """
+    chosen: set[tuple[int, str]] = set()
+    for one in layers if isinstance(layers, list | tuple) and not _is_mask(layers) else [layers]:
+        if isinstance(one, list | tuple | range) and not _is_mask(one):
+            chosen |= {(mixer.layer, mixer.place) for mixer in mixers_of(model, list(one))}
+            continue
+        several = one is None or isinstance(one, slice | str | Where | Mixers) or _is_mask(one)
+        for layer in layers_of(model, one):
+            block = model.blocks[layer]
+            found = list(block.mixers if several else block.mixers or (block.mixer,))  # which says that there is none
+            if isinstance(one, Where | Mixers):
+                found = one.meant(found)
+            chosen |= {(mixer.layer, mixer.place) for mixer in found}
+    if not chosen:
+        raise InputError(f"layers={layers!r} names no layer that mixes tokens: {_has(model)}.")
+    return tuple(mixer for block in model.blocks for mixer in block.mixers if (mixer.layer, mixer.place) in chosen)
+
+
+def _is_mask(layers: Any) -> bool:
+    """Whether layers are told by a yes or no for each."""
+    return isinstance(layers, list | tuple) and bool(layers) and all(isinstance(one, bool) for one in layers)
 
 
 def _meant(model: HookedModel, layers: Any) -> Sequence[int]:
     every = range(model.cfg.n_layers)
     if layers is None or isinstance(layers, slice):
         return every[layers or slice(None)]
-    if isinstance(layers, Where):
+    if isinstance(layers, Where | Mixers):
         return layers.of(model)
     if isinstance(layers, str):
         return [layer for layer in every if fnmatch.fnmatchcase(str(layer), layers)]
     if isinstance(layers, Tensor | numpy.ndarray):
         layers = layers.tolist()  # of one number, a number
-    if isinstance(layers, list | tuple) and layers and all(isinstance(one, bool) for one in layers):
+    if _is_mask(layers):
         if len(layers) != len(every):
             raise InputError(f"layers is a mask of {len(layers)}: {_has(model)}.")
         return [layer for layer, meant in zip(every, layers, strict=True) if meant]

@@ -1,17 +1,19 @@
 """Names: how a name that a user says finds the hook points of a model. The rows themselves are in `point.py`; no torch here.
 
 names.find("blocks.3.mixer.hook_dt")         # one name: a point, an alias or a view; PointError with "did you mean"
-names.short("dt", 3)                         # TransformerLens's shorthand
-names.select("blocks.*.mixer.*")             # a names_filter: globs, lists, functions of names
-names.hooked("blocks.*.hook_mixer_out")      # where the hooks on a name are put
+names.find(("dt", 3))                        # the same, by a word and a layer: TransformerLens's shorthand
+names.select("blocks.*.mixer.*")             # a names_filter: globs, words ("dt": every layer's), lists, functions of names
+names.hooked("mixer_out")                    # where the hooks on a name are put
 """
 
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
+from typing import TypeAlias, TypeGuard
 
 from gatedlens.address.point import Alias, Found, Point, View, fill
 from gatedlens.errors import PointError, did_you_mean
@@ -19,7 +21,27 @@ from gatedlens.errors import PointError, did_you_mean
 # TransformerLens's shorthand in one word, "scale1ln1": the word, the layer, the part of the block.
 SHORTHAND = re.compile(r"(?!hook_)(?P<word>[A-Za-z_]+?)(?P<layer>\d+)(?P<part>[A-Za-z]\w*)?")
 ATTENDED = ("hook_pattern", "hook_attn_scores")  # where other models hold what a layer attends to
-NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+PARTS = {
+    "a": "attn",
+    "m": "mlp",
+    "b": "",
+    "block": "",
+    "attention": "attn",
+}  # what TransformerLens calls the parts of a block
+
+# A full name, a glob, or a word: "dt" (every layer's), ("dt", 3), ("q", 3, "attn").
+Name: TypeAlias = str | tuple[str, int] | tuple[str, int, str]
+NamesFilter: TypeAlias = Name | Sequence[Name] | Callable[[str], bool] | None
+
+
+def is_placed(name: object) -> TypeGuard[tuple[str, int] | tuple[str, int, str]]:
+    """`is_placed(("dt", 3))`: whether it is one name, a word with its layer, and not a list of two."""
+    return isinstance(name, tuple) and 2 <= len(name) <= 3 and isinstance(name[0], str) and _is_layer(name[1])
+
+
+def listed(names: Name | Sequence[Name]) -> list[Name]:
+    """`listed("dt")`, `listed(("dt", 3))`, `listed(["dt", ("gate", 3)])`: one name or several, as a list."""
+    return [names] if isinstance(names, str) or is_placed(names) else list(names)  # type: ignore[arg-type]
 
 
 def _stem(view: View, layer: int) -> tuple[str, dict[str, int]]:
@@ -34,6 +56,14 @@ def _nowhere(leaf: str) -> list[str]:
 def _pattern(template: str) -> re.Pattern[str]:
     escaped = re.escape(template).replace(r"\{l\}", r"(?P<l>\d+)").replace(r"\{t\}", r"(?P<t>\d+)")
     return re.compile(escaped + r"\Z")
+
+
+def _is_layer(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)
+
+
+def _leaf(word: str) -> str:
+    return word if word.startswith("hook_") else f"hook_{word}"
 
 
 def is_glob(name: str) -> bool:
@@ -76,6 +106,16 @@ class Names:
                     self.aliases.setdefault(name, target)
         self.views = [(_pattern(v.name), v) for v in views]
 
+    @functools.cached_property
+    def _rests(self) -> dict[str, tuple[list[str], list[str]]]:
+        """`blocks.3.` -> what stands behind it in the names of points and of aliases; nothing -> those outside the blocks."""
+        found: dict[str, tuple[list[str], list[str]]] = {}
+        for kind, named in enumerate((list(self.points), list(self.aliases))):
+            for name in named:
+                prefix = match[0] if (match := re.match(r"blocks\.\d+\.", name)) else ""
+                found.setdefault(prefix, ([], []))[kind].append(name[len(prefix) :])
+        return found
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.points)
 
@@ -103,8 +143,27 @@ class Names:
 
     # -- one name ------------------------------------------------------------------------------------------------
 
-    def find(self, name: str) -> Found:
-        """The point or view that `name` stands for: a full name, an alias or a view. PointError when there is none."""
+    def find(self, name: Name) -> Found:
+        """The point or view that `name` stands for: a full name, an alias, a view, or a word and a layer.
+
+        PointError when there is none, and for a word of which every layer has a point.
+        """
+        if isinstance(name, tuple):
+            return self.short(*name)
+        if found := self._full(name):
+            return found
+        if told := SHORTHAND.fullmatch(name):
+            found = self.short(told["word"], int(told["layer"]), told["part"], asked=repr(name))
+            return replace(found, asked=name)
+        several = self._in_layers(name)
+        if len(several) > 1:
+            raise self._which(name, several)
+        if several:
+            return several[0]
+        raise self.unknown(name, hint="" if "." in name else self._nearest_words(name))
+
+    def _full(self, name: str) -> Found | None:
+        """Of a name that is written out."""
         if name in self.points:
             return Found(name, name)
         if name in self.aliases:
@@ -114,10 +173,7 @@ class Names:
                 params = {key: int(value) for key, value in match.groupdict().items()}
                 if params["l"] < self.n_layers and all(fill(n, params) in self.points for n in view.needs + view.at):
                     return Found(name, name, view, params)
-        if told := SHORTHAND.fullmatch(name):
-            found = self.short(told["word"], int(told["layer"]), told["part"], asked=repr(name))
-            return replace(found, asked=name)
-        raise self.unknown(name)
+        return None
 
     def short(self, word: str, layer: int | None = None, part: str | None = None, asked: str | None = None) -> Found:
         """TransformerLens's shorthand: `short("decay", 3)` is `blocks.3.mixer.hook_decay`.
@@ -125,39 +181,75 @@ class Names:
         Negative layers count from the end. A word that several parts of the block know goes to the block itself, then
         to its mixer; otherwise it is ambiguous and the error names the candidates. asked: how an error repeats the question.
         """
-        if not isinstance(word, str) or not (layer is None or isinstance(layer, int)):
+        if not isinstance(word, str) or not (layer is None or _is_layer(layer)):
             raise PointError(f'{(word, layer)!r:.80} is no point: give a name and a layer, ("dt", 3).')
         asked = asked or repr(word if layer is None else (word, layer) if part is None else (word, layer, part))
         if layer is None:
             prefix = ""
+        elif not -self.n_layers <= layer < self.n_layers:
+            raise PointError(f"{asked}: layer {layer} does not exist; {self.model} has {self.n_layers} layers.")
         else:
-            if not -self.n_layers <= layer < self.n_layers:
-                raise PointError(f"{asked}: layer {layer} does not exist; {self.model} has {self.n_layers} layers.")
             prefix = f"blocks.{layer % self.n_layers}."
-        part = {"a": "attn", "m": "mlp", "b": "", "block": "", "attention": "attn"}.get(part or "", part)
-        leaf = word if word.startswith("hook_") else f"hook_{word}"
+        if found := self._of_word(word, prefix, part, asked):
+            return found
+        if layer is None and (several := self._in_layers(word)):
+            raise self._which(word, several)
+        leaf, part = _leaf(word), PARTS.get(part or "", part)
+        name = f"{prefix}{part}.{leaf}" if part else f"{prefix}{leaf}"
+        raise self.unknown(name, asked, self._nearest_words(word, prefix))
+
+    def _of_word(
+        self, word: str, prefix: str, part: str | None, asked: str, own: tuple[bool, ...] = (True, False)
+    ) -> Found | None:
+        """The point that a word means within a block, or (with no prefix) outside the blocks; own: our names, those of others."""
+        part = PARTS.get(part or "", part)
+        leaf = _leaf(word)
         wanted = f"{part}.{leaf}" if part else leaf
-        for names in (self.points, self.aliases):  # our own names win: MambaLens's hook_y is our hook_scan
-            rests = [name[len(prefix) :] for name in names if name.startswith(prefix)]
-            if layer is None:
-                rests = [rest for rest in rests if not rest.startswith("blocks.")]
+        for rests in [
+            self._rests.get(prefix, ([], []))[not ours] for ours in own
+        ]:  # MambaLens's hook_y is our hook_scan
             hits = [r for r in rests if r == wanted or (part is None and r.endswith(f".{leaf}"))]
             for preferred in (leaf, f"mixer.{leaf}", f"attn.{leaf}"):
                 if preferred in hits:
-                    return self.find(prefix + preferred)
+                    return self._full(prefix + preferred)
             if len(hits) == 1:
-                return self.find(prefix + hits[0])
+                return self._full(prefix + hits[0])
             if hits:
                 raise PointError(f"{asked} is ambiguous: it may be {', '.join(prefix + h for h in hits)}.")
-        raise self.unknown(prefix + wanted, asked)
+        return None
 
-    def unknown(self, name: str, asked: str | None = None) -> PointError:
+    def _in_layers(self, word: str) -> list[Found]:
+        """What a word alone means, "dt" or "mixer.dt": the point outside the blocks, or that of every layer which has one."""
+        part, _, leaf = word.rpartition(".")
+        outside = None if part else self._of_word(leaf, "", None, repr(word))
+        prefixes = [f"blocks.{layer}." for layer in range(self.n_layers)]
+        for own in (True, False):  # a name of ours in one layer wins over another tool's for something else in the next
+            inside = [self._of_word(leaf, prefix, part or None, repr(word), (own,)) for prefix in prefixes]
+            if found := [replace(one, asked=word) for one in ([outside] if outside else inside) if one is not None]:
+                return found
+        return []
+
+    def _which(self, word: str, several: list[Found]) -> PointError:
+        """The error for a word of several layers where one point is asked for."""
+        first = int(several[0].name.split(".")[1])
+        return PointError(
+            f"{word!r} is a point of {len(several)} layers, and one is asked for: name the layer too, {(word, first)!r} or "
+            f"{several[0].name!r}."
+        )
+
+    def _nearest_words(self, word: str, prefix: str | None = None) -> str:
+        """Which words are near, of a block or of the whole model; empty when none is."""
+        here = self._rests.values() if prefix is None else [self._rests.get(prefix, ([], []))]
+        words = dict.fromkeys(rest.rpartition(".")[2] for lists in here for rests in lists for rest in rests)
+        return did_you_mean(word, words if word.startswith("hook_") else [leaf.removeprefix("hook_") for leaf in words])
+
+    def unknown(self, name: str, asked: str | None = None, hint: str = "") -> PointError:
         """The error for a name that does not exist, with the nearest that do."""
         message = f"{asked or repr(name)} is not a hook point of {self.model}."
         layer = re.match(r"blocks\.(-?\d+)\.", name)
         if layer and not 0 <= int(layer[1]) < self.n_layers:
             return PointError(f"{message} It has layers 0 to {self.n_layers - 1}.")
-        hint = did_you_mean(name, [*self.points, *self.aliases])
+        hint = hint or did_you_mean(name, [*self.points, *self.aliases])
         others = self.elsewhere(name.rpartition(".")[2])
         if others:
             named = " and ".join(part for part in (", ".join(others[:-1]), others[-1]) if part)
@@ -188,12 +280,12 @@ class Names:
     def select(self, names_filter: NamesFilter) -> list[list[str]]:
         """The points that a filter asks for, one list for each thing asked: each must fire at least one of its list.
 
-        None: every point that is not lazy. A string: a name, alias, view or glob. A list: each of these. A callable:
-        every point, lazy ones too, for whose full name it is true.
+        None: every point that is not lazy. A string: a name, alias, view or glob, or a word ("dt": every layer's). A word with
+        its layer, ("dt", 3). A list: each of these. A callable: every point, lazy ones too, for whose full name it is true.
         """
         if names_filter is None:
             return [[name for name, point in self.points.items() if not point.lazy]]
-        if isinstance(names_filter, str):
+        if isinstance(names_filter, str) or is_placed(names_filter):
             return [self._matches(names_filter)]
         if callable(names_filter):
             chosen = [name for name in self.points if names_filter(name)]
@@ -201,12 +293,12 @@ class Names:
                 raise PointError(f"names_filter {names_filter!r} is false for every hook point of {self.model}.")
             return [chosen]
         if not isinstance(names_filter, Sequence | Set | Mapping) or not all(
-            isinstance(name, str) for name in names_filter
+            isinstance(name, str) or is_placed(name) for name in names_filter
         ):
             raise PointError(
                 f"names_filter is {names_filter!r:.80}; give a name, a list of names, a function of names, or None for all."
             )
-        wanted = list(names_filter)
+        wanted = listed(names_filter)
         if not wanted:
             raise PointError("names_filter is an empty list: name the points to cache, or pass None for all.")
         return [self._matches(name) for name in wanted]
@@ -228,22 +320,24 @@ class Names:
             raise PointError(f"The pattern {pattern!r} matches no hook point of {self.model}.{hint}")
         return found
 
-    def hooked(self, name: str | Callable[[str], bool]) -> list[Found]:
-        """What a hook on `name` is put on: a point or view, all that a glob stands for, the points a predicate picks."""
+    def hooked(self, name: Name | Callable[[str], bool]) -> list[Found]:
+        """What a hook on `name` is put on: a point or view, all that a glob or word stands for, what a predicate picks."""
+        if is_placed(name):
+            return [self.find(name)]
         if not isinstance(name, str):
             return [Found(full, full) for full in self.select(name)[0]]
         if not is_glob(name):
-            return [self.find(name)]
+            full = self._full(name)
+            return [full] if full else self._in_layers(name) or [self.find(name)]
         found = self.matching(name)
         for one in found:
             if one.view is not None and "{t}" in one.view.name:
                 raise PointError(f"{name!r} leaves the position open: name it, as in {one.name.replace('*', '0')!r}.")
         return found
 
-    def _matches(self, name: str) -> list[str]:
-        if not isinstance(name, str):
-            raise PointError(f"A hook point is named by a string, not by {name!r}.")
-        if not is_glob(name):
-            return list(self.find(name).needs())
-        hits = dict.fromkeys(point for found in self.matching(name) for point in found.needs())
+    def _matches(self, name: Name) -> list[str]:
+        if isinstance(name, str) and is_glob(name):
+            hits = dict.fromkeys(point for found in self.matching(name) for point in found.needs())
+        else:
+            hits = dict.fromkeys(point for found in self.hooked(name) for point in found.needs())
         return [point for point in self.points if point in hits]

@@ -55,7 +55,7 @@ class HookTable:
 
         table = Table(title=self.title, title_justify="left")
         for column in ("name", "axes", "shape", "equation", "bytes/token"):
-            table.add_column(column, overflow="fold")
+            table.add_column(column, overflow="fold", no_wrap=column == "name")
         for row in self.rows:
             name = f"{row['name']} (lazy)" if row["lazy"] else row["name"]
             cells = (name, row["axes"], _shape(row["shape"]), row["equation"], _size(row["bytes_per_token"]))

@@ -228,9 +228,10 @@ class ImplicitAttention:
         if self.model is None:
             raise InputError("An operator without a model does not know its heads: say its channels.")
         name, names, sizes = self.mixer.output_name, self.model.names, self.model.cfg.sizes
-        if not names.points[name].reaches("head", sizes):
-            raise names.lacking(name, "head", sizes)
-        return sizes["head"]
+        heads = self.mixer.heads_axis
+        if not names.points[name].reaches(heads, sizes):
+            raise names.lacking(name, heads, sizes)
+        return sizes[heads]
 
     def channels_of(self, heads: Index) -> list[int]:
         """`A.grouped([A.channels_of([0, 1]), A.channels_of(2)])`: the channels of some heads, head by head.

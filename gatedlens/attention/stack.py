@@ -8,9 +8,13 @@
     stack.rollout(start_layer=2)            # batch dst src: the layers chained through the residual stream
     stack.profiles(), stack.induction()     # how far, how sharply, whether by induction: layer batch
     stack.without("skip")[3], stack[2:5]    # other factors, fewer layers
-    gl.plot.layers(dict(zip(stack.layers, stack.mean()[:, 0])), tokens)
+    gl.plot.layers(dict(zip(stack.names, stack.mean()[:, 0])), tokens)
 
-A layer's operator is derived from the cache when it is asked for, and not kept.
+Where a layer mixes tokens more than once, side by side or one mixing before the other, each of its mixers has an operator of its
+own, one behind the other on the axis `layer`: `stack.names` says which is which, `stack[3, "attn"]` is one of them, and a stack
+of `layers=gl.layers.where(kind="attention")` holds those of that kind alone. A rollout chains them as the layer does.
+
+An operator is derived from the cache when it is asked for, and not kept.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -26,7 +30,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gatedlens.address.entries import Index, numbers
-from gatedlens.address.layers import START, Layers, layer_of, layers_of, mixing_of
+from gatedlens.address.layers import START, Layers, Mixers, Where, layer_of, layers_of, mixers_of
 from gatedlens.attention.checking import Check, worst
 from gatedlens.attention.layer import SHOWN, ImplicitAttention, points_of, words_of
 from gatedlens.attention.limits import AT_ONCE, DENSE_LIMIT
@@ -56,63 +60,114 @@ else:
     Source = Any
 
 
+class Step(NamedTuple):
+    """What the mixers of one layer make of the stream in one step: those that write to it `beside` one another, and those that
+    mix tokens `inside` for what these read, in the order in which they run."""
+
+    beside: tuple[ImplicitAttention, ...]
+    inside: tuple[ImplicitAttention, ...]
+
+
 @dataclass(frozen=True)
 class AttentionStack:
-    """The operators of `layers` (ascending); `parts` are the factors that are in each (all of them), `heads` the heads whose
-    channels they are of (None: all channels)."""
+    """The operators of `mixers`, each a layer and the place in it where tokens are mixed, in running order; `parts` are the
+    factors that are in each (all of them), `heads` the heads whose channels they are of (None: all channels)."""
 
     cache: ActivationCache
-    layers: tuple[int, ...]
+    mixers: tuple[tuple[int, str], ...]
     parts: tuple[str, ...] = NAMES
     heads: Index | None = None
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layer of each operator: (0, 1, 2), or (0, 0, 1, 1) where two stand in a layer."""
+        return tuple(layer for layer, _ in self.mixers)
+
+    @property
+    def names(self) -> tuple[int | str, ...]:
+        """What each operator is called: its layer's number; "3.mixer" and "3.attn" where several of a layer are in the stack."""
+        layers = self.layers
+        return tuple(layer if layers.count(layer) == 1 else f"{layer}.{place}" for layer, place in self.mixers)
+
     def __len__(self) -> int:
-        return len(self.layers)
+        return len(self.mixers)
 
     def __iter__(self) -> Iterator[ImplicitAttention]:
-        return (self._operator(layer) for layer in self.layers)
+        return (self._operator(*one) for one in self.mixers)
 
     @overload
-    def __getitem__(self, layer: int) -> ImplicitAttention: ...
+    def __getitem__(self, layer: int | tuple[int, str]) -> ImplicitAttention: ...
 
     @overload
-    def __getitem__(self, layer: slice | Sequence[int]) -> AttentionStack: ...
+    def __getitem__(self, layer: slice | list[int] | Where) -> AttentionStack: ...
 
     def __getitem__(self, layer: Any) -> ImplicitAttention | AttentionStack:
-        """`stack[3]`: layer 3 of the model (-1: its last); several, as `layers.py` reads them: the stack of these."""
-        asked = layers_of(self.cache.model, layer)
+        """`stack[3]`: layer 3 of the model (-1: its last), of two in the stack the one that writes to the stream first;
+        `stack[3, "attn"]`: that one; several, as `layers.py` reads them: the stack of these."""
+        model = self.cache.model
+        if isinstance(layer, tuple) and len(layer) == 2 and isinstance(layer[1], str):
+            index = layer_of(model, layer[0])
+            return self._operator(index, self._known(index, model.blocks[index].mixer_at(layer[1]).place))
+        asked = layers_of(model, layer)
         if is_whole(layer):
-            return self._operator(self._known(asked[0]))
+            return self._operator(asked[0], self._known(asked[0]))
         # A pattern passes over layers that the stack does not hold; a number asks for one.
-        if isinstance(layer, slice | str | None):
-            asked = tuple(one for one in asked if one in self.layers)
-        if not asked:
+        if not isinstance(layer, slice | str | Where | Mixers | None):
+            for one in asked:
+                self._known(one)
+        wanted = {(mixer.layer, mixer.place) for mixer in mixers_of(model, layer)}
+        held = tuple(one for one in self.mixers if one in wanted)
+        if not held:
             raise InputError(f"stack[{layer!r}] holds no layer; this stack holds {self._held}.")
-        return replace(self, layers=tuple(self._known(one) for one in asked))
+        return replace(self, mixers=held)
 
     @property
     def _held(self) -> str:
-        return f"the layers {', '.join(map(str, self.layers))}"
+        return f"the layers {', '.join(map(str, self.names))}"
 
-    def _known(self, layer: int) -> int:
-        if layer not in self.layers:
-            raise InputError(f"stack[{layer}]: this stack of {self.cache.model.cfg.model_name} holds {self._held}.")
-        return layer
+    def _known(self, layer: int, place: str | None = None) -> str:
+        """Where the mixer of a layer that is meant stands."""
+        here = [at for number, at in self.mixers if number == layer]
+        if not here or (place is not None and place not in here):
+            said = f"{layer}" if place is None else f"{layer}, {place!r}"
+            raise InputError(f"stack[{said}]: this stack of {self.cache.model.cfg.model_name} holds {self._held}.")
+        if place is not None:
+            return place
+        written = [at for at in self.cache.model.blocks[layer].mixing.values() if at in here]
+        return (written or here)[0]
 
-    def _operator(self, layer: int) -> ImplicitAttention:
-        whole = ImplicitAttention.of(self.cache, layer).only(*self.parts)
+    def _operator(self, layer: int, place: str) -> ImplicitAttention:
+        whole = ImplicitAttention.of(self.cache, layer, place).only(*self.parts)
         return whole if self.heads is None else whole.select(heads=self.heads)
+
+    @property
+    def _first(self) -> ImplicitAttention:
+        return self._operator(*self.mixers[0])
+
+    def steps(self) -> Iterator[Step]:
+        """`for beside, inside in stack.steps(): ...`: how the layers, in order, chain their operators; see `Step`."""
+        for layer in dict.fromkeys(self.layers):
+            block, here = self.cache.model.blocks[layer], [place for number, place in self.mixers if number == layer]
+            left = [one for one in block.inner if one.mixer in here]
+            for group in block.groups:
+                beside = [way.place for way in group if way.place in here]
+                mine = [
+                    one.mixer for one in left if one.reader in {way.out.removeprefix("hook_")[:-4] for way in group}
+                ]
+                if beside or mine:
+                    operators = ([self._operator(layer, place) for place in places] for places in (beside, mine))
+                    yield Step(*map(tuple, operators))
 
     def __repr__(self) -> str:
         of = "" if self.heads is None else f", heads {self.heads}"
-        return (
-            f"AttentionStack({self.cache.model.cfg.model_name}, layers {list(self.layers)}{of}: {' '.join(self.parts)})"
-        )
+        layers = f"[{', '.join(map(str, self.names))}]"
+        return f"AttentionStack({self.cache.model.cfg.model_name}, layers {layers}{of}: {' '.join(self.parts)})"
 
     def _repr_html_(self) -> str:
-        batch, length, _ = self._operator(self.layers[0]).shape
+        batch, length, _ = self._first.shape
         rows = [
-            (one.layer, type(one.mixer).__name__, one.shape[2], " ".join(one.parts), len(one.branches)) for one in self
+            (name, type(one.mixer).__name__, one.shape[2], " ".join(one.parts), len(one.branches))
+            for name, one in zip(self.names, self, strict=True)
         ]
         facts = {"layers": len(self), "rows": batch, "positions": length}
         inner = table(["layer", "mixer", "channels", "factors", "branches"], rows, 6)
@@ -124,37 +179,37 @@ class AttentionStack:
     def words(self, row: int = 0) -> list[str]:
         """`stack.words(row=0)`: the tokens that it is of, as strings, where there are any; else the positions' numbers."""
         tokens = self.cache.tokens
-        length = 0 if tokens is not None and tokens.ndim == 2 else self._operator(self.layers[0]).shape[1]
+        length = 0 if tokens is not None and tokens.ndim == 2 else self._first.shape[1]
         return words_of(self.cache.model, tokens, row, length)
 
     @checked
     def legend(self, axes: str, shape: Sequence[int], **said: Sequence[Any]) -> Legend | None:
         """`stack.legend("batch dst src", shape)`: what stands along a view's axes; said: as in `ImplicitAttention.legend`."""
         some = "" if self.parts == NAMES else f": {' '.join(self.parts)}"
-        return Legend.of(f"Implicit attention{some}", axes, shape, {"layer": self.layers, **said}, self.words)
+        return Legend.of(f"Implicit attention{some}", axes, shape, {"layer": self.names, **said}, self.words)
 
     # -- which factors -------------------------------------------------------------------------------------------
 
     def only(self, *parts: str) -> AttentionStack:
         """`stack.only("scan")`: every layer's operator with these factors alone; see `ImplicitAttention.only`."""
-        return replace(self, parts=self._operator(self.layers[0]).only(*parts).parts)
+        return replace(self, parts=self._first.only(*parts).parts)
 
     def without(self, *parts: str) -> AttentionStack:
         """`stack.without("skip")`: every layer's operator without these factors; see `ImplicitAttention.without`."""
-        return replace(self, parts=self._operator(self.layers[0]).without(*parts).parts)
+        return replace(self, parts=self._first.without(*parts).parts)
 
     @checked
     def paper(self, which: str) -> AttentionStack:
         """`stack.paper("unified")`: the matrices of the papers, "unified" or "hidden"; see `ImplicitAttention.paper`."""
-        return replace(self, parts=self._operator(self.layers[0]).paper(which).parts)
+        return replace(self, parts=self._first.paper(which).parts)
 
     def select(self, heads: Index) -> AttentionStack:
         """`stack.select(heads=[0, 2])`: every layer's operator of the channels of these heads; see `ImplicitAttention.select`.
 
         PointError for a layer without heads; InputError for one out of range.
         """
-        for layer in self.layers:
-            self._operator(layer).channels_of(heads)
+        for attention in replace(self, heads=None):
+            attention.channels_of(heads)
         return replace(self, heads=heads)
 
     # -- layer by layer ------------------------------------------------------------------------------------------
@@ -193,7 +248,7 @@ class AttentionStack:
 
     def _stacked(self, view: str, progress: bool, max_bytes: int | None, heads: Index | None) -> Tensor:
         """A view of every layer, under what the view itself says it is."""
-        first = self._operator(self.layers[0])
+        first = self._first
         chosen = [0] if heads is None else numbers("heads", heads, first.n_heads, repr(first))
         self._afford(f"{view}()", 2 * len(self) * len(chosen), max_bytes)
 
@@ -227,9 +282,7 @@ class AttentionStack:
     def _afford(self, what: str, matrices: int, max_bytes: int | None) -> None:
         """TooLargeError if a layer's matrix and `matrices` more of its size are too much."""
         if max_bytes is not None:
-            self._operator(self.layers[0]).afford(
-                f"{what} of {len(self)} layers", AT_ONCE + matrices, max_bytes, INSTEAD
-            )
+            self._first.afford(f"{what} of {len(self)} layers", AT_ONCE + matrices, max_bytes, INSTEAD)
 
     @checked
     @labelled("rollout of the attention (mean over channels)", "batch dst src")
@@ -239,14 +292,18 @@ class AttentionStack:
         """`stack.rollout(start_layer=1)`: [batch, dst, src], (I + E_d A_last) ... (I + E_d A_start): signed, not
         normalised; I is the residual stream, E_d the channel mean.
 
+        Of two mixers side by side a layer brings both, I + E_d A_1 + E_d A_2; of one that mixes tokens for what another reads
+        (Zamba2's shared attention) the step is I + E_d A_2 (I + E_d A_1), and I + E_d A_1 where A_2 is not in the stack.
+
         From `start_layer` (of the model; None: the stack's first) to the stack's last. Masked positions take no part:
         their rows and columns are zero. HA (arXiv 2403.01590), sec. 3.4, after Abnar and Zuidema 2020.
         """
         layers = self if start_layer is None else self[layer_of(self.cache.model, start_layer, START) :]
         layers._afford("rollout()", 4, max_bytes)
         total: Tensor | None = None
-        for matrix in layers.each(_mean, "rollout", progress):
-            step = matrix + self._identity(matrix)
+        for one in tqdm(list(layers.steps()), disable=not progress, desc="rollout", unit="layer"):
+            brought = chained(one, _mean, torch.matmul)
+            step = brought + self._identity(brought)
             with exact(step):
                 total = step if total is None else step @ total
         assert total is not None
@@ -271,12 +328,12 @@ class AttentionStack:
         whole = Profile(*(torch.stack(values) for values in zip(*found, strict=True)))
         return whole.named(f"Profiles of {self.cache.model.cfg.model_name}", *self._axes(heads))
 
-    def _axes(self, heads: Index | None) -> tuple[str, dict[str, Sequence[int]]]:
+    def _axes(self, heads: Index | None) -> tuple[str, dict[str, Sequence[Any]]]:
         """The axes of what is layer by layer a number a row, or one a head, and what stands along them."""
         if heads is None:
-            return "layer batch", {"layer": self.layers}
-        first = self._operator(self.layers[0])
-        return "layer batch head", {"layer": self.layers, "head": numbers("heads", heads, first.n_heads, repr(first))}
+            return "layer batch", {"layer": self.names}
+        first = self._first
+        return "layer batch head", {"layer": self.names, "head": numbers("heads", heads, first.n_heads, repr(first))}
 
     @checked
     def induction(
@@ -310,6 +367,25 @@ def _mean(attention: ImplicitAttention) -> Tensor:
     return attention.mean(max_bytes=None)
 
 
+def chained(
+    step: Step, of: Callable[[ImplicitAttention], Tensor], through: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """What a step brings beside I: (sum beside of A) (I + A_inside) ..., `of` an operator its matrix, `through(a, b)` a b."""
+    total = reduce(torch.add, map(of, step.beside)) if step.beside else None
+    for one in reversed(step.inside):
+        matrix = of(one)
+        if total is None:
+            total = matrix
+            continue
+        with exact(matrix):
+            further = total + through(total, matrix)
+        total = (
+            further if step.beside else further + matrix
+        )  # without one beside, what is inside counts as written itself
+    assert total is not None
+    return total
+
+
 def _abs_mean(attention: ImplicitAttention) -> Tensor:
     return attention.abs_mean(max_bytes=None)
 
@@ -338,7 +414,8 @@ def implicit_attention(
     """`gl.implicit_attention(model, "The cat sat on the mat", layer=3)`, or `gl.implicit_attention(cache, layer=3)`.
 
     With `layer` the ImplicitAttention of one layer; without it the AttentionStack of `layers` (see `layers.py`; None: all that
-    mix tokens). place: of a layer that mixes tokens twice, side by side, which it is ("attn"; None: the first, "mixer").
+    mix tokens, of `gl.layers.where(kind=...)` those of the kind). place: of a layer that mixes tokens more than once, which it is
+    ("attn", "shared.attn"; None: the first that writes to the stream, "mixer").
     source: a HookedModel with its `input` (and any options of its forward, run once), or an
     ActivationCache that holds the points `model.blocks[layer].mixer.attention_points` (the default cache does).
     Gradients flow to the cached activations. The operator is that of the model's equations at these activations: hooks
@@ -357,11 +434,13 @@ def implicit_attention(
     model: Any = source.model if given else source
     if place is not None and layer is None:
         raise InputError(f"place={place!r} says which mixer of one layer is meant: name it, layer=...")
-    chosen = mixing_of(model, layers) if layer is None else (layer_of(model, layer),)
+    alone = layer is not None
+    chosen = (model.blocks[layer_of(model, layer)].mixer_at(place),) if alone else mixers_of(model, layers)
     if not given:
-        needed = [name for index in chosen for name in points_of(model.blocks[index].mixer_at(place), index)]
+        needed = [name for mixer in chosen for name in points_of(mixer, mixer.layer)]
+        last = max(mixer.layer for mixer in chosen)
         with torch.no_grad():
-            _, source = model.run_with_cache(input, names_filter=needed, stop_at_layer=max(chosen) + 1, **options)
-    if layer is not None:
-        return ImplicitAttention.of(source, chosen[0], place)
-    return AttentionStack(source, chosen)
+            _, source = model.run_with_cache(input, names_filter=needed, stop_at_layer=last + 1, **options)
+    if alone:
+        return ImplicitAttention.of(source, chosen[0].layer, place)
+    return AttentionStack(source, tuple((mixer.layer, mixer.place) for mixer in chosen))

@@ -14,11 +14,13 @@ of its points but for the lazy ones. Positions stand where they stand in the inp
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -33,6 +35,7 @@ from gatedlens.options import checked
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.head_matrix import HeadScan
 from gatedlens.recurrence.matrix import ScanMatrix
+from gatedlens.recurrence.micro_steps import at_step
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.states import walk
 from gatedlens.recurrence.terms import Terms
@@ -68,16 +71,17 @@ def rewrite(cache: ActivationCache, layer: int, scan: str | None = None) -> Rewr
     run = StateRun.of(cache, layer, scan, "rewrite")
     parts = []
     with exact(run.u):
-        for some, before, states in walk(run.terms, run.u, run.start):
-            terms, size = run.terms.at(some), _size(before)
+        for some, before, states in run.walk():
+            terms = run.terms.at(some)
             write = terms.write(run.u[:, some])
             decayed = (1 - terms.decays()).unsqueeze(-2) * before
             probe, erased = terms.probes(), torch.zeros_like(before)
             if terms.erase is not None and probe is not None:
                 erased = (before * probe.unsqueeze(-2)).sum(-1, keepdim=True) * terms.erase.unsqueeze(-2)
-            known = (size > 0) & ~run.begins[:, some].unsqueeze(-1)
-            shares = [_size(change) / size for change in (states - before, decayed, erased, write)]
-            parts.append([torch.where(known, share, torch.nan) for share in shares])
+            size = _size(before[:, :: run.steps])
+            known = (size > 0) & ~run.begins[:, some][:, :: run.steps].unsqueeze(-1)
+            changes = (run.of_positions(change) for change in (states - before, decayed, erased, write))
+            parts.append([torch.where(known, _size(change) / size, torch.nan) for change in changes])
     found = Rewrite(*(run.laid_out(torch.cat(field, dim=1)) for field in zip(*parts, strict=True)))
     return found.named(_title("Rewriting of the state", run.attention), "batch pos head", words=run.attention.words)
 
@@ -110,8 +114,9 @@ def collisions(
         probes, keys = directions
         cosine = (probes @ keys.mT).abs() * run.same_document.unsqueeze(1)
     found = F.pad(found[:, :, :-1], (0, 0, 1, 0))
-    whole = Collisions(attention.unpacked(cosine.tril(-1)), attention.unpacked(found))
-    return whole.named(_title("Collisions", attention), "batch head dst src", {"head": chosen}, attention.words)
+    whole = Collisions(run.unpacked(cosine.tril(-1)), run.unpacked(found))
+    words = attention.words if run.steps == 1 else None
+    return whole.named(_title("Collisions", attention), "batch head dst src", {"head": chosen}, words)
 
 
 @checked
@@ -168,7 +173,11 @@ def state_rank(
     found: list[Tensor] = []
     places: list[Tensor] = []
     with exact(run.u):
-        for some, _, states in walk(run.terms, run.u, run.start):
+        for steps, _, every in run.walk():
+            some, states = (
+                slice(steps.start // run.steps, steps.stop // run.steps),
+                every[:, run.steps - 1 :: run.steps],
+            )
             matrices = states.transpose(2, 3) if by_channel else states[:, :, chosen]  # [b, some, 1, channel, state]
             if wanted is not None:  # the one of each row, in the part where it stands
                 mine = rows[(some.start <= wanted) & (wanted < some.stop)]
@@ -187,14 +196,16 @@ def state_rank(
 
 @dataclass(frozen=True)
 class StateRun:
-    """The recurrence of one layer as a run had it: positions packed, in the order of the scan."""
+    """The recurrence of one layer as a run had it: positions packed, in the order of the scan; a position may take several
+    steps, and then terms, u and begins are over (pos step)."""
 
     attention: ImplicitAttention
     terms: Terms
-    u: Float[Tensor, "batch pos head value"]
+    u: Float[Tensor, "batch long head value"]
     start: Float[Tensor, "batch head value key"]
-    begins: Bool[Tensor, "batch pos"]  # where a document does, or a hook forgets all
+    begins: Bool[Tensor, "batch long"]  # where a document does, or a hook forgets all
     reverse: bool
+    steps: int = 1
 
     @classmethod
     def of(cls, cache: ActivationCache, layer: int, scan: str | None, what: str) -> StateRun:
@@ -214,16 +225,38 @@ class StateRun:
             x = padding.pack(at_least_float32(padding.zero(cache[stem + name])))
             return x.flip(1) if factors.reverse else x
 
-        u, begins = packed("hook_u").unflatten(2, (terms.heads, -1)), packed("hook_reset")[..., 0] >= 1
+        mixer: Any = attention.model.blocks[attention.layer].mixer
+        u, steps = packed("hook_u").unflatten(-1, (terms.heads, -1)), mixer.steps
+        u, begins = u.reshape(len(u), -1, *u.shape[-2:]), packed("hook_reset")
+        begins = at_step(begins, 0, steps)[..., 0] >= 1
         shape = (len(u), *u.shape[2:], terms.key.shape[-1])
         start = u.new_zeros(shape)
         if cache.state is not None:
-            mixer: Any = attention.model.blocks[attention.layer].mixer
             start = mixer.state_of(cache.state).to(u).reshape(shape).masked_fill(begins[:, :1, None, None], 0)
-        return cls(attention, terms, u, start, begins, factors.reverse)
+        return cls(attention, terms, u, start, begins, factors.reverse, steps)
+
+    def walk(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """As `walk` of the recurrence, all steps of a position together."""
+        return walk(self.terms, self.u, self.start, multiple=self.steps)
+
+    def of_positions(
+        self, change: Float[Tensor, "batch long head value key"]
+    ) -> Float[Tensor, "batch pos head value key"]:
+        """The sum over the steps of each position."""
+        return change if self.steps == 1 else change.unflatten(1, (-1, self.steps)).sum(2)
+
+    def unpacked(self, matrix: Float[Tensor, "batch head dst src"]) -> Float[Tensor, "batch head dst src"]:
+        """A matrix of packed positions, or of their steps, at their places in the input."""
+        if self.steps == 1:
+            return self.attention.unpacked(matrix)
+        heads = matrix.shape[1]
+        apart = rearrange(matrix, "b h (i s) (j t) -> b (h s t) i j", s=self.steps, t=self.steps)
+        return rearrange(
+            self.attention.unpacked(apart), "b (h s t) i j -> b h (i s) (j t)", h=heads, s=self.steps, t=self.steps
+        )
 
     @property
-    def same_document(self) -> Bool[Tensor, "batch pos pos"]:
+    def same_document(self) -> Bool[Tensor, "batch long long"]:
         """Whether two positions are of one document."""
         number = self.begins.cumsum(1)
         return number.unsqueeze(2) == number.unsqueeze(1)
@@ -232,7 +265,7 @@ class StateRun:
         """Where a place of each row in the input is here."""
         rank = self.attention.padding.rank
         found = place if rank is None else rank[torch.arange(len(place), device=place.device), place]
-        return self.u.shape[1] - 1 - found if self.reverse else found
+        return self.u.shape[1] // self.steps - 1 - found if self.reverse else found
 
     def laid_out(self, x: Float[Tensor, "batch pos head"]) -> Float[Tensor, "batch pos head"]:
         """Back at the places in the input; NaN at padding."""
@@ -306,6 +339,7 @@ class Rewrite(Bundle, _Rewrite):
     relative: |S_t - S_{t-1}| / |S_{t-1}|. Its three parts, whose tensors (not their sizes) sum to the change: decayed, what the
     decay takes, |(1 - decay_t) S_{t-1}|; erased, |erase_t (probe_t . S_{t-1})|, 0 without a delta rule; written, |write_t|.
     NaN at padding and where there is no state before (a document's first position): take `.nanmean(1)`.
+    Where a token takes several steps (DeltaProduct), each part is the sum of what its steps do.
     """
 
     __slots__ = ()
@@ -316,7 +350,8 @@ class Collisions(Bundle, _Collisions):
 
     cosine: |probe_i . key_j| / (|probe_i| |key_j|), 1 where i looks just where j wrote. found: what the probe finds of j's
     content in the state as it is, probe_i . (what the steps between have left of key_j): sum over j of found[i, j] u_j is
-    probe_i . S_{i-1}, which erase_i takes away. Both are 0 between documents.
+    probe_i . S_{i-1}, which erase_i takes away. Both are 0 between documents. Where a token takes n steps (DeltaProduct), dst and
+    src are those of (pos step), step innermost.
     """
 
     __slots__ = ()

@@ -108,8 +108,13 @@ class AttentionReader:
             stack, factors = stack.only(*factors), list(factors)
         heads = None
         if options.heads is not None:
-            first = stack[stack.layers[0]]
+            first = next(iter(stack))
             stack, heads = stack.select(options.heads), numbers("heads", options.heads, first.n_heads, repr(first))
+        if options.is_official and len(set(stack.layers)) < len(stack):
+            raise InputError(
+                f"mode='official' chains one mixer a layer, and {question.model.cfg.model_name} has layers of two: say which are "
+                "meant, layers=gl.layers.where(kind='recurrent')."
+            )
         own = keeps_own if options.own is None else options.own
         steps = official_code.steps(factors) if options.is_official else None
         return AttentionReader(
@@ -161,7 +166,7 @@ class AttentionReader:
         }
         if self.heads is not None:
             common["heads"] = self.heads
-        return self.question.answer(scores, method, value, self.stack.layers, **common, **facts)
+        return self.question.answer(scores, method, value, tuple(dict.fromkeys(self.stack.layers)), **common, **facts)
 
     def _tell_if_nothing_is_left(self, scores: Tensor, method: str) -> None:
         """A warning for rows that are 0 throughout: they rank nothing."""

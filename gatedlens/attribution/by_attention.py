@@ -14,13 +14,16 @@ class token. HA (arXiv 2403.01590), sec. 3.4; UIA (arXiv 2405.16504), sec. 3.4. 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.address.entries import Index
 from gatedlens.address.layers import Layers
+from gatedlens.attention.layer import ImplicitAttention
+from gatedlens.attention.stack import Step
 from gatedlens.attribution import official_code
 from gatedlens.attribution.attention_options import AttentionReader, Options, through
 from gatedlens.attribution.question import Question
@@ -102,8 +105,8 @@ def rollout(
     reader = AttentionReader.of(question, options, keeps_own=False)
     if reader.steps is None:
         q = reader.read
-        for A in reversed(list(reader.stack)):
-            q = q + reader.back(q, A)
+        for step in reversed(list(reader.stack.steps())):
+            q = went_back(q, step, reader.back)
     else:
         q = official_code.broadcast_rollout([reader.official_row(A).mean(-1) for A in reader.stack])
     return reader.answer(q, "rollout", "attention rollout")
@@ -147,16 +150,21 @@ def gradient_attention(
     options = Options(layers, start_layer, factors, channels, sign, own, mode, heads)
     reader = AttentionReader.of(question, options, keeps_own=False, weighted=weighted)
     end = "src" if mode == "official" else weighted or "dst"
-    names = [f"blocks.{layer}.hook_mixer_out" for layer in reader.stack.layers]
+    names = [f"blocks.{layer}.{model.blocks[layer].written(place)}" for layer, place in reader.stack.mixers]
     found = question.gradients(*names)
     gradients = [found[name].to(reader.read.dtype) for name in names]
     if reader.steps is None:
         means = [total(g, found[name].dtype) / g.shape[-1] for name, g in zip(names, gradients, strict=True)]
         _tell_if_the_mean_is_zero(question, means)
+        by_mixer = dict(zip(reader.stack.mixers, means, strict=True))
+
+        def weighing(q: Float[Tensor, "batch dst"], A: ImplicitAttention) -> Float[Tensor, "batch src"]:
+            weight = by_mixer[A.layer, A.mixer.place].unsqueeze(2 if end == "dst" else 1)
+            return through(q, (weight * reader.matrix(A)).clamp(min=0))
+
         q = reader.read
-        for mean, A in reversed(list(zip(means, reader.stack, strict=True))):
-            weight = mean.unsqueeze(2 if end == "dst" else 1)
-            q = q + through(q, (weight * reader.matrix(A)).clamp(min=0))
+        for step in reversed(list(reader.stack.steps())):
+            q = went_back(q, step, weighing)
     else:
         q = official_code.broadcast_rollout(
             [
@@ -165,6 +173,18 @@ def gradient_attention(
             ]
         )
     return reader.answer(q, "gradient_attention", "gradient-weighted attention", weighted=end)
+
+
+def went_back(
+    q: Float[Tensor, "batch dst"],
+    step: Step,
+    back: Callable[[Float[Tensor, "batch dst"], ImplicitAttention], Float[Tensor, "batch src"]],
+) -> Float[Tensor, "batch src"]:
+    """q^T (I + what the step brings), `back(q, A)` q^T of the matrix of A; see `AttentionStack.rollout`."""
+    brought = torch.stack([back(q, A) for A in step.beside]).sum(0) if step.beside else q
+    for A in reversed(step.inside):
+        brought = brought + back(brought, A)
+    return q + brought if step.beside else brought
 
 
 def _tell_if_the_mean_is_zero(question: Question, means: list[Tensor]) -> None:

@@ -19,6 +19,8 @@ weight alone, 1/2 where r is 0, so no share of the product is r's ("signal takes
                        is small its inputs get large shares of either sign, the biases among them
     gates="none"       none to any gate: all of it is the signal's
 
+A gate may be linear in an activation, as RWKV-7's, sigmoid(xg g1) g2: its half goes back through that product to the activation.
+
 Everything is read off what a mixer declares: `output_point`, `attention_points` and its `branches`, whatever their points are
 called. Which of them a gate is read from is tried out, and whether that point has content its row's equation says:
 "SiLU(gate_pre)", "sigmoid(gate_pre)". A channel mixer goes by the shared words for shared roles (pre, pre_linear, post, kv, gate,
@@ -49,8 +51,10 @@ from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.scanning import at_least_float32
 
 SIGMOID = "sigmoid("  # how the equation of a gate that only weighs begins
-ACTIVATION = re.compile(r"(\w+)\(([\w.]+)\)")  # the equation of a gate: an activation of one other point
-HAS_CONTENT = ("silu", "swish", "gelu", "gelu_tanh", "relu", "elu", "mish", "hardswish", "tanh")  # 0 at 0
+# The equation of a gate: an activation of one other point, or the point.
+ACTIVATION = re.compile(r"(?:(\w+)\()?([\w.]+)\)?")
+LINEAR = re.compile(r"(\w+) @ \w+")  # the equation of a gate: an activation's point times a matrix
+HAS_CONTENT = ("identity", "silu", "swish", "gelu", "gelu_tanh", "relu", "elu", "mish", "hardswish", "tanh")  # 0 at 0
 WEIGHS = ("sigmoid", "hardsigmoid", "softplus", "exp")  # not 0 at 0
 GATES = ("content", "half", "none")
 SCALE, GATE, ROUTING = ".hook_scale", ".hook_gate", ".hook_expert_weights"
@@ -78,7 +82,8 @@ class Gate:
     """What a mixer's point that may be a gate says of itself: whether it only weighs, and what it is an activation of."""
 
     weighs: bool
-    reads: str | None  # None: its equation is no activation of one other point
+    reads: str | None  # None: its equation is no activation of one other point; itself: it is linear in one
+    act: Share | None = None  # the activation that it is linear in, and what that is of
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ class Rules:
         """`Rules.of(model)`: the rules of relevance for a model; `gates` as in `lrp`."""
         if gates not in GATES:
             raise InputError(f"gates={gates!r}: it is {', '.join(map(repr, GATES))}.{did_you_mean(str(gates), GATES)}")
-        every = [mixer for block in model.blocks for mixer in (*map(block.mixer_at, block.inner), *block.mixers)]
+        every = [mixer for block in model.blocks for mixer in block.mixers]
         mixers = tuple(f"blocks.{mixer.layer}.{mixer.place}." for mixer in every)
         outside = [name for name in model.names.points if not name.startswith(mixers)]
         scales = [name for name in model.names.points if name.endswith(SCALE) or _mixes(model, name, mixers)]
@@ -119,6 +124,8 @@ class Rules:
         shares = tuple(_shares(model, mixers, set(weights)))
         _refuse_unknown(model, weights, shares)
         flows = tuple(_flow(model, mixer) for mixer in every)
+        if gates == "half":
+            shares += tuple(gate.act for flow in flows for gate in flow.gates.values() if gate.act is not None)
         return Rules(tuple(dict.fromkeys([*scales, *weights])), shares, flows, gates)
 
     def hooks(self, model: HookedModel) -> list[tuple[str, Callable[..., Any]]]:
@@ -208,8 +215,13 @@ def _flow(model: HookedModel, mixer: TokenMixing) -> Flow:
 def _gate(model: HookedModel, layer: int, name: str) -> Gate:
     """What a point says of itself by its equation: `SiLU(gate_pre)`, with names relative to its part or its block."""
     points, (own, _, _) = model.names.points, name.rpartition(".")
+    linear = LINEAR.fullmatch(points[name].equation)
+    if linear is not None and f"{own}.hook_{linear[1]}" in points:
+        inner = _gate(model, layer, f"{own}.hook_{linear[1]}")
+        share = None if inner.reads is None else Share(f"{own}.hook_{linear[1]}", (inner.reads,))
+        return Gate(inner.weighs, None if share is None else name, share)
     found = ACTIVATION.fullmatch(points[name].equation)
-    act = found[1].lower() if found else points[name].equation.partition("(")[0].lower()
+    act = (found[1] or "identity").lower() if found else points[name].equation.partition("(")[0].lower()
     if found is None or act not in (*HAS_CONTENT, *WEIGHS):
         return Gate(act in WEIGHS, None)
     part, _, leaf = found[2].rpartition(".")

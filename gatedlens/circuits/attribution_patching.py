@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.address.composite import turned
-from gatedlens.address.names import NamesFilter, Point
+from gatedlens.address.names import NamesFilter, Point, is_placed, listed
 from gatedlens.address.point import overlaps, refuse_overlap
 from gatedlens.errors import InputError, PointError
 from gatedlens.metrics import Metric, per_row
@@ -270,7 +270,7 @@ class _Points:
         self.value = value  # what a score is
         self.keep = (keep,) if isinstance(keep, str) else tuple(keep)
         self.names = _full_names(model, names)
-        self.single = isinstance(names, str)
+        self.single = isinstance(names, str) or is_placed(names)
         self.found: dict[str, list[str]] = {}
         for name in self.names:
             self.found.setdefault(self.point(name).name, []).append(name)
@@ -330,9 +330,9 @@ class _Points:
 def _full_names(model: HookedModel, names: NamesFilter) -> list[str]:
     if names is None:
         return model.names.select(None)[0]
-    if not isinstance(names, str) and not callable(names) and not list(names):
+    if not callable(names) and not listed(names):
         raise PointError("names is an empty list: name the points, or pass None for every one that is not lazy.")
-    asked = [names] if isinstance(names, str) or callable(names) else list(names)
+    asked = [names] if callable(names) else listed(names)
     found = [one for name in asked for one in model.names.hooked(name)]
     for one in found:
         if one.view is not None:

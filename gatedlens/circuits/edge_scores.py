@@ -142,24 +142,27 @@ class Scores:
     def of(self, backward: Callable[[dict[str, Listener]], Any]) -> Float[Tensor, "sender ..."]:
         """The scores of the pass that `backward(listeners)` makes; 0 where there is no edge."""
         found = torch.zeros(self.shape, dtype=torch.float64)
-        backward({node.reads: self._listener(node, found) for node in self.graph.receivers})
+        readings = [(node, *reading) for node in self.graph.receivers for reading in self.graph.readings(node)]
+        backward({point: self._listener(node, senders, found) for node, point, senders in readings})
         if bool(found.isnan().any()):
             raise InputError("The gradient of the metric is NaN: does the metric divide by zero, or take its root?")
         return found
 
-    def _listener(self, receiver: Node, found: Tensor) -> Listener:
+    def _listener(self, receiver: Node, senders: Sequence[Node], found: Tensor) -> Listener:
         def listener(gradient: Tensor) -> None:
-            self.score(receiver, at_least_float32(gradient), found)
+            self.score(receiver, senders, at_least_float32(gradient), found)
 
         return listener
 
-    def score(self, receiver: Node, gradient: Float[Tensor, "batch pos d_model"], found: Tensor) -> None:
-        """Write the scores of the edges into a receiver."""
+    def score(
+        self, receiver: Node, senders: Sequence[Node], gradient: Float[Tensor, "batch pos d_model"], found: Tensor
+    ) -> None:
+        """Add to the scores of the edges from some senders into a receiver, by the gradient at a point where it reads them."""
         column = self.graph.place(receiver) - 1
-        for row, sender in enumerate(self.graph.before(receiver)):
+        for sender in senders:
             product = (at_least_float32(self.store[sender.writes]) * gradient).sum(-1)
             by_pos = self._by_number(product).mean(0)
-            found[row, column] = (by_pos if self.positions else by_pos.sum()).to(found)
+            found[self.graph.place(sender), column] += (by_pos if self.positions else by_pos.sum()).to(found)
 
     def _by_number(self, x: Float[Tensor, "batch pos"]) -> Float[Tensor, "batch some"]:
         return self.pair.by_number(x, ("batch", "pos"))
@@ -191,9 +194,9 @@ def _circuit(
     model: HookedModel, graph: Graph, scores: Tensor, metric: Metric, title: str, facts: dict[str, Any]
 ) -> Circuit:
     """The circuit of all edges; `scores` get NaN where a receiver does not come after the sender."""
-    size, axes = len(graph.senders), ("sender", "receiver", "pos")[: scores.ndim]
-    edge = torch.ones(size, size, dtype=torch.bool).triu().reshape(size, size, *(1 for _ in scores.shape[2:]))
-    values = scores.masked_fill(~edge, torch.nan)
+    axes = ("sender", "receiver", "pos")[: scores.ndim]
+    edge = torch.tensor([[sender.reaches(receiver) for receiver in graph.receivers] for sender in graph.senders])
+    values = scores.masked_fill(~edge.reshape(*edge.shape, *(1 for _ in scores.shape[2:])), torch.nan)
     facts = {"model": model.cfg.model_name, **facts}
     return Circuit.of(Result(values, axes, _labels(graph), title, approximate_rise(metric), facts))
 

@@ -137,21 +137,22 @@ def cutting(
     cut = ~kept.reshape(*kept.shape[:3], -1).to(device)  # cell sender receiver pos, or 1 for all of them
     writing = [(node.writes, Capture(live)) for node in graph.senders]
 
-    def reading(number: int, receiver: Node) -> tuple[str, Callable[..., Tensor]]:
+    def reading(number: int, point: str, senders: Sequence[Node]) -> tuple[str, Callable[..., Tensor]]:
         """The hook that takes the cut senders out of a receiver's input, and puts their corrupted values in."""
-        senders = [(node, cut[:, i, number]) for i, node in enumerate(graph.before(receiver))]
-        senders = [(node, gone) for node, gone in senders if bool(gone.any())]
+        cuts = [(node, cut[:, graph.place(node), number]) for node in senders]
+        cuts = [(node, gone) for node, gone in cuts if bool(gone.any())]
 
         def hook(x: Tensor, hook: Any) -> Tensor:
             x = x.unflatten(0, (len(kept), -1))
-            for node, gone in senders:
+            for node, gone in cuts:
                 here = _laid_out(gone, x, by_place)
                 x = x - here * (live[node.writes].reshape(x.shape) - corrupted[node.writes])
             return x.flatten(0, 1)
 
-        return receiver.reads, hook
+        return point, hook
 
-    return [*writing, *(reading(number, node) for number, node in enumerate(graph.receivers))]
+    receivers = enumerate(graph.receivers)
+    return [*writing, *(reading(i, *one) for i, node in receivers for one in graph.readings(node))]
 
 
 def _laid_out(
@@ -180,8 +181,8 @@ class CutEdges(Cell):
     @property
     def cuts(self) -> bool:
         """Whether an edge is cut; without one it is the clean run itself."""
-        edge = torch.ones(self.kept.shape[:2], dtype=torch.bool).triu()
-        return not bool(self.kept[edge].all())
+        edges = [[sender.reaches(receiver) for receiver in self.graph.receivers] for sender in self.graph.senders]
+        return not bool(self.kept[torch.tensor(edges)].all())
 
     @property
     def tells(self) -> bool:

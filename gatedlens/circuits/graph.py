@@ -6,7 +6,10 @@
 
 A receiver reads the sum of what all senders before it have written, so there is an edge from each sender to each later
 receiver (Elhage et al. 2021). `embed` is the stream as block 0 gets it (behind RWKV's first norm, scaled in Griffin),
-`logits` the final norm and the unembedding. Nodes are in the order in which they run.
+`logits` the final norm and the unembedding. Nodes are in the order in which they run. A part that writes to no stream but into
+what one branch reads (Zamba2's shared block, `1.shared`) has one edge, to that branch (`1.mixer`); what it reads of the embedding
+beside the stream belongs to its edge from embed. What a block reads of an earlier one beside the stream (RWKV-7's first values)
+is no edge: path patching holds it.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ class Node:
     """`Node("1.mixer", 1, reads="blocks.1.hook_mixer_in", writes="blocks.1.hook_mixer_out")`.
 
     An edit of what it `reads` reaches it alone. `layer` is the block that holds these points; `turn` counts from embed, and
-    parallel branches have the same.
+    parallel branches have the same. only: the one node that reads what it writes (none: every later one). beside: where it reads
+    the embedding once more, beside the stream (none: nowhere).
     """
 
     name: str
@@ -40,6 +44,12 @@ class Node:
     reads: str = ""  # embed reads nothing of the stream
     writes: str = ""  # and logits write nothing into it
     turn: int = 0
+    only: str = ""
+    beside: str = ""
+
+    def reaches(self, receiver: Node) -> bool:
+        """`sender.reaches(receiver)`: whether the receiver reads what it writes."""
+        return self.turn < receiver.turn and self.only in ("", receiver.name)
 
 
 class Edge(NamedTuple):
@@ -66,6 +76,11 @@ class Graph:
         nodes, turn, last = [Node("embed", 0, writes="blocks.0.hook_resid_pre")], 0, model.cfg.n_layers - 1
         for layer in range(last + 1):
             for group in model.names.branches(layer):
+                for one in (one for one in model.blocks[layer].inner if one.reader in group):
+                    turn += 1
+                    part = f"blocks.{layer}.{one.name}"
+                    points, only = (f"{part}.hook_read", f"{part}.hook_out"), f"{layer}.{one.reader}"
+                    nodes.append(Node(f"{layer}.{one.name}", layer, *points, turn, only, f"{part}.hook_embed"))
                 turn += 1
                 for kind in group:
                     point = f"blocks.{layer}.hook_{kind}"
@@ -92,7 +107,13 @@ class Graph:
     def before(self, receiver: Node) -> tuple[Node, ...]:
         """`graph.before(graph.find("1.mixer"))`: the senders whose sum a receiver reads; parallel branches do not read one
         another."""
-        return tuple(node for node in self.nodes if node.turn < receiver.turn)
+        return tuple(node for node in self.nodes if node.reaches(receiver))
+
+    def readings(self, receiver: Node) -> list[tuple[str, tuple[Node, ...]]]:
+        """`graph.readings(graph.find("1.shared"))`: the points at which a receiver reads, each with the senders whose sum stands
+        there."""
+        beside = [(receiver.beside, self.nodes[:1])] if receiver.beside else []
+        return [(receiver.reads, self.before(receiver)), *beside]
 
     def edges(self) -> list[Edge]:
         """`graph.edges()`: every edge, by receiver in running order."""
@@ -140,8 +161,8 @@ class Graph:
     def check_order(self, sender: Node, receivers: Sequence[Node]) -> None:
         """`graph.check_order(sender, receivers)`: InputError unless every receiver comes after the sender."""
         for receiver in receivers:
-            if receiver.turn <= sender.turn:
-                later = [node.name for node in self.nodes if node.turn > sender.turn]
+            if not sender.reaches(receiver):
+                later = [node.name for node in self.nodes if sender.reaches(node)]
                 raise InputError(
                     f"{sender.name!r} does not reach {receiver.name!r}: a receiver reads what was written before it. After "
                     f"{sender.name!r} come {', '.join(later[:4])}."

@@ -12,7 +12,7 @@ score of the edge mixer -> r (`edge_scores.py`), for the projection's bias is th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,11 +88,12 @@ class HeadScores(Scores):
     def shape(self) -> tuple[int, ...]:
         return tuple(len(self.labels[axis]) for axis in AXES)
 
-    def score(self, receiver: Node, gradient: Float[Tensor, "batch pos d_model"], found: Tensor) -> None:
+    def score(
+        self, receiver: Node, senders: Sequence[Node], gradient: Float[Tensor, "batch pos d_model"], found: Tensor
+    ) -> None:
         column, (_, heads, _) = self.graph.place(receiver) - 1, self.shape
-        before = self.graph.before(receiver)
         for row, (layer, sender) in enumerate(self.senders.items()):
-            if sender in before:
+            if sender in senders:
                 mixer = self.pair.model.blocks[layer].mixer
                 with exact(gradient):
                     along = gradient @ mixer.output_weights()[0].to(
@@ -105,7 +106,7 @@ class HeadScores(Scores):
         self, scores: Float[Tensor, "layer head receiver"], metric: Metric, title: str, facts: Mapping[str, Any]
     ) -> Result:
         """The Result of these scores, NaN where there is no edge."""
-        there = [[sender.turn < node.turn for node in self.graph.receivers] for sender in self.senders.values()]
+        there = [[sender.reaches(node) for node in self.graph.receivers] for sender in self.senders.values()]
         values = scores.masked_fill(~torch.tensor(there).unsqueeze(1), torch.nan)
         facts = {"model": self.pair.model.cfg.model_name, **facts}
         return Result(values, AXES, self.labels, title, approximate_rise(metric), facts)

@@ -146,7 +146,9 @@ def path_patch_heads(
     found = paths.pair.differences(outputs[layer] for layer in layers)
     for row, layer in enumerate(layers):
         written = model.blocks[layer].mixer.written_by_heads(found.pop(outputs[layer]), heads)
-        cells += [paths.putting((row, head), written[..., head, :], chosen, pos) for head in range(heads)]
+        cells += [
+            paths.putting((row, head), mixers[layer], written[..., head, :], chosen, pos) for head in range(heads)
+        ]
     labels = {"layer": layers, "head": list(range(heads))}
     into = ", ".join(node.name for node in chosen)
     plan = Plan(("layer", "head"), labels, (len(layers), heads), tuple(cells), f"Path patching by head into {into}")
@@ -164,24 +166,29 @@ class Paths:
         self.real = inputs.real(pair.model, pair.clean)
         self.meter = Meter(metric, "none", self.run.rows)
         self.written = pair.differences(node.writes for node in senders)
-        _, self.frozen = pair.cached(pair.corrupted, dict.fromkeys(node.reads for node in receivers))
+        self.graph = Graph.of(pair.model)
+        points = [point for node in receivers for point, _ in self.graph.readings(node)]
+        _, self.frozen = pair.cached(pair.corrupted, dict.fromkeys(points))
 
     @checked
     def cell(self, place: tuple[int, ...], sender: Node, receivers: Sequence[Node], pos: Positions = None) -> Cell:
         """The run in which each receiver reads what it does while all but the sender are frozen."""
-        return self.putting(place, self.written[sender.writes], receivers, pos)
+        return self.putting(place, sender, self.written[sender.writes], receivers, pos)
 
     def putting(
         self,
         place: tuple[int, ...],
+        sender: Node,
         written: Float[Tensor, "batch pos d_model"],
         receivers: Sequence[Node],
         pos: Positions,
     ) -> Cell:
-        """The same of what a sender has written, clean minus corrupted."""
+        """The same of what a sender has written, clean minus corrupted: into those of the receivers that read it."""
         pack = self.run.padding.pack
         said = pack(at_positions(written, pos, self.real))
-        return Cell(place, tuple(Add(node.reads, pack(self.frozen[node.reads]), said) for node in receivers))
+        readings = [reading for node in receivers for reading in self.graph.readings(node)]
+        points = [point for point, senders in readings if sender in senders]
+        return Cell(place, tuple(Add(point, pack(self.frozen[point]), said) for point in points))
 
     @checked
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """One layer's implicit attention of one input, drawn and saved: what `gatedlens attention` does.
 
-    show("gatedlens/mamba-moby", text="It was the whiteness", layer=1, reduce="abs_mean", out="figures")
+    show(Source("gatedlens/mamba-moby"), text="It was the whiteness", layer=1, reduce="abs_mean", out="figures")
 
 Writes the numbers (safetensors), and a picture: a matrix as a heat map, a row as the coloured text (a page) or as a map
 over the image.
@@ -22,8 +22,8 @@ from gatedlens.attention.layer import MEAN, ImplicitAttention
 from gatedlens.attention.stack import implicit_attention
 from gatedlens.cli.demo import default_text
 from gatedlens.cli.outfolder import out_folder
+from gatedlens.cli.source import Source
 from gatedlens.errors import InputError, did_you_mean
-from gatedlens.loading import from_pretrained
 from gatedlens.model.base import HookedModel
 from gatedlens.model.image import picture
 from gatedlens.model.language import HookedLanguageModel
@@ -54,7 +54,7 @@ class LayerReport:
 
 @torch.no_grad()
 def show(
-    model_name: str,
+    source: Source,
     text: str | None = None,
     image: str | Path | None = None,
     layer: int = -1,
@@ -62,15 +62,15 @@ def show(
     position: int | None = None,
     out: str | Path = "out",
 ) -> LayerReport:
-    """`show("gatedlens/mamba-moby", layer=1)`: everything that `gatedlens attention` shows, as a LayerReport.
+    """`show(Source("gatedlens/mamba-moby"), layer=1)`: everything that `gatedlens attention` shows, as a LayerReport.
 
     reduce: "mean" or "abs_mean" over channels, the [dst, src] matrix; "row": the mean's row of `position` alone (None:
     the last token, or the image's first class token).
     """
     if reduce not in REDUCTIONS:
         raise InputError(f"--reduce {reduce}: it is {' or '.join(REDUCTIONS)}.{did_you_mean(reduce, REDUCTIONS)}")
-    model = from_pretrained(model_name)
-    input, labels, said = _read(model, text, image)
+    model, model_name = source.open(), source.name
+    input, labels, said = read(model, text, image)
     layer = layer_of(model, layer, ("--layer {!r}", "--layer {}:"))
     folder = out_folder(out)
     attention = implicit_attention(model, input, layer=layer)
@@ -100,7 +100,7 @@ def show(
     )
 
 
-def _read(model: HookedModel, text: str | None, image: str | Path | None) -> tuple[Any, list[str], str]:
+def read(model: HookedModel, text: str | None, image: str | Path | None) -> tuple[Any, list[str], str]:
     """(what the model reads, a label for each position, the input as a person would name it)."""
     name = model.cfg.model_name
     if isinstance(model, HookedLanguageModel):

@@ -17,6 +17,7 @@ from gatedlens import plot
 from gatedlens.address.layers import layer_of
 from gatedlens.attention.stack import implicit_attention
 from gatedlens.cli.outfolder import out_folder
+from gatedlens.cli.source import Source
 from gatedlens.data import digits
 from gatedlens.errors import InputError
 from gatedlens.hooks.vim import HookedViM
@@ -74,9 +75,9 @@ class Report:
 
 
 @torch.no_grad()
-def run(model_name: str, text: str | None = None, layer: int = -1, out: str | Path = "out") -> Report:
-    """`gatedlens.cli.demo.run("gatedlens/mamba-moby")`: everything that `gatedlens demo` shows, as a Report."""
-    model = from_pretrained(model_name)
+def run(source: Source, text: str | None = None, layer: int = -1, out: str | Path = "out") -> Report:
+    """`run(Source("gatedlens/mamba-moby"))`: everything that `gatedlens demo` shows, as a Report."""
+    model, model_name = source.open(), source.name
     text = default_text(model_name) if text is None else text
     if not isinstance(model, HookedLanguageModel):
         raise InputError(

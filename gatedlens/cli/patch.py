@@ -1,29 +1,26 @@
 """One sweep from the command line: what `gatedlens patch` does.
 
-    patch("gatedlens/mamba-recall", point="resid_pre", axes="layer,pos", out="out")
-    patch("gatedlens/mamba-moby", clean="...", corrupted="...", answer="e", wrong="a", point="blocks.*.mixer.hook_gate")
+    patch(Source("gatedlens/mamba-recall"), point="resid_pre", axes="layer,pos", out="out")
+    patch(Source("gatedlens/mamba-moby"), clean="...", corrupted="...", answer="e", wrong="a", point="blocks.*.mixer.hook_gate")
 
 Writes the picture and the Result as JSON.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from gatedlens import metrics, tasks
-from gatedlens.cli.outfolder import out_folder
-from gatedlens.errors import InputError, PointError, did_you_mean
-from gatedlens.loading import from_pretrained
+from gatedlens import metrics
+from gatedlens.cli.outfolder import out_folder, written
+from gatedlens.cli.prompts import pair_of, single
+from gatedlens.cli.source import Source
+from gatedlens.errors import PointError, did_you_mean
 from gatedlens.model.base import HookedModel
-from gatedlens.model.language import HookedLanguageModel
 from gatedlens.patching import transformer_lens
 from gatedlens.patching.sweeping import carried, copied, sweep
-from gatedlens.result.result import Result
 
 WORDS = {
     name.removeprefix("get_act_patch_"): kind.points
@@ -56,33 +53,32 @@ class Patched:
 
 @torch.no_grad()
 def patch(
-    model_name: str,
+    source: Source,
     clean: str | None = None,
     corrupted: str | None = None,
     answer: str | None = None,
     wrong: str | None = None,
     point: str = "resid_pre",
     axes: str = "layer,pos",
-    out: str | Path = "out",
+    out: str = "out",
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> Patched:
     """Everything that `gatedlens patch` shows. Of the prompts and answers all or none are given: a bundled recall model
     has a pair of its own. point: a word of the family (resid_pre, mixer_out, gate, ...), a point's word, or a glob."""
-    model = from_pretrained(model_name)
-    if not isinstance(model, HookedLanguageModel):
-        raise InputError(f"{model_name} reads images; gatedlens patch compares two prompts. Use gl.patching in Python.")
-    clean, corrupted, answer, wrong = _prompts(model, model_name, clean, corrupted, answer, wrong)
-    points, edits = _points(model, point)
+    model, model_name = source.open_language("patch"), source.name
+    clean, corrupted, answer, wrong = pair_of("patch", model_name, clean, corrupted, answer, wrong)
+    points, edits = points_of(model, point)
     names = tuple(axis.strip() for axis in axes.split(","))
     folder = out_folder(out)
     _, cache = model.run_with_cache(clean, names_filter=[points, "hook_logits"])
-    ids = [_single(model, text, option) for text, option in ((answer, "--answer"), (wrong, "--wrong"))]
+    ids = [single(model, text, option) for text, option in ((answer, "--answer"), (wrong, "--wrong"))]
     metric = metrics.logit_difference(ids[0], ids[1])
     found = sweep(
-        model, corrupted, cache, metric, points, names, edits=edits, normalised=True, progress=progress,
+        model, corrupted, cache, metric, points, names, edits=edits, normalised=True, progress=progress, max_rows=batch_size,
         title=f"{model_name}: patching {point}",
     )  # fmt: skip
-    files = _write(found, model_name, point, folder)
+    files = written(folder, model_name, f"patch-{point}", found)
     facts = found.facts
     return Patched(
         model_name, clean, corrupted, answer, wrong, points, names, tuple(found.shape), facts["clean"],
@@ -90,26 +86,7 @@ def patch(
     )  # fmt: skip
 
 
-def _prompts(model: HookedModel, name: str, *given: str | None) -> tuple[str, str, str, str]:
-    """(clean, corrupted, answer, wrong): those that are given, or a recall prompt and its counterfactual."""
-    options = ("--clean", "--corrupted", "--answer", "--wrong")
-    missing = [option for option, text in zip(options, given, strict=True) if text is None]
-    if not missing:
-        clean, corrupted, answer, wrong = (str(text) for text in given)
-        return clean, corrupted, answer, wrong
-    if len(missing) < 4 or not name.endswith("-recall"):
-        raise InputError(
-            f"gatedlens patch needs {', '.join(missing)} too: two prompts of equal length and the token that each makes "
-            "likely. (Only a bundled recall model has a pair of its own, with none of them given.)"
-        )
-    batch = tasks.recall(1, seed=0)
-    values = tasks.ids(tasks.VALUES)
-    other = batch.with_answer(values[(batch.answers - values[0] + 1) % len(values)])
-    clean, corrupted = (" ".join(tasks.VOCABULARY[i] for i in one.tokens[0, 1:].tolist()) for one in (batch, other))
-    return clean, corrupted, tasks.VOCABULARY[int(batch.answers)], tasks.VOCABULARY[int(other.answers)]
-
-
-def _points(model: HookedModel, point: str) -> tuple[str, Any]:
+def points_of(model: HookedModel, point: str) -> tuple[str, Any]:
     """(glob, edits) of a word of the family, of a point's word or name in any layer, or of a full name or glob."""
     if point in WORDS:
         return WORDS[point], carried if point == "state" else copied
@@ -122,17 +99,3 @@ def _points(model: HookedModel, point: str) -> tuple[str, Any]:
         if preferred in hits:
             return f"blocks.*.{preferred}", copied
     raise PointError(f"--point {point} is no point of {model.cfg.model_name}.{did_you_mean(point, [*WORDS, *rests])}")
-
-
-def _single(model: HookedModel, text: str, option: str) -> int:
-    try:
-        return int(model.to_single_token(text))
-    except InputError as error:
-        raise InputError(f"{option}: {error}") from error
-
-
-def _write(found: Result, model_name: str, point: str, folder: Path) -> list[str]:
-    """The paths of the picture and of the numbers."""
-    stem = folder / f"{Path(model_name).name}-patch-{re.sub(r'[^A-Za-z0-9_]+', '-', point).strip('-')}"
-    found.plot().savefig(f"{stem}.png", dpi=110, bbox_inches="tight")
-    return [f"{stem}.png", str(found.save(f"{stem}.json"))]

@@ -68,7 +68,7 @@ def _heads(
         if groups is not None:
             raise InputError("groups are channels of one layer: pick it, as in stack[3].")
         means = attention.abs_mean(progress=False) if absolute else attention.mean(progress=False)
-        return means.transpose(0, 1), [f"layer {layer}" for layer in attention.layers]
+        return means.transpose(0, 1), [f"layer {name}" for name in attention.names]
     if not isinstance(attention, ImplicitAttention):
         raise InputError(
             f"for_circuitsvis takes an implicit attention, and this is {type(attention).__name__}: "

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gatedlens.address.names import NamesFilter
+from gatedlens.address.names import Name, NamesFilter
 from gatedlens.errors import InputError, PointError
 from gatedlens.model.batch import Batch
 from gatedlens.model.cache import ActivationCache
@@ -78,7 +78,7 @@ class TracedModel(nnsight.NNsight):
             super().__init__(model)
         self.batch: Batch | None = None  # what the trace under way runs on, for its caches
 
-    def hook(self, name: str) -> Any:
+    def hook(self, name: Name) -> Any:
         """The envoy of a point, by its full name or another tool's: `traced.hook("blocks.1.hook_skip").output`.
 
         PointError for a name that is computed from several points: hook those.

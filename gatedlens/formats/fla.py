@@ -6,7 +6,8 @@
     hgrn2                         f_proj, i_proj                               g_norm over all heads; model.lower_bounds
     delta_net                     k_proj, v_proj, b_proj                       o_norm
     gated_deltanet                k_proj, v_proj, b_proj, a_proj, A_log, dt_bias   o_norm
-    gated_deltaproduct            the same; without use_forget_gate no a_proj, A_log, dt_bias
+    gated_deltaproduct            the same; without use_forget_gate no a_proj, A_log, dt_bias; k_proj, v_proj, b_proj of each
+                                  of num_householder steps, one behind the other
 
     a layer of attention          k_proj, v_proj alone, and the module `rotary` without parameters
 
@@ -35,6 +36,7 @@ from gatedlens.model.fields import (
     NUMBER,
     POSITIVE,
     SIZE,
+    THETA,
     TRANSFORMERS,
     Field,
     layers_of,
@@ -52,7 +54,13 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "hgrn2": {"expand_ratio": 128, "use_lower_bound": True, "use_short_conv": False},
     "delta_net": {"num_heads": 16, "expand_k": 1.0, "expand_v": 1.0, "use_gate": False},
     "gated_deltanet": {"num_heads": 6, "head_dim": 256, "expand_v": 2.0},
-    "gated_deltaproduct": {"num_heads": 6, "head_dim": 256, "expand_v": 2.0, "use_forget_gate": False},
+    "gated_deltaproduct": {
+        "num_heads": 6,
+        "head_dim": 256,
+        "expand_v": 2.0,
+        "use_forget_gate": False,
+        "num_householder": 1,
+    },
 }
 GATES = {  # fla's word for whether a mixer has a gate
     "gla": "use_output_gate",
@@ -94,7 +102,7 @@ FIELDS = {
     "gate_low_rank_dim": SIZE,
     **dict.fromkeys(("use_short_conv", "use_output_gate", "use_gate", "use_forget_gate"), FLAG),
     **dict.fromkeys(("use_lower_bound", "allow_neg_eigval", "fuse_norm"), FLAG),
-    "num_householder": Field("1: gatedlens opens no layers whose tokens take several steps", lambda v: v == 1),
+    "num_householder": SIZE,
     "norm_eps": EPS,
     "clamp_min": NUMBER.or_null(),
     "hidden_act": one_of("swish", "silu"),
@@ -109,7 +117,7 @@ FIELDS = {
         num_kv_heads=SIZE.or_null(),
         qkv_bias=FLAG,
         window_size=SIZE.or_null(),
-        rope_theta=POSITIVE,
+        rope_theta=THETA,
     ).or_null(),
     "attnres_block_size": Field("null: gatedlens opens no attention over earlier layers", lambda v: v is None),
 }
@@ -258,8 +266,9 @@ def _mixer(kind: str, config: Mapping[str, Any]) -> nn.Module:
     d, eps, linear = config["hidden_size"], config["norm_eps"], partial(nn.Linear, bias=False)
     heads, groups, key, value = sizes_of(kind, config)
     gated, mixer = is_gated(kind, config), nn.Module()
+    steps = config["num_householder"] if kind == "gated_deltaproduct" else 1
     for name, width in zip(
-        "qfi" if kind == "hgrn2" else "qkv", (groups * key, groups * key, heads * value), strict=True
+        "qfi" if kind == "hgrn2" else "qkv", (groups * key, steps * groups * key, steps * heads * value), strict=True
     ):
         setattr(mixer, f"{name}_proj", linear(d, width))
         if config["use_short_conv"]:
@@ -274,7 +283,7 @@ def _mixer(kind: str, config: Mapping[str, Any]) -> nn.Module:
             linear(d, config["gate_low_rank_dim"]), nn.Linear(config["gate_low_rank_dim"], groups * key)
         )
     if "delta" in kind:
-        mixer.b_proj = linear(d, heads)
+        mixer.b_proj = linear(d, steps * heads)
     if kind == "gated_deltanet" or (kind == "gated_deltaproduct" and config["use_forget_gate"]):
         mixer.a_proj = linear(d, heads)
         mixer.A_log, mixer.dt_bias = nn.Parameter(torch.zeros(heads)), nn.Parameter(torch.zeros(heads))
@@ -307,8 +316,10 @@ TINY = Tiny(
     "tiny-fla",
     FlaWeights,
     {
-        "model_type": "gla",
-        "layer_types": ["gated_deltanet", "retnet"],
+        "model_type": "gated_deltaproduct",
+        "num_householder": 2,
+        "use_forget_gate": True,
+        "attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "rope_theta": 100.0},
         "hidden_size": 16,
         "num_hidden_layers": 2,
         "vocab_size": 40,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gatedlens.formats.qwen3_next import by_last_axis
 from gatedlens.formats.transformers_config import LIMIT
 from gatedlens.model import fields
-from gatedlens.model.fields import COUNT, EPS, FLAG, NUMBER, POSITIVE, SIZE, layers_of, listed, one_of, table
+from gatedlens.model.fields import COUNT, EPS, FLAG, NUMBER, POSITIVE, SIZE, THETA, layers_of, listed, one_of, table
 from gatedlens.model.tiny import Tiny, fresh
 
 ACT = one_of("silu", "swish")
@@ -27,7 +27,7 @@ FIELDS = {
     "head_dim": SIZE.or_null(),
     "hidden_act": ACT | one_of("gelu"),
     "rms_norm_eps": EPS,
-    "rope_parameters": table(rope_theta=POSITIVE).or_null(),
+    "rope_parameters": table(rope_theta=THETA).or_null(),
     "attention_bias": FLAG,
     "mlp_bias": FLAG,
     "time_step_limit": LIMIT.or_null(),

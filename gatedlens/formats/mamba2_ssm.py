@@ -70,10 +70,17 @@ class Mamba2Weights(StackWeights):
     def __init__(self, config: dict[str, Any]):
         fields.check(config, ORIGINAL_FIELDS, "The config", required=("d_model", "n_layer", "vocab_size", "ssm_cfg"))
         ssm = {name: value for name, value in config["ssm_cfg"].items() if name != "layer"}
-        super().__init__(config, _layer, ssm)
+        super().__init__(config, layer_parameters, ssm)
 
 
-def _layer(
+def says_hybrid(config: Mapping[str, Any]) -> bool:
+    """Whether such a config asks for more than Mamba-2: attention, MLPs, or channels beside the heads."""
+    ssm, d_model = config.get("ssm_cfg") or {}, config.get("d_model", 0)
+    narrow = ssm.get("d_ssm") not in (None, int(ssm.get("expand", 2) * d_model))
+    return bool(config.get("attn_layer_idx") or config.get("d_intermediate") or narrow)
+
+
+def layer_parameters(
     d: int,
     norm: Callable[[int], nn.Module],
     d_state: int = 128,
@@ -94,9 +101,10 @@ def _layer(
     harmless = {"chunk_size", "dt_min", "dt_max", "dt_init_floor", "A_init_range", "use_mem_eff_path", "conv_init"}
     if unknown := set(unsupported) - harmless:
         raise CheckpointError(f"ssm_cfg asks for {', '.join(sorted(unknown))}, which gatedlens does not support.")
-    inner = int(expand * d)
-    if d_ssm not in (None, inner):
-        raise CheckpointError(f"ssm_cfg.d_ssm is {d_ssm}; supported is {inner} (expand * d_model), or null.")
+    whole = int(expand * d)
+    inner = whole if d_ssm is None else d_ssm
+    if inner > whole:
+        raise CheckpointError(f"ssm_cfg.d_ssm is {d_ssm}, more than the {whole} channels of expand * d_model.")
     if inner % headdim or (inner // headdim) % ngroups:
         raise CheckpointError(
             f"ssm_cfg: {inner} channels cannot be cut into heads of {headdim} in {ngroups} groups evenly."
@@ -105,7 +113,7 @@ def _layer(
     layer, mixer = nn.Module(), nn.Module()
     layer.norm, layer.mixer = norm(d), mixer
     through_conv = inner + 2 * ngroups * d_state
-    mixer.in_proj = nn.Linear(d, inner + through_conv + heads, bias=bias)
+    mixer.in_proj = nn.Linear(d, 2 * (whole - inner) + inner + through_conv + heads, bias=bias)
     mixer.conv1d = nn.Conv1d(
         through_conv, through_conv, d_conv, groups=through_conv, bias=conv_bias, padding=d_conv - 1
     )
@@ -115,7 +123,7 @@ def _layer(
     mixer.D = nn.Parameter(torch.ones(inner if D_has_hdim else heads))
     if rmsnorm:
         mixer.norm = nn.RMSNorm(inner, eps=1e-5)
-    mixer.out_proj = nn.Linear(inner, d, bias=bias)
+    mixer.out_proj = nn.Linear(whole, d, bias=bias)
     return layer
 
 
@@ -127,7 +135,7 @@ class Mamba2Ssm(Layout):
     def knows(self, config: Mapping[str, Any]) -> bool:
         ssm = config.get("ssm_cfg")
         named = isinstance(ssm, Mapping) and ssm.get("layer") == "Mamba2"
-        return named and {"d_model", "n_layer", "vocab_size"} <= set(config)
+        return named and {"d_model", "n_layer", "vocab_size"} <= set(config) and not says_hybrid(config)
 
     def empty(self, config: dict[str, Any]) -> nn.Module:
         return Mamba2Weights(config)

@@ -109,6 +109,19 @@ def has_matrix_states(wrapped: Any) -> bool:
     return isinstance(A_log, Tensor) and A_log.ndim == 1
 
 
+def is_hybrid(wrapped: Any) -> bool:
+    """Whether a stack around Mamba-2 has more than it: attention or MLPs between, or channels beside the heads of a mixer."""
+    layers = list(getattr(getattr(wrapped, "backbone", None), "layers", None) or [])
+    mixers: list[Any] = [getattr(layer, "mixer", None) for layer in layers]
+    scans = [mixer for mixer in mixers if getattr(getattr(mixer, "A_log", None), "ndim", 0) == 1]
+    if not scans:
+        return False
+    # in_proj gives z, what the conv reads, and dt; out_proj reads as many channels as z has.
+    own = scans[0]
+    rows = own.out_proj.weight.shape[1] + own.conv1d.weight.shape[0] + len(own.A_log)
+    return len(scans) < len(layers) or "mlp" in layers[0]._modules or own.in_proj.weight.shape[0] > rows
+
+
 def embedding_of(wrapped: Any) -> Any:
     """`backbone.embeddings` in transformers, `backbone.embedding` in mamba-ssm."""
     names = dict(wrapped.backbone.named_children())

@@ -9,7 +9,7 @@ from torch import nn
 from gatedlens.formats.qwen3_next import slow
 from gatedlens.formats.transformers_config import LAYER_KINDS
 from gatedlens.model import fields
-from gatedlens.model.fields import EPS, FLAG, POSITIVE, SIZE, TEXT, layers_of, one_of, table
+from gatedlens.model.fields import EPS, FLAG, SIZE, TEXT, THETA, layers_of, one_of, table
 from gatedlens.model.tiny import Tiny, fresh
 
 FIELDS = {
@@ -22,7 +22,7 @@ FIELDS = {
     "num_key_value_heads": SIZE.or_null(),
     "hidden_act": one_of("silu", "swish"),
     "rms_norm_eps": EPS,
-    "rope_parameters": table(rope_type=TEXT, rope_theta=POSITIVE.or_null()).or_null(),
+    "rope_parameters": table(rope_type=TEXT, rope_theta=THETA.or_null()).or_null(),
     "attention_bias": FLAG,
     "layer_types": LAYER_KINDS.or_null(),
     "linear_num_key_heads": SIZE.or_null(),

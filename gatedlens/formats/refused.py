@@ -38,9 +38,6 @@ NAMESAKES = {  # classes of other packages, and what to do with them
 }
 
 NOT_OPENED = {  # models of transformers, by how their class and model_type begin, and why they are refused
-    "lfm2": "LFM2 mixes tokens by short convolutions and attention: it has no recurrence, and gatedlens does not open it. Bamba, "
-    "Granite-4-H, Falcon-H1, Nemotron-H, Zamba2 and Jamba are open.",
-    "zamba": "The first Zamba has a Mamba-1 whose heads select apart, which gatedlens has not. Zamba2 is open.",
     "qwen4exp": "Qwen4Exp keeps several copies of the residual stream (hyper-connections), chooses by an indexer what it attends "
     "to, and adds embeddings in every layer: gatedlens has no such block. Qwen3-Next and Qwen3.5 are open.",
     "minimaxm": "This MiniMax is a transformer: it has no recurrence.",

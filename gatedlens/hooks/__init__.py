@@ -20,34 +20,42 @@ from gatedlens.model.base import HookedModel
 # The files, and a class of each: loaded when it is first asked for, whether or not its file was asked for before. Checkers and
 # editors read the imports, Python the table.
 if TYPE_CHECKING:
+    from gatedlens.hooks.bailing_hybrid import HookedBailingHybrid as HookedBailingHybrid
     from gatedlens.hooks.fla import HookedFLA as HookedFLA
     from gatedlens.hooks.griffin import HookedGriffin as HookedGriffin
     from gatedlens.hooks.jamba import HookedJamba as HookedJamba
     from gatedlens.hooks.kimi_linear import HookedKimiLinear as HookedKimiLinear
+    from gatedlens.hooks.lfm2 import HookedLFM2 as HookedLFM2
     from gatedlens.hooks.mamba import HookedMamba as HookedMamba
     from gatedlens.hooks.mamba2 import HookedMamba2 as HookedMamba2
     from gatedlens.hooks.mamba2_hybrid import HookedMamba2Hybrid as HookedMamba2Hybrid
+    from gatedlens.hooks.mamba_ssm_hybrid import HookedMambaSsmHybrid as HookedMambaSsmHybrid
     from gatedlens.hooks.olmo_hybrid import HookedOlmoHybrid as HookedOlmoHybrid
     from gatedlens.hooks.qwen3_next import HookedQwen3Next as HookedQwen3Next
     from gatedlens.hooks.rwkv import HookedRWKV as HookedRWKV
     from gatedlens.hooks.rwkv6 import HookedRWKV6 as HookedRWKV6
     from gatedlens.hooks.rwkv7 import HookedRWKV7 as HookedRWKV7
     from gatedlens.hooks.vim import HookedViM as HookedViM
+    from gatedlens.hooks.zamba import HookedZamba as HookedZamba
 else:
     CLASSES = {
+        "bailing_hybrid": ("HookedBailingHybrid",),
         "fla": ("HookedFLA",),
         "griffin": ("HookedGriffin",),
         "jamba": ("HookedJamba",),
         "kimi_linear": ("HookedKimiLinear",),
+        "lfm2": ("HookedLFM2",),
         "mamba": ("HookedMamba",),
         "mamba2": ("HookedMamba2",),
         "mamba2_hybrid": ("HookedMamba2Hybrid",),
+        "mamba_ssm_hybrid": ("HookedMambaSsmHybrid",),
         "olmo_hybrid": ("HookedOlmoHybrid",),
         "qwen3_next": ("HookedQwen3Next",),
         "rwkv": ("HookedRWKV",),
         "rwkv6": ("HookedRWKV6",),
         "rwkv7": ("HookedRWKV7",),
         "vim": ("HookedViM",),
+        "zamba": ("HookedZamba",),
     }
     __getattr__ = late(__name__, CLASSES)
 

@@ -41,6 +41,7 @@ from gatedlens.model.path import PathMixer, Streams
 from gatedlens.model.run import DocumentRun, Run
 from gatedlens.model.stages import ChannelScan, Conv, Gate, Named, Real
 from gatedlens.model.state import CARRIED
+from gatedlens.model.weights import linear
 from gatedlens.parts.activation import GELU_TANH
 from gatedlens.parts.attention import CARRIED_WINDOW, Attention, AttentionKind
 from gatedlens.parts.glu import GatedMlp, gated_mlp_rows
@@ -178,6 +179,18 @@ class GriffinMixer(PathMixer):
 
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
         return self.weights.linear_out.weight, self.weights.linear_out.bias
+
+    def named_weights(self) -> dict[str, Tensor]:
+        w, lru = self.weights, self.weights.rg_lru
+        gates = {"W_input_gate": lru.input_gate_weight, "W_recurrence_gate": lru.recurrent_gate_weight}
+        rate = -8.0 * F.softplus(at_least_float32(lru.recurrent_param))
+        return {
+            **linear("in", w.linear_x),
+            **linear("gate", w.linear_y),
+            **gates,
+            "A": rate,
+            **super().named_weights(),
+        }
 
 
 # -- the model ------------------------------------------------------------------------------------------------------

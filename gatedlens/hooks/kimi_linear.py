@@ -15,6 +15,7 @@ Wraps transformers' KimiLinearForCausalLM.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -116,6 +117,12 @@ class KimiDeltaMixer(DeltaMixer):
         dt = self.hook_dt_pre(by_head(at_least_float32(dt) + forget.dt_bias))
         return {"q": q, "k": k, "x": x, "gate_pre": gate, "beta_pre": beta, "dt_pre": dt}
 
+    def read_with(self) -> dict[str, Tensor]:
+        w, forget = self.weights, self.weights.forget_gate
+        words = {"Q": w.q_proj, "K": w.k_proj, "in": w.v_proj, "beta": w.b_proj}
+        words |= {"gate_low": w.g_a_proj, "gate": w.g_b_proj, "dt_low": forget.f_a_proj, "dt": forget.f_b_proj}
+        return {f"W_{word}": one.weight.mT for word, one in words.items()}
+
 
 # -- the model ------------------------------------------------------------------------------------------------------
 
@@ -182,6 +189,8 @@ class HookedKimiLinear(PositionedModel):
     recurrence: ClassVar = DELTA.recurrence
     attention_words: ClassVar = {**DELTA.words, "attention layers": LATENT[False].words}
     wraps = ("KimiLinearForCausalLM",)
+    architecture: ClassVar[str] = "kimi_linear"
+    rows_by_kind: ClassVar[Mapping[LayerKind, tuple[Point, ...]]] = ROWS
     hub_types = ("kimi_linear",)
     hub_fields = KIMI_LINEAR
     small = TINY
@@ -205,7 +214,7 @@ class HookedKimiLinear(PositionedModel):
             raise CheckpointError(f"{model_name} has no layers.")
         if config.hidden_act not in ("silu", "swish"):
             raise CheckpointError(f"{model_name} has hidden_act={config.hidden_act!r}; supported is 'silu'.")
-        weight, kinds = wrapped.model.embed_tokens.weight, tuple(map(kind_of, layers))
+        weight, kinds = wrapped.model.embed_tokens.weight, tuple(map(cls.kind_of, layers))
         mlps = {kind.channels: layer.mlp for kind, layer in zip(kinds, layers, strict=True)}
         experts: dict[str, Any] = {}
         if "experts" in mlps:
@@ -222,7 +231,7 @@ class HookedKimiLinear(PositionedModel):
             }
         return KimiLinearConfig(
             model_name=model_name,
-            architecture="kimi_linear",
+            architecture=cls.architecture,
             n_layers=len(layers),
             d_model=weight.shape[1],
             d_vocab=weight.shape[0],
@@ -231,7 +240,7 @@ class HookedKimiLinear(PositionedModel):
             d_mlp=mlps["MLP"].up_proj.weight.shape[0] if "MLP" in mlps else None,
             act_fn=config.hidden_act,
             attn_only=False,
-            positional_embedding_type="none",
+            positional_embedding_type="rotary" if "rotary_emb" in wrapped.model._modules else "none",
             eps=float(config.rms_norm_eps),
             dtype=weight.dtype,
             device=str(weight.device),
@@ -241,7 +250,7 @@ class HookedKimiLinear(PositionedModel):
             d_state=config.linear_head_dim,
             d_inner=config.linear_num_heads * config.linear_head_dim,
             d_conv=config.linear_conv_kernel_dim,
-            d_low=config.linear_head_dim,
+            d_low=config.linear_head_dim if any("g_a_proj" in one.self_attn._modules for one in layers) else 0,
             d_qk=config.qk_nope_head_dim + config.qk_rope_head_dim,
             d_shared_key=config.qk_rope_head_dim,
             kv_latent=config.kv_lora_rank,
@@ -253,10 +262,18 @@ class HookedKimiLinear(PositionedModel):
     @classmethod
     def kinds(cls) -> dict[str, tuple[Point, ...]]:
         """The rows of each kind of block."""
-        return {str(kind): rows for kind, rows in ROWS.items()}
+        return {str(kind): rows for kind, rows in cls.rows_by_kind.items()}
 
     def rows_for(self, layer: int) -> tuple[Point, ...]:
-        return ROWS[self.cfg.kinds[layer]]
+        return self.rows_by_kind[self.cfg.kinds[layer]]
+
+    @staticmethod
+    def kind_of(layer: Wrapped) -> LayerKind:
+        """What a wrapped layer is, by the parts it has."""
+        mixing = "delta net" if "forget_gate" in layer.self_attn._modules else "attention"
+        if layer.self_attn._modules.get("q_a_proj") is not None:
+            mixing = "attention of narrow queries"
+        return LayerKind(mixing, "experts" if "experts" in layer.mlp._modules else "MLP")
 
     def make_block(self, layer: int) -> Block:
         w, cfg, kind, rows = self.wrapped.model.layers[layer], self.cfg, self.cfg.kinds[layer], self.rows_for(layer)
@@ -272,16 +289,27 @@ class HookedKimiLinear(PositionedModel):
             mlp = Sub("mlp", Experts(w.mlp, of_mlp, SILU, routing, shared=shared), ln2, ln="ln2")
         else:
             mlp = Sub("mlp", GatedMlp(w.mlp, of_mlp, SILU), ln2, ln="ln2")
-        if kind.mixing == "delta net":
-            mixer = KimiDeltaMixer(w.self_attn, rows_of("mixer", rows), layer, DELTA, cfg.sizes, cfg.eps)
-            return Block(w, rows, Sub("mixer", mixer, ln1), mlp)
+        if kind.mixing.startswith("delta net"):
+            return Block(
+                w, rows, Sub("mixer", self.make_delta_net(w.self_attn, rows_of("mixer", rows), layer), ln1), mlp
+            )
         points, heads, narrow = rows_of("attn", rows), w.self_attn, "narrow" in kind.mixing
         norms = (
             Norm(heads.q_a_layernorm, rows_of("q_norm", points), EPS) if narrow else None,
             Norm(heads.kv_a_layernorm, rows_of("kv_norm", points), EPS),
         )
-        attn = LatentAttention(heads, points, layer, LATENT[narrow], cfg.d_head, norms)
+        attn = self.make_attention(heads, points, layer, narrow, norms)
         return Block(w, rows, Sub("mixer", attn, ln1, place="attn"), mlp)  # where TransformerLens has attention
+
+    def make_delta_net(self, weights: Any, points: tuple[Point, ...], layer: int) -> DeltaMixer:
+        """The mixer of a delta net over its weights, with these points."""
+        return KimiDeltaMixer(weights, points, layer, DELTA, self.cfg.sizes, self.cfg.eps)
+
+    def make_attention(
+        self, weights: Any, points: tuple[Point, ...], layer: int, narrow: bool, norms: tuple[Norm | None, Norm]
+    ) -> LatentAttention:
+        """The same of a layer of attention, of narrow queries or not."""
+        return LatentAttention(weights, points, layer, LATENT[narrow], self.cfg.d_head, norms)
 
     def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:
         return Norm(self.wrapped.model.norm, rows, self.cfg.eps)
@@ -293,14 +321,6 @@ class HookedKimiLinear(PositionedModel):
     @property
     def unembedding(self) -> Any:
         return self.wrapped.lm_head
-
-
-def kind_of(layer: Wrapped) -> LayerKind:
-    """What a wrapped layer is, by the parts it has."""
-    mixing = "delta net" if "forget_gate" in layer.self_attn._modules else "attention"
-    if layer.self_attn._modules.get("q_a_proj") is not None:
-        mixing = "attention of narrow queries"
-    return LayerKind(mixing, "experts" if "experts" in layer.mlp._modules else "MLP")
 
 
 HOOKED = HookedKimiLinear

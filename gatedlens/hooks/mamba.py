@@ -29,7 +29,7 @@ from gatedlens.compat.names.mamba import ALIASES, VIEWS
 from gatedlens.errors import CheckpointError
 from gatedlens.formats.mamba_ssm import TINY, MambaSsm
 from gatedlens.formats.mamba_ssm import Weights as Weights  # where it was before
-from gatedlens.formats.mamba_stack import MambaStack, StackConfig, has_matrix_states
+from gatedlens.formats.mamba_stack import MambaStack, StackConfig, has_matrix_states, is_hybrid
 from gatedlens.formats.transformers_config import MAMBA
 from gatedlens.model.base import Wrapped
 from gatedlens.model.block import Block, Sub, SubRows, residual_rows
@@ -38,6 +38,7 @@ from gatedlens.model.norm import NormOfNarrow, eps_of, norm_rows
 from gatedlens.model.path import Kernel, PathMixer, Streams
 from gatedlens.model.run import Run
 from gatedlens.model.stages import ChannelScan, Conv, Gate, SiLU, Skip
+from gatedlens.model.weights import linear, several
 from gatedlens.recurrence.channels import ChannelTerms
 from gatedlens.recurrence.scanning import at_least_float32
 
@@ -100,7 +101,7 @@ class SelectiveScan(PathMixer):
         self.rms_eps = rms_eps  # of FalconMamba's weightless RMS of dt, B and C; None in Mamba
 
     @property
-    def A(self) -> Float[Tensor, "channel state"]:
+    def A(self) -> Float[Tensor, "channel state"]:  # type: ignore[override]
         """-exp(A_log), at least float32."""
         return -torch.exp(at_least_float32(self.weights.A_log))
 
@@ -145,6 +146,12 @@ class SelectiveScan(PathMixer):
         dt, B, C, u = (self.along(x) for x in (terms.log_decay, terms.key, terms.read, u))
         return partial(fused.selective_scan, found, dt, B, C, u, terms.rate)
 
+    def named_weights(self) -> dict[str, Tensor]:
+        w = self.weights
+        dt_rank, state = w.dt_proj.weight.shape[1], w.A_log.shape[1]
+        selection = several(w.x_proj.weight, None, {"dt_rank": dt_rank, "B": state, "C": state})
+        return {**selection, **linear("dt", w.dt_proj), "A": self.A, **super().named_weights()}
+
 
 def _rms(x: Tensor, eps: float) -> Tensor:
     wide = at_least_float32(x)
@@ -160,6 +167,11 @@ class MambaMixer(SelectiveScan):
 
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
         return self.weights.out_proj.weight, self.weights.out_proj.bias
+
+    def named_weights(self) -> dict[str, Tensor]:
+        channels = self.weights.A_log.shape[0]
+        read = several(self.weights.in_proj.weight, self.weights.in_proj.bias, {"in": channels, "gate": channels})
+        return {**read, **super().named_weights()}
 
     def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
         found = fused.kernels_for(n)
@@ -230,7 +242,7 @@ class HookedMamba(MambaStack):
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        return not has_matrix_states(module)
+        return not has_matrix_states(module) and not is_hybrid(module)
 
     @classmethod
     def describe(cls, wrapped: Wrapped, model_name: str) -> MambaConfig:

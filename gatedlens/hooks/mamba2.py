@@ -30,7 +30,7 @@ from gatedlens.compat.names.mamba2 import ALIASES
 from gatedlens.errors import CheckpointError
 from gatedlens.formats.mamba2_ssm import TINY, Mamba2Ssm, told
 from gatedlens.formats.mamba2_ssm import Mamba2Weights as Mamba2Weights  # where it was before
-from gatedlens.formats.mamba_stack import MambaStack, StackConfig, has_matrix_states
+from gatedlens.formats.mamba_stack import MambaStack, StackConfig, has_matrix_states, is_hybrid
 from gatedlens.formats.transformers_config import MAMBA2, config_of
 from gatedlens.hooks.mamba import PAPER as MAMBA
 from gatedlens.model.base import Wrapped
@@ -42,6 +42,7 @@ from gatedlens.model.path import PathMixer, Stage, Streams
 from gatedlens.model.run import Run
 from gatedlens.model.stages import Conv, Gate, GroupNorm, Scan, SiLU, Skip
 from gatedlens.model.state import Carried
+from gatedlens.model.weights import several
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.terms import Terms
 
@@ -149,7 +150,8 @@ BLOCK_ROWS = mamba2_rows()
 class Mamba2Shape:
     """`Mamba2Shape.of(mixer, config)`: what a mixer is beside its parameters.
 
-    norm: where it is, one of NORMS. input, output: what the mixer multiplies its input and its output by.
+    norm: where it is, one of NORMS. input, output: what the mixer multiplies its input and its output by. beside: how many
+    channels stand in its projections before its own, which no state passes (mamba-ssm's d_ssm below expand * d_model).
     """
 
     n_heads: int
@@ -161,14 +163,16 @@ class Mamba2Shape:
     eps: float = 1e-5
     input: float = 1.0
     output: float = 1.0
+    beside: int = 0
 
     @staticmethod
     def of(mixer: Any, given: Mapping[str, Any]) -> Mamba2Shape:
         """By the shapes of its parameters, and by what it or the config (`given`) says."""
-        own, inner = told(mixer, given), mixer.out_proj.weight.shape[1]
-        groups = int(own["n_groups"])
+        own, beside = told(mixer, given), beside_of(mixer)
+        inner, groups = mixer.out_proj.weight.shape[1] - beside, int(own["n_groups"])
         d_state = (mixer.conv1d.weight.shape[0] - inner) // (2 * groups)
-        return Mamba2Shape(len(mixer.A_log), inner, d_state, groups, own["dt_limit"], own["norm"], own["eps"])
+        limits = own["dt_limit"], own["norm"], own["eps"]
+        return Mamba2Shape(len(mixer.A_log), inner, d_state, groups, *limits, beside=beside)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -178,13 +182,19 @@ class Mamba2Shape:
 
     def check(self, mixer: Any, model_name: str) -> None:
         """CheckpointError for a mixer that is laid out otherwise."""
-        rows, found = sum(self.widths), mixer.in_proj.weight.shape[0]
-        if found != rows or self.d_inner % self.n_heads:
+        rows, found = 2 * self.beside + sum(self.widths), mixer.in_proj.weight.shape[0]
+        if found != rows or self.d_inner % self.n_heads or self.beside < 0:
             raise CheckpointError(
                 f"{model_name}: in_proj gives {found} numbers a position; {rows} are expected of {self.d_inner} channels in "
-                f"{self.n_heads} heads with {self.n_groups} groups of {self.d_state} states. A mixer with channels beside its "
-                "heads (d_ssm below expand * d_model) is not supported."
+                f"{self.n_heads} heads with {self.n_groups} groups of {self.d_state} states."
             )
+
+
+def beside_of(mixer: Any) -> int:
+    """How many channels stand beside those of the heads: in_proj gives 2 beside + inner + conv + heads, out_proj reads
+    beside + inner."""
+    rows, read = mixer.in_proj.weight.shape[0], mixer.out_proj.weight.shape[1]
+    return int(rows - mixer.conv1d.weight.shape[0] - len(mixer.A_log) - read)
 
 
 class Mamba2Mixer(PathMixer):
@@ -216,14 +226,15 @@ class Mamba2Mixer(PathMixer):
         return *before, Gate(F.silu, out="product"), GroupNorm(groups, eps)
 
     @property
-    def A(self) -> Float[Tensor, " head"]:
+    def A(self) -> Float[Tensor, " head"]:  # type: ignore[override]
         """-exp(A_log), at least float32."""
         return -torch.exp(at_least_float32(self.weights.A_log))
 
     def projected(self, n: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos some"]:
         """What in_proj gives: z, x, B, C and dt side by side."""
-        w = self.weights.in_proj
-        return F.linear(multiplied(n, self.shape.input), w.weight, w.bias)
+        w, first = self.weights.in_proj, 2 * self.shape.beside
+        own = (x if x is None or not first else x[first:] for x in (w.weight, w.bias))
+        return F.linear(multiplied(n, self.shape.input), *own)
 
     def project(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Streams:
         w, pad, groups = self.weights, run.padding, (self.shape.n_groups, self.shape.d_state)
@@ -254,12 +265,25 @@ class Mamba2Mixer(PathMixer):
         return Terms((dt * self.A.to(dt)).unsqueeze(-1), key=B, read=C, amount=dt)
 
     def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
-        out = self.weights.out_proj
-        return multiplied(F.linear(self.walk(self.project(n, run), run), out.weight, out.bias), self.shape.output)
+        out, first = self.weights.out_proj, self.shape.beside
+        weight = out.weight[:, first:] if first else out.weight
+        return multiplied(F.linear(self.walk(self.project(n, run), run), weight, out.bias), self.shape.output)
 
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
-        out, by = self.weights.out_proj, self.shape.output
-        return multiplied(out.weight, by), None if out.bias is None else multiplied(out.bias, by)
+        out, by, first = self.weights.out_proj, self.shape.output, self.shape.beside
+        weight = out.weight[:, first:] if first else out.weight
+        return multiplied(weight, by), None if out.bias is None else multiplied(out.bias, by)
+
+    def read_with(self) -> tuple[Float[Tensor, "some d_model"], Float[Tensor, " some"] | None]:
+        """(W, b) of in_proj, with what its input is multiplied by."""
+        w, first = self.weights.in_proj, 2 * self.shape.beside
+        return multiplied(w.weight[first:], self.shape.input), None if w.bias is None else w.bias[first:]
+
+    def named_weights(self) -> dict[str, Tensor]:
+        words, w = ("gate", "in", "B", "C", "dt"), self.weights
+        read = several(*self.read_with(), dict(zip(words, self.shape.widths, strict=True)))
+        read["b_dt"] = w.dt_bias + read["b_dt"] if "b_dt" in read else w.dt_bias
+        return {**read, "A": self.A, **super().named_weights()}
 
 
 # -- the model ------------------------------------------------------------------------------------------------------
@@ -333,7 +357,7 @@ class HookedMamba2(MambaStack):
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        return has_matrix_states(module)
+        return has_matrix_states(module) and not is_hybrid(module)
 
     @classmethod
     def describe(cls, wrapped: Wrapped, model_name: str) -> Mamba2Config:

@@ -29,6 +29,7 @@ from gatedlens.formats.olmo_hybrid import FIELDS, TINY
 from gatedlens.model.base import Wrapped
 from gatedlens.model.hookpoint import rows_of
 from gatedlens.model.norm import LateNorm, NormOfHeads
+from gatedlens.model.weights import linear
 from gatedlens.parts.activation import SILU
 from gatedlens.parts.attention import CARRIED_WINDOW, Attention, AttentionKind
 from gatedlens.parts.delta_net import CARRIED_DELTA, DeltaKind, DeltaMixer, Projected
@@ -67,6 +68,11 @@ class OlmoDeltaMixer(DeltaMixer):
         projections = (w.q_proj, w.k_proj, w.v_proj, w.g_proj, w.b_proj, w.a_proj)
         q, k, x, z, b, a = (F.linear(n, one.weight, one.bias) for one in projections)
         return Projected(q.unflatten(-1, self.key_shape), k.unflatten(-1, self.key_shape), x, z, b, a)
+
+    def read_with(self) -> dict[str, Tensor]:
+        w = self.weights
+        words = {"Q": w.q_proj, "K": w.k_proj, "in": w.v_proj, "gate": w.g_proj, "beta": w.b_proj, "dt": w.a_proj}
+        return {name: weight for word, one in words.items() for name, weight in linear(word, one).items()}
 
 
 def delta_net(site: Site) -> OlmoDeltaMixer:

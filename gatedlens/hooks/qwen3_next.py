@@ -34,6 +34,7 @@ from gatedlens.model.block import Block, Sub
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import rows_of
 from gatedlens.model.norm import GemmaNorm, Norm, norm_rows
+from gatedlens.model.weights import linear, several
 from gatedlens.parts.activation import SILU
 from gatedlens.parts.attention import CARRIED_WINDOW, Attention, AttentionKind, check_rope
 from gatedlens.parts.delta_net import CARRIED_DELTA, DeltaKind, DeltaMixer, Projected
@@ -91,6 +92,14 @@ class MixerByKeyHead(DeltaMixer):
         b, a = F.linear(n, w.in_proj_ba.weight, w.in_proj_ba.bias).unflatten(-1, (groups, -1)).chunk(2, dim=-1)
         return Projected(q, k, x.flatten(2), z.flatten(2), b.flatten(2), a.flatten(2))
 
+    def read_with(self) -> dict[str, Tensor]:
+        w, (groups, state) = self.weights, self.key_shape
+        values = self.sizes["x"] // groups
+        each = w.in_proj_qkvz.weight.unflatten(0, (groups, -1)).split([state, state, values, values], dim=1)
+        both = w.in_proj_ba.weight.unflatten(0, (groups, -1)).chunk(2, dim=1)
+        words = ("W_Q", "W_K", "W_in", "W_gate", "W_beta", "W_dt")
+        return {word: one.flatten(0, 1).mT for word, one in zip(words, (*each, *both), strict=True)}
+
 
 class MixerSideBySide(DeltaMixer):
     """Qwen3.5's: in_proj_qkv holds all queries, all keys, all values; z, b and a have projections of their own."""
@@ -100,6 +109,11 @@ class MixerSideBySide(DeltaMixer):
         q, k, x = F.linear(n, w.in_proj_qkv.weight, w.in_proj_qkv.bias).split(list(self.sizes.values()), dim=-1)
         z, b, a = (F.linear(n, p.weight, p.bias) for p in (w.in_proj_z, w.in_proj_b, w.in_proj_a))
         return Projected(q.unflatten(-1, keys), k.unflatten(-1, keys), x, z, b, a)
+
+    def read_with(self) -> dict[str, Tensor]:
+        w, words = self.weights, {"Q": self.sizes["q"], "K": self.sizes["k"], "in": self.sizes["x"]}
+        alone = {**linear("gate", w.in_proj_z), **linear("beta", w.in_proj_b), **linear("dt", w.in_proj_a)}
+        return {**several(w.in_proj_qkv.weight, w.in_proj_qkv.bias, words), **alone}
 
 
 # -- the model ------------------------------------------------------------------------------------------------------

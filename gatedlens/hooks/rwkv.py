@@ -47,6 +47,7 @@ from gatedlens.model.path import Content, Held, PathMixer, Stage, Streams
 from gatedlens.model.run import Run
 from gatedlens.model.stages import Gate, Named
 from gatedlens.model.state import Carried, RecurrentState
+from gatedlens.model.weights import linear
 from gatedlens.parts.first_norm import NormedStream
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.wkv_matrix import WkvScan
@@ -243,6 +244,11 @@ class RwkvMixer(RwkvMix, PathMixer):
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
         return self.rescale.whole(self.weights.output.weight), None
 
+    def named_weights(self) -> dict[str, Tensor]:
+        w, rate = self.weights, rates(self.weights)[0]
+        read = {**linear("in", w.value), **linear("K", w.key), **linear("gate", w.receptance)}
+        return {**read, "A": rate, **super().named_weights()}
+
     def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
         # Rescaled behind the product: before it the weight might leave float16's range.
         return self.rescale.whole(F.linear(self.walk(self.project(n, run), run), self.weights.output.weight))
@@ -263,6 +269,14 @@ class RwkvMlp(RwkvMix):
         r = self.hook_gate_pre(F.linear(xr, w.receptance.weight))
         gate = self.hook_gate(torch.sigmoid(r))
         return kv * gate
+
+    def named_weights(self) -> dict[str, Tensor]:
+        w = self.weights
+        return {
+            **linear("in", w.key),
+            **linear("gate", w.receptance),
+            "W_out": self.rescale.whole(w.value.weight).mT,
+        }
 
 
 # -- the model ------------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ from gatedlens.model.path import Content, PathMixer, Stage, Streams
 from gatedlens.model.run import Run
 from gatedlens.model.stages import Bonus, Gate, GroupNorm, Named, ScanBefore
 from gatedlens.model.state import Carried
+from gatedlens.model.weights import linear
 from gatedlens.parts.first_norm import NormedStream
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.terms import Terms
@@ -217,6 +218,11 @@ class Rwkv6Mixer(PathMixer):
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
         return self.weights.output.weight, None
 
+    def named_weights(self) -> dict[str, Tensor]:
+        w = self.weights
+        read = {**linear("in", w.value), **linear("K", w.key), **linear("R", w.receptance), **linear("gate", w.gate)}
+        return {**read, **super().named_weights()}
+
 
 class Rwkv5Mixer(Rwkv6Mixer):
     """The same with shares and decays that do not depend on the token."""
@@ -255,6 +261,10 @@ class Rwkv6Mlp(TokenMixing):
         kv = self.hook_kv(F.linear(k_act, w.value.weight))
         gate = self.hook_gate(torch.sigmoid(self.hook_gate_pre(F.linear(xr, w.receptance.weight))))
         return kv * gate
+
+    def named_weights(self) -> dict[str, Tensor]:
+        w = self.weights
+        return {**linear("in", w.key), **linear("gate", w.receptance), **linear("out", w.value)}
 
 
 # -- the model ------------------------------------------------------------------------------------------------------

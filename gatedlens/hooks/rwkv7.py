@@ -50,6 +50,7 @@ from gatedlens.model.path import Content, PathMixer, Stage, Streams
 from gatedlens.model.run import Run
 from gatedlens.model.stages import Bonus, Gate, GroupNorm, Named, Scan
 from gatedlens.model.state import Carried
+from gatedlens.model.weights import linear
 from gatedlens.parts.first_norm import NormedStream
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.terms import Terms
@@ -78,7 +79,7 @@ _SHIFTED = (
     Point("hook_log_decay", "batch pos head state", "-exp(-1/2) * sigmoid(w_pre)", f"{PAPER}, eq. 12"),
     Point("hook_a", "batch pos head state", "sigmoid(a0 + xa @ a1 @ a2)", f"{PAPER}, eq. 4 (in-context learning rate)"),
     Point("hook_k_pre", "batch pos head state", "key(xk)", f"{PAPER}, eq. 5"),
-    Point("hook_kk", "batch pos head state", "k_pre * k_k / max(|k_pre * k_k|, 1e-12), |.| of a head", f"{PAPER}, eq. 6, 15"),
+    Point("hook_kk", "batch pos head state", "k_pre * k_k / max(|k_pre * k_k|, 1e-12), |.| by head", f"{PAPER}, eq. 6, 15"),
     Point("hook_k", "batch pos head state", "k_pre * (1 + (a - 1) * k_a)", f"{PAPER}, eq. 7"),
     Point("hook_v_own", "batch pos channel", "value(xv)", f"{PAPER}, eq. 8"),
 )  # fmt: skip
@@ -87,16 +88,18 @@ _VALUES = (
     Point(
         "hook_v_first",
         "batch pos channel",
-        f"{FIRST_VALUES.replace('hook_', '')} (a copy: edits reach this block only)",
+        f"{FIRST_VALUES.replace('hook_', '')} (copied: edits reach this block only)",
         f"{PAPER}, eq. 9",
     ),
     Point("hook_v_mix", "batch pos channel", "sigmoid(v0 + xv @ v1 @ v2)", f"{PAPER}, eq. 9 (value residual)"),
     Point("hook_x", "batch pos channel", "v_own + (v_first - v_own) * v_mix", f"{PAPER}, eq. 9 (v)"),
 )
 _SCANNED = (
+    Point("hook_gate_low", "batch pos low", "xg @ g1", f"{PAPER}, eq. 14"),
+    Point("hook_gate_act", "batch pos low", "sigmoid(gate_low)", f"{PAPER}, eq. 14"),
     Point("hook_u", "batch pos channel", "x", STATE),
     Point("hook_bonus", "batch pos head", "sum over state of r * k * r_k", f"{PAPER}, eq. 20"),
-    Point("hook_reset", "batch pos one", "1 where a document begins (position 0 of position_ids), else 0", STATE),
+    Point("hook_reset", "batch pos one", "1 where documents begin (position 0 of position_ids), else 0", STATE),
     Point("hook_state_start", "batch head value state", "state before the first position (zero without one)", STATE, True),
     Point("hook_decay", "batch pos head value state", "exp(log_decay) * (1 - reset), the same for all values", STATE, True),
     Point("hook_write", "batch pos head value state", "u * k", STATE, True),
@@ -113,7 +116,7 @@ _SCANNED = (
     Point("hook_scale", "batch pos head", "sqrt(mean over a head of (scan - mean(scan))^2 + eps)", LAYER_NORM),
     Point("hook_normed", "batch pos channel", "ln_x.weight * (scan - mean(scan)) / scale + ln_x.bias", f"{PAPER}, eq. 21"),
     Point("hook_y", "batch pos channel", "normed + bonus * u", f"{PAPER}, eq. 21"),
-    Point("hook_gate", "batch pos channel", "sigmoid(xg @ g1) @ g2", f"{PAPER}, eq. 14"),
+    Point("hook_gate", "batch pos channel", "gate_act @ g2", f"{PAPER}, eq. 14"),
     Point("hook_gated", "batch pos channel", "y * gate", f"{PAPER}, eq. 22"),
 )  # fmt: skip
 MLP_ROWS = (
@@ -185,7 +188,8 @@ class Rwkv7Mixer(PathMixer):
         x = self.hook_x(pad.zero(self.values(xv, run)))
         if self.layer == 0:
             run.hand_on(FIRST_VALUES, x)
-        g = low_rank(xg, w.g_lora.lora, torch.sigmoid)
+        low = self.hook_gate_low(F.linear(xg, w.g_lora.lora[0].weight))
+        g = F.linear(self.hook_gate_act(torch.sigmoid(low)), w.g_lora.lora[2].weight)
         return {"r": r, "log_decay": log_decay, "a": a, "kk": kk, "k": k, "x": x, "gate_pre": g}
 
     def values(self, xv: Float[Tensor, "batch pos d_model"], run: Run) -> Content:
@@ -215,6 +219,11 @@ class Rwkv7Mixer(PathMixer):
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
         return self.weights.o_proj.weight, None
 
+    def named_weights(self) -> dict[str, Tensor]:
+        w = self.weights
+        read = {**linear("in", w.v_proj), **linear("K", w.k_proj), **linear("R", w.r_proj)}
+        return {**read, **super().named_weights()}
+
 
 class Rwkv7Mlp(TokenMixing):
     """The channel mix, every intermediate a point."""
@@ -228,6 +237,9 @@ class Rwkv7Mlp(TokenMixing):
         k_act = self.hook_k_act(torch.relu(k).square())
         return F.linear(k_act, w.value.weight)
 
+    def named_weights(self) -> dict[str, Tensor]:
+        return {**linear("in", self.weights.key), **linear("out", self.weights.value)}
+
 
 # -- the model ------------------------------------------------------------------------------------------------------
 
@@ -236,6 +248,7 @@ class Rwkv7Mlp(TokenMixing):
 class Rwkv7Config(HookedConfig):
     """cfg of RWKV-7. `n_heads` heads of `d_head` values and as many keys; `mixer_eps`: of the norm behind the scan."""
 
+    d_gate_low: int  # the rank of the gate
     mixer_eps: float = 64e-5
     tie_word_embeddings: bool = False
 
@@ -247,7 +260,7 @@ class Rwkv7Config(HookedConfig):
             "value": self.d_head,
             "state": self.d_head,
         }
-        return {**super().sizes, **heads, "d_mlp": self.d_mlp or 0}
+        return {**super().sizes, **heads, "low": self.d_gate_low, "d_mlp": self.d_mlp or 0}
 
 
 class HookedRWKV7(NormedStream):
@@ -262,7 +275,7 @@ class HookedRWKV7(NormedStream):
     paper = 'Peng et al., RWKV-7 "Goose" with Expressive Dynamic State Evolution (arXiv 2503.14456)'
     reference = (
         "RWKV7-Goose-World3-1.5B",
-        {"d_model": 2048, "channel": 2048, "head": 32, "value": 64, "state": 64, "d_mlp": 8192},
+        {"d_model": 2048, "channel": 2048, "head": 32, "value": 64, "state": 64, "low": 256, "d_mlp": 8192},
     )
     recurrence: ClassVar = {
         "decay": "exp(log_decay), [head, state]",
@@ -323,6 +336,7 @@ class HookedRWKV7(NormedStream):
             d_vocab=weight.shape[0],
             n_heads=heads,
             d_head=size,
+            d_gate_low=first.attn.g_lora.lora[0].weight.shape[0],
             d_mlp=first.ffn.key.weight.shape[0],
             attn_only=False,
             act_fn="relu2",

@@ -5,9 +5,11 @@
         logits = model(batch.tokens)
     (gl.knockout.cut(3, -1) + gl.ablation.open_gate()).on(model)            # composes with any intervention
     gl.knockout.sweep(model, tokens, metric, dst=-1, window=3)              # Result [layer, src], a heat map
+    gl.knockout.gather_and_aggregate(model, tokens, metric, segments)       # Result [role, layer]
 
 o = A x + r is what a layer's token mixing hands to its output projection (`layer.py`), i a target, j a source. A is that
-of the same run, with whatever was edited upstream. Three things can be cut:
+of the same run, with whatever was edited upstream. In a layer of two mixers, side by side or one before the other, each has its A
+and is cut, unless layers=gl.layers.where(kind=...) names one of them. Three things can be cut:
 
     cut                 A[i, j] = 0: o_i loses all that comes from x_j, through conv, scan and skip
     cut_scan            o_i loses gate_i S[i, j] u_j: what the state carries of j's write into i's readout. The conv stays, and
@@ -33,11 +35,13 @@ write. `cut` and `cut_scan` take from i what j says; `cut_erase` gives back what
 """
 
 from gatedlens.knockout.cutting import Cut
+from gatedlens.knockout.roles import gather_and_aggregate
 from gatedlens.knockout.sweeping import How, cut, cut_erase, cut_renormalised, cut_scan, cut_update, pairs, sweep
 from gatedlens.knockout.token_edges import Edges
 
 # fmt: off
 __all__ = [
-    "Cut", "Edges", "How", "cut", "cut_erase", "cut_renormalised", "cut_scan", "cut_update", "pairs", "sweep",
+    "Cut", "Edges", "How", "cut", "cut_erase", "cut_renormalised", "cut_scan", "cut_update", "gather_and_aggregate", "pairs",
+    "sweep",
 ]
 # fmt: on

@@ -7,7 +7,7 @@ A is linear in what it reads, so a target i without its sources is o_i - (A (x s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.address.entries import Index, Where
-from gatedlens.address.layers import Layers, mixing_of, scans_of
+from gatedlens.address.layers import Layers, mixers_of, scans_of
 from gatedlens.attention.in_progress import underway, verify
 from gatedlens.attention.layer import ImplicitAttention
 from gatedlens.errors import InputError
-from gatedlens.knockout.token_edges import Edges, alike, visible
+from gatedlens.knockout.token_edges import Edges, GivenEdges, alike, visible
 from gatedlens.model.base import HookedModel
 from gatedlens.model.hookpoint import Capture, HookPoint
 from gatedlens.model.mixer import TokenMixing
@@ -88,49 +88,56 @@ class Cut:
     """One step of an intervention: `edges` cut in a `way`. `verify` costs one more scan: see `underway.verify`."""
 
     way: Way
-    edges: Edges
+    edges: Edges | GivenEdges
     layers: Layers
     scan: str | None
     index: Mapping[str, Index]
     verify: bool = True
 
     def hooks(self, model: HookedModel) -> list[tuple[str, Callable[..., Any]]]:
-        """`cut.hooks(model)`: in each layer a hook that keeps what its A is made of, and one that cuts at its output point; so
-        for each of several mixers side by side, if they have the axes that are meant.
+        """`cut.hooks(model)`: at each mixer a hook that keeps what its A is made of, and one that cuts at its output point; of
+        several in a layer at those of the kind that is meant, if any is, and that have the axes that are meant.
 
         InputError for layers that do not exist, or erase nothing where that is to be cut; PointError for an axis that the output
         point lacks.
         """
         found: list[tuple[str, Callable[..., Any]]] = []
-        for layer in mixing_of(model, self.layers):
-            if self.way in OF_DELTA_RULES and not erases(model, layer):
-                raise InputError(_no_delta_rule(model, layer, self.way))
-            for mixer in self._mixers(model, layer):
-                scans_of(mixer, self.scan)
-                stem = f"blocks.{layer}.{mixer.place}."
-                where = Where((f"{stem}{mixer.output_point}",), self.index)
-                (out,) = where.points(model)
-                cutting = Cutting(self, model, mixer, where)
-                found += [(stem + name, cutting.factors) for name in mixer.attention_points if stem + name != out]
-                found.append((out, cutting))
+        for mixer in self._mixers(model):
+            scans_of(mixer, self.scan)
+            stem = f"blocks.{mixer.layer}.{mixer.place}."
+            where = Where((f"{stem}{mixer.output_point}",), self.index)
+            (out,) = where.points(model)
+            cutting = Cutting(self, model, mixer, where)
+            found += [(stem + name, cutting.factors) for name in mixer.attention_points if stem + name != out]
+            found.append((out, cutting))
         return found
 
-    def _mixers(self, model: HookedModel, layer: int) -> Sequence[TokenMixing]:
-        """Those of a layer that have the axes of the index; the first where none has."""
-        block, points, sizes = model.blocks[layer], model.names.points, model.cfg.sizes
-        has = [m for m in block.mixers if all(points[m.output_name].reaches(axis, sizes) for axis in self.index)]
-        return has or [block.mixer]
+    def _mixers(self, model: HookedModel) -> list[TokenMixing]:
+        """Those that are meant and have the axes of the index, and a delta rule where that is cut; the first of a layer where
+        none has the axes."""
+        by_layer: dict[int, list[TokenMixing]] = {}
+        for mixer in mixers_of(model, self.layers):
+            by_layer.setdefault(mixer.layer, []).append(mixer)
+        chosen: list[TokenMixing] = []
+        for layer, mixers in by_layer.items():
+            if self.way in OF_DELTA_RULES:
+                mixers = [mixer for mixer in mixers if erases(model, mixer)]
+                if not mixers:
+                    raise InputError(_no_delta_rule(model, layer, self.way))
+            points, sizes = model.names.points, model.cfg.sizes
+            has = [m for m in mixers if all(points[m.output_name].reaches(axis, sizes) for axis in self.index)]
+            chosen += has or mixers[-1:]
+        return chosen
 
 
-def erases(model: HookedModel, layer: int) -> bool:
-    """Whether a state of a layer is that of a delta rule."""
-    points, mixers = model.names.points, model.blocks[layer].mixers
-    return any(f"blocks.{layer}.{mixer.place}.hook_erase" in points for mixer in mixers)
+def erases(model: HookedModel, mixer: TokenMixing) -> bool:
+    """Whether the state of a mixer is that of a delta rule."""
+    return f"blocks.{mixer.layer}.{mixer.place}.hook_erase" in model.names.points
 
 
 def _no_delta_rule(model: HookedModel, layer: int, way: Way) -> str:
     """Why what a layer erases cannot be cut, and what can."""
-    erasing = [number for number in range(model.cfg.n_layers) if erases(model, number)]
+    erasing = [n for n, block in enumerate(model.blocks) if any(erases(model, mixer) for mixer in block.mixers)]
     others = f"The layers that have one: layers={erasing}." if erasing else "No layer of this model has one."
     return (
         f"cut_{way.__name__}: layer {layer} of {model.cfg.model_name} has no delta rule, so no token erases there what others "

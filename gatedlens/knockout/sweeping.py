@@ -16,11 +16,11 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from gatedlens.address.entries import Index
-from gatedlens.address.layers import Layers, mixing_of
+from gatedlens.address.layers import Layers, Mixers, mixers_of
 from gatedlens.address.positions import Positions, columns, listed
 from gatedlens.errors import InputError
 from gatedlens.knockout.cutting import Cut, Way, erase, share, token, update, write
-from gatedlens.knockout.token_edges import Edges
+from gatedlens.knockout.token_edges import Edges, GivenEdges
 from gatedlens.metrics import Metric
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
@@ -123,6 +123,11 @@ def pairs(
     return _with(how(0, 0, layers=layers, scan=scan, **index), edges=Edges(tuple(edges)))
 
 
+def of_edges(cuts: Intervention, edges: Edges | GivenEdges, verify: bool) -> Intervention:
+    """`of_edges(cut(0, 0, layers=2), Edges(...), verify=True)`: the same kind of cut, of other edges."""
+    return _with(cuts, edges=edges, verify=verify)
+
+
 def _with(cuts: Intervention, **changes: Any) -> Intervention:
     """The same kind of cut, of other edges."""
     return Intervention(tuple(replace(step, **changes) for step in cuts.steps if isinstance(step, Cut)))
@@ -176,7 +181,8 @@ def sweep(
     InputError for a window that does not fit the layers, for positions that no row has, for a metric that is 0 without a cut,
     and for a model in training mode. Geva et al. 2023 (arXiv 2304.14767).
     """
-    chosen = mixing_of(model, layers)
+    mixers = mixers_of(model, layers)
+    chosen = tuple(dict.fromkeys(mixer.layer for mixer in mixers))
     if not 1 <= window <= len(chosen):
         raise InputError(f"window={window}: give 1 to {len(chosen)}, the number of layers.")
     windows = [chosen[max(0, c - window // 2) : c + (window + 1) // 2] for c in range(len(chosen))]
@@ -184,8 +190,9 @@ def sweep(
     groups = _sources(run, src)
     targets = run.mask_of(dst, "dst")
     made = partial(how, scan=scan, **index)
+    places = [Mixers(tuple((m.layer, m.place) for m in mixers if m.layer in some)) for some in windows]
     cells = [
-        _Cell((row, column), (), some, sources, targets, made)
+        _Cell((row, column), (), some, places[row], sources, targets, made)
         for row, some in enumerate(windows)
         for column, sources in enumerate(groups.values())
     ]
@@ -197,29 +204,28 @@ def sweep(
     title = f"Knockout ({how.__name__}): source{where}, window {window}"
     plan = Plan(("layer", "src"), labels, (len(windows), len(groups)), tuple(cells), title)
 
+    facts = {"window": window, "dst": listed(targets, inputs.real(model, run.batch)), "how": how.__name__}
+    return relative_to_clean(plan, run, metric, facts, Effort(results, max_bytes, max_rows, progress))
+
+
+def relative_to_clean(plan: Plan, run: Baseline, metric: Metric, facts: Mapping[str, Any], effort: Effort) -> Result:
+    """(metric - clean) / |clean| of each cell of a plan, the mean over rows; InputError for a metric that is 0 without a cut."""
     meter = Meter(metric, "mean", run.rows)
-    changing = run.prepare(cells)
+    changing = run.prepare(plan.cells)
     low = meter(run.logits, "Without a cut").double().cpu()
     clean = float(low)
     if abs(clean) < 1e-12:
         raise InputError(f"The metric is {clean:.3g} without a cut: a change cannot be put in relation to it.")
-    facts = {
-        "model": model.cfg.model_name,
-        "clean": clean,
-        "window": window,
-        "dst": listed(targets, inputs.real(model, run.batch)),
-        "how": how.__name__,
-    }
     question = Question(
         plan,
         meter,
         lambda cell, value: (value.double() - clean) / abs(clean),
         value=f"({meter.said} - clean) / |clean|",
         verb="cut",
-        facts=facts,
+        facts={"model": run.model.cfg.model_name, "clean": clean, **facts},
         unit=abs(clean),
     )
-    return answer(question, [run], changing, low, Effort(results, max_bytes, max_rows, progress))
+    return answer(question, [run], changing, low, effort)
 
 
 def _sources(run: Baseline, src: Positions | Mapping[str, Positions]) -> dict[Any, Bool[Tensor, "batch pos"]]:
@@ -230,9 +236,10 @@ def _sources(run: Baseline, src: Positions | Mapping[str, Positions]) -> dict[An
 
 @dataclass(frozen=True)
 class _Cell(Cell):
-    """All edges from `src` to `dst` cut in `layers`; `how(src, dst, layers)` makes the cut."""
+    """All edges from `src` to `dst` cut in `mixers` of `layers`; `how(src, dst, layers)` makes the cut."""
 
     layers: Sequence[int]
+    mixers: Mixers
     src: Bool[Tensor, "batch pos"]
     dst: Bool[Tensor, "batch pos"]
     how: How
@@ -251,5 +258,4 @@ class _Cell(Cell):
     def hooks(self, cells: Sequence[Any], run: Baseline) -> list[tuple[str, Any]]:
         """One cut in the rows of all of them. The first source's batch of a window verifies that a cut is exact."""
         edges = Edges(((torch.cat([cell.src for cell in cells]), self.dst.repeat(len(cells), 1)),), strict=False)
-        cuts = _with(self.how(0, 0, layers=self.layers), edges=edges, verify=self.place[-1] == 0)
-        return cuts.hooks(run.model)
+        return of_edges(self.how(0, 0, layers=self.mixers), edges, self.place[-1] == 0).hooks(run.model)

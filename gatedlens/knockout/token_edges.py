@@ -45,6 +45,19 @@ class Edges:
         return total
 
 
+@dataclass(frozen=True)
+class GivenEdges:
+    """`GivenEdges(matrix)`: edges told one by one, [batch, dst, src]; those that a layer does not have are left as they are."""
+
+    given: Bool[Tensor, "batch dst src"]
+
+    def matrix(
+        self, real: Bool[Tensor, "batch pos"], visible: Bool[Tensor, "dst src"]
+    ) -> Bool[Tensor, "batch dst src"]:
+        """As of `Edges`. Rows that have not entered a run yet have none."""
+        return self.given[: len(real)].to(real.device) & real.unsqueeze(2) & real.unsqueeze(1) & visible
+
+
 def _check(sources: Tensor, targets: Tensor, edges: Tensor, real: Tensor) -> None:
     """Refuse a position without an edge, in a row for which both sources and targets were given."""
     asked = sources.any(1, keepdim=True) & targets.any(1, keepdim=True)

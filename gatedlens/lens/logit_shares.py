@@ -71,7 +71,7 @@ def token_attribution(
     A mixer's output is split by its implicit attention; the embedding and the channel mixers write where they stand; the
     biases, and what a mixer adds by biases and a carried state, are the remainder. Options as in `logit_attribution`.
     """
-    mixers = [mixer for block in model.blocks for mixer in block.mixers]
+    mixers = [mixer for block in model.blocks for mixer in block.writers]
     inside = tuple(f"blocks.{mixer.layer}.{mixer.place}.{name}" for mixer in mixers for name in mixer.attention_points)
     reading = Reading.of(model, input, right, wrong, pos, inside)
     rows = {}

@@ -29,7 +29,20 @@ from gatedlens.model.norm import GemmaNorm, NarrowNorm, Norm, NormOfNarrow, eps_
 from gatedlens.model.padding import Padding, windows
 from gatedlens.model.path import PathMixer, Stage, Streams
 from gatedlens.model.run import DocumentRun, Run
-from gatedlens.model.stages import Bonus, ChannelScan, Conv, Gate, GroupNorm, Named, Real, Scan, ScanBefore, SiLU, Skip
+from gatedlens.model.stages import (
+    Bonus,
+    ChannelScan,
+    Conv,
+    Gate,
+    GroupNorm,
+    Named,
+    Real,
+    Scan,
+    ScanBefore,
+    ScanSteps,
+    SiLU,
+    Skip,
+)
 from gatedlens.model.state import Carried, RecurrentState
 from gatedlens.model.tiny import Tiny, around, by_fan_in, fresh
 from gatedlens.model.vision import HookedVisionModel, VisionConfig
@@ -39,7 +52,7 @@ __all__ = [
     "ActivationCache", "Batch", "Block", "Bonus", "Carried", "ChannelScan", "Conv", "DocumentRun", "Edit", "EditStep",
     "Gate", "GemmaNorm", "GroupNorm", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel",
     "HookedVisionModel", "Input", "Intervention", "Layout", "Mixer", "Named", "NarrowNorm", "Norm", "NormOfNarrow",
-    "Output", "Padding", "Part", "PathMixer", "Real", "RecurrentState", "Run", "Scan", "ScanBefore", "SiLU", "Skip",
+    "Output", "Padding", "Part", "PathMixer", "Real", "RecurrentState", "Run", "Scan", "ScanBefore", "ScanSteps", "SiLU", "Skip",
     "Stage", "Step", "Streams", "Sub", "SubRows", "Tiny", "TokenMixing", "VisionConfig", "around", "by_fan_in", "edit",
     "eps_of", "fresh", "norm_rows", "residual_rows", "rows_of", "windows",
 ]

@@ -44,6 +44,7 @@ from gatedlens.model.tokenizer import TokenizerLike
 from gatedlens.model.turns import Turns
 from gatedlens.model.watch import AGAIN, Watch, check_plain
 from gatedlens.options import checked, is_whole, tensor_of
+from gatedlens.weights import AsRead
 
 if TYPE_CHECKING:
     from gatedlens.compat.nnsight import TracedModel  # a door: at run time `nnsight()` alone imports it
@@ -93,8 +94,9 @@ class HookedModel(Hooking):
 
     def __init__(self, wrapped: nn.Module, *, model_name: str = "", tokenizer: TokenizerLike = None):
         super().__init__()
-        check_plain(wrapped)
-        self.wrapped = wrapped
+        self.as_read = AsRead(wrapped)  # dequantised, merged with adapters: the wrapped model itself, if it has neither
+        check_plain(self.as_read.model)
+        self.wrapped = self.as_read.whole
         self.turns = Turns()
         self.cfg = self._described(model_name or type(wrapped).__name__)
         self._told = copy.copy(self.cfg)  # what the wrapped model said when it was last asked
@@ -110,9 +112,8 @@ class HookedModel(Hooking):
             self.add_module(row.name, HookPoint(row))
         self._take_mode(wrapped.training)
         self.setup()
-        self.watch: Watch | None = Watch(
-            wrapped
-        )  # None: whoever took the wrapped model's modules apart answers for them
+        # None: whoever took the wrapped model's modules apart answers for them
+        self.watch: Watch | None = Watch(self.as_read.model)
 
     def _take_mode(self, mode: bool) -> None:
         """Take over the wrapped model's mode without touching any of its modules'."""
@@ -236,6 +237,7 @@ class HookedModel(Hooking):
         """
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break()
+        placement.check_frozen(self.wrapped)
         if self.watch is None:
             return
         if not self.watch.unchanged():
@@ -246,7 +248,21 @@ class HookedModel(Hooking):
     def _make_anew(self) -> None:
         """Make the blocks of the wrapped model as it is now, and let ours, with their hooks, read what they read."""
         assert self.watch is not None
-        check_plain(self.wrapped)
+        known, model = self.as_read, self.as_read.model
+        check_plain(model)
+        self._read(AsRead(model))
+        try:
+            self._follow(self.watch, model)
+        except BaseException:
+            self._read(known)
+            raise
+
+    def _read(self, as_read: AsRead) -> None:
+        """Read the wrapped model's weights so."""
+        self.as_read = as_read
+        self.wrapped = as_read.whole
+
+    def _follow(self, watch: Watch, model: nn.Module) -> None:
         told = self._described(self._told.model_name)
         if told.n_layers != self.cfg.n_layers:
             raise CheckpointError(
@@ -259,7 +275,7 @@ class HookedModel(Hooking):
             fresh = [self.make_block(layer) for layer in range(self.cfg.n_layers)]
             fresh.append(self.make_final_norm(rows_of("ln_final", self.final_points)))
             norms = {id(m.weights): m.torch_norms for part in fresh for m in part.modules() if isinstance(m, Norm)}
-            self.watch.check(self.wrapped, norms)
+            watch.check(model, norms)
             pairs = [
                 pair for old, new in zip((*self.blocks, self.ln_final), fresh, strict=True) for pair in same(old, new)
             ]
@@ -270,7 +286,7 @@ class HookedModel(Hooking):
             raise
         for old, new in pairs:
             old.read_as(new)
-        self._told, self.watch = told, Watch(self.wrapped)
+        self._told, self.watch = told, Watch(model)
 
     @property
     def mixers(self) -> dict[int, TokenMixing]:
@@ -428,7 +444,8 @@ class HookedModel(Hooking):
         """`model.there(block.weights, block, resid, run)`: `block(resid, run)`, where accelerate put the weights of the
         module (of a list: their own).
         """
-        return placement.call(module, function, *inputs) if placement.is_placed(self.wrapped) else function(*inputs)
+        with self.as_read.held():
+            return placement.call(module, function, *inputs) if placement.is_placed(self.wrapped) else function(*inputs)
 
     def begin(
         self,

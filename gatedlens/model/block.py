@@ -42,6 +42,22 @@ class Sub(NamedTuple):
     scale: float = 1.0
 
 
+class Inner(NamedTuple):
+    """`Inner("shared", "shared.attn", "shared.hook_attn_out", "mixer", (ATTENTION, MLP))`: a part of a block that mixes tokens
+    for what one branch reads, and writes to no stream itself.
+
+    It reads `{name}.hook_read`, a copy of the stream, and gives `{name}.hook_out`; what it reads of the embedding beside the
+    stream is `{name}.hook_embed`. mixer: where in it tokens are mixed; out: the point behind that mixer's projection; reader:
+    the branch that alone reads what it gives; kinds: what stands in it.
+    """
+
+    name: str
+    mixer: str
+    out: str
+    reader: str
+    kinds: tuple[str, ...]
+
+
 class Way(NamedTuple):
     """A `Sub` by the names of what it passes: the modules themselves may be replaced by those of another wrapped model."""
 
@@ -62,12 +78,12 @@ class Block(Part):
     """A layer: its branches in order; those in a tuple are parallel."""
 
     hook_out_is_single_residual_stream = True  # what TransformerLens's logit lens asks of a block
-    inner: tuple[
-        str, ...
-    ] = ()  # where tokens are mixed for what a branch reads: by parts that write to no stream themselves
 
-    def __init__(self, weights: Any, rows: tuple[Point, ...], *subs: Sub | tuple[Sub, ...]):
+    def __init__(
+        self, weights: Any, rows: tuple[Point, ...], *subs: Sub | tuple[Sub, ...], inner: tuple[Inner, ...] = ()
+    ):
         super().__init__(weights, rows)
+        self.inner = inner
         groups = [(sub,) if isinstance(sub, Sub) else sub for sub in subs]
         every = [sub for group in groups for sub in group]
         for sub in every:
@@ -81,31 +97,46 @@ class Block(Part):
         mixing = [sub for sub in every if isinstance(sub.part, TokenMixing) and sub.name != "mlp"]
         self.mixing = {sub.name: sub.place or sub.name for sub in mixing}
         # What stands in it, as `gl.layers.where(kind=...)` asks for it.
-        self.kinds = frozenset(sub.part.role if sub in mixing or sub.part.role == EXPERTS else MLP for sub in every)
+        own = {sub.part.role if sub in mixing or sub.part.role == EXPERTS else MLP for sub in every}
+        self.kinds = frozenset(own.union(*(one.kinds for one in inner)))
 
     @property
     def mixers(self) -> tuple[TokenMixing, ...]:
-        """What mixes tokens in this block, in order, wherever it stands: none in a block of channel mixers alone."""
+        """What mixes tokens in this block, in the order in which it runs: none in a block of channel mixers alone."""
+        inside = tuple(self.get_submodule(one.mixer) for one in self.inner)
+        return (*inside, *self.writers)  # type: ignore[arg-type]
+
+    @property
+    def writers(self) -> tuple[TokenMixing, ...]:
+        """Those of them that write to the residual stream."""
         return tuple(self._modules[place] for place in self.mixing.values())  # type: ignore[misc]
 
     @property
     def mixer(self) -> TokenMixing:
-        """The first of them; InputError for a block without."""
+        """The first that writes to the stream; InputError for a block without."""
         if not self.mixing:
             block = self.hook_resid_pre.name.rpartition(".")[0] or "This block"
             raise InputError(f"{block} mixes no tokens: it has a channel mixer alone.")
-        return self.mixers[0]
+        return self.writers[0]
+
+    def written(self, place: str) -> str:
+        """`block.written("attn")`: the point of what a mixer adds to the stream, or puts out inside a part: "hook_mixer_out"."""
+        inside = {one.mixer: one.out for one in self.inner}
+        return (
+            inside[place]
+            if place in inside
+            else next(f"hook_{name}_out" for name, at in self.mixing.items() if at == place)
+        )
 
     def mixer_at(self, place: str | None) -> TokenMixing:
         """`block.mixer_at("attn")`: what mixes tokens under this name (None: the first); InputError for a name that none has."""
         if place is None:
             return self.mixer
-        if place in self.inner:
-            return self.get_submodule(place)  # type: ignore[return-value]
-        if place not in self.mixing.values():
-            known = ", ".join(map(repr, self.mixing.values()))
-            raise InputError(f"place={place!r}: layer {self.mixer.layer} mixes tokens at {known}.")
-        return self._modules[place]  # type: ignore[return-value]
+        known = [*(one.mixer for one in self.inner), *self.mixing.values()]
+        if place not in known:
+            said = ", ".join(map(repr, known))
+            raise InputError(f"place={place!r}: layer {self.mixer.layer} mixes tokens at {said}.")
+        return self.get_submodule(place)  # type: ignore[return-value]
 
     def forward(self, resid: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
         resid = self.hook_resid_pre(resid)

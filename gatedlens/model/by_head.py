@@ -11,7 +11,7 @@ from typing import Any
 
 def head_outputs(model: Any) -> dict[int, str]:
     """`head_outputs(model)`: by layer, the output point of each mixer whose channels are those of heads."""
-    outputs = {layer: block.mixer.output_name for layer, block in enumerate(model.blocks)}
+    outputs = {layer: mixer.output_name for layer, mixer in model.mixers.items()}
     points, sizes = model.names.points, model.cfg.sizes
     return {layer: name for layer, name in outputs.items() if points[name].reaches("head", sizes)}
 
@@ -20,5 +20,6 @@ def with_heads(model: Any) -> dict[int, str]:
     """`with_heads(model)`: `head_outputs`; a PointError that names the nearest point with heads where no mixer has them."""
     found = head_outputs(model)
     if not found:
-        raise model.names.lacking(model.blocks[0].mixer.output_name, "head", model.cfg.sizes)
+        first = next(iter(model.mixers.values()))
+        raise model.names.lacking(first.output_name, "head", model.cfg.sizes)
     return found

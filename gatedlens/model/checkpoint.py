@@ -12,6 +12,7 @@ import argparse
 import json
 import pickle
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,12 @@ from gatedlens.model.config import FLOATS, dtype_name
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")  # what says where to look
 INDEX = ".index.json"
 NAMES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks, each alone or in shards
+STORED = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}  # by safetensors' words
 CONTAINERS = ("model", "state_dict", "model_state_dict")  # where training scripts put a model's tensors
 
 
@@ -115,6 +122,18 @@ class Files:
         """The shape of each tensor, from the headers where the format has them."""
         return self._merged({path: _shapes(path) for path in self.paths})
 
+    def names(self) -> dict[str, Path]:
+        """In which file each tensor is, of any dtype."""
+        return self._merged({path: dict.fromkeys(_names(path), path) for path in self.paths})
+
+    def dtype(self) -> torch.dtype:
+        """That of most bytes."""
+        bytes_of: Counter[torch.dtype] = Counter()
+        for path in self.paths:
+            for dtype, size in _sizes(path):
+                bytes_of[dtype] += size
+        return bytes_of.most_common(1)[0][0]
+
     def tensors(self) -> dict[str, Tensor]:
         """Each tensor by its name."""
         return self._merged({path: read_tensors(path) for path in self.paths})
@@ -169,13 +188,30 @@ def _is_beside(name: str) -> bool:
     return plain and PurePosixPath(name).name == name and PureWindowsPath(name).name == name
 
 
+def _names(path: Path) -> list[str]:
+    if path.suffix != ".safetensors":
+        return list(read_tensors(path))
+    with reading(path), safe_open(str(path), "pt") as file:
+        return list(file.keys())
+
+
+def _sizes(path: Path) -> list[tuple[torch.dtype, int]]:
+    """Dtype and bytes of each tensor; of a safetensors file nothing is read but its header."""
+    if path.suffix != ".safetensors":
+        return [(tensor.dtype, tensor.nbytes) for tensor in read_tensors(path).values()]
+    with reading(path), safe_open(str(path), "pt") as file:
+        slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118 (not a dict)
+        known = [(STORED[part.get_dtype()], torch.Size(part.get_shape())) for part in slices]
+    return [(dtype, shape.numel() * dtype.itemsize) for dtype, shape in known]
+
+
 def _shapes(path: Path) -> dict[str, torch.Size]:
     if path.suffix != ".safetensors":
         return {name: tensor.shape for name, tensor in read_tensors(path).items()}
     with reading(path), safe_open(str(path), "pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         for name, part in slices.items():
-            if part.get_dtype() not in ("F16", "BF16", "F32", "F64"):
+            if part.get_dtype() not in STORED:
                 raise _no_weight(path, name, part.get_dtype())
         return {name: torch.Size(part.get_shape()) for name, part in slices.items()}
 

@@ -52,13 +52,13 @@ def whole(low: int, high: int = LARGEST) -> Field:
     )
 
 
-def number(expected: str, fits: Callable[[float], bool]) -> Field:
+def number(expected: str, fits: Callable[[float], bool], largest: float = LARGEST) -> Field:
     """A number, neither NaN nor infinite, that fits."""
 
     def holds(v: Any) -> bool:
         if not isinstance(v, int | float) or isinstance(v, bool):
             return False
-        return -LARGEST <= v <= LARGEST and fits(float(v))  # NaN is not between them
+        return -largest <= v <= largest and fits(float(v))  # NaN is not between them
 
     return Field(expected, holds)
 
@@ -90,6 +90,9 @@ SIZE = whole(1)
 COUNT = whole(0)
 INTEGER = whole(-LARGEST)
 POSITIVE = number("a number above 0", lambda v: v > 0)
+THETA = number(
+    "a number from 0 to 1e18, above 0", lambda v: v > 0, 1e18
+)  # the base of a rotary embedding: 1e11 in Falcon-H1
 NOT_NEGATIVE = number("a number, 0 or more", lambda v: v >= 0)
 NUMBER = number("a number", lambda v: True)
 EPS = number("a number from 0 to 1", lambda v: 0 <= v <= 1)
@@ -102,13 +105,23 @@ PAIR = SIZE | Field(
 IDS = COUNT | listed(COUNT)
 IDS = replace(IDS, expected="a token id, a list of them, or null", fits=IDS.or_null().fits)
 FLOAT = one_of("float16", "bfloat16", "float32", "float64").or_null()
-NONE = Field(
-    "null: gatedlens reads weights as numbers, load the model without quantisation or adapters", lambda v: not v
-)
+NONE = Field("null", lambda v: not v)
+METHODS = ("bitsandbytes", "torchao", "compressed-tensors", "fp8")  # whose weights are dequantised as they are read
+
+
+def _is_read(config: Any) -> bool:
+    """Whether a quantization_config is of a method that is read; an old one of bitsandbytes names none."""
+    if not config or not isinstance(config, Mapping):
+        return not config
+    method = config.get("quant_method", "bitsandbytes" if {"load_in_8bit", "load_in_4bit"} & set(config) else None)
+    return str(getattr(method, "value", method)).lower() in METHODS
+
+
+QUANTISED = Field(f"null, or of {', '.join(METHODS)}; else load the model without quantisation", _is_read)
 TRANSFORMERS = {  # what transformers keeps in the config.json of every model
     "torch_dtype": FLOAT,
     "dtype": FLOAT,
-    "quantization_config": NONE,
+    "quantization_config": QUANTISED,
     "tie_word_embeddings": FLAG,
     "bos_token_id": IDS,
     "eos_token_id": IDS,

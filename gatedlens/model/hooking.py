@@ -20,7 +20,7 @@ import transformer_lens
 from torch import Tensor
 from transformer_lens.utilities import Slice
 
-from gatedlens.address.names import Names, NamesFilter
+from gatedlens.address.names import Name, Names, NamesFilter
 from gatedlens.errors import InputError, PointError, TooLargeError, in_bytes
 from gatedlens.model.batch import Batch, ForwardOutput, Input, Option, Output
 from gatedlens.model.cache import ActivationCache
@@ -31,7 +31,7 @@ from gatedlens.model.turns import Turns
 from gatedlens.model.views import Visit
 from gatedlens.options import Device, checked, device_of, is_many
 
-Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
+Hook = tuple[Name | Callable[[str], bool], Callable[..., Any]]
 # What `fwd_hooks=` and `bwd_hooks=` take, and `self` as it is returned; for type checkers alone, since `_pairs` says more.
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,7 +65,7 @@ class Hooking(transformer_lens.HookedRootModule):
 
     def add_hook(
         self,
-        name: str | Callable[[str], bool],
+        name: Name | Callable[[str], bool],
         hook: Callable[..., Any],
         dir: str = "fwd",
         is_permanent: bool = False,

@@ -20,6 +20,7 @@ from transformer_lens.hook_points import LensHandle
 from gatedlens.address.point import Point
 from gatedlens.errors import CheckpointError, HookError, InputError
 from gatedlens.model.watch import AGAIN
+from gatedlens.model.weights import NamedWeights
 from gatedlens.recurrence.transforms import transformed
 
 NNSIGHT = "__nnsight__"  # where nnsight 0.8 keeps a wrapped module's state
@@ -229,10 +230,10 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
             raise HookError(f"{where} returned a tensor on {out.device}; the {what} is on {x.device}.")
 
 
-RECURRENT, ATTENTION, MLP, EXPERTS = "recurrent", "attention", "mlp", "experts"  # what stands in a layer
+RECURRENT, ATTENTION, CONV, MLP, EXPERTS = "recurrent", "attention", "conv", "mlp", "experts"  # what stands in a layer
 
 
-class Part(torch.nn.Module):
+class Part(NamedWeights, torch.nn.Module):
     """A piece of the open forward: hook points of its own, parameters of the wrapped module's.
 
     `weights` is a reference to the wrapped module and not a submodule: its parameters stay where they are and are

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gatedlens.address.entries import Index, Where
+from gatedlens.address.names import Name, listed
 from gatedlens.model.base import HookedModel
 from gatedlens.model.hookpoint import Capture, HookPoint
 
@@ -94,6 +95,6 @@ class Intervention:
             yield model
 
 
-def edit(names: str | Sequence[str], function: Edit, **index: Index) -> Intervention:
+def edit(names: Name | Sequence[Name], function: Edit, **index: Index) -> Intervention:
     """`edit(names, lambda tensor, point: ..., pos=3)`: any function, at some entries."""
-    return Intervention((EditStep(Where((names,) if isinstance(names, str) else tuple(names), index), function),))
+    return Intervention((EditStep(Where(tuple(listed(names)), index), function),))

@@ -377,7 +377,7 @@ class HookedLanguageModel(ReadsText, HookedModel):
         """
         total = torch.zeros(self.cfg.d_model, device=self.W_U.device)
         blocks = self.blocks[: layer + int(mlp_input)]
-        for mixer in (mixer for block in blocks for mixer in block.mixers):
+        for mixer in (mixer for block in blocks for mixer in block.writers):
             _, bias = mixer.output_weights()
             total = total if bias is None else total + bias
         return total

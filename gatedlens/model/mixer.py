@@ -18,11 +18,13 @@ from gatedlens.model.hookpoint import RECURRENT, Part
 from gatedlens.model.padding import Padding, windows
 from gatedlens.model.run import Run
 from gatedlens.model.state import RecurrentState
+from gatedlens.model.weights import given
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.chunks import chunked
 from gatedlens.recurrence.convolution import slide
 from gatedlens.recurrence.delta_states import states_of_delta_rule
 from gatedlens.recurrence.factors import Factors
+from gatedlens.recurrence.micro_steps import at_step, net_write, step_chunked
 from gatedlens.recurrence.prior_matrix import prior_chunked
 from gatedlens.recurrence.scanning import StepTerms, linear_scan, readout, scan
 from gatedlens.recurrence.terms import Terms
@@ -44,6 +46,8 @@ class TokenMixing(Part):
     attention_points: tuple[str, ...] = ()
     output_point = "hook_gated"
     scans: tuple[str, ...] = ("",)
+    steps: int = 1  # that a position takes in a recurrence, each with a content of its own
+    heads_axis = "head"  # what its heads are called, where it has any
 
     def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int):
         super().__init__(weights, rows)
@@ -94,6 +98,12 @@ class TokenMixing(Part):
     def state_of(self, state: RecurrentState) -> Tensor:
         """What `state` carries of the scan, in the form of hook_state at one position: [batch, channel] (state)."""
         return state["scan", self.layer]
+
+
+def written(mixing: TokenMixing) -> dict[str, Tensor]:
+    """`written(mixer)`: W_out and, where there is one, b_out, of its `output_weights`."""
+    weight, bias = mixing.output_weights()
+    return given(W_out=weight.mT, b_out=bias)
 
 
 class Mixer(TokenMixing):
@@ -228,6 +238,50 @@ class Mixer(TokenMixing):
         read = read if fresh is None else read * (1 - fresh).unsqueeze(-1)
         return _read(torch.cat([initial.unsqueeze(1), states[:, :-1]], dim=1), read), last
 
+    def recur_steps(
+        self,
+        terms: Terms,
+        u: Float[Tensor, "batch pos step head value"],
+        initial: Float[Tensor, "batch head value key"],
+        padding: Padding,
+    ) -> tuple[Float[Tensor, "batch pos head value"], Float[Tensor, "batch head value key"]]:
+        """The same under a delta rule whose positions take several steps; `terms` are those over (pos step).
+
+        hook_decay and hook_state are a position's, hook_erase and hook_probe of each of its steps. hook_write is what the steps
+        together write: what they erase of one another is in it, so the state is what is left of the one before, and that.
+        """
+        n = u.shape[2]
+        if self.hook_state_start.heard():
+            initial = self.hook_state_start(initial)
+        decay = write = erase = None
+        if self.hook_decay.heard():
+            whole = terms.decays()[:, ::n].unsqueeze(-2).expand(*u[:, :, 0].shape, terms.key.shape[-1])
+            decay = at_step(padding.fill(self.hook_decay(whole), 1.0), 0, n, otherwise=1.0)
+        given = terms.erase
+        assert given is not None
+        by_step = given.unflatten(1, (-1, n)).unsqueeze(-2)
+        if self.hook_erase.heard():
+            by_step = padding.zero(self.hook_erase(by_step.expand(*u.shape, given.shape[-1])))
+            erase = by_step.flatten(1, 2)
+        if self.hook_probe.heard():
+            probes = self.hook_probe(_there(terms.probes()).unflatten(1, (-1, n)))
+            terms = terms.with_probe(padding.zero(probes).flatten(1, 2))
+        probe = _there(terms.probes())
+        if self.hook_write.heard():
+            each = terms.write(u.flatten(1, 2)).unflatten(1, (-1, n))
+            net = self.hook_write(net_write(each, by_step, probe.unflatten(1, (-1, n))))
+            write = at_step(padding.zero(net), -1, n)
+        heard = self.hook_state.heard()
+        if decay is None and write is None and erase is None and not heard:
+            return step_chunked(terms, u, initial)
+        decay = terms.decays().unsqueeze(-2) if decay is None else decay
+        write = terms.write(u.flatten(1, 2)) if write is None else write
+        erase = given.unsqueeze(-2) if erase is None else erase
+        states = states_of_delta_rule(decay, write, erase, probe, initial)[:, n - 1 :: n]
+        return _read(self.hook_state(states) if heard else states, terms.of_heads(terms.read)[:, n - 1 :: n]), states[
+            :, -1
+        ]
+
     def _heard(
         self,
         terms: Terms,
@@ -266,6 +320,12 @@ class Mixer(TokenMixing):
             states = linear_scan(decay, write, initial)
         last = states[:, -1]
         return terms, initial, (self.hook_state(states) if heard else states, last)
+
+
+def _there(probe: Tensor | None) -> Tensor:
+    """The probe of a delta rule, which has one."""
+    assert probe is not None
+    return probe
 
 
 def _read(

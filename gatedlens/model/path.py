@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -23,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.model.mixer import Kernel, Mixer
+from gatedlens.model.mixer import Kernel, Mixer, written
 from gatedlens.model.padding import Padding
 from gatedlens.model.run import Run
 from gatedlens.model.state import RecurrentState
@@ -36,20 +37,31 @@ if TYPE_CHECKING:
 else:
     Streams = dict
 
-Content = Float[Tensor, "batch pos channel"]
+Content = Float[Tensor, "batch pos *channel"]  # (step channel) before a scan whose positions take several steps
 
 
 @dataclass
 class Held:
     """What a path is with its coefficients held, filled by its stages: the factors of o = gate (S + skip) act (M x + drift)."""
 
-    cached: Callable[[str], Tensor]  # a point's activation, positions packed, at least float32
+    read: Callable[
+        [str, int | None], Tensor
+    ]  # a point's activation, packed, at least float32; of a step, or of all (None)
     padding: Padding
     state: RecurrentState | None
-    x: Content
     factors: dict[str, Any]
     groups: int | None = None  # of channels, whose mean a norm takes from what enters it; None: none does
+    step: int = 0  # whose content goes this way, where a position takes several steps
     beside: list[Held] = field(default_factory=list)  # other ways of the content, each with its own factors
+
+    def cached(self, name: str) -> Tensor:
+        """A point's activation, without `hook_`, positions packed, at least float32; of the step whose content goes this way."""
+        return self.read(name, self.step)
+
+    @cached_property
+    def x(self) -> Float[Tensor, "batch pos channel"]:
+        """The content that goes this way."""
+        return self.cached("x")
 
     @property
     def documents(self) -> Int[Tensor, "batch pos"] | None:
@@ -65,9 +77,9 @@ class Held:
             raise InputError("hook_reset is below 0 or above 1 somewhere: the implicit attention knows no such reset.")
         return reset if reset.requires_grad or anywhere(reset != 0) else None
 
-    def aside(self) -> Held:
+    def aside(self, step: int = 0) -> Held:
         """A way beside this one, with the factors of what comes behind both."""
-        self.beside.append(Held(self.cached, self.padding, self.state, self.x, dict(self.factors)))
+        self.beside.append(Held(self.read, self.padding, self.state, dict(self.factors), step=step))
         return self.beside[-1]
 
     def centred(self, x: Tensor, axis: int) -> Tensor:
@@ -109,6 +121,10 @@ class Stage(ABC):
     def hold(self, mixer: PathMixer, held: Held) -> None:
         """Put what the stage is into the factors."""
 
+    def named_weights(self, mixer: PathMixer) -> dict[str, Tensor]:
+        """The stage's weights, by the words of weights.py."""
+        return {}
+
 
 class PathMixer(Mixer):
     """out = W o + b, o at the end of the path. Subclasses give `path`, `project`, `terms`, `selection`, and `heads` where a head
@@ -135,6 +151,11 @@ class PathMixer(Mixer):
     def terms_of(self, stream: Callable[[str], Tensor]) -> Any:
         """The recurrence, of what `stream` gives for each name in `selection`."""
         return self.terms(**{name: stream(name) for name in self.selection})
+
+    def named_weights(self) -> dict[str, Tensor]:
+        """What the stages and the output projection have; a mixer puts what it projects with in front."""
+        of_stages = (stage.named_weights(self) for stage in self.path)
+        return {word: weight for found in (*of_stages, written(self)) for word, weight in found.items()}
 
     @property
     def heads(self) -> int:
@@ -184,10 +205,12 @@ class PathMixer(Mixer):
     def factors(self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None) -> Factors:
         """The factors of the implicit attention: the stages held, from the last to the first; all in the order of the scan."""
 
-        def packed(name: str) -> Tensor:
-            return self.along(padding.pack(at_least_float32(cached(f"hook_{name}"))))
+        def packed(name: str, step: int | None = None) -> Tensor:
+            whole = self.along(padding.pack(at_least_float32(cached(f"hook_{name}"))))
+            stepped = step is not None and "step" in getattr(self, f"hook_{name}").point.dims
+            return whole[:, :, step] if stepped else whole
 
-        held = Held(packed, padding, state, packed("x"), {})
+        held = Held(packed, padding, state, {})
         for stage in reversed(self.path):
             for way in (held, *held.beside):
                 stage.hold(self, way)

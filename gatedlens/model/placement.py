@@ -2,6 +2,7 @@
 
     model = gl.from_pretrained("state-spaces/mamba-2.8b-hf", device_map="auto")      # any checkpoint, ViM's as well
     model = gl.wrap(accelerate.dispatch_model(hf_model, device_map))
+    model = gl.from_pretrained("path/to/folder", offload="disk")                     # without accelerate: see weights/disk.py
 
 accelerate moves weights and activations in hooks around the vendor's forward, which ours replaces. So ours asks for the
 same: before a block runs, the hooks of its modules bring the weights that are not on a device (`pre_forward`), the residual
@@ -21,11 +22,18 @@ from torch import Tensor, nn
 
 from gatedlens.errors import CheckpointError
 from gatedlens.files import optional
+from gatedlens.weights import disk
 
 
 def is_placed(wrapped: nn.Module) -> bool:
-    """Whether accelerate has placed this model's weights."""
-    return "hf_device_map" in wrapped.__dict__
+    """Whether this model's weights are not all where they are used: accelerate has placed them, or they are on the disk."""
+    return "hf_device_map" in wrapped.__dict__ or disk.is_on_disk(wrapped)
+
+
+def check_frozen(wrapped: nn.Module) -> None:
+    """CheckpointError for a gradient of what is on the disk."""
+    if disk.is_on_disk(wrapped):
+        disk.check_frozen(wrapped)
 
 
 def _hook(module: nn.Module) -> Any:
@@ -38,8 +46,10 @@ def at_hand(module: nn.Module | Sequence[nn.Module]) -> Iterator[None]:
 
     Of a list of modules, their own weights alone and not what is beneath them.
     """
+    parts = list(module.modules() if isinstance(module, nn.Module) else module)
     with ExitStack() as leaving:
-        for part in module.modules() if isinstance(module, nn.Module) else module:
+        leaving.enter_context(disk.reading(parts))
+        for part in parts:
             hook = _hook(part)
             if hook is not None and any(p.is_meta for p in part.parameters()):  # what is at hand already stays
                 hook.pre_forward(part)

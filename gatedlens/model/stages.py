@@ -19,12 +19,15 @@ from torch import Tensor
 from gatedlens.model.padding import Padding
 from gatedlens.model.path import Content, Held, PathMixer, Stage, Streams
 from gatedlens.model.run import Run
+from gatedlens.model.weights import given
 from gatedlens.recurrence.decay_matrix import DecayScan
 from gatedlens.recurrence.factors import reach
 from gatedlens.recurrence.head_matrix import HeadScan
 from gatedlens.recurrence.matrix import ScanMatrix
+from gatedlens.recurrence.micro_steps import StepScan, at_step
 from gatedlens.recurrence.prior_matrix import PriorScan
 from gatedlens.recurrence.scanning import at_least_float32
+from gatedlens.recurrence.side_by_side import SideBySide
 from gatedlens.recurrence.terms import Terms
 from gatedlens.recurrence.transforms import anywhere
 
@@ -47,12 +50,31 @@ class Conv(Stage):
         bias = None if convs[0].bias is None else torch.cat([conv.bias for conv in convs])
         return torch.cat([conv.weight for conv in convs]), bias
 
-    def content(self, mixer: PathMixer) -> slice:
-        """Which channels of the convolution the content is."""
+    def named_weights(self, mixer: PathMixer) -> dict[str, Tensor]:
+        if isinstance(self.name, tuple):
+            each = [getattr(mixer.weights, name) for name in self.name]
+            pairs = [(conv.weight, conv.bias) for conv in each]
+        else:
+            conv, sizes = (
+                getattr(mixer.weights, self.name),
+                [mixer.sizes[s] for s in self.streams if len(self.streams) > 1],
+            )
+            weights = conv.weight.split(sizes) if sizes else (conv.weight,)
+            biases = conv.bias.split(sizes) if sizes and conv.bias is not None else [conv.bias] * len(weights)
+            pairs = list(zip(weights, biases, strict=True))
+        found: dict[str, Tensor] = {}
+        for stream, (weight, bias) in zip(self.streams, pairs, strict=True):
+            word = "conv" if stream == "x" else f"{stream.upper()}_conv"
+            found |= given(**{f"W_{word}": weight.squeeze(1), f"b_{word}": bias})
+        return found
+
+    def content(self, mixer: PathMixer, step: int = 0) -> slice:
+        """Which channels of the convolution the content of a step is."""
         if self.streams == ("x",):
             return slice(None)
         before = sum(mixer.sizes[name] for name in self.streams[: self.streams.index("x")])
-        return slice(before, before + mixer.sizes["x"])
+        width = mixer.sizes["x"] // mixer.steps
+        return slice(before + step * width, before + (step + 1) * width)
 
     def forward(self, mixer: PathMixer, content: Content, streams: Streams, run: Run) -> Content:
         names = {_conv_point(name): name for name in self.streams}
@@ -64,7 +86,7 @@ class Conv(Stage):
         return streams["x"]
 
     def hold(self, mixer: PathMixer, held: Held) -> None:
-        (weight, bias), some = self.filters(mixer), self.content(mixer)
+        (weight, bias), some = self.filters(mixer), self.content(mixer, held.step)
         taps = weight.to(held.x.dtype).squeeze(1)[some]
         held.factors["taps"], documents = taps, held.documents
         if documents is not None and anywhere(documents != documents[:, :1]):
@@ -131,15 +153,21 @@ class Scan(Stage):
     def reads(self, mixer: PathMixer) -> tuple[str, ...]:
         return (*mixer.selection, "reset")
 
-    def forward(self, mixer: PathMixer, content: Content, streams: Streams, run: Run) -> Content:
+    def forward(
+        self, mixer: PathMixer, content: Content, streams: Streams, run: Run
+    ) -> Float[Tensor, "batch pos read"]:
         mixer.select(content, streams, run)
         terms = mixer.terms_of(lambda name: at_least_float32(streams[name]))
-        terms = terms._replace(fresh=mixer.resets(run, terms.log_decay[..., 0]))
-        u = at_least_float32(content).unflatten(2, (mixer.heads, -1))
-        shape = (len(u), *u.shape[2:], terms.key.shape[-1])
+        u = at_least_float32(content).unflatten(-1, (mixer.heads, -1))
+        terms = self.begun(mixer, terms, mixer.resets(run, u.flatten(2)))
+        shape = (len(u), *u.shape[-2:], terms.key.shape[-1])
         scan, last = self.recur(mixer, terms, u, run.start("scan", mixer.layer, shape, u), run.padding)
         run.leave("scan", mixer.layer, last)
         return mixer.fire("scan", scan.flatten(2))
+
+    def begun(self, mixer: PathMixer, terms: Terms, fresh: Float[Tensor, "batch pos one"] | None) -> Terms:
+        """The terms, with where documents begin."""
+        return terms._replace(fresh=fresh)
 
     def recur(
         self, mixer: PathMixer, terms: Terms, u: Tensor, start: Tensor, padding: Padding
@@ -152,7 +180,7 @@ class Scan(Stage):
         return HeadScan.of(terms, width)
 
     def hold(self, mixer: PathMixer, held: Held) -> None:
-        terms = mixer.terms_of(held.cached)._replace(fresh=held.fresh)
+        terms = self.begun(mixer, mixer.terms_of(lambda name: held.read(name, None)), held.fresh)
         held.factors["scan"] = self.matrix(terms, held.x.shape[2] // mixer.heads)
         if held.state is not None:
             held.factors["start"] = held.centred(held.state["scan", mixer.layer].to(held.x).flatten(1, 2), 1)
@@ -169,6 +197,28 @@ class ScanBefore(Scan):
 
     def matrix(self, terms: Terms, width: int) -> ScanMatrix:
         return PriorScan.of(terms, width)
+
+
+@dataclass(frozen=True)
+class ScanSteps(Scan):
+    """The same where a position takes several steps, each with a content of its own, and reads behind the last. The terms are
+    those over (pos step): see `micro_steps.py`."""
+
+    def begun(self, mixer: PathMixer, terms: Terms, fresh: Float[Tensor, "batch pos one"] | None) -> Terms:
+        return terms._replace(fresh=None if fresh is None else at_step(fresh, 0, mixer.steps))
+
+    def recur(
+        self, mixer: PathMixer, terms: Terms, u: Tensor, start: Tensor, padding: Padding
+    ) -> tuple[Tensor, Tensor]:
+        return mixer.recur_steps(terms, u, start, padding)
+
+    def hold(self, mixer: PathMixer, held: Held) -> None:
+        for step in range(1, mixer.steps):  # before the first takes what the state brings
+            held.aside(step)
+        super().hold(mixer, held)
+        long = held.factors["scan"]
+        for way in (held, *held.beside):
+            way.factors["scan"] = StepScan(long, mixer.steps, way.step)
 
 
 @dataclass(frozen=True)
@@ -196,7 +246,9 @@ class ChannelScan(Stage):
     def hold(self, mixer: PathMixer, held: Held) -> None:
         reset = held.fresh
         terms = mixer.terms_of(held.cached)._replace(fresh=reset)
-        held.factors["scan"] = DecayScan.of(terms)
+        parts = terms.by_group()
+        scans, sizes = [DecayScan.of(part) for part in parts], [part.log_decay.shape[2] for part in parts]
+        held.factors["scan"] = scans[0] if len(scans) == 1 else SideBySide.of(scans, sizes, held.x.device)
         if held.state is not None:
             start = held.state["scan", mixer.layer].to(held.x)
             if reset is not None:  # the scan knows what resets leave of it, but for a whole one at the first position
@@ -213,7 +265,7 @@ class Skip(Stage):
 
     def weight(self, mixer: PathMixer, like: Content) -> Float[Tensor, " channel"]:
         """D of each channel."""
-        given = at_least_float32(getattr(mixer.weights, self.name))
+        given = at_least_float32(getattr(mixer.weights, self.name)).flatten()
         return given.repeat_interleave(like.shape[-1] // len(given))
 
     def reads(self, mixer: PathMixer) -> tuple[str, ...]:
@@ -226,6 +278,9 @@ class Skip(Stage):
     def hold(self, mixer: PathMixer, held: Held) -> None:
         held.factors["skip"] = self.weight(mixer, held.x).to(held.x.dtype)
         self.inner.hold(mixer, held)
+
+    def named_weights(self, mixer: PathMixer) -> dict[str, Tensor]:
+        return {"D": getattr(mixer.weights, self.name), **self.inner.named_weights(mixer)}
 
 
 @dataclass(frozen=True)

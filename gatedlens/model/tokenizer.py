@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from gatedlens.errors import CheckpointError, InputError
 from gatedlens.model.checkpoint import HUB, read_json, reading
+from gatedlens.model.world_vocabulary import WorldVocabulary
 
 log = logging.getLogger(__name__)
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+PILE, WORLD = "20B_tokenizer.json", "rwkv_vocab_v*.txt"  # what lies beside RWKV-LM's checkpoints
 JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 # What `tokenizer=` takes. For type checkers alone: `tokenizer_of` says more of what is none.
 if TYPE_CHECKING:
@@ -181,6 +183,26 @@ def beside(source: str, hub: Mapping[str, Any]) -> Any:
     except CheckpointError as error:
         log.warning("%s; pass tokenizer=... or token ids.", error)
         return None
+
+
+def beside_file(checkpoint: Path) -> Any:
+    """The tokenizer that lies beside a checkpoint of one file: a folder's usual files, or those that RWKV-LM's checkpoints come
+    with (the World models' vocabulary, the Pile models' 20B_tokenizer.json); None if there is none.
+
+    CheckpointError if its files are damaged.
+    """
+    from tokenizers import Tokenizer
+
+    folder = checkpoint.parent
+    pile, world = folder / PILE, sorted(folder.glob(WORLD))
+    if any((folder / name).exists() for name in FILES):
+        return beside(str(folder), {})
+    if world:
+        return Adapter(WorldVocabulary.read(world[-1]))
+    if pile.is_file():
+        with reading(pile, "is no tokenizer"):
+            return _fast(Tokenizer.from_file(str(pile)))
+    return None
 
 
 def _check_files(folder: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from gatedlens.errors import CheckpointError
 from gatedlens.model.config import FLOATS, dtype_name
+from gatedlens.weights import reader_of, why_not_read
 
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)  # the leaves whose weights are read
 NORMS = (nn.RMSNorm, nn.LayerNorm)  # whose mathematics is known, whatever norm they stand for
@@ -56,7 +57,7 @@ class Watch:
     def __init__(self, wrapped: nn.Module):
         modules = dict(wrapped.named_modules())
         configs = {id(config): config for module in modules.values() if (config := _config(module)) is not None}
-        self.kinds = {path: type(module) for path, module in modules.items()}  # by path
+        self.kinds = {path: _stands_for(module) for path, module in _outside(wrapped)}
         self.seen = [Seen.of(owner) for owner in (*modules.values(), *configs.values())]
         own = [module._parameters for module in modules.values()]
         self.shapes = [(parameters, [p.shape for p in parameters.values() if p is not None]) for parameters in own]
@@ -81,9 +82,9 @@ class Watch:
 
         norms: the classes of torch's that a norm, by its id, may be of: those whose mathematics our own is.
         """
-        for path, module in wrapped.named_modules():
+        for path, module in _outside(wrapped):
             before = self.kinds.get(path)
-            if before is None or type(module).forward is before.forward:
+            if before is None or _stands_for(module).forward is before.forward:
                 continue
             if type(module) not in norms.get(id(module), ()):
                 raise CheckpointError(
@@ -93,16 +94,39 @@ class Watch:
 
 
 def check_plain(wrapped: nn.Module) -> None:
-    """CheckpointError for adapted, quantised or patched layers: what they do beside their weights would be lost."""
-    for path, module in wrapped.named_modules():
+    """CheckpointError for adapted, quantised or patched layers that no reader reads: what they do beside their weights would be
+    lost."""
+    for path, module in _outside(wrapped):
+        why = why_not_read(module)
+        if why:
+            raise CheckpointError(f"{path} is a {type(module).__name__} that gatedlens cannot read: {why}. {MERGE}")
+        if reader_of(module) is not None:
+            continue
         if _is_own(module) or (path and _is_patched(module)):
             raise CheckpointError(
                 f"{path} is a {type(module).__name__}, whose forward is its own; gatedlens reads its weight alone. {MERGE}"
             )
-    for path, parameter in wrapped.named_parameters():
-        if parameter.dtype not in FLOATS:
-            floats = ", ".join(map(dtype_name, FLOATS))
-            raise CheckpointError(f"{path} is {dtype_name(parameter.dtype)}; expected are floats ({floats}). {MERGE}")
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dtype not in FLOATS:
+                floats, where = ", ".join(map(dtype_name, FLOATS)), f"{path}.{name}" if path else name
+                raise CheckpointError(
+                    f"{where} is {dtype_name(parameter.dtype)}; expected are floats ({floats}). {MERGE}"
+                )
+
+
+def _stands_for(module: nn.Module) -> type[nn.Module]:
+    """The class of a module; of one that a reader reads, that of torch's which it is read as."""
+    reader = reader_of(module)
+    return (None if reader is None else reader.kind(module)) or type(module)
+
+
+def _outside(wrapped: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules by path, without those inside one that a reader reads."""
+    yield path, wrapped
+    if reader_of(wrapped) is None:
+        for name, child in wrapped._modules.items():
+            if child is not None:
+                yield from _outside(child, f"{path}.{name}" if path else name)
 
 
 def _is_own(module: nn.Module) -> bool:

@@ -32,6 +32,7 @@ from gatedlens.model.norm import Norm, eps_of, norm_rows
 from gatedlens.model.padding import Padding
 from gatedlens.model.run import DocumentRun
 from gatedlens.model.state import Carried, RecurrentState
+from gatedlens.model.weights import given
 from gatedlens.recurrence.factors import Factors
 from gatedlens.recurrence.pattern_matrix import PatternScan
 from gatedlens.recurrence.scanning import at_least_float32
@@ -66,6 +67,7 @@ class AttentionKind:
     keys: str = ""
     together: bool = False
     after: str = ""
+    gate_of_heads: bool = False
 
     @property
     def inner(self) -> str:
@@ -113,7 +115,8 @@ class AttentionKind:
             Point("hook_z", q, "sum over key_pos of pattern * v", source),
         ]
         if self.gated:
-            rows += [Point("hook_gate", q, "sigmoid(gate_pre)", source), Point("hook_gated", q, "z * gate", source)]
+            gate = f"batch pos {self.head}" if self.gate_of_heads else q
+            rows += [Point("hook_gate", gate, "sigmoid(gate_pre)", source), Point("hook_gated", q, "z * gate", source)]
         if self.after:
             rows += [
                 Point("hook_scale", "batch pos one", f"sqrt(mean(o_proj({self.inner})^2) + eps)", RMSNORM),
@@ -188,6 +191,7 @@ class Attention(TokenMixing):
 
     place = "attn"
     role = ATTENTION
+    last = "o_proj"  # what the wrapped module calls its output projection
 
     def __init__(
         self,
@@ -209,6 +213,7 @@ class Attention(TokenMixing):
         self.window = window
         self.__dict__["rotary"] = rotary  # of the wrapped model, as `weights` is
         self.output_point = kind.output
+        self.heads_axis = kind.head
         gates = (*(("hook_gate",) if kind.gated else ()), *(("hook_scale",) if kind.after else ()))
         self.attention_points = ("hook_v", "hook_pattern", *gates, kind.output)
         self.__dict__["after"] = after  # the wrapped norm behind o_proj
@@ -220,7 +225,10 @@ class Attention(TokenMixing):
     ) -> tuple[Factors, ...]:
         """A is the pattern of each channel's head times the gate, x the values, and r what the carried values bring."""
         v, pattern, o = (at_least_float32(cached(name)) for name in ("hook_v", "hook_pattern", self.output_point))
-        gates = [at_least_float32(cached("hook_gate")).flatten(2)] if self.kind.gated else []
+        gates = [at_least_float32(cached("hook_gate"))] if self.kind.gated else []
+        if self.kind.gate_of_heads:
+            gates = [gate.unsqueeze(-1).expand(o.shape) for gate in gates]
+        gates = [gate.flatten(2) for gate in gates]
         if self.kind.after:
             gates.append((1 / at_least_float32(cached("hook_scale"))).expand(*o.shape[:2], o[0, 0].numel()))
         gate = padding.pack(reduce(torch.mul, gates)) if gates else None
@@ -241,10 +249,35 @@ class Attention(TokenMixing):
         return (Factors(x=x, o=o, scan=PatternScan(own, before, head), gate=gate, start=start),)
 
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
-        out, by = self.weights.o_proj, self.multipliers.output
+        out, by = self.o_proj, self.multipliers.output
         if self.kind.after:  # of an o_proj without a bias
             return self.after.weight.unsqueeze(1) * multiplied(out.weight, by), None
         return multiplied(out.weight, by), None if out.bias is None else multiplied(out.bias, by)
+
+    def named_weights(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for word in ("Q", "K", "V"):
+            weight, bias = self.read_with(word.lower())
+            gated = word == "Q" and self.kind.gated
+            width = 2 * self.d_head if gated else self.d_head  # a head's gate lies behind its query
+            each = weight.unflatten(0, (-1, width)).split(self.d_head, dim=1)
+            own = (None, None) if bias is None else bias.unflatten(0, (-1, width)).split(self.d_head, dim=1)
+            for name, one, offset in zip((word, "gate"), each, own, strict=False):
+                found |= given(**{f"W_{name}": one.mT, f"b_{name}": offset})
+        out, by = self.o_proj, self.multipliers.output
+        bias = None if out.bias is None else multiplied(out.bias, by)
+        by_head = multiplied(out.weight, by).unflatten(1, (-1, self.d_head)).permute(1, 2, 0)
+        return {**found, **given(W_O=by_head, b_O=bias)}
+
+    def read_with(self, name: str) -> tuple[Float[Tensor, "some d_read"], Float[Tensor, " some"] | None]:
+        """(W, b) of q_proj, k_proj or v_proj."""
+        projection = getattr(self.weights, f"{name}_proj")
+        return projection.weight, projection.bias
+
+    @property
+    def o_proj(self) -> Any:
+        """The wrapped output projection."""
+        return getattr(self.weights, self.last)
 
     def project(self, n: Float[Tensor, "batch pos d_read"], name: str) -> Float[Tensor, "batch pos some d_head"]:
         """`projected` of "q", "k" or "v", by head."""
@@ -252,8 +285,7 @@ class Attention(TokenMixing):
 
     def projected(self, n: Float[Tensor, "batch pos d_read"], name: str) -> Float[Tensor, "batch pos some"]:
         """What q_proj, k_proj or v_proj gives."""
-        projection = getattr(self.weights, f"{name}_proj")
-        return F.linear(n, projection.weight, projection.bias)
+        return F.linear(n, *self.read_with(name))
 
     def angles(self, positions: Int[Tensor, "batch pos"], like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of position * theta^(-2j / rotary_dim), scaled where the model scales them, in the dtype of `like`."""
@@ -359,10 +391,12 @@ class Attention(TokenMixing):
         pattern = F.dropout(pattern, vars(w).get("attention_dropout", 0.0), self.training)
         out = self.hook_z(torch.einsum("bhqk,bkhd->bqhd", pattern, values.repeat_interleave(groups, dim=2)))
         if gate_pre is not None:
-            out = self.hook_gated(out * self.hook_gate(torch.sigmoid(gate_pre)))
+            gate = self.hook_gate(torch.sigmoid(gate_pre))
+            out = self.hook_gated(out * (gate.unsqueeze(-1) if self.kind.gate_of_heads else gate))
         if self.kind.after:
-            put_out = at_least_float32(F.linear(out.flatten(2), w.o_proj.weight))
+            put_out = at_least_float32(F.linear(out.flatten(2), self.o_proj.weight))
             scale = self.hook_scale((put_out.pow(2).mean(-1, keepdim=True) + eps_of(self.after, 0.0)).sqrt())
             scaled = self.hook_scaled((at_least_float32(out) / scale.unsqueeze(-1)).to(out.dtype))
             return F.linear(scaled.flatten(2), *self.output_weights())
-        return multiplied(F.linear(out.flatten(2), w.o_proj.weight, w.o_proj.bias), self.multipliers.output)
+        last = self.o_proj
+        return multiplied(F.linear(out.flatten(2), last.weight, last.bias), self.multipliers.output)

@@ -4,7 +4,7 @@ b batch, l pos, h head (of values), v value (of a head), c channel = (head value
 where each head has its own, the axis is `head`), n state (a key's numbers); unit(x) = x / sqrt(sum x^2 + 1e-6).
 
     q, k, x through one causal conv, with SiLU; q, k unit; u of x            beta = sigmoid(beta_pre), or twice it
-    log decay = -exp(A_log) softplus(dt_pre), a number a head, or one for each of a key's
+    log decay = -exp(A_log) softplus(dt_pre), a number a head, or one for each of a key's; bounded: low sigmoid(exp(A_log) dt_pre)
     state_t = decay_t (state_{t-1} - beta_t (state_{t-1} k_t) k_t^T) + beta_t u_t k_t^T         (decay by head)
     state_t = state_{t-1} diag(decay_t) (1 - beta_t k_t k_t^T) + beta_t u_t k_t^T               (decay by key)
     scan_t  = state_t q_t / sqrt(n)           out = proj(RMSNorm(scan) act(gate_pre)), the norm head by head
@@ -51,8 +51,8 @@ class DeltaKind:
     """`DeltaKind(rule=RULE, block=BLOCK, forgets=RULE)`: what a delta net does, and which equations its points cite.
 
     keys: the axis of key heads, "group" or "head". by_key: each number of a key has a decay of its own. gate: its activation,
-    "SiLU" or "sigmoid". doubled: beta is at most 2, so a step may turn round what it finds. norm, output: what the norm behind
-    the scan and the output projection are called.
+    "SiLU" or "sigmoid". doubled: beta is at most 2, so a step may turn round what it finds. bounded: no step's log decay is below
+    a bound. norm, output: what the norm behind the scan and the output projection are called.
     """
 
     rule: str
@@ -62,6 +62,7 @@ class DeltaKind:
     by_key: bool = False
     gate: str = "SiLU"
     doubled: bool = False
+    bounded: bool = False
     norm: str = "norm"
     output: str = "out_proj"
 
@@ -83,8 +84,8 @@ class DeltaKind:
             Point("hook_q", keys, UNIT.format("q_conv"), self.block),
             Point("hook_k", keys, UNIT.format("k_conv"), self.block),
             Point("hook_beta", "batch pos head", "2 * sigmoid(beta_pre)" if self.doubled else "sigmoid(beta_pre)", self.rule),
-            Point("hook_dt", decay, "softplus(dt_pre)", self.forgets),
-            Point("hook_log_decay", decay, "-exp(A_log) * dt", self.forgets),
+            Point("hook_dt", decay, "sigmoid(exp(A_log) * dt_pre)" if self.bounded else "softplus(dt_pre)", self.forgets),
+            Point("hook_log_decay", decay, "lower_bound * dt" if self.bounded else "-exp(A_log) * dt", self.forgets),
             Point("hook_reset", "batch pos one", "1 where a document begins (position 0 of position_ids), else 0", self.rule),
             Point(
                 "hook_state_start", "batch head value state", "state before the first position (zero without one)", self.rule,
@@ -224,10 +225,15 @@ class DeltaMixer(PathMixer):
         streams["k"] = zero(self.hook_k(unit(streams["k"])))
         beta = torch.sigmoid(streams["beta_pre"])
         streams["beta"] = zero(self.hook_beta(zero(2 * beta if self.kind.doubled else beta)))
-        dt = self.hook_dt(zero(F.softplus(streams["dt_pre"])))
         rate = torch.exp(at_least_float32(self.forgetting.A_log)).flatten()
         rate = rate.unsqueeze(-1) if self.kind.by_key else rate
-        streams["log_decay"] = zero(self.hook_log_decay(zero(-rate * dt)))
+        if self.kind.bounded:
+            dt = self.hook_dt(zero(torch.sigmoid(rate * streams["dt_pre"])))
+            log_decay = self.forgetting.lower_bound * dt
+        else:
+            dt = self.hook_dt(zero(F.softplus(streams["dt_pre"])))
+            log_decay = -rate * dt
+        streams["log_decay"] = zero(self.hook_log_decay(zero(log_decay)))
 
     def terms(  # type: ignore[override]
         self,
@@ -241,3 +247,11 @@ class DeltaMixer(PathMixer):
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
         projection = getattr(self.weights, self.kind.output)
         return projection.weight, projection.bias
+
+    def read_with(self) -> dict[str, Tensor]:
+        """The matrices of the streams, by their words."""
+        raise NotImplementedError
+
+    def named_weights(self) -> dict[str, Tensor]:
+        rate = -torch.exp(at_least_float32(self.forgetting.A_log)).flatten()
+        return {**self.read_with(), "b_dt": self.forgetting.dt_bias.flatten(), "A": rate, **super().named_weights()}

@@ -55,16 +55,26 @@ def sigmoid_top(
     top_groups: int = 1,
     normalised: bool = True,
     scale: float = 1.0,
+    bias: str = "e_score_correction_bias",
+    eps: float = 1e-20,
 ) -> Routing:
     """`sigmoid_top(8, mlp.gate, scale=2.446)`: the k largest of sigmoid(logits) + the router's e_score_correction_bias.
 
-    They are looked for in the `top_groups` of the `groups` that experts stand in whose two largest sum highest. The bias counts
-    for the choice alone: weights are sigmoid(logits), divided by their sum if `normalised`, times `scale`. DeepSeek-V3, arXiv
-    2412.19437, eq. 13 to 16.
+    bias: what the router calls it. eps: what is added to the sum. They are looked for in the `top_groups` of the `groups` that
+    experts stand in whose two largest sum highest. The bias counts for the choice alone: weights are sigmoid(logits), divided
+    by their sum if `normalised`, times `scale`. DeepSeek-V3, arXiv 2412.19437, eq. 13 to 16.
     """
 
     return partial(
-        _sigmoid_top, k=k, router=router, groups=groups, top_groups=top_groups, normalised=normalised, scale=scale
+        _sigmoid_top,
+        k=k,
+        router=router,
+        groups=groups,
+        top_groups=top_groups,
+        normalised=normalised,
+        scale=scale,
+        bias=bias,
+        eps=eps,
     )
 
 
@@ -76,9 +86,11 @@ def _sigmoid_top(
     top_groups: int,
     normalised: bool,
     scale: float,
+    bias: str,
+    eps: float,
 ) -> Float[Tensor, "... expert"]:
     shares = torch.sigmoid(at_least_float32(logits))
-    choice = shares if router is None else shares + router.e_score_correction_bias.to(shares)
+    choice = shares if router is None else shares + getattr(router, bias).to(shares)
     if top_groups < groups:
         by_group = choice.unflatten(-1, (groups, -1))
         worth = by_group.topk(2, dim=-1).values.sum(-1)
@@ -87,7 +99,7 @@ def _sigmoid_top(
     which = choice.topk(k, dim=-1).indices
     top = shares.gather(-1, which)
     if normalised:
-        top = top / (top.sum(-1, keepdim=True) + 1e-20)
+        top = top / (top.sum(-1, keepdim=True) + eps)
     return torch.zeros_like(shares).scatter(-1, which, top * scale).to(logits.dtype)
 
 
@@ -179,6 +191,9 @@ class Experts(Part):
         weights = self.hook_expert_weights(self.routing(router))
         out = self.routed(m, weights)
         return out if self.shared is None else out + self.shared(m, run)
+
+    def named_weights(self) -> dict[str, Tensor]:
+        return {"W_router": getattr(self.weights, self.router).weight.mT}
 
     def routed(
         self, m: Float[Tensor, "batch pos d_model"], weights: Float[Tensor, "batch pos expert"]

@@ -18,6 +18,7 @@ from gatedlens.address.point import Point
 from gatedlens.model.hookpoint import Part
 from gatedlens.model.mixer import multiplied
 from gatedlens.model.run import Run
+from gatedlens.model.weights import linear, several
 from gatedlens.parts.activation import Activation
 
 GLU = "GLU variants, arXiv 2002.05202"
@@ -54,19 +55,32 @@ def mlp_rows(act: str, source: str, reads: str = "ln2.out", width: str = "d_mlp"
 
 
 class GatedMlp(Part):
-    """out = down_proj(act(gate_scale * gate_proj(m)) * up_proj(m))."""
+    """out = down_proj(act(gate_scale * gate_proj(m)) * up_proj(m)). names: of gate_proj, up_proj and down_proj."""
 
-    def __init__(self, weights: Any, rows: tuple[Point, ...], act: Activation, gate_scale: float = 1.0):
+    def __init__(
+        self,
+        weights: Any,
+        rows: tuple[Point, ...],
+        act: Activation,
+        gate_scale: float = 1.0,
+        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    ):
         super().__init__(weights, rows)
         self.act = act.function
         self.gate_scale = gate_scale
+        self.names = names
 
     def forward(self, m: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
-        w = self.weights
-        pre = self.hook_pre(multiplied(F.linear(m, w.gate_proj.weight, w.gate_proj.bias), self.gate_scale))
-        pre_linear = self.hook_pre_linear(F.linear(m, w.up_proj.weight, w.up_proj.bias))
+        gate, up, down = (getattr(self.weights, name) for name in self.names)
+        pre = self.hook_pre(multiplied(F.linear(m, gate.weight, gate.bias), self.gate_scale))
+        pre_linear = self.hook_pre_linear(F.linear(m, up.weight, up.bias))
         post = self.hook_post(self.act(pre) * pre_linear)
-        return F.linear(post, w.down_proj.weight, w.down_proj.bias)
+        return F.linear(post, down.weight, down.bias)
+
+    def named_weights(self) -> dict[str, Tensor]:
+        w, gate = self.weights, linear("gate", self.weights.gate_proj)
+        gate = {word: multiplied(weight, self.gate_scale) for word, weight in gate.items()}
+        return {**gate, **linear("in", w.up_proj), **linear("out", w.down_proj)}
 
 
 class FusedMlp(Part):
@@ -105,6 +119,12 @@ class FusedMlp(Part):
         post = self.hook_post(self.act(self.hook_pre(pre)) * self.hook_pre_linear(linear))
         return F.linear(post, down.weight, down.bias)
 
+    def named_weights(self) -> dict[str, Tensor]:
+        up, down = getattr(self.weights, self.up), getattr(self.weights, self.down)
+        words = ("gate", "in") if self.gate_first else ("in", "gate")
+        both = several(up.weight, up.bias, dict.fromkeys(words, len(up.weight) // 2))
+        return {**both, **linear("out", down)}
+
 
 class Mlp(Part):
     """out = down_proj(act(up_proj(m)))."""
@@ -117,3 +137,6 @@ class Mlp(Part):
         w = self.weights
         post = self.hook_post(self.act(self.hook_pre(F.linear(m, w.up_proj.weight, w.up_proj.bias))))
         return F.linear(post, w.down_proj.weight, w.down_proj.bias)
+
+    def named_weights(self) -> dict[str, Tensor]:
+        return {**linear("in", self.weights.up_proj), **linear("out", self.weights.down_proj)}

@@ -30,6 +30,8 @@ from gatedlens.model.norm import Norm, norm_rows
 from gatedlens.parts.attention import RMSNORM, check_rope
 from gatedlens.parts.positioned import PositionedModel
 
+EMBED = "hook_embed"  # what blocks that several layers share read beside the stream
+
 
 class Site(NamedTuple):
     """Where a part is made: its module of the wrapped model, its rows, the layer; and the whole model with its config."""
@@ -200,7 +202,8 @@ class HybridModel(PositionedModel):
             "swish" if family.act == "silu" else family.act,
         ):
             raise CheckpointError(f"{model_name} has hidden_act={act!r}; supported is {family.act!r}.")
-        check_rope(wrapped.model._modules.get("rotary_emb"), model_name)
+        inside = wrapped.model._modules
+        check_rope(inside.get("rotary_emb", inside.get("pos_emb")), model_name)
         weight = getattr(wrapped.model, family.embedding).weight
         own = {
             "act_fn": family.act,
@@ -237,6 +240,11 @@ class HybridModel(PositionedModel):
     def kinds(cls) -> dict[str, tuple[Point, ...]]:
         """The rows of each kind of block, of every family."""
         return kinds_of(cls.families)
+
+    @property
+    def hands_on(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The embedding, where a block that layers share reads it."""
+        return (EMBED,) if any(block.inner for block in self.blocks) else ()
 
     def rows_for(self, layer: int) -> tuple[Point, ...]:
         return self.family.rows[self.cfg.kinds[layer]]

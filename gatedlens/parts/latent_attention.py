@@ -22,10 +22,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.address.point import Point
+from gatedlens.model.mixer import written
 from gatedlens.model.norm import Norm, norm_rows
 from gatedlens.model.run import DocumentRun
 from gatedlens.model.state import Carried
-from gatedlens.parts.attention import RMSNORM, ROPE, Attention, AttentionKind, rotate
+from gatedlens.parts.attention import RMSNORM, ROPE, Attention, AttentionKind, Multipliers, rotate
 
 MLA = "multi-head latent attention, arXiv 2405.04434"
 
@@ -45,7 +46,8 @@ class LatentKind(AttentionKind):
 
     rotary: the shared part of the key, and as much at the end of each query, is turned by position. pairs: neighbours are turned
     with one another, (0, 1), (2, 3), ..., and stand apart behind it, as in DeepSeek's; else the halves are. narrow_q: queries
-    come from a latent of their own. head: what the axis of the heads is called.
+    come from a latent of their own. gated, gate_of_heads: a sigmoid of one number a head, of g_proj, before o_proj (or none).
+    head: what the axis of the heads is called.
     """
 
     pairs: bool = False
@@ -55,6 +57,8 @@ class LatentKind(AttentionKind):
         """`LatentKind().rows()`: the points of such a `LatentAttention`, in firing order."""
         qk, v = f"batch pos {self.head} d_qk", f"batch pos {self.head} d_head"
         rows = []
+        if self.gated:
+            rows.append(Point("hook_gate_pre", f"batch pos {self.head}", f"g_proj({reads}), a number a head", source))
         if self.narrow_q:
             rows.append(Point("hook_q_latent", "batch pos q_latent", f"q_a_proj({reads})", source))
             rows += norm_rows("q_norm", "q_latent", RMSNORM, axes="batch pos q_latent")
@@ -98,11 +102,15 @@ class LatentAttention(Attention):
         d_head: int,
         norms: tuple[Norm | None, Norm],
         rotary: Any = None,
+        multipliers: Multipliers = Multipliers(),  # noqa: B008  # a constant
     ):
-        super().__init__(weights, rows, layer, kind, d_head, rotary=rotary)
+        super().__init__(weights, rows, layer, kind, d_head, rotary=rotary, multipliers=multipliers)
         q_norm, self.kv_norm = norms
         if q_norm is not None:
             self.q_norm = q_norm
+
+    def named_weights(self) -> dict[str, Tensor]:
+        return written(self)
 
     def read(
         self, n: Float[Tensor, "batch pos d_model"], run: DocumentRun
@@ -110,11 +118,12 @@ class LatentAttention(Attention):
         Float[Tensor, "batch pos head d_qk"],
         Float[Tensor, "batch pos head d_qk"],
         Float[Tensor, "batch pos head d_v"],
-        None,
+        Float[Tensor, "batch pos head"] | None,
     ]:
         w, kind = self.weights, self.kind
         width = w.kv_b_proj.weight.shape[1]  # of the keys' and values' latent
         d_shared = w.kv_a_proj_with_mqa.weight.shape[0] - width
+        gate_pre = self.hook_gate_pre(F.linear(n, w.g_proj.weight)) if kind.gated else None
         if kind.narrow_q:
             narrow = self.q_norm(self.hook_q_latent(F.linear(n, w.q_a_proj.weight, w.q_a_proj.bias)))
             q = F.linear(narrow, w.q_b_proj.weight)
@@ -135,7 +144,7 @@ class LatentAttention(Attention):
         both = F.linear(latent, w.kv_b_proj.weight).unflatten(-1, (heads, -1))
         own, v = both.split([both.shape[-1] - self.d_head, self.d_head], dim=-1)
         k = self.hook_k(torch.cat([own, shared.unsqueeze(2).expand(-1, -1, heads, -1)], dim=-1))
-        return q, k, self.hook_v(v), None
+        return q, k, self.hook_v(v), gate_pre
 
     def turned(
         self,

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gatedlens.address import positions
 from gatedlens.address.composite import own_indices
+from gatedlens.address.names import Name, is_placed, listed
 from gatedlens.address.point import refuse_overlap
 from gatedlens.errors import InputError, PointError
 from gatedlens.model.base import HookedModel
@@ -70,7 +71,7 @@ def sweep(
     corrupted: Input,
     clean_cache: Cached,
     metric: Metrics,
-    points: str | Sequence[str],
+    points: Name | Sequence[Name],
     axes: Sequence[str] = ("layer", "pos"),
     *,
     groups: Mapping[str, Any] | None = None,
@@ -108,7 +109,7 @@ class Spread:
         self,
         run: Baseline,
         clean: Clean,
-        points: str | Sequence[str],
+        points: Name | Sequence[Name],
         axes: tuple[str, ...],
         groups: dict[str, Any],
         edits: Edits,
@@ -199,16 +200,16 @@ class Spread:
         return labels
 
 
-def _find(model: HookedModel, points: str | Sequence[str]) -> list[str]:
+def _find(model: HookedModel, points: Name | Sequence[Name]) -> list[str]:
     """The full names that are meant, in the order in which they fire."""
     found: dict[str, None] = {}
-    for name in (points,) if isinstance(points, str) else tuple(points):
-        if not isinstance(name, str):
+    for name in listed(points):
+        if not isinstance(name, str) and not is_placed(name):
             raise PointError(f"{name!r:.80} is no point: name one, or a list of names.")
         try:
             hits = model.names.hooked(name)
         except PointError as error:
-            others = model.names.elsewhere(name.rpartition(".")[2].lstrip("*"))
+            others = model.names.elsewhere(str(name).rpartition(".")[2].lstrip("*"))
             has = f" {' and '.join(others)} {'has' if len(others) == 1 else 'have'} it." if others else ""
             raise PointError(f"{error}{has if has.strip() not in str(error) else ''}") from error
         if any(one.view is not None for one in hits):

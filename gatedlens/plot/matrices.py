@@ -144,7 +144,7 @@ def layers(
     """
     if isinstance(matrices, AttentionStack):
         tokens = labels_of(matrices) if tokens is None else tokens
-        matrices = {attention.layer: attention for attention in matrices}
+        matrices = dict(zip(matrices.names, matrices, strict=True))
     elif isinstance(matrices, ImplicitAttention):
         matrices = {matrices.layer: matrices}
     elif isinstance(matrices, LabelledTensor) and matrices.axes[:1] == ("layer",):
@@ -152,7 +152,7 @@ def layers(
     if not isinstance(matrices, Mapping):
         raise InputError(
             f"layers() takes a stack or a matrix by layer, {{0: A0, 1: A1}}, not a {type(matrices).__name__}: "
-            "dict(zip(stack.layers, stack.mean()[:, 0]))."
+            "dict(zip(stack.names, stack.mean()[:, 0]))."
         )
     if not matrices:
         raise InputError("There is no layer to plot: the mapping is empty.")

@@ -65,20 +65,20 @@ class HeadScan(ScanMatrix):
         the state before it, and its own write. There is one such row in each of the batch.
         """
         if self.terms.has_delta_rule:
-            return self._unstepped(own)
+            return self.unstepped(own)
         total = self.terms.log_decays().double().clamp(min=GONE).cumsum(1)
         before = torch.cat([torch.zeros_like(total[:, :1]), total[:, :-1]], dim=1)
         moved = torch.where(own[..., None, None], before, total)
         steps = torch.diff(moved, dim=1, prepend=torch.zeros_like(moved[:, :1]))
         return replace(self, terms=self.terms._replace(log_decay=steps.to(self.terms.key), rate=None, fresh=None))
 
-    def _unstepped(self, own: Bool[Tensor, "batch pos"]) -> HeadScan:
-        """The scan whose steps `own` decay and erase nothing."""
+    def unstepped(self, own: Bool[Tensor, "batch own"], steps: int = 1) -> HeadScan:
+        """`scan.unstepped(own)`: the scan whose steps `own` decay and erase nothing; of `steps` a position, all of its own."""
         if bool((own.sum(1) > 1).any()):
             raise InputError(
                 "A delta rule without a row's own step: of one row in each of the batch, and there are several."
             )
-        step, terms = own[..., None, None], self.terms
+        step, terms = own.repeat_interleave(steps, dim=1)[..., None, None], self.terms
         assert terms.erase is not None
         erase, log = terms.erase.masked_fill(step, 0), terms.log_decays().masked_fill(step, 0)
         free = terms._replace(log_decay=log, erase=erase, probe=terms.probes(), rate=None, fresh=None)

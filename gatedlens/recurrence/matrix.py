@@ -54,7 +54,10 @@ class ScanMatrix(ABC):
 
         InputError unless the rows are a softmax.
         """
-        raise InputError("The rows of this layer's scan are no softmax, so there is nothing to renormalise.")
+        raise InputError(
+            "The rows of this layer's scan are no softmax, so there is nothing to renormalise: "
+            "layers=gl.layers.where(kind='attention') names those whose rows are one."
+        )
 
     def undecayed(self, own: Bool[Tensor, "batch pos"]) -> ScanMatrix:
         """The scan that rows `own` have without the decay of their own step (a delta rule: nor its erase); here itself: there is

@@ -89,7 +89,9 @@ class LinearScan(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         decay, initial, states = ctx.saved_tensors
-        return _scan_backward(linear_scan, decay, initial, states, grads[0])
+        if torch.is_grad_enabled() or transformed() or has_old_axis(*grads):
+            return _scan_backward(linear_scan, decay, initial, states, grads[0])
+        return _scan_backward_here(decay, initial, states, grads[0].clone())
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, decay: Tensor, write: Tensor, initial: Tensor) -> tuple[Tensor, int]:
@@ -176,6 +178,19 @@ def _scan_backward(run: Any, decay: Tensor, initial: Tensor, states: Tensor, gra
     return g * before, g, decay[:, 0] * g[:, 0]
 
 
+def _scan_backward_here(decay: Tensor, initial: Tensor, states: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where nobody differentiates it again, in the place of `grad`: a loop from the end, and no copy turned round."""
+    if doubling.pays(decay):
+        return _scan_backward(linear_scan, decay, initial, states, grad)
+    steps, decays = grad.unbind(1), decay.unbind(1)
+    for t in range(len(steps) - 2, -1, -1):
+        torch.addcmul(steps[t], decays[t + 1], steps[t + 1], out=steps[t])
+    along = torch.empty_like(grad)
+    torch.mul(grad[:, 1:], states[:, :-1], out=along[:, 1:])
+    torch.mul(grad[:, 0], initial, out=along[:, 0])
+    return along, grad, decays[0] * steps[0]
+
+
 def readout(states: Float[Tensor, ...], read: Float[Tensor, "... state"] | None) -> Float[Tensor, ...]:
     """scan_t[c] = sum_n read_t[n] * state_t[c, n]; the state itself when `read` is None.
 
@@ -190,6 +205,18 @@ def readout(states: Float[Tensor, ...], read: Float[Tensor, "... state"] | None)
     if states.stride(-1) == 1:
         return torch.matmul(states, read.to(states.dtype).unsqueeze(-1)).squeeze(-1)
     return torch.matmul(read.to(states.dtype).unsqueeze(-2), states.mT).squeeze(-2)  # channels lie innermost
+
+
+def _readout_backward(states: Tensor, read: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradients of states (in memory of their own, laid out as the states are) and of `read`."""
+    if read is None:
+        return grad.clone(), None
+    if read.ndim == states.ndim:
+        return grad.unsqueeze(-1) * read.to(states.dtype), (grad.unsqueeze(-1) * states).to(read.dtype)
+    of_states = (grad.unsqueeze(-2) * read.to(states.dtype).unsqueeze(-1)).mT
+    if is_on(states):
+        return of_states, (grad.unsqueeze(-1) * states).sum(-2).to(read.dtype)
+    return of_states, torch.matmul(grad.unsqueeze(-2), states).squeeze(-2).to(read.dtype)
 
 
 def _whole_scan(
@@ -246,25 +273,37 @@ class SegmentedScan(Function):
 
             return None, None, *gradients(run, (starts[0], *tensors), grads)
         grad_scan, grad_state = grads
-        sequences, constants = tensors[: ctx.n], tensors[ctx.n :]
-        # With one segment autograd's own results are handed on; with several each writes its part of one tensor, so that no
-        # second copy of a whole sequence is ever there.
-        into: list[Any] = [] if len(ctx.slices) == 1 else [torch.empty_like(s) for s in sequences]
-        total: list[Any] = [torch.zeros_like(c) for c in constants]
+        needed = ctx.needs_input_grad[3:]
+        # Each segment writes its part of one tensor, so that no second copy of a whole sequence is ever there.
+        given: list[Any] = [
+            (torch.empty_like if i < ctx.n else torch.zeros_like)(t) if need else None
+            for i, (t, need) in enumerate(zip(tensors, needed, strict=True))
+        ]
         for part, start in zip(reversed(ctx.slices), reversed(starts), strict=True):
             # The segment is computed again from its start: its states are needed now, and were not kept.
             with torch.enable_grad():
-                live = [t.detach().requires_grad_() for t in (start, *(s[:, part] for s in sequences), *constants)]
-                outs = _whole_scan(ctx.terms, live[1 : ctx.n + 1], live[ctx.n + 1 :], live[0])
-                found = torch.autograd.grad(outs, live, (grad_scan[:, part], grad_state), materialize_grads=True)
-            grad_state = found[0]
-            if len(ctx.slices) == 1:
-                return None, None, *found
-            for whole, piece in zip(into, found[1 : ctx.n + 1], strict=True):
-                whole[:, part] = piece
-            for whole, piece in zip(total, found[ctx.n + 1 :], strict=True):
-                whole += piece
-        return None, None, grad_state, *into, *total
+                live = [(t[:, part] if i < ctx.n else t).detach() for i, t in enumerate(tensors)]
+                wanted = [i for i, need in enumerate(needed) if need]
+                for i in wanted:
+                    live[i].requires_grad_()
+                decay, write, read = ctx.terms(*live)
+            states = _every_state(decay.detach(), write.detach(), start)
+            grad, grad_read = _readout_backward(states, read, grad_scan[:, part])
+            grad[:, -1] += grad_state
+            grad_decay, grad_write, grad_state = _scan_backward_here(decay.detach(), start, states, grad)
+            ways = [(decay, grad_decay), (write, grad_write), (read, grad_read)]
+            ways = [(out, flow) for out, flow in ways if out is not None and out.requires_grad]
+            if not wanted:  # the start alone has a gradient
+                continue
+            found = torch.autograd.grad(
+                [out for out, _ in ways], [live[i] for i in wanted], [flow for _, flow in ways], materialize_grads=True
+            )
+            for i, piece in zip(wanted, found, strict=True):
+                if i < ctx.n:
+                    given[i][:, part] = piece
+                else:
+                    given[i] += piece
+        return None, None, grad_state, *given
 
 
 def scan(

@@ -36,9 +36,11 @@ def walk(
     u: Float[Tensor, "batch pos head value"],
     state: Float[Tensor, "batch head value key"],
     at_once: int = AT_ONCE,
+    multiple: int = 1,
 ) -> Iterator[tuple[slice, Float[Tensor, "batch some head value key"], Float[Tensor, "batch some head value key"]]]:
-    """(some, before, states) from the first position to the last: which positions, the states before them and behind them."""
-    size = max(1, at_once // max(1, state.numel()))
+    """(some, before, states) from the first position to the last: which positions, the states before them and behind them; a
+    multiple of so many at a time."""
+    size = multiple * max(1, at_once // max(1, multiple * state.numel()))
     for some in parts_of(u.shape[1], size):
         states = every_state(terms.at(some), u[:, some], state)
         yield some, torch.cat([state.unsqueeze(1), states[:, :-1]], dim=1), states

@@ -218,5 +218,5 @@ def test_without_its_erase_a_delta_rule_adds_up_what_it_writes(model):
     with one.on(model):
         erase = model.run_with_cache(x, names_filter="*.hook_erase")[1][f"blocks.{layers[-1]}.mixer.hook_erase"]
     own = model.run_with_cache(x, names_filter="*.hook_erase")[1][f"blocks.{layers[-1]}.mixer.hook_erase"].clone()
-    own[:, 2:4, 1] = 0
+    own[:, 2:4, ..., 1, :, :] = 0
     torch.testing.assert_close(erase, own, rtol=0, atol=0)

@@ -149,8 +149,15 @@ FROZEN = {
         "mixer": ("hook_x", "hook_gated", (*MAMBA, "hook_scale"), (("hook_conv", "hook_u"),)),
         "attn": ("hook_v", "hook_z", ("hook_pattern",), ()),
     },
-    "fla": {"mixer": ("hook_x", "hook_gated", (*DELTA, "hook_rot_q", "hook_rot_k"), (("hook_conv", "hook_u"),))},
+    "fla": {
+        "mixer": ("hook_x", "hook_gated", DELTA, (("hook_conv", "hook_u"),)),
+        "attn": ("hook_v", "hook_z", ("hook_pattern",), ()),
+    },
     "griffin": {"mixer": ("hook_x", "hook_gated", GRIFFIN, ()), "attn": ("hook_v", "hook_z", ("hook_pattern",), ())},
+    "bailing_hybrid": {
+        "mixer": ("hook_x", "hook_gated", DELTA, (("hook_conv", "hook_u"),)),
+        "attn": ("hook_v", "hook_gated", ("hook_pattern", "hook_gate"), ()),
+    },
     "kimi_linear": {
         "mixer": ("hook_x", "hook_gated", DELTA, (("hook_conv", "hook_u"),)),
         "attn": ("hook_v", "hook_z", ("hook_pattern",), ()),
@@ -224,15 +231,17 @@ def test_the_operator_is_the_jacobian_of_the_models_own_frozen_forward(model):
         batch, length, channels = A.shape
         groups = channels // (x.shape[2] * x.shape[3]) if x.ndim == 4 else 1  # heads that share one value head
 
-        def per_source(value, x=x, groups=groups):
+        def per_source(value, x=x, groups=groups, layer=layer):
             """A gradient by x as one by channel: what heads share, they share the gradient's sum of."""
-            if x.ndim == 3:
+            if x.ndim == 3 or model.blocks[layer].mixer.steps > 1:
                 return value
             kv, d = x.shape[2:]
             return value.reshape(*value.shape[:2], kv, groups, d).sum(3)
 
         def of_x(value, A=A, model=model):
             """What `value` gives of each branch, [batch, pos, channel], as that of x itself."""
+            if model.blocks[A.layer].mixer.steps > 1:  # a content of each step, and a branch
+                return torch.stack([value(replace(A, branches=(branch,))) for branch in A.branches], 2)
             total = 0
             for branch in A.branches:
                 one = value(replace(A, branches=(branch,)))

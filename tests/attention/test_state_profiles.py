@@ -12,7 +12,7 @@ import gatedlens as gl
 from gatedlens import profiles
 from gatedlens.hooks import architectures
 from tests.attention.test_layer import cached
-from tests.helpers import example, padded
+from tests.helpers import example, padded, steps_of
 
 CASES = ["plain", "left", "holes+state"]
 
@@ -54,13 +54,26 @@ def steps(cache, stem, row):
     before, axes = cache[f"{stem}hook_state_start"][row], state.ndim - 1
     real = places(cache, row, len(state))
     for t in reversed(real) if "bwd" in stem else real:
-        erased = torch.zeros_like(before)
+        erased, written = torch.zeros_like(before), write[t]
         if f"{stem}hook_erase" in cache.cache_dict:
-            probe, erase = cache[f"{stem}hook_probe"][row, t], cache[f"{stem}hook_erase"][row, t]
-            erased = erase * (before * probe.unsqueeze(-2)).sum(-1, keepdim=True)
-        changes = (state[t] - before, (1 - decay[t]) * before, erased, write[t])
+            own, at = steps_of(cache, stem, t), decay[t] * before
+            written = torch.zeros_like(write[t])
+            for s, ((erase, probe), wrote) in enumerate(zip(own, writes_of(cache, stem, t), strict=True)):
+                taken = erase[row] * ((at if s else before) * probe[row].unsqueeze(-2)).sum(-1, keepdim=True)
+                at, erased, written = at - taken + wrote[row], erased + taken, written + wrote[row]
+        changes = (state[t] - before, (1 - decay[t]) * before, erased, written)
         yield t, by_head(before, axes), [by_head(change, axes) for change in changes]
         before = state[t]
+
+
+def writes_of(cache, stem, t):
+    """What each step of token t writes, before later ones erase of it."""
+    if cache[f"{stem}hook_u"].ndim == 3:
+        return [cache[f"{stem}hook_write"][:, t]]
+    shape = cache[f"{stem}hook_state"].shape
+    u = cache[f"{stem}hook_u"][:, t].unflatten(-1, shape[2:4])
+    written = cache[f"{stem}hook_erase"][:, t]  # beta k, for each value
+    return list((u.unsqueeze(-1) * written).unbind(1))
 
 
 def size(x):
@@ -140,26 +153,30 @@ def test_what_a_probe_finds_is_what_earlier_tokens_wrote(erasing):
         for layer, stem in (
             (layer, stem) for layer, _, stem in scans(erasing) if f"{stem}hook_probe" in cache.cache_dict
         ):
-            found, state, probe = (
-                profiles.collisions(cache, layer),
-                cache[f"{stem}hook_state"],
-                cache[f"{stem}hook_probe"],
+            found, state = profiles.collisions(cache, layer), cache[f"{stem}hook_state"]
+            n, length = erasing.blocks[layer].mixer.steps, state.shape[1]
+            # over (pos step): what is written, and the probes
+            u = (
+                cache[f"{stem}hook_u"]
+                .unflatten(-1, (erasing.cfg.sizes["head"], -1))
+                .reshape(2, n * length, *state.shape[2:4])
             )
-            u = cache[f"{stem}hook_u"].unflatten(2, (erasing.cfg.sizes["head"], -1))
+            probe = torch.stack([probe for t in range(length) for _, probe in steps_of(cache, stem, t)], 1)
+            write = torch.stack([one for t in range(length) for one in writes_of(cache, stem, t)], 1)
             met = torch.einsum("bhij,bjhv->bihv", found.found, u)
             for row in range(2):
-                real = places(cache, row, u.shape[1])
+                real = places(cache, row, length)
                 for before, t in itertools.pairwise(real):
-                    want = (state[row, before] * probe[row, t].unsqueeze(-2)).sum(-1)
-                    assert torch.allclose(met[row, t], want, rtol=1e-10, atol=1e-12)
-                assert found.found[row, :, real[0]].abs().max() == 0
-                write = cache[f"{stem}hook_write"][row]
-                for j, i in ((real[0], real[2]), (real[1], real[4])):
+                    want = (state[row, before] * probe[row, n * t].unsqueeze(-2)).sum(-1)
+                    assert torch.allclose(met[row, n * t], want, rtol=1e-10, atol=1e-12)
+                assert found.found[row, :, n * real[0]].abs().max() == 0
+                for j, i in ((n * real[0], n * real[2]), (n * real[1], n * real[4] + n - 1)):
                     for head in range(u.shape[2]):
-                        key = write[j, head, 0]  # of one value, so the key but for a factor
+                        key = write[row, j, head, 0]  # of one value, so the key but for a factor
                         cosine = (key * probe[row, i, head]).sum() / (key.norm() * probe[row, i, head].norm())
                         assert torch.allclose(found.cosine[row, head, i, j], cosine.abs(), rtol=1e-9)
-            out = ~cache.mask if cache.mask is not None else torch.zeros(u.shape[:2], dtype=torch.bool)
+            out = ~cache.mask if cache.mask is not None else torch.zeros(state.shape[:2], dtype=torch.bool)
+            out = out.repeat_interleave(n, dim=1)
             for field in found:
                 assert torch.equal(field, field.tril(-1))
                 assert not field.transpose(1, 2)[out].any() and not field.permute(0, 3, 1, 2)[out].any()
@@ -195,9 +212,11 @@ def test_a_document_begins_with_no_state(lm):
                 assert torch.allclose(got[:, some], want, rtol=1e-9, atol=1e-12, equal_nan=True)
             if f"{stem}hook_probe" in lm.names.points:
                 got, want = profiles.collisions(packed, layer), profiles.collisions(own, layer)
+                n = lm.blocks[layer].mixer.steps
+                part = slice(n * some.start, n * some.stop)
                 for field, single in zip(got, want, strict=True):
-                    assert torch.allclose(field[:, :, some, some], single, rtol=1e-9, atol=1e-12)
-                    assert field[:, :, 5:, :5].abs().max() == 0
+                    assert torch.allclose(field[:, :, part, part], single, rtol=1e-9, atol=1e-12)
+                    assert field[:, :, 5 * n :, : 5 * n].abs().max() == 0
 
 
 def test_many_positions_in_parts_are_the_whole(erasing, monkeypatch):
@@ -212,7 +231,7 @@ def test_many_positions_in_parts_are_the_whole(erasing, monkeypatch):
             profiles.state_rank(cache, layer),
             profiles.state_rank(cache, layer, pos=4),
         )
-        monkeypatch.setattr(state_profiles, "walk", lambda *given: walk(*given, at_once=1))
+        monkeypatch.setattr(state_profiles, "walk", lambda *given, **more: walk(*given, **more, at_once=1))
         parts = (
             profiles.rewrite(cache, layer),
             profiles.state_rank(cache, layer),

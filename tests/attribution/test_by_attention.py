@@ -14,6 +14,7 @@ from gatedlens.hooks.mamba import HookedMamba
 from gatedlens.hooks.vim import HookedViM
 from gatedlens.recurrence.decay_matrix import DecayScan
 from gatedlens.recurrence.head_matrix import HeadScan
+from gatedlens.recurrence.micro_steps import StepScan
 from tests.helpers import example, padded
 
 
@@ -144,15 +145,18 @@ def class_row(model, layer, input, mask, b, i, factors):
 
 def undecayed_row(scan, b, at):
     """[channel, src]: row `at` of a scan, the decay of step `at` left out; state by state."""
-    if isinstance(scan, HeadScan):
-        terms, out = scan.terms, torch.zeros(scan.terms.heads, scan.length, dtype=torch.float64)
+    if isinstance(scan, HeadScan | StepScan):
+        steps, step, scan = (scan.steps, scan.step, scan.long) if isinstance(scan, StepScan) else (1, 0, scan)
+        terms, out = scan.terms, torch.zeros(scan.terms.heads, scan.length // steps, dtype=torch.float64)
         key, read, decay = terms.of_heads(terms.key)[b], terms.of_heads(terms.read)[b], terms.log_decays()[b].exp()
         for j in range(at):
-            left = key[j]
-            for t in range(j + 1, at):
+            left = key[j * steps + step]
+            for t in range(j * steps + step + 1, at * steps):
                 erased = 0 if terms.erase is None else (terms.probes()[b, t] * left).sum(-1, True) * terms.erase[b, t]
                 left = decay[t] * left - erased
-            out[:, j] = (read[at] * left).sum(-1) * (1 if terms.amount is None else terms.amount[b, j])
+            out[:, j] = (read[at * steps + steps - 1] * left).sum(-1) * (
+                1 if terms.amount is None else terms.amount[b, j]
+            )
         return out[scan.heads]
     if not isinstance(scan, DecayScan):
         return scan.dense()[b, :, at]  # RWKV's own step has no decay, an attention layer none at all
@@ -204,7 +208,9 @@ def test_a_scan_without_its_own_decay_is_the_scan_elsewhere(model):
                 own[:, -1] = True
                 before, after = branch.scan.dense(), branch.scan.undecayed(own).dense()
                 assert torch.allclose(before[:, :, :-1], after[:, :, :-1], atol=1e-14)
-                assert isinstance(branch.scan, DecayScan | HeadScan) != torch.allclose(before, after, atol=1e-14)
+                assert isinstance(branch.scan, DecayScan | HeadScan | StepScan) != torch.allclose(
+                    before, after, atol=1e-14
+                )
 
 
 def stretched(x):

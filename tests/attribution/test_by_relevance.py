@@ -30,20 +30,9 @@ def what_constants_get(model, input, target, gates="content"):
     return sum(float((p.detach() * g).sum()) for p, g in zip(added, found, strict=True) if g is not None)
 
 
-def refuses_half(model):
-    """Of RWKV-7's gate, sigmoid(xg g1) g2, no point is half's."""
-    if model.cfg.architecture != "rwkv7":
-        return False
-    with pytest.raises(gl.InputError, match="gates='none' gives no gate any relevance"):
-        attribution.lrp(model, example(model), target=3, gates="half")
-    return True
-
-
 @pytest.mark.parametrize("gates", GATES)
 def test_relevance_is_conserved(model, gates):
     """Scores and what biases get sum to the logit, for each row by itself, whatever gates get."""
-    if gates == "half" and refuses_half(model):
-        return
     for row in range(2):
         input = example(model)[row : row + 1]
         found = attribution.lrp(model, input, target=3, gates=gates)
@@ -86,8 +75,6 @@ def through_rules(model, input, names, weight, gates="content"):
 def test_relevance_of_x_is_its_share_of_the_gate_times_a_transposed_g(model, gates):
     """x . (s A^T g) in every layer: s = 1/2 where the gate gets half, 1 where it only weighs or there is none."""
     input = example(model)
-    if gates == "half" and refuses_half(model):
-        return
     with torch.no_grad():
         stack = gl.implicit_attention(model, input)
     weight = torch.randn(model.cfg.d_vocab, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -96,6 +83,7 @@ def test_relevance_of_x_is_its_share_of_the_gate_times_a_transposed_g(model, gat
         stem = f"blocks.{A.layer}.{mixer.place}."
         gate = [point.equation for name, point in model.names.points.items() if name == f"{stem}hook_gate"]
         gate += [point.equation for name, point in model.names.points.items() if name == f"{stem}fwd.hook_gate"]
+        gate += [point.equation for name, point in model.names.points.items() if name == f"{stem}hook_gate_act"]
         sigmoid = any(equation.startswith("sigmoid(") for equation in gate)
         shared = bool(gate) and {"content": not sigmoid, "half": True, "none": False}[gates]
         inside = [name for name in mixer.attention_points if name.rpartition(".")[2] in ("hook_x", "hook_v")]
@@ -106,9 +94,14 @@ def test_relevance_of_x_is_its_share_of_the_gate_times_a_transposed_g(model, gat
             g, (value, gradient) = found[stem + mixer.output_point][1], found[f"{stem}hook_x"]
             scanned, *beside = (replace(A, branches=(branch,)).T @ g for branch in A.branches)
             scanned = scanned.unflatten(2, (model.cfg.n_heads, -1))  # of x less its mean over the head
-            back = (scanned - scanned.mean(-1, keepdim=True)).flatten(2) * (0.5 if shared else 1.0) + sum(beside)
+            back = ((scanned - scanned.mean(-1, keepdim=True)).flatten(2) + sum(beside)) * (0.5 if shared else 1.0)
             back = back + sum(found[name][1] for name in first)  # what later layers read of layer 0
             assert relative(value * gradient, value * back) < 1e-11
+            continue
+        if mixer.steps > 1:  # each step has a content of its own
+            (value, gradient), g = found[f"{stem}hook_x"], found[stem + mixer.output_point][1].flatten(2)
+            back = torch.stack([replace(A, branches=(branch,)).T @ g for branch in A.branches], 2)
+            assert relative(value * gradient, value * back * (0.5 if shared else 1.0)) < 1e-11
             continue
         for branch, x in zip(A.branches, inside, strict=True):
             one = replace(A, branches=(branch,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +14,9 @@ from safetensors.torch import load_file
 
 import gatedlens as gl
 from gatedlens import cli
+from gatedlens.cli.answer import Answer, width
+from gatedlens.cli.options import bundled
+from gatedlens.loading import BUNDLED
 
 matplotlib.use("agg")
 
@@ -175,14 +179,31 @@ def test_mistakes_are_one_line_and_code_2(arguments, message, tmp_path, capsys):
     assert message in error and "Traceback" not in error
 
 
-@pytest.mark.parametrize(
-    "command", ["", "demo", "attention", "patch", "evaluate", "compare", "harvest", "models", "table"]
-)
+@pytest.mark.parametrize("command", ["", *cli.app.commands])
 def test_help_has_examples(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main([*command.split(), "--help"])
-    assert stop.value.code == 0
-    assert not command or "examples:" in capsys.readouterr().out
+    for option in ("--help", "-h"):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*command.split(), option])
+        assert stop.value.code == 0
+        said = capsys.readouterr().out
+        assert all(name in said for name in cli.app.commands) if not command else "examples:\n  " in said
+
+
+EXAMPLES = [
+    line.strip()
+    for command in cli.app.commands.values()
+    for line in (command.epilog or "").replace("\\\n", " ").splitlines()
+    if line.strip().startswith("gatedlens ")
+]
+
+
+@pytest.mark.parametrize("line", EXAMPLES)
+def test_examples_in_help_are_commands(line):
+    """Each parses: its options and arguments exist."""
+    name, *rest = shlex.split(line.split(" > ")[0])[1:]
+    command = cli.app.commands[name]
+    with command.make_context(name, list(rest)) as context:
+        assert context.params["json"] == ("--json" in rest)
 
 
 def test_ctrl_c_is_one_line_and_code_130(monkeypatch, capsys):
@@ -206,6 +227,11 @@ RUNS = {
     "evaluate": ["evaluate", "--model", RECALL, "--data", "recall", "--limit", "1", "--methods", "random", "--quiet"],
     "harvest": ["harvest", "--model", MOBY, "--data", "corpus.jsonl", "--names", "hook_embed", "--quiet"],
     "table": ["table", RECALL],
+    "lens": ["lens", RECALL],
+    "dla": ["dla", RECALL],
+    "attribute": ["attribute", RECALL],
+    "ablate": ["ablate", RECALL],
+    "circuit": ["circuit", RECALL, "--quiet"],
     "picture": ["attention", "--model", VIM],
 }
 PROMPTS = ["--clean", "D 3 dog A 7 hay ? D", "--corrupted", "D 5 dog A 7 hay ? D"]
@@ -251,6 +277,18 @@ WRONG = {
         ["--image", "whole.png", "--text", "x"],
     ],
     "compare": [],
+    "lens": [["--position", "99"], ["--top", "0"], ["--answer", "3 5"], ["--model", VIM]],
+    "dla": [["--by", "tokne"], ["--by", "head"], ["--position", "-99"], ["--answer", ""], ["--wrong", "3 5"]],
+    "attribute": [["--method", "lpr"], ["--method", "lrp:x"], ["--answer", "3 5"], ["--image", "whole.png"]],
+    "ablate": [
+        ["--how", "men"],
+        ["--how", "mean"],
+        ["--axes", "pos"],
+        ["--axes", "layer,pos"],
+        ["--point", "gat"],
+        ["--wrong", "3 5"],
+    ],
+    "circuit": [["--method", "epa"], ["--top", "0"], ["--clean", "D"], [*PROMPTS, "--answer", "3 5", "--wrong", "5"]],
 }
 for _name in set(WRONG) - {"table"}:
     WRONG[_name] = [
@@ -284,20 +322,16 @@ def files(tmp_path, monkeypatch):
 def test_every_wrong_argument_is_one_line(name, files, capsys):
     """Code 2 and one line of our own, whatever is wrong; nothing else is said."""
     for arguments in WRONG[name]:
-        line = (
-            [*RUNS[name], *arguments]
-            if "--out" in arguments or name == "table"
-            else [*RUNS[name], "--out", "out", *arguments]
-        )
+        own = RUNS[name][:1] if arguments[0] == "--model" and RUNS[name][1] == RECALL else RUNS[name]
+        line = [*own, *arguments] if "--out" in arguments or name == "table" else [*own, "--out", "out", *arguments]
         assert cli.main(line) == 2, line
         said = capsys.readouterr().err
         assert len(said.splitlines()) == 1 and said.startswith(f"gatedlens {RUNS[name][0]}: "), (line, said)
 
 
 def test_json_has_no_nan(monkeypatch, capsys):
-    monkeypatch.setattr(
-        "gatedlens.cli.command_line.models", lambda args: {"a": float("nan"), "b": [float("inf"), 1.5], "c": Path("x")}
-    )
+    odd = Answer({"a": float("nan"), "b": [float("inf"), 1.5], "c": Path("x")})
+    monkeypatch.setattr(cli.app.commands["models"], "callback", lambda json: (json, odd))
     assert cli.main(["models", "--json"]) == 0
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"a": None, "b": [None, 1.5], "c": "x"}
 
@@ -362,3 +396,110 @@ def test_nobody_reads_and_nothing_can_be_written():
             started = run(["models"], stdout=full)
             said = started.communicate(timeout=120)[1]
         assert "gatedlens models: No space left on device." in said and "Traceback" not in said
+
+
+# -- the front ----------------------------------------------------------------------------------------------------------
+
+
+def test_json_says_errors_too(capsys, tmp_path):
+    assert cli.main(["lens", "gatedlens/mamba-mobi", "--out", str(tmp_path), "--json"]) == 2
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert found["command"] == "lens" and found["kind"] == "CheckpointError" and found["exit"] == 2
+    assert "Did you mean 'gatedlens/mamba-moby'" in found["error"] and shown.err.startswith("gatedlens lens: ")
+    for line, said in (
+        (["lens", "--jsn"], "--json"),
+        (["lnes"], "lens"),
+        (["lens"], "Give a model"),
+        (["table", RECALL, "--layer", "x"], "'x'"),
+    ):
+        for more in ([], ["--json"]):
+            with pytest.raises(SystemExit) as stop:
+                cli.main([*line, *more])
+            shown = capsys.readouterr()
+            assert stop.value.code == 2 and said in shown.err and len(shown.err.splitlines()) == 1, line
+            assert not more or json.loads(shown.out)["error"]
+
+
+def test_a_model_is_an_argument_or_an_option(capsys):
+    for line in (["table", RECALL], ["table", "--model", RECALL], ["table", RECALL, "--model", RECALL]):
+        assert cli.main([*line, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["model"] == RECALL
+    with pytest.raises(SystemExit):
+        cli.main(["table", RECALL, "--model", MOBY])
+    assert "given twice" in capsys.readouterr().err
+
+
+def test_how_a_model_is_opened(tmp_path, capsys):
+    """--dtype, --device, --tokenizer reach gl.from_pretrained; what is wrong in them is one line."""
+    line = ["lens", RECALL, "--text", "D 3 dog A 7 hay ? D", "--out", str(tmp_path), "--json"]
+    found = []
+    for more in (["--dtype", "float64"], ["--device", "cpu", "--tokenizer", str(BUNDLED / "mamba-recall")]):
+        assert cli.main([*line, *more]) == 0
+        found.append(json.loads(capsys.readouterr().out)["layers"][-1]["top"][0])
+    assert found[0][0] == found[1][0] == "3" and found[0][1] == pytest.approx(found[1][1], abs=1e-4)
+    for more, said in (
+        (["--dtype", "flaot64"], "float64"),
+        (["--device", "gpu"], "device='gpu'"),
+        (["--variant", "x"], "variant='x'"),
+    ):
+        assert cli.main([*line, *more]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_tables_fit_the_width(monkeypatch, capsys):
+    for columns in (60, 100, 150):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert width() == columns
+        for line in (["table", RECALL], ["models"]):
+            assert cli.main(line) == 0
+            assert max(map(len, capsys.readouterr().out.splitlines())) <= columns
+    monkeypatch.delenv("COLUMNS")
+    assert width() >= 40
+
+
+def test_the_shell_completes(monkeypatch):
+    assert bundled() == gl.bundled_models()
+    import os
+
+    def completed(*words):
+        env = {
+            "_GATEDLENS_COMPLETE": "bash_complete",
+            "COMP_WORDS": " ".join(["gatedlens", *words]),
+            "COMP_CWORD": str(len(words)),
+        }
+        monkeypatch.setattr(os, "environ", {**os.environ, **env})
+        started = run([], stdout=-1)
+        return started.communicate(timeout=120)[0]
+
+    assert "plain,lens" in completed("le") and "plain,gatedlens/mamba-moby" in completed("lens", "gatedlens/mamba-m")
+    assert "--answer" in completed("lens", "--a")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script(shell, capsys):
+    assert cli.main(["completion", shell]) == 0
+    assert "_GATEDLENS_COMPLETE" in capsys.readouterr().out
+
+
+def test_python_m_gatedlens_and_version():
+    import subprocess
+    import sys
+
+    env = {"PYTHONPATH": str(Path(gl.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-m", "gatedlens", "--version"], env=env, capture_output=True, text=True)
+    assert done.stdout == f"gatedlens {gl.__version__}\n" and done.returncode == 0
+
+
+def test_help_imports_nothing_heavy():
+    """Help is there in the time that the interpreter and the front take: torch alone would take seconds."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys\nfrom gatedlens.cli import main\ntry:\n    main(['lens', '--help'])\nexcept SystemExit: pass\n"
+        "print('heavy:', sorted({'torch', 'transformers', 'numpy', 'matplotlib', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    env = {"PYTHONPATH": str(Path(gl.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "examples:" in done.stdout and done.stdout.splitlines()[-1] == "heavy: []", done.stderr

@@ -111,6 +111,38 @@ def test_voc_has_one_object_and_borders_that_do_not_count(tmp_path):
         )
 
 
+def test_images_of_ones_own_with_masks(tmp_path):
+    """Grey, black-and-white, palette and coloured masks: what is not 0 is the object."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    want = numpy.zeros((5, 4), dtype=numpy.uint8)
+    want[1:3, 2] = 1
+    grey = Image.fromarray(want * 255)
+    palette = Image.fromarray(want * 7).convert("P")
+    palette.putdata((want * 7).flatten().tolist())
+    colours = Image.fromarray(numpy.stack([want * 0, want * 3, want * 0], axis=-1))
+    for name, mask in {"a": grey, "b": grey.convert("1"), "c": palette, "d": colours}.items():
+        Image.new("RGB", (4, 5), (9, 9, 9)).save(tmp_path / "images" / f"{name}.jpg")
+        mask.save(tmp_path / "masks" / f"{name}.png")
+    found = open_samples(tmp_path)
+    assert [s.name for s in found] == ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
+    for sample in found:
+        assert sample.mask.tolist() == want.tolist() and sample.label is None and sample.input.size == (4, 5)
+    (tmp_path / "masks" / "b.png").unlink()
+    with pytest.raises(gl.InputError, match=r"masks has no b\.\*, which stands beside it as .*b\.jpg"):
+        open_samples(tmp_path)
+    (tmp_path / "images" / "b.jpg").unlink()
+    grey.save(tmp_path / "images" / "a.png")
+    with pytest.raises(gl.InputError, match="names tell images apart"):
+        open_samples(tmp_path)
+    for file in (tmp_path / "images").iterdir():
+        file.unlink()
+    for file in (tmp_path / "masks").iterdir():
+        file.unlink()
+    with pytest.raises(gl.InputError, match="holds no image"):
+        open_samples(tmp_path)
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_reviews_and_questions_become_prompts(tmp_path, saved):
     def opened(rows, name):

@@ -291,6 +291,8 @@ def around(out, c, cache, layer: int, groups: tuple[tuple[str, ...], ...]) -> No
     for before, after, group in zip(names, names[1:], groups, strict=False):
         for name in group:
             out[f"hook_{name}_in"] = c(f"hook_{before}")
+            if "shared.hook_out" in out:  # what a block before the mixer gives is in what it reads, and in no stream
+                out[f"hook_{name}_in"] = c(f"hook_{before}") + c("shared.hook_out")
         out[f"hook_{after}"] = c(f"hook_{before}") + sum(c(f"hook_{name}_out") for name in group)
 
 

@@ -42,6 +42,14 @@ VARIANTS = {  # model_type and what its config says
         "gated_deltaproduct",
         {"use_forget_gate": True, **GATES},
     ),
+    "gated_deltaproduct of two steps": (
+        "gated_deltaproduct",
+        {"head_dim": 3, "expand_v": 2.0, "use_forget_gate": True, "allow_neg_eigval": True, "num_householder": 2},
+    ),
+    "gated_deltaproduct of three steps, heads in groups, no decay, conv or gate": (
+        "gated_deltaproduct",
+        {"num_heads": 2, "num_v_heads": 4, "num_householder": 3, "use_short_conv": False, **GATES},
+    ),
     "gated_deltanet and attention": (
         "gated_deltanet",
         {"attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "rope_theta": 100.0}},
@@ -57,7 +65,8 @@ VARIANTS = {  # model_type and what its config says
 def tiny(variant: str, **more) -> HookedFLA:
     kind, words = VARIANTS[variant]
     config = {"model_type": kind, "num_hidden_layers": 2, "norm_eps": 1e-3, **words, **more}
-    small = {name: word for name, word in HookedFLA.small.config.items() if name != "layer_types"}
+    own = ("attn", "num_householder", "use_forget_gate")  # of the tiny model alone
+    small = {name: word for name, word in HookedFLA.small.config.items() if name not in own}
     return gl.wrap(replace(HookedFLA.small, config=small).module(1, config).double())
 
 
@@ -81,7 +90,7 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     """Every row of one block from its equation, with loops, reading the rows it names from the cache."""
     w, cfg = model.wrapped.model.layers[layer], model.cfg
     m, kind, out = w.attn, cfg.kinds[layer], {}
-    H, G, N = cfg.n_heads, cfg.n_groups, cfg.d_state
+    H, G, N, steps = cfg.n_heads, cfg.n_groups, cfg.d_state, cfg.n_steps
 
     def c(name):
         return cache[f"blocks.{layer}.{name}"]
@@ -100,6 +109,9 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     for stream in ("q", f):
         out[f"mixer.hook_{stream}_pre"] = heads(n @ getattr(m, f"{stream}_proj").weight.T, G)
     out["mixer.hook_x"] = n @ getattr(m, f"{v}_proj").weight.T
+    if steps > 1:
+        out["mixer.hook_k_pre"] = (n @ m.k_proj.weight.T).unflatten(-1, (steps, G, N))
+        out["mixer.hook_x"] = out["mixer.hook_x"].unflatten(-1, (steps, -1))
     entered = {"q": "q_pre", f: f"{f}_pre", v: "x"}
     if kind.conv:
         for stream, pre in entered.items():
@@ -112,7 +124,8 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     q, k, u = (silu(c(f"mixer.hook_{e}")) if acts else c(f"mixer.hook_{e}") for e in entered.values())
     out["mixer.hook_u"] = u
     u = heads(c("mixer.hook_u"))
-    {"GLA": gla, "RetNet": retnet, "HGRN2": hgrn2}.get(kind.mixing, delta)(out, c, model, layer, q, k, u)
+    mixers = {"GLA": gla, "RetNet": retnet, "HGRN2": hgrn2}
+    (product if steps > 1 else mixers.get(kind.mixing, delta))(out, c, model, layer, q, k, u)
 
     out["mixer.hook_y"] = c("mixer.hook_scan")
     y = c("mixer.hook_y") if kind.mixing == "HGRN2" else heads(c("mixer.hook_y"))
@@ -238,19 +251,70 @@ def delta(out, c, model, layer, q, k, u) -> None:
     read(out, c, q)
 
 
+def product(out, c, model, layer, q, k, u) -> None:
+    """A delta net whose tokens take several steps."""
+    m, cfg = model.wrapped.model.layers[layer].attn, model.cfg
+    n, (batch, length), share, steps = c("ln1.hook_out"), TOKENS.shape, cfg.n_heads // cfg.n_groups, cfg.n_steps
+    out["mixer.hook_beta_pre"] = (n @ m.b_proj.weight.T).unflatten(-1, (steps, -1))
+    out["mixer.hook_q"], out["mixer.hook_k"] = unit(q), unit(k)
+    out["mixer.hook_beta"] = cfg.beta_max * torch.sigmoid(c("mixer.hook_beta_pre"))
+    out["mixer.hook_reset"] = torch.zeros(batch, length, 1, dtype=torch.float64)
+    decay = torch.ones(batch, length, cfg.n_heads, dtype=torch.float64)
+    if cfg.kinds[layer].mixing == "gated DeltaProduct":
+        out["mixer.hook_dt_pre"] = n @ m.a_proj.weight.T + m.dt_bias
+        out["mixer.hook_dt"] = torch.log(1 + torch.exp(c("mixer.hook_dt_pre")))
+        out["mixer.hook_log_decay"] = -torch.exp(m.A_log) * c("mixer.hook_dt")
+        decay = torch.exp(c("mixer.hook_log_decay"))
+    key = c("mixer.hook_k").repeat_interleave(share, dim=3)  # batch pos step head state
+    shape = (batch, length, cfg.n_heads, cfg.d_head, cfg.d_state)
+    out["mixer.hook_state_start"] = torch.zeros(batch, *shape[2:], dtype=torch.float64)
+    out["mixer.hook_decay"] = (decay * (1 - c("mixer.hook_reset")))[..., None, None].expand(shape)
+    written = c("mixer.hook_beta")[..., None] * key
+    out["mixer.hook_erase"] = written.unsqueeze(-2).expand(*written.shape[:-1], cfg.d_head, cfg.d_state)
+    out["mixer.hook_probe"] = key.clone()
+    out["mixer.hook_probe"][:, :, 0] *= (decay * (1 - c("mixer.hook_reset")))[..., None]
+    net, state, states = [], c("mixer.hook_state_start"), []
+    for t in range(length):
+        alone, state = 0 * state, state
+
+        def erased(it, s, t=t):
+            found = (it * c("mixer.hook_probe")[:, t, s].unsqueeze(-2)).sum(-1, keepdim=True)
+            return found * c("mixer.hook_erase")[:, t, s]
+
+        state = c("mixer.hook_decay")[:, t] * state - erased(state, 0)
+        for s in range(steps):
+            alone = alone - erased(alone, s) if s else alone
+            state = state - erased(state, s) if s else state
+            alone = alone + u[:, t, s].unsqueeze(-1) * written[:, t, s].unsqueeze(-2)
+        net.append(alone)
+        state = state + c("mixer.hook_write")[:, t]
+        states.append(state)
+    out["mixer.hook_write"], out["mixer.hook_state"] = torch.stack(net, 1), torch.stack(states, 1)
+    read(out, c, c("mixer.hook_q").repeat_interleave(share, dim=2))
+
+
 def test_every_row_is_its_equation(model):
     battery.rows_are_their_equations(model, literal, TOKENS, 1e-10)
 
 
 @pytest.mark.parametrize(
-    "variant", ["gla", "retnet", "hgrn2", "delta_net", "gated_deltanet", "gated_deltanet and attention"]
+    "variant",
+    [
+        "gla",
+        "retnet",
+        "hgrn2",
+        "delta_net",
+        "gated_deltanet",
+        "gated_deltaproduct of two steps",
+        "gated_deltanet and attention",
+    ],
 )
 def test_after_an_edit_every_row_downstream_is_its_equation(variant):
     battery.edits_reach_every_row(tiny(variant), literal, 1, TOKENS, rtol=1e-10)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS[:-1])
+@pytest.mark.parametrize("kind", KINDS)
 def test_golden_mixers(kind):
     """What each mixer puts out is what fla's own layer does, of the same input."""
     config, _, io = golden(f"fla_{kind}")
@@ -360,6 +424,7 @@ class Config:
         ("delta_net", "DeltaNetForCausalLM"),
         ("gated_deltanet", "GatedDeltaNetForCausalLM"),
         ("gated_deltaproduct of one step", "GatedDeltaProductForCausalLM"),
+        ("gated_deltaproduct of two steps", "GatedDeltaProductForCausalLM"),
         ("gated_deltanet and attention", "GatedDeltaNetForCausalLM"),
     ],
 )
@@ -383,7 +448,9 @@ def test_the_divisor_of_glas_decay_is_the_modules():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["gla", "hgrn2", "gated_deltanet", "gla and windowed attention"])
+@pytest.mark.parametrize(
+    "variant", ["gla", "hgrn2", "gated_deltanet", "gated_deltaproduct of two steps", "gla and windowed attention"]
+)
 def test_a_saved_folder_is_opened(variant, tmp_path):
     model = tiny(variant)
     model.wrapped.save_pretrained(tmp_path)
@@ -406,10 +473,7 @@ def test_a_saved_folder_is_opened(variant, tmp_path):
         ({"layer_types": ["gla"]}, "1 layer_types for 2 layers"),
         ({"qk_norm": "sum"}, "qk_norm is 'sum'; expected is 'l2'"),
         ({"use_beta": False}, "use_beta is false"),
-        (
-            {"num_householder": 2},
-            "num_householder is 2; expected is 1: gatedlens opens no layers whose tokens take several",
-        ),
+        ({"num_householder": 0}, "num_householder is 0; expected is a whole number from 1"),
         ({"attn": {"layers": [0]}}, "attn is .*; it needs layers and num_heads"),
         ({"attn": {"layers": [0], "num_heads": 3}}, "attn has 3 heads, 3 of keys, of 16 numbers"),
         ({"attn": {"layers": [0, 2], "num_heads": 4}}, "attn has layer 2; there are 2 layers, from 0"),
@@ -420,7 +484,7 @@ def test_a_saved_folder_is_opened(variant, tmp_path):
 )
 def test_what_it_cannot_run_is_told_by_name(words, message):
     with pytest.raises(gl.CheckpointError, match=message):
-        FlaWeights({**HookedFLA.small.config, **words})
+        FlaWeights({**HookedFLA.small.config, "model_type": "gla", "attn": None, **words})
 
 
 def test_a_config_that_does_not_fit_the_weights_is_told():

@@ -212,8 +212,8 @@ def test_both_layouts_load_from_a_folder(tmp_path):
 def test_what_is_not_supported_is_named():
     ssm = {"layer": "Mamba2", "headdim": 8}
     base = {"d_model": 16, "n_layer": 1, "vocab_size": 40}
-    with pytest.raises(gl.CheckpointError, match="d_ssm is 24; supported is 32"):
-        Mamba2Weights(base | {"ssm_cfg": ssm | {"d_ssm": 24}})
+    with pytest.raises(gl.CheckpointError, match="d_ssm is 40, more than the 32 channels"):
+        Mamba2Weights(base | {"ssm_cfg": ssm | {"d_ssm": 40}})
     with pytest.raises(gl.CheckpointError, match="32 channels cannot be cut into heads of 12"):
         Mamba2Weights(base | {"ssm_cfg": ssm | {"headdim": 12}})
     with pytest.raises(gl.CheckpointError, match="dt_limit is"):

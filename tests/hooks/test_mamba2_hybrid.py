@@ -236,7 +236,9 @@ def zamba2(out, c, w, config, cfg, layer, embed):
     def within(name):
         return c(f"shared.{name}")
 
-    inner["hook_in"] = torch.cat([c("hook_mixer_in"), embed], -1)
+    inner["hook_read"] = c("hook_resid_pre")
+    inner["hook_embed"] = embed
+    inner["hook_in"] = torch.cat([within("hook_read"), within("hook_embed")], -1)
     literally.norm_rows(inner, within, "ln1", within("hook_in"), shared.input_layernorm.weight, cfg.eps)
     m, d_head = shared.self_attn, config.attention_head_dim
     adapted = {}
@@ -259,8 +261,7 @@ def zamba2(out, c, w, config, cfg, layer, embed):
     inner["mlp.hook_post"] = pre * (1 + torch.erf(pre / 2**0.5)) / 2 * within("mlp.hook_pre_linear")
     inner["hook_out"] = literally.linear(literally.linear(within("mlp.hook_post"), mlp.down_proj), w.linear)
     out |= {f"shared.{name}": value for name, value in inner.items()}
-    out["hook_joined"] = c("hook_mixer_in") + c("shared.hook_out")
-    literally.norm_rows(out, c, "ln1", c("hook_joined"), w.mamba_decoder.input_layernorm.weight, cfg.eps)
+    literally.norm_rows(out, c, "ln1", c("hook_mixer_in"), w.mamba_decoder.input_layernorm.weight, cfg.eps)
     mamba(out, c, w.mamba_decoder.mamba, cfg, c("ln1.hook_out"), (config.time_step_min, float("inf")))
     return (("mixer",),)
 
@@ -550,7 +551,7 @@ def test_shared_blocks_have_points_and_caches_a_layer_and_weights_a_block():
     assert relative(cache["blocks.1.shared.attn.hook_v"], cache["blocks.2.shared.attn.hook_v"]) > 1e-2
     with model.hooks([("blocks.1.shared.attn.hook_z", lambda z, hook: 0 * z)]):
         _, cut = model.run_with_cache(TOKENS)
-    assert relative(cut["blocks.1.hook_joined"], cache["blocks.1.hook_joined"]) > 1e-2
+    assert relative(cut["blocks.1.hook_mixer_in"], cache["blocks.1.hook_mixer_in"]) > 1e-2
     assert (
         relative(cut["blocks.1.hook_resid_post"] - cut["blocks.1.hook_resid_pre"], cut["blocks.1.hook_mixer_out"])
         < 1e-12

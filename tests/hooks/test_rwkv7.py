@@ -107,7 +107,9 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     normed = (centred / c("mixer.hook_scale")[..., None]).flatten(2)
     out["mixer.hook_normed"] = m.g_norm.weight * normed + m.g_norm.bias
     out["mixer.hook_y"] = c("mixer.hook_normed") + (c("mixer.hook_bonus")[..., None] * u).flatten(2)
-    out["mixer.hook_gate"] = low("g", c("mixer.hook_xg"), torch.sigmoid)
+    out["mixer.hook_gate_low"] = c("mixer.hook_xg") @ m.g_lora.lora[0].weight.T
+    out["mixer.hook_gate_act"] = 1 / (1 + torch.exp(-c("mixer.hook_gate_low")))
+    out["mixer.hook_gate"] = c("mixer.hook_gate_act") @ m.g_lora.lora[2].weight.T
     out["mixer.hook_gated"] = c("mixer.hook_y") * c("mixer.hook_gate")
     out["hook_mixer_out"] = c("mixer.hook_gated") @ m.o_proj.weight.T
     out["hook_resid_mid"] = c("hook_resid_pre") + c("hook_mixer_out")

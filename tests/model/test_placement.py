@@ -10,7 +10,7 @@ import torch
 import gatedlens as gl
 from gatedlens import store as gl_store
 from gatedlens.model import placement
-from tests.helpers import example
+from tests.helpers import example, relative
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -142,3 +142,42 @@ def test_from_pretrained_takes_a_device_map(tmp_path):
     assert torch.equal(placed(tokens), plain(tokens))
     auto = gl.from_pretrained(tmp_path, device_map="auto")
     assert torch.equal(auto(tokens).cpu(), plain(tokens)) or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.no_grad()
+def test_shards_that_accelerate_spreads_by_itself(tmp_path, dtype):
+    """device_map='auto' with less memory than the model: shards in the hub's layout, in half precision as well, some on disk."""
+    models()["mamba"].to(getattr(torch, dtype)).save_pretrained(tmp_path / "model", max_shard_size="10KB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
+    whole = gl.from_pretrained(tmp_path / "model", device="cpu")
+    assert whole.cfg.dtype == getattr(torch, dtype)
+    whole.wrapped.requires_grad_(False)  # torch rounds a product by which of its factors have gradients
+    options = {"device_map": "auto", "offload_folder": str(tmp_path / "off")}
+    size = sum(p.numel() * p.element_size() for p in whole.wrapped.parameters())
+    placed = gl.from_pretrained(tmp_path / "model", max_memory={"cpu": size // 2}, **options)
+    placed.wrapped.requires_grad_(False)
+    if torch.cuda.is_available():
+        pytest.skip("it fits on the GPU")
+    assert set(placed.wrapped.hf_device_map.values()) == {"cpu", "disk"}
+    tokens = example(whole, 2, 7)
+    wanted, cache = whole.run_with_cache(tokens, names_filter=lambda name: True)
+    got, ours = placed.run_with_cache(tokens, names_filter=lambda name: True)
+    assert torch.equal(got, wanted) and all(torch.equal(ours[name], cache[name]) for name in cache)
+    alone = gl.from_pretrained(tmp_path / "model", **options)  # with all the memory there is
+    assert relative(alone(tokens).cpu(), wanted) < (1e-5 if dtype == "float32" else 2e-2)
+
+
+@pytest.mark.parametrize("name", ["HookedQwen3Next", "HookedMamba2Hybrid", "HookedJamba"])
+@torch.no_grad()
+def test_hybrids_and_experts_in_shards_and_bfloat16(name, tmp_path):
+    tiny = getattr(gl, name).tiny(dtype=torch.bfloat16)
+    tiny.wrapped.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    tokens = example(tiny, 2, 7)
+    wanted = tiny(tokens)
+    opened = gl.from_pretrained(tmp_path / "model", device="cpu")
+    own, theirs = (dict(one.wrapped.named_parameters()) for one in (opened, tiny))
+    assert opened.cfg.dtype == torch.bfloat16 and all(torch.equal(own[name], p) for name, p in theirs.items())
+    assert relative(opened(tokens), wanted) < 2e-2
+    placed = gl.from_pretrained(tmp_path / "model", device_map="auto", offload_folder=str(tmp_path / "off"))
+    assert relative(placed(tokens).cpu(), wanted) < 2e-2

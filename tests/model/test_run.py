@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gatedlens as gl
-from tests.helpers import relative
+from tests.helpers import kept, relative
 
 TOKENS = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(0))
 PREFIX = torch.randint(40, (2, 5), generator=torch.Generator().manual_seed(7))
@@ -113,11 +113,8 @@ def test_a_reset_forgets_as_much_of_the_state_as_it_says(lm, value, at):
     start, states = cache[name + "state_start"], cache[name + "state"]
     plain = lm.run_with_cache(TOKENS, state=state, names_filter=lambda name: True)[1]
     before = start if at == 0 else states[:, at - 1]
-    kept = plain[name + "decay"][:, at] * (1 - value) * before
-    if name + "erase" in cache.cache_dict:  # of what is left of the state
-        found = (plain[name + "probe"][:, at].unsqueeze(-2) * (1 - value) * before).sum(-1, keepdim=True)
-        kept = kept - cache[name + "erase"][:, at] * found
-    assert relative(states[:, at], kept + cache[name + "write"][:, at]) < 1e-10
+    left = kept(plain, name.removesuffix("hook_"), (1 - value) * before, at)  # of a delta rule, too
+    assert relative(states[:, at], left + cache[name + "write"][:, at]) < 1e-10
     assert relative(cache[name + "decay"][:, at + 1], plain[name + "decay"][:, at + 1]) < 1e-12
     A = gl.implicit_attention(cache, layer=layer)
     assert A.check().relative < 1e-10

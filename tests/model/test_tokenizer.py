@@ -181,3 +181,46 @@ def test_broken_files_are_named(tmp_path):
         path.rmdir()
         path.write_bytes(held)
     assert loads() and wrongs > 5
+
+
+# -- beside a checkpoint that is one file -----------------------------------------------------------------------------
+
+WORLD = ["1 '\\x00' 1", "2 'H' 1", "3 'He' 2", "4 'l' 1", "5 'llo' 3", "6 b'\\xc3' 1", "7 b'\\xa9' 1", "8 ' ' 1"]
+
+
+def checkpoint_in(folder):
+    """An RWKV file in a folder of its own."""
+    torch.save(gl.HookedRWKV6.tiny(vocab_size=64).wrapped.state_dict(), folder / "RWKV-x060.pth")
+    return folder / "RWKV-x060.pth"
+
+
+def test_the_world_models_vocabulary_is_found(tmp_path):
+    """The longest word that fits; bytes that are no text of their own."""
+    file = checkpoint_in(tmp_path)
+    assert gl.from_pretrained(file, device="cpu").tokenizer is None
+    (tmp_path / "rwkv_vocab_v20230424.txt").write_text("\n".join(WORLD), encoding="utf-8")
+    model = gl.from_pretrained(file, device="cpu")
+    assert (
+        model.to_tokens("Hello \u00e9").tolist() == [[3, 5, 8, 6, 7]]
+        and model.to_string([3, 5, 8, 6, 7]) == "Hello \u00e9"
+    )
+    assert model.tokenizer.eos_token_id == 0 and model.to_string([0, 2]) == "H"
+    with pytest.raises(gl.InputError, match="begins with the byte 0x7a"):
+        model.to_tokens("z")
+    (tmp_path / "rwkv_vocab_v20230424.txt").write_text("1 'ab' 3")
+    with pytest.raises(gl.CheckpointError, match="line 1: expected is an id, a word and its bytes"):
+        gl.from_pretrained(file, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["20B_tokenizer.json", "tokenizer.json"])
+def test_a_tokenizer_beside_a_file_is_found(name, tmp_path):
+    file = checkpoint_in(tmp_path)
+    shutil.copy(RECALL / "tokenizer.json", tmp_path / name)
+    model = gl.from_pretrained(file, device="cpu")
+    same = AutoTokenizer.from_pretrained(str(RECALL))
+    assert model.to_tokens("D 3 dog", prepend_bos=False).tolist() == [same.encode("D 3 dog", add_special_tokens=False)]
+    given = gl.from_pretrained(file, device="cpu", tokenizer=Trie())
+    assert given.tokenizer.inner.__class__ is Trie
+    (tmp_path / name).write_text("{")
+    with pytest.raises(gl.CheckpointError, match=name):
+        gl.from_pretrained(file, device="cpu")

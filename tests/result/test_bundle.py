@@ -21,7 +21,7 @@ def test_profiles_know_their_axes_and_go_there_and_back(model, tmp_path):
     distance, half_life, *_ = found
     assert distance is found.distance and len(found) == 5, "a named tuple as before"
     assert half_life.axes == ("layer", "batch") and distance.axes == ("layer", "batch", "distance")
-    assert half_life.labels["layer"] == list(stack.layers)
+    assert half_life.labels["layer"] == list(stack.names)
     frame = found.to_dataframe()
     assert list(frame.columns) == ["layer", "batch", "half_life", "mean_distance", "effective_context", "sharpness"]
     assert len(frame) == half_life.numel() and frame["half_life"][0] == pytest.approx(float(half_life[0, 0]))

@@ -14,6 +14,7 @@ from gatedlens.evaluation.data.bundled import BUNDLED
 from gatedlens.evaluation.data.imagenet import ImageFolder
 from gatedlens.evaluation.data.imagenet_segmentation import SegmentedImages
 from gatedlens.evaluation.data.imdb_arc import JsonLines, SavedDataset
+from gatedlens.evaluation.data.masked import IMAGES, MASKS, MaskedImages
 from gatedlens.evaluation.data.pascal_voc import VOC
 from gatedlens.evaluation.data.sample import Samples
 
@@ -32,6 +33,7 @@ FORMATS = (
     Format("JSON lines of IMDB or ARC (.jsonl)", lambda path: path.suffix in (".jsonl", ".json"), JsonLines),
     Format("a folder of datasets' save_to_disk", lambda path: _any(path, "dataset_dict.json", "state.json"), SavedDataset),
     Format("a Pascal VOC folder", lambda path: _any(path, "JPEGImages", "VOC*/JPEGImages"), VOC),
+    Format("a folder with images/ and masks/", lambda path: _any(path, IMAGES) and _any(path, MASKS), MaskedImages),
     Format("an ImageNet folder of class folders", lambda path: path.is_dir() and any(path.iterdir()), ImageFolder),
 )  # fmt: skip
 

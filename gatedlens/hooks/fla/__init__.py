@@ -8,11 +8,12 @@ What differs from one to the next is the mixer, a file each beside this one:
     retnet.py      decay of each head, fixed; rotary q and k
     hgrn2.py       decay of each number of a key, with a lower bound; the key is what it forgets
     delta_net.py   the delta rule, without a decay or with one a head
+    delta_product.py   the same, several steps a token
 
 Some layers may be softmax attention, rotary, over all positions or a window (`attn` in the config). Each mixer with short
 convs or none, with a gate or none, as the module has them. Wraps fla's GLAForCausalLM, RetNetForCausalLM, HGRN2ForCausalLM,
-DeltaNetForCausalLM, GatedDeltaNetForCausalLM and, of one step a token, GatedDeltaProductForCausalLM (a DeltaNet then, gated
-where it has a forget gate) by the names of their parameters (fla itself is not needed), and `FlaWeights` of formats/fla.py,
+DeltaNetForCausalLM, GatedDeltaNetForCausalLM and GatedDeltaProductForCausalLM (of one step a token a DeltaNet; gated where it
+has a forget gate) by the names of their parameters (fla itself is not needed), and `FlaWeights` of formats/fla.py,
 which holds their checkpoints.
 """
 
@@ -31,6 +32,7 @@ from gatedlens.errors import CheckpointError
 from gatedlens.formats.fla import FIELDS, KINDS, TINY, AttentionWords, FlaLayout, Sizes, attention_of, sizes_of, words
 from gatedlens.formats.transformers_config import config_of
 from gatedlens.hooks.fla.delta_net import DeltaNetMixer, GatedDeltaNetMixer
+from gatedlens.hooks.fla.delta_product import DeltaProductMixer, GatedDeltaProductMixer
 from gatedlens.hooks.fla.gla import GlaMixer
 from gatedlens.hooks.fla.hgrn2 import Hgrn2Mixer
 from gatedlens.hooks.fla.mixer import FlaConfig, FlaKind, FlaMixer
@@ -52,8 +54,12 @@ MIXERS: dict[str, type[FlaMixer]] = {
     "HGRN2": Hgrn2Mixer,
     "DeltaNet": DeltaNetMixer,
     "gated DeltaNet": GatedDeltaNetMixer,
+    "DeltaProduct": DeltaProductMixer,
+    "gated DeltaProduct": GatedDeltaProductMixer,
 }
-MODEL_TYPES = dict(zip(MIXERS, KINDS, strict=False))
+OF_SEVERAL_STEPS = {"DeltaNet": "DeltaProduct", "gated DeltaNet": "gated DeltaProduct"}
+MODEL_TYPES = dict(zip(MIXERS, (*KINDS, KINDS[-1]), strict=True))
+GROUPED = ("gated DeltaNet", *OF_SEVERAL_STEPS.values())  # whose heads may share their keys
 ATTENTION = {
     "attention": AttentionKind(head="q_head"),
     "windowed attention": AttentionKind(windowed=True, head="q_head"),
@@ -64,6 +70,7 @@ USUAL = (  # as the published checkpoints have them
     FlaKind("HGRN2", conv=False, gated=False),
     FlaKind("DeltaNet", conv=True, gated=False),
     FlaKind("gated DeltaNet", conv=True, gated=True),
+    FlaKind("gated DeltaProduct", conv=True, gated=True),
     *(FlaKind(attention, conv=False, gated=False) for attention in ATTENTION),
 )
 
@@ -73,12 +80,21 @@ def mixing_of(mixer: Wrapped) -> str:
     has = {*mixer._modules, *mixer._parameters}
     marks = {"gk_proj": "GLA", "f_proj": "HGRN2", "A_log": "gated DeltaNet", "b_proj": "DeltaNet"}
     otherwise = "RetNet" if has & set(RetentionMixer.norm_name) else "attention"  # which has no norm of its output
-    return next((mixing for mark, mixing in marks.items() if mark in has), otherwise)
+    found = next((mixing for mark, mixing in marks.items() if mark in has), otherwise)
+    return OF_SEVERAL_STEPS.get(found, found) if steps_of(mixer) > 1 else found
+
+
+def steps_of(mixer: Wrapped) -> int:
+    """How many steps a token takes in a wrapped mixer: how often its keys are as wide as its queries."""
+    if "b_proj" not in mixer._modules:
+        return 1
+    widths: list[int] = [projection.weight.shape[0] for projection in (mixer.k_proj, mixer.q_proj)]
+    return widths[0] // widths[1]
 
 
 def type_of(mixer: Wrapped, config: Mapping[str, Any]) -> str:
     """fla's model_type of a wrapped mixer. A DeltaProduct of one step is a DeltaNet by its parts, with words of its own."""
-    product = "gated_deltaproduct"
+    product = KINDS[-1]
     return product if config.get("model_type") == product else MODEL_TYPES[mixing_of(mixer)]
 
 
@@ -107,7 +123,7 @@ EVERY = tuple(
     FlaKind(mixing, conv, gated, grouped)
     for mixing in MIXERS
     for conv, gated, grouped in product((False, True), repeat=3)
-    if not (mixing == "HGRN2" and gated) and (mixing == "gated DeltaNet" or not grouped)
+    if not (mixing == "HGRN2" and gated) and (mixing in GROUPED or not grouped)
 )
 ROWS = {kind: block_points_of(kind) for kind in dict.fromkeys((*EVERY, *USUAL))}
 
@@ -117,7 +133,10 @@ class HookedFLA(PositionedModel):
 
     Heads (axis `head`) are those of the recurrences; those of layers of attention are `q_head`. Padding on either side or inside
     a row, and documents packed in a row, are as if each row stood alone. Heads of a recurrence that share keys and values
-    (num_kv_heads) and feature maps are refused by name, and so are DeltaProducts of several steps a token (num_householder).
+    (num_kv_heads) and feature maps are refused by name.
+
+    In a DeltaProduct each of a token's steps (axis `step`) has a content x of its own, and so a matrix: implicit attention has a
+    branch a step.
     """
 
     title = "Linear attention of fla"
@@ -133,6 +152,7 @@ class HookedFLA(PositionedModel):
             "state": 256,
             "tap": 4,
             "low": 16,
+            "step": 2,
             "d_mlp": 5632,
         },
     )
@@ -214,6 +234,12 @@ class HookedFLA(PositionedModel):
                     f"Layer {number} of {model_name} has {held[0]} numbers of queries and {held[1]} of values; its config says "
                     f"{groups * key} and {heads * value}."
                 )
+        steps, said = {steps_of(layer.attn) for layer in recurrent}, config.get("num_householder", 1)
+        if steps != {said if KINDS[-1] in types else 1}:
+            raise CheckpointError(
+                f"{model_name} has layers of {' and '.join(map(str, sorted(steps)))} steps a token (so often are its keys as "
+                f"wide as its queries); its config says num_householder {said}."
+            )
         convs = {layer.attn.q_conv1d.weight.shape[-1] for layer in layers if "q_conv1d" in layer.attn._modules}
         gla = [layer.attn for layer, kind in zip(layers, kinds, strict=True) if kind.mixing == "GLA"]
         return FlaConfig(
@@ -226,6 +252,7 @@ class HookedFLA(PositionedModel):
             d_head=value,
             n_groups=groups,
             d_state=key,
+            n_steps=steps.pop(),
             d_conv=max(convs, default=0),
             d_low=gla[0].gk_proj[0].weight.shape[0] if gla else 0,
             d_mlp=layers[0].mlp.up_proj.weight.shape[0],

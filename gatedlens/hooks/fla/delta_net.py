@@ -20,6 +20,7 @@ from gatedlens.hooks.fla.mixer import KEYS, FlaKind, FlaMixer
 from gatedlens.model.path import Content, Stage, Streams
 from gatedlens.model.run import Run
 from gatedlens.model.stages import SiLU
+from gatedlens.model.weights import linear
 from gatedlens.parts.delta_rule import UNIT_EPS, delta_terms, unit
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.terms import Terms
@@ -67,8 +68,15 @@ class DeltaNetMixer(FlaMixer):
     def entering(self) -> Stage:
         return SiLU(("q", "k"), of="conv" if self.kind.conv else "x")
 
+    def betas(self, n: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos *step head"]:
+        """beta, in front of its sigmoid."""
+        return F.linear(n, self.weights.b_proj.weight)
+
     def read_beside(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Streams:
-        return {"beta_pre": self.hook_beta_pre(F.linear(n, self.weights.b_proj.weight))}
+        return {"beta_pre": self.hook_beta_pre(self.betas(n))}
+
+    def named_weights(self) -> dict[str, Tensor]:
+        return {**linear("beta", self.weights.b_proj), **super().named_weights()}
 
     def select(self, u: Content, streams: Streams, run: Run) -> None:
         zero = run.padding.zero  # k and beta 0 at padding: nothing is written or erased

@@ -53,6 +53,7 @@ class FlaConfig(HookedConfig):
     kinds: tuple[FlaKind, ...]
     n_groups: int
     d_state: int
+    n_steps: int = 1  # that a token takes in a DeltaProduct
     d_conv: int = 0
     d_low: int = 0
     log_decay_divisor: float = 16.0  # GLA's
@@ -69,7 +70,13 @@ class FlaConfig(HookedConfig):
     @property
     def sizes(self) -> dict[str, int]:
         heads = {"channel": self.n_heads * self.d_head, "head": self.n_heads, "value": self.d_head}
-        keys = {"group": self.n_groups, "state": self.d_state, "tap": self.d_conv, "low": self.d_low}
+        keys = {
+            "group": self.n_groups,
+            "state": self.d_state,
+            "tap": self.d_conv,
+            "low": self.d_low,
+            "step": self.n_steps,
+        }
         attention = {
             "q_head": self.n_attention_heads,
             "kv_head": self.n_key_value_heads,
@@ -94,6 +101,7 @@ class FlaMixer(PathMixer):
     read: ClassVar[str] = "sum over state of q * state / sqrt(state.size)"
     decay: ClassVar[str] = "exp(log_decay) * (1 - reset)"
     norms_heads: ClassVar[bool] = True  # head by head, or all channels together
+    scan: ClassVar[Scan] = Scan()
 
     def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, cfg: FlaConfig):
         super().__init__(weights, rows, layer)
@@ -192,19 +200,20 @@ class FlaMixer(PathMixer):
         eps = eps_of(getattr(self.weights, self.norm), self.cfg.eps)
         groups, out = (self.heads if self.norms_heads else 1), ("normed" if self.kind.gated else "gated")
         gate = (Gate(wide_silu),) if self.kind.gated else ()
-        return (*conv, self.entering, Scan(), Named("y"), GroupNorm(groups, eps, name=self.norm, out=out), *gate)
+        return (*conv, self.entering, self.scan, Named("y"), GroupNorm(groups, eps, name=self.norm, out=out), *gate)
 
     def project(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Streams:
         zero, streams = run.padding.zero, {}
         for stream, name in self.projections.items():
-            given = zero(F.linear(n, getattr(self.weights, f"{name}_proj").weight))
-            if stream == "x":
-                streams["x"] = self.hook_x(given)
-            else:
-                streams[stream] = zero(self.fire(f"{stream}_pre", given.unflatten(-1, (-1, self.cfg.d_state))))
+            given = self.laid_out(stream, zero(F.linear(n, getattr(self.weights, f"{name}_proj").weight)))
+            streams[stream] = self.hook_x(given) if stream == "x" else zero(self.fire(f"{stream}_pre", given))
         if self.kind.gated:
             streams["gate_pre"] = self.hook_gate_pre(F.linear(n, self.weights.g_proj.weight))
         return {**streams, **self.read_beside(n, run)}
+
+    def laid_out(self, stream: str, x: Float[Tensor, "batch pos *wide"]) -> Float[Tensor, "batch pos ..."]:
+        """What a projection gives, with the axes that the stream has."""
+        return x if stream == "x" else x.unflatten(-1, (-1, self.cfg.d_state))
 
     def read_beside(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Streams:
         """What a mixer reads off the stream beside q, k, x and the gate."""
@@ -212,3 +221,9 @@ class FlaMixer(PathMixer):
 
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
         return self.weights.o_proj.weight, None
+
+    def named_weights(self) -> dict[str, Tensor]:
+        words = {"in" if stream == "x" else stream.upper(): name for stream, name in self.projections.items()}
+        words |= {"gate": "g"} if self.kind.gated else {}
+        read = {f"W_{word}": getattr(self.weights, f"{name}_proj").weight.mT for word, name in words.items()}
+        return {**read, **super().named_weights()}

@@ -23,7 +23,7 @@ from gatedlens.hooks.mamba2_hybrid.bamba import BAMBA
 from gatedlens.hooks.mamba2_hybrid.falcon_h1 import FALCON_H1
 from gatedlens.hooks.mamba2_hybrid.granite import GRANITE, NO_POSITIONS
 from gatedlens.hooks.mamba2_hybrid.nemotron_h import NEMOTRON_H
-from gatedlens.hooks.mamba2_hybrid.zamba2 import EMBED, ZAMBA2
+from gatedlens.hooks.mamba2_hybrid.zamba2 import ZAMBA2
 from gatedlens.model.base import Wrapped
 from gatedlens.parts.attention import CARRIED_WINDOW
 from gatedlens.parts.hybrid import HybridConfig, HybridModel, points_of
@@ -92,11 +92,6 @@ class HookedMamba2Hybrid(HybridModel):
     aliases = ALIASES
     carried: ClassVar = {**HookedMamba2.carried, **CARRIED_WINDOW, **NEXT_POSITION}
     cfg: Mamba2HybridConfig
-
-    @property
-    def hands_on(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The embedding, in Zamba2."""
-        return (EMBED,) if any(block.inner for block in self.blocks) else ()
 
     @classmethod
     def sizes_of_mixers(cls, wrapped: Wrapped, model_name: str) -> dict[str, int]:

@@ -32,6 +32,10 @@ class MultipliedMixer(Mamba2Mixer):
     def projected(self, n: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos some"]:
         return super().projected(n) * self.weights.mup_vector
 
+    def read_with(self) -> tuple[Float[Tensor, "some d_model"], Float[Tensor, " some"] | None]:
+        (weight, bias), by = super().read_with(), self.weights.mup_vector.flatten()
+        return weight * by.unsqueeze(-1), None if bias is None else bias * by
+
 
 def mamba(site: Site) -> MultipliedMixer:
     config, shape = site.config, Mamba2Shape.of(site.weights, site.config.to_dict())
@@ -65,8 +69,8 @@ def _kind(norm: str) -> str:
 def told(config: Any) -> Mapping[str, Any]:
     return {
         "d_mlp": config.intermediate_size,
-        "embedding_multiplier": config.embedding_multiplier,
-        "logits_multiplier": config.lm_head_multiplier,
+        "embedding_multiplier": float(config.embedding_multiplier),
+        "logits_multiplier": float(config.lm_head_multiplier),
     }
 
 

@@ -67,7 +67,7 @@ def told(config: Any) -> Mapping[str, Any]:
     return {
         "d_mlp": config.shared_intermediate_size,
         **(chosen | sizes if config.num_local_experts else {}),
-        "embedding_multiplier": config.embedding_multiplier,
+        "embedding_multiplier": float(config.embedding_multiplier),
         "logits_multiplier": 1 / config.logits_scaling,
         "positional_embedding_type": "rotary" if config.position_embedding_type == "rope" else "none",
     }

@@ -46,12 +46,13 @@ from gatedlens.model.base import Wrapped
 from gatedlens.model.block import Block, Sub, SubRows, residual_rows
 from gatedlens.model.hookpoint import rows_of
 from gatedlens.model.image import IMAGENET_MEAN, IMAGENET_STD
-from gatedlens.model.mixer import TokenMixing
+from gatedlens.model.mixer import TokenMixing, written
 from gatedlens.model.norm import NarrowNorm, Norm, norm_rows
 from gatedlens.model.padding import Padding
 from gatedlens.model.run import Run
 from gatedlens.model.state import RecurrentState
 from gatedlens.model.vision import HookedVisionModel, VisionConfig
+from gatedlens.model.weights import several
 from gatedlens.recurrence.factors import Factors
 from gatedlens.recurrence.scanning import at_least_float32
 
@@ -200,6 +201,10 @@ class ViMMixer(TokenMixing):
         if w.init_layer_scale is None:
             return weight, bias
         return weight * w.gamma.unsqueeze(1), None if bias is None else bias * w.gamma
+
+    def named_weights(self) -> dict[str, Tensor]:
+        w, channels = self.weights, self.weights.A_log.shape[0]
+        return {**several(w.in_proj.weight, w.in_proj.bias, {"in": channels, "gate": channels}), **written(self)}
 
     def forward(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
         w = self.weights

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gatedlens.address.composite import picked
 from gatedlens.address.entries import numbers
-from gatedlens.address.names import NamesFilter, Point
+from gatedlens.address.names import NamesFilter, Point, listed
 from gatedlens.address.point import MADE_OF, refuse_overlap
 from gatedlens.errors import InputError, PointError
 from gatedlens.model.base import HookedModel
@@ -164,9 +164,8 @@ def _without_pos(dims: tuple[str, ...]) -> list[str]:
 
 def resolve(model: HookedModel, names: NamesFilter) -> list[str]:
     """The full names of the points that `names` asks for, in firing order; a name for something computed is refused."""
-    for name in [names] if isinstance(names, str) else names if isinstance(names, list | tuple) else []:
-        if isinstance(name, str) and not any(c in name for c in "*?["):
-            found = model.names.find(name)
+    for name in listed(names) if isinstance(names, str | list | tuple) else []:
+        for found in model.names.hooked(name):
             if found.view is not None:
                 raise PointError(
                     f"{name!r} is computed from {', '.join(found.needs()) or 'parameters'} and not stored: harvest these."

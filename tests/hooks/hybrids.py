@@ -1,0 +1,35 @@
+"""A small model of every hybrid, in float64, for tests that go across what mixes their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+import gatedlens as gl
+from tests.hooks import test_mamba2_hybrid
+
+HYBRIDS: dict[str, Callable[[], Any]] = {
+    "Griffin": lambda: gl.HookedGriffin.tiny(seed=1, dtype=torch.float64),
+    "Qwen3-Next": lambda: gl.HookedQwen3Next.tiny(seed=1, dtype=torch.float64),
+    "Kimi Linear": lambda: gl.HookedKimiLinear.tiny(seed=1, dtype=torch.float64),
+    "OLMo-hybrid": lambda: gl.HookedOlmoHybrid.tiny(seed=1, dtype=torch.float64),
+    "Jamba": lambda: gl.HookedJamba.tiny(seed=1, dtype=torch.float64),
+    "Zamba": lambda: gl.HookedZamba.tiny(seed=1, dtype=torch.float64),
+    "mamba-ssm's": lambda: gl.HookedMambaSsmHybrid.tiny(seed=1, dtype=torch.float64),
+    "LFM2": lambda: gl.HookedLFM2.tiny(seed=1, dtype=torch.float64),
+    "Bamba": lambda: test_mamba2_hybrid.tiny("Bamba"),
+    "Granite": lambda: test_mamba2_hybrid.tiny("Granite"),
+    "Nemotron-H": lambda: test_mamba2_hybrid.tiny("Nemotron-H"),
+    "Falcon-H1": lambda: test_mamba2_hybrid.tiny("Falcon-H1"),
+    "Zamba2": lambda: test_mamba2_hybrid.tiny("Zamba2"),
+}
+TWO = ("Falcon-H1", "Zamba", "Zamba2")  # whose layers mix tokens twice
+
+
+@cache
+def hybrid(name: str) -> Any:
+    """The model of this name; tests leave it as it was."""
+    return HYBRIDS[name]()
