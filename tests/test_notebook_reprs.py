@@ -63,7 +63,7 @@ def test_values_of_analyses_show_themselves(recalled, tmp_path):
     assert "<img" in found._repr_html_() and "<img" in circuit._repr_html_() and "<img" in stack._repr_html_()
     assert "blocks.0.hook_mixer_in" in cache._repr_html_() and "KiB" in cache._repr_html_()
     assert "<img" in stack.abs_mean(progress=False)[0]._repr_html_()
-    store = gl.store.harvest(model, [clean], "blocks.1.mixer.hook_gated", tmp_path / "store", progress=False)
+    store = gl.store.harvest(model, clean.tolist(), "blocks.1.mixer.hook_gated", tmp_path / "store", progress=False)
     assert "blocks.1.mixer.hook_gated" in held(gl.store.open(tmp_path / "store")) and store is not None
 
 
@@ -107,7 +107,8 @@ def test_a_view_knows_its_axes_and_tokens(lm):
     x = example(lm)
     stack = gl.implicit_attention(lm, x)
     *_, A = stack
-    layer = A.layer if A.which in (None, "mixer") else f"{A.layer} {A.which}"
+    several = len(lm.blocks[A.layer].mixing) > 1
+    layer = f"{A.layer} {A.which}" if several else A.layer
     view = A.abs_mean()
     assert view.axes == ("batch", "dst", "src") and view.title == f"Implicit attention, layer {layer}"
     assert view.tokens is None, "rows of a batch have tokens of their own"

@@ -148,7 +148,9 @@ class ImplicitAttention:
     def legend(self, axes: str, shape: Sequence[int], **said: Sequence[Any]) -> Legend | None:
         """`A.legend("batch dst src", shape)`: what stands along the axes of a view; said: the names of other axes' entries."""
         some = "" if self.parts == NAMES else f": {' '.join(self.parts)}"
-        where = "" if self.model is None else f", layer {self.layer}{'' if self.which is None else f' {self.which}'}"
+        several = self.model is not None and len(self.model.blocks[self.layer].mixing) > 1
+        place = f" {self.which}" if several and self.which is not None else ""
+        where = "" if self.model is None else f", layer {self.layer}{place}"
         return Legend.of(f"Implicit attention{where}{some}", axes, shape, said, self.words)
 
     @property
