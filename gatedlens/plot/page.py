@@ -42,7 +42,7 @@ function show(i) {
     span.title = `${data.tokens[j]} at ${j}: ${said_of(j in row ? row[j] : 0)}`;
   });
   const best = row.map((v, j) => [Math.abs(v), j]).sort((a, b) => b[0] - a[0]).slice(0, 5);
-  ends.textContent = `red adds, up to ${said_of(top)}; blue subtracts, down to ${said_of(-top)}; white nothing`;
+  ends.textContent = `red adds, up to ${said_of(top)}; blue subtracts, down to ${said_of(-top)}; no colour: nothing`;
   said.textContent = `position ${i} attends most to: ` +
     best.map(([, j]) => `${data.tokens[j]} (${j}): ${said_of(row[j])}`).join(',  ');
 }

@@ -99,8 +99,14 @@ def _map(found: Result, ax: Any) -> Any:
     return ax.figure
 
 
-def _image(found: Result, ax: Any, ends: tuple[float, float], sides: str = "xy") -> Any:
-    """The colours of a Result with two axes, with labels on some sides."""
+def _image(
+    found: Result,
+    ax: Any,
+    ends: tuple[float, float],
+    sides: str = "xy",
+    rooms: tuple[float | None, float | None] = (None, None),
+) -> Any:
+    """The colours of a Result with two axes, with labels on some sides; rooms: inches of the axes (None: as they stand)."""
     values = found.values.detach().float().cpu()
     if is_log(found):
         from matplotlib.colors import LogNorm
@@ -110,9 +116,9 @@ def _image(found: Result, ax: Any, ends: tuple[float, float], sides: str = "xy")
     else:
         colours = "RdBu_r" if ends[0] < found.baseline else "Reds"
         shown = ax.imshow(values, aspect="auto", cmap=colours, vmin=ends[0], vmax=ends[1])
-    for side, axis in zip("yx", found.axes, strict=True):
+    for side, axis, inner in zip("yx", found.axes, rooms, strict=True):
         if side in sides:
-            label_axis(ax, side, found[axis])
+            label_axis(ax, side, found[axis], inner)
         else:
             (ax.set_xticks if side == "x" else ax.set_yticks)([])
     return shown
@@ -137,14 +143,14 @@ def _panels(found: Result, ax: Any) -> Any:
     rows, columns = (found.size(axis) for axis in found.axes[1:])
     width = room(columns, 0.16, 1.6, 6.0 if size <= FEW else 3.6)
     height = room(rows, 0.16, 1.2, 6.0 if size <= FEW else 3.0 if size <= 24 else 2.2)
-    figure, axes = grid(size, width + (1.0 if size <= FEW else 0.3), height + (0.9 if size <= FEW else 0.4))
+    figure, axes = grid(size, width + (1.3 if size <= FEW else 0.3), height + (1.2 if size <= FEW else 0.4), 1.2)
     ends, many = limits(found), size > FEW
     for i, row in enumerate(axes):
         for j, one in enumerate(row):
             place = i * len(axes[0]) + j
             below = i + 1 < len(axes) and j < len(axes[i + 1])
             sides = ("" if many and j else "y") + ("" if many and below else "x")
-            shown = _image(found._without(first, found.values[place]), one, ends, sides)
+            shown = _image(found._without(first, found.values[place]), one, ends, sides, (height, width))
             plain(one.set_title(f"{first} {label(found[first][place])}", fontsize=10))
             if "y" in sides:
                 plain(one.set_ylabel(found.axes[1]))

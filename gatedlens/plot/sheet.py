@@ -27,9 +27,9 @@ def sheet(width: float, height: float) -> Any:
     return _picture(width, height).subplots()
 
 
-def grid(count: int, width: float, height: float) -> tuple[Any, list[list[Any]]]:
+def grid(count: int, width: float, height: float, beside: float = 0.0) -> tuple[Any, list[list[Any]]]:
     """(figure, rows of panels): `count` panels of a size, in rows that make the whole about one and a half times as wide as
-    high, and no wider than `WIDEST`. What is left over of the last row is empty.
+    high, and no wider than `WIDEST`. What is left over of the last row is empty; `beside` is for a bar that all share.
     """
 
     def off(columns: int) -> float:
@@ -38,7 +38,7 @@ def grid(count: int, width: float, height: float) -> tuple[Any, list[list[Any]]]
 
     columns = min(range(1, max(2, min(count, int(WIDEST // width)) + 1)), key=off)
     rows = -(-count // columns)
-    figure = _picture(columns * width, rows * height + 0.5)
+    figure = _picture(columns * width + beside, rows * height + 0.5)
     axes = [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
     for ax in axes[-1][columns - (rows * columns - count) :]:
         ax.remove()
