@@ -18,8 +18,7 @@ from gatedlens.errors import CheckpointError, GatedlensError, HookError, InputEr
 from gatedlens.late import late
 from gatedlens.version import __version__
 
-# What knows torch is loaded when it is first asked for: an import, and `gatedlens --help`, need not wait for it. Checkers
-# and editors read the imports, Python the table of the same names; the modules of `__all__` need no line in it.
+# What knows torch is loaded when first asked for. Checkers read the imports, Python the table of the same names (but modules).
 if TYPE_CHECKING:
     from gatedlens import ablation, amplify, attribution, circuits, data, evaluation, fused, knockout, layers, lens, metrics
     from gatedlens import patching, plot, profiles, states, steering, store, tasks, tracing
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from gatedlens.loading import bundled_models, from_pretrained, wrap
     from gatedlens.model import ActivationCache, HookPoint, HookedConfig, HookedLanguageModel, HookedModel, RecurrentState
     from gatedlens.model.vision import HookedVisionModel
-    from gatedlens.result import Result
+    from gatedlens.result import Result, Results
     from gatedlens.verification import Verification, verify
 else:
     __getattr__ = late(__name__, {
@@ -47,7 +46,7 @@ else:
         ),
         "inspection": ("Inspection", "inspect"), "loading": ("bundled_models", "from_pretrained", "wrap"),
         "model": ("ActivationCache", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "RecurrentState"),
-        "model.vision": ("HookedVisionModel",), "result": ("Result",), "verification": ("Verification", "verify"),
+        "model.vision": ("HookedVisionModel",), "result": ("Result", "Results"), "verification": ("Verification", "verify"),
     })
 
 __all__ = [
@@ -56,10 +55,10 @@ __all__ = [
     "HookedLFM2", "HookedLanguageModel", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid", "HookedMambaSsmHybrid",
     "HookedModel", "HookedOlmoHybrid", "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7", "HookedViM",
     "HookedVisionModel", "HookedZamba", "ImplicitAttention", "InputError", "Inspection", "Point", "PointError", "RecurrentState",
-    "Result", "StoreError", "TooLargeError", "Verification", "View", "__version__", "ablation", "amplify", "attribution",
-    "bundled_models", "circuits", "data", "evaluation", "from_pretrained", "fused", "implicit_attention", "inspect", "knockout",
-    "layers", "lens", "metrics", "patching", "plot", "profiles", "register", "states", "steering", "store", "tasks", "tracing",
-    "verify", "wrap",
+    "Result", "Results", "StoreError", "TooLargeError", "Verification", "View", "__version__", "ablation", "amplify",
+    "attribution", "bundled_models", "circuits", "data", "evaluation", "from_pretrained", "fused", "implicit_attention",
+    "inspect", "knockout", "layers", "lens", "metrics", "patching", "plot", "profiles", "register", "states", "steering", "store",
+    "tasks", "tracing", "verify", "wrap",
 ]
 # isort: on
 # fmt: on

@@ -21,6 +21,7 @@ import torch
 from gatedlens.address.point import Point
 from gatedlens.errors import InputError, in_bytes
 from gatedlens.loading import HubOption, skeleton
+from gatedlens.markup import card, table
 from gatedlens.model.base import HookedModel
 from gatedlens.model.config import dtype_of
 from gatedlens.model.hookpoint import ATTENTION, CONV, EXPERTS, MLP, RECURRENT
@@ -35,7 +36,7 @@ else:
     Inspected = Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection:
     """What `inspect` found; `print` shows it as lines, `to_dict()` is what --json prints."""
 
@@ -60,6 +61,19 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """`gl.inspect(name).to_dict()`: all of it as JSON holds it."""
         return asdict(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"Inspection({self.model}: {self.architecture}, {len(self.layers)} layers, {self.parameters:,} parameters)"
+        )
+
+    def _repr_html_(self) -> str:
+        runs = [(kinds, len(list(same))) for kinds, same in groupby(self.layers)]
+        facts = {"architecture": self.architecture, "opened as": f"gl.{self.opened_as}", "dtype": self.dtype}
+        facts |= {"parameters": f"{self.parameters:,} ({in_bytes(self.weight_bytes)})", "d_model": f"{self.d_model:,}"}
+        facts |= {f"cache of {self.tokens:,} tokens": in_bytes(self.cache_bytes), "state": in_bytes(self.state_bytes)}
+        heavy = table(["heaviest points", "bytes"], [(name, in_bytes(size)) for name, size in self.largest])
+        return card(f"Inspection: {self.model}", facts, table(["what stands there", "layers"], runs), heavy)
 
     def __str__(self) -> str:
         runs = [(kinds, len(list(same))) for kinds, same in groupby(self.layers)]

@@ -183,13 +183,14 @@ def _chosen(values: Float[Tensor, "batch d_vocab"], tokens: Tokens, what: str) -
 class AtPosition:
     """`gl.metrics.AtPosition(lambda logits: logits[:, 3] - logits[:, 5], -1)`: a metric of one position a row.
 
-    of: logits there [batch, d_vocab] -> one number a row. reads: the position, or one a row. It is called with logits of all
-    positions, or [batch, d_vocab] of these alone.
+    of: logits there [batch, d_vocab] -> one number a row. reads: the position, or one a row. name: what pictures call it. It is
+    called with logits of all positions, or [batch, d_vocab] of these alone.
     """
 
-    def __init__(self, of: Callable[[Float[Tensor, "batch d_vocab"]], Tensor], reads: Positions = -1):
+    def __init__(self, of: Callable[[Float[Tensor, "batch d_vocab"]], Tensor], reads: Positions = -1, name: str = ""):
         self.of = of
         self.reads = reads
+        self.name = name
 
     def __call__(self, logits: Float[Tensor, "batch *pos d_vocab"]) -> Float[Tensor, " batch"]:
         return self.of(at_position(logits, self.reads))
@@ -200,22 +201,24 @@ def logit(token: Tokens, pos: Positions = -1) -> Metric:
 
     token: an id for all rows or one a row. pos: a real position, or one a row (a classifier has none).
     """
-    return AtPosition(lambda here: _chosen(here, token, "token"), pos)
+    return AtPosition(lambda here: _chosen(here, token, "token"), pos, "logit")
 
 
 def logit_difference(right: Tokens, wrong: Tokens, pos: Positions = -1) -> Metric:
     """`gl.metrics.logit_difference(right, wrong)`: logit[right] - logit[wrong] at `pos`, one number a row."""
-    return AtPosition(lambda here: _chosen(here, right, "right") - _chosen(here, wrong, "wrong"), pos)
+    return AtPosition(
+        lambda here: _chosen(here, right, "right") - _chosen(here, wrong, "wrong"), pos, "logit difference"
+    )
 
 
 def log_probability(token: Tokens, pos: Positions = -1) -> Metric:
     """`gl.metrics.log_probability(token)`: log softmax(logits)[token] at `pos`, in nats."""
-    return AtPosition(lambda here: _chosen(here.log_softmax(-1), token, "token"), pos)
+    return AtPosition(lambda here: _chosen(here.log_softmax(-1), token, "token"), pos, "log probability")
 
 
 def probability(token: Tokens, pos: Positions = -1) -> Metric:
     """`gl.metrics.probability(token)`: softmax(logits)[token] at `pos`, from 0 to 1."""
-    return AtPosition(lambda here: _chosen(here.softmax(-1), token, "token"), pos)
+    return AtPosition(lambda here: _chosen(here.softmax(-1), token, "token"), pos, "probability")
 
 
 def kl(reference: Float[Tensor, "batch *pos d_vocab"], pos: Positions = -1) -> Metric:
@@ -231,7 +234,7 @@ def kl(reference: Float[Tensor, "batch *pos d_vocab"], pos: Positions = -1) -> M
         want, have = (at_position(one, pos).log_softmax(-1) for one in (own.to(logits), logits))
         return (want.exp() * (want - have)).sum(-1)
 
-    return metric
+    return _named(metric, "KL divergence")
 
 
 def loss(tokens: Int[Tensor, "batch pos"], mask: Shaped[Tensor, "batch pos"] | None = None) -> Metric:
@@ -250,12 +253,16 @@ def loss(tokens: Int[Tensor, "batch pos"], mask: Shaped[Tensor, "batch pos"] | N
             raise InputError("loss by row needs two tokens in every row: one to read and one to predict.")
         return losses.sum(1) / targets
 
-    return metric
+    return _named(metric, "loss")
 
 
 def cross_entropy(labels: Tokens) -> Metric:
     """`gl.metrics.cross_entropy(labels)`: -log softmax(logits)[label] of a classifier, in nats."""
-    return lambda logits: F.cross_entropy(at_position(logits), _one_a_row(labels, logits, "labels"), reduction="none")
+
+    def metric(logits: Float[Tensor, "batch *pos d_vocab"]) -> Float[Tensor, " batch"]:
+        return F.cross_entropy(at_position(logits), _one_a_row(labels, logits, "labels"), reduction="none")
+
+    return _named(metric, "cross-entropy")
 
 
 def normalised(
@@ -275,8 +282,24 @@ def normalised(
         raise InputError(f"The metric is {high:.6g} in the clean and in the corrupted run: nothing to normalise by.")
     if isinstance(metric, AtPosition):
         of = metric.of
-        return AtPosition(lambda here: (of(here) - low) / (high - low), metric.reads)
-    return lambda logits: (metric(logits) - low) / (high - low)
+        return AtPosition(lambda here: (of(here) - low) / (high - low), metric.reads, f"normalised {name_of(metric)}")
+    return _named(lambda logits: (metric(logits) - low) / (high - low), f"normalised {name_of(metric)}")
+
+
+# -- what one is called ---------------------------------------------------------------------------------------------
+
+
+def _named(metric: Metric, name: str) -> Metric:
+    metric.__name__ = name
+    return metric
+
+
+def name_of(metric: UserMetric) -> str:
+    """`name_of(gl.metrics.logit_difference(1, 2))`: "logit difference": what pictures call it: a function of yours by its name,
+    "metric" where it has none.
+    """
+    said = metric.name if isinstance(metric, AtPosition) else getattr(metric, "__name__", "")
+    return "metric" if said in ("", "<lambda>") else said.replace("_", " ")
 
 
 # -- calling one ----------------------------------------------------------------------------------------------------

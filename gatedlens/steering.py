@@ -6,6 +6,7 @@
     anger.on(model, scale=4, pos=slice(-1, None))        # from the prompt's last position on
     anger.on(model, scale=4, head=2)                     # in one head alone, of a point that has heads
     anger.on(model, scale=4, pos=-1)                     # at the prompt's last position, once (a tensor: one a row)
+    anger * 4, -anger, anger + fear                      # vectors again
     anger.save("anger.safetensors"); SteeringVector.load("anger.safetensors"); anger.cosine(other)
 
 A vector of states (`mixer.hook_state`) is added to what is written, `mixer.hook_write`: state_t = decay_t state_{t-1} +
@@ -35,11 +36,12 @@ from gatedlens.address.names import Name
 from gatedlens.address.positions import Positions, mask_of, one_a_row
 from gatedlens.errors import CheckpointError, InputError, PointError
 from gatedlens.files import Fields, read_tensors
+from gatedlens.markup import card
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
 from gatedlens.model.hookpoint import HookPoint
 from gatedlens.model.intervention import Intervention, edit
-from gatedlens.options import checked
+from gatedlens.options import checked, is_number
 from gatedlens.runs import inputs
 
 __all__ = ["SteeringVector", "vector"]
@@ -112,7 +114,43 @@ class SteeringVector:
     def __repr__(self) -> str:
         return f"SteeringVector({self.name}, {list(self.vector.shape)}, norm {self.norm:.4g})"
 
+    def _repr_html_(self) -> str:
+        facts = {"shape": list(self.vector.shape), "norm": self.norm, **self.facts}
+        return card(f"SteeringVector: {self.name}", facts)
+
     # -- as a vector ---------------------------------------------------------------------------------------------
+
+    def __mul__(self, factor: int | float) -> SteeringVector:
+        """`anger * 4`: the same direction, so many times as long."""
+        if not is_number(factor):
+            return NotImplemented
+        return replace(self, vector=self.vector * factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, factor: int | float) -> SteeringVector:
+        """`anger / 2`"""
+        return self * (1 / factor) if is_number(factor) else NotImplemented
+
+    def __neg__(self) -> SteeringVector:
+        """`-anger`: the other way."""
+        return self * -1
+
+    def __add__(self, other: SteeringVector) -> SteeringVector:
+        """`anger + fear`, of the same point. InputError for vectors of two points, or of two shapes."""
+        if not isinstance(other, SteeringVector):
+            return NotImplemented
+        if (self.name, self.vector.shape) != (other.name, other.vector.shape):
+            raise InputError(
+                f"{self!r} and {other!r} are of two points: they cannot be one vector. Steer with both: "
+                "`a.intervention() + b.intervention()`."
+            )
+        facts = {key: said for key, said in self.facts.items() if other.facts.get(key) == said}
+        return replace(self, vector=self.vector + other.vector.to(self.vector), facts=facts)
+
+    def __sub__(self, other: SteeringVector) -> SteeringVector:
+        """`anger - fear`"""
+        return self + -other if isinstance(other, SteeringVector) else NotImplemented
 
     @property
     def norm(self) -> float:

@@ -38,6 +38,7 @@ from gatedlens.attention.checking import off
 from gatedlens.attention.stack import implicit_attention
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.loading import from_pretrained
+from gatedlens.markup import card, table
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Batch, Input
 from gatedlens.model.language import HookedLanguageModel
@@ -83,7 +84,7 @@ class Claim:
         return "not asked" if self.error is None else "holds" if self.passed else "fails"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification:
     """What `verify` found: claims in order; `print` shows a table, `to_dict()` is what --json prints."""
 
@@ -109,6 +110,21 @@ class Verification:
         """`gl.verify(model).to_dict()`: all of it as JSON holds it."""
         claims = [{**asdict(claim), "verdict": claim.verdict} for claim in self.claims]
         return {"model": self.model, "dtype": self.dtype, "passed": self.passed, "claims": claims}
+
+    def __repr__(self) -> str:
+        failed = [claim.name for claim in self.claims if not claim.passed]
+        said = f"fails: {', '.join(failed)}" if failed else "every claim holds"
+        return f"Verification({self.model}, {self.dtype}, {len(self.claims)} claims: {said})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (claim.name, "" if claim.error is None else claim.error, claim.limit, claim.verdict, claim.why)
+            for claim in self.claims
+        ]
+        facts = {"dtype": self.dtype, "": "every claim holds" if self.passed else "NOT AS CLAIMED"}
+        return card(
+            f"Verification: {self.model}", facts, table(["claim", "error", "limit", "verdict", "why"], rows, 40)
+        )
 
     def __str__(self) -> str:
         width = max(len(claim.name) for claim in self.claims)

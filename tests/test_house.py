@@ -20,7 +20,7 @@ PACKAGE = Path(gl.__file__).parent
 
 # From the cellar up: a room may import what stands on a floor below it. The words never import each other.
 FLOORS = (
-    {"errors", "files", "foreign", "late", "options", "version"},
+    {"errors", "files", "foreign", "late", "markup", "options", "version"},
     {"address", "recurrence", "result"},
     # what a mixer hands to mamba-ssm's kernels; what a vendor's module makes of its weight; two runs, a rule an operation
     {"fused", "weights", "secant"},

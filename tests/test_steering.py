@@ -253,3 +253,17 @@ def test_a_vector_of_one_head(leaf):
         pass
     with pytest.raises(gl.InputError, match="batch=0: a vector has no rows"):
         steering.vector(model, example(model), example(model), name, batch=0)
+
+
+def test_vectors_add_up_and_scale():
+    a = SteeringVector(NAME, torch.tensor([1.0, -2.0]), {"model": "m", "positive": 1})
+    b = SteeringVector(NAME, torch.tensor([0.5, 4.0]), {"model": "m", "positive": 2})
+    sums = ((a + b, [1.5, 2.0]), (a - b, [0.5, -6.0]))
+    for found, want in ((a * 4, [4.0, -8.0]), (4 * a, [4.0, -8.0]), (a / 2, [0.5, -1.0]), (-a, [-1.0, 2.0]), *sums):
+        assert isinstance(found, SteeringVector) and found.name == NAME and found.vector.tolist() == want
+    assert (a * 4).facts == a.facts and (a + b).facts == {"model": "m"}
+    with pytest.raises(gl.InputError, match="are of two points"):
+        a + SteeringVector("blocks.1.hook_resid_post", torch.tensor([1.0, 1.0]))
+    for wrong in (lambda: a * "4", lambda: a + 1, lambda: a * b):
+        with pytest.raises(TypeError):
+            wrong()

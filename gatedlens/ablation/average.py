@@ -3,27 +3,35 @@
     averages = gl.ablation.means(model, batches, ["blocks.*.mixer.hook_gate"])
     averages["blocks.3.mixer.hook_gate"]                            # 1 1 channel
     with gl.ablation.mean("blocks.*.mixer.hook_gate", averages).on(model): ...
+    averages.save("means.safetensors"); gl.ablation.Means.load("means.safetensors")
 
 Padding takes no part. `per_position` keeps the positions apart.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from gatedlens.address.names import Name, listed
-from gatedlens.errors import InputError, PointError, did_you_mean
+from gatedlens.errors import CheckpointError, InputError, PointError, did_you_mean
+from gatedlens.files import Fields, read_tensors, write_whole
+from gatedlens.markup import card, table
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
 from gatedlens.model.hookpoint import HookPoint, Saver
 from gatedlens.options import checked
 from gatedlens.runs import inputs
+
+COUNTS = ("rows", "positions")
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,44 @@ class Means(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"Means({len(self)} points, {self.rows} rows, {self.positions} positions: {', '.join(list(self)[:3])})"
+
+    def _repr_html_(self) -> str:
+        facts = {"points": len(self), "rows": self.rows, "positions": self.positions}
+        rows = [(name, list(mean.shape), float(mean.norm())) for name, mean in self.by_name.items()]
+        return card("Means" + " by position" * self.per_position, facts, table(["point", "shape", "norm"], rows))
+
+    # -- on disk -------------------------------------------------------------------------------------------------
+
+    @checked
+    def save(self, path: str | Path) -> Path:
+        """`averages.save("means.safetensors")`: write the means and of how many they are, as safetensors; returns the path."""
+        facts = {"rows": self.rows, "positions": self.positions, "per_position": self.per_position}
+        tensors = {name: mean.detach().cpu().contiguous() for name, mean in self.by_name.items()}
+        write_whole(Path(path), to_bytes(tensors, {"gatedlens": "means", "facts": json.dumps(facts)}))
+        return Path(path)
+
+    @staticmethod
+    @checked
+    def load(path: str | Path) -> Means:
+        """`Means.load("means.safetensors")`: what `save` wrote. CheckpointError for a file that holds none."""
+        tensors, meta = read_tensors(path)
+        if meta.get("gatedlens") != "means":
+            raise CheckpointError(f"{path} holds no saved Means: it holds {', '.join(list(tensors)[:5])}.")
+        told = Fields(meta, "Means", path, CheckpointError).get("facts", "JSON of how many they are of", is_json)
+        facts = Fields(json.loads(told), "Means", f"{path}, field 'facts',", CheckpointError)
+        rows, positions = (facts.get(one, "a whole number", lambda v: type(v) is int and v >= 0) for one in COUNTS)
+        by_position = facts.get("per_position", "true or false", lambda v: isinstance(v, bool))
+        for name, mean in tensors.items():
+            if not mean.is_floating_point():
+                raise CheckpointError(f"{path} holds no saved Means: {name} holds {mean.dtype}.")
+        return Means(tensors, rows, positions, by_position)
+
+
+def is_json(text: object) -> bool:
+    try:
+        return isinstance(json.loads(str(text)), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 @dataclass

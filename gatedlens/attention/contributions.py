@@ -17,7 +17,7 @@ A (`without`, `only`) is left out of F. Nothing of size [channel, pos, pos] is b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.factors import NAMES, Factors
 from gatedlens.recurrence.operator import Branch
 from gatedlens.result.labelled_tensor import labelled
+from gatedlens.result.legend import Legend
 
 # `layer.py` builds contributions and is imported after this file, so its class stands here for type checkers alone.
 if TYPE_CHECKING:
@@ -60,6 +61,13 @@ class Contributions:
     def __repr__(self) -> str:
         batch, length, _ = self.attention.shape
         return f"Contributions({self.attention!r} -> batch {batch}, dst {length}, src {length}, d_model {len(self.weight)})"
+
+    @checked
+    def legend(self, axes: str, shape: Sequence[int]) -> Legend | None:
+        """`c.legend("batch dst src", shape)`: what stands along the axes of a view, as in `ImplicitAttention.legend`."""
+        said = self.attention.legend(axes, shape)
+        of = "Contributions" + ("" if self.back is None else f" by the tap {self.back} back")
+        return None if said is None else replace(said, title=said.title.replace("Implicit attention", of, 1))
 
     @property
     def weight(self) -> Float[Tensor, "d_model channel"]:
@@ -134,7 +142,7 @@ class Contributions:
     # -- all pairs -----------------------------------------------------------------------------------------------
 
     @checked
-    @labelled("norm of the contribution")
+    @labelled("norm of the contribution", "batch dst src")
     def norms(self, progress: bool = False, max_bytes: int | None = DENSE_LIMIT) -> Float[Tensor, "batch dst src"]:
         """`c.norms()`: [batch, dst, src], |F[i, j]| for all pairs, a block of destinations at a time. Refuses what takes
         more than `max_bytes` on the way.
@@ -168,7 +176,7 @@ class Contributions:
             yield total
 
     @checked
-    @labelled("contribution along the direction")
+    @labelled("contribution along the direction", "batch dst src")
     def along(
         self, direction: Float[Tensor, " d_model"], max_bytes: int | None = DENSE_LIMIT
     ) -> Float[Tensor, "batch dst src"]:

@@ -31,7 +31,8 @@ from gatedlens.options import checked, tensor_of
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.factors import NAMES, Factors
 from gatedlens.recurrence.operator import Branch, branch_of
-from gatedlens.result.labelled_tensor import labelled, with_label
+from gatedlens.result.labelled_tensor import LabelledTensor, labelled, with_label
+from gatedlens.result.legend import Legend
 
 # For type checkers alone: an operator made of factors of one's own has no model, and most of it works without one.
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ ABS_ELEMENTS = 1 << 23  # numbers of a dense piece behind abs_mean(): 32 MiB of 
 MEAN = "attention (mean over channels)"  # what the numbers of a view are, for the pictures of it
 ABS_MEAN = "|attention| (mean over channels)"
 OF_A_HEAD = "of a head"  # in place of "over channels", where heads are asked for
+SHOWN = 128  # positions of an attention that shows its picture by itself
 PAPERS = {"unified": ("gate", "scan", "act", "conv"), "hidden": ("scan",)}
 
 
@@ -131,6 +133,25 @@ class ImplicitAttention:
         b, p, c = self.shape
         name = f"{self.model.cfg.model_name}, layer {self.layer}"
         return f"ImplicitAttention({name}: {' '.join(self.parts)}; batch {b}, pos {p}, channel {c})"
+
+    def _repr_html_(self) -> str | None:
+        batch, length, _ = self.shape
+        view = self.mean() if batch == 1 and length <= SHOWN else None
+        return view._repr_html_() if isinstance(view, LabelledTensor) else None
+
+    @checked
+    def words(self, row: int = 0) -> list[str]:
+        """`A.words(row=0)`: the tokens that it is of, as strings, where there are any; else the positions' numbers."""
+        return words_of(self.model, self.tokens, row, self.shape[1])
+
+    @checked
+    def legend(self, axes: str, shape: Sequence[int], **said: Sequence[Any]) -> Legend | None:
+        """`A.legend("batch dst src", shape)`: what stands along the axes of a view; said: the names of other axes' entries."""
+        some = "" if self.parts == NAMES else f": {' '.join(self.parts)}"
+        several = self.model is not None and len(self.model.blocks[self.layer].mixing) > 1
+        place = f" {self.which}" if several and self.which is not None else ""
+        where = "" if self.model is None else f", layer {self.layer}{place}"
+        return Legend.of(f"Implicit attention{where}{some}", axes, shape, said, self.words)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -296,7 +317,7 @@ class ImplicitAttention:
         afford(f"{what} at {length} positions", size, max_bytes, instead)
 
     @checked
-    @labelled("attention (of one channel)")
+    @labelled("attention (of one channel)", "batch channel dst src")
     def dense(
         self, channels: Index | None = None, max_bytes: int | None = DENSE_LIMIT, heads: Index | None = None
     ) -> Float[Tensor, "batch channel dst src"]:
@@ -328,12 +349,12 @@ class ImplicitAttention:
             def own(A: ImplicitAttention) -> Tensor:
                 return A.weighted(weights[list(A.channels or ())], max_bytes=None)
 
-            return with_label(self._by_head(heads, "weighted()", max_bytes, own), f"{said[:-1]} {OF_A_HEAD})")
+            return self._of_heads(self._by_head(heads, "weighted()", max_bytes, own), said, heads)
         self.afford("weighted()", AT_ONCE, max_bytes)
         weights = weights.to(self.branches[0].x)
         total = self._sum(lambda branch, turn: _turn_both(branch.weighted(weights).unsqueeze(1), turn))
         total = self.unpacked(total).squeeze(1)
-        return with_label(total.mT if self.transposed else total, said)
+        return self._over_channels(total.mT if self.transposed else total, said)
 
     @checked
     def mean(
@@ -344,11 +365,11 @@ class ImplicitAttention:
         """
         if heads is not None:
             found = self._by_head(heads, "mean()", max_bytes, lambda A: A.mean(max_bytes=None))
-            return with_label(found, f"{MEAN[:-1]} {OF_A_HEAD})")
+            return self._of_heads(found, MEAN, heads)
         self.afford("mean()", AT_ONCE, max_bytes)
         channels = self.shape[2]
         total = self.weighted(self.branches[0].x.new_full((channels,), 1 / channels), max_bytes=None)
-        return with_label(total, MEAN)
+        return self._over_channels(total, MEAN)
 
     @checked
     def abs_mean(
@@ -359,18 +380,30 @@ class ImplicitAttention:
         """
         if heads is not None:
             found = self._by_head(heads, "abs_mean()", max_bytes, lambda A: A.abs_mean(max_bytes=None))
-            return with_label(found, f"{ABS_MEAN[:-1]} {OF_A_HEAD})")
+            return self._of_heads(found, ABS_MEAN, heads)
         self.afford("abs_mean()", AT_ONCE, max_bytes)
         batch, length, channels = self.shape
         tiled = self._absolute()
         if tiled is not None:
-            return with_label(tiled / channels, ABS_MEAN)
+            return self._over_channels(tiled / channels, ABS_MEAN)
         size = max(1, ABS_ELEMENTS // (batch * length * length))
         total = self.branches[0].x.new_zeros(batch, length, length)
         for start in range(0, channels, size):
             dense = self.dense(range(channels)[start : start + size], max_bytes=None)
             total = total + torch.linalg.vector_norm(dense, ord=1, dim=1)
-        return with_label(total / channels, ABS_MEAN)
+        return self._over_channels(total / channels, ABS_MEAN)
+
+    def _over_channels(self, view: Tensor, label: str) -> Tensor:
+        """A view [batch dst src] under its label."""
+        found: Tensor = with_label(view, label, self.legend("batch dst src", view.shape))
+        return found
+
+    def _of_heads(self, view: Tensor, label: str, heads: Index) -> Tensor:
+        """A view [batch head dst src] under its label."""
+        chosen = numbers("heads", heads, self.n_heads, "the layer")
+        legend = self.legend("batch head dst src", view.shape, head=chosen)
+        found: Tensor = with_label(view, f"{label[:-1]} {OF_A_HEAD})", legend)
+        return found
 
     def _absolute(self) -> Float[Tensor, "batch dst src"] | None:
         """The sum over channels of absolute values; None where it takes each channel's matrix: several branches that mix, or a
@@ -415,7 +448,7 @@ class ImplicitAttention:
         return self.channels_of(heads)
 
     @checked
-    @labelled("attention (mean over a group of channels)")
+    @labelled("attention (mean over a group of channels)", "batch group dst src")
     def grouped(
         self, groups: Sequence[Any], max_bytes: int | None = DENSE_LIMIT
     ) -> Float[Tensor, "batch group dst src"]:
@@ -438,6 +471,15 @@ class ImplicitAttention:
             return x
         x = x.gather(2, rank[:, None, :, None].expand_as(x)).gather(3, rank[:, None, None, :].expand_as(x))
         return x * (mask[:, None, :, None] & mask[:, None, None, :]).to(x.dtype)
+
+
+def words_of(model: Any, tokens: Tensor | None, row: int, length: int) -> list[str]:
+    """The tokens of a row as strings; the positions' numbers where the input was none."""
+    if tokens is None or tokens.ndim != 2:
+        return [str(position) for position in range(length)]
+    if model is None or model.tokenizer is None:
+        return [str(token) for token in tokens[row].tolist()]
+    return list(model.to_str_tokens(tokens[row]))
 
 
 def points_of(mixer: Any, layer: int) -> list[str]:

@@ -16,32 +16,24 @@ Rows of padding, and rows in which everything is zero, are left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gatedlens.address.entries import Index
+from gatedlens.address.entries import Index, numbers
 from gatedlens.attention.layer import ImplicitAttention
 from gatedlens.attention.limits import AT_ONCE, DENSE_LIMIT
 from gatedlens.errors import InputError
 from gatedlens.options import checked
+from gatedlens.result.bundle import Bundle
 
 CHUNK_ELEMENTS = 1 << 22  # numbers in one chunk of dense matrices
 
 
-class Profile(NamedTuple):
-    """distance [..., pos]: the profile P, the share of the attention at each distance.
-
-    half_life: the distance within which half of P lies: the number of nearest distances (0, 1, ...) that hold half of
-    it, interpolated; of exponentially decaying attention it is the decay's half-life in tokens. mean_distance: sum of
-    d P[d]. effective_context: mean over rows of exp(entropy of p_i), the number of positions that a row reads as if
-    evenly. sharpness: mean over rows of 1 - entropy of p_i / log(number of positions where it looks): 1 for a single
-    position, 0 for an even spread; rows that have but one position to look at are left out.
-    """
-
+class _Profile(NamedTuple):
     distance: Float[Tensor, "*some pos"]
     half_life: Float[Tensor, "*some"]
     mean_distance: Float[Tensor, "*some"]
@@ -49,11 +41,29 @@ class Profile(NamedTuple):
     sharpness: Float[Tensor, "*some"]
 
 
-class Induction(NamedTuple):
-    """score: how much of the attention goes where induction would look; chance: how much an even spread would send."""
+class Profile(Bundle, _Profile):
+    """distance [..., pos]: the profile P, the share of the attention at each distance.
 
+    half_life: the distance within which half of P lies: the number of nearest distances (0, 1, ...) that hold half of
+    it, interpolated; of exponentially decaying attention it is the decay's half-life in tokens. mean_distance: sum of
+    d P[d]. effective_context: mean over rows of exp(entropy of p_i), the number of positions that a row reads as if
+    evenly. sharpness: mean over rows of 1 - entropy of p_i / log(number of positions where it looks): 1 for a single
+    position, 0 for an even spread; rows that have but one position to look at are left out. See `Bundle`.
+    """
+
+    __slots__ = ()
+    last: ClassVar[Mapping[str, str]] = {"distance": "distance"}
+
+
+class _Induction(NamedTuple):
     score: Float[Tensor, "*some"]
     chance: Float[Tensor, "*some"]
+
+
+class Induction(Bundle, _Induction):
+    """score: how much of the attention goes where induction would look; chance: how much an even spread would send; `Bundle`."""
+
+    __slots__ = ()
 
 
 @checked
@@ -63,7 +73,8 @@ def of_layer(attention: ImplicitAttention, max_bytes: int | None = DENSE_LIMIT) 
     """
     _afford("profile", attention, max_bytes)
     weights = attention.abs_mean(max_bytes=None).unsqueeze(1)
-    return Profile(*(field.squeeze(1) for field in _profile(weights, attention)))
+    found = Profile(*(field.squeeze(1) for field in _profile(weights, attention)))
+    return found.named(_title("Profile", attention), "batch")
 
 
 @checked
@@ -76,7 +87,8 @@ def of_channels(
     every field [batch, channel]. Chunked over channels.
     """
     _afford("profiles of channels", attention, max_bytes)
-    return Profile(*_by_channel(attention, channels, lambda weights: _profile(weights, attention)))
+    found = Profile(*_by_channel(attention, channels, lambda weights: _profile(weights, attention)))
+    return found.named(_title("Profile", attention), "batch channel", _numbered(attention, channels))
 
 
 @checked
@@ -85,7 +97,8 @@ def of_heads(attention: ImplicitAttention, heads: Index | None = None, max_bytes
     over its channels; every field [batch, head]. PointError for a layer without heads.
     """
     _afford("profiles of heads", attention, max_bytes)
-    return _profile(_of_heads(attention, heads, max_bytes), attention)
+    found = _profile(_of_heads(attention, heads, max_bytes), attention)
+    return found.named(_title("Profile", attention), "batch head", {"head": _heads(attention, heads)})
 
 
 @checked
@@ -103,7 +116,8 @@ def induction(
     """
     _afford("induction", attention, max_bytes)
     weights = attention.abs_mean(max_bytes=None).unsqueeze(1)
-    return Induction(*(f.squeeze(1) for f in _induction(weights, attention, tokens)))
+    found = Induction(*(f.squeeze(1) for f in _induction(weights, attention, tokens)))
+    return found.named(_title("Induction", attention), "batch")
 
 
 @checked
@@ -115,7 +129,8 @@ def induction_of_channels(
 ) -> Induction:
     """`gl.profiles.induction_of_channels(A).score`: [batch, channel], `induction` of each channel."""
     _afford("induction of channels", attention, max_bytes)
-    return Induction(*_by_channel(attention, channels, lambda weights: _induction(weights, attention, tokens)))
+    found = Induction(*_by_channel(attention, channels, lambda weights: _induction(weights, attention, tokens)))
+    return found.named(_title("Induction", attention), "batch channel", _numbered(attention, channels))
 
 
 @checked
@@ -129,7 +144,26 @@ def induction_of_heads(
     PointError for a layer without heads.
     """
     _afford("induction of heads", attention, max_bytes)
-    return _induction(_of_heads(attention, heads, max_bytes), attention, tokens)
+    found = _induction(_of_heads(attention, heads, max_bytes), attention, tokens)
+    return found.named(_title("Induction", attention), "batch head", {"head": _heads(attention, heads)})
+
+
+# -- what they are called -------------------------------------------------------------------------------------------
+
+
+def _title(what: str, attention: ImplicitAttention) -> str:
+    where = "" if attention.model is None else f" of {attention.model.cfg.model_name}, layer {attention.layer}"
+    return f"{what}{where}"
+
+
+def _heads(attention: ImplicitAttention, heads: Index | None) -> list[int]:
+    return numbers("heads", slice(None) if heads is None else heads, attention.n_heads, "the layer")
+
+
+def _numbered(attention: ImplicitAttention, channels: int | slice | list[int] | None) -> dict[str, Sequence[int]]:
+    """The numbers of the channels in the layer."""
+    some = attention if channels is None else attention.select(channels)
+    return {} if some.channels is None else {"channel": some.channels}
 
 
 # -- the definitions ------------------------------------------------------------------------------------------------

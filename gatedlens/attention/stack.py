@@ -19,7 +19,7 @@ An operator is derived from the cache when it is asked for, and not kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, overload
@@ -32,10 +32,11 @@ from tqdm.auto import tqdm
 from gatedlens.address.entries import Index, numbers
 from gatedlens.address.layers import START, Layers, Mixers, Where, layer_of, layers_of, mixers_of
 from gatedlens.attention.checking import Check, worst
-from gatedlens.attention.layer import ImplicitAttention, points_of
+from gatedlens.attention.layer import SHOWN, ImplicitAttention, points_of, words_of
 from gatedlens.attention.limits import AT_ONCE, DENSE_LIMIT
 from gatedlens.attention.profiles import Profile, induction, induction_of_heads, of_heads, of_layer
 from gatedlens.errors import InputError
+from gatedlens.markup import card, picture, table
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
 from gatedlens.model.cache import ActivationCache
@@ -43,8 +44,11 @@ from gatedlens.model.language import OF_INPUT, HookedLanguageModel
 from gatedlens.options import checked, is_whole, taking
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.factors import NAMES
-from gatedlens.result.labelled_tensor import label_of, labelled, with_label
+from gatedlens.result.labelled_tensor import LabelledTensor, label_of, labelled, with_label
+from gatedlens.result.legend import Legend
+from gatedlens.result.result import Result
 
+MOST_SHOWN = 24  # layers of a stack that shows its picture by itself
 INSTEAD = (
     "Ask for fewer layers (`stack[2:5]`), for `stack[layer].row(i)` or `@ x`, for fewer positions, or raise max_bytes."
 )
@@ -160,6 +164,31 @@ class AttentionStack:
         layers = f"[{', '.join(map(str, self.names))}]"
         return f"AttentionStack({self.cache.model.cfg.model_name}, layers {layers}{of}: {' '.join(self.parts)})"
 
+    def _repr_html_(self) -> str:
+        batch, length, _ = self._first.shape
+        rows = [
+            (name, type(one.mixer).__name__, one.shape[2], " ".join(one.parts), len(one.branches))
+            for name, one in zip(self.names, self, strict=True)
+        ]
+        facts = {"layers": len(self), "rows": batch, "positions": length}
+        inner = table(["layer", "mixer", "channels", "factors", "branches"], rows, 6)
+        view = self.mean(progress=False) if batch == 1 and length <= SHOWN and len(self) <= MOST_SHOWN else None
+        drawn = "" if view is None else picture(lambda: _result(view[:, 0]).plot())
+        return card(f"AttentionStack: {self.cache.model.cfg.model_name}", facts, inner, drawn)
+
+    @checked
+    def words(self, row: int = 0) -> list[str]:
+        """`stack.words(row=0)`: the tokens that it is of, as strings, where there are any; else the positions' numbers."""
+        tokens = self.cache.tokens
+        length = 0 if tokens is not None and tokens.ndim == 2 else self._first.shape[1]
+        return words_of(self.cache.model, tokens, row, length)
+
+    @checked
+    def legend(self, axes: str, shape: Sequence[int], **said: Sequence[Any]) -> Legend | None:
+        """`stack.legend("batch dst src", shape)`: what stands along a view's axes; said: as in `ImplicitAttention.legend`."""
+        some = "" if self.parts == NAMES else f": {' '.join(self.parts)}"
+        return Legend.of(f"Implicit attention{some}", axes, shape, {"layer": self.names, **said}, self.words)
+
     # -- which factors -------------------------------------------------------------------------------------------
 
     def only(self, *parts: str) -> AttentionStack:
@@ -221,14 +250,17 @@ class AttentionStack:
     def _stacked(self, view: str, progress: bool, max_bytes: int | None, heads: Index | None) -> Tensor:
         """A view of every layer, under what the view itself says it is."""
         first = self._first
-        each = 1 if heads is None else len(numbers("heads", heads, first.n_heads, repr(first)))
-        self._afford(f"{view}()", 2 * len(self) * each, max_bytes)
+        chosen = [0] if heads is None else numbers("heads", heads, first.n_heads, repr(first))
+        self._afford(f"{view}()", 2 * len(self) * len(chosen), max_bytes)
 
         def of(attention: ImplicitAttention) -> Tensor:
             return attention.mean(None, heads) if view == "mean" else attention.abs_mean(None, heads)
 
         found = list(self.each(of, view, progress))
-        return with_label(torch.stack(found), label_of(found[0]) or "attention")
+        whole = torch.stack(found)
+        axes = "layer batch dst src" if heads is None else "layer batch head dst src"
+        legend = self.legend(axes, whole.shape, head=chosen)
+        return with_label(whole, label_of(found[0]) or "attention", legend)
 
     @checked
     def layer_mean(
@@ -240,7 +272,8 @@ class AttentionStack:
         self._afford("layer_mean()", 2, max_bytes)
         total = reduce(torch.add, self.each(_abs_mean if absolute else _mean, "layer mean", progress))
         said = "|attention|" if absolute else "attention"
-        mean: Tensor = with_label(total / len(self), f"{said} (mean over channels and layers)")
+        legend = self.legend("batch dst src", total.shape)
+        mean: Tensor = with_label(total / len(self), f"{said} (mean over channels and layers)", legend)
         return mean
 
     def check(self) -> Check:
@@ -253,7 +286,7 @@ class AttentionStack:
             self._first.afford(f"{what} of {len(self)} layers", AT_ONCE + matrices, max_bytes, INSTEAD)
 
     @checked
-    @labelled("rollout of the attention (mean over channels)")
+    @labelled("rollout of the attention (mean over channels)", "batch dst src")
     def rollout(
         self, start_layer: int | None = None, progress: bool = True, max_bytes: int | None = DENSE_LIMIT
     ) -> Float[Tensor, "batch dst src"]:
@@ -293,7 +326,15 @@ class AttentionStack:
         """
         bar = tqdm(self, total=len(self), disable=not progress, desc="profiles", unit="layer")
         found = [of_layer(one, max_bytes) if heads is None else of_heads(one, heads, max_bytes) for one in bar]
-        return Profile(*(torch.stack(values) for values in zip(*found, strict=True)))
+        whole = Profile(*(torch.stack(values) for values in zip(*found, strict=True)))
+        return whole.named(f"Profiles of {self.cache.model.cfg.model_name}", *self._axes(heads))
+
+    def _axes(self, heads: Index | None) -> tuple[str, dict[str, Sequence[Any]]]:
+        """The axes of what is layer by layer a number a row, or one a head, and what stands along them."""
+        if heads is None:
+            return "layer batch", {"layer": self.names}
+        first = self._first
+        return "layer batch head", {"layer": self.names, "head": numbers("heads", heads, first.n_heads, repr(first))}
 
     @checked
     def induction(
@@ -312,7 +353,15 @@ class AttentionStack:
                 return induction(one, tokens, max_bytes).score
             return induction_of_heads(one, heads, tokens, max_bytes).score
 
-        return torch.stack(list(self.each(score, "induction", progress)))
+        whole = torch.stack(list(self.each(score, "induction", progress)))
+        axes, said = self._axes(heads)
+        legend = Legend.of(f"Induction of {self.cache.model.cfg.model_name}", axes, whole.shape, said)
+        return with_label(whole, "induction score", legend)
+
+
+def _result(view: Tensor) -> Result:
+    assert isinstance(view, LabelledTensor)
+    return view.result()
 
 
 def _mean(attention: ImplicitAttention) -> Tensor:

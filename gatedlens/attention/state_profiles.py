@@ -40,43 +40,24 @@ from gatedlens.recurrence.micro_steps import at_step
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.recurrence.states import walk
 from gatedlens.recurrence.terms import Terms
+from gatedlens.result.bundle import Bundle
+from gatedlens.result.labelled_tensor import with_label
+from gatedlens.result.legend import Legend
 
 
-class Rewrite(NamedTuple):
-    """What the step of a token makes of the state, in shares of the state before it; each [batch, pos, head].
-
-    relative: |S_t - S_{t-1}| / |S_{t-1}|. Its three parts, whose tensors (not their sizes) sum to the change: decayed, what the
-    decay takes, |(1 - decay_t) S_{t-1}|; erased, |erase_t (probe_t . S_{t-1})|, 0 without a delta rule; written, |write_t|.
-    NaN at padding and where there is no state before (a document's first position): take `.nanmean(1)`.
-    Where a token takes several steps (DeltaProduct), each part is the sum of what its steps do.
-    """
-
+class _Rewrite(NamedTuple):
     relative: Float[Tensor, "batch pos head"]
     decayed: Float[Tensor, "batch pos head"]
     erased: Float[Tensor, "batch pos head"]
     written: Float[Tensor, "batch pos head"]
 
 
-class Collisions(NamedTuple):
-    """What the probe of a token i meets of the key of an earlier one j; each [batch, head, dst, src], 0 but for j before i.
-
-    cosine: |probe_i . key_j| / (|probe_i| |key_j|), 1 where i looks just where j wrote. found: what the probe finds of j's
-    content in the state as it is, probe_i . (what the steps between have left of key_j): sum over j of found[i, j] u_j is
-    probe_i . S_{i-1}, which erase_i takes away. Both are 0 between documents. Where a token takes n steps (DeltaProduct), dst and
-    src are those of (pos step), step innermost.
-    """
-
+class _Collisions(NamedTuple):
     cosine: Float[Tensor, "batch head dst src"]
     found: Float[Tensor, "batch head dst src"]
 
 
-class StateRank(NamedTuple):
-    """How many directions a state holds, by its singular values s_1 >= s_2 ...; each [batch, pos, head].
-
-    effective: exp(entropy of s_i / sum s), Roy and Vetterli 2007, as if so many were equal. above: how many are larger than
-    `threshold` s_1. Both are 0 of a state that is all zero, and NaN at padding.
-    """
-
+class _StateRank(NamedTuple):
     effective: Float[Tensor, "batch *pos head"]
     above: Float[Tensor, "batch *pos head"]
 
@@ -102,7 +83,8 @@ def rewrite(cache: ActivationCache, layer: int, scan: str | None = None) -> Rewr
             known = (size > 0) & ~run.begins[:, some][:, :: run.steps].unsqueeze(-1)
             changes = (run.of_positions(change) for change in (states - before, decayed, erased, write))
             parts.append([torch.where(known, _size(change) / size, torch.nan) for change in changes])
-    return Rewrite(*(run.laid_out(torch.cat(field, dim=1)) for field in zip(*parts, strict=True)))
+    found = Rewrite(*(run.laid_out(torch.cat(field, dim=1)) for field in zip(*parts, strict=True)))
+    return found.named(_title("Rewriting of the state", run.attention), "batch pos head", words=run.attention.words)
 
 
 @checked
@@ -133,7 +115,9 @@ def collisions(
         probes, keys = directions
         cosine = (probes @ keys.mT).abs() * run.same_document.unsqueeze(1)
     found = F.pad(found[:, :, :-1], (0, 0, 1, 0))
-    return Collisions(run.unpacked(cosine.tril(-1)), run.unpacked(found))
+    whole = Collisions(run.unpacked(cosine.tril(-1)), run.unpacked(found))
+    words = attention.words if run.steps == 1 else None
+    return whole.named(_title("Collisions", attention), "batch head dst src", {"head": chosen}, words)
 
 
 @checked
@@ -151,7 +135,10 @@ def decay_half_life(cache: ActivationCache, layer: int, scan: str | None = None)
     mean = None if factors.scan is None else factors.scan.mean_log_decay(real.flip(1) if factors.reverse else real)
     if mean is None:
         raise InputError(_stateless("decay_half_life", attention, factors.scan))
-    return (-torch.log(mean.new_tensor(2.0)) / mean.clamp(max=-0.0)).to(factors.x.dtype).abs()
+    found = (-torch.log(mean.new_tensor(2.0)) / mean.clamp(max=-0.0)).to(factors.x.dtype).abs()
+    legend = Legend.of(_title("Half-life of the state", attention), "batch head key", found.shape)
+    half_life: Tensor = with_label(found, "tokens until half is left", legend)
+    return half_life
 
 
 @checked
@@ -180,6 +167,8 @@ def state_rank(
             "matrix: it has no rank. gl.profiles.decay_half_life and rewrite say what becomes of it."
         )
     chosen = slice(None) if heads is None else _chosen(attention, heads)
+    named = {} if by_channel or heads is None else {"head": _chosen(attention, heads)}
+    called = (_title("Rank of the state", attention), "batch pos head" if pos is None else "batch head", named)
     rows = torch.arange(len(run.u), device=run.u.device)
     wanted = None if pos is None else run.packed(attention.place(pos, "pos"))
     found: list[Tensor] = []
@@ -197,9 +186,10 @@ def state_rank(
                 places.append(mine)
             found.append(torch.linalg.svdvals(matrices))
     if wanted is None:
-        return StateRank(*(run.laid_out(each) for each in _ranks(torch.cat(found, dim=1), threshold)))
+        ranks = StateRank(*(run.laid_out(each) for each in _ranks(torch.cat(found, dim=1), threshold)))
+        return ranks.named(*called, words=attention.words)
     values = torch.cat(found)[torch.cat(places).argsort()]
-    return StateRank(*_ranks(values, threshold))
+    return StateRank(*_ranks(values, threshold)).named(*called)
 
 
 # -- what they are made of ------------------------------------------------------------------------------------------
@@ -317,6 +307,10 @@ def _stateless(what: str, attention: ImplicitAttention, scan: ScanMatrix | None)
     return f"{what}: layer {attention.layer} of {model.cfg.model_name} is {keeps} and has no state that tokens rewrite.{others}"
 
 
+def _title(what: str, attention: ImplicitAttention) -> str:
+    return f"{what} of {attention.model.cfg.model_name}, layer {attention.layer}"
+
+
 def _chosen(attention: ImplicitAttention, heads: Index) -> list[int]:
     where = f"Layer {attention.layer} of {attention.model.cfg.model_name}"
     return numbers("heads", heads, attention.n_heads, where)
@@ -340,3 +334,37 @@ def _ranks(
     shares = values / torch.where(total > 0, total, 1)
     effective = torch.special.entr(shares).sum(-1).exp() * (total.squeeze(-1) > 0)
     return effective, (values > threshold * values[..., :1]).sum(-1).to(values.dtype)
+
+
+class Rewrite(Bundle, _Rewrite):
+    """What the step of a token makes of the state, in shares of the state before it; each [batch, pos, head].
+
+    relative: |S_t - S_{t-1}| / |S_{t-1}|. Its three parts, whose tensors (not their sizes) sum to the change: decayed, what the
+    decay takes, |(1 - decay_t) S_{t-1}|; erased, |erase_t (probe_t . S_{t-1})|, 0 without a delta rule; written, |write_t|.
+    NaN at padding and where there is no state before (a document's first position): take `.nanmean(1)`.
+    Where a token takes several steps (DeltaProduct), each part is the sum of what its steps do.
+    """
+
+    __slots__ = ()
+
+
+class Collisions(Bundle, _Collisions):
+    """What the probe of a token i meets of the key of an earlier one j; each [batch, head, dst, src], 0 but for j before i.
+
+    cosine: |probe_i . key_j| / (|probe_i| |key_j|), 1 where i looks just where j wrote. found: what the probe finds of j's
+    content in the state as it is, probe_i . (what the steps between have left of key_j): sum over j of found[i, j] u_j is
+    probe_i . S_{i-1}, which erase_i takes away. Both are 0 between documents. Where a token takes n steps (DeltaProduct), dst and
+    src are those of (pos step), step innermost.
+    """
+
+    __slots__ = ()
+
+
+class StateRank(Bundle, _StateRank):
+    """How many directions a state holds, by its singular values s_1 >= s_2 ...; each [batch, pos, head].
+
+    effective: exp(entropy of s_i / sum s), Roy and Vetterli 2007, as if so many were equal. above: how many are larger than
+    `threshold` s_1. Both are 0 of a state that is all zero, and NaN at padding.
+    """
+
+    __slots__ = ()

@@ -14,6 +14,7 @@ It is a Result (see `result.py`), so it stands wherever a tensor does.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -111,14 +112,20 @@ class Attribution(Result):
             places[found] = torch.arange(len(found))
         return ranks
 
-    def plot(self, ax: Axes | None = None, row: int = 0) -> Figure | Html:  # type: ignore[override]
+    def plot(  # type: ignore[override]
+        self,
+        ax: Axes | None = None,
+        row: int = 0,
+        pos: slice | Sequence[int] | None = None,
+        backend: str = "html",
+    ) -> Figure | Html:
         """`found.plot(row=0)`: the text with each token coloured by its score (`plot.Html`), or a map over the image (a
-        Figure).
+        Figure). pos: some positions of a text; backend: "plotly" for plotly's figure of one.
         """
         from gatedlens import plot
 
         if self.axes not in (TEXT, IMAGE):
-            return super().plot(ax)
+            return super().plot(ax, "matplotlib" if backend == "html" else backend)
         if not -len(self.scores) <= row < len(self.scores):
             raise InputError(f"row={row}: this attribution has {len(self.scores)} rows.")
         title = f"{self.title} (row {row})" if len(self.scores) > 1 else self.title
@@ -127,12 +134,16 @@ class Attribution(Result):
             if real is not None:
                 scores = scores[torch.tensor(real[row], device=scores.device)]
                 tokens = [token for token, kept in zip(tokens, real[row], strict=True) if kept]
-            return plot.text(scores, tokens, title)
+            return plot.text(scores, tokens, title, pos, self.value, backend)
         if self.images is None or self.grid is None:
             raise InputError(
                 "This attribution was loaded without its image: plot.over_image(scores[row], image, grid)."
             )
         return plot.over_image(self.scores[row], self.images[row], self.grid, title, self.value, ax=ax)
+
+    def _picture(self) -> str:
+        without = self.axes == IMAGE and (self.images is None or self.grid is None)
+        return "" if without else super()._picture()
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{axis} {size}" for axis, size in zip(self.axes, self.values.shape, strict=True))

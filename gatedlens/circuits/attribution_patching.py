@@ -35,16 +35,16 @@ from gatedlens.model.language import OF_INPUT, HookedLanguageModel
 from gatedlens.options import checked, taking
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.result import Result
+from gatedlens.result.results import Results
 from gatedlens.runs import inputs
 from gatedlens.runs.cells import layer_of
 from gatedlens.runs.engine import Earlier, Effort
-from gatedlens.runs.gradients import Listener, between, by_secants, collected, listen, on_the_way
+from gatedlens.runs.gradients import Listener, approximate_rise, between, by_secants, collected, listen, on_the_way
 from gatedlens.runs.pair import Pair, steps_of, subtracting
 
 Names = (
     Callable[[str], bool] | Sequence[str] | None
 )  # names that stand for several points: their Results come as a dict
-APPROXIMATE = "approximate rise of the metric"
 BETWEEN = "Attribution patching, by secants between the two runs"
 OVER_INPUT = "Attribution patching, integrated over the input"
 OVER_ACTIVATION = "Attribution patching, integrated over the activation"
@@ -73,7 +73,7 @@ def attribution_patch(
     rule: str = ...,
     max_bytes: int | None = ...,
     **options: Any,
-) -> dict[str, Result]: ...
+) -> Results: ...
 @taking(HookedLanguageModel.forward, only=OF_INPUT)
 @checked
 def attribution_patch(
@@ -86,12 +86,12 @@ def attribution_patch(
     rule: str = "gradient",
     max_bytes: int | None = CACHE_LIMIT,
     **options: Any,
-) -> Result | dict[str, Result]:
+) -> Result | Results:
     """`attribution_patch(model, clean, corrupted, metric, "blocks.*.hook_resid_pre")`: a Result with axes layer, pos.
 
     clean, corrupted: texts, ids, pairs (ids, mask) or images, of one shape and padded alike. metric: logits -> one number a row.
     names: a name, alias or glob that stands for one point in one or more layers gives a Result; a list of these, a
-    predicate, or None (every point that is not lazy) a dict of Results by the points' names in their blocks. Lazy points
+    predicate, or None (every point that is not lazy) `Results`, a dict by the points' names in their blocks. Lazy points
     take part when named. keep: the axes that remain, where a point has them ("batch" too); the others are summed, rows
     averaged. max_bytes: refuse to hold more than this of the clean run; two runs' activations are never held, only their
     difference. rule: "gradient", that of the corrupted run; or "secant", the secant between both runs in its place (see
@@ -107,7 +107,8 @@ def attribution_patch(
     correlation over all cells 0.70 to 0.85; in up to one prompt of ten the answer's own position is not the largest.
     Small effects it ranks well: over all cells 0.85 to 0.99.
     """
-    secant, pair, points = by_secants(rule), Pair.of(model, clean, corrupted, options), _Points(model, names, keep)
+    secant, pair = by_secants(rule), Pair.of(model, clean, corrupted, options)
+    points = _Points(model, names, keep, approximate_rise(metric))
     if secant:
         scores, found = _Scores(pair, points, pair.differences(points.names, max_bytes)), dict[str, Tensor]()
         with fused.off():
@@ -147,7 +148,7 @@ def attribution_patch_ig(
     results: Earlier = None,
     max_bytes: int | None = ...,
     **options: Any,
-) -> dict[str, Result]: ...
+) -> Results: ...
 @taking(HookedLanguageModel.forward, only=OF_INPUT)
 @checked
 def attribution_patch_ig(
@@ -162,7 +163,7 @@ def attribution_patch_ig(
     results: Earlier = None,
     max_bytes: int | None = CACHE_LIMIT,
     **options: Any,
-) -> Result | dict[str, Result]:
+) -> Result | Results:
     """`attribution_patch_ig(model, clean, corrupted, metric, "hook_embed", steps=5)`: gradients integrated over the input.
 
     As `attribution_patch`, the gradient a mean over `steps` runs whose embeddings lie between corrupted and clean: `steps`
@@ -174,7 +175,11 @@ def attribution_patch_ig(
     Hanna et al. 2024 (arXiv 2403.17806), sec. 3: EAP-IG, at activations instead of edges. Measured as above: 0.86 to 0.98 and
     0.97 to 0.99; but small effects are those of the corrupted run, and over all cells ranks agree to 0.56 to 0.74 only.
     """
-    pair, points, shares = Pair.of(model, clean, corrupted, options), _Points(model, names, keep), steps_of(steps)
+    pair, points, shares = (
+        Pair.of(model, clean, corrupted, options),
+        _Points(model, names, keep, approximate_rise(metric)),
+        steps_of(steps),
+    )
     scores = _Scores(pair, points, pair.differences(points.names, max_bytes))
     hook = on_the_way(pair)
 
@@ -215,7 +220,7 @@ def attribution_patch_ig_activations(
     results: Earlier = None,
     max_bytes: int | None = ...,
     **options: Any,
-) -> dict[str, Result]: ...
+) -> Results: ...
 @taking(HookedLanguageModel.forward, only=OF_INPUT)
 @checked
 def attribution_patch_ig_activations(
@@ -230,7 +235,7 @@ def attribution_patch_ig_activations(
     results: Earlier = None,
     max_bytes: int | None = CACHE_LIMIT,
     **options: Any,
-) -> Result | dict[str, Result]:
+) -> Result | Results:
     """`attribution_patch_ig_activations(model, clean, corrupted, metric, "blocks.*.hook_mixer_out", steps=5)`: gradients
     integrated over the activation.
 
@@ -243,7 +248,11 @@ def attribution_patch_ig_activations(
     A point's scores sum to the effect of patching it whole as steps grow. Marks et al. 2024 (Sparse feature circuits, arXiv
     2403.19647), eq. 3. Measured as above: 0.97 to 1.00 and 0.99 to 1.00; 0.55 to 0.79 over all.
     """
-    pair, points, shares = Pair.of(model, clean, corrupted, options), _Points(model, names, keep), steps_of(steps)
+    pair, points, shares = (
+        Pair.of(model, clean, corrupted, options),
+        _Points(model, names, keep, approximate_rise(metric)),
+        steps_of(steps),
+    )
     scores = _Scores(pair, points, pair.differences(points.names, max_bytes))
 
     def one(number: int) -> Tensor:
@@ -271,8 +280,9 @@ def _baselines(metric: Metric, clean: Tensor, corrupted: Tensor) -> dict[str, An
 class _Points:
     """The points that are asked for, by rows: `found["mixer.hook_gate"]` are its full names, one a layer."""
 
-    def __init__(self, model: HookedModel, names: NamesFilter, keep: Sequence[str]):
+    def __init__(self, model: HookedModel, names: NamesFilter, keep: Sequence[str], value: str):
         self.model = model
+        self.value = value  # what a score is
         self.keep = (keep,) if isinstance(keep, str) else tuple(keep)
         self.names = _full_names(model, names)
         self.single = isinstance(names, str) or is_placed(names)
@@ -313,15 +323,11 @@ class _Points:
         total = product.sum(gone) if gone else product
         return total if "batch" in self.keep else total / product.shape[0]
 
-    def results(
-        self, scores: Mapping[str, Tensor], title: str, pair: Pair, facts: dict[str, Any]
-    ) -> Result | dict[str, Result]:
+    def results(self, scores: Mapping[str, Tensor], title: str, pair: Pair, facts: dict[str, Any]) -> Result | Results:
         """One Result a point of a block; that one by itself where `names` was a string."""
         told = {"model": self.model.cfg.model_name, **facts}
-        every = {
-            row: self._result(row, scores, title, {"pos": inputs.labels(self.model, pair.clean)}, told)
-            for row in self.found
-        }
+        labels = {"pos": inputs.labels(self.model, pair.clean)}
+        every = Results({row: self._result(row, scores, title, labels, told) for row in self.found})
         return next(iter(every.values())) if self.single else every
 
     def _result(
@@ -333,7 +339,7 @@ class _Points:
         if layer_of(names[0]) is None:  # a point outside the blocks
             values, axes = values[0], axes[1:]
         shown = {axis: given[axis] for axis in axes if axis in given}
-        return Result(values, axes, shown, f"{title}: {row}", APPROXIMATE, {**facts, "point": row})
+        return Result(values, axes, shown, f"{title}: {row}", self.value, {**facts, "point": row})
 
 
 def _full_names(model: HookedModel, names: NamesFilter) -> list[str]:
@@ -396,9 +402,8 @@ class _Scores:
         shape = (*map(len, axes.values()), max(one.numel() for one in self.like.values()))
         values = torch.full(shape, torch.nan, dtype=torch.float64)
         facts = {"model": self.points.model.cfg.model_name, "steps": steps}
-        return Result(
-            values, (*axes, "entry"), {axis: list(said) for axis, said in axes.items()}, title, APPROXIMATE, facts
-        )
+        labels = {axis: list(said) for axis, said in axes.items()}
+        return Result(values, (*axes, "entry"), labels, title, self.points.value, facts)
 
     def flat(self, names: Sequence[str], found: Mapping[str, Tensor]) -> Float[Tensor, "point entry"]:
         """The scores of some points, in float64, which holds those of every dtype as they are."""

@@ -25,11 +25,13 @@ from gatedlens.circuits.faithfulness import EdgePatch
 from gatedlens.circuits.graph import Edge
 from gatedlens.errors import InputError
 from gatedlens.files import Fields, read_json, write_json
-from gatedlens.foreign import Axes, Figure
+from gatedlens.foreign import Axes, DataFrame, Figure
+from gatedlens.markup import card, picture, table
 from gatedlens.metrics import Metric
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
 from gatedlens.options import checked
+from gatedlens.plot.backends import plotly
 from gatedlens.result.result import Result
 from gatedlens.runs.engine import Earlier, Effort
 
@@ -241,14 +243,30 @@ class Circuit:
         """`Circuit.load("circuit.json")`: what `save` wrote; InputError for a file that holds none."""
         return cls.from_dict(read_json(path, "circuit"), path)
 
-    def plot(self, ax: Axes | None = None) -> Figure:
-        """`circuit.plot()`: a matplotlib Figure, that of `ax` if given.
+    def to_dataframe(self) -> DataFrame:
+        """`circuit.to_dataframe()`: a pandas DataFrame: a row an edge, the strongest first: sender, receiver (pos), score."""
+        import pandas
+
+        return pandas.DataFrame(self._rows(self.edges), columns=[*self.scores.axes, "score"])
+
+    def _rows(self, edges: Sequence[Edge]) -> list[list[Any]]:
+        return [[*edge[: self.kept.ndim], self.score(*edge)] for edge in edges]
+
+    @checked
+    def plot(self, ax: Axes | None = None, backend: str = "matplotlib") -> Figure:
+        """`circuit.plot()`: a matplotlib Figure, that of `ax` if given; backend="plotly": one to hover over.
 
         Nodes stand in running order from embed to logits; edges are as wide as their scores are large, red for positive.
         """
         from gatedlens.circuits import drawing
 
-        return drawing.draw(self, ax)
+        return drawing.hovered(self) if plotly(backend, ax) else drawing.draw(self, ax)
+
+    def _repr_html_(self) -> str:
+        every = int((~self.scores.values.isnan()).sum())
+        facts = {"edges": f"{len(self)} of {every}", "nodes": f"{len(self.nodes)} of {len(self.graph)}"}
+        strongest = table([*self.scores.axes, "score"], self._rows(self.edges[:8]))
+        return card(f"Circuit: {self.scores.title}", facts, strongest, picture(self.plot))
 
 
 def _doubling(n: int) -> list[int]:

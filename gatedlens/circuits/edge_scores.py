@@ -36,10 +36,8 @@ from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.result import Result
 from gatedlens.runs.cells import Plan
 from gatedlens.runs.engine import Earlier, Effort
-from gatedlens.runs.gradients import Listener, between, by_secants, collected, listen, on_the_way
+from gatedlens.runs.gradients import Listener, approximate_rise, between, by_secants, collected, listen, on_the_way
 from gatedlens.runs.pair import Pair, steps_of, subtracting
-
-APPROXIMATE = "approximate rise of the metric"
 
 
 @taking(HookedLanguageModel.forward, only=OF_INPUT)
@@ -67,10 +65,10 @@ def eap(
         scores = Scores(pair, graph, pair.differences(node.writes for node in graph.senders), positions)
         with fused.off():
             found = scores.of(lambda listeners: listen(pair, metric, listeners, [between(pair)]))
-        return _circuit(model, graph, found, "EAP by secants", {"rule": rule})
+        return _circuit(model, graph, found, metric, "EAP by secants", {"rule": rule})
     _, store = pair.cached(pair.clean, (node.writes for node in graph.senders))
     found = Scores(pair, graph, store, positions).at_once(metric)
-    return _circuit(model, graph, found, "EAP", {})
+    return _circuit(model, graph, found, metric, "EAP", {})
 
 
 @taking(HookedLanguageModel.forward, only=OF_INPUT)
@@ -99,7 +97,7 @@ def eap_ig(
     scores = Scores(pair, graph, pair.differences(node.writes for node in graph.senders), positions)
     axes = ("sender", "receiver", "pos")[: len(scores.shape)]
     found = integrated(scores, metric, steps, axes, _labels(graph), "EAP-IG", Effort(results, progress=progress))
-    return _circuit(model, graph, found, "EAP-IG", {"steps": steps})
+    return _circuit(model, graph, found, metric, "EAP-IG", {"steps": steps})
 
 
 @taking(HookedLanguageModel.forward, only=OF_INPUT)
@@ -204,17 +202,19 @@ def integrated(
 
     values = torch.full((steps, *scores.shape), torch.nan, dtype=torch.float64)
     facts = {"model": pair.model.cfg.model_name, "steps": steps}
-    blank = Result(values, ("step", *axes), dict(labels), f"{title}, step by step", APPROXIMATE, facts)
+    blank = Result(values, ("step", *axes), dict(labels), f"{title}, step by step", approximate_rise(metric), facts)
     return collected(pair, metric, blank, one, {}, effort).values.mean(0)
 
 
-def _circuit(model: HookedModel, graph: Graph, scores: Tensor, title: str, facts: dict[str, Any]) -> Circuit:
+def _circuit(
+    model: HookedModel, graph: Graph, scores: Tensor, metric: Metric, title: str, facts: dict[str, Any]
+) -> Circuit:
     """The circuit of all edges; `scores` get NaN where a receiver does not come after the sender."""
     axes = ("sender", "receiver", "pos")[: scores.ndim]
     edge = torch.tensor([[sender.reaches(receiver) for receiver in graph.receivers] for sender in graph.senders])
     values = scores.masked_fill(~edge.reshape(*edge.shape, *(1 for _ in scores.shape[2:])), torch.nan)
     facts = {"model": model.cfg.model_name, **facts}
-    return Circuit.of(Result(values, axes, _labels(graph), title, APPROXIMATE, facts))
+    return Circuit.of(Result(values, axes, _labels(graph), title, approximate_rise(metric), facts))
 
 
 def _labels(graph: Graph) -> dict[str, list[str]]:

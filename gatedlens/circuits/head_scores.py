@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatedlens.circuits.edge_scores import APPROXIMATE, Scores, integrated
+from gatedlens.circuits.edge_scores import Scores, integrated
 from gatedlens.circuits.graph import Graph, Node
 from gatedlens.metrics import Metric
 from gatedlens.model.base import HookedModel
@@ -31,6 +31,7 @@ from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.result import Result
 from gatedlens.runs.engine import Earlier, Effort
+from gatedlens.runs.gradients import approximate_rise
 from gatedlens.runs.pair import Pair
 
 AXES = ("layer", "head", "receiver")
@@ -47,7 +48,7 @@ def eap_heads(model: HookedModel, clean: Input, corrupted: Input, metric: Metric
     pair, graph = Pair.of(model, clean, corrupted, options), Graph.of(model)
     _, store = pair.cached(pair.clean, with_heads(model).values())
     scores = HeadScores(pair, graph, store)
-    return scores.result(scores.at_once(metric), "EAP by head", {})
+    return scores.result(scores.at_once(metric), metric, "EAP by head", {})
 
 
 @taking(HookedLanguageModel.forward, only=OF_INPUT)
@@ -69,7 +70,8 @@ def eap_ig_heads(
     pair, graph = Pair.of(model, clean, corrupted, options), Graph.of(model)
     scores = HeadScores(pair, graph, pair.differences(with_heads(model).values()))
     title, effort = "EAP-IG by head", Effort(results, progress=progress)
-    return scores.result(integrated(scores, metric, steps, AXES, scores.labels, title, effort), title, {"steps": steps})
+    found = integrated(scores, metric, steps, AXES, scores.labels, title, effort)
+    return scores.result(found, metric, title, {"steps": steps})
 
 
 class HeadScores(Scores):
@@ -103,9 +105,11 @@ class HeadScores(Scores):
                 product = at_least_float32(self.store[mixer.output_name]).flatten(2) * along
                 found[row, :, column] = product.unflatten(2, (heads, -1)).sum((1, 3)).mean(0).to(found)
 
-    def result(self, scores: Float[Tensor, "layer head receiver"], title: str, facts: Mapping[str, Any]) -> Result:
+    def result(
+        self, scores: Float[Tensor, "layer head receiver"], metric: Metric, title: str, facts: Mapping[str, Any]
+    ) -> Result:
         """The Result of these scores, NaN where there is no edge."""
         there = [[sender.reaches(node) for node in self.graph.receivers] for sender in self.senders.values()]
         values = scores.masked_fill(~torch.tensor(there).unsqueeze(1), torch.nan)
         facts = {"model": self.pair.model.cfg.model_name, **facts}
-        return Result(values, AXES, self.labels, title, APPROXIMATE, facts)
+        return Result(values, AXES, self.labels, title, approximate_rise(metric), facts)

@@ -51,8 +51,8 @@ def path_patch(
     receivers: str | Sequence[str] = "logits",
     pos: Positions = None,
     **options: Any,
-) -> Float[Tensor, " batch"]:
-    """`gl.circuits.path_patch(model, clean, corrupted, metric, "0.mixer", "logits")`: the direct effect, [batch].
+) -> Result:
+    """`gl.circuits.path_patch(model, clean, corrupted, metric, "0.mixer", "logits")`: the direct effect, a Result [batch].
 
     metric(patched) - metric(corrupted), one number a row, of the paths sender -> receivers.
 
@@ -71,8 +71,10 @@ def path_patch(
     source, chosen = graph.sender(sender), graph.some(receivers)
     graph.check_order(source, chosen)
     paths = Paths(Pair.of(model, clean, corrupted, options), metric, [source], chosen)
-    plan = Plan((), {}, (), (paths.cell((), source, chosen, pos),), f"Path patching from {source.name}")
-    return paths.rises(plan, {}, Effort(progress=False), by_row=True).values
+    title = f"Path patching from {source.name} into {', '.join(node.name for node in chosen)}"
+    plan = Plan((), {}, (), (paths.cell((), source, chosen, pos),), title)
+    facts = {"model": model.cfg.model_name}
+    return paths.rises(plan, facts, Effort(progress=False), by_row=True)
 
 
 @taking(HookedLanguageModel.forward, only=OF_INPUT)
@@ -202,9 +204,8 @@ class Paths:
         def rise(cell: Cell, value: Tensor) -> Tensor:
             return value - base if by_row else (value - base).mean()
 
-        question = Question(
-            plan, self.meter, rise, value="rise of the metric", verb="patched", facts=facts, by_row=by_row
-        )
+        value = f"rise of the {self.meter.said}"
+        question = Question(plan, self.meter, rise, value=value, verb="patched", facts=facts, by_row=by_row)
         return answer(question, [self.run], changing, base, effort)
 
 

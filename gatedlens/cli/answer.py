@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from gatedlens.markup import number
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -52,7 +54,7 @@ def width() -> int:
 
 
 def table(columns: str, rows: Iterable[Sequence[Any]], title: str = "") -> Table:
-    """`table("token position value", rows)`: floats with 4 digits, numbers to the right."""
+    """`table("token position value", rows)`: floats with 4 figures, numbers to the right."""
     from rich import box
     from rich.table import Table
 
@@ -62,7 +64,7 @@ def table(columns: str, rows: Iterable[Sequence[Any]], title: str = "") -> Table
         numbers = all(isinstance(row[place], int | float) for row in listed)
         found.add_column(name.replace("_", " "), justify="right" if numbers else "left", overflow="fold")
     for row in listed:
-        found.add_row(*(f"{cell:+.4f}" if isinstance(cell, float) else str(cell) for cell in row))
+        found.add_row(*(number(cell, sign="+") if isinstance(cell, float) else str(cell) for cell in row))
     return found
 
 

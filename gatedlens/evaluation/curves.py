@@ -72,15 +72,14 @@ class Curve(Result):
         labels = {"share": first["share"]}
         return replace(first, values=torch.cat([one.values for one in curves]), labels=labels)
 
-    def plot(self, ax: Axes | None = None) -> Figure:
-        """The mean over samples, with its interval as a band. Returns the matplotlib Figure."""
-        if self.axes != AXES:
-            return super().plot(ax)
-        from gatedlens.plot.drawing import panels, plain
+    def plot(self, ax: Axes | None = None, backend: str = "matplotlib", **some: slice | Sequence[int]) -> Figure:
+        """`curve.plot()`: the mean over samples, with its interval as a band. Returns the matplotlib Figure."""
+        if self.axes != AXES or some or backend != "matplotlib":
+            return super().plot(ax, backend, **some)
+        from gatedlens.plot.drawing import plain
+        from gatedlens.plot.sheet import sheet
 
-        if ax is None:
-            _, axes = panels(1, 1)
-            ax = axes[0][0]
+        ax = sheet(5.0, 4.4) if ax is None else ax
         steps, said = self.steps(), self.title.replace("$", r"\$")  # a legend is the caller's, its math text may be on
         ax.plot(self.shares, [step.value for step in steps], marker=".", label=said)
         ax.fill_between(self.shares, [step.low for step in steps], [step.high for step in steps], alpha=0.2)

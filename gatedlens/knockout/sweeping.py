@@ -220,7 +220,7 @@ def relative_to_clean(plan: Plan, run: Baseline, metric: Metric, facts: Mapping[
         plan,
         meter,
         lambda cell, value: (value.double() - clean) / abs(clean),
-        value="(metric - clean) / |clean|",
+        value=f"({meter.said} - clean) / |clean|",
         verb="cut",
         facts={"model": run.model.cfg.model_name, "clean": clean, **facts},
         unit=abs(clean),

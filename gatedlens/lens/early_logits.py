@@ -8,7 +8,8 @@ token only; here they are read off every patch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.foreign import Axes, Figure
+from gatedlens.markup import card, picture
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Batch, Input
 from gatedlens.model.cache import ActivationCache
@@ -100,7 +102,8 @@ class LogitLens:
         """`lens.rank(" whale")`: a Result [layer, pos], how many tokens are likelier (0: it is the likeliest)."""
         chosen = self._token(token)
         title = f"rank of {inputs.word(self.model, chosen)!r}"
-        return self._result(row, title, lambda p: (p > p[:, chosen, None]).sum(-1).to(p.dtype))
+        found = self._result(row, title, lambda p: (p > p[:, chosen, None]).sum(-1).to(p.dtype))
+        return replace(found, value="rank (0: the likeliest)", facts={**found.facts, "scale": "log"})
 
     @checked
     def words(self, row: int = 0) -> list[list[str]]:
@@ -110,11 +113,30 @@ class LogitLens:
         return [[inputs.word(self.model, token) for token in tokens] for tokens in best]
 
     @checked
-    def plot(self, row: int = 0, ax: Axes | None = None) -> Figure:
-        """`lens.plot()`: a matplotlib Figure: the likeliest token in each cell, coloured by its probability."""
+    def plot(
+        self,
+        row: int = 0,
+        ax: Axes | None = None,
+        pos: slice | Sequence[int] | None = None,
+        layers: slice | Sequence[int] | None = None,
+    ) -> Figure:
+        """`lens.plot(pos=slice(-20, None))`: a matplotlib Figure: the likeliest token in each cell, coloured by its probability.
+
+        pos, layers: some positions and depths (0: the embedding), a slice or a list. Of more positions than have room the last.
+        """
         from gatedlens.plot import results
 
-        return results.words(self.top(row), self.words(row), ax)
+        chosen = {"pos": slice(None) if pos is None else pos, "layer": slice(None) if layers is None else layers}
+        found, words = self.top(row).some(**chosen), self.words(row)
+        across, down = ([*range(n)] for n in (len(words[0]), len(words)))
+        across = across[pos] if isinstance(pos, slice) else [*(across if pos is None else pos)]
+        down = down[layers] if isinstance(layers, slice) else [*(down if layers is None else layers)]
+        return results.words(found, [[words[i][j] for j in across] for i in down], ax)
+
+    def _repr_html_(self) -> str:
+        rows, length = self.resid[0].shape[:2]
+        facts = {"rows": rows, "depths": len(self.resid), "positions": length}
+        return card(f"LogitLens: {self.model.cfg.model_name}", facts, picture(self.plot))
 
     def _real(self, row: int) -> Bool[Tensor, " pos"]:
         rows, length = self.resid[0].shape[:2]

@@ -25,7 +25,7 @@ from gatedlens.address.names import Names
 from gatedlens.address.point import Alias, Point, View
 from gatedlens.address.table import HookTable
 from gatedlens.errors import CheckpointError, InputError
-from gatedlens.model import placement
+from gatedlens.model import placement, summary
 from gatedlens.model.batch import Batch, Input, Output
 from gatedlens.model.block import Block
 from gatedlens.model.config import HookedConfig
@@ -121,6 +121,16 @@ class HookedModel(Hooking):
         for module in self.modules():
             if module not in theirs:
                 module.training = mode
+
+    def __repr__(self) -> str:
+        return summary.line(self)
+
+    def _repr_html_(self) -> str:
+        return summary.page(self)
+
+    def tree(self) -> str:
+        """`print(model.tree())`: torch's own repr, every module within every other."""
+        return super().__repr__()
 
     # -- what an architecture gives ------------------------------------------------------------------------------
 

@@ -20,7 +20,8 @@ from gatedlens.address.entries import Index, Where
 from gatedlens.address.key import Key
 from gatedlens.address.names import SHORTHAND
 from gatedlens.address.point import Found
-from gatedlens.errors import InputError, PointError, did_you_mean
+from gatedlens.errors import InputError, PointError, did_you_mean, in_bytes
+from gatedlens.markup import card, table
 from gatedlens.model.keeping import SliceLike
 from gatedlens.model.residual_cache import ResidualCache
 
@@ -163,6 +164,18 @@ class ActivationCache(ResidualCache):
         size = sum(t.numel() * t.element_size() for t in self.cache_dict.values())
         names = ", ".join(list(self.cache_dict)[:3])
         return f"ActivationCache({len(self)} activations, {size / 2**20:.1f} MiB: {names}, ...)"
+
+    def _repr_html_(self) -> str:
+        sizes = {name: t.numel() * t.element_size() for name, t in self.cache_dict.items()}
+        facts = {"activations": len(self), "": in_bytes(sum(sizes.values()))}
+        if self.tokens is not None:
+            facts["tokens"] = " x ".join(map(str, self.tokens.shape))
+        rows = [
+            (name, list(t.shape), str(t.dtype).removeprefix("torch."), in_bytes(sizes[name]))
+            for name, t in self.cache_dict.items()
+        ]
+        title = f"ActivationCache: {self.model.cfg.model_name}"
+        return card(title, facts, table(["name", "shape", "dtype", "bytes"], rows, 16))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__

@@ -89,13 +89,17 @@ def measure_cells(
         plan,
         meter,
         (lambda cell, value: value) if span is None else (lambda cell, value: (value - base) / span),
-        value="metric" if span is None else "score (corrupted 0, clean 1)",
+        value=meter.said if span is None else f"{_score(meter.said)} (corrupted 0, clean 1)",
         verb="patched",
         facts={**facts, **told},
         unit=1.0 if span is None else float(span.abs().max()),
         by_row=options.reduce == "none",
     )
     return answer(question, [corrupted], changing, low, options)
+
+
+def _score(said: str) -> str:
+    return "score" if said == "metric" else said
 
 
 def _span(low: Tensor, high: Tensor | None) -> Float[Tensor, "metric 1"]:

@@ -8,16 +8,19 @@
     gl.plot.over_image(attention.mean()[0, cls], images[0], model.grid)         # a map over the image it was read from
     gl.plot.activation(cache, ("dt", 3), tokens)                                # one activation, titled by its row
 
-matplotlib is an extra (`pip install gatedlens[plot]`) and is imported when a figure is asked for. Its math text is off: a
-`$` in a token, a title or a name is a `$`.
+A figure is matplotlib's, but pyplot does not know it: in a notebook it shows itself, once, where it is the value of a cell's
+last line, and `figure.show()` opens a window elsewhere. `ax=` draws into one of yours (whose figure pyplot shows, if it made it).
+backend="plotly" gives figures to hover over. Both are extras (`pip install gatedlens[plot]`, `[plotly]`), imported when a figure
+is asked for. matplotlib's math text is off: a `$` in a token, a title or a name is a `$`.
 """
 
 from gatedlens.plot.coloured_text import Html, text
-from gatedlens.plot.drawing import label, labels_of, panels
+from gatedlens.plot.drawing import label, labels_of
 from gatedlens.plot.matrices import activation, heads, heatmap, layers
 from gatedlens.plot.page import attention_page
 from gatedlens.plot.pixels import image, over_image
 from gatedlens.plot.results import result
+from gatedlens.plot.sheet import panels
 
 # fmt: off
 __all__ = [

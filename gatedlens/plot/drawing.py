@@ -1,4 +1,4 @@
-"""What every picture needs: labels, colour bars, panels, and numbers from whatever is drawn.
+"""What every picture needs: labels, colour bars, and numbers from whatever is drawn. What size it has says `sheet.py`.
 
 matplotlib is an extra and imported when a figure is asked for. Its math text is off: a `$` in a token or a title is a `$`.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -18,9 +19,14 @@ from gatedlens.attention.stack import AttentionStack
 from gatedlens.errors import InputError
 from gatedlens.foreign import Image
 from gatedlens.options import checked
+from gatedlens.result.labelled_tensor import LabelledTensor
 
 UNSAID = "attention"  # what a number is where neither the caller nor the view says it
-MAX_LABELS = 80  # token labels an axis can hold and stay legible
+LONGEST = 24  # signs of a label that stand at an axis
+FONTS = (9.0, 8.0, 7.0, 6.0)  # points, the largest that fits; of what does not fit at the last every k-th label stands
+LINE = 1.3 / 72  # inches of a line, a point of its font
+BAR = 6.0  # inches of a colour bar, at most
+MARK = "…"  # behind a label after which others are left out
 
 # What is drawn: numbers, or an attention, whose mean is meant. For type checkers: something else is an InputError.
 if TYPE_CHECKING:
@@ -29,14 +35,6 @@ if TYPE_CHECKING:
     Pixels: TypeAlias = Tensor | Sequence[Any] | Image
 else:
     Matrix = Matrices = Pixels = Any
-
-
-def pyplot() -> Any:
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'gatedlens[plot]'.") from error
-    return plt
 
 
 def label(token: object) -> str:
@@ -54,16 +52,74 @@ def plain(*texts: Any) -> None:
         one.set(parse_math=False, usetex=False)
 
 
-@checked
-def label_axis(ticks: Any, names: Sequence[str], places: Sequence[int] | None = None, **style: Any) -> None:
-    """`label_axis(ax.set_xticks, names)`: a label at each place (0, 1, ...), every sign of it for itself."""
-    ticks(range(len(names)) if places is None else places, names, parse_math=False, usetex=False, **style)
+def wrapped(said: str, signs: int) -> str:
+    """A title or the name of a number in lines of so many signs."""
+    return fill(said, max(signs, 12), break_long_words=False)
 
 
-def colour_bar(shown: Any, ax: Any, value: str, shrink: float = 0.8) -> None:
-    """The bar of a picture, which says what a number is."""
-    bar = ax.figure.colorbar(shown, ax=ax, shrink=shrink)
-    bar.set_label(value, parse_math=False, usetex=False)
+# -- labels that fit -----------------------------------------------------------------------------------------------
+
+
+def inches(ax: Any, axis: str) -> float:
+    """How long an axis of matplotlib is, before its figure is laid out."""
+    box = ax.get_window_extent()
+    return float(box.width if axis == "x" else box.height) / ax.figure.dpi
+
+
+def fitted(labels: Sequence[Any], room: float) -> tuple[list[int], list[str], float]:
+    """(places, names, points): the labels that fit on an axis of `room` inches, and how large.
+
+    All of them, if they do; else every k-th, with a mark for those between, and its number where names occur again.
+    """
+    names = [_short(label(given)) for given in labels]
+    each = room / max(len(names), 1)
+    for points in FONTS:
+        if points * LINE <= each:
+            return list(range(len(names))), names, points
+    step = -(-int(1000 * FONTS[-2] * LINE) // max(int(1000 * each), 1))
+    places = list(range(0, len(names), step))
+    alike = len(set(names)) < len(names)  # tokens that occur again: which one is meant?
+    numbered = [f"{i} {names[i]}" if alike else names[i] for i in places]
+    return places, [f"{name} {MARK}" for name in numbered], FONTS[-2]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}{MARK}"
+
+
+def label_axis(ax: Any, axis: str, labels: Sequence[Any], room: float | None = None) -> None:
+    """`label_axis(ax, "x", tokens)`: a label at 0, 1, ..., or at every k-th where more do not fit into `room` inches (None: the
+    axis as it stands); every sign of a label for itself.
+    """
+    room = inches(ax, axis) if room is None else room
+    places, names, points = fitted(labels, room)
+    style: dict[str, Any] = {"fontsize": points, "parse_math": False, "usetex": False}
+    if axis == "x":
+        longest, each = max(map(len, names), default=0), room / max(len(names), 1)
+        style["rotation"] = 90 if longest > 2 or longest * 0.7 * points / 72 > 0.8 * each else 0
+        ax.set_xticks(places, names, **style)
+    else:
+        ax.set_yticks(places, names, **style)
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def colour_bar(shown: Any, axes: Any, value: str, height: float, shrink: float = 0.9) -> Any:
+    """The bar of a picture, `height` inches high, which says what a number is. axes: one, or all that share the colours."""
+    figure = (axes if not isinstance(axes, list) else axes[0]).figure
+    shrink = min(shrink, BAR / height)
+    bar = figure.colorbar(shown, ax=axes, shrink=shrink, aspect=max(8.0, 7.0 * height * shrink))
+    bar.ax.tick_params(labelsize=8)
+    bar.set_label(wrapped(value, int(height * shrink * 12)), parse_math=False, usetex=False, fontsize=9)
+    return bar
+
+
+def colour(share: float) -> str:
+    """A background for a value in [-1, 1]: red above zero, blue below, none for what is no number."""
+    share = share if share == share else 0.0
+    r, g, b = (214, 40, 40) if share > 0 else (29, 78, 216)
+    return f"rgba({r},{g},{b},{min(abs(share), 1):.3f})"
 
 
 @checked
@@ -78,14 +134,17 @@ def labels_of(attention: ImplicitAttention | AttentionStack, row: int = 0) -> li
     """`gl.plot.labels_of(attention)`: the tokens that an attention is of as strings, where there are any; else the
     positions' numbers.
     """
-    source = attention.cache if isinstance(attention, AttentionStack) else attention
-    tokens, model = source.tokens, source.model
-    if tokens is None or tokens.ndim != 2:
-        one = next(iter(attention)) if isinstance(attention, AttentionStack) else attention
-        return [str(position) for position in range(one.shape[1])]
-    if model.tokenizer is None:
-        return [str(token) for token in tokens[row].tolist()]
-    return list(model.to_str_tokens(tokens[row]))
+    return attention.words(row)
+
+
+def words_of(matrix: Any) -> Sequence[str] | None:
+    """The tokens that a [dst, src] matrix carries, or an attention is of; None where it has none."""
+    if isinstance(matrix, ImplicitAttention):
+        return matrix.words()
+    if isinstance(matrix, LabelledTensor) and matrix.axes and matrix.axes[-2:] == ("dst", "src"):
+        here, there = (matrix.labels.get(axis) for axis in ("dst", "src"))
+        return here if here == there else None
+    return None
 
 
 def numbers_of(values: Any, who: str) -> Tensor:
@@ -100,13 +159,3 @@ def numbers_of(values: Any, who: str) -> Tensor:
         return torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{who} draws numbers, not a {type(values).__name__}: {error}.") from error
-
-
-@checked
-def panels(rows: int, columns: int, size: float = 5.0) -> tuple[Any, Any]:
-    """`figure, axes = gl.plot.panels(2, 3)`: (figure, axes [rows, columns]): an empty figure of square panels, for the
-    `ax` of the others.
-    """
-    return pyplot().subplots(
-        rows, columns, figsize=(size * columns, (size - 0.6) * rows), squeeze=False, layout="constrained"
-    )

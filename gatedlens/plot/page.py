@@ -9,17 +9,18 @@ from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.files import in_page
-from gatedlens.plot.coloured_text import Html
-from gatedlens.plot.drawing import label
+from gatedlens.plot.coloured_text import BOX, Html
+from gatedlens.plot.drawing import colour, label
 
 SCRIPT = """
 const data = JSON.parse(document.getElementById('gl-data').textContent);
 const box = document.getElementById('gl-text'), pick = document.getElementById('gl-layer');
-const said = document.getElementById('gl-said');
+const said = document.getElementById('gl-said'), ends = document.getElementById('gl-ends');
 let fixed = data.tokens.length - 1;
 const spans = data.tokens.map((token, i) => {
   const span = document.createElement('span');
   span.textContent = token;
+  span.className = 'gl-token';
   span.tabIndex = 0;
   span.onmouseenter = span.onfocus = () => show(i);
   span.onclick = () => { fixed = i; show(i); };
@@ -36,10 +37,12 @@ function show(i) {
   spans.forEach((span, j) => {
     const share = (row[j] || 0) / top, rgb = share > 0 ? '214,40,40' : '29,78,216';
     span.style.background = `rgba(${rgb},${Math.abs(share).toFixed(3)})`;
-    span.style.outline = i === j ? '2px solid #222' : 'none';
+    span.style.color = Math.abs(share) > 0.6 ? '#fff' : 'inherit';
+    span.style.outline = i === j ? '2px solid currentColor' : 'none';
     span.title = `${data.tokens[j]} at ${j}: ${said_of(j in row ? row[j] : 0)}`;
   });
   const best = row.map((v, j) => [Math.abs(v), j]).sort((a, b) => b[0] - a[0]).slice(0, 5);
+  ends.textContent = `red adds, up to ${said_of(top)}; blue subtracts, down to ${said_of(-top)}; no colour: nothing`;
   said.textContent = `position ${i} attends most to: ` +
     best.map(([, j]) => `${data.tokens[j]} (${j}): ${said_of(row[j])}`).join(',  ');
 }
@@ -72,13 +75,16 @@ def attention_page(
     }
     data = {"tokens": [label(token) for token in tokens], "layers": rows, "first": first or list(layers)[-1]}
     payload = in_page(data)
-    lines = "".join(f"<p style='color:#555'>{html.escape(note)}</p>" for note in notes)
+    lines = "".join(f"<p style='opacity:.7'>{html.escape(note)}</p>" for note in notes)
+    stops = ",".join(colour(share) for share in (-1.0, 0.0, 1.0))
     body = (
         f"<h1 style='font-size:1.4em'>{html.escape(title)}</h1>"
         "<p>Hover a token (or move to it with Tab) to see which earlier tokens it reads; click to keep it. "
-        "Red adds, blue subtracts. <label>Layer: <select id='gl-layer'></select></label></p>"
+        "Colours are of its own row, so they do not compare between tokens or layers. "
+        "<label>Layer: <select id='gl-layer'></select></label></p>"
         "<p id='gl-text' style='font-family:monospace;font-size:1.1em;line-height:1.9;overflow-wrap:anywhere;cursor:pointer'></p>"
-        f"<p id='gl-said' style='font-family:monospace'></p>{lines}"
+        f"<div style='height:.8em;width:16em;background:linear-gradient(to right,{stops})'></div><p id='gl-ends'></p>"
+        f"<p id='gl-said' style='font-family:monospace'></p>{lines}<style>.gl-token{{{BOX}}}</style>"
         f"<script type='application/json' id='gl-data'>{payload}</script><script>{SCRIPT}</script>"
     )
     return Html(body, title)

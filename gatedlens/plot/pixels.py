@@ -11,7 +11,8 @@ from gatedlens.errors import InputError
 from gatedlens.foreign import Axes, Figure
 from gatedlens.model.image import Grid
 from gatedlens.options import checked
-from gatedlens.plot.drawing import UNSAID, Matrix, Pixels, colour_bar, farthest, numbers_of, plain, pyplot
+from gatedlens.plot.drawing import UNSAID, Matrix, Pixels, colour_bar, farthest, inches, numbers_of, plain, wrapped
+from gatedlens.plot.sheet import sheet
 from gatedlens.result.labelled_tensor import label_of
 
 
@@ -26,9 +27,9 @@ def image(pixels: Pixels, title: str = "", ax: Axes | None = None) -> Figure:
         raise InputError(f"An image is [1 or 3 channels, height, width]; this has shape {list(data.shape)}.")
     data = visible(data)
     if ax is None:
-        _, ax = pyplot().subplots(layout="constrained")
+        ax = sheet(4.8, 4.8)
     ax.imshow(data[0] if len(data) == 1 else data.permute(1, 2, 0), cmap="gray")
-    plain(ax.set_title(title))
+    plain(ax.set_title(wrapped(title, int(inches(ax, "x") * 11))))
     ax.set_axis_off()
     figure: Any = ax.figure
     return figure
@@ -53,7 +54,7 @@ def over_image(
     """
     shown, data = _picture(image, grid), _map(row, grid)
     if ax is None:
-        _, ax = pyplot().subplots(figsize=(5.5, 4.5), layout="constrained")
+        ax = sheet(5.5, 4.5)
     bound, signed = farthest(data), bool((data < 0).any())
     # A patch that overlaps its neighbours stands for the pixels around its centre.
     top, left = ((patch - stride) / 2 - 0.5 for patch, stride in zip(grid.patch, grid.stride, strict=True))
@@ -70,9 +71,9 @@ def over_image(
     )
     ax.set_xlim(-0.5, shown.shape[1] - 0.5)
     ax.set_ylim(shown.shape[0] - 0.5, -0.5)
-    plain(ax.set_title(title))
+    plain(ax.set_title(wrapped(title, int(inches(ax, "x") * 11))))
     ax.set_axis_off()
-    colour_bar(colours, ax, value or label_of(row) or UNSAID)
+    colour_bar(colours, ax, value or label_of(row) or UNSAID, inches(ax, "y"), 0.8)
     figure: Any = ax.figure
     return figure
 

@@ -4,8 +4,11 @@ found = gl.patching.sweep(...)        # a Result
 found.top(3); found["layer", 2]; found.save("sweep.json"); Result.load("sweep.json")
 """
 
+from gatedlens.result.bundle import Bundle
 from gatedlens.result.labelled_tensor import KEEP, Function, LabelledTensor, label_of, labelled, with_label
+from gatedlens.result.legend import Legend
 from gatedlens.result.result import Result
+from gatedlens.result.results import Results
 from gatedlens.result.rounding import BITS, NOISE, STEP, figures, levels, moved, noise, order, total
 
 # fmt: off
@@ -14,9 +17,12 @@ __all__ = [
     "KEEP",
     "NOISE",
     "STEP",
+    "Bundle",
     "Function",
     "LabelledTensor",
+    "Legend",
     "Result",
+    "Results",
     "figures",
     "label_of",
     "labelled",

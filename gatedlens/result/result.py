@@ -26,11 +26,13 @@ from torch import Tensor
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.files import Fields, is_number, read_json, write_json, write_whole
 from gatedlens.foreign import Axes, DataFrame, Figure
-from gatedlens.options import checked
+from gatedlens.markup import card, picture, table
+from gatedlens.options import checked, is_whole
 from gatedlens.result.rounding import figures
 from gatedlens.result.tensorlike import Tensorlike
 
 FORMAT = 1  # of the JSON
+STRONGEST, SHOWN = 5, 100_000  # cells in a notebook's table, and of a result that shows its picture there
 R = TypeVar("R", bound="Result")
 
 
@@ -115,6 +117,24 @@ class Result(Tensorlike):
         for axis in axes:
             out = out._without(axis, out.values.mean(out.dim(axis)))
         return out
+
+    def some(self, **where: slice | Sequence[int]) -> Result:
+        """`result.some(pos=slice(-40, None), layer=[3, 4])`: some entries of axes, by their numbers, which stay axes."""
+        out = self
+        for axis, chosen in where.items():
+            every = range(out.size(axis))
+            if not isinstance(chosen, slice) and not all(is_whole(i) and -len(every) <= i < len(every) for i in chosen):
+                raise InputError(
+                    f"some({axis}={chosen!r}): entries are numbers from 0 to {len(every) - 1}, or a slice."
+                )
+            kept = list(every[chosen]) if isinstance(chosen, slice) else [every[i] for i in chosen]
+            values = out.values.index_select(out.dim(axis), torch.tensor(kept, dtype=torch.long, device=out.device))
+            labels = out[axis]
+            out = replace(out, values=values, labels={**out.labels, axis: [labels[i] for i in kept]})
+        return out
+
+    def _titled(self, title: str) -> Result:
+        return replace(self, title=title)
 
     def _without(self, axis: str, values: Tensor) -> Result:
         labels = {name: given for name, given in self.labels.items() if name != axis}
@@ -222,13 +242,42 @@ class Result(Tensorlike):
         """`Result.load("sweep.json")`: what `save` wrote as JSON; InputError for any other file."""
         return cls.from_dict(read_json(path, "result"), path)
 
-    def plot(self, ax: Axes | None = None) -> Figure:
-        """`result.plot()`: a matplotlib Figure: bars for one axis, a heat map for two, one heat map an entry of the first
-        for three.
+    def plot(self, ax: Axes | None = None, backend: str = "matplotlib", **some: slice | Sequence[int]) -> Figure:
+        """`result.plot(pos=slice(-40, None))`: a matplotlib Figure: bars for one axis, a heat map for two, one heat map an entry
+        of the first for three. some: entries of axes, as in `some`. backend: "plotly" for a figure to hover over.
         """
         from gatedlens.plot import results
 
-        return results.result(self, ax)
+        return results.result(self.some(**some), ax, backend)
+
+    def _repr_html_(self) -> str:
+        return card(self.title or type(self).__name__, self._said(), self._table(), self._picture())
+
+    def _said(self) -> dict[str, object]:
+        """What stands below its title."""
+        sizes = " x ".join(f"{axis} {size}" for axis, size in zip(self.axes, self.values.shape, strict=True))
+        about = {key: said for key, said in self.facts.items() if key in ("model", "clean", "corrupted", "baseline")}
+        return {"": f"{self.value} [{sizes or 'one number'}]", **about}
+
+    def _table(self) -> str:
+        """Its strongest cells."""
+        if not self.axes:
+            return table([self.value], [[float(self.values)]])
+        ranks = self.facts.get("scale") == "log"  # of which the smallest are the best
+        cells = replace(self, values=-self.values).top(STRONGEST, signed=True) if ranks else self.top(STRONGEST)
+        alike = {axis for axis in self.axes if len({*map(str, self[axis])}) < self.size(axis)}
+
+        def called(cell: Mapping[str, Any], axis: str) -> object:
+            label = cell.get(f"{axis}_label", cell[axis])
+            return f"{label} ({cell[axis]})" if axis in alike else label
+
+        rows = [
+            [*(called(cell, axis) for axis in self.axes), -cell["value"] if ranks else cell["value"]] for cell in cells
+        ]
+        return table([*self.axes, self.value], rows)
+
+    def _picture(self) -> str:
+        return picture(self.plot) if 1 <= len(self.axes) <= 3 and 0 < self.values.numel() <= SHOWN else ""
 
     def __repr__(self) -> str:
         axes = ", ".join(f"{axis} {size}" for axis, size in zip(self.axes, self.values.shape, strict=True))

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from gatedlens.errors import InputError, did_you_mean
-from gatedlens.metrics import Metric, per_row
+from gatedlens.metrics import Metric, name_of, per_row
 from gatedlens.model.hookpoint import Saver
 from gatedlens.recurrence.autocast import exact
 from gatedlens.result.result import Result
@@ -31,6 +31,11 @@ from gatedlens.runs.pair import Pair
 from gatedlens.secant import RULES, Contrast
 
 Listener = Callable[[Tensor], None]
+
+
+def approximate_rise(metric: Metric) -> str:
+    """What a difference times a gradient is."""
+    return f"approximate rise of the {name_of(metric)}"
 
 
 class Passing(Function):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gatedlens.address.positions import one_a_row
 from gatedlens.errors import InputError
-from gatedlens.metrics import AtPosition, Metric, by_rows, measure
+from gatedlens.metrics import AtPosition, Metric, by_rows, measure, name_of
 
 # One metric, or several by name. For editors and type checkers: whoever passes something else gets the error of `Meter`.
 if TYPE_CHECKING:
@@ -43,6 +43,11 @@ class Meter:
                 f"The metric is {metric!r}; it is a function of logits: gl.metrics.logit_difference(...), say, or a dict "
                 "of such functions by name."
             )
+
+    @property
+    def said(self) -> str:
+        """What its numbers are called: by the metric's own name where it has one and is one."""
+        return "metric" if self.names else name_of(self.metrics[0])
 
     def reads(self, real: Bool[Tensor, "rows pos"]) -> Int[Tensor, " rows"] | None:
         """`meter.reads(real)`: the place that every metric reads in each row of an input that is `real` there; None where they

@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader
 
 from gatedlens.address.entries import Index
 from gatedlens.address.key import Key
-from gatedlens.errors import InputError, PointError, StoreError, did_you_mean
+from gatedlens.errors import InputError, PointError, StoreError, did_you_mean, in_bytes
+from gatedlens.markup import card, table
 from gatedlens.options import checked, is_whole
 from gatedlens.store.column import Column
 from gatedlens.store.disk import journal, manifest
@@ -114,10 +115,10 @@ class Store:
                 f"{self.folder} is damaged: finished.files in manifest.json names {', '.join(told) or 'none'}, and the batches "
                 f"of journal.jsonl lie in {', '.join(names) or 'none'}."
             )
-        for card in finished.get("besides", []):
-            if card["name"] == path.name and not fits(card, self.folder):
+        for besides in finished.get("besides", []):
+            if besides["name"] == path.name and not fits(besides, self.folder):
                 raise StoreError(
-                    f"{path} is damaged: its checksum is not {card['crc32']}, as in manifest.json. {AGAIN}"
+                    f"{path} is damaged: its checksum is not {besides['crc32']}, as in manifest.json. {AGAIN}"
                 )
 
     def _names(self) -> set[str]:
@@ -149,6 +150,16 @@ class Store:
         state = "" if self.is_finished else ", not finished"
         names = ", ".join(self.names[:3]) + (", ..." if len(self.names) > 3 else "")
         return f"Store({self.folder}: {len(self)} samples, {self.n_tokens} tokens of {names}{state})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (name, layout.per, list(layout.shape), str(layout.dtype).removeprefix("torch."))
+            for name, layout in self.layouts.items()
+        ]
+        facts = {"samples": f"{len(self):,}", "tokens": f"{self.n_tokens:,}", "": in_bytes(self.nbytes)}
+        if not self.is_finished:
+            facts["not"] = "finished"
+        return card(f"Store: {self.folder}", facts, table(["point", "one a", "shape", "dtype"], rows))
 
     # -- names ---------------------------------------------------------------------------------------------------
 

@@ -134,7 +134,7 @@ def causal_trace(
         "model": model.cfg.model_name, "point": point, "window": window, "clean": good, "corrupted": low,
         "total_effect": good - low, **corruption.facts, **({"entries": entries[2:]} if entries else {}),
     }  # fmt: skip
-    question = Question(plan, meter, effect, value="indirect effect", verb="restored", facts=facts)
+    question = Question(plan, meter, effect, value=f"indirect effect on the {meter.said}", verb="restored", facts=facts)
     return answer(question, runs, changing, bad, Effort(results, max_bytes, max_rows, progress))
 
 

@@ -256,3 +256,15 @@ def test_a_number_beside_the_axis_value():
     for numbers in ((), (1.0, 2.0)):
         with pytest.raises(gl.InputError, match="constant\\(\\) puts in one number"):
             ablation.constant(name, *numbers, head=2)
+
+
+def test_means_are_saved_and_loaded(model, tmp_path):
+    names = [NAME, "blocks.1.mixer.hook_state_start"][: 1 + ("blocks.1.mixer.hook_state_start" in model.names.points)]
+    found = ablation.means(model, [example(model), example(model, 3, seed=2)], names, progress=False)
+    back = ablation.Means.load(found.save(tmp_path / "means.safetensors"))
+    assert (back.rows, back.positions, back.per_position) == (found.rows, found.positions, found.per_position)
+    assert list(back) == sorted(found) and all(torch.equal(back[name], found[name]) for name in found)
+    assert same(fired(model, ablation.mean(NAME, back)), fired(model, ablation.mean(NAME, found)))
+    gl.steering.SteeringVector(NAME, torch.ones(3)).save(tmp_path / "other.safetensors")
+    with pytest.raises(gl.CheckpointError, match="holds no saved Means"):
+        ablation.Means.load(tmp_path / "other.safetensors")

@@ -112,7 +112,7 @@ def test_plots_have_titles_units_and_labels(result):
         (lambda r: Result(VALUES, ("pos",)), "one name a dim"),
         (lambda r: Result(VALUES, ("layer", "pos"), {"pos": ["a"]}), "1 labels for the 3 entries"),
         (lambda r: Result(torch.rand(1, 1, 1, 1), ("a", "b", "c", "d")).plot(), "one to three axes"),
-        (lambda r: Result(torch.rand(99, 1, 1), ("a", "b", "c")).plot(), "at most 24"),
+        (lambda r: Result(torch.rand(99, 2, 2), ("a", "b", "c")).plot(), "at most 72"),
         (lambda r: Result.from_dict({}), "no saved result"),
     ],
 )
