@@ -120,8 +120,8 @@ COMPLETION = """
 REDUCE = Word(lambda: ("mean", "abs_mean", "row"))
 BY = Word(lambda: ("component", "token", "head", "head-token"))
 METHOD = Word(lambda: (
-    "raw_attention", "rollout", "gradient_attention", "lrp", "grad_x_input", "integrated_gradients", "smoothgrad", "occlusion",
-    "random",
+    "raw_attention", "rollout", "gradient_attention", "lrp", "secant", "mix", "grad_x_input", "integrated_gradients",
+    "smoothgrad", "occlusion", "random",
 ))  # fmt: skip
 EDGES = Word(lambda: ("eap", "eap_ig", "edge_patch"))
 HOW = Word(lambda: ("zero", "mean", "noise"))

@@ -509,3 +509,17 @@ def test_help_imports_nothing_heavy():
     env = {"PYTHONPATH": str(Path(gl.__file__).parent.parent)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert "examples:" in done.stdout and done.stdout.splitlines()[-1] == "heavy: []", done.stderr
+
+
+def test_the_words_that_a_shell_completes_are_those_that_there_are():
+    """They are written out, so that completing one waits for no torch."""
+    from gatedlens.attribution import METHODS
+    from gatedlens.cli import commands
+    from gatedlens.cli.ablate import HOW
+    from gatedlens.cli.attention import REDUCTIONS
+    from gatedlens.cli.circuit import METHODS as EDGES
+    from gatedlens.cli.dla import BY
+
+    assert set(commands.METHOD.known()) == set(METHODS) and set(commands.HOW.known()) == set(HOW)
+    assert set(commands.REDUCE.known()) == set(REDUCTIONS) and set(commands.BY.known()) == set(BY)
+    assert set(commands.EDGES.known()) == set(EDGES)
