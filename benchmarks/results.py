@@ -194,8 +194,9 @@ def run(
         parts.append(text)
     machine = {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
     seconds = round(time.time() - began)
+    took = f"{seconds} s" if records is None else "made in parts"
     head = (
-        f"{limit} samples a model (of bytes {min(limit, LIMIT_OF_BYTES)}), drawn with seed {SEED}; {seconds} s with "
+        f"{limit} samples a model (of bytes {min(limit, LIMIT_OF_BYTES)}), drawn with seed {SEED}; {took} with "
         f"{machine['threads']} thread, torch "
         f"{machine['torch']}. Curves: area, trapezoid (positive and negative over 10 to 90 %, so at most 0.8; the others over "
         "0 to 100 %). In brackets: 95 %, bootstrap over samples. Bold: the best number of a column. A difference is marked "

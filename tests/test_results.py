@@ -16,7 +16,10 @@ from tests.conftest import ROOT
 
 PAPERS = ["gatedlens/mamba-recall", "gatedlens/griffin-recall", "gatedlens/rwkv-recall", "gatedlens/vim-digits"]
 RECALL = PAPERS[:3]
-OTHERS = [name for name in results.MODELS if name not in PAPERS]
+OTHERS = [name for name, data in results.MODELS.items() if name not in PAPERS and data != "moby"]
+BYTES = [name for name, data in results.MODELS.items() if data == "moby"]
+# What the paragraphs before that of two runs speak of.
+METHODS = [m for m in results.METHODS if not m.startswith(("secant", "mix")) and "keep" not in m and "n_steps" not in m]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def test_the_results_are_those_of_the_bundled_models(held):
 
 @pytest.mark.parametrize("name", results.MODELS)
 def test_chance_is_chance_and_occlusion_near_the_top(held, name):
-    methods = results.METHODS
+    methods = METHODS if name not in BYTES else [m for m in METHODS if m in results.OF_BYTES]
     for metric, sign in (("positive probability", -1), ("negative probability", 1)):
         order = sorted(methods, key=lambda m: -sign * number(held, name, m, metric).value)
         assert order.index("occlusion") < (4 if name in PAPERS else 9) and order.index("random") > order.index("lrp")
@@ -65,17 +68,17 @@ def test_the_reading_is_what_the_numbers_say(held):
     official = "gradient_attention:mode=official,start_layer=0"
     for name in PAPERS:
         kept, gone = "negative probability", "positive probability"
-        assert max(results.METHODS, key=lambda m: value(name, m, kept)) == "occlusion"
-        assert min(results.METHODS, key=lambda m: value(name, m, gone)) == "integrated_gradients"
+        assert max(METHODS, key=lambda m: value(name, m, kept)) == "occlusion"
+        assert min(METHODS, key=lambda m: value(name, m, gone)) == "integrated_gradients"
         assert number(held, name, "lrp", kept).low > number(held, name, "random", kept).high
         assert number(held, name, "lrp", gone).high < number(held, name, "random", gone).low
         assert value(name, official, kept) > value(name, "gradient_attention", kept)
         assert value(name, official, gone) < value(name, "gradient_attention", gone)
     for name in RECALL:
-        assert max(results.METHODS, key=lambda m: value(name, m, "activation probability")) == "occlusion"
-        assert min(results.METHODS, key=lambda m: value(name, m, "pruning squared error")) == "occlusion"
-        assert max(results.METHODS, key=lambda m: value(name, m, "mass")) == "lrp"
-        assert 0.595 < value(name, "lrp", "mass") < 0.715
+        assert max(METHODS, key=lambda m: value(name, m, "activation probability")) == "occlusion"
+        assert min(METHODS, key=lambda m: value(name, m, "pruning squared error")) == "occlusion"
+        assert max(METHODS, key=lambda m: value(name, m, "mass")) == "lrp"
+        assert 0.575 < value(name, "lrp", "mass") < 0.725
         assert value(name, "raw_attention:sign=abs", "negative probability") > value(
             name, "gradient_attention", "negative probability"
         )
@@ -87,7 +90,7 @@ def test_the_reading_is_what_the_numbers_say(held):
     mamba, griffin, rwkv = RECALL
     for method in ("raw_attention", "rollout"):
         assert number(held, mamba, method, "rank").low > number(held, mamba, "random", "rank").high
-        assert value(mamba, method, "negative probability") < 0.2 and value(mamba, method, "rank") > 14
+        assert value(mamba, method, "negative probability") < 0.24 and value(mamba, method, "rank") > 12.5
         assert (
             value(mamba, f"{method}:sign=abs", "hit") > 0.9
             and value(mamba, f"{method}:sign=abs", "negative probability") > 0.73
@@ -102,13 +105,12 @@ def test_the_reading_is_what_the_numbers_say(held):
     )
     assert verdicts(griffin, "rollout: unified", "negative ↑") == [-1]
     assert verdicts(griffin, "rollout: unified", "activation ↑") == [-1]
-    for name, faster in ((mamba, "lrp"), (griffin, "lrp"), (rwkv, "integrated_gradients")):
-        best = value(name, faster, "positive accuracy")
-        assert best == min(value(name, m, "positive accuracy") for m in results.METHODS)
-    assert value(griffin, "integrated_gradients", "positive accuracy") == value(griffin, "lrp", "positive accuracy")
+    for name in RECALL:
+        best = value(name, "integrated_gradients", "positive accuracy")
+        assert best == min(value(name, m, "positive accuracy") for m in METHODS)
     for metric in ("negative accuracy", "negative probability", "activation probability", "pruning squared error"):
         ends = [number(held, rwkv, method, metric) for method in ("lrp", official)]
-        assert abs(ends[0].value / ends[1].value - 1) < 0.02, "level"
+        assert abs(ends[0].value / ends[1].value - 1) < (0.065 if "pruning" in metric else 0.02), "level"
     assert value(rwkv, "lrp", "positive probability") < 0.6 * value(rwkv, official, "positive probability")
     for name in RECALL:
         error = "pruning squared error"
@@ -139,7 +141,7 @@ def test_the_reading_is_what_the_numbers_say(held):
         assert number(held, digits, method, "positive probability").high > chance["positive probability"].low
         assert number(held, digits, method, "negative probability").low < chance["negative probability"].high
     found = number(held, digits, official, "positive probability")
-    assert found.value < chance["positive probability"].low < found.high
+    assert found.high < chance["positive probability"].low
     unified = [row for name, row in held[digits]["differences"].items() if "unified" in name]
     assert {cell[3] for row in unified for cell in row.values()} == {0, 1}
     for metric, sign in (("positive probability", -1), ("pixel accuracy", 1)):
@@ -160,28 +162,43 @@ def test_the_reading_of_matrix_states_is_what_the_numbers_say(held):
 
     mamba2, gdn, hybrid, rwkv7 = OTHERS
     for name in OTHERS:
-        assert value(name, "occlusion", kept) > max(value(name, m, kept) for m in results.METHODS) - 0.01
+        assert value(name, "occlusion", kept) > max(value(name, m, kept) for m in METHODS) - 0.01
         assert number(held, name, "lrp", kept).low > number(held, name, "random", kept).high
         assert number(held, name, "lrp", gone).high < number(held, name, "random", gone).low
-        most = max(value(name, m, "mass") for m in results.METHODS)
+        most = max(value(name, m, "mass") for m in METHODS)
         assert (value(name, "lrp", "mass") == most) == (name != mamba2)
-        assert 0.92 < most < 0.99 or (name == mamba2 and abs(value(name, "lrp", "mass") - 0.66) < 0.005)
+        assert 0.92 < most < 0.99 or (name == mamba2 and abs(value(name, "lrp", "mass") - 0.64) < 0.005)
     for method in ("raw_attention", "rollout"):
         assert value(rwkv7, method, "rank") == 18 and value(rwkv7, method, "hit") == 0
-        assert value(mamba2, method, "rank") > 15
+        assert value(mamba2, method, "rank") > 14.5
         for name in (rwkv7, mamba2):
-            assert value(name, f"{method}:sign=abs", "rank") == 0 and value(name, f"{method}:sign=abs", "hit") == 1
+            hit = 1 if name == rwkv7 else 127 / 128
+            assert value(name, f"{method}:sign=abs", "hit") == pytest.approx(hit, abs=1e-5)
     assert value(rwkv7, "gradient_attention", "mass") == 0
     hidden = number(held, gdn, "rollout:sign=abs,factors=hidden", "rank")
     assert hidden.high > number(held, gdn, "random", "rank").low and value(gdn, "rollout:sign=abs", "rank") == 0
-    assert abs(added(gdn, "with conv - without")[0] - 0.28) < 0.005 and added(gdn, "with conv - without")[3] == 1
-    assert abs(added(mamba2, "with conv - without")[0] - 0.32) < 0.005 and added(mamba2, "with conv - without")[3] == 1
+    assert abs(added(gdn, "with conv - without")[0] - 0.27) < 0.005 and added(gdn, "with conv - without")[3] == 1
+    assert abs(added(mamba2, "with conv - without")[0] - 0.29) < 0.005 and added(mamba2, "with conv - without")[3] == 1
     assert added(rwkv7, "unified - hidden")[3] == -1 and added(rwkv7, "unified - hidden", "mass ↑")[3] == 1
     for method in ("raw_attention", "rollout", "raw_attention:sign=abs", "rollout:sign=abs,factors=hidden"):
         assert value(hybrid, method, "hit") == 1
-    assert value(hybrid, "raw_attention", kept) < 0.4 and value(hybrid, "raw_attention:sign=abs", kept) < 0.4
+    assert value(hybrid, "raw_attention", kept) < 0.43 and value(hybrid, "raw_attention:sign=abs", kept) < 0.43
     ends = [number(held, hybrid, method, kept) for method in ("rollout:sign=abs", "occlusion")]
     assert ends[0].value > 0.76 and ends[0].high > ends[1].low, "level"
+
+
+def test_the_reading_of_two_runs_is_what_the_numbers_say(held):
+    def verdicts(one, other, models, columns):
+        every = [held[name]["differences"][f"{one} - {other}"] for name in models]
+        return [row[c][3] for row in every for c in row if c.split()[0] in columns]
+
+    curves = ("positive", "negative", "activation", "pruning", "deletion", "insertion")
+    found = verdicts("secant", "lrp", results.MODELS, curves)
+    worse = [n for n in results.MODELS if -1 in verdicts("secant", "lrp", [n], curves)]
+    assert worse == ["gatedlens/hybrid-recall"] and found.count(-1) == 2 and found.count(1) > 0.7 * len(found)
+    assert set(verdicts("secant", "lrp", [*RECALL, *OTHERS], ("mass",))) == {-1}
+    assert verdicts("mix", "lrp", [n for n in results.MODELS if "hybrid" not in n], curves).count(-1) == 0
+    assert verdicts("secant", "occlusion", BYTES, ("negative",)).count(-1) == len(BYTES)
 
 
 def test_the_hidden_matrix_of_mamba_points_two_tokens_behind_the_answer(recall_model):
