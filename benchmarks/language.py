@@ -1,7 +1,7 @@
 """Whole models against transformers' own: 4 layers, pos 1024, batch 1, one thread, float32.
 
     python -m benchmarks.language griffin        also: rwkv; forward + backward, hidden 768
-    python -m benchmarks.language qwen3_next     also: kimi_linear; forward, and forward + backward, hidden 512
+    python -m benchmarks.language qwen3_next     also: kimi_linear, bamba, falcon_h1, jamba; both, hidden 512
 
 The vocabulary is small (512), so that the unembedding, the same for both, does not hide the recurrence.
 """
@@ -62,9 +62,51 @@ def kimi_linear() -> Any:
     return KimiLinearForCausalLM(KimiLinearConfig(**SIZES, intermediate_size=1024, **kinds, **delta, **latent)).eval()
 
 
+def bamba() -> Any:
+    """Three Mamba-2 and an attention, each with an MLP."""
+    from transformers import BambaConfig, BambaForCausalLM
+
+    sizes = {
+        **SIZES,
+        "intermediate_size": 1024,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "attn_layer_indices": [3],
+    }
+    config = BambaConfig(**sizes, mamba_n_heads=16, mamba_d_head=64, mamba_d_state=64, pad_token_id=None)
+    return BambaForCausalLM(config).eval()
+
+
+def falcon_h1() -> Any:
+    """Four layers of Mamba-2 and attention side by side."""
+    from transformers import FalconH1Config, FalconH1ForCausalLM
+
+    sizes = {
+        **SIZES,
+        "intermediate_size": 1024,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "mamba_d_ssm": 1024,
+    }
+    config = FalconH1Config(**sizes, mamba_n_heads=16, mamba_d_head=64, mamba_d_state=64, pad_token_id=None)
+    return FalconH1ForCausalLM(config).eval()
+
+
+def jamba() -> Any:
+    """Three Mamba and an attention, each with an MLP."""
+    from transformers import JambaConfig, JambaForCausalLM
+
+    sizes = {**SIZES, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2, "num_experts": 1}
+    config = JambaConfig(
+        **sizes, attn_layer_period=4, attn_layer_offset=3, use_mamba_kernels=False, num_experts_per_tok=1
+    )
+    return JambaForCausalLM(config).eval()
+
+
 SIZES = {"hidden_size": 512, "num_hidden_layers": 4, "vocab_size": 512}
+AROUND_MAMBA = {"bamba": bamba, "falcon_h1": falcon_h1, "jamba": jamba}
 BOTH_WAYS = {"griffin": griffin, "rwkv": rwkv}
-HYBRIDS = {"qwen3_next": qwen3_next, "kimi_linear": kimi_linear}
+HYBRIDS = {"qwen3_next": qwen3_next, "kimi_linear": kimi_linear, **AROUND_MAMBA}
 
 
 def hybrid(make: Any) -> dict[str, dict[str, float]]:

@@ -53,9 +53,16 @@ def language() -> Iterator[Line]:
 
 
 def hybrids() -> Iterator[Line]:
-    """Whole models of 4 layers, three of them delta nets."""
+    """Whole models of 4 layers, attention among them or beside."""
     limits = {"forward": 0.8, "forward + backward": 0.6}
-    for name, title in (("qwen3_next", "Qwen3-Next"), ("kimi_linear", "Kimi Linear")):
+    titles = {
+        "qwen3_next": "Qwen3-Next",
+        "kimi_linear": "Kimi Linear",
+        "bamba": "Bamba",
+        "falcon_h1": "Falcon-H1",
+        "jamba": "Jamba",
+    }
+    for name, title in titles.items():
         for what, seconds in fresh("benchmarks.language", name).items():
             yield Line(f"{title}: {what}, pos 1024", seconds["ours"], seconds["theirs"], "s", limits[what])
 

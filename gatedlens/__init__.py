@@ -44,8 +44,7 @@ else:
             "HookedMamba2", "HookedMamba2Hybrid", "HookedMambaSsmHybrid", "HookedOlmoHybrid", "HookedQwen3Next", "HookedRWKV",
             "HookedRWKV6", "HookedRWKV7", "HookedViM", "HookedZamba", "register",
         ),
-        "inspection": ("Inspection", "inspect"),
-        "loading": ("bundled_models", "from_pretrained", "wrap"),
+        "inspection": ("Inspection", "inspect"), "loading": ("bundled_models", "from_pretrained", "wrap"),
         "model": ("ActivationCache", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "RecurrentState"),
         "model.vision": ("HookedVisionModel",), "result": ("Result", "Results"), "verification": ("Verification", "verify"),
     })

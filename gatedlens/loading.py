@@ -17,7 +17,8 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
@@ -58,6 +59,7 @@ BUNDLED = Path(__file__).parent / "bundled"
 PLACING = ("device_map", "max_memory", "offload_folder")  # what `hub` says of placement
 ONE_FILE = (".pth", ".pt", ".bin", ".safetensors")
 ONE_EXPERT = re.compile(r".*\.experts\.(?=\d+\.)")
+PART = re.compile(r"(model\.)?[a-z_]+(\.\d+)?")  # of a model, of a tensor's name: mtp, model.visual, model.layers.42
 
 
 def bundled_models() -> list[str]:
@@ -181,10 +183,9 @@ def from_pretrained(
     placement.py). adapter: a folder or hub name of a LoRA of peft, which is merged as it is read; a folder that holds an adapter
     alone names its model itself. offload="disk": weights stay in their files and are read as blocks run, on the CPU and in the
     dtype of the file; activations have gradients and weights none (see weights/disk.py). Quantised weights are dequantised as
-    they are read, or as they load; a log line says so. Weights are as in the file, nothing is folded: TransformerLens's
-    `fold_ln=False` and its like are heard, and True is refused. Raises CheckpointError, which names the file, what is wrong in
-    it and what was expected, for weights that are missing, left over, damaged or of another architecture; warns of weights
-    that are NaN or infinite.
+    they are read, or as they load; a log line says so. Nothing is folded: TransformerLens's `fold_ln=False` and its like are
+    heard, and True is refused. Raises CheckpointError, which names the file, what is wrong in it and what was expected, for
+    weights that are missing, left over, damaged or of another architecture; warns of weights that are NaN or infinite.
     """
     if isinstance(name_or_path, nn.Module):
         raise CheckpointError("from_pretrained takes a name or a path; gl.wrap(model) takes a model that you have.")
@@ -203,8 +204,6 @@ def from_pretrained(
     with about(name):
         if file is not None:
             hooked, wrapped = _from_file(file, variant, dtype, hub, offload is not None)
-            if tokenizer is None and issubclass(hooked, HookedLanguageModel):
-                tokenizer = tokenizers.beside_file(file)
         else:
             if variant is not None:
                 raise CheckpointError(f"variant={variant!r} is for a checkpoint that is one file; {name} is none.")
@@ -425,7 +424,9 @@ def _from_transformers(
     _check_shapes(source, expected, {name.removeprefix(prefix): shape for name, shape in held.items()})
     if prefix:
         hub = {"key_mapping": {f"^{re.escape(prefix)}": ""}, **hub}
-    return _by_its_class(source, dtype, ignore_mismatched_sizes=True, **hub)
+    model = _by_its_class(source, dtype, ignore_mismatched_sizes=True, **hub)
+    _say_unread(source, held, model)
+    return model
 
 
 def _by_its_class(source: str, dtype: torch.dtype | None, **options: Any) -> nn.Module:
@@ -455,6 +456,7 @@ def _from_quantised(
     fields.check_depth(config, hooked.hub_fields, where, len(held))
     with _unsaid():
         model = _by_its_class(source, dtype, **quantisation.options(quantised), **hub)
+    _say_unread(source, held, model)
     if AsRead(model).plain:  # nothing is left to be dequantised as it is read
         into, count = str(next(model.parameters()).dtype).removeprefix("torch."), quantisation.packed(held)
         log.info(
@@ -465,6 +467,16 @@ def _from_quantised(
             into,
         )
     return model
+
+
+def _say_unread(source: str, held: Iterable[str], model: Any) -> None:
+    """One line in the log on tensors that transformers leaves in the files: a vision tower, what predicts several tokens."""
+    patterns = [re.compile(one) for one in model._keys_to_ignore_on_load_unexpected or ()]
+    names = [name for name in held if any(pattern.search(name) for pattern in patterns)]
+    parts = Counter(found[0] for name in names if (found := PART.match(name)))
+    if parts:
+        told = ", ".join(f"{part} ({count} tensors)" for part, count in parts.items())
+        log.warning("%s: not read, as in transformers, and not opened: %s.", source, told)
 
 
 def _asked_for(source: str, where: Any, hub: Mapping[str, Any]) -> nn.Module:

@@ -114,6 +114,28 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     return asked
 
 
+def taking(source: Callable[..., Any], only: Sequence[str] | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """`@taking(Options)`: `help()` and editors see, in place of `**options`, those that `source` takes by name.
+
+    only: which of them, where `source` takes more than the function hands on. A function that takes one of the names itself keeps
+    its own.
+    """
+    offered = {
+        name: one.replace(kind=one.KEYWORD_ONLY)
+        for name, one in inspect.signature(source).parameters.items()
+        if one.default is not one.empty and one.kind is not one.VAR_KEYWORD and (only is None or name in only)
+    }
+
+    def tell(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        own = {name: one for name, one in signature.parameters.items() if one.kind is not one.VAR_KEYWORD}
+        more = [one for name, one in offered.items() if name not in own]
+        function.__signature__ = signature.replace(parameters=[*own.values(), *more])  # type: ignore[attr-defined]
+        return function
+
+    return tell
+
+
 def tensor_of(value: Any, what: str, **options: Any) -> Tensor:
     """`tensor_of(value, "attention_mask")`: `torch.as_tensor(value)`; InputError that says what cannot be one."""
     try:

@@ -14,7 +14,16 @@ import transformers
 import gatedlens as gl
 from gatedlens.verification import VENDORS, Verification
 from tests.conftest import ROOT
-from tests.hooks import test_fla, test_mamba, test_mamba2, test_mamba2_hybrid, test_qwen3_next
+from tests.hooks import (
+    test_fla,
+    test_lfm2,
+    test_mamba,
+    test_mamba2,
+    test_mamba2_hybrid,
+    test_mamba_ssm_hybrid,
+    test_qwen3_next,
+    test_zamba,
+)
 
 PAGE = ROOT / "docs" / "models.md"
 
@@ -48,7 +57,11 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "Falcon-H1": lambda: test_mamba2_hybrid.tiny("Falcon-H1"),
     "Nemotron-H": lambda: test_mamba2_hybrid.tiny("Nemotron-H"),
     "Zamba2": lambda: test_mamba2_hybrid.tiny("Zamba2"),
+    "Zamba": lambda: test_zamba.tiny(),
+    "mamba-ssm's hybrids": lambda: test_mamba_ssm_hybrid.tiny("channels beside"),
     "Jamba": of_class(gl.HookedJamba),
+    "LFM2": of_class(gl.HookedLFM2),
+    "LFM2-MoE": lambda: test_lfm2.tiny("experts"),
     "Vision Mamba": of_class(gl.HookedViM),
 }
 HEAD = """# Supported models, and what is verified of each

@@ -40,7 +40,8 @@ FLOORS = (
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 SIDEWAYS = {("files", "errors"), ("late", "errors"), ("options", "errors"), ("bundled", "cli"), ("__main__", "cli")}
 SIDEWAYS |= {(door, "compat") for door in ("bridge", "circuitsvis", "gatedlens")}
-UPWARD = {("model.base", "compat.nnsight"), ("result.result", "plot.results")}  # the two doors: `.nnsight()`, `.plot()`
+# The doors: `.nnsight()`, `.from_pretrained()`, `.plot()`.
+UPWARD = {("model.base", "compat.nnsight"), ("model.base", "loading"), ("result.result", "plot.results")}
 
 
 class Import(NamedTuple):

@@ -231,19 +231,33 @@ def _entry(said: str, value: Any, shown: set[Any]) -> str:
 
 
 def commands() -> str:
-    """Every command with its help, as it is printed."""
+    """Every command with its help; how a model is opened is told once."""
     from gatedlens.cli import app
+    from gatedlens.cli.options import OF_MODEL
 
-    parts = ["# Commands\n\n[The command line](../command-line.md) on one page; here is what each `--help` says."]
+    every = [one for command in app.commands.values() for one in command.params]
+    of_model = {one.opts[0]: one for one in every if getattr(one, "panel", None) == OF_MODEL}
+    parts = [
+        "# Commands",
+        "[The command line](../command-line.md) on one page; here is what each `--help` says. Each takes `--json` "
+        "besides, and where it takes a MODEL, also the options of [how it is opened](#how-the-model-is-opened).",
+    ]
     for name, command in app.commands.items():
-        lines = ["| option | | |", "|---|---|---|"]
-        for one in command.params:
-            words = ", ".join(f"`{word}`" for word in (*one.opts, *one.secondary_opts))
-            told = (getattr(one, "help", "") or "").replace("|", "\\|")
-            default = getattr(one, "default", None)
-            shown = f"`{default}`" if isinstance(default, str | int) and not isinstance(default, bool) else ""
-            lines.append(f"| {words if words != '`named`' else 'MODEL'} | {told} | {shown} |")
-        doc = inspect.cleandoc(command.help or "")
+        own = [one for one in command.params if one.opts[0] not in of_model and one.opts[0] not in ("named", "--json")]
+        takes = any(one.opts[0] == "named" for one in command.params)
         examples = (command.epilog or "").removeprefix("examples:").strip("\n")
-        parts.append(f"## gatedlens {name}\n\n{doc}\n\n" + "\n".join(lines) + f"\n\n```text\n{examples}\n```")
-    return "\n\n".join(parts) + "\n"
+        parts += [f"## gatedlens {name}{' MODEL' if takes else ''}", inspect.cleandoc(command.help or "")]
+        parts += [_options(own)] if own else []
+        parts.append(f"```text\n{examples}\n```")
+    return "\n\n".join([*parts, f"## {OF_MODEL}", _options(list(of_model.values()))]) + "\n"
+
+
+def _options(params: list[Any]) -> str:
+    """A table of options."""
+    lines = ["| option | | default |", "|---|---|---|"]
+    for one in params:
+        words = ", ".join(f"`{word}`" for word in (*one.opts, *one.secondary_opts))
+        told = (getattr(one, "help", "") or "").replace("|", "\\|")
+        default = one.default if isinstance(one.default, str | int) and not isinstance(one.default, bool) else None
+        lines.append(f"| {words} | {told} | {'' if default is None else f'`{default}`'} |")
+    return "\n".join(lines)

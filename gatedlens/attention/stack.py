@@ -40,7 +40,8 @@ from gatedlens.markup import card, picture, table
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
 from gatedlens.model.cache import ActivationCache
-from gatedlens.options import checked, is_whole
+from gatedlens.model.language import OF_INPUT, HookedLanguageModel
+from gatedlens.options import checked, is_whole, taking
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.factors import NAMES
 from gatedlens.result.labelled_tensor import LabelledTensor, label_of, labelled, with_label
@@ -402,6 +403,7 @@ def implicit_attention(
 ) -> ImplicitAttention: ...
 
 
+@taking(HookedLanguageModel.forward, only=OF_INPUT)
 def implicit_attention(
     source: Source,
     input: Input | None = None,

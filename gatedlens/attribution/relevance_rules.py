@@ -278,6 +278,7 @@ class FlowHook:
                 # out equals pre * (out / pre). With the ratio held fixed, that product passes all of out's relevance to pre;
                 # so the mean of the two passes half of it each way.
                 pre = at_least_float32(values[gate].flatten(2))
+                pre = pre.repeat_interleave(out.shape[2] // pre.shape[2], dim=2)  # a gate may be one number a head
                 out = (out + pre * ratio(out, pre)) / 2
             total.append(out)
         verify(fixed, torch.stack(plain).sum(0), o.detach(), "relevance")

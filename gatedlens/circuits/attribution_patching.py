@@ -30,7 +30,8 @@ from gatedlens.metrics import Metric, per_row
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
 from gatedlens.model.hooking import CACHE_LIMIT
-from gatedlens.options import checked
+from gatedlens.model.language import OF_INPUT, HookedLanguageModel
+from gatedlens.options import checked, taking
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.result import Result
 from gatedlens.result.results import Results
@@ -69,6 +70,7 @@ def attribution_patch(
     max_bytes: int | None = ...,
     **options: Any,
 ) -> Results: ...
+@taking(HookedLanguageModel.forward, only=OF_INPUT)
 @checked
 def attribution_patch(
     model: HookedModel,
@@ -136,6 +138,7 @@ def attribution_patch_ig(
     max_bytes: int | None = ...,
     **options: Any,
 ) -> Results: ...
+@taking(HookedLanguageModel.forward, only=OF_INPUT)
 @checked
 def attribution_patch_ig(
     model: HookedModel,
@@ -207,6 +210,7 @@ def attribution_patch_ig_activations(
     max_bytes: int | None = ...,
     **options: Any,
 ) -> Results: ...
+@taking(HookedLanguageModel.forward, only=OF_INPUT)
 @checked
 def attribution_patch_ig_activations(
     model: HookedModel,

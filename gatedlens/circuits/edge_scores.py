@@ -29,7 +29,8 @@ from gatedlens.errors import InputError
 from gatedlens.metrics import Metric
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
-from gatedlens.options import checked
+from gatedlens.model.language import OF_INPUT, HookedLanguageModel
+from gatedlens.options import checked, taking
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.result import Result
 from gatedlens.runs.cells import Plan
@@ -38,6 +39,7 @@ from gatedlens.runs.gradients import Listener, approximate_rise, collected, list
 from gatedlens.runs.pair import Pair, steps_of, subtracting
 
 
+@taking(HookedLanguageModel.forward, only=OF_INPUT)
 @checked
 def eap(
     model: HookedModel, clean: Input, corrupted: Input, metric: Metric, positions: bool = False, **options: Any
@@ -57,6 +59,7 @@ def eap(
     return _circuit(model, graph, found, metric, "EAP", {})
 
 
+@taking(HookedLanguageModel.forward, only=OF_INPUT)
 @checked
 def eap_ig(
     model: HookedModel,
@@ -85,6 +88,7 @@ def eap_ig(
     return _circuit(model, graph, found, metric, "EAP-IG", {"steps": steps})
 
 
+@taking(HookedLanguageModel.forward, only=OF_INPUT)
 @checked
 def edge_patch(
     model: HookedModel,

@@ -25,7 +25,8 @@ from gatedlens.metrics import Metric
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
 from gatedlens.model.by_head import with_heads
-from gatedlens.options import checked
+from gatedlens.model.language import OF_INPUT, HookedLanguageModel
+from gatedlens.options import checked, taking
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.result import Result
@@ -36,6 +37,7 @@ from gatedlens.runs.pair import Pair
 AXES = ("layer", "head", "receiver")
 
 
+@taking(HookedLanguageModel.forward, only=OF_INPUT)
 @checked
 def eap_heads(model: HookedModel, clean: Input, corrupted: Input, metric: Metric, **options: Any) -> Result:
     """`gl.circuits.eap_heads(model, clean, corrupted, metric).at(receiver="logits").plot()`: `eap` with heads as senders.
@@ -49,6 +51,7 @@ def eap_heads(model: HookedModel, clean: Input, corrupted: Input, metric: Metric
     return scores.result(scores.at_once(metric), metric, "EAP by head", {})
 
 
+@taking(HookedLanguageModel.forward, only=OF_INPUT)
 @checked
 def eap_ig_heads(
     model: HookedModel,

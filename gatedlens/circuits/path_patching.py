@@ -29,7 +29,8 @@ from gatedlens.metrics import Metric
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
 from gatedlens.model.by_head import with_heads
-from gatedlens.options import checked
+from gatedlens.model.language import OF_INPUT, HookedLanguageModel
+from gatedlens.options import checked, taking
 from gatedlens.result.result import Result
 from gatedlens.runs import inputs
 from gatedlens.runs.baseline import Baseline
@@ -39,6 +40,7 @@ from gatedlens.runs.meter import Meter
 from gatedlens.runs.pair import Pair
 
 
+@taking(HookedLanguageModel.forward, only=OF_INPUT)
 @checked
 def path_patch(
     model: HookedModel,
@@ -75,6 +77,7 @@ def path_patch(
     return paths.rises(plan, facts, Effort(progress=False), by_row=True)
 
 
+@taking(HookedLanguageModel.forward, only=OF_INPUT)
 @checked
 def path_patch_senders(
     model: HookedModel,
@@ -109,6 +112,7 @@ def path_patch_senders(
     return paths.rises(plan, facts, Effort(results, max_bytes, max_rows, progress))
 
 
+@taking(HookedLanguageModel.forward, only=OF_INPUT)
 @checked
 def path_patch_heads(
     model: HookedModel,

@@ -121,6 +121,7 @@ def command(name: str, examples: str, quiet: bool = False) -> Callable[[Function
         if quiet:
             found = click.option("--quiet", is_flag=True, help="no progress bar")(found)
         found = click.option("--json", is_flag=True, help="print one JSON object instead, an error too")(found)
+        found = click.option_panel("Options")(found)  # first; then how a model is opened
         return app.command(name, cls=Command, epilog=f"examples:{examples}")(found)
 
     return decorate
@@ -130,6 +131,13 @@ def as_json() -> bool:
     """Whether the command that runs prints JSON, so that it says nothing else."""
     context = click.get_current_context(silent=True)
     return context is not None and bool(context.params.get("json"))
+
+
+OF_MODEL = "How the model is opened"  # what the help calls these options
+
+
+def _of_model(*names: str, **told: Any) -> Callable[[Function], Any]:
+    return click.option(*names, panel=OF_MODEL, **told)
 
 
 def with_model(default: str | None = None, loads: bool = True, dtype: str = "--dtype") -> Callable[[Function], Any]:
@@ -148,25 +156,21 @@ def with_model(default: str | None = None, loads: bool = True, dtype: str = "--d
             source = Source(name, **how)
             return function(source=source, **given)
 
+        said = "float64 for the sharpest figures, bfloat16, ..." if loads else "in which bytes are counted"
         options = [
             click.argument("named", metavar="MODEL", required=False, type=MODEL),
-            click.option("--model", type=MODEL, help=f"the same as MODEL{f' (default: {default})' if default else ''}"),
-            click.option(
-                "--variant", help="which model a checkpoint of one file holds, where it does not say so itself"
-            ),
-            click.option("--revision", help="of a hub model: a branch, tag or commit"),
+            _of_model("--model", type=MODEL, help=f"the same as MODEL{f' (default: {default})' if default else ''}"),
+            _of_model("--variant", help="which model a checkpoint of one file holds, where it does not say so itself"),
+            _of_model("--revision", help="of a hub model: a branch, tag or commit"),
+            _of_model(dtype, "model_dtype", type=DTYPE, help=f"{said} (default: as the checkpoint)"),
         ]
-        said = "float64 for the sharpest figures, bfloat16, ..." if loads else "in which bytes are counted"
-        options.append(click.option(dtype, "model_dtype", type=DTYPE, help=f"{said} (default: as the checkpoint)"))
         if loads:
-            options.append(
-                click.option("--device", type=DEVICE, help="cpu, cuda:0, ... (default: cuda where there is one)")
-            )
             disk = click.Choice(["disk"])
-            options.append(
-                click.option("--offload", type=disk, help="run a model larger than the memory from its files")
-            )
-            options.append(click.option("--tokenizer", help="a folder or hub name (default: the one beside the model)"))
+            options += [
+                _of_model("--device", type=DEVICE, help="cpu, cuda:0, ... (default: cuda where there is one)"),
+                _of_model("--offload", type=disk, help="run a model larger than the memory from its files"),
+                _of_model("--tokenizer", help="a folder or hub name (default: the one beside the model)"),
+            ]
         for option in reversed(options):
             opened = option(opened)
         return opened

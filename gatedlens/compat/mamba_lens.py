@@ -80,7 +80,7 @@ class HookedMamba(mamba.HookedMamba):
         self.layer_order: list[int] | None = None
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # MambaLens calls its argument otherwise
         cls,
         pretrained_model_name: str | Path,
         device: str | torch.device | None = None,

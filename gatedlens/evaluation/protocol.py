@@ -41,7 +41,7 @@ from gatedlens.evaluation.curves import AXES, Curve
 from gatedlens.evaluation.removal import Nothing
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
-from gatedlens.options import checked
+from gatedlens.options import checked, taking
 
 # -- measures ---------------------------------------------------------------------------------------------------------
 
@@ -273,3 +273,7 @@ def _shares(given: Sequence[float]) -> tuple[float, ...]:
     if len(shares) < 2 or shares[0] < 0 or shares[-1] > 1 or any(b <= a for a, b in pairwise(shares)):
         raise InputError(f"shares={list(shares)}: give at least two, ascending, from 0 to 1.")
     return shares
+
+
+for _of_one in (perturbation, activation_curve, pruning_curve, deletion, insertion):
+    taking(curve)(_of_one)  # here, since `curve` is defined behind them

@@ -160,7 +160,7 @@ class MambaSsmHybrid(Layout):
         return Mamba2HybridWeights(config)
 
 
-# A Mamba-2 with channels beside its heads, then an attention behind a conv, each with an MLP.
+# A Mamba-2, then an attention, each with an MLP.
 TINY = Tiny(
     "tiny-mamba_ssm_hybrid",
     Mamba2HybridWeights,
@@ -175,12 +175,11 @@ TINY = Tiny(
             "num_heads": 4,
             "num_heads_kv": 2,
             "head_dim": 4,
-            "d_conv": 3,
             "rotary_emb_dim": 2,
             "qkv_proj_bias": False,
             "out_proj_bias": False,
         },
-        "ssm_cfg": {"layer": "Mamba2", "d_state": 4, "headdim": 6, "ngroups": 2, "d_ssm": 24, "D_has_hdim": True},
+        "ssm_cfg": {"layer": "Mamba2", "d_state": 4, "headdim": 8, "ngroups": 2, "D_has_hdim": True},
     },
     {"embed": fresh(0.5)},
 )

@@ -118,8 +118,8 @@ def is_hybrid(wrapped: Any) -> bool:
         return False
     # in_proj gives z, what the conv reads, and dt; out_proj reads as many channels as z has.
     own = scans[0]
-    rows = own.out_proj.weight.shape[1] + own.conv1d.weight.shape[0] + len(own.A_log)
-    return len(scans) < len(layers) or "mlp" in layers[0]._modules or own.in_proj.weight.shape[0] > rows
+    rows = own.out_proj.in_features + own.conv1d.out_channels + len(own.A_log)
+    return len(scans) < len(layers) or "mlp" in layers[0]._modules or own.in_proj.out_features > rows
 
 
 def embedding_of(wrapped: Any) -> Any:

@@ -14,7 +14,7 @@ checkpoint holds for predicting several tokens, the layers behind the last, is n
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -23,7 +23,15 @@ from torch import Tensor
 from gatedlens.address.point import Point
 from gatedlens.formats.bailing_hybrid import TINY
 from gatedlens.formats.transformers_config import BAILING_HYBRID
-from gatedlens.hooks.kimi_linear import BLOCK, CHANNEL_MIXING, DELTA, LATENT, HookedKimiLinear, KimiDeltaMixer
+from gatedlens.hooks.kimi_linear import (
+    BLOCK,
+    CHANNEL_MIXING,
+    DELTA,
+    LATENT,
+    HookedKimiLinear,
+    KimiDeltaMixer,
+    KimiLinearConfig,
+)
 from gatedlens.model.base import Wrapped
 from gatedlens.model.norm import Norm
 from gatedlens.model.path import Streams
@@ -107,7 +115,7 @@ class HookedBailingHybrid(HookedKimiLinear):
     )  # of all kinds; see rows_for
 
     @classmethod
-    def describe(cls, wrapped: Wrapped, model_name: str) -> Any:
+    def describe(cls, wrapped: Wrapped, model_name: str) -> KimiLinearConfig:
         """The cfg of a wrapped model, as Kimi Linear's."""
         check_rope(wrapped.model.rotary_emb, model_name)
         return super().describe(wrapped, model_name)
@@ -120,12 +128,12 @@ class HookedBailingHybrid(HookedKimiLinear):
             return kind._replace(mixing=BOUNDED)
         return kind
 
-    def make_delta_net(self, weights: Any, points: tuple[Point, ...], layer: int) -> DeltaMixer:
+    def make_delta_net(self, weights: Wrapped, points: tuple[Point, ...], layer: int) -> DeltaMixer:
         delta = DELTAS[self.cfg.kinds[layer].mixing]
         return BailingDeltaMixer(weights, points, layer, delta, self.cfg.sizes, self.cfg.eps)
 
     def make_attention(
-        self, weights: Any, points: tuple[Point, ...], layer: int, narrow: bool, norms: tuple[Norm | None, Norm]
+        self, weights: Wrapped, points: tuple[Point, ...], layer: int, narrow: bool, norms: tuple[Norm | None, Norm]
     ) -> LatentAttention:
         scores = Multipliers(scores=float(weights.scaling))  # longer contexts scale it (yarn)
         rotary = self.wrapped.model.rotary_emb

@@ -301,12 +301,12 @@ class HookedKimiLinear(PositionedModel):
         attn = self.make_attention(heads, points, layer, narrow, norms)
         return Block(w, rows, Sub("mixer", attn, ln1, place="attn"), mlp)  # where TransformerLens has attention
 
-    def make_delta_net(self, weights: Any, points: tuple[Point, ...], layer: int) -> DeltaMixer:
+    def make_delta_net(self, weights: Wrapped, points: tuple[Point, ...], layer: int) -> DeltaMixer:
         """The mixer of a delta net over its weights, with these points."""
         return KimiDeltaMixer(weights, points, layer, DELTA, self.cfg.sizes, self.cfg.eps)
 
     def make_attention(
-        self, weights: Any, points: tuple[Point, ...], layer: int, narrow: bool, norms: tuple[Norm | None, Norm]
+        self, weights: Wrapped, points: tuple[Point, ...], layer: int, narrow: bool, norms: tuple[Norm | None, Norm]
     ) -> LatentAttention:
         """The same of a layer of attention, of narrow queries or not."""
         return LatentAttention(weights, points, layer, LATENT[narrow], self.cfg.d_head, norms)

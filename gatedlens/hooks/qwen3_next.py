@@ -40,8 +40,9 @@ from gatedlens.parts.attention import CARRIED_WINDOW, Attention, AttentionKind, 
 from gatedlens.parts.delta_net import CARRIED_DELTA, DeltaKind, DeltaMixer, Projected
 from gatedlens.parts.experts import EXPERTS_OUT, Experts, SharedExpert, experts_rows, shared_expert_rows, softmax_top
 from gatedlens.parts.glu import GatedMlp, gated_mlp_rows
+from gatedlens.parts.grid_positions import GridAttention, GridModel
 from gatedlens.parts.layer_kind import LayerKind, rows_by_kind
-from gatedlens.parts.positioned import NEXT_POSITION, PositionedModel
+from gatedlens.parts.positioned import NEXT_POSITION
 
 GDN = "Gated DeltaNet, arXiv 2412.06464"
 BLOCK = f"{GDN}, fig. 1"
@@ -149,12 +150,15 @@ class Qwen3NextConfig(HookedConfig):
         return {**super().sizes, **heads, **keys, **attention, "d_mlp": self.d_mlp or 0, **experts}
 
 
-class HookedQwen3Next(PositionedModel):
+class HookedQwen3Next(GridModel):
     """`HookedQwen3Next(Qwen3NextForCausalLM(...))`, or better `gl.wrap(...)`: Qwen3-Next, or Qwen3.5's language model, opened up.
 
     Heads (axis `head`) are those of the delta nets' values; the attention's are `q_head`. Padding on either side or inside a row,
     and documents packed in a row, are as if each row stood alone. (In transformers padding on the right is in the state that a
     call leaves, and so is padding inside a row.)
+
+    Qwen3.5 takes positions of images, too: `model(embeds, start_at_layer=0, position_ids=[3, batch, pos])`, as transformers'
+    model of images and text makes both; its vision tower stays as it is, and is not opened.
     """
 
     title = "Qwen3-Next"
@@ -266,8 +270,13 @@ class HookedQwen3Next(PositionedModel):
             GemmaNorm(heads.q_norm, rows_of("q_norm", points), cfg.eps),
             GemmaNorm(heads.k_norm, rows_of("k_norm", points), cfg.eps),
         )
-        attn = Attention(heads, points, layer, ATTENTION, heads.head_dim, None, model.rotary_emb, norms)
+        attends = Attention if self.sections is None else GridAttention
+        attn = attends(heads, points, layer, ATTENTION, heads.head_dim, None, model.rotary_emb, norms)
         return Block(w, rows, Sub("mixer", attn, ln1, place="attn"), mlp)  # where TransformerLens has attention
+
+    @property
+    def sections(self) -> Any:
+        return vars(text_model(self.wrapped).rotary_emb).get("mrope_section")
 
     def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:
         return GemmaNorm(text_model(self.wrapped).norm, rows, self.cfg.eps)

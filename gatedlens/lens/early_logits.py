@@ -21,6 +21,7 @@ from gatedlens.foreign import Axes, Figure
 from gatedlens.markup import card, picture
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Batch, Input
+from gatedlens.model.cache import ActivationCache
 from gatedlens.options import checked, is_whole
 from gatedlens.recurrence.autocast import exact
 from gatedlens.result.result import Result
@@ -31,8 +32,17 @@ EMBED = "embed"
 
 @checked
 @torch.no_grad()
-def logit_lens(model: HookedModel, input: Input) -> LogitLens:
-    """`gl.lens.logit_lens(model, input)`: text, ids, a pair (ids, mask), images, or a cache with the residual streams."""
+def logit_lens(model: HookedModel | ActivationCache, input: Input | ActivationCache | None = None) -> LogitLens:
+    """`gl.lens.logit_lens(model, input)`: text, ids, a pair (ids, mask), images, or a cache with the residual streams; a cache
+    alone, `gl.lens.logit_lens(cache)`, is read with its own model."""
+    if isinstance(model, ActivationCache):
+        if input is not None:
+            raise InputError(
+                "logit_lens(cache, input): a cache has its input; give the cache alone, or a model and an input."
+            )
+        return logit_lens(model.model, model)
+    if input is None:
+        raise InputError("logit_lens(model): give an input too, or a cache alone.")
     names = ["blocks.0.hook_resid_pre", *(f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers))]
     cache, batch = inputs.cached(model, input, names)
     return LogitLens(model, batch, tuple(cache[name] for name in names))

@@ -321,6 +321,22 @@ class HookedModel(Hooking):
         titles = [other.title for other in _architectures() if leaf in {row.leaf for row in other.block_points}]
         return list(dict.fromkeys(titles))
 
+    @classmethod
+    def from_pretrained(cls: type[M], name_or_path: Any, **options: Any) -> M:
+        """`gl.HookedMamba.from_pretrained("gatedlens/mamba-recall")`: `gl.from_pretrained`, with all its options, by the class.
+
+        InputError for a checkpoint of another architecture; `gl.from_pretrained` takes any.
+        """
+        from gatedlens.loading import from_pretrained
+
+        model = from_pretrained(name_or_path, **options)
+        if not isinstance(model, cls):
+            raise InputError(
+                f"{cls.__name__}.from_pretrained({name_or_path!r}): this is a {model.title} model. Call "
+                f"gl.{type(model).__name__}.from_pretrained, or gl.from_pretrained, which takes any."
+            )
+        return model
+
     @checked
     def hook_table(self, layer: int | None = 0) -> HookTable:
         """`model.hook_table(layer=3)`: every hook point as a table: name, axes, shape in this model, equation, source,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 
 import torch
@@ -9,8 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from gatedlens.address.names import NamesFilter
 from gatedlens.errors import InputError
-from gatedlens.model.batch import Array, Input
+from gatedlens.model.batch import Array, Batch, Input
 from gatedlens.model.state import RecurrentState
 from gatedlens.options import checked
 
@@ -76,6 +78,8 @@ class Sampling(TypedDict, total=False):
     verbose: bool
     input_ids: Array | None
     token_type_ids: Array | None
+    use_past_kv_cache: bool
+    names_filter: NamesFilter
 
 
 if TYPE_CHECKING:  # text in, text out; ids in, ids out; with return_state the state beside it
@@ -136,13 +140,20 @@ def generate(
     verbose: bool = True,
     input_ids: Array | None = None,
     token_type_ids: Array | None = None,
-) -> Generated | tuple[Generated, RecurrentState]:
+    use_past_kv_cache: bool = True,
+    return_cache: bool = False,
+    names_filter: NamesFilter = None,
+) -> Generated | tuple[Generated, ...]:
     """`model.generate("Call me", max_new_tokens=20, temperature=0.8, seed=0)`: the input and what follows it.
 
     Text in, text out; ids in, ids [batch, pos + new] out (`return_type` "str", "tokens" or "input", the kind that came
     in). do_sample=False, or temperature=0, takes the likeliest token. stop_at_eos: a row that produced EOS goes on
     with EOS, and all stop when every row has. A batch of texts is padded on the left, so that new tokens follow their
     text. state: go on from a RecurrentState; return_state: return (output, state). verbose: a progress bar.
+
+    use_past_kv_cache: as in TransformerLens, whether each step goes on from the state of the last; without, each runs the whole
+    text again, slowly and to the same end. return_cache: return (output, cache), or (output, state, cache), the ActivationCache
+    of input and output as `run_with_cache` has it, in one more forward; names_filter: of which points.
     """
     _check(max_new_tokens, temperature, top_k, top_p)
     if return_type not in ("input", "str", "tokens"):
@@ -157,7 +168,8 @@ def generate(
     generator = None if seed is None else torch.Generator(batch.value.device).manual_seed(seed)
     heat = temperature if do_sample else 0.0
 
-    logits, state = self(batch, state=state, return_state=True)
+    start = state
+    logits, state = self(batch, state=start, return_state=True)
     last = logits[:, -1] if batch.mask is None else logits[torch.arange(len(logits)), _last_real(batch.mask)]
     new: list[Tensor] = []
     done = torch.zeros(batch.value.shape[0], dtype=torch.bool, device=batch.value.device)
@@ -170,13 +182,30 @@ def generate(
         finished = bool(done.all()) or step == max_new_tokens - 1
         if finished and not return_state:
             break
-        logits, state = self(token.unsqueeze(1), state=state, return_state=True)
+        if use_past_kv_cache:
+            logits, state = self(token.unsqueeze(1), state=state, return_state=True)
+        else:
+            logits, state = self(_whole(batch, new), state=start, return_state=True)
         last = logits[:, -1]
         if finished:
             break
-    ids = torch.cat([batch.value, torch.stack(new, dim=1)], dim=1) if new else batch.value
+    whole = _whole(batch, new)
+    ids = whole.value
     out = ids if return_type == "tokens" or (return_type == "input" and not is_text) else _text(self, batch, new, input)
-    return (out, state) if return_state else out
+    more: tuple[Any, ...] = (state,) if return_state else ()
+    if return_cache:
+        more += (self.run_with_cache(whole, None, names_filter=names_filter, state=start)[1],)
+    return (out, *more) if more else out
+
+
+def _whole(batch: Batch, new: list[Int[Tensor, " batch"]]) -> Batch:
+    """The input and what has followed it so far."""
+    if not new:
+        return batch
+    ids, mask = torch.stack(new, dim=1), batch.mask
+    if mask is not None:
+        mask = torch.cat([mask, torch.ones_like(ids, dtype=torch.bool)], dim=1)
+    return replace(batch, value=torch.cat([batch.value, ids], dim=1), mask=mask)
 
 
 def _last_real(mask: Bool[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:

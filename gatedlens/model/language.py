@@ -49,6 +49,10 @@ class ForwardOptions(TypedDict, total=False):
     token_type_ids: Array | None
 
 
+# The options of `forward` that tell how an input is read, for functions that hand them on.
+OF_INPUT = ("prepend_bos", "padding_side", "attention_mask", "position_ids")
+
+
 class HookedLanguageModel(ReadsText, HookedModel):
     """What every language model shares; an architecture adds its rows, its blocks and where its embeddings are."""
 
@@ -241,8 +245,8 @@ class HookedLanguageModel(ReadsText, HookedModel):
         token_type_ids: Array | None = None,
         earlier: Earlier = None,
     ) -> ForwardOutput:
-        """`model.forward(input)`, called as `logits = model(input)`: `logits = model(input)`: logits [batch, pos,
-        d_vocab], the loss, both (an Output) or None, by `return_type`.
+        """`model.forward(input)`, called as `logits = model(input)`: logits [batch, pos, d_vocab], the loss, both (an Output)
+        or None, by `return_type`.
 
         input: text, a list of texts (padded, on the side that `set_tokenizer` tells), token ids [batch, pos], or what a
         tokenizer returned, which may also come as keywords (`model(**tokenizer(text, return_tensors="pt"))`); with
@@ -325,6 +329,21 @@ class HookedLanguageModel(ReadsText, HookedModel):
                 f"A loss predicts the next token, and the input holds token {int(tokens.max())}, while the head has {outputs} "
                 "outputs: take the logits (return_type='logits') and a loss of your own."
             )
+
+    def loss_fn(
+        self,
+        logits: Float[Tensor, "batch pos d_vocab"],
+        tokens: Int[Tensor, "batch pos"],
+        attention_mask: Array | None = None,
+        per_token: bool = False,
+    ) -> Float[Tensor, ...]:
+        """`model.loss_fn(logits, tokens)`: the loss of the next token, as `model(tokens, return_type="loss")` has it and
+        TransformerLens's `loss_fn`: the mean over targets, or, with per_token, [batch, pos - 1]."""
+        self._check_targets(tokens)
+        mask = None if attention_mask is None else text_.check_mask(attention_mask, (tokens.shape[0], tokens.shape[1]))
+        return next_token_loss(
+            logits, tokens.to(logits.device), None if mask is None else mask.to(logits.device), per_token
+        )
 
     def unembed(self, normed: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
         """`model.unembed(normed)`: [..., d_vocab], the logits of a normalised residual stream, at least float32."""

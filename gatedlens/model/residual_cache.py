@@ -94,10 +94,30 @@ class ResidualCache(transformer_lens.ActivationCache):
     ) -> Float[Tensor, "component ..."] | tuple[Float[Tensor, "component ..."], list[str]]:
         """`cache.accumulated_resid(apply_ln=True)`: [layer, batch, pos, d_model], as TransformerLens's.
 
-        The residual stream before each layer up to `layer` (None, -1: all, and the last one), as TransformerLens's.
+        The residual stream before each layer up to `layer` (None, -1: all, and the last one), as TransformerLens's. incl_mid:
+        also in the middle of each layer before it, where a layer has one (between its mixer and its channel mixer).
         """
         boundary = self._boundary(layer)
-        return super().accumulated_resid(boundary, incl_mid, apply_ln, pos_slice, mlp_input, return_labels)
+        has_mid = [f"blocks.{i}.hook_resid_mid" in self.model.names for i in range(boundary)]
+        if not incl_mid or all(has_mid):
+            return super().accumulated_resid(boundary, incl_mid, apply_ln, pos_slice, mlp_input, return_labels)
+        wanted = [(f"{i}_pre", ("resid_pre", i)) for i in range(boundary + 1) if i < len(self.model.blocks)]
+        wanted += [("final_post", ("resid_post", boundary - 1))] if boundary == len(self.model.blocks) else []
+        for i in (i for i in reversed(range(boundary)) if has_mid[i]):
+            wanted.insert(i + 1, (f"{i}_mid", ("resid_mid", i)))
+        slice_ = Slice.unwrap(pos_slice)
+        parts = torch.stack([slice_.apply(self[key], dim=-2) for _, key in wanted])
+        if apply_ln:
+            again = boundary == len(self.model.blocks)
+            parts = self.apply_ln_to_stack(
+                parts,
+                boundary,
+                pos_slice=slice_,
+                mlp_input=mlp_input,
+                has_batch_dim=self.has_batch_dim,
+                recompute_ln=again,
+            )
+        return (parts, [label for label, _ in wanted]) if return_labels else parts
 
     def _boundary(self, layer: int | None) -> int:
         """The layer before which a residual stream is read; n_layers is the end."""

@@ -107,8 +107,11 @@ class DocumentRun(Run):
     """A Run whose rows may hold several documents.
 
     `documents` is known once `apart` was called, as for position_ids. Before that each row is one document, and what lies
-    before its beginning is empty anyway.
+    before its beginning is empty anyway. `axes`: of a model of images and text, positions by time, height and width, which turn
+    its queries and keys; None: `positions` do.
     """
+
+    axes: Int[Tensor, "axis batch pos"] | None = None
 
     def apart(self) -> DocumentRun:
         """`run = DocumentRun(positions).apart()`: the same, with the documents that its positions tell of."""

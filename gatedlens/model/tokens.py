@@ -118,6 +118,31 @@ class ReadsText:
         ids, mask = self._tokenize([input] if isinstance(input, str) else input, prepend_bos, padding_side)
         return ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
 
+    def get_token_position(
+        self,
+        single_token: str | int | Tensor,
+        input: str | Int[Tensor, "*one pos"],
+        mode: str = "first",
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+    ) -> int:
+        """`model.get_token_position(" Ishmael", "Call me Ishmael")`: at which position of one text, or of ids [pos] or [1, pos],
+        a token stands, as TransformerLens's: BOS counts.
+
+        single_token: its id, or a text that is one token. mode: "first" or "last", where it stands several times. InputError for
+        a token that the input lacks, for several rows, and for another mode.
+        """
+        if mode not in ("first", "last"):
+            raise InputError(f"mode={mode!r}: it is 'first' or 'last'.")
+        ids = self.to_tokens(input, prepend_bos, padding_side) if isinstance(input, str) else torch.as_tensor(input)
+        if ids.ndim not in (1, 2) or (ids.ndim == 2 and len(ids) != 1):
+            raise InputError(f"input has shape {list(ids.shape)}: one row of ids is meant, [pos] or [1, pos].")
+        token = self.to_single_token(single_token) if isinstance(single_token, str) else int(single_token)
+        found = (ids.flatten() == token).nonzero().flatten().tolist()
+        if not found:
+            raise InputError(f"{single_token!r} (id {token}) does not stand in this input of {ids.numel()} tokens.")
+        return found[0] if mode == "first" else found[-1]
+
     if TYPE_CHECKING:
 
         @overload

@@ -295,6 +295,12 @@ class Attention(TokenMixing):
             cos, sin = cos * scaling, sin * scaling
         return cos.to(like.dtype), sin.to(like.dtype)
 
+    def turning(
+        self, run: DocumentRun, like: Tensor
+    ) -> tuple[Float[Tensor, "batch pos rotary"], Float[Tensor, "batch pos rotary"]]:
+        """cos and sin of what the q and k of a call are turned by."""
+        return self.angles(run.positions, like)
+
     def visible(self, carried: Int[Tensor, "batch carried"], run: DocumentRun) -> Bool[Tensor, "batch 1 pos key_pos"]:
         """Which keys each query sees, counted in real tokens; a position always sees itself, so no row is empty."""
         before = torch.arange(-carried.shape[1], 0, device=carried.device).expand_as(carried)
@@ -365,7 +371,7 @@ class Attention(TokenMixing):
         if self.kind.normed is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.kind.rotary:
-            cos, sin = self.angles(run.positions, q)
+            cos, sin = self.turning(run, q)
             q, k = self.hook_rot_q(rotate(q, cos, sin)), self.hook_rot_k(rotate(k, cos, sin))
         return q, k, v, gate_pre
 

@@ -30,7 +30,7 @@ from gatedlens.model.norm import Norm, norm_rows
 from gatedlens.parts.attention import RMSNORM, check_rope
 from gatedlens.parts.positioned import PositionedModel
 
-EMBED = "hook_embed"  # what blocks that several layers share read beside the stream
+EMBED = "blocks.0.hook_resid_pre"  # what blocks that several layers share read beside the stream: the embedding
 
 
 class Site(NamedTuple):

@@ -40,7 +40,12 @@ def shared_rows(attention: tuple[Point, ...], mlp: tuple[Point, ...], source: st
     """`shared_rows(ATTENDS.rows(PAPER), gated_mlp_rows("GELU"), PAPER)`: the points of a `SharedBlock`."""
     return (
         Point("hook_read", "batch pos d_model", "resid_pre (a copy: edits reach the shared block only)", source),
-        Point("hook_embed", "batch pos d_model", "embed (a copy: edits reach the shared block only)", source),
+        Point(
+            "hook_embed",
+            "batch pos d_model",
+            "embed (a copy: edits reach the shared block only)",
+            source,
+        ),
         Point("hook_in", "batch pos d_concat", "read and shared.embed side by side", source),
         *norm_rows("ln1", "shared.in", RMSNORM, axes="batch pos d_concat"),
         *block_rows("attn", attention),
@@ -78,14 +83,11 @@ class SharingBlock(Block):
         self.layer = layer
         self.shared = shared
 
-    def forward(self, resid: Float[Tensor, "batch pos d_model"], run: Run) -> Float[Tensor, "batch pos d_model"]:
-        if self.layer == 0:
-            run.hand_on(EMBED, resid)
-        return super().forward(resid, run)
-
     def branch(
         self, way: Way, resid: Float[Tensor, "batch pos d_model"], run: Run
     ) -> Float[Tensor, "batch pos d_model"]:
+        if self.layer == 0:  # the stream as hooks leave it
+            run.hand_on(EMBED, resid)
         if self.shared is not None:
             resid = resid + self.shared(resid, run.handed_on(EMBED, self.layer, resid), run)
         return super().branch(way, resid, run)

@@ -28,7 +28,7 @@ from gatedlens.address.point import refuse_overlap
 from gatedlens.errors import InputError, PointError
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
-from gatedlens.options import checked
+from gatedlens.options import checked, taking
 from gatedlens.patching.measuring import Options, measure_cells
 from gatedlens.result.result import Result
 from gatedlens.runs import inputs
@@ -65,6 +65,7 @@ def carried(name: str, clean: Clean) -> list[tuple[str, Tensor | None]]:
     return [*((one, None) for one in forgotten), (f"{stem}hook_write", clean[name])]
 
 
+@taking(Options)
 @checked
 def sweep(
     model: HookedModel,

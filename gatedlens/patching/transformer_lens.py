@@ -22,7 +22,7 @@ from gatedlens.errors import InputError, PointError, did_you_mean
 from gatedlens.foreign import DataFrame
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
-from gatedlens.options import checked
+from gatedlens.options import checked, taking
 from gatedlens.patching.measuring import Options, measure_cells
 from gatedlens.patching.sweeping import Edits, carried, copied, sweep
 from gatedlens.result.result import Result
@@ -62,6 +62,7 @@ def generic_activation_patch(
     return_index_df: Literal[True],
     **options: Any,
 ) -> tuple[Result, DataFrame]: ...
+@taking(Options)
 @checked
 def generic_activation_patch(
     model: HookedModel,
@@ -160,6 +161,7 @@ class Kind:
     axes: tuple[str, ...] = ("layer", "pos")
     edits: Edits = copied
 
+    @taking(Options)
     def __call__(
         self, model: HookedModel, corrupted_tokens: Input, clean_cache: Cached, patching_metric: Metrics, **options: Any
     ) -> Result:
@@ -194,6 +196,7 @@ get_act_patch_state_head_by_pos = Kind("blocks.*.mixer.*hook_state", BY_POS, car
 OF_A_HEAD = ("hook_u", "hook_dt", "hook_scan", "hook_gate", "hook_gated", "hook_q", "hook_pattern", "hook_z")
 
 
+@taking(Options)
 @checked
 def get_act_patch_attn_head_out_all_pos(
     model: HookedModel, corrupted_tokens: Input, clean_cache: Cached, patching_metric: Metrics, **options: Any
@@ -215,6 +218,7 @@ def get_act_patch_attn_head_out_all_pos(
     )
 
 
+@taking(Options)
 @checked
 def get_act_patch_attn_head_out_by_pos(
     model: HookedModel, corrupted_tokens: Input, clean_cache: Cached, patching_metric: Metrics, **options: Any
@@ -227,6 +231,7 @@ def get_act_patch_attn_head_out_by_pos(
     return get_act_patch_attn_head_out_all_pos(model, corrupted_tokens, clean_cache, patching_metric, **options)
 
 
+@taking(Options)
 @checked
 def get_act_patch_attn_head_all_pos_every(
     model: HookedModel, corrupted_tokens: Input, clean_cache: Cached, patching_metric: Metrics, **options: Any
@@ -244,6 +249,7 @@ def get_act_patch_attn_head_all_pos_every(
     return sweep(model, corrupted_tokens, clean_cache, patching_metric, points, options.pop("axes", ALL_POS), **options)
 
 
+@taking(Options)
 @checked
 def get_act_patch_attn_head_by_pos_every(
     model: HookedModel, corrupted_tokens: Input, clean_cache: Cached, patching_metric: Metrics, **options: Any
@@ -265,6 +271,7 @@ def _head_outputs(model: HookedModel) -> list[str]:
     return found
 
 
+@taking(Options)
 @checked
 def get_act_patch_by_tap(
     model: HookedModel,
@@ -283,6 +290,7 @@ def get_act_patch_by_tap(
     return sweep(model, corrupted_tokens, clean_cache, patching_metric, points, axes, **options)
 
 
+@taking(Options)
 @checked
 def get_act_patch_by_channel_group(
     model: HookedModel,
@@ -304,6 +312,7 @@ def get_act_patch_by_channel_group(
     return sweep(model, corrupted_tokens, clean_cache, patching_metric, points, axes, groups=groups, **options)
 
 
+@taking(Options)
 @checked
 def get_act_patch_block_every(
     model: HookedModel, corrupted_tokens: Input, clean_cache: Cached, patching_metric: Metrics, **options: Any

@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -81,8 +83,12 @@ class Clean:
         try:
             value = self.cache[name]
         except KeyError as error:
+            # Said once, for every layer that the cache has not: the next would be refused as this one is.
+            kin = re.sub(r"^blocks\.\d+\.", "blocks.*.", name)
+            lacking = [one for one in self.model.names if fnmatch.fnmatchcase(one, kin) and one not in self.cache]
+            asked = kin if len(lacking) > 1 else name
             raise PointError(
-                f"The clean cache holds no {name}: cache it, model.run_with_cache(clean, names_filter={name!r})."
+                f"The clean cache holds no {asked}: cache it, model.run_with_cache(clean, names_filter={asked!r})."
             ) from error
         if isinstance(self.cache, ActivationCache) and not self.cache.has_batch_dim:
             value = value.unsqueeze(0)

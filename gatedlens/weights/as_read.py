@@ -16,6 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, ClassVar, cast
 
 import torch
@@ -32,59 +33,68 @@ class AsRead:
 
     def __init__(self, model: nn.Module):
         self.model = bare(model)
-        self._leaves: dict[int, Reader] = {}
-        self._above: set[int] = set()
         self._made: dict[int, nn.Module] = {}
-        self._classes: dict[tuple[type, type | None], type] = {}
+        self._classes: dict[tuple[type, type, Reader | None], type] = {}
         self._raw: dict[int, nn.Module] = {}  # what a view shows, by the attributes that both have
         self._held: dict[int, dict[tuple[int, str, bool], Tensor | None]] = {}  # by thread
-        self._find(self.model)
-        self.whole: Any = self.of(self.model)
 
-    def _find(self, module: nn.Module) -> bool:
-        """Note the modules that a reader reads and those above them; whether `module` is one of them."""
-        reader = reader_of(module)
-        if reader is not None:
-            self._leaves[id(module)] = reader
+    @cached_property
+    def _readers(self) -> dict[int, Reader | None]:
+        """The reader of each module that one reads, by its id; None for a module that has one of these beneath."""
+        found: dict[int, Reader | None] = {}
+
+        def find(module: nn.Module) -> bool:
+            reader = reader_of(module)
+            within = (
+                [] if reader is not None else [find(child) for child in module._modules.values() if child is not None]
+            )
+            if reader is None and not any(within):
+                return swapped(module) is not None
+            found[id(module)] = reader
             return True
-        within = [self._find(child) for child in module._modules.values() if child is not None]
-        if any(within) or swapped(module) is not None:
-            self._above.add(id(module))
-            return True
-        return False
+
+        find(self.model)
+        return found
+
+    @property
+    def whole(self) -> Any:
+        """The view of the model itself."""
+        return self.of(self.model)
 
     @property
     def plain(self) -> bool:
         """Whether every weight is what its parameter holds."""
-        return not self._above and not self._leaves
+        return not self._readers
 
     def of(self, module: nn.Module) -> nn.Module:
         """The view of a module of the model: itself, where nothing in it is read otherwise."""
         stand_in = swapped(module)
         if stand_in is not None:
             return self.of(stand_in)
-        if id(module) not in self._leaves and id(module) not in self._above:
-            return module
+        return self._view(module, *self._told(module)) if id(module) in self._readers else module
+
+    def _told(self, module: nn.Module) -> tuple[Reader | None, type]:
+        """What reads a module, and the class that it stands for."""
+        reader = self._readers[id(module)]
+        return reader, (None if reader is None else reader.kind(module)) or type(module)
+
+    def _view(self, module: nn.Module, reader: Reader | None, stands_for: type) -> nn.Module:
         if id(module) not in self._made:
-            reader = self._leaves.get(id(module))
-            view: nn.Module = object.__new__(
-                self._class(type(module), None if reader is None else reader.kind(module), reader)
-            )
+            view: nn.Module = object.__new__(self._class(type(module), stands_for, reader))
             view.__dict__ = module.__dict__  # the same attributes, not equal ones
             self._made[id(module)], self._raw[id(vars(module))] = view, module
         return self._made[id(module)]
 
-    def _class(self, kind: type, stands_for: type | None, reader: Reader | None) -> type:
+    def _class(self, own: type, stands_for: type, reader: Reader | None) -> type:
         """The class of a view: a module's own, its children views; or torch's, its weight read."""
-        key = (kind, stands_for)
+        key = (own, stands_for, reader)
         if key not in self._classes:
-            space: dict[str, Any] = {"as_read": self, "__module__": kind.__module__}
-            bases: tuple[type, ...] = (Shown, kind)
+            space: dict[str, Any] = {"as_read": self, "__module__": own.__module__}
             if reader is not None:
-                bases = (Shown, kind if stands_for is nn.Module else cast(type, stands_for))
                 space |= {name: _read(name) for name in reader.names}
-            space["extra_repr"] = lambda view: f"read from {type(bare(view)).__name__}"
-            self._classes[key] = type(kind.__name__, bases, space)
+                space["extra_repr"] = lambda view: f"read from {type(bare(view)).__name__}"
+            base = own if stands_for is nn.Module else stands_for
+            self._classes[key] = type(own.__name__, (Shown, base), space)
         return self._classes[key]
 
     def shown(self, view: nn.Module) -> nn.Module:
@@ -105,7 +115,9 @@ class AsRead:
         return held[key]
 
     def _read(self, module: nn.Module, name: str) -> Tensor | None:
-        found = self._leaves[id(module)].read(module, name, self._weight_of)
+        reader = self._readers[id(module)]
+        assert reader is not None
+        found = reader.read(module, name, self._weight_of)
         return found if found is None or found.requires_grad else found.to(self.dtype)
 
     def _weight_of(self, module: nn.Module) -> Tensor:
@@ -119,8 +131,9 @@ class AsRead:
         return next((p.dtype for p in self._plain(self.model)), torch.float32)
 
     def _plain(self, module: nn.Module) -> Iterator[Tensor]:
-        if id(module) in self._leaves:
-            inner = self._leaves[id(module)].inner(module)
+        reader = self._readers.get(id(module))
+        if reader is not None:
+            inner = reader.inner(module)
             if inner is module or reader_of(inner) is not None:
                 return
             module = inner
@@ -156,10 +169,16 @@ class AsRead:
 
     # -- copies --------------------------------------------------------------------------------------------------------
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> AsRead:
+    def __deepcopy__(self, memo: dict[Any, Any]) -> AsRead:
         if id(self) not in memo:
-            memo[id(self)] = AsRead(copy.deepcopy(self.model, memo))
+            memo[id(self)] = AsRead(self.model)  # known before the model is copied, which may refer to its own views
+            memo[id(self)].model = copy.deepcopy(self.model, memo)
         return memo[id(self)]
+
+    def view_of_copy(self, view: nn.Module, memo: dict[Any, Any]) -> nn.Module:
+        """The view of a copy of what `view` shows, which may be under way."""
+        as_read, module = copy.deepcopy(self, memo), self.shown(view)
+        return as_read._view(copy.deepcopy(module, memo), *self._told(module))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return AsRead, (self.model,)
@@ -188,9 +207,8 @@ class Shown:
             return getattr(reader.inner(module), name)
         raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}", name=name, obj=self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        views = copy.deepcopy(self.as_read, memo)
-        return views.of(copy.deepcopy(self.as_read.shown(cast(nn.Module, self)), memo))
+    def __deepcopy__(self, memo: dict[Any, Any]) -> nn.Module:
+        return self.as_read.view_of_copy(cast(nn.Module, self), memo)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _viewed, (self.as_read, self.as_read.shown(cast(nn.Module, self)))

@@ -20,7 +20,9 @@ def test_every_layer_is_of_the_kinds_of_its_points(model):
         assert ("attention" in block.kinds) == any(name.endswith("attn.hook_pattern") for name in names)
         assert ("recurrent" in block.kinds) == any(name.endswith(("hook_state", "hook_wkv_state")) for name in names)
         assert ("experts" in block.kinds) == any(name.endswith("mlp.hook_router") for name in names)
-        assert ({"mlp", "experts"} & block.kinds != set()) == any(name.endswith("hook_mlp_out") for name in names)
+        assert ({"mlp", "experts"} & block.kinds != set()) == any(
+            name.endswith(("hook_mlp_out", "mlp.hook_post")) for name in names
+        )
 
 
 def test_what_a_model_lacks_is_refused_with_what_it_has(model):

@@ -149,6 +149,11 @@ FROZEN = {
         "mixer": ("hook_x", "hook_gated", (*MAMBA, "hook_scale"), (("hook_conv", "hook_u"),)),
         "attn": ("hook_v", "hook_z", ("hook_pattern",), ()),
     },
+    "zamba": {"mixer": ("hook_x", "hook_gated", MAMBA, (("hook_conv", "hook_u"),))},
+    "mamba_ssm_hybrid": {
+        "mixer": ("hook_x", "hook_gated", (*MAMBA, "hook_scale"), (("hook_conv", "hook_u"),)),
+        "attn": ("hook_v", "hook_z", ("hook_pattern",), ()),
+    },
     "fla": {
         "mixer": ("hook_x", "hook_gated", DELTA, (("hook_conv", "hook_u"),)),
         "attn": ("hook_v", "hook_z", ("hook_pattern",), ()),

@@ -15,6 +15,7 @@ from gatedlens.hooks.vim import HookedViM
 from gatedlens.recurrence.decay_matrix import DecayScan
 from gatedlens.recurrence.head_matrix import HeadScan
 from gatedlens.recurrence.micro_steps import StepScan
+from gatedlens.recurrence.side_by_side import SideBySide
 from tests.helpers import example, padded
 
 
@@ -158,6 +159,8 @@ def undecayed_row(scan, b, at):
                 1 if terms.amount is None else terms.amount[b, j]
             )
         return out[scan.heads]
+    if isinstance(scan, SideBySide):
+        return torch.cat([undecayed_row(part, b, at) for part in scan.parts])[scan.order]
     if not isinstance(scan, DecayScan):
         return scan.dense()[b, :, at]  # RWKV's own step has no decay, an attention layer none at all
     out = torch.zeros(scan.channels, scan.length, dtype=torch.float64)
@@ -208,7 +211,7 @@ def test_a_scan_without_its_own_decay_is_the_scan_elsewhere(model):
                 own[:, -1] = True
                 before, after = branch.scan.dense(), branch.scan.undecayed(own).dense()
                 assert torch.allclose(before[:, :, :-1], after[:, :, :-1], atol=1e-14)
-                assert isinstance(branch.scan, DecayScan | HeadScan | StepScan) != torch.allclose(
+                assert isinstance(branch.scan, DecayScan | HeadScan | StepScan | SideBySide) != torch.allclose(
                     before, after, atol=1e-14
                 )
 

@@ -347,6 +347,12 @@ def run(arguments, **options):
     )
 
 
+def ours(said):
+    """What the command says itself, without what torchao and torch say of each other when transformers imports both."""
+    theirs = ("Failed to load", "torch/utils/_pytree.py", "Skipping import of cpp extensions")
+    return "".join(line for line in said.splitlines(keepends=True) if not any(word in line for word in theirs))
+
+
 def test_sigterm_ends_as_ctrl_c_does(tmp_path):
     """One line, how to go on, and the same command does go on."""
     import signal
@@ -361,7 +367,7 @@ def test_sigterm_ends_as_ctrl_c_does(tmp_path):
     while started.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 2):
         time.sleep(0.01)
     started.send_signal(signal.SIGTERM)
-    said = started.communicate(timeout=120)[1]
+    said = ours(started.communicate(timeout=120)[1])
     assert started.returncode == 143 and len(said.splitlines()) == 1
     assert said.startswith("gatedlens harvest: stopped; ") and "go on when the same command is given again" in said
     store = gl.store.open(tmp_path / "out")
@@ -390,7 +396,7 @@ def test_nobody_reads_and_nothing_can_be_written():
         os.close(read)
         started = run(arguments, stdout=write)
         os.close(write)
-        assert started.communicate(timeout=120)[1] == "" and started.returncode == 1
+        assert ours(started.communicate(timeout=120)[1]) == "" and started.returncode == 1
     if Path("/dev/full").exists():
         with open("/dev/full", "w") as full:
             started = run(["models"], stdout=full)

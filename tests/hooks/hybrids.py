@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import gatedlens as gl
-from tests.hooks import test_mamba2_hybrid
+from tests.hooks import test_mamba2_hybrid, test_mamba_ssm_hybrid, test_zamba
 
 HYBRIDS: dict[str, Callable[[], Any]] = {
     "Griffin": lambda: gl.HookedGriffin.tiny(seed=1, dtype=torch.float64),
@@ -17,8 +17,8 @@ HYBRIDS: dict[str, Callable[[], Any]] = {
     "Kimi Linear": lambda: gl.HookedKimiLinear.tiny(seed=1, dtype=torch.float64),
     "OLMo-hybrid": lambda: gl.HookedOlmoHybrid.tiny(seed=1, dtype=torch.float64),
     "Jamba": lambda: gl.HookedJamba.tiny(seed=1, dtype=torch.float64),
-    "Zamba": lambda: gl.HookedZamba.tiny(seed=1, dtype=torch.float64),
-    "mamba-ssm's": lambda: gl.HookedMambaSsmHybrid.tiny(seed=1, dtype=torch.float64),
+    "Zamba": lambda: test_zamba.tiny(),
+    "mamba-ssm's": lambda: test_mamba_ssm_hybrid.tiny("channels beside"),
     "LFM2": lambda: gl.HookedLFM2.tiny(seed=1, dtype=torch.float64),
     "Bamba": lambda: test_mamba2_hybrid.tiny("Bamba"),
     "Granite": lambda: test_mamba2_hybrid.tiny("Granite"),

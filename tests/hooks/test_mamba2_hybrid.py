@@ -124,7 +124,7 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
         "Nemotron-H": nemotron_h,
         "Zamba2": zamba2,
     }
-    besides = {"layer": layer, "embed": cache["hook_embed"]} if model.cfg.family == "Zamba2" else {}
+    besides = {"layer": layer, "embed": cache["resid_pre", 0]} if model.cfg.family == "Zamba2" else {}
     groups = families[model.cfg.family](out, c, w, model.wrapped.config, model.cfg, **besides)
     literally.around(out, c, cache, layer, groups)
     return out
@@ -562,9 +562,9 @@ def test_shared_blocks_have_points_and_caches_a_layer_and_weights_a_block():
 def test_a_run_from_a_later_layer_is_given_the_embedding():
     model = tiny("Zamba2")
     logits, cache = model.run_with_cache(TOKENS)
-    assert model.hands_on == ("hook_embed",) and tiny("Bamba").hands_on == ()
+    assert model.hands_on == ("blocks.0.hook_resid_pre",) and tiny("Bamba").hands_on == ()
     assert torch.equal(model(cache["resid_pre", 1], start_at_layer=1, earlier=cache), logits)
-    with pytest.raises(gl.InputError, match="hook_embed"):
+    with pytest.raises(gl.InputError, match="blocks.0.hook_resid_pre"):
         model(cache["resid_pre", 1], start_at_layer=1)
 
 

@@ -20,6 +20,9 @@ ATTENDS = {"causal": True, "num_heads": 4, "num_heads_kv": 2, "head_dim": 4}
 SSM = {"layer": "Mamba2", "d_state": 4, "headdim": 6, "ngroups": 2, "d_ssm": 24}
 VARIANTS = {
     "tiny": {},
+    "channels beside": {
+        "ssm_cfg": {**SSM, "D_has_hdim": True}, "attn_cfg": {**ATTENDS, "d_conv": 3, "rotary_emb_dim": 2},
+    },
     "norm before the gate, dt limited, no MLP": {
         "d_intermediate": 0, "attn_cfg": {**ATTENDS, "d_conv": 2, "qkv_proj_bias": False},
         "ssm_cfg": {**SSM, "norm_before_gate": True, "dt_limit": [0.05, 0.8], "D_has_hdim": True},
@@ -153,7 +156,7 @@ def test_every_row_is_its_equation(model):
 
 @pytest.mark.parametrize("layer", [0, 1], ids=["Mamba-2", "attention"])
 def test_after_an_edit_every_row_downstream_is_its_equation(layer):
-    battery.edits_reach_every_row(tiny(), literal, layer, TOKENS)
+    battery.edits_reach_every_row(tiny("channels beside"), literal, layer, TOKENS)
 
 
 def test_the_implicit_attention_reconstructs_every_layer(model):
@@ -227,7 +230,8 @@ class MambaLMHeadModel(Mamba2HybridWeights):
 def test_mamba_ssms_class_is_told_by_its_layers():
     from gatedlens.formats.mamba_ssm_hybrid import TINY
 
-    for changed in ({}, {"attn_layer_idx": []}, {"attn_layer_idx": [], "d_intermediate": 0}):
+    for changed in ({}, {"attn_layer_idx": []}, {"d_intermediate": 0}):
         assert isinstance(gl.wrap(MambaLMHeadModel(TINY.config | changed)), HookedMambaSsmHybrid)
-    plain = {"attn_layer_idx": [], "d_intermediate": 0, "ssm_cfg": {**SSM, "d_ssm": None, "headdim": 8}}
+    plain = {"attn_layer_idx": [], "d_intermediate": 0}
+    assert isinstance(gl.wrap(MambaLMHeadModel(TINY.config | plain | {"ssm_cfg": SSM})), HookedMambaSsmHybrid)
     assert isinstance(gl.wrap(MambaLMHeadModel(TINY.config | plain)), gl.HookedMamba2)

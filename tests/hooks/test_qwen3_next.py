@@ -22,7 +22,7 @@ import gatedlens as gl
 from gatedlens.formats.qwen3_next import TINY
 from gatedlens.hooks.qwen3_next import ROWS, HookedQwen3Next
 from gatedlens.model.tiny import Tiny
-from tests.helpers import relative
+from tests.helpers import padded, relative
 from tests.hooks import battery
 from tests.hooks.literal import convolved, delta_rule, linear, mlp, norm_rows, normed_and_gated, silu
 
@@ -292,7 +292,7 @@ def test_gradcheck_of_what_a_scan_is_made_of():
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", ["next", *LATER])
-def test_a_folder_is_read(variant, tmp_path):
+def test_a_folder_is_read(variant, tmp_path, caplog):
     """Of a model of images and text, the language model; what predicts several tokens is left, as in transformers."""
     given = tiny(variant, torch.float32)
     given.wrapped.save_pretrained(tmp_path)
@@ -300,6 +300,9 @@ def test_a_folder_is_read(variant, tmp_path):
     spare = {"mtp.fc.weight": torch.zeros(3, 3), "mtp.layers.0.mlp.gate.weight": torch.zeros(2)}
     save_file({**weights, **spare}, tmp_path / "model.safetensors", {"format": "pt"})
     model = gl.from_pretrained(tmp_path, device="cpu")
+    said = [record.getMessage() for record in caplog.records if "not opened" in record.getMessage()]
+    assert len(said) == 1 and "not opened: " in said[0] and "mtp (2 tensors)" in said[0]
+    assert ("model.visual (" in said[0]) == ("images" in variant)
     assert isinstance(model, HookedQwen3Next) and type(model.wrapped).__name__.endswith("ForCausalLM")
     assert relative(model(TOKENS), given(TOKENS)) < 1e-6
     lost = next(name for name in weights if "conv1d" in name)
@@ -323,6 +326,97 @@ def test_the_language_model_of_a_model_of_images_is_shared_not_copied():
     assert all(p.grad is None for p in wrapped.model.visual.parameters())
 
 
+# -- positions of images ----------------------------------------------------------------------------------------------
+
+ROPE = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0, "mrope_section": [2, 1, 1]}
+WHERE = torch.tensor(  # a token of text, a picture of 2 x 2, more text; and another
+    [
+        [[0, 1, 1, 1, 1, 3, 4, 5], [0, 1, 1, 2, 2, 3, 4, 5], [0, 1, 2, 1, 2, 3, 4, 5]],
+        [[0, 1, 2, 2, 2, 2, 4, 5], [0, 1, 2, 2, 3, 3, 4, 5], [0, 1, 2, 3, 2, 3, 4, 5]],
+    ]
+).transpose(0, 1)
+
+
+def of_images(variant: str = "3.5, with images") -> HookedQwen3Next:
+    """All eight numbers of a head are turned: two pairs by time, one by height and one by width."""
+    return gl.wrap(later(variant, head_dim=8, rope_parameters=ROPE).double())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["3.5", "3.5, with images"])
+def test_positions_of_three_axes_are_transformers(variant):
+    model, tokens = of_images(variant), TOKENS[:, :8]
+    places = torch.arange(8).expand(2, -1)
+    want = theirs(model, tokens, position_ids=WHERE)
+    assert relative(model(tokens, position_ids=WHERE), want) < 2e-6
+    assert relative(model(tokens, position_ids=torch.cat([places[None], WHERE])), want) < 2e-6
+    assert relative(model(tokens), want) > 1e-4
+    # of text all axes are one
+    assert relative(model(tokens, position_ids=places.expand(3, -1, -1)), model(tokens)) < 1e-14
+    _, cache = model.run_with_cache(tokens, position_ids=WHERE)
+    assert all(gl.implicit_attention(cache, layer=layer).check().relative < 1e-12 for layer in range(2))
+
+
+@torch.no_grad()
+def test_a_text_goes_on_behind_a_picture():
+    """At the position behind the largest, as transformers counts; and every split of the whole is the whole."""
+    model, tokens = of_images(), TOKENS[:, :8]
+    whole = model(tokens, position_ids=WHERE)
+    for at in (1, 3, 5, 7):
+        first, state = model(tokens[:, :at], position_ids=WHERE[:, :, :at], return_state=True)
+        rest = model(tokens[:, at:], position_ids=WHERE[:, :, at:], state=state)
+        assert relative(torch.cat([first, rest], 1), whole) < 1e-12
+    _, state = model(tokens[:, :5], position_ids=WHERE[:, :, :5], return_state=True)
+    assert state["next_position", 0].tolist() == [3, 4]
+    first_row = model(tokens[:1, 5:], state=state.rows([0]))  # where the text stands at 3, 4, 5
+    assert relative(first_row, whole[:1, 5:]) < 1e-12
+
+
+@torch.no_grad()
+def test_of_a_padded_batch_each_row_is_the_row_alone():
+    model = of_images()
+    tokens, mask = padded([TOKENS[0, :8], TOKENS[1, :5]], "left")
+    where = torch.zeros(3, 2, 8, dtype=torch.long)
+    where[:, 0], where[:, 1, 3:] = WHERE[:, 0], WHERE[:, 1, :5]
+    logits, state = model(tokens, attention_mask=mask, position_ids=where, return_state=True)
+    alone, own = model(TOKENS[1:, :5], position_ids=WHERE[:, 1:, :5], return_state=True)
+    assert relative(logits[1, 3:], alone[0]) < 1e-12
+    assert state["next_position", 0][1] == own["next_position", 0][0]
+
+
+@torch.no_grad()
+def test_what_transformers_makes_of_a_picture_is_read():
+    """Its embeddings and positions, given to the language model, have its logits; the vision tower is left alone."""
+    config = {"image_token_id": 39, "vision_start_token_id": 37, "vision_end_token_id": 38}
+    model = of_images()
+    wrapped = model.wrapped
+    for name, number in config.items():
+        setattr(wrapped.config, name, number)
+    given = {}
+    decoder = wrapped.model.language_model
+    handle = decoder.register_forward_pre_hook(lambda module, args, options: given.update(options), with_kwargs=True)
+    tokens = torch.tensor([[3, 37, 39, 39, 38, 5, 6, 7]])  # two patches of the tower become one token each
+    pixels = torch.randn(8, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    grid = torch.tensor([[1, 2, 4]])
+    kinds = (tokens == 39).long()
+    wrapped.config._experts_implementation = "eager"
+    want = wrapped(tokens, pixel_values=pixels, image_grid_thw=grid, mm_token_type_ids=kinds, use_cache=False).logits
+    handle.remove()
+    positions = given["position_ids"]
+    assert positions.shape[1:] == (1, 8) and not torch.equal(positions[-1], positions[-2])
+    got = model(given["inputs_embeds"], start_at_layer=0, position_ids=positions)
+    assert relative(got, want) < 2e-6
+
+
+def test_positions_of_another_shape_are_told():
+    with pytest.raises(
+        gl.InputError, match=r"position_ids have shape \[2, 2, 8\]; the input is \[2, 8\], so they are that, or"
+    ):
+        of_images()(TOKENS[:, :8], position_ids=WHERE[:2])
+    with pytest.raises(gl.InputError, match=r"position_ids have shape \[3, 2, 8\]; the input is \[2, 8\]"):
+        tiny()(TOKENS[:, :8], position_ids=WHERE)
+
+
 class Qwen4ExpForCausalLM(torch.nn.Module):
     """A class of this name: it is refused by it."""
 
@@ -330,6 +424,9 @@ class Qwen4ExpForCausalLM(torch.nn.Module):
 def test_what_is_not_supported_is_named(tmp_path):
     with pytest.raises(gl.CheckpointError, match="does not know Qwen4ExpForCausalLM. Qwen4Exp keeps several copies"):
         gl.wrap(Qwen4ExpForCausalLM())
+    (tmp_path / "config.json").write_text('{"model_type": "glm5_next"}')
+    with pytest.raises(gl.CheckpointError, match="'glm5_next', which gatedlens does not support. GLM-5-next keeps"):
+        gl.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "qwen4_exp_text"}')
     with pytest.raises(gl.CheckpointError, match="'qwen4_exp_text', which gatedlens does not support. Qwen4Exp keeps"):
         gl.from_pretrained(tmp_path)

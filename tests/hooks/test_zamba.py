@@ -17,11 +17,12 @@ from tests.hooks import battery
 from tests.hooks import literal as literally
 
 TOKENS = torch.randint(40, (2, 11), generator=torch.Generator().manual_seed(0))
+SHARING = {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]}
 VARIANTS = {
-    "tiny": {},
-    "biases, four groups": {"mamba_proj_bias": True, "n_mamba_heads": 4, "num_key_value_heads": 4},
+    "tiny": SHARING,
+    "biases, four groups": {**SHARING, "mamba_proj_bias": True, "n_mamba_heads": 4, "num_key_value_heads": 4},
     "one group, no bias of the conv": {
-        "n_mamba_heads": 1, "mamba_conv_bias": False, "mamba_d_conv": 2,
+        "num_hidden_layers": 3, "n_mamba_heads": 1, "mamba_conv_bias": False, "mamba_d_conv": 2,
         "layers_block_type": ["hybrid", "linear_attention", "hybrid"],
     },
 }  # fmt: skip
@@ -50,7 +51,7 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
         def within(name):
             return c(f"shared.{name}")
 
-        inner["hook_read"], inner["hook_embed"] = c("hook_resid_pre"), cache["hook_embed"]
+        inner["hook_read"], inner["hook_embed"] = c("hook_resid_pre"), cache["resid_pre", 0]
         inner["hook_in"] = torch.cat([within("hook_read"), within("hook_embed")], -1)
         literally.norm_rows(inner, within, "ln1", within("hook_in"), shared.input_layernorm.weight, cfg.eps)
         scores = (cfg.d_head / 2) ** -0.5

@@ -408,3 +408,13 @@ def test_packed_documents(lm, tmp_path):
     assert found.at(pos=2).values == pytest.approx(base, abs=1e-12), "an edit went from one document into another"
     with pytest.raises(gl.InputError, match="another sweep"):
         patching.sweep(lm, corrupted, cache, metric, name, "pos", results=path, **QUIET)
+
+
+def test_what_a_cache_lacks_in_every_layer_is_named_once(recall_model):
+    tokens = recall_model.to_tokens("A 2 hay B 4 ? A")
+    with torch.no_grad():
+        cache = recall_model.run_with_cache(tokens)[1]  # states are lazy
+    with pytest.raises(
+        gl.PointError, match=r"holds no blocks\.\*\.mixer\.hook_state: .*names_filter='blocks\.\*\.mixer\.hook_state'"
+    ):
+        gl.patching.get_act_patch_state(recall_model, tokens, cache, gl.metrics.logit_difference(3, 1), progress=False)
