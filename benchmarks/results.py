@@ -2,6 +2,7 @@
 
     python -m benchmarks.results                          # minutes on one thread; writes docs/results.md and results.json
     python -m benchmarks.results --limit 2 --out out      # the same with two samples a model
+    nice python -m benchmarks.results --records out/records      # keeps each record, and goes on where it stopped
 
 What is written by hand, above the line `<!-- numbers -->`, stays.
 """
@@ -35,19 +36,43 @@ MODELS = {
     "gatedlens/hybrid-recall": "recall",
     "gatedlens/rwkv7-recall": "recall",
     "gatedlens/vim-digits": "digits",
+    "gatedlens/mamba-moby": "moby",
+    "gatedlens/griffin-moby": "moby",
+    "gatedlens/rwkv-moby": "moby",
 }
-LIMIT, SEED = 64, 0
+LIMIT, SEED = 128, 0
+LIMIT_OF_BYTES = 48  # samples of 48 bytes, which take longer
 PAPER = ("raw_attention", "rollout", "gradient_attention")
 VARIANTS = ("", ":factors=hidden", ":sign=abs", ":sign=abs,factors=hidden", ":mode=official,start_layer=0")
 METHODS = (
     *(name + variant for name in PAPER for variant in VARIANTS),
     "gradient_attention:mode=official,start_layer=0,factors=hidden",
     "lrp",
+    "secant",
+    "secant:steps=2",
+    "mix",
     "grad_x_input",
     "integrated_gradients",
+    "integrated_gradients:keep=read",
+    "integrated_gradients:n_steps=3",
+    "integrated_gradients:n_steps=3,keep=read",
     "smoothgrad",
     "occlusion",
     "random",
+)
+# Of whole sentences of bytes: what the other models leave open, and no more.
+OF_BYTES = ("raw_attention:sign=abs", *METHODS[METHODS.index("lrp") :])
+AGAINST = (
+    ("secant", "lrp"),
+    ("secant", "integrated_gradients"),
+    ("secant", "integrated_gradients:keep=read"),
+    ("secant", "occlusion"),
+    ("secant:steps=2", "secant"),
+    ("mix", "secant"),
+    ("mix", "lrp"),
+    ("integrated_gradients:keep=read", "integrated_gradients"),
+    ("integrated_gradients:n_steps=3,keep=read", "integrated_gradients:keep=read"),
+    ("integrated_gradients:n_steps=3", "integrated_gradients"),
 )
 FULL = ("gate", "scan", "act", "conv")  # the unified matrix
 ABLATED = {"skip": "all", **{name: "+".join(f for f in FULL if f != name) for name in ("conv", "gate", "act")}}
@@ -77,6 +102,11 @@ class Contrast:
     column: str
     estimate: Estimate
     better: int
+
+
+def methods_of(name: str) -> tuple[str, ...]:
+    """The methods that a model's table shows."""
+    return OF_BYTES if MODELS[name] == "moby" else METHODS
 
 
 def with_factors(method: str, factors: str) -> str:
@@ -118,40 +148,55 @@ def has_factor(model: Any, name: str) -> bool:
 
 def section(model: Any, found: Evaluation) -> tuple[str, dict[str, Any]]:
     """(markdown, JSON) of one model."""
-    whole = found.table()
-    table = ScoreTable(whole.title, {m: whole.rows[m] for m in METHODS}, whole.better)
-    both = [m for m in METHODS if "hidden" not in m and with_factors(m, "hidden") in METHODS]
+    whole, shown = found.table(), methods_of(found.run["model"])
+    table = ScoreTable(whole.title, {m: whole.rows[m] for m in shown}, whole.better)
+    against = {
+        f"{one} - {other}": list(contrasts(found, one, other)) for one, other in AGAINST if {one, other} <= set(shown)
+    }
+    both = [m for m in shown if "hidden" not in m and with_factors(m, "hidden") in shown]
     pairs = {f"{m}: unified - hidden": list(contrasts(found, m, with_factors(m, "hidden"))) for m in both}
     pieces = {}
-    for method in OF_FACTORS:
+    for method in OF_FACTORS if both else ():
         for name, factors in ABLATED.items():
             if has_factor(model, name):
                 whole_, less = (method, with_factors(method, factors))
                 one, other = (less, whole_) if name == "skip" else (whole_, less)
                 pieces[f"{method}: with {name} - without"] = list(contrasts(found, one, other))
-    text = (
-        f"## {found.run['model']}\n\n{table.markdown()}\n\n"
-        f"Unified against hidden, paired over samples:\n\n{contrast_table(pairs)}\n\n"
-        f"What each factor adds to the unified matrix, paired over samples:\n\n{contrast_table(pieces)}\n"
-    )
-    numbers = {name: {c.column: [*c.estimate, c.better] for c in row} for name, row in {**pairs, **pieces}.items()}
+    text = f"## {found.run['model']}\n\n{table.markdown()}\n"
+    if against:
+        text += f"\nOf two runs against others, paired over samples:\n\n{contrast_table(against)}\n"
+    if both:
+        text += (
+            f"\nUnified against hidden, paired over samples:\n\n{contrast_table(pairs)}\n\n"
+            f"What each factor adds to the unified matrix, paired over samples:\n\n{contrast_table(pieces)}\n"
+        )
+    every = {**against, **pairs, **pieces}
+    numbers = {name: {c.column: [*c.estimate, c.better] for c in row} for name, row in every.items()}
     return text, {"run": dict(found.run), "table": whole.to_dict(), "differences": numbers}
 
 
-def run(limit: int, models: Sequence[str], progress: bool = True) -> tuple[str, dict[str, Any]]:
-    """(markdown, JSON) of all models."""
+def run(
+    limit: int, models: Sequence[str], progress: bool = True, records: Path | None = None
+) -> tuple[str, dict[str, Any]]:
+    """(markdown, JSON) of all models; records: a folder that keeps what is done, so that a run that was stopped goes on."""
     began, parts, numbers = time.time(), [], {}
     for name in models:
         model = gl.from_pretrained(name, device="cpu")
-        factors = [with_factors(m, f) for m in OF_FACTORS for part, f in ABLATED.items() if has_factor(model, part)]
-        methods = [*METHODS, *factors]
-        found = evaluate(model, MODELS[name], methods, limit=limit, seed=SEED, batch_size=32, progress=progress)
+        methods = list(methods_of(name))
+        if any(method in methods for method in OF_FACTORS):
+            methods += [
+                with_factors(m, f) for m in OF_FACTORS for part, f in ABLATED.items() if has_factor(model, part)
+            ]
+        out = None if records is None else records / name.rpartition("/")[2]
+        most = min(limit, LIMIT_OF_BYTES) if MODELS[name] == "moby" else limit
+        found = evaluate(model, MODELS[name], methods, out=out, limit=most, seed=SEED, batch_size=32, progress=progress)
         text, numbers[name] = section(model, found)
         parts.append(text)
     machine = {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
     seconds = round(time.time() - began)
     head = (
-        f"{limit} samples a model, drawn with seed {SEED}; {seconds} s with {machine['threads']} thread, torch "
+        f"{limit} samples a model (of bytes {min(limit, LIMIT_OF_BYTES)}), drawn with seed {SEED}; {seconds} s with "
+        f"{machine['threads']} thread, torch "
         f"{machine['torch']}. Curves: area, trapezoid (positive and negative over 10 to 90 %, so at most 0.8; the others over "
         "0 to 100 %). In brackets: 95 %, bootstrap over samples. Bold: the best number of a column. A difference is marked "
         "better or worse where its interval leaves 0 out.\n"
@@ -164,9 +209,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, default=LIMIT)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--out", type=Path, default=DOCS)
+    parser.add_argument("--records", type=Path, help="a folder that keeps each record, to go on from after a stop")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    text, numbers = run(args.limit, args.models)
+    text, numbers = run(args.limit, args.models, records=args.records)
     args.out.mkdir(parents=True, exist_ok=True)
     page = args.out / "results.md"
     head = page.read_text(encoding="utf-8").partition(MARK)[0] if page.exists() else ""

@@ -159,6 +159,15 @@ def circuits() -> Iterator[Line]:
     yield Line("Attribution patching: peak memory, mamba, pos 64", peaks["ours"], peaks["theirs"], "MiB", 4.0)
 
 
+def secant() -> Iterator[Line]:
+    for name in CASES:
+        for what, seconds in fresh("benchmarks.secant", "speed", name).items():
+            yield Line(f"{name}: secant over lrp, {what}", seconds["ours"], seconds["theirs"], "s CPU", 2.2)
+        peaks = {who: fresh("benchmarks.secant", "memory", name, who) for who in ("ours", "theirs")}
+        what = f"{name}: peak memory of secant, pos 1024, over forward + backward and a cache"
+        yield Line(what, peaks["ours"], peaks["theirs"], "MiB", 1.3)
+
+
 def imports() -> Iterator[Line]:
     lines = {
         "import": "import gatedlens, over import transformer_lens (limit 0.3 s)",
@@ -185,7 +194,7 @@ def table(lines: list[Line]) -> str:
 
 
 def main() -> None:
-    parts = (mamba, language, hybrids, products, heads, attention, patching, circuits, store, imports)
+    parts = (mamba, language, hybrids, products, heads, attention, patching, circuits, secant, store, imports)
     lines = [line for part in parts for line in part()]
     print(table(lines))
     machine = {"machine": platform.machine(), "python": platform.python_version(), "threads": 1}

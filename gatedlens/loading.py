@@ -204,6 +204,8 @@ def from_pretrained(
     with about(name):
         if file is not None:
             hooked, wrapped = _from_file(file, variant, dtype, hub, offload is not None)
+            if tokenizer is None and issubclass(hooked, HookedLanguageModel):
+                tokenizer = tokenizers.beside_file(file)
         else:
             if variant is not None:
                 raise CheckpointError(f"variant={variant!r} is for a checkpoint that is one file; {name} is none.")

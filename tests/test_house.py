@@ -22,7 +22,8 @@ PACKAGE = Path(gl.__file__).parent
 FLOORS = (
     {"errors", "files", "foreign", "late", "markup", "options", "version"},
     {"address", "recurrence", "result"},
-    {"fused", "weights"},  # what a mixer hands to mamba-ssm's kernels; what a vendor's module makes of its weight
+    # what a mixer hands to mamba-ssm's kernels; what a vendor's module makes of its weight; two runs, a rule an operation
+    {"fused", "weights", "secant"},
     {"model"},
     {"formats", "compat.names"},  # data of the architectures: checkpoints, and other tools' names, though compat is a door
     {"parts"},

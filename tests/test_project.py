@@ -201,6 +201,16 @@ def test_a_new_tutorial_gets_its_notebook_and_what_is_changed_is_stale(tmp_path,
     assert notebooks.stale() == ["README.md", "1-mine.ipynb"]
 
 
+def test_there_is_one_version():
+    version = gl.__version__
+    assert f'version = "{version}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert (
+        notebooks.repository() in (ROOT / "CITATION.cff").read_text()
+        and notebooks.repository() in (ROOT / "mkdocs.yml").read_text()
+    ), "the project lies in one place: pyproject.toml says it"
+
+
 def test_import_is_light():
     code = (
         "import sys, torch, transformer_lens\nbefore = set(sys.modules)\nfrom gatedlens import *\n"

@@ -1,9 +1,9 @@
 # %% [markdown]
-# # 6. Attribution in text: nine answers to one question, and how to tell which is right
+# # 6. Attribution in text: eleven answers to one question, and how to tell which is right
 #
 # [Open in Colab](https://colab.research.google.com/github/gatedlens/gatedlens/blob/main/tutorials/6-attribution-text.ipynb)
 #
-# One idea: **an explanation is a claim, and claims can be checked.** Which tokens does a prediction come from? Nine methods
+# One idea: **an explanation is a claim, and claims can be checked.** Which tokens does a prediction come from? Eleven methods
 # answer, each with one number a token, and they do not agree. Where the truth is known, as in the recall task, they can be
 # scored; where it is not, take the token away and see what happens: that is `occlusion`.
 
@@ -44,10 +44,30 @@ assert set(found.order(0)[:3].tolist()) == needed
 assert abs(found.scores.sum() + found.facts["remainder"][0] - found.explained) < 1e-3, "relevance is conserved"
 
 # %% [markdown]
-# ## Nine methods
+# ## Against a reference
+#
+# What is a relevance *of*? lrp's sums to the logit itself. `secant` runs the model twice, on the prompt and on a reference
+# that holds nothing but the last token (and BOS), and shares out what lies between the two runs, all of it: gates and decays
+# get theirs. `secant_by_layer` says where it stands before each layer: at the value first, in the end where the answer is read.
+
+# %%
+between = gl.attribution.secant(model, prompt, why)
+reference = between.facts["reference"][0]
+print(
+    f"{between.explained.item():.2f} here, {reference:.2f} with nothing there: the tokens share {between.scores.sum():.2f}"
+)
+assert abs(between.scores.sum() - (between.explained.item() - reference)) < 1e-3
+by_layer = gl.attribution.secant_by_layer(model, prompt, why).values[0]
+for layer, row in zip(("before layer 0", "before layer 1", "in the end"), by_layer, strict=True):
+    at = int(row.argmax())
+    print(f"{layer:15} most of it at {tokens[at]!r} ({at})")
+assert by_layer[-1].argmax() == len(tokens) - 1
+
+# %% [markdown]
+# ## Eleven methods
 #
 # One signature for all, so one loop. Rows are scaled by their largest entry, because units differ: what a token *adds* (lrp,
-# integrated gradients), what its absence *costs* (occlusion), what it *sends* (attention).
+# secant, integrated gradients), what its absence *costs* (occlusion), what it *sends* (attention).
 
 # %%
 QUICK = {"integrated_gradients": {"n_steps": 30}, "occlusion": {"progress": False}}
@@ -64,7 +84,7 @@ def compared(results, title):
 
 
 picture = compared(results, "Why 1 and not 4? The 1 behind F is the answer (mamba-recall)").plot()
-picture.savefig("6-nine-methods.png", dpi=120, bbox_inches="tight")
+picture.savefig("6-methods.png", dpi=120, bbox_inches="tight")
 for name, one in results.items():
     print(f"{name:21} ranks first:", *(f"{tokens[at]} ({at})" for at in one.order(0)[:3].tolist()))
 assert all(set(results[name].order(0)[:3].tolist()) == needed for name in ("lrp", "occlusion"))

@@ -62,6 +62,7 @@ METHODS = {
     "occlusion": ("occlusion", {"progress": False}),
     "integrated gradients": ("integrated_gradients", {"n_steps": 20}),
     "lrp": ("lrp", {}),
+    "secant": ("secant", {}),
     "raw attention": ("raw_attention", {}),
     "raw attention, abs": ("raw_attention", {"sign": "abs"}),
     "gradient attention": ("gradient_attention", {}),
@@ -115,7 +116,7 @@ for name, (positive, negative) in sorted(mean.items(), key=lambda item: item[1][
     print(f"{name:30} {positive:8.2f}  {negative:8.2f}")
 
 figure, axes = gl.plot.panels(1, 2, size=5.0)
-colours = ["#b2182b", "#ef8a62", "#2166ac", "#999999", "#555555", "#a6dba0", "#1b7837", "black"]
+colours = ["#b2182b", "#ef8a62", "#2166ac", "#762a83", "#999999", "#555555", "#a6dba0", "#1b7837", "black"]
 for ax, side, title in zip(
     axes[0], (0, 1), ("positive: most relevant first", "negative: least relevant first"), strict=True
 ):
@@ -129,20 +130,22 @@ figure.savefig("7-perturbation.png", dpi=120, bbox_inches="tight")
 # %% [markdown]
 # ## What it shows, and what not
 #
-# Occlusion and integrated gradients are far ahead of the rest: they compare with black, and the test puts black in (a test
-# that favours its own kind). Of the others, lrp and the official gradient attention are clearly better than chance; raw
-# attention without signs beats its signed mean, which is no better than chance: in this model it shows where layers look,
-# whatever the class. The order may differ in a model of 24 layers and 196 patches: run it there.
+# Occlusion, integrated gradients and secant are far ahead of the rest: they compare with black, and the test puts black in
+# (a test that favours its own kind). Occlusion takes 17 forwards for it, integrated gradients 20 forwards and backwards,
+# secant two forwards and one backward: of the black image it knows the one run. Of the others, lrp and the official gradient
+# attention are clearly better than chance; raw attention without signs beats its signed mean, which is no better than
+# chance: in this model it shows where layers look, whatever the class. The order may differ in a model of 24 layers and 196
+# patches: run it there.
 
 # %%
 chance = mean["random"]
-for name in ("occlusion", "integrated gradients", "lrp", "gradient attention, official"):
+for name in ("occlusion", "integrated gradients", "secant", "lrp", "gradient attention, official"):
     assert mean[name][0] < chance[0] - 0.05 and mean[name][1] > chance[1] + 0.05, name
 assert mean["raw attention, abs"][0] < mean["raw attention"][0]
 assert all(
     mean["occlusion"][0] < positive
     for name, (positive, _) in mean.items()
-    if name not in ("occlusion", "integrated gradients")
+    if name not in ("occlusion", "integrated gradients", "secant")
 )
 
 # %% [markdown]

@@ -53,8 +53,7 @@ def on_files(files: Any, config: Any) -> Any:
     for where, content in generated().items():
         files.append(File.generated(config, where, content=content))
     for name in AS_THEY_ARE:
-        where = name if "." in name and not name.endswith(".md") else f"{name.removesuffix('.md')}.txt"
-        files.append(File.generated(config, where, content=(ROOT / name).read_text(encoding="utf-8")))
+        files.append(File.generated(config, place(name), content=as_it_is(name)))
     return files
 
 
@@ -96,6 +95,13 @@ def turned(text: str, source: str) -> str:
     return "".join(piece if piece.startswith("`") else LINK.sub(turn, piece) for piece in pieces)
 
 
+def as_it_is(name: str) -> str:
+    """A file of the repository that is no page; what is a map (llms.txt) leads to the site's pages."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    maps = name in ("llms.txt", "AGENTS.md")
+    return re.sub(r"(\]\((?!https?:)[^)]+)\.md(?=\))", r"\1.html", turned(text, name)) if maps else text
+
+
 def read(source: str) -> str:
     """A page of the repository, as the site has it."""
     return turned((ROOT / source).read_text(encoding="utf-8"), source)
@@ -124,7 +130,8 @@ def navigation() -> list[Any]:
         {"Start": ["start.md", "loading.md", "questions.md", "command-line.md", {"Coming from other libraries": "ecosystem.md"}]},
         {
             "Guides": [
-                "names.md", "attention.md", "mechanism.md", "explain.md", "states.md", "store.md", "vision.md", "speed.md",
+                "names.md", "attention.md", "mechanism.md", "explain.md", "secant.md", "states.md", "store.md", "vision.md",
+                "speed.md",
             ]
         },
         {"Hook points": ["hooks/index.md", *points]},

@@ -195,7 +195,9 @@ class ImplicitAttention:
         return self.padding.spread(self._sum(lambda branch, turn: turn(branch.bias())))
 
     def content(self) -> Float[Tensor, "batch pos channel"]:
-        """`A.content()`: [batch, pos, channel], the x of A x + r as the run had it."""
+        """`A.content()`: [batch, pos, channel], the x of A x + r as the run had it. Of branches with contents of their own,
+        the steps of a DeltaProduct, it is the sum; `A.output()` is A x + r then, too.
+        """
         return self.padding.spread(self._sum(lambda branch, turn: turn(branch.factors.x)))
 
     def output(self) -> Float[Tensor, "batch pos channel"]:

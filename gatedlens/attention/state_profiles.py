@@ -31,6 +31,7 @@ from gatedlens.attention.layer import ImplicitAttention
 from gatedlens.attention.limits import AT_ONCE, DENSE_LIMIT
 from gatedlens.errors import InputError, PointError
 from gatedlens.model.cache import ActivationCache
+from gatedlens.model.hookpoint import CONV
 from gatedlens.options import checked
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.head_matrix import HeadScan
@@ -298,10 +299,12 @@ def _stateless(what: str, attention: ImplicitAttention, scan: ScanMatrix | None)
         )
         return f"{what}: the state of layer {attention.layer} of {model.cfg.model_name} {why}."
     others = f" The layers that have one: layer in {layers}." if layers else ""
-    return (
-        f"{what}: layer {attention.layer} of {model.cfg.model_name} is attention: it keeps every token and has no state that "
-        f"tokens rewrite.{others}"
+    keeps = (
+        "a short convolution: it keeps a few tokens"
+        if attention.mixer.role == CONV
+        else "attention: it keeps every token"
     )
+    return f"{what}: layer {attention.layer} of {model.cfg.model_name} is {keeps} and has no state that tokens rewrite.{others}"
 
 
 def _title(what: str, attention: ImplicitAttention) -> str:

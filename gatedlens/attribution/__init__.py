@@ -1,4 +1,4 @@
-"""Attribution: which tokens or patches a prediction comes from, by nine methods with one signature.
+"""Attribution: which tokens or patches a prediction comes from, by eleven methods with one signature.
 
     found = gl.attribution.gradient_attention(model, "The cat sat on the mat")     # explains the predicted token
     found = gl.attribution.lrp(model, images, target=3)                            # explains class 3
@@ -17,6 +17,7 @@ from gatedlens.attribution.by_attention import gradient_attention, raw_attention
 from gatedlens.attribution.by_gradients import grad_x_input, integrated_gradients, smoothgrad
 from gatedlens.attribution.by_perturbation import occlusion, random
 from gatedlens.attribution.by_relevance import lrp
+from gatedlens.attribution.by_secant import mix, relevance_at, secant, secant_by_head, secant_by_layer
 from gatedlens.attribution.question import Question
 from gatedlens.attribution.relevance_rules import Rules
 from gatedlens.attribution.scores import Attribution
@@ -30,6 +31,8 @@ METHODS: dict[str, Method] = {
         rollout,
         gradient_attention,
         lrp,
+        secant,
+        mix,
         grad_x_input,
         integrated_gradients,
         smoothgrad,
@@ -59,9 +62,14 @@ __all__ = [
     "integrated_gradients",
     "lrp",
     "method",
+    "mix",
     "occlusion",
     "random",
     "raw_attention",
+    "relevance_at",
     "rollout",
+    "secant",
+    "secant_by_head",
+    "secant_by_layer",
     "smoothgrad",
 ]

@@ -4,6 +4,12 @@
     baseline="<unk>", 3      a token, by its text or id            baseline="black", "mean", 0.5    pixels of an image
     baseline=tensor          an embedding [d_model]; for images an image [channels, height, width], as the model reads it
 
+    keep="read"              the position that is read, and BOS, stay as they are, as they do where a test takes tokens away
+    keep="nothing"           nothing does                              keep=tensor           booleans [batch, pos], True where
+    it does
+
+Of an image no place is kept: what is read is none of its patches.
+
 "mean" is the mean colour that the model's input is normalised by, so 0; a number is what every pixel holds.
 
 Beware of a zero embedding: an RMS norm gives the same for x and for x / 1000, so all that happens on the way from zero
@@ -15,7 +21,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gatedlens.attribution.question import Question
@@ -31,8 +37,10 @@ NOTHING = ("mask_token_id", "unk_token_id", "pad_token_id")
 # What `baseline=` takes. For type checkers: whoever passes something else gets an InputError.
 if TYPE_CHECKING:
     Baseline: TypeAlias = int | str | float | Tensor | None
+    Keep: TypeAlias = str | Tensor
 else:
-    Baseline = Any
+    Baseline = Keep = Any
+KEEP = ("read", "nothing")
 
 
 def baseline_of(question: Question, asked: Any) -> tuple[Float[Tensor, "batch place d_model"], str]:
@@ -44,6 +52,30 @@ def baseline_of(question: Question, asked: Any) -> tuple[Float[Tensor, "batch pl
         one = question.features_of(pixels.unsqueeze(0))
     one = one.to(question.features).expand_as(question.features)
     return torch.where(moved(question.features, one).unsqueeze(-1), one, question.features), said
+
+
+def kept_places(question: Question, asked: Any) -> Bool[Tensor, "batch place"]:
+    """Where an input stays as it is, by what `keep=` says."""
+    places = question.features.shape[:2]
+    if isinstance(asked, Tensor):
+        if asked.dtype != torch.bool or asked.shape != places:
+            raise InputError(
+                f"keep is {asked.dtype} {list(asked.shape)}: give booleans {list(places)}, True where a place stays."
+            )
+        return asked.to(question.features.device)
+    if asked not in KEEP:
+        known = ", ".join(map(repr, KEEP))
+        raise InputError(f"keep={asked!r}: it is {known}, or booleans.{did_you_mean(str(asked), KEEP)}")
+    model, value = question.model, question.batch.value
+    if asked == "nothing" or model.grid is not None:
+        return torch.zeros(places, dtype=torch.bool, device=question.features.device)
+    bos = getattr(model.tokenizer, "bos_token_id", None)
+    return question.own if bos is None else question.own | (value == bos)
+
+
+def keep_said(asked: Any) -> Any:
+    """What was kept, as JSON holds it."""
+    return asked.tolist() if isinstance(asked, Tensor) else asked
 
 
 def _of_text(question: Question, asked: Any) -> tuple[Tensor, str]:

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gatedlens import fused
 from gatedlens.address.composite import turned
 from gatedlens.address.names import NamesFilter, Point, is_placed, listed
 from gatedlens.address.point import overlaps, refuse_overlap
@@ -38,12 +39,13 @@ from gatedlens.result.results import Results
 from gatedlens.runs import inputs
 from gatedlens.runs.cells import layer_of
 from gatedlens.runs.engine import Earlier, Effort
-from gatedlens.runs.gradients import Listener, approximate_rise, collected, listen, on_the_way
+from gatedlens.runs.gradients import Listener, approximate_rise, between, by_secants, collected, listen, on_the_way
 from gatedlens.runs.pair import Pair, steps_of, subtracting
 
 Names = (
     Callable[[str], bool] | Sequence[str] | None
 )  # names that stand for several points: their Results come as a dict
+BETWEEN = "Attribution patching, by secants between the two runs"
 OVER_INPUT = "Attribution patching, integrated over the input"
 OVER_ACTIVATION = "Attribution patching, integrated over the activation"
 
@@ -56,6 +58,7 @@ def attribution_patch(
     metric: Metric,
     names: str,
     keep: Sequence[str] = ("pos",),
+    rule: str = ...,
     max_bytes: int | None = ...,
     **options: Any,
 ) -> Result: ...
@@ -67,6 +70,7 @@ def attribution_patch(
     metric: Metric,
     names: Names = None,
     keep: Sequence[str] = ("pos",),
+    rule: str = ...,
     max_bytes: int | None = ...,
     **options: Any,
 ) -> Results: ...
@@ -79,6 +83,7 @@ def attribution_patch(
     metric: Metric,
     names: NamesFilter = None,
     keep: Sequence[str] = ("pos",),
+    rule: str = "gradient",
     max_bytes: int | None = CACHE_LIMIT,
     **options: Any,
 ) -> Result | Results:
@@ -89,7 +94,8 @@ def attribution_patch(
     predicate, or None (every point that is not lazy) `Results`, a dict by the points' names in their blocks. Lazy points
     take part when named. keep: the axes that remain, where a point has them ("batch" too); the others are summed, rows
     averaged. max_bytes: refuse to hold more than this of the clean run; two runs' activations are never held, only their
-    difference. options: the forward's, attention_mask say.
+    difference. rule: "gradient", that of the corrupted run; or "secant", the secant between both runs in its place (see
+    `gatedlens.secant`): complete, and of a metric that is linear in the logits. options: the forward's, attention_mask say.
 
     PointError for a name that no point has, a view, or an axis that no point has; InputError for inputs that do not fit together,
     and for a metric without a gradient or whose gradient is NaN; TooLargeError where max_bytes do not suffice.
@@ -101,10 +107,15 @@ def attribution_patch(
     correlation over all cells 0.70 to 0.85; in up to one prompt of ten the answer's own position is not the largest.
     Small effects it ranks well: over all cells 0.85 to 0.99.
     """
-    pair, points = Pair.of(model, clean, corrupted, options), _Points(model, names, keep, approximate_rise(metric))
+    secant, pair = by_secants(rule), Pair.of(model, clean, corrupted, options)
+    points = _Points(model, names, keep, approximate_rise(metric))
+    if secant:
+        scores, found = _Scores(pair, points, pair.differences(points.names, max_bytes)), dict[str, Tensor]()
+        with fused.off():
+            listen(pair, metric, scores.listeners(points.names, found), [between(pair)])
+        return points.results(scores.whole(found), BETWEEN, pair, {"rule": rule})
     base, store = pair.cached(pair.clean, points.names, max_bytes)
-    scores = _Scores(pair, points, store)
-    found: dict[str, Tensor] = {}
+    scores, found = _Scores(pair, points, store), dict[str, Tensor]()
     value = listen(pair, metric, scores.listeners(points.names, found), subtracting(store))
     facts = _baselines(metric, base, value)
     return points.results(scores.whole(found), "Attribution patching", pair, facts)

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gatedlens import fused
 from gatedlens.circuits.circuit import Circuit
 from gatedlens.circuits.graph import Graph, Node
 from gatedlens.circuits.path_patching import Paths
@@ -35,25 +36,36 @@ from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.result import Result
 from gatedlens.runs.cells import Plan
 from gatedlens.runs.engine import Earlier, Effort
-from gatedlens.runs.gradients import Listener, approximate_rise, collected, listen, on_the_way
+from gatedlens.runs.gradients import Listener, approximate_rise, between, by_secants, collected, listen, on_the_way
 from gatedlens.runs.pair import Pair, steps_of, subtracting
 
 
 @taking(HookedLanguageModel.forward, only=OF_INPUT)
 @checked
 def eap(
-    model: HookedModel, clean: Input, corrupted: Input, metric: Metric, positions: bool = False, **options: Any
+    model: HookedModel,
+    clean: Input,
+    corrupted: Input,
+    metric: Metric,
+    positions: bool = False,
+    rule: str = "gradient",
+    **options: Any,
 ) -> Circuit:
     """`gl.circuits.eap(model, clean, corrupted, metric).top(8)`: edge attribution patching, a Circuit of every edge.
 
     Two forwards and one backward for all edges together. clean, corrupted: texts, ids, pairs (ids, mask) or images, of one shape
     and padded alike. metric: logits -> one number a row. positions: tell edges apart by the position at which they pass; then
-    `scores` is [sender, receiver, pos]. options: the forward's, attention_mask say.
+    `scores` is [sender, receiver, pos]. rule: as in `attribution_patch`. options: the forward's, attention_mask say.
 
     InputError for inputs that do not fit together, and for a metric without a gradient or whose gradient is NaN.
     Syed et al. 2023 (arXiv 2310.10348), eq. 3.
     """
-    pair, graph = Pair.of(model, clean, corrupted, options), Graph.of(model)
+    secant, pair, graph = by_secants(rule), Pair.of(model, clean, corrupted, options), Graph.of(model)
+    if secant:
+        scores = Scores(pair, graph, pair.differences(node.writes for node in graph.senders), positions)
+        with fused.off():
+            found = scores.of(lambda listeners: listen(pair, metric, listeners, [between(pair)]))
+        return _circuit(model, graph, found, metric, "EAP by secants", {"rule": rule})
     _, store = pair.cached(pair.clean, (node.writes for node in graph.senders))
     found = Scores(pair, graph, store, positions).at_once(metric)
     return _circuit(model, graph, found, metric, "EAP", {})

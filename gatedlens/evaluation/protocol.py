@@ -128,7 +128,7 @@ def perturbation(
     """`gl.evaluation.perturbation(model, images, scores, labels).area`: take away 10 % to 90 % of the places; the accuracy.
 
     order: "positive" takes the most relevant first, so down is better; "negative" the least relevant, so up is better.
-    options: those of `curve`. InputError for an order, scores or labels that do not fit the input.
+    More options are those of `curve`. InputError for an order, scores or labels that do not fit the input.
     Source: Chefer et al. 2021 (arXiv 2012.09838); HA (arXiv 2403.01590).
     """
     if order not in ORDERS:
@@ -141,7 +141,7 @@ def activation_curve(model: HookedModel, input: Input, scores: Scores, labels: L
     """`gl.evaluation.activation_curve(model, tokens, scores, labels).area`: from an input that holds nothing, put places
     back, most relevant first; the label's probability. Its area is AUAC; up is better.
 
-    options: those of `curve`. Source: Ali et al. 2022 (arXiv 2202.07304); UIA (arXiv 2405.16504).
+    More options are those of `curve`. Source: Ali et al. 2022 (arXiv 2202.07304); UIA (arXiv 2405.16504).
     """
     return curve(PROTOCOLS["activation"], model, input, scores, labels, **options)
 
@@ -151,7 +151,7 @@ def pruning_curve(model: HookedModel, input: Input, scores: Scores, labels: Labe
     """`gl.evaluation.pruning_curve(model, tokens, scores).area`: take places away, those with the smallest |score| first;
     mean over logits of (logit - clean logit)^2. Its area is AU-MSE; down is better.
 
-    options: those of `curve`. Source: Ali et al. 2022 (arXiv 2202.07304); UIA (arXiv 2405.16504).
+    More options are those of `curve`. Source: Ali et al. 2022 (arXiv 2202.07304); UIA (arXiv 2405.16504).
     """
     return curve(PROTOCOLS["pruning"], model, input, scores, labels, **options)
 
@@ -159,7 +159,7 @@ def pruning_curve(model: HookedModel, input: Input, scores: Scores, labels: Labe
 @checked
 def deletion(model: HookedModel, input: Input, scores: Scores, labels: Labels = None, **options: Any) -> Curve:
     """`gl.evaluation.deletion(model, images, scores).area`: take away 0 % to 100 % of the places, most relevant first; the
-    label's probability. Down is better. options: those of `curve`. Source: Petsiuk et al. 2018 (arXiv 1806.07421).
+    label's probability. Down is better. More options are those of `curve`. Source: Petsiuk et al. 2018 (arXiv 1806.07421).
     """
     return curve(PROTOCOLS["deletion"], model, input, scores, labels, **options)
 
@@ -169,7 +169,7 @@ def insertion(model: HookedModel, input: Input, scores: Scores, labels: Labels =
     """`gl.evaluation.insertion(model, images, scores).area`: from the blurred image (or from tokens that say nothing) put back
     0 % to 100 % of the places, most relevant first; the label's probability. Up is better.
 
-    options: those of `curve`. Source: Petsiuk et al. 2018 (arXiv 1806.07421).
+    More options are those of `curve`. Source: Petsiuk et al. 2018 (arXiv 1806.07421).
     """
     return curve(PROTOCOLS["insertion"], model, input, scores, labels, **options)
 

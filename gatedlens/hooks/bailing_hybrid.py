@@ -122,17 +122,17 @@ class HookedBailingHybrid(HookedKimiLinear):
 
     @staticmethod
     def kind_of(layer: Wrapped) -> LayerKind:
-        """What a wrapped layer is, by the parts it has."""
+        """`model.kind_of(model.wrapped.model.layers[0])`: what a wrapped layer is, by the parts it has."""
         kind = HookedKimiLinear.kind_of(layer)
         if kind.mixing == UNBOUNDED and layer.self_attn.forget_gate.safe_gate:
             return kind._replace(mixing=BOUNDED)
         return kind
 
-    def make_delta_net(self, weights: Wrapped, points: tuple[Point, ...], layer: int) -> DeltaMixer:
+    def _make_delta_net(self, weights: Wrapped, points: tuple[Point, ...], layer: int) -> DeltaMixer:
         delta = DELTAS[self.cfg.kinds[layer].mixing]
         return BailingDeltaMixer(weights, points, layer, delta, self.cfg.sizes, self.cfg.eps)
 
-    def make_attention(
+    def _make_attention(
         self, weights: Wrapped, points: tuple[Point, ...], layer: int, narrow: bool, norms: tuple[Norm | None, Norm]
     ) -> LatentAttention:
         scores = Multipliers(scores=float(weights.scaling))  # longer contexts scale it (yarn)

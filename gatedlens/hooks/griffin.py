@@ -48,7 +48,7 @@ from gatedlens.parts.glu import GatedMlp, gated_mlp_rows
 from gatedlens.parts.positioned import NEXT_POSITION, PositionedModel
 from gatedlens.recurrence.channels import ChannelTerms
 from gatedlens.recurrence.scanning import at_least_float32
-from gatedlens.recurrence.transforms import transformed
+from gatedlens.recurrence.transforms import of_one_number, transformed
 
 PAPER = "Griffin, arXiv 2402.19427"
 UIA = "UIA, arXiv 2405.16504"
@@ -120,6 +120,7 @@ class BoundedSqrt(Function):
         return grads[0] * (0.5 * x.clamp(min=STEEP).rsqrt()).masked_fill(x < 0, 0)
 
 
+@of_one_number
 def bounded_sqrt(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
     """sqrt(max(x, 0)) with its slope bounded by 1000, as Griffin is trained: where it would be steeper, it is 1000.
 

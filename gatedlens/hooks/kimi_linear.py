@@ -269,7 +269,7 @@ class HookedKimiLinear(PositionedModel):
 
     @staticmethod
     def kind_of(layer: Wrapped) -> LayerKind:
-        """What a wrapped layer is, by the parts it has."""
+        """`model.kind_of(model.wrapped.model.layers[0])`: what a wrapped layer is, by the parts it has."""
         mixing = "delta net" if "forget_gate" in layer.self_attn._modules else "attention"
         if layer.self_attn._modules.get("q_a_proj") is not None:
             mixing = "attention of narrow queries"
@@ -291,21 +291,21 @@ class HookedKimiLinear(PositionedModel):
             mlp = Sub("mlp", GatedMlp(w.mlp, of_mlp, SILU), ln2, ln="ln2")
         if kind.mixing.startswith("delta net"):
             return Block(
-                w, rows, Sub("mixer", self.make_delta_net(w.self_attn, rows_of("mixer", rows), layer), ln1), mlp
+                w, rows, Sub("mixer", self._make_delta_net(w.self_attn, rows_of("mixer", rows), layer), ln1), mlp
             )
         points, heads, narrow = rows_of("attn", rows), w.self_attn, "narrow" in kind.mixing
         norms = (
             Norm(heads.q_a_layernorm, rows_of("q_norm", points), EPS) if narrow else None,
             Norm(heads.kv_a_layernorm, rows_of("kv_norm", points), EPS),
         )
-        attn = self.make_attention(heads, points, layer, narrow, norms)
+        attn = self._make_attention(heads, points, layer, narrow, norms)
         return Block(w, rows, Sub("mixer", attn, ln1, place="attn"), mlp)  # where TransformerLens has attention
 
-    def make_delta_net(self, weights: Wrapped, points: tuple[Point, ...], layer: int) -> DeltaMixer:
+    def _make_delta_net(self, weights: Wrapped, points: tuple[Point, ...], layer: int) -> DeltaMixer:
         """The mixer of a delta net over its weights, with these points."""
         return KimiDeltaMixer(weights, points, layer, DELTA, self.cfg.sizes, self.cfg.eps)
 
-    def make_attention(
+    def _make_attention(
         self, weights: Wrapped, points: tuple[Point, ...], layer: int, narrow: bool, norms: tuple[Norm | None, Norm]
     ) -> LatentAttention:
         """The same of a layer of attention, of narrow queries or not."""

@@ -14,6 +14,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, overload
 
 import torch
@@ -322,7 +323,7 @@ class HookedModel(Hooking):
         return list(dict.fromkeys(titles))
 
     @classmethod
-    def from_pretrained(cls: type[M], name_or_path: Any, **options: Any) -> M:
+    def from_pretrained(cls: type[M], name_or_path: str | Path, **options: Any) -> M:
         """`gl.HookedMamba.from_pretrained("gatedlens/mamba-recall")`: `gl.from_pretrained`, with all its options, by the class.
 
         InputError for a checkpoint of another architecture; `gl.from_pretrained` takes any.

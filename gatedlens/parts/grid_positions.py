@@ -68,7 +68,7 @@ class GridModel(PositionedModel):
         position_ids: Shaped[Tensor, "*document position"] | None = None,
     ) -> DocumentRun:
         """As in every model with positions; those of the axes turn, that of the text tells documents apart."""
-        text, axes = self.split(position_ids, batch)
+        text, axes = self._split(position_ids, batch)
         run = super().begin(batch, state, return_state, text)
         if axes is None:
             return run
@@ -83,9 +83,9 @@ class GridModel(PositionedModel):
         self, batch: Batch, position_ids: Shaped[Tensor, "*document position"] | None
     ) -> Int[Tensor, "batch pos"] | None:
         """As of any model, by the positions of the text."""
-        return super().documents(batch, self.split(position_ids, batch)[0])
+        return super().documents(batch, self._split(position_ids, batch)[0])
 
-    def split(
+    def _split(
         self, position_ids: Shaped[Tensor, "*document position"] | None, batch: Batch
     ) -> tuple[Shaped[Tensor, "*text position"] | None, Int[Tensor, "axis batch pos"] | None]:
         """Positions of the text, and of the axes; InputError for positions of another shape."""

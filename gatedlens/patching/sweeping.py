@@ -88,8 +88,8 @@ def sweep(
     points to patch in it. metric: logits -> one number a row, or a scalar; or a dict of several by name. points: a
     name, alias or glob, or a list of them. groups: how an axis is divided, for channels that are patched together: a
     number of equal groups, or a dict of label -> indices (of positions: see `gatedlens.address.positions`). edits: what is put
-    where: `copied`, or `carried` for states. options: those of `gl.patching.Options`, normalised=True or results="sweep.json"
-    say. Returns a Result on the axes; `facts` hold the metric of the clean and of the corrupted run.
+    there, `copied`, or `carried` for states. More options are those of `gl.patching.Options`: normalised=True or
+    results="sweep.json", say. Returns a Result on the axes; `facts` hold the metric of the clean and of the corrupted run.
 
     PointError for a point that does not exist, is a view, lacks an axis, or is not in the cache; InputError for inputs that do
     not fit together, groups that are none, an option that does not exist, and a model in training mode.

@@ -27,7 +27,7 @@ from torch.autograd.function import Function
 from gatedlens.recurrence.autocast import is_on
 from gatedlens.recurrence.scanning import StepTerms
 from gatedlens.recurrence.terms import Terms
-from gatedlens.recurrence.transforms import forward_mode, gradients, has_old_axis, transformed
+from gatedlens.recurrence.transforms import forward_mode, gradients, has_old_axis, overridden, transformed
 
 LOG2_E = 1 / math.log(2)
 
@@ -111,7 +111,8 @@ def vectors(
     The tensors are [b, l, c, n] and lie in memory with channels innermost: states are few, and a processor likes long rows.
     """
     *fresh, rate = fresh_and_rate
-    raised = _raised if transformed() or torch.compiler.is_compiling() else Raised.apply
+    plain = transformed() or torch.compiler.is_compiling() or overridden(log, value, key, *fresh)
+    raised = _raised if plain else Raised.apply
     decay, write = raised(log, value, key, rate, *fresh)
     return decay.mT, write.mT, read
 

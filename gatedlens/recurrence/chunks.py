@@ -19,12 +19,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import Function
+from torch.overrides import handle_torch_function
 
 from gatedlens.recurrence import doubling
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.chunk import GONE, Given, chunk_of
 from gatedlens.recurrence.terms import Terms
-from gatedlens.recurrence.transforms import forward_mode, gradients, has_old_axis, transformed
+from gatedlens.recurrence.transforms import forward_mode, gradients, has_old_axis, overridden, transformed
 
 CHUNK = 64  # positions; their square is what a chunk costs beside its states
 WIDE_CHUNK = 32  # for a delta rule with wide keys, whose triangular solve grows with the square of the chunk
@@ -60,11 +61,13 @@ def chunked(
 
     chunk: positions of a chunk; at_once: chunks side by side. None: what is best for the device and the shape.
     """
+    if overridden(u, initial, *terms):
+        return handle_torch_function(chunked, (u, initial, *terms), terms, u, initial)
     size = chunk_size(terms) if chunk is None else chunk
     number = chunks_at_once(terms, u, size) if at_once is None else at_once
     same, (log, key, read, erase, probe) = laid_out(terms)
     share = 1 if key.shape[2] == terms.heads else terms.share
-    tensors = (log, key, terms.value(u), read, erase, probe, _inside(initial, share))
+    tensors = (log, key, terms.value(u), read, erase, probe, inside(initial, share))
     if torch.compiler.is_compiling():
         out, last, _ = _chunked(size, number, same, *tensors)
     else:
@@ -78,7 +81,7 @@ def chunked(
     return out, last.unflatten(-1, (share, -1)).permute(0, 1, 3, 4, 2).flatten(1, 2)
 
 
-def _inside(state: Float[Tensor, "batch head value key"], share: int) -> Float[Tensor, "batch group key values"]:
+def inside(state: Float[Tensor, "batch head value key"], share: int) -> Float[Tensor, "batch group key values"]:
     """A state as chunks take it: the heads of a group side by side, in memory of its own."""
     return state.unflatten(1, (-1, share)).permute(0, 1, 4, 2, 3).flatten(-2).contiguous()
 

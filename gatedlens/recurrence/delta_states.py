@@ -17,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from gatedlens.recurrence import doubling
 from gatedlens.recurrence.chunk import solve
 from gatedlens.recurrence.halving import climb
 from gatedlens.recurrence.literal import march
 from gatedlens.recurrence.scanning import linear_scan
+from gatedlens.recurrence.transforms import overridden
 
 CHUNK = 64  # positions, a power of 2
 
@@ -35,6 +37,9 @@ def states_of_delta_rule(
     state: Float[Tensor, "batch head value key"],
 ) -> Float[Tensor, "batch pos head value key"]:
     """`march`, by the way that the device likes."""
+    if overridden(decay, write, erase, probe, state):
+        given = decay, write, erase, probe, state
+        return handle_torch_function(states_of_delta_rule, given, *given)
     if not doubling.pays(write):
         return march(decay, write, erase, probe, state)
     length, width, keys = write.shape[1], *write.shape[3:]

@@ -23,11 +23,12 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import Function
+from torch.overrides import handle_torch_function
 
 from gatedlens.errors import InputError
 from gatedlens.recurrence import doubling
 from gatedlens.recurrence.autocast import is_on
-from gatedlens.recurrence.transforms import forward_mode, gradients, has_old_axis, transformed
+from gatedlens.recurrence.transforms import forward_mode, gradients, has_old_axis, overridden, transformed
 
 StepTerms = Callable[..., tuple[Tensor, Tensor, Tensor | None]]  # of any slice of positions: decay, write, read
 
@@ -112,6 +113,8 @@ def linear_scan(
     initial: Float[Tensor, "#batch ..."] | None = None,
 ) -> Float[Tensor, "batch pos *rest"]:
     """state_t = decay_t * state_{t-1} + write_t, all states, from `initial` (zero when None); shapes may broadcast."""
+    if overridden(decay, write, initial):
+        return handle_torch_function(linear_scan, (decay, write, initial), decay, write, initial)
     if initial is None:
         initial = torch.zeros_like(write[:, 0])
     if not decay.shape == write.shape == (len(initial), write.shape[1], *initial.shape[1:]):
@@ -318,6 +321,8 @@ def scan(
     exact, none is kept: memory is O(b c n) beyond inputs and output without gradients.
     """
     tensors = (initial, *sequences, *constants)
+    if overridden(*tensors):
+        return handle_torch_function(scan, tensors, terms, sequences, constants, initial)
     if torch.compiler.is_compiling():
         return _compiled(terms, sequences, constants, initial)
     if transformed():

@@ -7,11 +7,13 @@ value, asks here first; where no transform is under way every answer costs next 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 from torch._C import _functorch
+from torch.overrides import handle_torch_function, has_torch_function
 
 
 def forward_mode() -> bool:
@@ -23,6 +25,26 @@ def forward_mode() -> bool:
 def transformed() -> bool:
     """Whether a transform of torch.func or forward mode is under way: only what has a rule for each passes it on."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def overridden(*tensors: object) -> bool:
+    """Whether any of them is of a tensor class that computes functions its own way, by torch's protocol: whoever is asked hands
+    the call on by `handle_torch_function`."""
+    return not torch.compiler.is_compiling() and has_torch_function(tensors)
+
+
+def of_one_number(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`@of_one_number`: says of a function with a gradient of its own that it takes each number by itself, as torch's `exp`: so a
+    tensor class that computes functions its own way can compute this one."""
+
+    @wraps(f)
+    def at_each(x: Tensor) -> Tensor:
+        if overridden(x):
+            return handle_torch_function(at_each, (x,), x)
+        return f(x)
+
+    at_each.__name__ = "of_one_number"
+    return at_each
 
 
 def has_old_axis(*tensors: Tensor) -> bool:

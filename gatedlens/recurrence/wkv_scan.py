@@ -25,11 +25,12 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.autograd.function import Function
+from torch.overrides import handle_torch_function
 
 from gatedlens.errors import InputError
 from gatedlens.recurrence import doubling
 from gatedlens.recurrence.scanning import SEGMENT_ELEMENTS, SEGMENT_ELEMENTS_GRAD, _segments, budget, linear_scan
-from gatedlens.recurrence.transforms import anywhere, gradients, has_old_axis, transformed
+from gatedlens.recurrence.transforms import anywhere, gradients, has_old_axis, overridden, transformed
 
 # The maximum of an empty past. Not -inf: a first position that is masked would give -inf - (-inf), which is NaN.
 NOTHING = -1e38
@@ -251,6 +252,9 @@ def wkv(
 
     fresh: 1 where a document begins and the state before is forgotten, 0 elsewhere; None: nowhere.
     """
+    if overridden(k, v, w, u, fresh, *carry):
+        given = k, v, w, u, mask, carry, fresh
+        return handle_torch_function(wkv, (k, v, w, u, fresh, *carry), *given)
     kept = None if fresh is None else log_kept(fresh)
     compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
     # Four ways to the same numbers. Inside torch.compile a Function cannot stand, so with gradients the segment is written in
@@ -340,6 +344,8 @@ class OpenWkv:
         carry: Carry,
         fresh: Float[Tensor, "batch pos one"] | None = None,
     ):
+        if overridden(k, v):  # none has a rule for numerator and denominator apart
+            handle_torch_function(OpenWkv, (k, v), k, v, w, u, mask, carry)
         self.out_dtype = v.dtype
         self.k, self.v, self.w, self.u, self.num0, self.den0, top = (t.double() for t in (k, v, w, u, *carry))
         # NOTHING, and whatever else is below, is an empty past: e^-700 is still a normal float64, so e^-top below is finite.

@@ -2,6 +2,7 @@
 
     listen(pair, metric, {"blocks.0.hook_mixer_in": listener})           # listener(gradient) is called once
     hook = on_the_way(pair)(0.3)                                         # an input between corrupted (0) and clean (1)
+    hook = between(pair)                                                 # both inputs at once: secants for gradients
     found = collected(pair, metric, blank, scores, facts, effort)        # many backward passes, which stop and go on
 
 No gradient is kept, none of a parameter is computed, and nothing is left on the model: whoever listens adds up what it
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from gatedlens.errors import InputError
+from gatedlens.errors import InputError, did_you_mean
 from gatedlens.metrics import Metric, name_of, per_row
 from gatedlens.model.hookpoint import Saver
 from gatedlens.recurrence.autocast import exact
@@ -27,6 +28,7 @@ from gatedlens.runs.cells import Cell
 from gatedlens.runs.engine import Effort, another_sweep, fill, identity_of
 from gatedlens.runs.ledger import Ledger
 from gatedlens.runs.pair import Pair
+from gatedlens.secant import RULES, Contrast
 
 Listener = Callable[[Tensor], None]
 
@@ -97,6 +99,23 @@ def on_the_way(pair: Pair) -> Callable[[float], tuple[str, Callable[..., Tensor]
     """
     way = pair.differences([EMBED])[EMBED]
     return lambda share: (EMBED, lambda x, hook: x + share * way)
+
+
+def between(pair: Pair) -> tuple[str, Callable[..., Tensor]]:
+    """The hook that lets a forward of the corrupted input be one of the clean one, with the corrupted beside it, under the rules
+    of secants (`gatedlens.secant`): every gradient is the secant between both runs."""
+    way = pair.differences([EMBED])[EMBED]
+    return EMBED, lambda x, hook: Contrast.of(x + way, (x.detach(),), RULES)
+
+
+RULE = ("gradient", "secant")
+
+
+def by_secants(rule: str) -> bool:
+    """Whether `rule=` asks for secants; InputError for a rule that there is not."""
+    if rule not in RULE:
+        raise InputError(f"rule={rule!r}: it is {', '.join(map(repr, RULE))}.{did_you_mean(str(rule), RULE)}")
+    return rule == "secant"
 
 
 def collected(

@@ -246,3 +246,21 @@ def test_a_text_is_labelled_by_its_tokens_and_no_grad_may_be_on(recall_model):
         )
     assert found["pos"] == ["<bos>", "A", "1", "B", "2", "?", "A"]
     assert (found[:, :2] == 0).all() and (found[0, 2] != 0).all()
+
+
+def test_by_secants_the_scores_of_the_embedding_are_the_whole_effect(model):
+    """Complete at one backward; of experts those that the clean run chooses."""
+    clean, corrupted = two(model, pos=5)
+    metric = gl.metrics.logit_difference(1, 2)
+    found = circuits.attribution_patch(model, clean, corrupted, metric, "hook_embed", rule="secant")
+    with torch.no_grad():
+        rise = (metric(model(clean)) - metric(model(corrupted))).mean()
+    if not any(name.endswith("hook_expert_weights") for name in model.names.points):
+        assert torch.allclose(found.values.sum(), rise, atol=1e-10)
+    every = circuits.attribution_patch(model, clean, corrupted, metric, rule="secant")
+    stream = every["hook_resid_pre"].values.flatten(1).sum(1)
+    assert torch.allclose(stream[0], found.values.sum(), atol=1e-10) and not model.list_hooks()
+    if not model.hands_on:
+        assert torch.allclose(stream, stream[0].expand_as(stream), atol=1e-10)
+    with pytest.raises(gl.InputError, match="rule='secnat': it is 'gradient', 'secant'. Did you mean 'secant'"):
+        circuits.attribution_patch(model, clean, corrupted, metric, rule="secnat")

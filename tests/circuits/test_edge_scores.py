@@ -87,3 +87,17 @@ def test_what_edges_are_asked_wrongly_is_explained(model):
     with pytest.raises(gl.InputError, match="at least 1"):
         circuits.eap_ig(model, clean, corrupted, METRIC, steps=0)
     assert not model.list_hooks()
+
+
+def test_by_secants_the_edges_into_the_logits_are_the_whole_effect(model):
+    """And those into any receiver its input's attribution by secants."""
+    clean, corrupted = two(model)
+    metric = gl.metrics.logit_difference(1, 2)
+    edges = circuits.eap(model, clean, corrupted, metric, rule="secant").scores.values.nansum(0)
+    names = [node.reads for node in Graph.of(model).receivers]
+    for name, total in zip(names, edges, strict=True):
+        inputs = circuits.attribution_patch(model, clean, corrupted, metric, name, (), rule="secant")
+        assert torch.allclose(inputs.values.squeeze().double(), total, atol=1e-10)
+    whole = circuits.attribution_patch(model, clean, corrupted, metric, "hook_embed", (), rule="secant")
+    if not model.hands_on:
+        assert torch.allclose(edges[-1], whole.values.double().squeeze(), atol=1e-10)

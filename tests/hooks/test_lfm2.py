@@ -192,7 +192,7 @@ def test_where_a_state_is_asked_for_it_says_that_there_is_none():
     ):
         gl.layers.where("recurrent").of(model)
     _, cache = model.run_with_cache(TOKENS)
-    with pytest.raises(gl.InputError, match="has no state"):
+    with pytest.raises(gl.InputError, match="is a short convolution: it keeps a few tokens and has no state"):
         gl.profiles.rewrite(cache, layer=0)
     with pytest.raises(gl.InputError, match="no delta rule"), gl.knockout.cut_erase(1, -1, layers=0).on(model):
         model(TOKENS)
