@@ -53,7 +53,7 @@ for line in {LINES!r}:
     except SystemExit as end:
         assert end.code == (0 if line and line[-1] in ("--help", "--version") else 2), line
 """
-    assert fresh(code + OTHERS) == []
+    assert set(fresh(code + OTHERS)) <= {"click", "rich", "rich_click"}  # the front that it stands on
 
 
 def test_import_loads_nothing_else():
