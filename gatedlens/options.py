@@ -91,6 +91,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 A_MODEL = "a gatedlens model (gl.from_pretrained(...), or gl.wrap(model) around one that you have)"
 KINDS["HookedModel"] = (_is_a("HookedModel"), A_MODEL)
+KINDS["ActivationCache"] = (_is_a("ActivationCache"), "a cache of run_with_cache")
 KINDS["HookedLanguageModel"] = (_is_a("HookedLanguageModel"), f"{A_MODEL} that reads text")
 # A text is a sequence of texts too: whether it is meant so, the function knows.
 TEXTS = {"Sequence[str]": "Texts", "Iterable[str]": "Texts"}

@@ -40,7 +40,9 @@ def is_placed(name: object) -> TypeGuard[tuple[str, int] | tuple[str, int, str]]
 
 
 def listed(names: Name | Sequence[Name]) -> list[Name]:
-    """`listed("dt")`, `listed(("dt", 3))`, `listed(["dt", ("gate", 3)])`: one name or several, as a list."""
+    """`listed("dt")`, `listed(("dt", 3))`, `listed(["dt", ("gate", 3)])`: one name or several, as a list; else PointError."""
+    if not isinstance(names, str | Sequence | Set | Mapping):
+        raise PointError(f"{names!r:.80} is no point: name one, or a list of names.")
     return [names] if isinstance(names, str) or is_placed(names) else list(names)  # type: ignore[arg-type]
 
 
@@ -148,8 +150,10 @@ class Names:
 
         PointError when there is none, and for a word of which every layer has a point.
         """
-        if isinstance(name, tuple):
+        if is_placed(name):
             return self.short(*name)
+        if not isinstance(name, str):
+            raise PointError(f"{name!r:.80} is no point: give a name, or a word and a layer, ('dt', 3).")
         if found := self._full(name):
             return found
         if told := SHORTHAND.fullmatch(name):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor
 
-from gatedlens.errors import PointError, did_you_mean
+from gatedlens.errors import did_you_mean
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -43,8 +43,9 @@ class Weight:
             return self
         has = part.named_weights()
         if self.name not in has:
+            # An AttributeError, as of any attribute that is not there: whoever walks over a module's attributes goes on.
             told = f"it has {', '.join(has)}" if has else "it names none"
-            raise PointError(f"{type(part).__name__} has no {self.name}: {told}.{did_you_mean(self.name, has)}")
+            raise AttributeError(f"{type(part).__name__} has no {self.name}: {told}.{did_you_mean(self.name, has)}")
         return has[self.name]
 
 

@@ -83,10 +83,10 @@ class Clean:
         try:
             value = self.cache[name]
         except KeyError as error:
-            # Said once, for every layer that the cache has not: the next would be refused as this one is.
+            # A lazy point is in no cache that has not asked for it: said once for all layers, for the next would be refused too.
             kin = re.sub(r"^blocks\.\d+\.", "blocks.*.", name)
             lacking = [one for one in self.model.names if fnmatch.fnmatchcase(one, kin) and one not in self.cache]
-            asked = kin if len(lacking) > 1 else name
+            asked = kin if len(lacking) > 1 and self.model.names.points[name].lazy else name
             raise PointError(
                 f"The clean cache holds no {asked}: cache it, model.run_with_cache(clean, names_filter={asked!r})."
             ) from error

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function
 
@@ -143,6 +144,12 @@ def lerp(call: Call) -> Any:
     if not isinstance(w, Contrast):
         return linear(call)
     return _kept(call, lambda: a + w * (b - a))
+
+
+def logaddexp(call: Call) -> Any:
+    """logaddexp(a, b) = a + softplus(b - a)"""
+    (a, b), _ = torch.utils._pytree.tree_unflatten(call.leaves, call.form)
+    return _kept(call, lambda: a + F.softplus(b - a))
 
 
 def normalize(call: Call) -> Any:

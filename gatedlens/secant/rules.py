@@ -33,7 +33,7 @@ from gatedlens.secant.elementwise import (
     of_square,
     power,
 )
-from gatedlens.secant.products import bilinear, divided, einsum, lerp, linear, normalize, times
+from gatedlens.secant.products import bilinear, divided, einsum, lerp, linear, logaddexp, normalize, times
 from gatedlens.secant.shares import log_softmax, logsumexp, softmax
 
 
@@ -178,7 +178,7 @@ def rules() -> Mapping[str, Rule]:
         "sqrt": elementwise(of_sqrt),
     }
     found |= {"rsqrt": elementwise(of_rsqrt), "reciprocal": elementwise(of_reciprocal), "relu": elementwise(of_relu)}
-    found |= {"softmax": softmax, "log_softmax": log_softmax, "logsumexp": logsumexp}
+    found |= {"softmax": softmax, "log_softmax": log_softmax, "logsumexp": logsumexp, "logaddexp": logaddexp}
     found |= {"__get__": attribute, "__set__": asked, "topk": chosen, "sort": chosen}
     found |= {
         f"{name}_": in_place(name) for name in (*LINEAR, *ELEMENTWISE, "mul", "div", "exp", "exp2", "addcmul", "relu")

@@ -97,7 +97,13 @@ def first_layer(model, cache):
     def before_the_gate(y):
         if "blocks.0.mixer.hook_normed" not in cache.cache_dict:
             return y
-        named = {"fla": "o_norm", "kimi_linear": "o_norm", "olmo_hybrid": "o_norm", "qwen3_next": "norm"}
+        named = {
+            "fla": "o_norm",
+            "kimi_linear": "o_norm",
+            "bailing_hybrid": "o_norm",
+            "olmo_hybrid": "o_norm",
+            "qwen3_next": "norm",
+        }
         mixer = model.blocks[0].mixer
         heads, norm = y.unflatten(-1, (mixer.heads, -1)), getattr(mixer.weights, named[model.cfg.architecture])
         return (norm.weight * heads / (heads.pow(2).mean(-1, keepdim=True) + eps_of(norm, 1e-6)).sqrt()).flatten(-2)

@@ -50,6 +50,8 @@ def test_registering_is_undone(registered):
         "FalconH1ForCausalLM",
         "GraniteMoeHybridForCausalLM",
         "JambaForCausalLM",
+        "Lfm2ForCausalLM",
+        "Lfm2MoeForCausalLM",
         "NemotronHForCausalLM",
         "OlmoHybridForCausalLM",
         "Zamba2ForCausalLM",

@@ -131,6 +131,7 @@ def test_softmax_and_the_logarithm_of_its_sum_are_by_the_logarithmic_mean():
     assert torch.allclose((moved * grad).sum(-1), ((pairs[0] - pairs[1]) * weight).sum(-1), atol=1e-12)
     finite = new(4, 6), new(4, 6, seed=1)
     secants(lambda s: torch.logsumexp(s, -1), finite)
+    secants(lambda s: torch.logaddexp(s, 0.3 * s.flip(-1) - 1), finite)
     secants(lambda s: s.log_softmax(-1), finite)
     secants(lambda s: F.softmax(s, dim=0, dtype=torch.float64), finite)
 
