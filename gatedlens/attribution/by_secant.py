@@ -79,7 +79,9 @@ def _scored(question: Question, runs: TwoRuns, keep: Keep) -> Attribution:
     relevance = traced.relevance()[question.entrance]
     scores = total(relevance)
     measured = [number.double() for number in traced.measured]
-    _complete(relevance, logits, seeds)
+    eps = max(torch.finfo(weight.dtype).eps for weight in question.model.parameters() if weight.is_floating_point())
+    if eps <= torch.finfo(torch.float32).eps:  # in half precision, rounding leaves as much as a rule that lacks would
+        _complete(relevance, logits, seeds)
     scores = scores if question.real is None else scores.masked_fill(~question.real, 0)
     remainder = measured[-1] - measured[0] - scores.double().sum(1)
     return question.answer(
