@@ -54,7 +54,7 @@ ROOT = Path(__file__).parent.parent
 # cases (methods, points, sides of padding, ...) it runs a share, another than the next architecture's, so that together they
 # run all. `pytest --cases all` runs all of all, `--cases papers` leaves the other architectures out.
 PAPERS = ("griffin", "mamba", "mamba2", "rwkv", "vim")
-SHARE = 3
+SHARE = 4
 
 
 def pytest_addoption(parser):
