@@ -14,7 +14,7 @@ checkpoint holds for predicting several tokens, the layers behind the last, is n
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -34,13 +34,11 @@ from gatedlens.hooks.kimi_linear import (
 )
 from gatedlens.model.base import Wrapped
 from gatedlens.model.norm import Norm
-from gatedlens.model.path import Streams
-from gatedlens.model.run import Run
+from gatedlens.model.path import Content
 from gatedlens.parts.attention import Multipliers, check_rope
 from gatedlens.parts.delta_net import DeltaMixer
 from gatedlens.parts.latent_attention import LatentAttention
 from gatedlens.parts.layer_kind import LayerKind, rows_by_kind
-from gatedlens.recurrence.scanning import at_least_float32
 
 BOUNDED, UNBOUNDED = "delta net of bounded decay", "delta net"
 DELTAS = {BOUNDED: replace(DELTA, bounded=True), UNBOUNDED: DELTA}
@@ -66,24 +64,14 @@ ROWS = rows_by_kind(MIXING, CHANNEL_MIXING)
 class BailingDeltaMixer(KimiDeltaMixer):
     """What the gate and the decay are made of are projections of full rank."""
 
-    def project(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Streams:
-        w, pad, forget = self.weights, run.padding, self.weights.forget_gate
+    def gate_of(self, n: Float[Tensor, "batch pos d_model"]) -> Content:
+        return F.linear(n, self.weights.g_proj.weight)
 
-        def by_head(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (self.heads, -1))
+    def dt_of(self, n: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos key"]:
+        return F.linear(n, self.weights.forget_gate.f_proj.weight)
 
-        q = pad.zero(self.hook_q_pre(by_head(pad.zero(F.linear(n, w.q_proj.weight)))))
-        k = pad.zero(self.hook_k_pre(by_head(pad.zero(F.linear(n, w.k_proj.weight)))))
-        x = self.hook_x(pad.zero(F.linear(n, w.v_proj.weight)))
-        gate = self.hook_gate_pre(F.linear(n, w.g_proj.weight))
-        beta = self.hook_beta_pre(F.linear(n, w.b_proj.weight))
-        dt = self.hook_dt_pre(by_head(at_least_float32(F.linear(n, forget.f_proj.weight)) + forget.dt_bias))
-        return {"q": q, "k": k, "x": x, "gate_pre": gate, "beta_pre": beta, "dt_pre": dt}
-
-    def read_with(self) -> dict[str, Tensor]:
-        w = self.weights
-        words = {"Q": w.q_proj, "K": w.k_proj, "in": w.v_proj, "gate": w.g_proj, "beta": w.b_proj}
-        return {f"W_{word}": one.weight.mT for word, one in {**words, "dt": w.forget_gate.f_proj}.items()}
+    def gates(self) -> dict[str, Any]:
+        return {"gate": self.weights.g_proj, "dt": self.weights.forget_gate.f_proj}
 
 
 class HookedBailingHybrid(HookedKimiLinear):

@@ -34,7 +34,7 @@ from gatedlens.model.block import Block, Sub
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import rows_of
 from gatedlens.model.norm import Norm
-from gatedlens.model.path import Streams
+from gatedlens.model.path import Content, Streams
 from gatedlens.model.run import Run
 from gatedlens.parts.activation import SILU
 from gatedlens.parts.delta_net import CARRIED_DELTA, DeltaKind, DeltaMixer
@@ -103,7 +103,7 @@ class KimiDeltaMixer(DeltaMixer):
         return self.weights.forget_gate
 
     def project(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Streams:
-        w, pad, forget = self.weights, run.padding, self.weights.forget_gate
+        w, pad = self.weights, run.padding
 
         def by_head(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.heads, -1))
@@ -111,17 +111,30 @@ class KimiDeltaMixer(DeltaMixer):
         q = pad.zero(self.hook_q_pre(by_head(pad.zero(F.linear(n, w.q_proj.weight)))))
         k = pad.zero(self.hook_k_pre(by_head(pad.zero(F.linear(n, w.k_proj.weight)))))
         x = self.hook_x(pad.zero(F.linear(n, w.v_proj.weight)))
-        gate = self.hook_gate_pre(F.linear(self.hook_gate_low(F.linear(n, w.g_a_proj.weight)), w.g_b_proj.weight))
+        gate = self.hook_gate_pre(self.gate_of(n))
         beta = self.hook_beta_pre(F.linear(n, w.b_proj.weight))
-        dt = F.linear(self.hook_dt_low(F.linear(n, forget.f_a_proj.weight)), forget.f_b_proj.weight)
-        dt = self.hook_dt_pre(by_head(at_least_float32(dt) + forget.dt_bias))
+        dt = self.hook_dt_pre(by_head(at_least_float32(self.dt_of(n)) + w.forget_gate.dt_bias))
         return {"q": q, "k": k, "x": x, "gate_pre": gate, "beta_pre": beta, "dt_pre": dt}
 
+    def gate_of(self, n: Float[Tensor, "batch pos d_model"]) -> Content:
+        """What the gate is the sigmoid of."""
+        w = self.weights
+        return F.linear(self.hook_gate_low(F.linear(n, w.g_a_proj.weight)), w.g_b_proj.weight)
+
+    def dt_of(self, n: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos key"]:
+        """What the decay is made of, before its bias."""
+        w = self.weights.forget_gate
+        return F.linear(self.hook_dt_low(F.linear(n, w.f_a_proj.weight)), w.f_b_proj.weight)
+
     def read_with(self) -> dict[str, Tensor]:
-        w, forget = self.weights, self.weights.forget_gate
-        words = {"Q": w.q_proj, "K": w.k_proj, "in": w.v_proj, "beta": w.b_proj}
-        words |= {"gate_low": w.g_a_proj, "gate": w.g_b_proj, "dt_low": forget.f_a_proj, "dt": forget.f_b_proj}
+        w = self.weights
+        words = {"Q": w.q_proj, "K": w.k_proj, "in": w.v_proj, "beta": w.b_proj, **self.gates()}
         return {f"W_{word}": one.weight.mT for word, one in words.items()}
+
+    def gates(self) -> dict[str, Any]:
+        """The projections of gate and decay, by their words."""
+        w, forget = self.weights, self.weights.forget_gate
+        return {"gate_low": w.g_a_proj, "gate": w.g_b_proj, "dt_low": forget.f_a_proj, "dt": forget.f_b_proj}
 
 
 # -- the model ------------------------------------------------------------------------------------------------------

@@ -232,9 +232,12 @@ class Mamba2Mixer(PathMixer):
 
     def projected(self, n: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos some"]:
         """What in_proj gives: z, x, B, C and dt side by side."""
+        return F.linear(multiplied(n, self.shape.input), *self.in_proj())
+
+    def in_proj(self) -> tuple[Float[Tensor, "some d_model"], Float[Tensor, " some"] | None]:
+        """(W, b) of in_proj, but for the channels beside the heads, which stand in front."""
         w, first = self.weights.in_proj, 2 * self.shape.beside
-        own = (x if x is None or not first else x[first:] for x in (w.weight, w.bias))
-        return F.linear(multiplied(n, self.shape.input), *own)
+        return (w.weight[first:], None if w.bias is None else w.bias[first:]) if first else (w.weight, w.bias)
 
     def project(self, n: Float[Tensor, "batch pos d_model"], run: Run) -> Streams:
         w, pad, groups = self.weights, run.padding, (self.shape.n_groups, self.shape.d_state)
@@ -276,8 +279,8 @@ class Mamba2Mixer(PathMixer):
 
     def read_with(self) -> tuple[Float[Tensor, "some d_model"], Float[Tensor, " some"] | None]:
         """(W, b) of in_proj, with what its input is multiplied by."""
-        w, first = self.weights.in_proj, 2 * self.shape.beside
-        return multiplied(w.weight[first:], self.shape.input), None if w.bias is None else w.bias[first:]
+        weight, bias = self.in_proj()
+        return multiplied(weight, self.shape.input), bias
 
     def named_weights(self) -> dict[str, Tensor]:
         words, w = ("gate", "in", "B", "C", "dt"), self.weights

@@ -33,7 +33,7 @@ from gatedlens.model.hookpoint import rows_of
 from gatedlens.model.path import Kernel, PathMixer, Streams
 from gatedlens.model.run import Run
 from gatedlens.model.state import CARRIED
-from gatedlens.model.weights import linear
+from gatedlens.model.weights import given
 from gatedlens.parts.activation import ACTIVATIONS
 from gatedlens.parts.attention import CARRIED_WINDOW, AttentionKind, Multipliers
 from gatedlens.parts.glu import GatedMlp, gated_mlp_rows
@@ -106,17 +106,10 @@ class ZambaMixer(MambaMixer):
         return PathMixer.forward(self, n, run)
 
     def named_weights(self) -> dict[str, Tensor]:
-        w = self.weights.in_proj
-        read = linear("in", Rows(w, 0)) | linear("gate", Rows(w, 1))
+        w = self.weights.in_proj  # x and z by turns
+        b_in, b_gate = (None, None) if w.bias is None else (w.bias[::2], w.bias[1::2])
+        read = given(W_in=w.weight[::2].mT, b_in=b_in, W_gate=w.weight[1::2].mT, b_gate=b_gate)
         return {**read, "A": self.A, **PathMixer.named_weights(self)}
-
-
-class Rows:
-    """Every other row of a projection, from the first or from the second."""
-
-    def __init__(self, projection: Any, start: int):
-        self.weight = projection.weight[start::2]
-        self.bias = None if projection.bias is None else projection.bias[start::2]
 
 
 def mamba(site: Site) -> ZambaMixer:
