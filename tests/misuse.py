@@ -98,6 +98,24 @@ CALLS: dict[str, dict[str, Callable[[Given, Any], Any]]] = {
     },
     "analyses": {
         "logit_attribution": lambda g, x: gl.lens.logit_attribution(g.model, g.tokens, x),
+        **options(
+            "layers skip_first skip_last dim_batch checkpoint",
+            lambda g, **option: gl.lens.jacobian_lens(
+                g.model, g.tokens[:1], progress=False, **{"skip_first": 18, "dim_batch": 64, **option}
+            ),
+        ),
+        **options(
+            "steps lr seed",
+            lambda g, **option: gl.lens.tuned_lens(
+                g.model, g.tokens, progress=False, **{"steps": 1, **{k: 1 if v == 99 else v for k, v in option.items()}}
+            ),
+        ),
+        **{
+            f"state lens {name}": call
+            for name, call in options(
+                "pos layers scan channel", lambda g, **option: gl.lens.state_lens(g.model, g.tokens, g.tokens, **option)
+            ).items()
+        },
         "subject": lambda g, x: gl.tracing.causal_trace(
             g.model, g.tokens, METRIC, subject=x, samples=1, positions=[-1], progress=False
         ),
@@ -112,6 +130,10 @@ CALLS: dict[str, dict[str, Callable[[Given, Any], Any]]] = {
         name: lambda g, x, call=call: call(x if x is not True else torch.nn.Linear(2, 2), g.tokens)
         for name, call in {
             "logit_lens": gl.lens.logit_lens,
+            "jacobian_lens": lambda m, x: gl.lens.jacobian_lens(m, x, progress=False),
+            "relevance_lens": lambda m, x: gl.lens.relevance_lens(m, x, progress=False),
+            "tuned_lens": lambda m, x: gl.lens.tuned_lens(m, x, steps=1, progress=False),
+            "state_lens": lambda m, x: gl.lens.state_lens(m, x, x),
             "logit_attribution": lambda m, x: gl.lens.logit_attribution(m, x, 1),
             "token_attribution": lambda m, x: gl.lens.token_attribution(m, x, 1),
             "implicit_attention": gl.implicit_attention,

@@ -27,7 +27,7 @@ from gatedlens.markup import card, table
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
 from gatedlens.model.cache import ActivationCache
-from gatedlens.options import checked, is_whole
+from gatedlens.options import checked
 from gatedlens.recurrence.autocast import exact
 from gatedlens.runs.fitting import as_file, check_model, from_file, model_said
 
@@ -41,9 +41,9 @@ def depths_of(model: HookedModel, layers: Any) -> list[Depth]:
     last = model.cfg.n_layers - 1
     if layers is None:
         return [EMBED, *range(last)]
-    given = [layers] if is_whole(layers) or isinstance(layers, str) else list(layers)
-    found: list[Depth] = [EMBED] if EMBED in given else []
-    rest = [one for one in given if one != EMBED]
+    given = list(layers) if isinstance(layers, list | tuple) else [layers]
+    rest = [one for one in given if not (isinstance(one, str) and one == EMBED)]
+    found: list[Depth] = [EMBED] if len(rest) < len(given) else []
     found += layers_of(model, rest) if rest else []
     if last in found:
         raise InputError(

@@ -10,8 +10,8 @@ is what a position does to all that read it; in a causal model those are t' >= t
 numbers are TransformerLens's `JacobianLens.fit`.
 
 Under the rules (`relevance_rules.py`) the gradient of a mixer goes through its operator with A held, that of a gated product half
-to either side, and norms' scales are held. So R_l h is what h is worth at the last layer: of one prompt of one position, the score
-that `gl.attribution.lrp` gives it is u . R x, x its embedding and u the direction of the logit.
+to either side, and norms' scales are held. So R_l h is what h is worth at the last layer: of one position, the score that
+`gl.attribution.lrp` gives it is u . R x, x its embedding and u the direction of the logit.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ def _valid(model: HookedModel, batch: Batch, first: int, last: int) -> Bool[Tens
     for row, count in enumerate(real.sum(1).tolist()):
         if count <= first + last:
             raise InputError(
-                f"Row {row} of a batch has {count} positions; skip_first={first} and skip_last={last} leave none: leave such rows "
-                "out, or skip fewer."
+                f"Row {row} of a batch has {count} positions; skip_first={first} and skip_last={last} leave none: leave such "
+                "rows out, or skip fewer."
             )
         valid[row, order(real)[row, first : count - last]] = True
     return valid
