@@ -55,7 +55,7 @@ else:
     Vendors = NameOrPath = HubOption = Any
 
 log = logging.getLogger("gatedlens")
-BUNDLED = Path(__file__).parent / "bundled"
+BUNDLED = Path(__file__).parent.parent / "bundled"
 PLACING = ("device_map", "max_memory", "offload_folder")  # what `hub` says of placement
 ONE_FILE = (".pth", ".pt", ".bin", ".safetensors")
 ONE_EXPERT = re.compile(r".*\.experts\.(?=\d+\.)")
