@@ -31,8 +31,8 @@ FLOORS = (
     {"plot", "metrics"},
     {"loading", "runs"},
     {
-        "ablation", "knockout", "states", "tracing", "lens", "patching", "circuits", "attribution", "store", "steering",
-        "profiles", "tasks", "data", "layers", "inspection",
+        "ablation", "comparing", "knockout", "states", "tracing", "lens", "patching", "circuits", "attribution", "store",
+        "steering", "profiles", "tasks", "data", "layers", "inspection",
         "verification",
     },
     {"evaluation", "amplify"},  # which build on attribution, tasks and data
