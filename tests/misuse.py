@@ -32,6 +32,13 @@ class Given:
     def under(self, intervention: Any) -> Any:
         return self.model.run_with_hooks(self.tokens, fwd_hooks=intervention.hooks(self.model))
 
+    def grafted(self, **option: Any) -> Any:
+        with gl.comparing.graft(self.model, **option).on(self.model):
+            return self.model(self.tokens)
+
+    def top(self, model: Any) -> gl.Result:
+        return gl.lens.logit_lens(model, self.cache).top()
+
 
 def options(names: str, call: Callable[..., Any]) -> dict[str, Callable[[Given, Any], Any]]:
     """For each name, the call with that option alone."""
@@ -78,6 +85,21 @@ CALLS: dict[str, dict[str, Callable[[Given, Any], Any]]] = {
     "knockout": {
         "src": lambda g, x: g.under(gl.knockout.cut(x, -1)),
         "layers": lambda g, x: g.under(gl.knockout.cut(0, -1, layers=x)),
+    },
+    "optimise": options(
+        "metric start layers parts lr seed checkpoint",
+        lambda g, **option: gl.states.optimise(
+            g.model, g.tokens, **{"metric": METRIC, "steps": 1, "progress": False, **option}
+        ),
+    ),
+    "comparing": {
+        **options("layers parts share", lambda g, **option: g.grafted(**option)),
+        "other": lambda g, x: gl.comparing.graft(x).on(g.model).__enter__(),
+        "align": lambda g, x: gl.comparing.side_by_side(g.top, {"a": g.model, "b": g.model}, align=x),
+        "analysis": lambda g, x: gl.comparing.side_by_side(x, {"a": g.model, "b": g.model}),
+        "models": lambda g, x: gl.comparing.side_by_side(g.top, x),
+        "sweep metric": lambda g, x: gl.comparing.graft_sweep(g.model, g.model, g.tokens, x, progress=False),
+        "of": lambda g, x: gl.comparing.difference(gl.comparing.side_by_side(g.top, {"a": g.model, "b": g.model}), x, "a"),
     },
     "states": {"pos": lambda g, x: g.under(gl.states.patch(g.cache, pos=x))},
     "sweep": {

@@ -108,8 +108,8 @@ def _by_label(found: Mapping[str, Result], axis: str) -> tuple[dict[str, Result]
     if len({len(labels) for labels in own.values()}) == 1:
         return dict(found), list(range(len(first)))
     raise InputError(
-        f"The axis {axis!r} has {', '.join(str(len(labels)) for labels in own.values())} entries, and some labels stand there more "
-        f"than once, so they cannot be put side by side: take some by .some({axis}=...) in the analysis."
+        f"The axis {axis!r} has {', '.join(str(len(labels)) for labels in own.values())} entries, and some labels stand there "
+        f"more than once, so they cannot be put side by side: take some by .some({axis}=...) in the analysis."
     )
 
 

@@ -138,8 +138,8 @@ def graft_sweep(
     """`gl.comparing.graft_sweep(tuned, base, tokens, metric).plot()`: the metric with each layer's weights exchanged.
 
     A Result [layer]; by_part: [layer, part], a part at a time (NaN where a layer has no such part). metric: its mean over rows is
-    taken. facts["baseline"] is the metric of `model` as it is, from which pictures measure, and facts["all"] that with every weight
-    exchanged. Errors as of `graft`.
+    taken. facts["baseline"] is the metric of `model` as it is, from which pictures measure; facts["all"] is the other model's.
+    Errors as of `graft`.
     """
     batch = inputs.ready(model, input)
 
@@ -165,7 +165,8 @@ def graft_sweep(
         "baseline": asked(model),
     }
     facts["all"] = asked(other)
-    title = f"{other.cfg.model_name}'s weights in {model.cfg.model_name}"
+    same = other.cfg.model_name == model.cfg.model_name
+    title = f"{'Another checkpoint' if same else other.cfg.model_name}'s weights in {model.cfg.model_name}"
     if by_part:
         return Result(values, ("layer", "part"), {"layer": list(chosen), "part": parts}, title, name_of(metric), facts)
     return Result(values[:, 0], ("layer",), {"layer": list(chosen)}, title, name_of(metric), facts)

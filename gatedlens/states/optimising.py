@@ -54,10 +54,10 @@ def optimise(
 ) -> TrainedState:
     """`trained = gl.states.optimise(model, prompts, gl.metrics.log_probability(answers))`: a TrainedState.
 
-    batches: a list of inputs (texts, lists of texts, ids [batch, pos], pairs (ids, mask)); each step reads one, in an order
-    drawn by `seed`; one tensor, or one text, is one batch. metric: what is made larger: a metric of logits, or a list of one a
-    batch; None: the likelihood of the batches' own tokens. start: the state to begin from: a RecurrentState of one row, an input that is
-    read first, or None for the empty one. layers, parts: what of it is trained, as in `gl.states.splice`. lr: of Adam.
+    batches: a list of inputs (texts, lists of texts, ids [batch, pos], pairs (ids, mask)); each step reads one, in an order drawn
+    by `seed`; one tensor, or one text, is one batch. metric: what is made larger: a metric of logits, or a list of one a batch;
+    None: the likelihood of the batches' own tokens. start: the state to begin from: a RecurrentState of one row, an input that
+    is read first, or None for the empty one. layers, parts: what of it is trained, as in `gl.states.splice`. lr: of Adam.
     checkpoint: a file that is written as it goes, from which an interrupted fit (or a longer one) goes on.
 
     The model is left as it is. Twice the same call gives twice the same numbers. InputError for no batch, another number of
@@ -67,7 +67,7 @@ def optimise(
     given = [batches] if isinstance(batches, str | Tensor) else list(batches)
     if not given:
         raise InputError("optimise() was given no batch.")
-    metrics = list(metric) if isinstance(metric, list | tuple) else [metric] * len(given)
+    metrics: list[Any] = list(metric) if isinstance(metric, list | tuple) else [metric] * len(given)
     if len(metrics) != len(given):
         raise InputError(
             f"There are {len(metrics)} metrics for {len(given)} batches: give one for all, or one a batch."
