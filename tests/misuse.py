@@ -99,7 +99,9 @@ CALLS: dict[str, dict[str, Callable[[Given, Any], Any]]] = {
         "analysis": lambda g, x: gl.comparing.side_by_side(x, {"a": g.model, "b": g.model}),
         "models": lambda g, x: gl.comparing.side_by_side(g.top, x),
         "sweep metric": lambda g, x: gl.comparing.graft_sweep(g.model, g.model, g.tokens, x, progress=False),
-        "of": lambda g, x: gl.comparing.difference(gl.comparing.side_by_side(g.top, {"a": g.model, "b": g.model}), x, "a"),
+        "of": lambda g, x: gl.comparing.difference(
+            gl.comparing.side_by_side(g.top, {"a": g.model, "b": g.model}), x, "a"
+        ),
     },
     "states": {"pos": lambda g, x: g.under(gl.states.patch(g.cache, pos=x))},
     "sweep": {

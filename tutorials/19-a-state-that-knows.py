@@ -3,9 +3,9 @@
 #
 # [Open in Colab](https://colab.research.google.com/github/gatedlens/gatedlens/blob/main/tutorials/19-a-state-that-knows.ipynb)
 #
-# One idea: **whatever a recurrent model remembers is its state, so a fact can be put there without touching a weight.** A Mamba-2 that
-# recalls keys from its prompt is to know that E is 5, though no prompt says so. Once we train the state in which it begins, once
-# its weights. Then we look where the fact is: what the state says, and which layer's weights it takes.
+# One idea: **whatever a recurrent model remembers is its state, so a fact can be put there without touching a weight.** A
+# Mamba-2 that recalls keys from its prompt is to know that E is 5, though no prompt says so. Once we train the state in which
+# it begins, once its weights. Then we look where the fact is: what the state says, and which layer's weights it takes.
 
 # %% tags=["skip-execution"]
 # %pip install -q "gatedlens[plot]"  # in Colab
@@ -59,8 +59,8 @@ trained
 # %% [markdown]
 # ## What does it say?
 #
-# The state that is left of it before the question is read by each of the twelve keys, with the state lens: how much does each hear 5
-# more than the mean of all values?
+# The state that is left of it before the question is read by each of the twelve keys, with the state lens: how much does each
+# hear 5 more than the mean of all values?
 
 # %%
 keys, values = gl.tasks.ids(gl.tasks.KEYS), gl.tasks.ids(gl.tasks.VALUES)
@@ -84,8 +84,8 @@ print(f"E hears {heard[1, 4]:.0f}, the other keys at most {others.max():.0f}")
 assert heard[1, 4] > 2 * others.max()
 
 # %% [markdown]
-# So what was trained looks like any other pair in the state, only louder: it has to last through a whole prompt. Is it there? We take
-# the trained state away from one layer at a time.
+# So what was trained looks like any other pair in the state, only louder: it has to last through a whole prompt. Is it there?
+# We take the trained state away from one layer at a time.
 
 # %%
 rows, empty = trained.rows(model, len(tokens)), trained.rows(model, len(tokens)).map(torch.zeros_like)
@@ -115,8 +115,8 @@ both = gl.comparing.side_by_side(
 gl.comparing.difference(both, "tuned", "base").plot()
 
 # %% [markdown]
-# Which weights carry it? Those of the fine-tune are put into the base, a part of a layer at a time, and those of the base into the
-# fine-tune. In the first a part that *suffices* stands out, in the second one that is *needed*.
+# Which weights carry it? Those of the fine-tune are put into the base, a part of a layer at a time, and those of the base into
+# the fine-tune. In the first a part that *suffices* stands out, in the second one that is *needed*.
 
 # %%
 metric = gl.metrics.probability(int(value))
@@ -130,6 +130,6 @@ assert into_base.at(part="mixer").values.min() > 0.5, "either layer's mixer is e
 assert into_tuned.values.min() > 0.9, "and none is needed"
 
 # %% [markdown]
-# The fine-tune has written the fact into both mixers, each of which would do alone: no single layer holds it, and whoever had asked
-# only what is *needed* would have found nothing. The state that was trained leans on its first layer. Both are the same few lines: an
-# intervention on what a model starts from, and one on what it is made of.
+# The fine-tune has written the fact into both mixers, each of which would do alone: no single layer holds it, and whoever had
+# asked only what is *needed* would have found nothing. The state that was trained leans on its first layer. Both are the same
+# few lines: an intervention on what a model starts from, and one on what it is made of.

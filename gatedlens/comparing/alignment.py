@@ -30,7 +30,9 @@ Analysis = Callable[[HookedModel], Result]
 
 
 @checked
-def side_by_side(analysis: Analysis, models: Mapping[str, HookedModel], align: str = "layer") -> Result:
+def side_by_side(
+    analysis: Callable[[HookedModel], Result], models: Mapping[str, HookedModel], align: str = "layer"
+) -> Result:
     """`gl.comparing.side_by_side(lambda m: gl.lens.logit_lens(m, text).top(), {"base": a, "tuned": b})`: a Result, model first.
 
     analysis: a function of a model that gives a Result: a lens, a sweep, `gl.circuits.eap(...).scores`, a profile as a Result,
@@ -40,6 +42,9 @@ def side_by_side(analysis: Analysis, models: Mapping[str, HookedModel], align: s
     """
     if len(models) < 2:
         raise InputError(f"side_by_side() compares two models or more by name; there are {len(models)}.")
+    for name, model in models.items():
+        if not isinstance(model, HookedModel):
+            raise InputError(f"models[{name!r}] is {type(model).__name__}; it must be a gatedlens model.")
     if align not in ALIGN:
         raise InputError(f"align={align!r}: it is {' or '.join(map(repr, ALIGN))}.{did_you_mean(align, ALIGN)}")
     found = {name: _asked(analysis, name, model) for name, model in models.items()}
