@@ -225,6 +225,8 @@ def test_our_jacobian_lens_is_transformer_lens_s(pair):
     from transformer_lens.tools.analysis import JacobianLens
 
     bridge, ours = pair
+    if ours.cfg.architecture == "mamba":
+        pytest.skip("two architectures are enough, and this one is the widest")
     text = "Call me Ishmael."
     theirs = JacobianLens.fit(
         bridge, [text], corpus="a line", skip_first_positions=3, dim_batch=64, show_progress=False
