@@ -57,6 +57,9 @@ class Graft:
                 f"{model.cfg.model_name} and {self.other.cfg.model_name} are not built alike, so no weight of one has a place in "
                 f"the other: {unlike[0]} is the first of {len(unlike)} that differ."
             )
+        away = [name for name, one in (*ours.items(), *theirs.items()) if one.is_meta]
+        if away:
+            raise InputError(f"{away[0]} is not in memory (its model runs from the disk), so it cannot be exchanged.")
         wanted = {id(one) for part in self._chosen(model) for one in part}
         return {name: one for name, one in ours.items() if id(one) in wanted}
 

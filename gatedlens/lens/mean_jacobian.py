@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def jacobian_lens(
     skip_first: int = 16,
     skip_last: int = 1,
     dim_batch: int = 8,
-    checkpoint: str | None = None,
+    checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> FittedLens:
     """`lens = gl.lens.jacobian_lens(model, texts)`: a FittedLens: the mean Jacobian of the last layer's stream by each one's.
@@ -77,7 +78,7 @@ def relevance_lens(
     skip_first: int = 16,
     skip_last: int = 1,
     dim_batch: int = 8,
-    checkpoint: str | None = None,
+    checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> FittedLens:
     """`lens = gl.lens.relevance_lens(model, texts)`: the J-lens whose gradient follows the rules of relevance.
@@ -97,7 +98,7 @@ def _fitted(
     said: Mapping[str, Any],
     around: Around,
     dim_batch: int,
-    checkpoint: str | None,
+    checkpoint: str | Path | None,
     progress: bool,
 ) -> FittedLens:
     """The mean over all rows of all batches."""
@@ -126,7 +127,7 @@ def _fitted(
             if number < done:
                 if seen[number] != own:
                     raise InputError(
-                        f"checkpoint={checkpoint!r} is of another fit: its batch {number} is another input."
+                        f"checkpoint={str(checkpoint)!r} is of another fit: its batch {number} is another input."
                     )
                 continue
             valid = _valid(model, batch, int(said["skip_first"]), int(said["skip_last"]))

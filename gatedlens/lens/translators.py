@@ -10,6 +10,7 @@ A and b begin at 0, so the lens begins as the logit lens. Belrose et al. 2023 (a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def tuned_lens(
     steps: int = 250,
     lr: int | float = 1e-3,
     seed: int = 0,
-    checkpoint: str | None = None,
+    checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> FittedLens:
     """`lens = gl.lens.tuned_lens(model, batches, steps=250)`: a FittedLens of affine translators, trained by KL to the logits.

@@ -11,6 +11,7 @@ fine-tune of a model it is as small as a state (state tuning of RWKV; Galim et a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -49,7 +50,7 @@ def optimise(
     steps: int = 200,
     lr: int | float = 0.01,
     seed: int = 0,
-    checkpoint: str | None = None,
+    checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> TrainedState:
     """`trained = gl.states.optimise(model, prompts, gl.metrics.log_probability(answers))`: a TrainedState.

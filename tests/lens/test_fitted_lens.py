@@ -128,7 +128,7 @@ def test_a_jacobian_s_fit_goes_on_too(tmp_path):
     batches = [example(model, seed=seed) for seed in range(3)]
     options = {"skip_first": 1, **QUIET}
     whole = lens.jacobian_lens(model, batches, **options)
-    path = str(tmp_path / "under-way.safetensors")
+    path = tmp_path / "under-way.safetensors"
 
     def stopped():
         yield from batches[:2]
