@@ -21,22 +21,22 @@ import torch
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.model.base import HookedModel
 from gatedlens.options import checked
+from gatedlens.result.labelled_tensor import LabelledTensor
 from gatedlens.result.result import Result
 
 MODEL, LAYER = "model", "layer"
 ALIGN = (LAYER, "depth")
 
-Analysis = Callable[[HookedModel], Result]
-
 
 @checked
 def side_by_side(
-    analysis: Callable[[HookedModel], Result], models: Mapping[str, HookedModel], align: str = "layer"
+    analysis: Callable[[HookedModel], Result | LabelledTensor], models: Mapping[str, HookedModel], align: str = "layer"
 ) -> Result:
     """`gl.comparing.side_by_side(lambda m: gl.lens.logit_lens(m, text).top(), {"base": a, "tuned": b})`: a Result, model first.
 
-    analysis: a function of a model that gives a Result: a lens, a sweep, `gl.circuits.eap(...).scores`, a profile as a Result,
-    how well probes do. It runs on each model in turn. align: how the axis `layer` is put together, see the head of the file.
+    analysis: a function of a model that gives a Result: a lens, a sweep, `gl.circuits.eap(...).scores`, how well probes do; or a
+    number of a profile, `.profiles().half_life`. It runs on each model in turn. align: how the axis `layer` is put together, see
+    the head of the file.
 
     InputError for fewer than two models, for an analysis that gives no Result, and for Results whose axes cannot be put together.
     """
@@ -79,8 +79,10 @@ def difference(found: Result, of: str, minus: str) -> Result:
     return replace(one, values=one.values - other.values, title=said, value=f"difference of {found.value}", facts=facts)
 
 
-def _asked(analysis: Analysis, name: str, model: HookedModel) -> Result:
+def _asked(analysis: Callable[[HookedModel], Result | LabelledTensor], name: str, model: HookedModel) -> Result:
     found = analysis(model)
+    if isinstance(found, LabelledTensor):
+        found = found.result()
     if not isinstance(found, Result):
         raise InputError(
             f"The analysis gives a {type(found).__name__} of {name!r}; it must be a Result (of a circuit its `scores`; "

@@ -94,7 +94,7 @@ class TrainedState:
         tensors, fields = from_file(path, SAVED)
         seen = tensors.pop("seen", None)
         name, trained = fields.word("model"), fields.words("trained")
-        fields.get("losses", "the losses of its training", lambda value: isinstance(value, list) and bool(value))
+        fields.get("losses", "the losses of its training", _are_losses)
         lacking = [key for key in trained if key not in tensors]
         if seen is None or seen.dtype != torch.int64 or list(seen.shape) != [1] or lacking:
             raise CheckpointError(
@@ -103,3 +103,7 @@ class TrainedState:
         order = sorted(tensors, key=lambda key: (int(key.split(".")[1]), key))
         state = RecurrentState({key: tensors[key] for key in order}, seen, name)
         return TrainedState(state, dict(fields.data))
+
+
+def _are_losses(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, list) and len(one) == 1 for one in value)

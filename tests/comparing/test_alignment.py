@@ -49,6 +49,19 @@ def test_unequal_depths_stand_at_the_same_share_of_the_depth(models):
     assert torch.equal(found.at(model="deep").values, top(models["deep"]).values)
 
 
+def test_profiles_of_two_models(models):
+    """A labelled number of a profile is as good as a Result."""
+    two = {name: models[name] for name in ("one", "two")}
+
+    def half_life(model):
+        return gl.implicit_attention(model, example(model)).profiles(progress=False).half_life
+
+    found = comparing.side_by_side(half_life, two)
+    assert found.axes == ("model", "layer", "batch") and found.value == "half life"
+    for name, model in two.items():
+        assert torch.equal(found.at(model=name).values, half_life(model).as_subclass(torch.Tensor))
+
+
 def test_circuits_of_two_architectures():
     """Senders and receivers by their names; an edge that one lacks is not a number."""
     models = {"mamba": gl.HookedMamba.tiny(), "griffin": gl.HookedGriffin.tiny()}
