@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatedlens.evaluation.bootstrap import Estimate
+from gatedlens.result.bootstrap import Estimate
 from gatedlens.evaluation.item import Item
 from gatedlens.evaluation.protocol import PROTOCOLS
 from gatedlens.evaluation.result import MEASURED, Evaluation

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from gatedlens.errors import InputError, did_you_mean
-from gatedlens.evaluation.bootstrap import Estimate, estimate
+from gatedlens.result.bootstrap import Estimate, estimate
 from gatedlens.evaluation.curves import Curve
 from gatedlens.evaluation.data.sample import Samples
 from gatedlens.evaluation.overlap import Segmentation
