@@ -57,8 +57,8 @@ __all__ = [
     "HookedVisionModel", "HookedZamba", "ImplicitAttention", "InputError", "Inspection", "Point", "PointError", "RecurrentState",
     "Result", "Results", "StoreError", "TooLargeError", "Verification", "View", "__version__", "ablation", "amplify",
     "attribution", "bundled_models", "circuits", "data", "evaluation", "from_pretrained", "fused", "implicit_attention",
-    "inspect", "knockout", "layers", "lens", "metrics", "patching", "plot", "probes", "profiles", "register", "states", "steering",
-    "store", "subspaces", "tasks", "tracing", "verify", "wrap",
+    "inspect", "knockout", "layers", "lens", "metrics", "patching", "plot", "probes", "profiles", "register", "states",
+    "steering", "store", "subspaces", "tasks", "tracing", "verify", "wrap",
 ]
 # isort: on
 # fmt: on

@@ -11,7 +11,6 @@ Protocols: `protocol.py`; data sets that are read: `opening.py`; intervals: `res
 `gatedlens evaluate --model gatedlens/vim-digits --data digits --out out`.
 """
 
-from gatedlens.result.bootstrap import Estimate, estimate
 from gatedlens.evaluation.curves import Curve
 from gatedlens.evaluation.data.opening import open_samples
 from gatedlens.evaluation.data.sample import Listed, Prompt, Sample, Samples
@@ -33,6 +32,7 @@ from gatedlens.evaluation.report_page import report
 from gatedlens.evaluation.result import Evaluation
 from gatedlens.evaluation.run import Explainer, evaluate, explainer
 from gatedlens.evaluation.table import ScoreTable
+from gatedlens.result.bootstrap import Estimate, estimate
 
 __all__ = [
     "MEASURES",

@@ -7,9 +7,8 @@
     with probe.ablate(pos=-1, labels=labels, of="1").on(model): ...                      # take it away, in the rows of one class
     with probe.placebo(seed=1).ablate(pos=-1).on(model): ...                             # as far, another way
 
-A store (`gl.store.open`) goes where a cache does. Controls: shuffled labels (always), `untrained` (a model that has learnt nothing),
-`Probe.placebo` and `matched_rows` (as large, at random). scikit-learn fits: `pip install "gatedlens[probes]"`.
-"""
+A store (`gl.store.open`) goes where a cache does. Controls: shuffled labels (always), `untrained` (a model that has learnt
+nothing), `Probe.placebo` and `matched_rows` (as large, at random). scikit-learn fits: `pip install "gatedlens[probes]"`."""
 
 from gatedlens.probes.probe import Probe, matched_rows
 from gatedlens.probes.sweeping import fit, sweep

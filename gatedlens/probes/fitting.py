@@ -51,11 +51,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise InputError(f"kind={self.kind!r}: it is {', '.join(map(repr, KINDS))}.{did_you_mean(self.kind, KINDS)}")
+            raise InputError(
+                f"kind={self.kind!r}: it is {', '.join(map(repr, KINDS))}.{did_you_mean(self.kind, KINDS)}"
+            )
         if not self.penalty > 0:
             raise InputError(f"penalty={self.penalty}: it is more than 0.")
         if not 0 < self.held_out < 1:
-            raise InputError(f"held_out={self.held_out}: it is the share of rows to test on, more than 0 and less than 1.")
+            raise InputError(
+                f"held_out={self.held_out}: it is the share of rows to test on, more than 0 and less than 1."
+            )
 
     def fit(self, x: Float[Tensor, "entry d"], y: Int[Tensor, " entry"] | Float[Tensor, " entry"]) -> Linear:
         """`recipe.fit(x, y)`: the map; y whole numbers from 0 on are classes."""
@@ -64,7 +68,9 @@ class Recipe:
         scale = torch.where(scale > 1e-12 * (1 + mean.abs()), scale, 1.0)
         model = self._estimator(not y.is_floating_point())
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*(max_iter|converge).*")  # its score says whether it is good enough
+            warnings.filterwarnings(
+                "ignore", message=".*(max_iter|converge).*"
+            )  # its score says whether it is good enough
             model.fit(((wide - mean) / scale).cpu().numpy(), y.cpu().numpy())
         weight = torch.as_tensor(numpy.atleast_2d(model.coef_)).to(scale) / scale
         bias = torch.as_tensor(numpy.atleast_1d(model.intercept_)).to(scale) - weight @ mean
@@ -124,7 +130,9 @@ def as_numbers(labels: Sequence[Any]) -> tuple[Int[Tensor, " entry"] | Float[Ten
         return y, None
     classes = sorted(set(labels), key=lambda one: (type(one).__name__, one))
     if len(classes) < 2:
-        raise InputError(f"All labels are {classes[0]!r}: a probe tells two classes apart at least." if classes else "No labels.")
+        raise InputError(
+            f"All labels are {classes[0]!r}: a probe tells two classes apart at least." if classes else "No labels."
+        )
     number = {one: i for i, one in enumerate(classes)}
     return torch.tensor([number[one] for one in labels]), classes
 
@@ -139,11 +147,17 @@ def predicted(linear: Linear, x: Float[Tensor, "entry d"], classes: bool) -> Ten
 
 def held_out_score(linear: Linear, samples: Samples, y: Tensor, held: Bool[Tensor, " entry"]) -> Estimate:
     """`held_out_score(linear, samples, y, held)`: the accuracy, or R^2, with its interval over rows."""
-    own, row, want = predicted(linear, samples.x[held.to(samples.x.device)], not y.is_floating_point()).cpu(), samples.row[held], y[held]
+    own, row, want = (
+        predicted(linear, samples.x[held.to(samples.x.device)], not y.is_floating_point()).cpu(),
+        samples.row[held],
+        y[held],
+    )
     numbers = row.unique(return_inverse=True)[1]
 
     def by_row(columns: Float[Tensor, "entry column"]) -> Float[Tensor, "row column"]:
-        return torch.zeros(int(numbers.max()) + 1, columns.shape[1], dtype=torch.float64).index_add_(0, numbers, columns)
+        return torch.zeros(int(numbers.max()) + 1, columns.shape[1], dtype=torch.float64).index_add_(
+            0, numbers, columns
+        )
 
     one = torch.ones(len(want), dtype=torch.float64)
     if not y.is_floating_point():

@@ -1,17 +1,17 @@
 """Probe: a linear map that reads a thing off an activation; what it reads can be taken away, with controls.
 
-    probe = gl.probes.fit(cache, labels, ("resid_post", 1), pos=-1)
-    probe.predict(x), probe.test(other_cache, other_labels)
-    with probe.ablate(pos=-1).on(model): ...                              # what it reads along, made the mean's
-    with probe.ablate(pos=-1, labels=labels, of="sink").on(model): ...     # in the rows of one class alone
-    with probe.remove_mean("sink", pos=-1).on(model): ...                 # the class's mean less the mean of all
-    probe.placebo(seed=1).ablate(pos=-1)                                   # as far, another way: a control
-    probe.save("probe.safetensors"); Probe.load("probe.safetensors")
+probe = gl.probes.fit(cache, labels, ("resid_post", 1), pos=-1)
+probe.predict(x), probe.test(other_cache, other_labels)
+with probe.ablate(pos=-1).on(model): ...                              # what it reads along, made the mean's
+with probe.ablate(pos=-1, labels=labels, of="sink").on(model): ...     # in the rows of one class alone
+with probe.remove_mean("sink", pos=-1).on(model): ...                 # the class's mean less the mean of all
+probe.placebo(seed=1).ablate(pos=-1)                                   # as far, another way: a control
+probe.save("probe.safetensors"); Probe.load("probe.safetensors")
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -42,8 +42,10 @@ else:
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """`linear` maps vectors of `frame` to scores; `classes` are what is told apart (None: a regression), `mean` [d] the mean of the
-    vectors that it was fitted to and `means` [class, d] those of classes. other: the directions of a placebo; None for a probe."""
+    """`linear` maps vectors of `frame` to scores; `classes` are what is told apart (None: a regression), `mean` [d] the mean
+    of the vectors that it was fitted to and `means` [class, d] those of classes. other: the directions of a placebo; None for
+    a probe.
+    """
 
     frame: Frame
     linear: Linear
@@ -92,7 +94,9 @@ class Probe:
         """`probe.predict(x)`: the class (number) of each vector. InputError for vectors of another width."""
         width = self.weights.shape[1]
         if x.ndim != 2 or x.shape[1] != width:
-            raise InputError(f"These vectors are {list(x.shape)}; the probe of {self.frame.said} reads [entry, {width}].")
+            raise InputError(
+                f"These vectors are {list(x.shape)}; the probe of {self.frame.said} reads [entry, {width}]."
+            )
         found = predicted(self.linear, x, self.classes is not None).tolist()
         return found if self.classes is None else [self.classes[one] for one in found]
 
@@ -100,10 +104,9 @@ class Probe:
     def test(self, source: Source, labels: Labels, pos: Positions = None) -> Result:
         """`probe.test(other_cache, other_labels)`: a Result, measure: the accuracy (R2) there and the ends of its 95 % interval.
 
-        source, labels: as of `gl.probes.fit`. pos: None for where it was fitted. InputError for a source of another model (`moved_to`
-        says that it is meant), for labels that do not match, and for a class that the probe does not know; PointError for a source
-        without its point.
-        """
+        source, labels: as of `gl.probes.fit`. pos: None for where it was fitted. InputError for a source of another model
+        (`moved_to` says that it is meant), for labels that do not match, and for a class that the probe does not know;
+        PointError for a source without its point."""
         where = self.pos if pos is None else pos
         axes = self.frame.axes if isinstance(source, ActivationCache) else None
         samples = Samples.of(source, self.name, where, axes, self.frame.index)
@@ -126,14 +129,17 @@ class Probe:
         assert self.classes is not None
         if label not in self.classes:
             near = did_you_mean(str(label), map(str, self.classes))
-            raise InputError(f"{label!r} is no class of this probe; they are {', '.join(map(repr, self.classes[:12]))}.{near}")
+            raise InputError(
+                f"{label!r} is no class of this probe; they are {', '.join(map(repr, self.classes[:12]))}.{near}"
+            )
         return self.classes.index(label)
 
     def _check(self, model: str, width: int) -> None:
         mine = self.facts.get("model", model)
         if width != self.weights.shape[1] or model != mine:
             raise InputError(
-                f"This probe reads {self.frame.said} of {mine}, {self.weights.shape[1]} numbers; these are of {model}, {width} numbers."
+                f"This probe reads {self.frame.said} of {mine}, {self.weights.shape[1]} numbers; these are of {model}, "
+                f"{width} numbers."
                 + (" If it is meant for both, probe.moved_to(model)." if width == self.weights.shape[1] else "")
             )
 
@@ -159,15 +165,18 @@ class Probe:
     ) -> Intervention:
         """`probe.ablate(pos=-1, labels=labels, of="sink")`: x - scale P (x - to), P onto what the probe reads along.
 
-        pos: real positions, None for all (a state: one of each row). to: None for the mean of what it was fitted to; zeros, or a class's
-        mean (`probe.means[0]`). labels, of: only in rows whose label is `of`; labels [batch], or [batch, pos] for single tokens
-        (pos=None then). InputError for a class that there is not, and while the model runs for labels of another number of rows.
+        pos: real positions, None for all (a state: one of each row). to: None for the mean of what it was fitted to; zeros,
+        or a class's mean (`probe.means[0]`). labels, of: only in rows whose label is `of`; labels [batch], or [batch, pos]
+        for single tokens (pos=None then). InputError for a class that there is not, and while the model runs for labels of
+        another number of rows.
 
         Source: Ravfogel et al. 2020 (Null it out, arXiv 2004.07667).
         """
         basis, toward = self.directions, self.mean if to is None else to
         if toward.shape[-1] != basis.shape[1]:
-            raise InputError(f"to has {toward.shape[-1]} numbers; the probe of {self.frame.said} reads {basis.shape[1]}.")
+            raise InputError(
+                f"to has {toward.shape[-1]} numbers; the probe of {self.frame.said} reads {basis.shape[1]}."
+            )
 
         def away(v: Tensor) -> Tensor:
             return (toward.to(v) - v) @ basis.to(v).mT @ basis.to(v)
@@ -180,7 +189,9 @@ class Probe:
         return self._moved(lambda v: scale * move(v), pos, labels, of)
 
     @checked
-    def remove_mean(self, of: Label, pos: Positions = None, labels: Labels | None = None, scale: int | float = 1.0) -> Intervention:
+    def remove_mean(
+        self, of: Label, pos: Positions = None, labels: Labels | None = None, scale: int | float = 1.0
+    ) -> Intervention:
         """`probe.remove_mean("sink", pos=-1, labels=labels)`: x - scale (mean of the class - mean of all).
 
         of: the class. labels: only in its rows (None: in all). pos and errors: as of `ablate`; InputError for a regression.
@@ -207,8 +218,8 @@ class Probe:
 
     @checked
     def placebo(self, seed: int = 0) -> Probe:
-        """`probe.placebo(seed=1).ablate(pos=-1)`: a control: its ablations move each vector exactly as far as the probe's own, along
-        as many random directions. What it does too, the distance does, not what the probe reads.
+        """`probe.placebo(seed=1).ablate(pos=-1)`: a control: its ablations move each vector exactly as far as the probe's
+        own, along as many random directions. What it does too, the distance does, not what the probe reads.
         """
         generator = torch.Generator().manual_seed(seed)
         rank, d = self.directions.shape
@@ -225,7 +236,13 @@ class Probe:
         """
         tensors = {"weight": self.linear.weight, "bias": self.linear.bias, "mean": self.mean, "means": self.means}
         tensors |= {} if self.other is None else {"other": self.other}
-        said = {"frame": self.frame.to_dict(), "classes": self.classes, "kind": self.kind, "pos": self.pos, "facts": dict(self.facts)}
+        said = {
+            "frame": self.frame.to_dict(),
+            "classes": self.classes,
+            "kind": self.kind,
+            "pos": self.pos,
+            "facts": dict(self.facts),
+        }
         return write_saved(path, "probe", tensors, said)
 
     @staticmethod
@@ -249,20 +266,21 @@ def as_far(move: Float[Tensor, "*any d"], reference: Float[Tensor, "*any d"]) ->
 
 def rows_of_class(labels: Labels, of: Any) -> Bool[Tensor, "*place"]:
     """`rows_of_class(labels, "sink")`: True where the label is `of`; InputError where none is."""
-    if isinstance(labels, Tensor):
-        marked = labels.cpu() == of
-    else:
-        marked = torch.tensor([one == of for one in labels], dtype=torch.bool)
-    if not isinstance(marked, Tensor) or not bool(marked.any()):
-        known = sorted({str(one) for one in (labels.flatten().tolist() if isinstance(labels, Tensor) else labels)})
-        raise InputError(f"of={of!r}: no label is that; they are {', '.join(known[:12])}.{did_you_mean(str(of), known)}")
+    each = labels.flatten().tolist() if isinstance(labels, Tensor) else list(labels)
+    marked = torch.tensor([one == of for one in each], dtype=torch.bool)
+    marked = marked.reshape(labels.shape) if isinstance(labels, Tensor) else marked
+    if not bool(marked.any()):
+        known = sorted({str(one) for one in each})
+        raise InputError(
+            f"of={of!r}: no label is that; they are {', '.join(known[:12])}.{did_you_mean(str(of), known)}"
+        )
     return marked
 
 
 @checked
 def matched_rows(labels: Labels, of: Label, seed: int = 0) -> Bool[Tensor, "*place"]:
-    """`gl.probes.matched_rows(labels, "sink", seed=0)`: True at as many random others as there are of a class: a control of what is
-    done to that class alone, `probe.ablate(labels=gl.probes.matched_rows(labels, "sink"), of=True)`.
+    """`gl.probes.matched_rows(labels, "sink", seed=0)`: True at as many random others as there are of a class: a control of
+    what is done to that class alone, `probe.ablate(labels=gl.probes.matched_rows(labels, "sink"), of=True)`.
 
     labels: [batch], or [batch, pos] for single tokens. InputError for a class that no label is, and where others are too few.
     """
@@ -275,4 +293,3 @@ def matched_rows(labels: Labels, of: Label, seed: int = 0) -> Bool[Tensor, "*pla
     marked = torch.zeros(mine.numel(), dtype=torch.bool)
     marked[drawn] = True
     return marked.reshape(mine.shape)
-

@@ -67,8 +67,8 @@ class Samples:
     def of(
         source: Source, name: Key, pos: Positions, axes: str | Sequence[str] | None, index: Mapping[str, Any]
     ) -> Samples:
-        """`Samples.of(cache, ("resid_post", 3), -1, None, {})`; PointError for a point that there is not; InputError for what is no
-        cache or store, and for a point of which a position holds several vectors.
+        """`Samples.of(cache, ("resid_post", 3), -1, None, {})`; PointError for a point that there is not; InputError for what
+        is no cache or store, and for a point of which a position holds several vectors.
         """
         if isinstance(source, ActivationCache):
             return _of_cache(source, name, pos, axes, index)
@@ -90,8 +90,8 @@ def _of_cache(
     point, x = cache.model.names.points[frame.name], cache[frame.name]
     if frame.others(cache.model) != 1:
         raise InputError(
-            f"{frame.said}: a position holds {frame.others(cache.model)} vectors of these axes; a probe reads one. Name more axes, or "
-            "one entry of the others (head=2)."
+            f"{frame.said}: a position holds {frame.others(cache.model)} vectors of these axes; a probe reads one. "
+            "Name more axes, or one entry of the others (head=2)."
         )
     at = point.dims.index("pos") if "pos" in point.dims else None
     shape = (len(x), 1 if at is None else x.shape[at])
@@ -107,7 +107,9 @@ def _of_store(
 ) -> Samples:
     layout = store.find(name)
     if axes is not None:
-        raise InputError(f"axes={axes!r}: of a store a vector is all that a position holds; keep some entries by head=2, say.")
+        raise InputError(
+            f"axes={axes!r}: of a store a vector is all that a position holds; keep some entries by head=2, say."
+        )
     column = store[layout.name]
     column = column.select(**index) if index else column
     found: list[Tensor] = []
@@ -163,6 +165,6 @@ def labelled(labels: Labels, samples: Samples, what: str = "labels") -> list[Any
     if len(each) == len(samples.row):
         return each
     raise InputError(
-        f"There are {len(each)} {what}, {samples.rows} rows and {len(samples.row)} entries of {samples.frame.name}: give one for each "
-        "row, or for each entry."
+        f"There are {len(each)} {what}, {samples.rows} rows and {len(samples.row)} entries of {samples.frame.name}: "
+        "give one for each row, or for each entry."
     )

@@ -29,6 +29,7 @@ from gatedlens.probes.probe import Probe
 from gatedlens.probes.samples import Labels, Samples, Source, labelled
 from gatedlens.result.bootstrap import Estimate
 from gatedlens.result.result import Result
+from gatedlens.runs.vectors import one_place
 
 SHUFFLED, RANDOM = "shuffled labels", "random weights"
 
@@ -49,15 +50,16 @@ def fit(
 ) -> Probe:
     """`gl.probes.fit(cache, labels, ("resid_post", 1), pos=-1)`: a Probe, with its score on rows that it has not seen.
 
-    source: a cache (`run_with_cache`) or a store (`gl.store.open`). labels: one a row or an entry, or [batch, pos] laid out as a cache's
-    input; whole numbers, texts, truths are classes, floats a regression. name: the point. pos: positions of each row (None: all). kind:
-    "linear" (logistic regression, least squares), "ridge" or "sparse" (the weights' sum of absolutes costs). penalty: what weights cost,
-    as scikit-learn's alpha or 1 / C. held_out: the share of rows to test on, of every class. axes, index: what of the point is the
-    vector, all of it, or head=2, channel=[3, 5]. seed: of the split.
+    source: a cache (`run_with_cache`) or a store (`gl.store.open`). labels: one a row or an entry, or [batch, pos] laid out
+    as a cache's input; whole numbers, texts, truths are classes, floats a regression. name: the point. pos: positions of each
+    row (None: all). kind: "linear" (logistic regression, least squares), "ridge" or "sparse" (the weights' sum of absolutes
+    costs). penalty: what weights cost, as scikit-learn's alpha or 1 / C. held_out: the share of rows to test on, of every
+    class. axes, index: what of the point is the vector, all of it, or head=2, channel=[3, 5]. seed: of the split.
 
-    `facts` hold "accuracy" (of a regression "R2"), "low", "high" (95 %, bootstrap over rows), "shuffled labels" (the score of the same
-    fit to labels in random order) and "baseline" (of always the commonest class). PointError for a point that there is not; InputError
-    for labels that do not match the rows, a single class, and a kind that there is not. It needs scikit-learn: gatedlens[probes].
+    `facts` hold "accuracy" (of a regression "R2"), "low", "high" (95 %, bootstrap over rows), "shuffled labels" (the score of
+    the same fit to labels in random order) and "baseline" (of always the commonest class). PointError for a point that there
+    is not; InputError for labels that do not match the rows, a single class, and a kind that there is not. It needs
+    scikit-learn: gatedlens[probes].
 
     Source: Alain and Bengio 2016 (arXiv 1610.01644); Hewitt and Liang 2019 (selectivity, arXiv 1909.03368).
     """
@@ -86,19 +88,22 @@ def sweep(
 ) -> Result:
     """`gl.probes.sweep(cache, labels, "blocks.*.hook_resid_post", pos=[3, -1])`: a Result, measure x layer x pos.
 
-    Measures: "accuracy" (of a regression "R2") on rows that were held out, "low" and "high" (its 95 % interval), "shuffled labels" (the
-    same with labels in random order), "selectivity" (the first less that), and with `untrained` "random weights": the cache or store of
-    the same inputs under `gl.probes.untrained(model)`. `found.at(measure="accuracy").plot()` is the heat map.
+    Measures: "accuracy" (of a regression "R2") on rows that were held out, "low" and "high" (its 95 % interval), "shuffled
+    labels" (the same with labels in random order), "selectivity" (the first less that), and with `untrained` "random
+    weights": the cache or store of the same inputs under `gl.probes.untrained(model)`. `found.at(measure="accuracy").plot()`
+    is the heat map.
 
-    names: points; several of a layer stand on an axis "point" in front of the layers. pos: positions, each by itself, or a dict of label
-    -> positions; None: all of them as samples together. by: an axis of which each entry is probed by itself, "head" say, an axis of the
-    result. All else, and errors: as of `fit`.
+    names: points; several of a layer stand on an axis "point" in front of the layers. pos: positions, each by itself, or a
+    dict of label -> positions; None: all of them as samples together. by: an axis of which each entry is probed by itself,
+    "head" say, an axis of the result. All else, and errors: as of `fit`.
 
     Source: Hewitt and Liang 2019 (arXiv 1909.03368); random weights: Zhang and Bowman 2018 (arXiv 1809.10040).
     """
     recipe = Recipe(kind, float(penalty), float(held_out), seed)
     grid = Grid.of(source, names, pos, by, index)
-    measure, found, facts = "", {}, {}
+    measure = ""
+    found: dict[tuple[int, ...], list[float]] = {}
+    facts: Mapping[str, Any] = {}
     with tqdm(total=len(grid.cells), desc="Probes", disable=not progress) as bar:
         for place, name, where, some in grid.cells:
             samples = Samples.of(source, name, where, axes, some)
@@ -116,7 +121,8 @@ def sweep(
     measures = [measure, "low", "high", SHUFFLED, "selectivity", *([RANDOM] if untrained is not None else [])]
     values = torch.full((len(measures), *grid.sizes), torch.nan, dtype=torch.float64)
     for place, numbers in found.items():
-        values[(slice(None), *place)] = torch.tensor(numbers, dtype=torch.float64)
+        at: tuple[Any, ...] = (slice(None), *place)
+        values[at] = torch.tensor(numbers, dtype=torch.float64)
     told = {name: facts[name] for name in ("model", "train", "test", "baseline") if name in facts}
     told |= {"kind": kind, "penalty": float(penalty), "seed": seed}
     return Result(
@@ -146,8 +152,7 @@ def _fitted(recipe: Recipe, samples: Samples, y: Tensor, classes: list[Any] | No
     facts[SHUFFLED] = held_out_score(missed, samples, shuffled, held).value
     facts["baseline"] = 0.0 if classes is None else float((y[held] == y[~held].mode().values).double().mean())
     facts |= {"penalty": recipe.penalty, "seed": recipe.seed, "sparse": float((linear.weight == 0).double().mean())}
-    where = int(pos) if is_whole(pos) else None
-    return Probe(samples.frame, linear, x.mean(0), means, classes, recipe.kind, where, facts)
+    return Probe(samples.frame, linear, x.mean(0), means, classes, recipe.kind, one_place(pos), facts)
 
 
 @dataclass(frozen=True)
@@ -182,7 +187,9 @@ class Grid:
 
 def _points(source: Any, names: Any) -> list[str]:
     """The full names that are meant, of those that a cache or a store holds."""
-    several = isinstance(names, list | tuple) and not (len(names) in (2, 3) and isinstance(names[0], str) and is_whole(names[1]))
+    several = isinstance(names, list | tuple) and not (
+        len(names) in (2, 3) and isinstance(names[0], str) and is_whole(names[1])
+    )
     found: dict[str, None] = {}
     for name in names if several else [names]:
         if isinstance(source, ActivationCache):

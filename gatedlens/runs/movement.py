@@ -37,8 +37,9 @@ STATE = ".hook_state"
 
 @dataclass(frozen=True)
 class Movement:
-    """One step: vectors of `frame`, `width` numbers wide, move at `pos` of the rows where `rows` is True (None: of all). fitted: on
-    which model they were found, for the error of who puts them on another."""
+    """One step: vectors of `frame`, `width` numbers wide, move at `pos` of the rows where `rows` is True (None: of all).
+    fitted: on which model they were found, for the error of who puts them on another.
+    """
 
     frame: Frame
     move: Move
@@ -65,14 +66,14 @@ class Movement:
 
 
 def check_width(model: HookedModel, frame: Frame, width: int, fitted: str) -> None:
-    """`check_width(model, frame, 64, "mamba-130m")`: PointError for a model without the point of `frame`, InputError for one whose
-    vectors there have another width.
+    """`check_width(model, frame, 64, "mamba-130m")`: PointError for a model without the point of `frame`, InputError for one
+    whose vectors there have another width.
     """
     there = frame.width(model)
     if there != width:
         raise InputError(
-            f"This is of vectors of {width} numbers at {frame.said}; {model.cfg.model_name} has {there} there: it is from another "
-            f"model ({fitted})."
+            f"This is of vectors of {width} numbers at {frame.said}; {model.cfg.model_name} has {there} there: it is from "
+            f"another model ({fitted})."
         )
 
 

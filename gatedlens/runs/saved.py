@@ -52,5 +52,7 @@ def frame_of(fields: Fields) -> Frame:
     """`frame_of(fields)`: the Frame of something saved."""
     inner = Fields(fields.fields("frame"), fields.kind, fields.where, CheckpointError)
     index = inner.fields("index")
-    inner.check(all(isinstance(some, list) and all(map(is_whole, some)) for some in index.values()), "index", "numbers by axis")
+    inner.check(
+        all(isinstance(some, list) and all(map(is_whole, some)) for some in index.values()), "index", "numbers by axis"
+    )
     return Frame(inner.word("name"), tuple(inner.words("axes")), dict(index))

@@ -11,6 +11,7 @@ The vector's axis is made of `axes`, in that order; `index` keeps some entries o
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ from gatedlens.errors import InputError, PointError
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Batch
 from gatedlens.model.cache import ActivationCache
+from gatedlens.options import is_whole
 from gatedlens.runs import inputs
 
 OUTER = ("batch", "pos")
@@ -57,7 +59,9 @@ class Frame:
         kept: dict[str, list[int]] = {}
         for axis in (*given, *(index or {})):
             if axis in OUTER:
-                raise InputError(f"{axis!r} is no axis of a vector: rows and positions are told by the input and by `pos`.")
+                raise InputError(
+                    f"{axis!r} is no axis of a vector: rows and positions are told by the input and by `pos`."
+                )
             if not point.reaches(axis, sizes):
                 raise model.names.lacking(found.name, axis, sizes)
         for axis, chosen in (index or {}).items():
@@ -67,7 +71,9 @@ class Frame:
         inner = [dim for dim in point.by((*given, *kept), sizes) if dim not in OUTER]
         for axis in inner:
             if axis not in sizes:
-                raise PointError(f"{found.name} ({point.axes}): the axis {axis!r} has no fixed size, so there are no vectors.")
+                raise PointError(
+                    f"{found.name} ({point.axes}): the axis {axis!r} has no fixed size, so there are no vectors."
+                )
         return Frame(found.name, given or tuple(inner), kept)
 
     def places(self, model: HookedModel) -> Int[Tensor, "other d"]:
@@ -169,9 +175,7 @@ def vectors(
     return torch.cat(found)
 
 
-def of_cache(
-    cache: ActivationCache, frame: Frame, mask: Bool[Tensor, "batch pos"]
-) -> Float[Tensor, "entry other d"]:
+def of_cache(cache: ActivationCache, frame: Frame, mask: Bool[Tensor, "batch pos"]) -> Float[Tensor, "entry other d"]:
     """`of_cache(cache, frame, mask)`: the vectors of a cache where `mask` is True, row after row."""
     model = cache.model
     flat = by_place(cache[frame.name], model.names.points[frame.name])
@@ -181,3 +185,8 @@ def of_cache(
 def rows_of(batch: Batch, rows: slice | Int[Tensor, " some"]) -> Batch:
     """`rows_of(batch, slice(0, 4))`: some rows of an input."""
     return Batch(batch.value[rows], None if batch.mask is None else batch.mask[rows], batch.is_resid)
+
+
+def one_place(pos: Positions) -> int | None:
+    """`one_place(-1)`: a position that is one number for every row; None for any other."""
+    return operator.index(pos) if is_whole(pos) else None  # type: ignore[arg-type]

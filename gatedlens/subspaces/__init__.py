@@ -8,9 +8,8 @@
     gl.subspaces.score(model, {"learned": learned, "random": learned.random()}, base, source, answers)     # a Result
     gl.subspaces.sweep(model, base, source, answers, "blocks.*.hook_resid_post", pos=[5, -1])    # layer x pos, with controls
 
-axes: what of the point makes a vector (None: all but batch and pos), "value" of a state, say; index (head=2, channel=[3, 5]): which
-entries of it. What is neither is turned by the same basis. A state that is interchanged stays so for later positions.
-"""
+axes: what of the point makes a vector (None: all but batch and pos), "value" of a state, say; index (head=2, channel=[3, 5]):
+which entries of it. What is neither is turned by the same basis. A state that is interchanged stays so for later positions."""
 
 from gatedlens.runs.untrained import untrained
 from gatedlens.subspaces.alignment import das

@@ -4,9 +4,8 @@
 
     loss = cross-entropy of the logits of base + P (source - base) and the answers,  P = basis^T basis,  minimised by Adam
 
-The basis stays orthonormal by torch's parametrisation. Initial rotation, order of batches and steps are those of TransformerLens's
-`fit_das`, so that both find the same subspace. Source: Geiger et al. 2024 (arXiv 2303.02536).
-"""
+The basis stays orthonormal by torch's parametrisation. Initial rotation, order of batches and steps are those of
+TransformerLens's `fit_das`, so that both find the same subspace. Source: Geiger et al. 2024 (arXiv 2303.02536)."""
 
 from __future__ import annotations
 
@@ -34,11 +33,11 @@ from gatedlens.files import read_tensors, write_whole
 from gatedlens.metrics import Logits, Tokens, at_position
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Batch, Input
-from gatedlens.options import checked, is_whole, tensor_of
+from gatedlens.options import checked, tensor_of
 from gatedlens.runs import inputs
 from gatedlens.runs.fingerprints import fingerprint
 from gatedlens.runs.identity import Digest
-from gatedlens.runs.vectors import Frame, rows_of, vectors
+from gatedlens.runs.vectors import Frame, one_place, rows_of, vectors
 from gatedlens.subspaces.interchange import Interchange
 from gatedlens.subspaces.subspace import Subspace
 
@@ -67,15 +66,16 @@ def das(
     """`gl.subspaces.das(model, base, source, answers, ("resid_post", 1), pos=5, rank=2)`: the learned Subspace.
 
     base, source: inputs, a row a pair. answers: the token (class) of each pair that the causal model gives for the base with the
-    variable of the source. pos, source_pos: where the interchange is, in base and source (None: as pos); they count real tokens. rank:
-    of the subspace. axes, index: what of the point is a vector, see `gl.subspaces`. read: the position whose logits answer.
+    variable of the source. pos, source_pos: where the interchange is, in base and source (None: as pos); they count real
+    tokens. rank: of the subspace. axes, index: what of the point is a vector, see `gl.subspaces`. read: the position whose
+    logits answer.
 
-    epochs: passes over the pairs (0: the rotation that training starts from, a control); batch_size: pairs a step; lr: Adam's. seed: of
-    the start and of the order; the same seed gives the same numbers. results: a file that is written after each epoch, and taken up
-    where it ends. `facts["losses"]` is the mean loss of each epoch, in nats.
+    epochs: passes over the pairs (0: the rotation that training starts from, a control); batch_size: pairs a step; lr:
+    Adam's. seed: of the start and of the order; the same seed gives the same numbers. results: a file that is written after
+    each epoch, and taken up where it ends. `facts["losses"]` is the mean loss of each epoch, in nats.
 
-    PointError for a point or axis that there is not. InputError for pairs that do not match, a rank that is none, a model in training
-    mode, and a `results` of another fit.
+    PointError for a point or axis that there is not. InputError for pairs that do not match, a rank that is none, a model in
+    training mode, and a `results` of another fit.
 
     Source: Geiger et al. 2024 (Finding alignments between interpretable causal variables and distributed neural representations,
     arXiv 2303.02536).
@@ -101,13 +101,14 @@ class Training:
         if not self.lr > 0:
             raise InputError(f"lr={self.lr}: a learning rate is more than 0.")
 
-    def rotation(self, d: int, like: Tensor) -> nn.Module:
+    def rotation(self, d: int, like: Tensor) -> nn.Linear:
         """A map from `rank` to `d` dimensions whose weight [d, rank] stays orthonormal, as it starts; at least float32."""
         if self.rank > d:
             raise InputError(f"rank={self.rank}: a vector has {d} numbers, so give 1 to {d}.")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
-            linear = orthogonal(nn.Linear(self.rank, d, bias=False))
+            linear = nn.Linear(self.rank, d, bias=False)
+            orthogonal(linear)
         return linear.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
     def orders(self, pairs: int) -> Iterator[Int[Tensor, " pair"]]:
@@ -145,7 +146,9 @@ class Fit:
         ready, other = inputs.ready(model, base), inputs.ready(model, source)
         tokens = answers_of(answers, len(ready.value), model)
         if len(ready.value) != len(other.value):
-            raise InputError(f"There are {len(ready.value)} bases and {len(other.value)} sources: give a source for each base.")
+            raise InputError(
+                f"There are {len(ready.value)} bases and {len(other.value)} sources: give a source for each base."
+            )
         where, what = (pos, "pos") if source_pos is None else (source_pos, "source_pos")
         found = vectors(model, other, frame, where, 256, what)
         return Fit(model, ready, found, tokens.to(found.device), frame, pos, read)
@@ -153,9 +156,9 @@ class Fit:
     def run(self, training: Training, results: str | Path | None, progress: bool) -> Subspace:
         """`fit.run(training, None, True)`: the rotation learned."""
         model, pairs = self.model, len(self.answers)
-        rotation = training.rotation(self.source.shape[-1], self.source)
-        optimiser = torch.optim.Adam(rotation.parameters(), lr=training.lr)
-        ledger = None if results is None else Ledger(Path(results), self._identity(training), rotation, optimiser)
+        linear = training.rotation(self.source.shape[-1], self.source)
+        optimiser = torch.optim.Adam(linear.parameters(), lr=training.lr)
+        ledger = None if results is None else Ledger(Path(results), self._identity(training), linear, optimiser)
         losses = [] if ledger is None else ledger.take_up()
         with frozen(model), tqdm(total=training.epochs, initial=len(losses), desc="DAS", disable=not progress) as bar:
             for epoch, order in enumerate(training.orders(pairs)):
@@ -164,7 +167,7 @@ class Fit:
                 total = 0.0
                 for rows in order.split(training.batch_size):
                     optimiser.zero_grad()
-                    loss = self._loss(rotation, rows)
+                    loss = self._loss(linear, rows)
                     loss.backward()
                     optimiser.step()
                     total += loss.item() * len(rows)
@@ -173,17 +176,17 @@ class Fit:
                     ledger.save(losses)
                 bar.set_postfix(loss=f"{losses[-1]:.3g}")
                 bar.update()
-        basis = torch.linalg.qr(rotation.weight.detach().double()).Q.mT.to(self.source)
+        basis = torch.linalg.qr(linear.weight.detach().double()).Q.mT.to(self.source)
         facts = {
             "model": model.cfg.model_name, "fit": "das", "losses": losses, "pairs": pairs, "epochs": training.epochs,
             "batch_size": training.batch_size, "lr": training.lr, "seed": training.seed,
         }  # fmt: skip
-        return Subspace(self.frame, basis.contiguous(), int(self.pos) if is_whole(self.pos) else None, facts)
+        return Subspace(self.frame, basis.contiguous(), one_place(self.pos), facts)
 
-    def _loss(self, rotation: nn.Module, rows: Int[Tensor, " some"]) -> Float[Tensor, ""]:
+    def _loss(self, linear: nn.Linear, rows: Int[Tensor, " some"]) -> Float[Tensor, ""]:
         """The mean cross-entropy of some pairs under the interchange, in nats."""
         pos = some_of(self.pos, rows)
-        change = Interchange(self.frame, rotation.weight.mT, self.source[rows.to(self.source.device)], pos)
+        change = Interchange(self.frame, linear.weight.mT, self.source[rows.to(self.source.device)], pos)
         part = rows_of(self.base, rows.to(self.base.value.device))
         with torch.enable_grad(), self.model.hooks(change.hooks(self.model)):
             logits = self.model(part)
@@ -207,7 +210,9 @@ def answers_of(answers: Tokens, rows: int, model: HookedModel) -> Int[Tensor, " 
         raise InputError(f"There are {len(tokens)} answers and {rows} pairs: give one for each.")
     most = model.cfg.sizes.get("d_vocab")
     if most is not None and bool(((tokens < 0) | (tokens >= most)).any()):
-        raise InputError(f"answers are token ids, 0 to {most - 1}; these are {int(tokens.min())} to {int(tokens.max())}.")
+        raise InputError(
+            f"answers are token ids, 0 to {most - 1}; these are {int(tokens.min())} to {int(tokens.max())}."
+        )
     return tokens.long().expand(rows)
 
 
@@ -250,12 +255,14 @@ class Ledger:
             return []
         tensors, meta = read_tensors(self.path)
         if meta.get("gatedlens") != "das":
-            raise InputError(f"results={str(self.path)!r} is no fit: it holds {', '.join(list(tensors)[:5])}. Name another file.")
+            raise InputError(
+                f"results={str(self.path)!r} is no fit: it holds {', '.join(list(tensors)[:5])}. Name another file."
+            )
         for part, said in self.identity.items():
             if meta.get(part) != said:
+                other = "model" if part == "model" else "input or option"
                 raise InputError(
-                    f"results={str(self.path)!r} is of another fit (another {'model' if part == 'model' else 'input or option'}): "
-                    "name another file, or delete it."
+                    f"results={str(self.path)!r} is of another fit (another {other}): name another file, or delete it."
                 )
         with torch.no_grad():
             for i, parameter in enumerate(self.parameters):
@@ -270,6 +277,8 @@ class Ledger:
         tensors: dict[str, Any] = {}
         for i, parameter in enumerate(self.parameters):
             tensors[f"parameter.{i}"] = parameter.detach()
-            tensors |= {f"{name}.{i}": self.optimiser.state[parameter][name] for name in ("step", "exp_avg", "exp_avg_sq")}
+            tensors |= {
+                f"{name}.{i}": self.optimiser.state[parameter][name] for name in ("step", "exp_avg", "exp_avg_sq")
+            }
         meta = {"gatedlens": "das", "losses": json.dumps(losses), **self.identity}
         write_whole(self.path, save({name: one.cpu().contiguous() for name, one in tensors.items()}, meta))

@@ -24,9 +24,9 @@ from gatedlens.address.positions import Positions
 from gatedlens.errors import InputError
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
-from gatedlens.options import checked, is_whole
+from gatedlens.options import checked
 from gatedlens.runs import inputs
-from gatedlens.runs.vectors import Frame, vectors
+from gatedlens.runs.vectors import Frame, one_place, vectors
 from gatedlens.subspaces.subspace import Subspace, orthonormal
 
 # A label a row. For editors and type checkers: whoever passes something else gets the error of `numbered`.
@@ -50,9 +50,9 @@ def pca(
     """`gl.subspaces.pca(model, texts, ("resid_post", 3), rank=4)`: the directions along which activations vary most, a Subspace.
 
     rank: how many. pos: at which position of each row, None for all; rows, positions and what stands beside the vector's axes are
-    the samples. axes, index: see `gl.subspaces`. `facts["share"]` is how much of the variance each direction holds. PointError for a
-    point or axis that there is not; InputError for a rank that the samples do not span. Source: Pearson 1901.
-    """
+    the samples. axes, index: see `gl.subspaces`. `facts["share"]` is how much of the variance each direction holds.
+    PointError for a point or axis that there is not; InputError for a rank that the samples do not span. Source: Pearson
+    1901."""
     frame = Frame.of(model, name, axes, index)
     x = _samples(model, input, frame, pos).flatten(0, 1)
     centred = x - x.mean(0)
@@ -96,9 +96,9 @@ def lda(
 ) -> Subspace:
     """`gl.subspaces.lda(model, texts, labels, ("resid_post", 3))`: W^-1 times the centred means of classes, as a Subspace.
 
-    W is the covariance within classes, shrunk: (1 - shrinkage) W + shrinkage trace(W) / d, which a sample of fewer rows than d needs
-    (0 to 1). Other parameters and errors: as of `mean_difference`. Source: Fisher 1936; Ledoit and Wolf 2004 (shrinkage).
-    """
+    W is the covariance within classes, shrunk: (1 - shrinkage) W + shrinkage trace(W) / d, which a sample of fewer rows than
+    d needs (0 to 1). Other parameters and errors: as of `mean_difference`. Source: Fisher 1936; Ledoit and Wolf 2004
+    (shrinkage)."""
     if not 0 <= shrinkage <= 1:
         raise InputError(f"shrinkage={shrinkage}: it is a share, from 0 to 1.")
     frame = Frame.of(model, name, axes, index)
@@ -141,9 +141,8 @@ def spanned(
 ) -> Subspace:
     """`gl.subspaces.spanned(model, ("resid_post", 3), probe.weights)`: the span of vectors of yours, [d] or [some, d].
 
-    Vectors that depend on one another give fewer dimensions. axes, index and errors: as of `pca`; InputError for vectors of another
-    width than the point's.
-    """
+    Vectors that depend on one another give fewer dimensions. axes, index and errors: as of `pca`; InputError for vectors of
+    another width than the point's."""
     frame = Frame.of(model, name, axes, index)
     rows, d = directions.reshape(-1, directions.shape[-1]), frame.width(model)
     if rows.shape[1] != d:
@@ -158,7 +157,9 @@ def numbered(labels: Labels, rows: int) -> tuple[Int[Tensor, " row"], list[Any]]
         raise InputError(f"There are {len(given)} labels and {rows} rows: give one for each.")
     classes = sorted(set(given), key=lambda one: (str(type(one)), one))
     if len(classes) < 2:
-        raise InputError(f"All labels are {classes[0]!r}: two classes at least are told apart." if classes else "No labels.")
+        raise InputError(
+            f"All labels are {classes[0]!r}: two classes at least are told apart." if classes else "No labels."
+        )
     return torch.tensor([classes.index(one) for one in given]), classes
 
 
@@ -167,9 +168,7 @@ def _check_rank(rank: int, most: int, what: str, least: int = 1) -> None:
         raise InputError(f"rank={rank}: {what} {most} dimensions: give {least} to {most}.")
 
 
-def _samples(
-    model: HookedModel, input: Input, frame: Frame, pos: Positions
-) -> Float[Tensor, "row sample d"]:
+def _samples(model: HookedModel, input: Input, frame: Frame, pos: Positions) -> Float[Tensor, "row sample d"]:
     """The vectors of each row, in float64."""
     found = vectors(model, inputs.ready(model, input), frame, pos)
     return found.flatten(1, 2).double()
@@ -188,8 +187,5 @@ def _by_class(
     return means, rest.mT @ rest / max(1, len(rest) - len(classes)), facts
 
 
-def _made(
-    model: HookedModel, frame: Frame, basis: Tensor, pos: Positions, facts: dict[str, Any]
-) -> Subspace:
-    where = int(pos) if is_whole(pos) else None
-    return Subspace(frame, basis.to(model.cfg.dtype), where, {"model": model.cfg.model_name, **facts})
+def _made(model: HookedModel, frame: Frame, basis: Tensor, pos: Positions, facts: dict[str, Any]) -> Subspace:
+    return Subspace(frame, basis.to(model.cfg.dtype), one_place(pos), {"model": model.cfg.model_name, **facts})

@@ -34,7 +34,9 @@ from gatedlens.runs.vectors import Frame
 
 @dataclass(frozen=True, eq=False)
 class Interchange:
-    """`source` [batch, some, other, d]: what each row's source run held, `some` counting its positions; `pos`: where in the base."""
+    """`source` [batch, some, other, d]: what each row's source run held, `some` counting its positions; `pos`: where in the
+    base.
+    """
 
     frame: Frame
     basis: Float[Tensor, "rank d"]
@@ -50,7 +52,9 @@ class Interchange:
     def _repr_html_(self) -> str:
         rank, d = self.basis.shape
         facts = {"rank": f"{rank} of {d}", "rows": len(self.source), "pos": self._said(), "scale": self.scale}
-        return card(f"Interchange: {self.frame.said}", {**facts, **{k: v for k, v in self.facts.items() if k != "rows"}})
+        return card(
+            f"Interchange: {self.frame.said}", {**facts, **{k: v for k, v in self.facts.items() if k != "rows"}}
+        )
 
     def _said(self) -> str:
         return str(self.pos.tolist()) if isinstance(self.pos, Tensor) else "all" if self.pos is None else str(self.pos)
@@ -78,7 +82,9 @@ class Interchange:
         """`change.move(v, row, nth)`: scale P (source - v), of vectors v of some rows at their nth positions."""
         rows, some, other, d = self.source.shape
         if v.shape[1:] != (other, d):
-            raise InputError(f"The source's vectors of {self.frame.said} are {[other, d]}, those of this run {list(v.shape[1:])}.")
+            raise InputError(
+                f"The source's vectors of {self.frame.said} are {[other, d]}, those of this run {list(v.shape[1:])}."
+            )
         most, last = int(row.max()) + 1, int(nth.max()) + 1
         if most > rows > 1 or last > some > 1:
             raise InputError(
@@ -95,7 +101,7 @@ class Interchange:
     @checked
     def save(self, path: str | Path) -> Path:
         """`change.save("change.safetensors")`: write it; returns the path. InputError for positions that JSON cannot hold."""
-        pos = self.pos.tolist() if isinstance(self.pos, Tensor) else self.pos
+        pos: object = self.pos.tolist() if isinstance(self.pos, Tensor) else self.pos
         if isinstance(pos, slice):
             pos = {"slice": [pos.start, pos.stop, pos.step]}
         elif isinstance(pos, range):

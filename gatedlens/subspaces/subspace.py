@@ -87,7 +87,9 @@ class Subspace:
     def coordinates(self, x: Float[Tensor, "*any d"]) -> Float[Tensor, "*any rank"]:
         """`s.coordinates(x)`: x basis^T, [..., rank]. InputError for vectors of another width."""
         if x.shape[-1] != self.d:
-            raise InputError(f"These vectors have {x.shape[-1]} numbers; the subspace of {self.frame.said} is of {self.d}.")
+            raise InputError(
+                f"These vectors have {x.shape[-1]} numbers; the subspace of {self.frame.said} is of {self.d}."
+            )
         return x @ self.basis.to(x).mT
 
     def project(self, x: Float[Tensor, "*any d"]) -> Float[Tensor, "*any d"]:
@@ -121,7 +123,9 @@ class Subspace:
             return NotImplemented
         if other.frame != self.frame:
             raise InputError(f"{self!r} and {other!r} are of two places; they span no subspace together.")
-        return replace(self, basis=orthonormal(torch.cat([self.basis, other.basis.to(self.basis)])), facts=_kept(self.facts))
+        return replace(
+            self, basis=orthonormal(torch.cat([self.basis, other.basis.to(self.basis)])), facts=_kept(self.facts)
+        )
 
     # -- on a model ----------------------------------------------------------------------------------------------
 
@@ -140,9 +144,9 @@ class Subspace:
     ) -> Interchange:
         """`s.interchange(model, source, pos=-1)`: an Interchange: base + scale P (source - base) at `pos` of a base run.
 
-        source: the source run's input, a row for each of the base's, or one for all. pos: where in the base run; source_pos: where
-        in the source (None: as pos), as many in each row. Positions count real tokens; None: all of them. PointError, InputError:
-        as of `check`, and for a position that a row lacks.
+        source: the source run's input, a row for each of the base's, or one for all. pos: where in the base run; source_pos:
+        where in the source (None: as pos), as many in each row. Positions count real tokens; None: all of them. PointError,
+        InputError: as of `check`, and for a position that a row lacks.
 
         Source: Geiger et al. 2021 (Causal abstractions of neural networks, arXiv 2106.02997).
         """
@@ -160,14 +164,15 @@ class Subspace:
         rows: Bool[Tensor, " batch"] | None = None,
         scale: int | float = 1.0,
     ) -> Intervention:
-        """`s.ablate(pos=-1)`: x - scale P (x - to) at `pos`: its component removed, or made that of the vector `to` (a mean, say).
+        """`s.ablate(pos=-1)`: x - scale P (x - to) at `pos`: its component removed, or made that of the vector `to` (a mean,
+        say).
 
-        pos: real positions, None for all (a state: one of each row). rows: True for the rows that are meant (None: all). While the
-        model runs: InputError for rows that do not match it, and for positions that do not exist.
-        """
+        pos: real positions, None for all (a state: one of each row). rows: True for the rows that are meant (None: all).
+        While the model runs: InputError for rows that do not match it, and for positions that do not exist."""
         toward = torch.zeros(self.d) if to is None else to
         if toward.shape[-1] != self.d:
             raise InputError(f"to has {toward.shape[-1]} numbers; the subspace of {self.frame.said} is of {self.d}.")
+
         def move(v: Tensor, row: Tensor, nth: Tensor) -> Tensor:
             return scale * self.project(toward.to(v) - v)
 

@@ -1,7 +1,7 @@
 """Scores of interchanges: how often the base run then gives the source's answer; over layers and positions, with controls.
 
     gl.subspaces.score(model, {"learned": s, "random": s.random()}, base, source, answers)           # measure x subspace
-    gl.subspaces.sweep(model, base, source, answers, "blocks.*.hook_resid_post", pos=[5, -1])        # measure x subspace x layer x pos
+    gl.subspaces.sweep(model, base, source, answers, "blocks.*.hook_resid_post", pos=[5, -1])        # ... x layer x pos
 
 The base run is known, so what an interchange puts there is known before: each is a cell of `runs/engine.py`. What a fit finds
 without knowing anything, the method finds: so controls stand beside, fitted and scored in the same way on the same pairs.
@@ -19,8 +19,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from gatedlens.address.entries import Index
-from gatedlens.address.names import Name
-from gatedlens.address.positions import Positions, mask_of
+from gatedlens.address.names import Name, listed
+from gatedlens.address.positions import Positions
 from gatedlens.errors import InputError, PointError, did_you_mean
 from gatedlens.metrics import AtPosition, Tokens
 from gatedlens.model.base import HookedModel
@@ -62,10 +62,11 @@ def score(
 ) -> Result:
     """`gl.subspaces.score(model, {"learned": s, "random": s.random()}, base, source, answers)`: a Result, measure x subspace.
 
-    Measures: the interchange accuracy (the share of pairs whose base run, with the source's component, gives the answer), the ends of
-    its 95 % interval (bootstrap over pairs), and the mean log probability of the answer in nats. base, source, answers: as of
-    `gl.subspaces.das`. pos: where the interchange is; None: where each subspace was fitted. `facts` hold the base run's own accuracy
-    ("baseline"). Errors: as of `das`; InputError for a subspace that was fitted at no one position, without pos.
+    Measures: the interchange accuracy (the share of pairs whose base run, with the source's component, gives the answer), the
+    ends of its 95 % interval (bootstrap over pairs), and the mean log probability of the answer in nats. base, source,
+    answers: as of `gl.subspaces.das`. pos: where the interchange is; None: where each subspace was fitted. `facts` hold the
+    base run's own accuracy ("baseline"). Errors: as of `das`; InputError for a subspace that was fitted at no one position,
+    without pos.
 
     Source: Geiger et al. 2021 (arXiv 2106.02997).
     """
@@ -112,11 +113,12 @@ def sweep(
     layer x pos: a subspace fitted in each place, scored on pairs that it has not seen, with controls beside it.
 
     names: points, one a layer. pos: positions, or a dict of label -> positions (a tensor [batch]: one a row). fit: "das", "pca",
-    "mean_difference", "lda" (between answers, by the source runs), or "whole" (all of the point, plain patching). controls: "random" (a
-    random subspace of this rank), "start" (the rotation that training starts from), "shuffled" (fitted to the answers in random order,
-    and scored by these). untrained: a model that has learnt nothing, `gl.subspaces.untrained(model)`, on which it is fitted and
-    scored, too. held_out: the share of pairs that it is scored on. folder: where fits of "das" are kept, and taken up. Measures and
-    all else: as of `score` and `das`. InputError for another fit or control, several points of one layer, and too few pairs.
+    "mean_difference", "lda" (between answers, by the source runs), or "whole" (all of the point, plain patching). controls:
+    "random" (a random subspace of this rank), "start" (the rotation that training starts from), "shuffled" (fitted to the
+    answers in random order, and scored by these). untrained: a model that has learnt nothing,
+    `gl.subspaces.untrained(model)`, on which it is fitted and scored, too. held_out: the share of pairs that it is scored on.
+    folder: where fits of "das" are kept, and taken up. Measures and all else: as of `score` and `das`. InputError for another
+    fit or control, several points of one layer, and too few pairs.
 
     Source: Geiger et al. 2024 (arXiv 2303.02536); controls: Arora et al. 2024 (CausalGym, arXiv 2402.12560).
     """
@@ -130,10 +132,17 @@ def sweep(
     columns = _columns(pos)
     training = Training(rank, epochs, batch_size, float(lr), seed)
     pairs = Pairs.of(model, base, source, answers, held_out, seed)
-    kept = [one for one in controls if (fit == "das" or one == "random") or (one == "shuffled" and fit in ("mean_difference", "lda"))]
+    kept = [
+        one
+        for one in controls
+        if (fit == "das" or one == "random") or (one == "shuffled" and fit in ("mean_difference", "lda"))
+    ]
     kept = [] if fit == "whole" else kept
     layout = Layout(
-        ("layer", "pos"), {"layer": list(frames), "pos": list(columns)}, (len(frames), len(columns)), f"Interchanges, {fit}"
+        ("layer", "pos"),
+        {"layer": list(frames), "pos": list(columns)},
+        (len(frames), len(columns)),
+        f"Interchanges, {fit}",
     )
     work = Work(fit, training, frames, columns, read, Path(folder) if folder is not None else None, progress)
     found: dict[str, Result] = {fit: work.run(model, pairs, layout, fit)}
@@ -144,7 +153,9 @@ def sweep(
     values = torch.stack([one.values for one in found.values()], dim=1)
     facts = {**first.facts, "rank": rank, "fit": fit, "held_out": held_out, "seed": seed, "pairs": len(pairs.train)}
     labels = {"measure": MEASURES, "subspace": list(found), **layout.labels}
-    return Result(values, ("measure", "subspace", *layout.axes), labels, f"Interchanges of subspaces, {fit}", ACCURACY, facts)
+    return Result(
+        values, ("measure", "subspace", *layout.axes), labels, f"Interchanges of subspaces, {fit}", ACCURACY, facts
+    )
 
 
 # -- places and pairs -----------------------------------------------------------------------------------------------
@@ -189,7 +200,9 @@ class Pairs:
         order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
         n = round(rows * held_out)
         if not 0 < n < rows:
-            raise InputError(f"held_out={held_out} of {rows} pairs leaves {rows - n} to fit to and {n} to score on: give more pairs.")
+            raise InputError(
+                f"held_out={held_out} of {rows} pairs leaves {rows - n} to fit to and {n} to score on: give more pairs."
+            )
         return Pairs(ready, other, answers_of(answers, rows, model), order[n:].sort().values, order[:n].sort().values)
 
     def shuffled(self, seed: int) -> Pairs:
@@ -219,10 +232,11 @@ class Work:
                 made = self._fitted(model, pairs, frame, pos, what, file)
                 test = some_of(pos, pairs.test)
                 places.append(Place((i, j), made, test, test))
-        some = [rows_of(batch, pairs.test.to(batch.value.device)) for batch in (pairs.base, pairs.source)]
+        base, source = (rows_of(batch, pairs.test.to(batch.value.device)) for batch in (pairs.base, pairs.source))
         effort = Effort(progress=self.progress)
         read = some_of(self.read, pairs.test)
-        return scored(model, places, layout, *some, pairs.answers[pairs.test.to(pairs.answers.device)], read, effort)
+        answers = pairs.answers[pairs.test.to(pairs.answers.device)]
+        return scored(model, places, layout, base, source, answers, read, effort)
 
     def _fitted(self, model: HookedModel, pairs: Pairs, frame: Frame, pos: Positions, what: str, file: str) -> Subspace:
         rows, where = pairs.train, some_of(pos, pairs.train)
@@ -251,8 +265,6 @@ def _frames(
 ) -> dict[int | str, Frame]:
     """The points of a sweep by layer."""
     found: dict[int | str, Frame] = {}
-    from gatedlens.address.names import listed
-
     for name in listed(names):
         for hit in model.names.hooked(name):
             if hit.view is not None:
@@ -294,12 +306,17 @@ def scored(
     read: Positions,
     effort: Effort,
 ) -> Result:
-    """`scored(model, places, layout, base, source, answers, read, effort)`: the measures of each interchange, measure in front."""
+    """`scored(model, places, layout, base, source, answers, read, effort)`: the measures of each interchange, measure in
+    front.
+    """
     run, other = Baseline(model, base), inputs.ready(model, source)
     tokens = answers_of(answers, run.rows, model).to(run.given.value.device)
     if len(other.value) not in (1, run.rows):
         raise InputError(f"There are {run.rows} bases and {len(other.value)} sources: give a source for each base.")
-    cells = tuple(Cell(one.place, _edits(run, one, held)) for one, held in zip(places, _held(model, run, other, places), strict=True))
+    cells = tuple(
+        Cell(one.place, _edits(run, one, held))
+        for one, held in zip(places, _held(model, run, other, places), strict=True)
+    )
     plan = Plan(layout.axes, dict(layout.labels), layout.sizes, cells, layout.title)
 
     def right(logits: Tensor) -> Tensor:
@@ -312,7 +329,11 @@ def scored(
     meter = Meter(metrics, "none", run.rows)
     changing = run.prepare(plan.cells)
     low = meter(run.logits, "In the base run")
-    facts = {"model": model.cfg.model_name, "points": list(dict.fromkeys(one.subspace.name for one in places)), "batch": run.rows}
+    facts = {
+        "model": model.cfg.model_name,
+        "points": list(dict.fromkeys(one.subspace.name for one in places)),
+        "batch": run.rows,
+    }
     question = Question(plan, meter, lambda cell, value: value, ACCURACY, "interchanged", facts, by_row=True)
     rows = answer(question, [run], changing, low, effort).values
     accuracy, log = rows[0], rows[1].mean(-1)
@@ -333,7 +354,10 @@ def _held(model: HookedModel, run: Baseline, other: Batch, places: Sequence[Plac
     names = list(dict.fromkeys(one.subspace.name for one in places))
     _, store = model.run_with_cache(run.batch, names_filter=names, **run.options)
     bases = {name: run.by_number(store[name], model.names.points[name].dims) for name in names}
-    return [(bases[one.subspace.name], vectors(model, other, one.subspace.frame, one.source_pos, what="source_pos")) for one in places]
+    return [
+        (bases[one.subspace.name], vectors(model, other, one.subspace.frame, one.source_pos, what="source_pos"))
+        for one in places
+    ]
 
 
 def _edits(run: Baseline, one: Place, held: tuple[Tensor, Tensor]) -> tuple[PutByRow, ...]:
@@ -341,7 +365,9 @@ def _edits(run: Baseline, one: Place, held: tuple[Tensor, Tensor]) -> tuple[PutB
     (x, source), model, subspace = held, run.model, one.subspace
     point = model.names.points[subspace.name]
     if "pos" not in point.dims:
-        raise PointError(f"{subspace.name} ({point.axes}) has no positions, so its interchange is no cell: use `interchange`.")
+        raise PointError(
+            f"{subspace.name} ({point.axes}) has no positions, so its interchange is no cell: use `interchange`."
+        )
     where = run.padding.pack(chosen(one.pos, inputs.real(model, run.given), point))
     flat = by_place(x, point).clone()
     row, at = where.to(flat.device).nonzero(as_tuple=True)

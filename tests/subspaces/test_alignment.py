@@ -1,4 +1,6 @@
-"""DAS: the same subspace as TransformerLens's fit_das, the same numbers twice and after a stop, at states too; fixed directions."""
+"""DAS: the same subspace as TransformerLens's fit_das, the same numbers twice and after a stop, at states too; fixed
+directions.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,8 @@ def test_at_a_state_it_is_the_equation(name):
     assert torch.allclose(made.basis.mT @ made.basis, want @ want.mT, atol=1e-6)
 
 
-def test_twice_the_same_and_again_after_a_stop(lm, tmp_path):
+def test_twice_the_same_and_again_after_a_stop(tmp_path):
+    lm = gl.HookedMamba2.tiny(seed=0, dtype=torch.float64)
     base, source, answers = pairs(lm)
     options = {"rank": 2, "seed": 1, "batch_size": 4, "progress": False, "pos": 2}
     whole = subspaces.das(lm, base, source, answers, RESID, epochs=4, **options)
@@ -101,7 +104,9 @@ def test_padded_pairs_are_fitted_as_they_are_alone():
     alone = [
         F.cross_entropy(lm.run_with_hooks(row[None], fwd_hooks=change.hooks(lm))[:, -1], answer[None]).item()
         for row, other, answer in zip(rows, others, answers, strict=True)
-        for change in [subspaces.das(lm, row[None], other[None], answer, RESID, -2, epochs=0).interchange(lm, other[None], -2)]
+        for change in [
+            subspaces.das(lm, row[None], other[None], answer, RESID, -2, epochs=0).interchange(lm, other[None], -2)
+        ]
     ]
     one = subspaces.das(lm, padded(rows, "left"), padded(others, "left"), answers, RESID, -2, epochs=1, progress=False)
     assert one.facts["losses"][0] == pytest.approx(sum(alone) / 3, rel=1e-6)
@@ -109,7 +114,7 @@ def test_padded_pairs_are_fitted_as_they_are_alone():
 
 def test_fixed_directions_are_their_formulas(recall_model):
     tokens = gl.tasks.recall(40, seed=1).tokens
-    labels = [word for word in "aabcaabbcc" * 4]
+    labels = list("aabcaabbcc" * 4)
     x = recall_model.run_with_cache(tokens, names_filter=RESID)[1][RESID][:, 3].double()
     first = subspaces.pca(recall_model, tokens, RESID, 3, pos=3)
     values, vectors = torch.linalg.eigh(torch.cov(x.mT))
@@ -142,12 +147,16 @@ def test_the_sweep_scores_what_the_interventions_do(recall_model, tmp_path):
     assert found.axes == ("measure", "subspace", "layer", "pos")
     assert found["subspace"] == ["das", "random", "start", "shuffled"] and found["pos"] == ["value", "last"]
     assert len(list(tmp_path.iterdir())) == 8  # of das and of shuffled answers, by layer and position
-    whole = subspaces.sweep(recall_model, batch.tokens, other.tokens, other.answers, names, [-1], fit="whole", progress=False)
+    whole = subspaces.sweep(
+        recall_model, batch.tokens, other.tokens, other.answers, names, [-1], fit="whole", progress=False
+    )
     assert whole.at(measure="interchange accuracy", layer=1).values.tolist() == [[1.0]]
     for name in ("blocks.0.hook_resid_post", "blocks.0.mixer.hook_state"):
         for where in (-2, batch.answer_pos, slice(-3, None) if "resid" in name else 4):
             some = subspaces.random(recall_model, name, 20)
-            cells = subspaces.score(recall_model, {"it": some}, batch.tokens, other.tokens, other.answers, where, progress=False)
+            cells = subspaces.score(
+                recall_model, {"it": some}, batch.tokens, other.tokens, other.answers, where, progress=False
+            )
             with some.interchange(recall_model, other.tokens, where).on(recall_model), torch.no_grad():
                 logits = recall_model(batch.tokens)[:, -1].log_softmax(-1)
             want = (logits.argmax(-1) == other.answers).float().mean(), logits.gather(1, other.answers[:, None]).mean()
