@@ -32,6 +32,7 @@ FLOORS = (
     {"loading", "runs"},
     {
         "ablation", "knockout", "states", "tracing", "lens", "patching", "circuits", "attribution", "store", "steering",
+        "subspaces", "probes",
         "profiles", "tasks", "data", "layers", "inspection",
         "verification",
     },

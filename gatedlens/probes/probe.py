@@ -70,9 +70,14 @@ class Probe:
     def directions(self) -> Float[Tensor, "rank d"]:
         """An orthonormal basis of what it reads along: the span of the weights, of classes less their mean."""
         rows = self.weights.double()
-        rows = rows - rows.mean(0) if len(rows) > 1 else rows
-        _, sizes, basis = torch.linalg.svd(rows, full_matrices=False)
-        return basis[sizes > 1e-9 * sizes[:1].clamp(min=1e-300)]
+        return spanned(rows - rows.mean(0) if len(rows) > 1 else rows)
+
+    @property
+    def mean_directions(self) -> Float[Tensor, "rank d"]:
+        """An orthonormal basis of what differs between classes on average: the span of their means, less the mean of these."""
+        if self.classes is None:
+            raise InputError("This probe is a regression: it has no classes whose means span anything.")
+        return spanned(self.means - self.means.mean(0))
 
     def __repr__(self) -> str:
         what = "a regression" if self.classes is None else f"{len(self.classes)} classes"
@@ -159,20 +164,28 @@ class Probe:
         self,
         pos: Positions = None,
         to: Float[Tensor, " d"] | None = None,
+        along: str = "weights",
         labels: Labels | None = None,
         of: Label = None,
         scale: int | float = 1.0,
     ) -> Intervention:
-        """`probe.ablate(pos=-1, labels=labels, of="sink")`: x - scale P (x - to), P onto what the probe reads along.
+        """`probe.ablate(pos=-1, along="means", labels=labels, of="sink")`: x - scale P (x - to).
+
+        along: what P projects onto: "weights", what the probe reads along (`directions`), or "means", what differs between the
+        classes on average (`mean_directions`). Other numbers may say what the weights read, so the model may go on reading it;
+        without the means' span no linear map tells the classes' means apart.
 
         pos: real positions, None for all (a state: one of each row). to: None for the mean of what it was fitted to; zeros,
         or a class's mean (`probe.means[0]`). labels, of: only in rows whose label is `of`; labels [batch], or [batch, pos]
         for single tokens (pos=None then). InputError for a class that there is not, and while the model runs for labels of
         another number of rows.
 
-        Source: Ravfogel et al. 2020 (Null it out, arXiv 2004.07667).
+        Source: Ravfogel et al. 2020 (Null it out, arXiv 2004.07667); Belrose et al. 2023 (LEACE, arXiv 2306.03819).
         """
-        basis, toward = self.directions, self.mean if to is None else to
+        if along not in ("weights", "means"):
+            raise InputError(f"along={along!r}: it is 'weights' or 'means'.{did_you_mean(along, ('weights', 'means'))}")
+        basis = self.directions if along == "weights" else self.mean_directions
+        toward = self.mean if to is None else to
         if toward.shape[-1] != basis.shape[1]:
             raise InputError(
                 f"to has {toward.shape[-1]} numbers; the probe of {self.frame.said} reads {basis.shape[1]}."
@@ -181,11 +194,12 @@ class Probe:
         def away(v: Tensor) -> Tensor:
             return (toward.to(v) - v) @ basis.to(v).mT @ basis.to(v)
 
-        def along(v: Tensor) -> Tensor:
+        def elsewhere(v: Tensor) -> Tensor:
             assert self.other is not None
-            return (toward.to(v) - v) @ self.other.to(v).mT @ self.other.to(v)
+            other = self.other[: len(basis)].to(v)
+            return (toward.to(v) - v) @ other.mT @ other
 
-        move = away if self.other is None else lambda v: as_far(along(v), away(v))
+        move = away if self.other is None else lambda v: as_far(elsewhere(v), away(v))
         return self._moved(lambda v: scale * move(v), pos, labels, of)
 
     @checked
@@ -223,6 +237,7 @@ class Probe:
         """
         generator = torch.Generator().manual_seed(seed)
         rank, d = self.directions.shape
+        rank = rank if self.classes is None else max(rank, len(self.mean_directions))
         basis = torch.linalg.qr(torch.randn(d, rank, generator=generator, dtype=torch.float64)).Q.mT
         return replace(self, other=basis)
 
@@ -256,6 +271,12 @@ class Probe:
             frame_of(fields), linear, tensors["mean"], tensors["means"], classes, fields.word("kind"), pos,
             dict(fields.fields("facts")), tensors.get("other"),
         )  # fmt: skip
+
+
+def spanned(rows: Float[Tensor, "some d"]) -> Float[Tensor, "rank d"]:
+    """`spanned(rows)`: an orthonormal basis of the span of some vectors."""
+    _, sizes, basis = torch.linalg.svd(rows, full_matrices=False)
+    return basis[sizes > 1e-9 * sizes[:1].clamp(min=1e-300)]
 
 
 def as_far(move: Float[Tensor, "*any d"], reference: Float[Tensor, "*any d"]) -> Float[Tensor, "*any d"]:

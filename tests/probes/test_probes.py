@@ -149,6 +149,11 @@ def test_ablations_are_what_they_say(model):
         want = was.clone()
         want[:, 3] = was[:, 3] - (was[:, 3] - probe.mean) @ P
         assert torch.allclose(after(probe.ablate(3)), want, **CLOSE)
+        mean = probe.means.mean(0)
+        M = (probe.means - mean)[:1].mT / (probe.means - mean)[0].norm()
+        other = was.clone()
+        other[:, 3] = was[:, 3] - (was[:, 3] - probe.mean) @ (M @ M.mT)
+        assert torch.allclose(after(probe.ablate(3, along="means")), other, **CLOSE)
         only = torch.where(torch.tensor([True, False, True, False])[:, None, None], want, was)
         assert torch.allclose(after(probe.ablate(3, labels=labels, of="sink")), only, **CLOSE)
         tokens = torch.zeros(was.shape[:2], dtype=torch.long)
@@ -229,6 +234,7 @@ def test_errors_name_what_is_wrong(recall_model, moby_model, cache, batch):
         (lambda: probe.test(theirs, batch.answers), gl.InputError, r"of gatedlens/mamba-recall, 64 numbers; these are of gatedl"),
         (lambda: probe.predict(torch.zeros(2, 3)), gl.InputError, r"reads \[entry, 64\]"),
         (lambda: probe.ablate(labels=batch.answers, of=0), gl.InputError, "no label is that"),
+        (lambda: probe.ablate(along="mean"), gl.InputError, "Did you mean 'means'"),
         (lambda: probe.ablate(of=1), gl.InputError, "give labels, too"),
         (lambda: probe.remove_mean(99), gl.InputError, "99 is no class of this probe"),
         (lambda: probes.matched_rows([1, 1, 0], 1), gl.InputError, "too few to draw"),
