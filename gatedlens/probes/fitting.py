@@ -56,6 +56,8 @@ class Recipe:
             )
         if not self.penalty > 0:
             raise InputError(f"penalty={self.penalty}: it is more than 0.")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed={self.seed}: give 0 to {2**32 - 1}.")
         if not 0 < self.held_out < 1:
             raise InputError(
                 f"held_out={self.held_out}: it is the share of rows to test on, more than 0 and less than 1."

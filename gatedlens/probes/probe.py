@@ -32,7 +32,7 @@ from gatedlens.probes.samples import Labels, Samples, Source, labelled
 from gatedlens.result.result import Result
 from gatedlens.runs.movement import Movement
 from gatedlens.runs.saved import frame_of, read_saved, write_saved
-from gatedlens.runs.vectors import Frame
+from gatedlens.runs.vectors import Frame, each_label
 
 if TYPE_CHECKING:
     Label: TypeAlias = Hashable
@@ -95,6 +95,7 @@ class Probe:
 
     # -- reading -------------------------------------------------------------------------------------------------
 
+    @checked
     def predict(self, x: Float[Tensor, "entry d"]) -> list[Any]:
         """`probe.predict(x)`: the class (number) of each vector. InputError for vectors of another width."""
         width = self.weights.shape[1]
@@ -186,9 +187,9 @@ class Probe:
             raise InputError(f"along={along!r}: it is 'weights' or 'means'.{did_you_mean(along, ('weights', 'means'))}")
         basis = self.directions if along == "weights" else self.mean_directions
         toward = self.mean if to is None else to
-        if toward.shape[-1] != basis.shape[1]:
+        if tuple(toward.shape) != basis.shape[1:]:
             raise InputError(
-                f"to has {toward.shape[-1]} numbers; the probe of {self.frame.said} reads {basis.shape[1]}."
+                f"to has the shape {list(toward.shape)}; the probe of {self.frame.said} reads {basis.shape[1]} numbers."
             )
 
         def away(v: Tensor) -> Tensor:
@@ -287,7 +288,7 @@ def as_far(move: Float[Tensor, "*any d"], reference: Float[Tensor, "*any d"]) ->
 
 def rows_of_class(labels: Labels, of: Any) -> Bool[Tensor, "*place"]:
     """`rows_of_class(labels, "sink")`: True where the label is `of`; InputError where none is."""
-    each = labels.flatten().tolist() if isinstance(labels, Tensor) else list(labels)
+    each = each_label(labels)
     marked = torch.tensor([one == of for one in each], dtype=torch.bool)
     marked = marked.reshape(labels.shape) if isinstance(labels, Tensor) else marked
     if not bool(marked.any()):

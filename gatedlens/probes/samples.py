@@ -22,7 +22,7 @@ from gatedlens.address.positions import Positions, mask_of
 from gatedlens.errors import InputError, PointError
 from gatedlens.model.cache import ActivationCache
 from gatedlens.options import is_whole
-from gatedlens.runs.vectors import Frame, chosen, of_cache
+from gatedlens.runs.vectors import Frame, chosen, each_label, of_cache
 
 
 @runtime_checkable
@@ -150,7 +150,7 @@ def labelled(labels: Labels, samples: Samples, what: str = "labels") -> list[Any
 
     labels: one a row, one an entry, or of a cache [batch, pos], laid out as the input. InputError for another number.
     """
-    given = labels if isinstance(labels, Tensor) else list(labels)
+    each, given = each_label(labels, what), labels
     if isinstance(given, Tensor) and given.ndim == 2:
         if samples.mask is None or tuple(given.shape) != tuple(samples.mask.shape):
             there = "a store's entries" if samples.mask is None else f"positions {list(samples.mask.shape)}"
@@ -159,7 +159,6 @@ def labelled(labels: Labels, samples: Samples, what: str = "labels") -> list[Any
         return found
     if isinstance(given, Tensor) and given.ndim != 1:
         raise InputError(f"{what} have the shape {list(given.shape)}: give one a row, or [batch, pos].")
-    each: list[Any] = given.tolist() if isinstance(given, Tensor) else given
     if len(each) == samples.rows:
         return [each[int(row)] for row in samples.row]
     if len(each) == len(samples.row):

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -29,7 +30,7 @@ from gatedlens.errors import InputError, PointError
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Batch
 from gatedlens.model.cache import ActivationCache
-from gatedlens.options import is_whole
+from gatedlens.options import is_many, is_whole
 from gatedlens.runs import inputs
 
 OUTER = ("batch", "pos")
@@ -190,3 +191,18 @@ def rows_of(batch: Batch, rows: slice | Int[Tensor, " some"]) -> Batch:
 def one_place(pos: Positions) -> int | None:
     """`one_place(-1)`: a position that is one number for every row; None for any other."""
     return operator.index(pos) if is_whole(pos) else None  # type: ignore[arg-type]
+
+
+def each_label(labels: Any, what: str = "labels") -> list[Any]:
+    """`each_label(labels)`: labels as a list, those of a tensor or array [batch, pos] row after row; InputError for what is no
+    list.
+    """
+    if isinstance(labels, Tensor | numpy.ndarray):
+        found = labels.reshape(-1).tolist()
+    elif is_many(labels) and not isinstance(labels, str | Mapping):
+        found = list(labels)
+    else:
+        found = None
+    if found is None or getattr(labels, "ndim", 1) == 0:
+        raise InputError(f"{what}={labels!r:.80}: give a list, or a tensor, with one for each row.")
+    return found

@@ -95,7 +95,7 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for option, least in (("rank", 1), ("epochs", 0), ("batch_size", 1)):
+        for option, least in (("rank", 1), ("epochs", 0), ("batch_size", 1), ("seed", 0)):
             if getattr(self, option) < least:
                 raise InputError(f"{option}={getattr(self, option)}: give {least} or more.")
         if not self.lr > 0:

@@ -26,7 +26,7 @@ from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
 from gatedlens.options import checked
 from gatedlens.runs import inputs
-from gatedlens.runs.vectors import Frame, one_place, vectors
+from gatedlens.runs.vectors import Frame, each_label, one_place, vectors
 from gatedlens.subspaces.subspace import Subspace, orthonormal
 
 # A label a row. For editors and type checkers: whoever passes something else gets the error of `numbered`.
@@ -144,15 +144,18 @@ def spanned(
     Vectors that depend on one another give fewer dimensions. axes, index and errors: as of `pca`; InputError for vectors of
     another width than the point's."""
     frame = Frame.of(model, name, axes, index)
-    rows, d = directions.reshape(-1, directions.shape[-1]), frame.width(model)
-    if rows.shape[1] != d:
-        raise InputError(f"The directions have {rows.shape[1]} numbers; a vector of {frame.said} has {d}.")
+    d = frame.width(model)
+    if directions.ndim == 0 or directions.shape[-1] != d:
+        raise InputError(
+            f"The directions have the shape {list(directions.shape)}; a vector of {frame.said} has {d} numbers."
+        )
+    rows = directions.reshape(-1, d)
     return _made(model, frame, orthonormal(rows.double()), pos, {"fit": "given"})
 
 
 def numbered(labels: Labels, rows: int) -> tuple[Int[Tensor, " row"], list[Any]]:
     """`numbered(["a", "b", "a"], 3)`: ([0, 1, 0], ["a", "b"]); InputError for another number of labels, and for one class."""
-    given = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+    given = each_label(labels)
     if len(given) != rows:
         raise InputError(f"There are {len(given)} labels and {rows} rows: give one for each.")
     classes = sorted(set(given), key=lambda one: (str(type(one)), one))

@@ -170,8 +170,10 @@ class Subspace:
         pos: real positions, None for all (a state: one of each row). rows: True for the rows that are meant (None: all).
         While the model runs: InputError for rows that do not match it, and for positions that do not exist."""
         toward = torch.zeros(self.d) if to is None else to
-        if toward.shape[-1] != self.d:
-            raise InputError(f"to has {toward.shape[-1]} numbers; the subspace of {self.frame.said} is of {self.d}.")
+        if tuple(toward.shape) != (self.d,):
+            raise InputError(
+                f"to has the shape {list(toward.shape)}; the subspace of {self.frame.said} is of {self.d}."
+            )
 
         def move(v: Tensor, row: Tensor, nth: Tensor) -> Tensor:
             return scale * self.project(toward.to(v) - v)

@@ -70,9 +70,9 @@ def score(
 
     Source: Geiger et al. 2021 (arXiv 2106.02997).
     """
-    named = {"subspace": subspaces} if isinstance(subspaces, Subspace) else dict(subspaces)
-    if not named:
-        raise InputError("There is no subspace to score: give one, or several by name.")
+    named: Any = {"subspace": subspaces} if isinstance(subspaces, Subspace) else subspaces
+    if not isinstance(named, Mapping) or not named or not all(isinstance(one, Subspace) for one in named.values()):
+        raise InputError(f"{named!r:.80}: there is no subspace to score: give one, or a dict of several by name.")
     places = []
     for i, (label, one) in enumerate(named.items()):
         where = one.pos if pos is None else pos
