@@ -28,7 +28,7 @@ from gatedlens.model.hookpoint import Capture, HookPoint
 from gatedlens.model.state import RecurrentState
 from gatedlens.recurrence.delta_states import states_of_delta_rule
 from gatedlens.recurrence.micro_steps import at_step
-from gatedlens.recurrence.scanning import linear_scan
+from gatedlens.recurrence.scanning import at_least_float32, linear_scan
 from gatedlens.runs.vectors import Frame, back, by_place, chosen
 
 Move = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -95,7 +95,7 @@ class Moving:
         mask = self._where(flat, hook)
         row, at = mask.nonzero(as_tuple=True)
         nth = (mask.cumsum(1) - 1)[row, at]
-        by = self.step.move(flat[row, at][:, places], row, nth)
+        by = self.step.move(at_least_float32(flat[row, at][:, places]), row, nth)
         change = torch.zeros_like(flat)
         change[row.unsqueeze(1), at.unsqueeze(1), places.flatten()] = by.flatten(1).to(flat.dtype)
         return change

@@ -34,6 +34,7 @@ from gatedlens.options import is_many, is_whole
 from gatedlens.runs import inputs
 
 OUTER = ("batch", "pos")
+ROWS = 64  # of a run whose activations are read
 
 
 @dataclass(frozen=True)
@@ -155,25 +156,38 @@ def chosen(
 
 
 @torch.no_grad()
+def entries(
+    model: HookedModel, batch: Batch, wanted: Mapping[str, Bool[Tensor, "batch pos"]], batch_size: int = ROWS
+) -> dict[str, Float[Tensor, "place number"]]:
+    """`entries(model, batch, {name: mask})`: what points hold where their mask is True, row after row, all axes flattened.
+
+    Nothing else of an activation is kept: a state of all positions would be large. batch_size: rows of a run.
+    """
+    found: dict[str, list[Tensor]] = {name: [] for name in wanted}
+
+    def keeping(name: str, mask: Tensor) -> Any:
+        return name, lambda x, hook: found[name].append(by_place(x, hook.point)[mask.to(x.device)])
+
+    for start in range(0, len(batch.value), batch_size):
+        some = slice(start, start + batch_size)
+        with model.hooks([keeping(name, mask[some]) for name, mask in wanted.items()]):
+            model(rows_of(batch, some), return_type=None)
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
 def vectors(
-    model: HookedModel, batch: Batch, frame: Frame, pos: Positions, batch_size: int | None = None, what: str = "pos"
+    model: HookedModel, batch: Batch, frame: Frame, pos: Positions, what: str = "pos"
 ) -> Float[Tensor, "batch some other d"]:
     """`vectors(model, batch, frame, pos=-1)`: the vectors of each row at its positions, as many in each row.
 
-    batch_size: rows of a run (None: all at once). InputError where rows have different numbers of positions.
+    InputError where rows have different numbers of positions.
     """
-    point, places, found = model.names.points[frame.name], frame.places(model), []
-    mask = chosen(pos, inputs.real(model, batch), point, what)
+    mask = chosen(pos, inputs.real(model, batch).cpu(), model.names.points[frame.name], what)
     some = mask.sum(1)
     if bool((some != some[0]).any()) or not bool(some.all()):
         raise InputError(f"{what}={pos!r}: every row needs as many positions; they have {some.tolist()}.")
-    for start in range(0, len(batch.value), batch_size or len(batch.value)):
-        part = rows_of(batch, slice(start, start + (batch_size or len(batch.value))))
-        _, store = model.run_with_cache(part, names_filter=frame.name, return_type=None)
-        flat = by_place(store[frame.name], point)
-        here = mask[start : start + len(flat)].to(flat.device)
-        found.append(flat[here][:, places.to(flat.device)].unflatten(0, (len(flat), -1)))
-    return torch.cat(found)
+    flat = entries(model, batch, {frame.name: mask})[frame.name]
+    return flat[:, frame.places(model).to(flat.device)].unflatten(0, (len(mask), -1))
 
 
 def of_cache(cache: ActivationCache, frame: Frame, mask: Bool[Tensor, "batch pos"]) -> Float[Tensor, "entry other d"]:

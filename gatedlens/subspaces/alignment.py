@@ -150,7 +150,7 @@ class Fit:
                 f"There are {len(ready.value)} bases and {len(other.value)} sources: give a source for each base."
             )
         where, what = (pos, "pos") if source_pos is None else (source_pos, "source_pos")
-        found = vectors(model, other, frame, where, 256, what)
+        found = vectors(model, other, frame, where, what)
         return Fit(model, ready, found, tokens.to(found.device), frame, pos, read)
 
     def run(self, training: Training, results: str | Path | None, progress: bool) -> Subspace:
@@ -176,7 +176,7 @@ class Fit:
                     ledger.save(losses)
                 bar.set_postfix(loss=f"{losses[-1]:.3g}")
                 bar.update()
-        basis = torch.linalg.qr(linear.weight.detach().double()).Q.mT.to(self.source)
+        basis = torch.linalg.qr(linear.weight.detach().double()).Q.mT.to(linear.weight)
         facts = {
             "model": model.cfg.model_name, "fit": "das", "losses": losses, "pairs": pairs, "epochs": training.epochs,
             "batch_size": training.batch_size, "lr": training.lr, "seed": training.seed,

@@ -191,4 +191,9 @@ def _by_class(
 
 
 def _made(model: HookedModel, frame: Frame, basis: Tensor, pos: Positions, facts: dict[str, Any]) -> Subspace:
-    return Subspace(frame, basis.to(model.cfg.dtype), one_place(pos), {"model": model.cfg.model_name, **facts})
+    return Subspace(
+        frame,
+        basis.to(torch.promote_types(model.cfg.dtype, torch.float32)),
+        one_place(pos),
+        {"model": model.cfg.model_name, **facts},
+    )

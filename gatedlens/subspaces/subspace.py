@@ -154,7 +154,7 @@ class Subspace:
         batch, where = inputs.ready(model, source), pos if source_pos is None else source_pos
         found = vectors(model, batch, self.frame, where, what="pos" if source_pos is None else "source_pos")
         facts = {"model": model.cfg.model_name, "rows": len(found)}
-        return Interchange(self.frame, self.basis.to(found), found, pos, float(scale), facts)
+        return Interchange(self.frame, self.basis.to(found.device), found, pos, float(scale), facts)
 
     @checked
     def ablate(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gatedlens.address.entries import Index
@@ -26,6 +26,7 @@ from gatedlens.metrics import AtPosition, Tokens
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Batch, Input
 from gatedlens.options import checked
+from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.bootstrap import estimate
 from gatedlens.result.result import Result
 from gatedlens.runs import inputs
@@ -33,7 +34,7 @@ from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.cells import Cell, Plan, PutByRow, layer_of, may_start_within
 from gatedlens.runs.engine import Effort, Question, answer
 from gatedlens.runs.meter import Meter
-from gatedlens.runs.vectors import Frame, back, by_place, chosen, rows_of, vectors
+from gatedlens.runs.vectors import Frame, chosen, entries, rows_of, vectors
 from gatedlens.subspaces.alignment import Fit, Training, answers_of, some_of
 from gatedlens.subspaces.fixed import lda, mean_difference, pca, random
 from gatedlens.subspaces.interchange import Interchange
@@ -313,10 +314,8 @@ def scored(
     tokens = answers_of(answers, run.rows, model).to(run.given.value.device)
     if len(other.value) not in (1, run.rows):
         raise InputError(f"There are {run.rows} bases and {len(other.value)} sources: give a source for each base.")
-    cells = tuple(
-        Cell(one.place, _edits(run, one, held))
-        for one, held in zip(places, _held(model, run, other, places), strict=True)
-    )
+    edits = _edits(run, other, places)
+    cells = tuple(Cell(one.place, edit) for one, edit in zip(places, edits, strict=True))
     plan = Plan(layout.axes, dict(layout.labels), layout.sizes, cells, layout.title)
 
     def right(logits: Tensor) -> Tensor:
@@ -349,56 +348,64 @@ def scored(
     )
 
 
-def _held(model: HookedModel, run: Baseline, other: Batch, places: Sequence[Place]) -> list[tuple[Tensor, Tensor]]:
-    """For each interchange what the base held at its point, as cells see it, and the source's vectors."""
-    names = list(dict.fromkeys(one.subspace.name for one in places))
-    _, store = model.run_with_cache(run.batch, names_filter=names, **run.options)
-    bases = {name: run.by_number(store[name], model.names.points[name].dims) for name in names}
-    return [
-        (bases[one.subspace.name], vectors(model, other, one.subspace.frame, one.source_pos, what="source_pos"))
-        for one in places
-    ]
+def _edits(run: Baseline, other: Batch, places: Sequence[Place]) -> list[tuple[PutByRow, ...]]:
+    """What each interchange puts where."""
+    model, real = run.model, inputs.real(run.model, run.given).cpu()
+    masks = []
+    for one in places:
+        point = model.names.points[one.subspace.name]
+        if "pos" not in point.dims:
+            raise PointError(
+                f"{one.subspace.name} ({point.axes}) has no positions: put it in by `subspace.interchange`."
+            )
+        masks.append(chosen(one.pos, real, point))
+    union: dict[str, Tensor] = {}
+    for one, mask in zip(places, masks, strict=True):
+        union[one.subspace.name] = union.get(one.subspace.name, torch.zeros_like(mask)) | mask
+    held = entries(model, run.given, union)
+    found = []
+    for one, mask in zip(places, masks, strict=True):
+        name = one.subspace.name
+        source = vectors(model, other, one.subspace.frame, one.source_pos, "source_pos")
+        own = held[name][mask[union[name]].to(held[name].device)]
+        found.append(_edit(run, one.subspace, own, source, mask))
+    return found
 
 
-def _edits(run: Baseline, one: Place, held: tuple[Tensor, Tensor]) -> tuple[PutByRow, ...]:
-    """What an interchange puts where: the base's own with the source's component; of a state, in place of its past."""
-    (x, source), model, subspace = held, run.model, one.subspace
-    point = model.names.points[subspace.name]
-    if "pos" not in point.dims:
-        raise PointError(
-            f"{subspace.name} ({point.axes}) has no positions, so its interchange is no cell: use `interchange`."
-        )
-    where = run.padding.pack(chosen(one.pos, inputs.real(model, run.given), point))
-    flat = by_place(x, point).clone()
-    row, at = where.to(flat.device).nonzero(as_tuple=True)
-    nth = (where.to(flat.device).cumsum(1) - 1)[row, at]
-    places = subspace.frame.places(model).to(flat.device)
-    change = Interchange(subspace.frame, subspace.basis, source, one.pos)
-    v = flat[row, at][:, places]
-    new = v + change.move(v, row, nth)
-    flat[row.unsqueeze(1), at.unsqueeze(1), places.flatten()] = new.flatten(1).to(flat.dtype)
+def _edit(
+    run: Baseline,
+    subspace: Subspace,
+    own: Float[Tensor, "place number"],
+    source: Tensor,
+    mask: Bool[Tensor, "batch pos"],
+) -> tuple[PutByRow, ...]:
+    """What the base holds, `own`, with the source's component; of a state, in place of its past."""
+    model, row = run.model, mask.nonzero()[:, 0]
+    point, nth = model.names.points[subspace.name], (mask.cumsum(1) - 1)[mask]
+    places, new = subspace.frame.places(model).to(own.device), own.clone()
+    v = at_least_float32(own[:, places])
+    moved = v + Interchange(subspace.frame, subspace.basis, source).move(v, row, nth)
+    new[:, places.flatten()] = moved.flatten(1).to(own.dtype)
     dim, local = point.dims.index("pos"), run.causal and may_start_within(point.dims, model.cfg.sizes)
-    if not subspace.name.endswith(".hook_state"):
-        return (PutByRow(subspace.name, dim, where, _slim(back(flat, x, point), dim, where), local),)
-    stem = subspace.name.removesuffix("hook_state")
-    forgotten = [name for name in (f"{stem}hook_decay", f"{stem}hook_erase") if name in model.names.points]
-    nothing = {name: model.names.points[name] for name in forgotten}
-    zeros = [
-        PutByRow(name, dim, where, _zeros(run, model, row_point.dims, x), local) for name, row_point in nothing.items()
-    ]
-    return (*zeros, PutByRow(f"{stem}hook_write", dim, where, _slim(back(flat, x, point), dim, where), local))
-
-
-def _zeros(run: Baseline, model: HookedModel, dims: Sequence[str], like: Tensor) -> Tensor:
-    """Nothing, as wide as a point is, without taking memory."""
     sizes = {**model.cfg.sizes, "batch": run.rows, "pos": run.length}
-    return like.new_zeros(()).expand([sizes[dim] for dim in dims])
+    where = run.padding.pack(mask.to(run.given.value.device))
+    whole = _spread(new, where, [sizes[axis] for axis in point.dims], dim)
+    if not subspace.name.endswith(".hook_state"):
+        return (PutByRow(subspace.name, dim, where, whole, local),)
+    stem, nothing = subspace.name.removesuffix("hook_state"), own.new_zeros(())
+    forgotten = [name for name in (f"{stem}hook_decay", f"{stem}hook_erase") if name in model.names.points]
+    rows = {name: [sizes[axis] for axis in model.names.points[name].dims] for name in forgotten}
+    zeros = [PutByRow(name, dim, where, nothing.expand(shape), local) for name, shape in rows.items()]
+    return (*zeros, PutByRow(f"{stem}hook_write", dim, where, whole, local))
 
 
-def _slim(x: Tensor, dim: int, where: Tensor) -> Tensor:
-    """`x` as it is where it is read; of one position a row all positions are that one, which take no memory of their own."""
-    if not bool((where.sum(1) == 1).all()):
-        return x
-    at = where.to(x.device).int().argmax(1)
-    moved = x.movedim(dim, 1)[torch.arange(len(x), device=x.device), at].unsqueeze(1)
-    return moved.expand(-1, x.shape[dim], *moved.shape[2:]).movedim(1, dim)
+def _spread(
+    new: Float[Tensor, "place number"], where: Bool[Tensor, "batch pos"], shape: Sequence[int], dim: int
+) -> Tensor:
+    """What is put at places as an activation of this shape; of one place a row at every position, which takes no memory."""
+    inner = [size for axis, size in enumerate(shape) if axis not in (0, dim)]
+    if bool((where.sum(1) == 1).all()):
+        return new.reshape(shape[0], 1, *inner).expand(-1, shape[dim], *inner).movedim(1, dim)
+    whole = new.new_zeros(shape[0], shape[dim], *inner)
+    whole[where.to(new.device)] = new.reshape(-1, *inner)
+    return whole.movedim(1, dim)

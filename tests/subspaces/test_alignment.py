@@ -183,3 +183,34 @@ def test_errors_name_what_is_wrong(recall_model, tmp_path):
     ):
         with pytest.raises(gl.InputError, match=why):
             call()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_pairs_are_scored_as_they_are_alone(side):
+    lm = gl.HookedMamba2.tiny(seed=0, dtype=torch.float64)
+    rows, others = ([example(lm, 1, n, seed=n + s)[0] for n in (6, 4, 5)] for s in (0, 20))
+    answers, given = torch.tensor([1, 2, 3]), (padded(rows, side), padded(others, side))
+    for name in (RESID, "blocks.1.mixer.hook_state"):
+        some = subspaces.random(lm, name, 4)
+        for hooks in ([], [("blocks.0.hook_mixer_out", lambda x, hook: x * 0.5)]):  # under a user's hook each is a whole run
+            with lm.hooks(hooks), torch.no_grad():
+                found = subspaces.score(lm, some, *given, answers, -2, progress=False).values[:, 0]
+                logits = [
+                    lm.run_with_hooks(row[None], fwd_hooks=some.interchange(lm, other[None], -2).hooks(lm))[0, -1]
+                    for row, other in zip(rows, others, strict=True)
+                ]
+            log = torch.stack(logits).log_softmax(-1)
+            assert found[0] == (log.argmax(-1) == answers).double().mean()
+            assert torch.allclose(found[3], log[torch.arange(3), answers].mean(), rtol=1e-9)
+
+
+def test_classes_of_images(tmp_path):
+    model = gl.HookedViM.tiny(seed=0, dtype=torch.float64)
+    base, source = example(model, 4, seed=1), example(model, 4, seed=2)
+    name = "blocks.0.mixer.bwd.hook_state"
+    made = subspaces.das(model, base, source, [0, 1, 2, 3], name, 3, rank=2, epochs=2, lr=0.1, progress=False)
+    assert made.facts["losses"][1] < made.facts["losses"][0]
+    found = subspaces.score(model, made, base, source, [0, 1, 2, 3], progress=False).values[:, 0]
+    with made.interchange(model, source, 3).on(model), torch.no_grad():
+        log = model(base).log_softmax(-1)
+    assert torch.allclose(found[3], log[torch.arange(4), torch.arange(4)].mean(), rtol=1e-9)

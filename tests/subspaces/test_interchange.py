@@ -9,6 +9,7 @@ import gatedlens as gl
 from gatedlens import subspaces
 from gatedlens.subspaces import Interchange, Subspace
 from tests.helpers import example, padded
+from tests.hooks import test_fla
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-11}
 NAME = "blocks.0.hook_resid_post"
@@ -113,7 +114,8 @@ def test_padded_rows_are_what_they_are_alone(lm, side):
             assert torch.allclose(found[i][mask[i]], alone, **CLOSE), name
 
 
-def test_positions_by_row_other_positions_of_the_source_and_one_row_for_all(lm):
+def test_positions_by_row_other_positions_of_the_source_and_one_row_for_all():
+    lm = gl.HookedMamba2.tiny(seed=0, dtype=torch.float64)
     base, source = example(lm, seed=1), example(lm, seed=2)
     some = whole(lm, NAME)
     for pos, other in ((torch.tensor([2, 4]), torch.tensor([5, 1])), (3, 5)):
@@ -126,7 +128,8 @@ def test_positions_by_row_other_positions_of_the_source_and_one_row_for_all(lm):
     assert torch.allclose(found, patched(lm, NAME, base, source[:1].expand(2, -1), [2, 3]), **CLOSE)
 
 
-def test_it_saves_and_loads_and_adds_up(model, tmp_path):
+def test_it_saves_and_loads_and_adds_up(tmp_path):
+    model = gl.HookedMamba2.tiny(seed=0, dtype=torch.float64)
     base, source = example(model, seed=1), example(model, seed=2)
     some = subspaces.random(model, NAME, 3)
     for pos in (torch.tensor([1, 3]), slice(1, 3)):
@@ -185,3 +188,29 @@ def test_errors_name_what_is_wrong(recall_model):
         Subspace(some.frame, some.basis * 2)
     with pytest.raises(gl.InputError, match="of two places"):
         some + subspaces.random(model, ("resid_post", 1), 2)
+
+
+def test_a_state_behind_several_steps_of_a_position():
+    """Gated DeltaProduct: what is left of a move passes through every step of the positions behind it."""
+    model = test_fla.tiny("gated_deltaproduct of two steps")
+    base, source = example(model, seed=1), example(model, seed=2)
+    for name in states(model):
+        some = subspaces.random(model, name, 3)
+        every = whole(model, name).interchange(model, source, 3)
+        want = patched(model, name, base, source, 3)
+        assert torch.allclose(run(model, base, every), want, **CLOSE)
+        parts = some.complement().interchange(model, source, 3), some.interchange(model, source, 3)
+        assert torch.allclose(run(model, base, *parts), want, **CLOSE)
+
+
+def test_half_precision():
+    """A basis is float32 at least, whatever the model computes in."""
+    model = gl.HookedMamba2.tiny(seed=0, dtype=torch.bfloat16)
+    base, source = example(model, seed=1), example(model, seed=2)
+    for name in (NAME, *states(model)):
+        made = subspaces.das(model, base, source, [1, 2], name, 3, rank=2, epochs=1, progress=False)
+        assert (
+            made.basis.dtype == torch.float32 and subspaces.pca(model, source, name, 1, 3).basis.dtype == torch.float32
+        )
+        logits = run(model, base, made.interchange(model, source, 3), made.interchange(model, source, 4))
+        assert bool(logits.isfinite().all())
