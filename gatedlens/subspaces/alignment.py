@@ -35,11 +35,14 @@ from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Batch, Input
 from gatedlens.options import checked, tensor_of
 from gatedlens.runs import inputs
+from gatedlens.runs.cells import layer_of
 from gatedlens.runs.fingerprints import fingerprint
 from gatedlens.runs.identity import Digest
-from gatedlens.runs.vectors import Frame, one_place, rows_of, vectors
+from gatedlens.runs.vectors import ROWS, Frame, one_place, rows_of, vectors
 from gatedlens.subspaces.interchange import Interchange
 from gatedlens.subspaces.subspace import Subspace
+
+KEPT = 1 << 30  # bytes of the base's residual stream that a fit keeps
 
 
 @checked
@@ -119,7 +122,8 @@ class Training:
 
 @dataclass(frozen=True)
 class Fit:
-    """The pairs of a fit, made ready: `source` [pair, some, other, d] is what the source runs held."""
+    """The pairs of a fit, made ready: `source` [pair, some, other, d] is what the source runs held; `start` the block that runs
+    of the base begin at, `resid` its residual stream there (None: they begin with the input)."""
 
     model: HookedModel
     base: Batch
@@ -128,6 +132,8 @@ class Fit:
     frame: Frame
     pos: Positions
     read: Positions
+    start: int = 0
+    resid: Float[Tensor, "pair pos d_model"] | None = None
 
     @staticmethod
     def of(
@@ -151,7 +157,8 @@ class Fit:
             )
         where, what = (pos, "pos") if source_pos is None else (source_pos, "source_pos")
         found = vectors(model, other, frame, where, what)
-        return Fit(model, ready, found, tokens.to(found.device), frame, pos, read)
+        start, resid = _beginning(model, ready, frame)
+        return Fit(model, ready, found, tokens.to(found.device), frame, pos, read, start, resid)
 
     def run(self, training: Training, results: str | Path | None, progress: bool) -> Subspace:
         """`fit.run(training, None, True)`: the rotation learned."""
@@ -187,9 +194,12 @@ class Fit:
         """The mean cross-entropy of some pairs under the interchange, in nats."""
         pos = some_of(self.pos, rows)
         change = Interchange(self.frame, linear.weight.mT, self.source[rows.to(self.source.device)], pos)
-        part = rows_of(self.base, rows.to(self.base.value.device))
+        part, options = rows_of(self.base, rows.to(self.base.value.device)), dict[str, Any]()
+        if self.resid is not None:
+            part = Batch(self.resid[rows.to(self.resid.device)], part.mask, is_resid=True)
+            options = {"start_at_layer": self.start}
         with torch.enable_grad(), self.model.hooks(change.hooks(self.model)):
-            logits = self.model(part)
+            logits = self.model(part, **options)
         here = at_position(Logits.of(logits, part.mask), some_of(self.read, rows))
         return F.cross_entropy(here, self.answers[rows.to(self.answers.device)].to(here.device))
 
@@ -199,6 +209,25 @@ class Fit:
         said = {"frame": self.frame.to_dict(), "rank": training.rank, "batch_size": training.batch_size}
         said |= {"lr": training.lr, "seed": training.seed, "given": f"{given.data}{given.tensors}"}
         return {"model": fingerprint(self.model), "fit": json.dumps(said, sort_keys=True)}
+
+
+@torch.no_grad()
+def _beginning(model: HookedModel, base: Batch, frame: Frame) -> tuple[int, Tensor | None]:
+    """The block that a fit's runs may begin at, and the base's residual stream there, so that what an interchange does not change is
+    run once: not in block 0, some of whose points fire before its stream begins, nor under hooks, which may read anything."""
+    layer = layer_of(frame.name) or 0
+    whole = layer == 0 or model.is_hooked() or bool(model.hands_on)
+    numbers = len(base.value) * model.positions(base) * model.cfg.d_model
+    if whole or numbers * model.cfg.dtype.itemsize > KEPT:
+        return 0, None
+    name = f"blocks.{layer}.hook_resid_pre"
+    parts = base.value.split(ROWS)
+    masks = [None] * len(parts) if base.mask is None else base.mask.split(ROWS)
+    kept = [
+        model.run_with_cache(Batch(part, mask, base.is_resid), names_filter=name, return_type=None)[1][name]
+        for part, mask in zip(parts, masks, strict=True)
+    ]
+    return layer, torch.cat(kept)
 
 
 def answers_of(answers: Tokens, rows: int, model: HookedModel) -> Int[Tensor, " pair"]:
