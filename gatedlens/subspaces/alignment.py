@@ -213,8 +213,8 @@ class Fit:
 
 @torch.no_grad()
 def _beginning(model: HookedModel, base: Batch, frame: Frame) -> tuple[int, Tensor | None]:
-    """The block that a fit's runs may begin at, and the base's residual stream there, so that what an interchange does not change is
-    run once: not in block 0, some of whose points fire before its stream begins, nor under hooks, which may read anything."""
+    """The block that a fit's runs may begin at, and the base's residual stream there: what an interchange does not change is run
+    once. Not block 0, some of whose points fire before its stream begins; nor under hooks, which may read anything."""
     layer = layer_of(frame.name) or 0
     whole = layer == 0 or model.is_hooked() or bool(model.hands_on)
     numbers = len(base.value) * model.positions(base) * model.cfg.d_model
