@@ -176,10 +176,10 @@ class Probe:
         classes on average (`mean_directions`). Other numbers may say what the weights read, so the model may go on reading it;
         without the means' span no linear map tells the classes' means apart.
 
-        pos: real positions, None for all (a state: one of each row). to: None for the mean of what it was fitted to; zeros,
-        or a class's mean (`probe.means[0]`). labels, of: only in rows whose label is `of`; labels [batch], or [batch, pos]
-        for single tokens (pos=None then). InputError for a class that there is not, and while the model runs for labels of
-        another number of rows.
+        pos: real positions (of a state one in each row); None: where it was fitted, if that is one position, else everywhere
+        ("*"). to: None for the mean of what it was fitted to; zeros, or a class's mean (`probe.means[0]`). labels, of: only
+        in rows whose label is `of`; labels [batch], or [batch, pos], which say the positions, too. InputError for a class
+        that there is not, and while the model runs for labels of another number of rows.
 
         Source: Ravfogel et al. 2020 (Null it out, arXiv 2004.07667); Belrose et al. 2023 (LEACE, arXiv 2306.03819).
         """
@@ -227,6 +227,7 @@ class Probe:
             if marked.ndim == 2 and pos is not None:
                 raise InputError("labels are [batch, pos]: they say the positions, so leave pos out.")
             pos, rows = (marked, None) if marked.ndim == 2 else (pos, marked)
+        pos = self.pos if pos is None else pos
         fitted = str(self.facts.get("model", "unnamed"))
         width = self.weights.shape[1]
         return Intervention((Movement(self.frame, lambda v, row, nth: move(v), width, pos, rows, fitted),))

@@ -31,6 +31,9 @@ class Stored(Protocol):
 
     manifest: dict[str, Any]
 
+    @property
+    def names(self) -> list[str]: ...
+
     def __len__(self) -> int: ...
     def __getitem__(self, key: Key) -> Any: ...
     def find(self, key: Key) -> Any:
@@ -54,14 +57,14 @@ else:
 
 @dataclass(frozen=True)
 class Samples:
-    """`x` [entry, d] and the `row` of each entry, of `rows` rows; `place` [entry] is its place in a [batch, pos] of labels."""
+    """`x` [entry, d] and the `row` of each entry, of `rows` rows; `mask` [batch, pos] is where a cache's entries stand."""
 
     x: Float[Tensor, "entry d"]
     row: Int[Tensor, " entry"]
     rows: int
     frame: Frame
     model: str
-    mask: Bool[Tensor, "batch pos"] | None = None  # of a cache: where the entries are
+    mask: Bool[Tensor, "batch pos"] | None = None
 
     @staticmethod
     def of(

@@ -138,19 +138,20 @@ class Subspace:
         self,
         model: HookedModel,
         source: Input,
-        pos: Positions = -1,
+        pos: Positions = None,
         source_pos: Positions = None,
         scale: int | float = 1.0,
     ) -> Interchange:
         """`s.interchange(model, source, pos=-1)`: an Interchange: base + scale P (source - base) at `pos` of a base run.
 
-        source: the source run's input, a row for each of the base's, or one for all. pos: where in the base run; source_pos:
-        where in the source (None: as pos), as many in each row. Positions count real tokens; None: all of them. PointError,
-        InputError: as of `check`, and for a position that a row lacks.
+        source: the source run's input, a row for each of the base's, or one for all. pos: where in the base run, counted among
+        real tokens; None: where it was fitted, if that is one position, else everywhere ("*"). source_pos: where in the source
+        (None: as pos), as many in each row. PointError, InputError: as of `check`, and for a position that a row lacks.
 
         Source: Geiger et al. 2021 (Causal abstractions of neural networks, arXiv 2106.02997).
         """
         self.check(model)
+        pos = self.pos if pos is None else pos
         batch, where = inputs.ready(model, source), pos if source_pos is None else source_pos
         found = vectors(model, batch, self.frame, where, what="pos" if source_pos is None else "source_pos")
         facts = {"model": model.cfg.model_name, "rows": len(found)}
@@ -167,8 +168,9 @@ class Subspace:
         """`s.ablate(pos=-1)`: x - scale P (x - to) at `pos`: its component removed, or made that of the vector `to` (a mean,
         say).
 
-        pos: real positions, None for all (a state: one of each row). rows: True for the rows that are meant (None: all).
-        While the model runs: InputError for rows that do not match it, and for positions that do not exist."""
+        pos: as of `interchange`; of a state one in each row. rows: True for the rows that are meant (None: all). While the model
+        runs: InputError for rows that do not match it, and for positions that do not exist.
+        """
         toward = torch.zeros(self.d) if to is None else to
         if tuple(toward.shape) != (self.d,):
             raise InputError(
@@ -178,8 +180,8 @@ class Subspace:
         def move(v: Tensor, row: Tensor, nth: Tensor) -> Tensor:
             return scale * self.project(toward.to(v) - v)
 
-        fitted = str(self.facts.get("model", "unnamed"))
-        return Intervention((Movement(self.frame, move, self.d, pos, rows, fitted),))
+        fitted, where = str(self.facts.get("model", "unnamed")), self.pos if pos is None else pos
+        return Intervention((Movement(self.frame, move, self.d, where, rows, fitted),))
 
     # -- on disk -------------------------------------------------------------------------------------------------
 

@@ -42,8 +42,15 @@ from gatedlens.subspaces.subspace import Subspace
 
 ACCURACY, LOG = "interchange accuracy", "log probability"
 MEASURES = [ACCURACY, "low", "high", LOG]
-FITS = ("das", "pca", "mean_difference", "lda", "whole")
-CONTROLS = ("random", "start", "shuffled")
+# Each fit with its controls: what knows no answers has none in another order, what has all of the space no other of its rank.
+CONTROLS = {
+    "das": ("random", "start", "shuffled"),
+    "pca": ("random",),
+    "mean_difference": ("random", "shuffled"),
+    "lda": ("random", "shuffled"),
+    "whole": (),
+}
+FITS = tuple(CONTROLS)
 
 
 @checked
@@ -98,7 +105,7 @@ def sweep(
     fit: str = "das",
     axes: str | Sequence[str] | None = None,
     *,
-    controls: Sequence[str] = CONTROLS,
+    controls: Sequence[str] | None = None,
     untrained: HookedModel | None = None,
     held_out: float = 0.5,
     read: Positions = -1,
@@ -114,31 +121,35 @@ def sweep(
     layer x pos: a subspace fitted in each place, scored on pairs that it has not seen, with controls beside it.
 
     names: points, one a layer. pos: positions, or a dict of label -> positions (a tensor [batch]: one a row). fit: "das", "pca",
-    "mean_difference", "lda" (between answers, by the source runs), or "whole" (all of the point, plain patching). controls:
-    "random" (a random subspace of this rank), "start" (the rotation that training starts from), "shuffled" (fitted to the
-    answers in random order, and scored by these). untrained: a model that has learnt nothing,
+    "mean_difference", "lda" (between answers, by the source runs), or "whole" (all of the point, plain patching). controls
+    (None: all that a fit has): "random" (a random subspace of this rank), "start" (the rotation that training starts from),
+    "shuffled" (fitted to the answers in random order, and scored by these). untrained: a model that has learnt nothing,
     `gl.subspaces.untrained(model)`, on which it is fitted and scored, too. held_out: the share of pairs that it is scored on.
     folder: where fits of "das" are kept, and taken up. Measures and all else: as of `score` and `das`. InputError for another
     fit or control, several points of one layer, and too few pairs.
 
     Source: Geiger et al. 2024 (arXiv 2303.02536); controls: Arora et al. 2024 (CausalGym, arXiv 2402.12560).
     """
-    for what, given, known in (("fit", [fit], FITS), ("controls", list(controls), CONTROLS)):
-        for one in given:
-            if one not in known:
-                raise InputError(f"{what}={one!r}: it is {', '.join(map(repr, known))}.{did_you_mean(str(one), known)}")
+    if fit not in FITS:
+        raise InputError(f"fit={fit!r}: it is {', '.join(map(repr, FITS))}.{did_you_mean(fit, FITS)}")
+    known = CONTROLS[fit]
+    kept = known if controls is None else controls
+    for one in kept:
+        if one not in known:
+            raise InputError(
+                f"controls: {one!r} is none of {fit!r}, which has {', '.join(map(repr, known)) or 'none'}."
+                f"{did_you_mean(str(one), known)}"
+            )
+    if folder is not None and fit != "das":
+        raise InputError(
+            f"folder={str(folder)!r}: fits of 'das' are kept in it, and this is {fit!r}, which takes no time."
+        )
     if not 0 < held_out < 1:
         raise InputError(f"held_out={held_out}: it is the share of pairs to score on, more than 0 and less than 1.")
     frames = _frames(model, names, axes, index)
     columns = _columns(pos)
     training = Training(rank, epochs, batch_size, float(lr), seed)
     pairs = Pairs.of(model, base, source, answers, held_out, seed)
-    kept = [
-        one
-        for one in controls
-        if (fit == "das" or one == "random") or (one == "shuffled" and fit in ("mean_difference", "lda"))
-    ]
-    kept = [] if fit == "whole" else kept
     layout = Layout(
         ("layer", "pos"),
         {"layer": list(frames), "pos": list(columns)},

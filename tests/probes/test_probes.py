@@ -13,6 +13,7 @@ from gatedlens import probes
 from gatedlens.probes import Probe
 from gatedlens.probes.fitting import KINDS
 from tests.helpers import example, padded
+from tests.test_notebook_reprs import held
 
 RESID, CLOSE = "blocks.0.hook_resid_post", {"rtol": 1e-10, "atol": 1e-11}
 
@@ -148,7 +149,7 @@ def test_ablations_are_what_they_say(model):
 
         want = was.clone()
         want[:, 3] = was[:, 3] - (was[:, 3] - probe.mean) @ P
-        assert torch.allclose(after(probe.ablate(3)), want, **CLOSE)
+        assert torch.allclose(after(probe.ablate()), want, **CLOSE)
         mean = probe.means.mean(0)
         M = (probe.means - mean)[:1].mT / (probe.means - mean)[0].norm()
         other = was.clone()
@@ -167,6 +168,8 @@ def test_ablations_are_what_they_say(model):
             moved = after(other.ablate(3) if same is want else other.remove_mean(1, 3))
             far, near = (moved - was).norm(dim=-1), (same - was).norm(dim=-1)
             assert torch.allclose(far, near, **CLOSE) and not torch.allclose(moved, same, atol=1e-3)
+        everywhere = was - (was - probe.mean) @ P
+        assert torch.allclose(after(probe.ablate("*")), everywhere, **CLOSE)
         drawn = probes.matched_rows(labels, "sink", seed=0)
         assert drawn.tolist() == [False, True, False, True]
 
@@ -215,7 +218,7 @@ def test_it_saves_and_loads(cache, batch, tmp_path):
     assert repr(again) == repr(probe.placebo(3)) and again.facts == probe.facts and again.classes == probe.classes
     x = cache[RESID][:4, -1]
     assert again.predict(x) == probe.predict(x) and torch.equal(again.mean, probe.mean)
-    assert torch.equal(again.other, probe.placebo(3).other) and "Probe" in again._repr_html_()
+    assert torch.equal(again.other, probe.placebo(3).other) and "Probe" in held(again)
     with pytest.raises(gl.CheckpointError, match="no saved subspace"):
         gl.subspaces.Subspace.load(tmp_path / "probe.safetensors")
 

@@ -181,6 +181,11 @@ def test_errors_name_what_is_wrong(recall_model, tmp_path):
         (lambda: das(*given, results=tmp_path), "give a file"),
         (lambda: subspaces.sweep(recall_model, *given, RESID, fit="dsa"), "it is 'das', 'pca'"),
         (lambda: subspaces.sweep(recall_model, *given, ["blocks.0.hook_resid_*"]), "name one point a layer"),
+        (
+            lambda: subspaces.sweep(recall_model, *given, RESID, fit="pca", controls=["start"]),
+            "'start' is none of 'pca'",
+        ),
+        (lambda: subspaces.sweep(recall_model, *given, RESID, fit="pca", folder=tmp_path), "fits of 'das' are kept"),
         (lambda: subspaces.score(recall_model, {}, *given), "no subspace to score"),
     ):
         with pytest.raises(gl.InputError, match=why):
