@@ -168,8 +168,8 @@ class Subspace:
         """`s.ablate(pos=-1)`: x - scale P (x - to) at `pos`: its component removed, or made that of the vector `to` (a mean,
         say).
 
-        pos: as of `interchange`; of a state one in each row. rows: True for the rows that are meant (None: all). While the model
-        runs: InputError for rows that do not match it, and for positions that do not exist.
+        pos: as of `interchange`; of a state one in each row. rows: True for the rows that are meant (None: all). InputError while
+        the model runs, for rows that do not match it, and for positions that do not exist.
         """
         toward = torch.zeros(self.d) if to is None else to
         if tuple(toward.shape) != (self.d,):
