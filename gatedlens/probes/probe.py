@@ -30,7 +30,7 @@ from gatedlens.options import checked, is_whole
 from gatedlens.probes.fitting import Linear, held_out_score, predicted
 from gatedlens.probes.samples import Labels, Samples, Source, labelled
 from gatedlens.result.result import Result
-from gatedlens.runs.movement import Movement
+from gatedlens.runs.movement import Movement, as_far
 from gatedlens.runs.saved import frame_of, read_saved, write_saved
 from gatedlens.runs.vectors import Frame, each_label
 
@@ -279,12 +279,6 @@ def spanned(rows: Float[Tensor, "some d"]) -> Float[Tensor, "rank d"]:
     """`spanned(rows)`: an orthonormal basis of the span of some vectors."""
     _, sizes, basis = torch.linalg.svd(rows, full_matrices=False)
     return basis[sizes > 1e-9 * sizes[:1].clamp(min=1e-300)]
-
-
-def as_far(move: Float[Tensor, "*any d"], reference: Float[Tensor, "*any d"]) -> Float[Tensor, "*any d"]:
-    """`as_far(move, reference)`: each move the way it goes, as long as the reference is."""
-    length = move.norm(dim=-1, keepdim=True)
-    return move * (reference.norm(dim=-1, keepdim=True) / length.clamp(min=torch.finfo(move.dtype).tiny))
 
 
 def rows_of_class(labels: Labels, of: Any) -> Bool[Tensor, "*place"]:

@@ -77,6 +77,12 @@ def check_width(model: HookedModel, frame: Frame, width: int, fitted: str) -> No
         )
 
 
+def as_far(move: Float[Tensor, "*any d"], reference: Float[Tensor, "*any d"]) -> Float[Tensor, "*any d"]:
+    """`as_far(move, reference)`: each move the way it goes, as long as the reference is."""
+    length = move.norm(dim=-1, keepdim=True)
+    return move * (reference.norm(dim=-1, keepdim=True) / length.clamp(min=torch.finfo(move.dtype).tiny))
+
+
 @dataclass(frozen=True)
 class Moving:
     """The hook of a movement on a model; `places` are where its vectors' numbers stand."""

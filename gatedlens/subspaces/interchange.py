@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from gatedlens.markup import card
 from gatedlens.model.base import HookedModel
 from gatedlens.model.intervention import Intervention
 from gatedlens.options import checked
-from gatedlens.runs.movement import Movement
+from gatedlens.runs.movement import Movement, as_far
 from gatedlens.runs.saved import frame_of, read_saved, write_saved
 from gatedlens.runs.vectors import Frame
 
@@ -35,7 +35,7 @@ from gatedlens.runs.vectors import Frame
 @dataclass(frozen=True, eq=False)
 class Interchange:
     """`source` [batch, some, other, d]: what each row's source run held, `some` counting its positions; `pos`: where in the
-    base.
+    base. other: [rank, d], the directions of a placebo; None for an interchange.
     """
 
     frame: Frame
@@ -44,10 +44,12 @@ class Interchange:
     pos: Positions = -1
     scale: float = 1.0
     facts: Mapping[str, Any] = field(default_factory=dict)
+    other: Float[Tensor, "rank d"] | None = None
 
     def __repr__(self) -> str:
         rank, d = self.basis.shape
-        return f"Interchange({self.frame.said}, rank {rank} of {d}, {len(self.source)} rows at pos {self._said()})"
+        placebo = "placebo of " if self.other is not None else ""
+        return f"Interchange({placebo}{self.frame.said}, rank {rank} of {d}, {len(self.source)} rows at pos {self._said()})"
 
     def _repr_html_(self) -> str:
         rank, d = self.basis.shape
@@ -86,15 +88,27 @@ class Interchange:
                 f"The source's vectors of {self.frame.said} are {[other, d]}, those of this run {list(v.shape[1:])}."
             )
         most, last = int(row.max()) + 1, int(nth.max()) + 1
-        if most > rows > 1 or last > some > 1:
+        if most != rows > 1 or last != some > 1:
             raise InputError(
                 f"The source has {rows} rows of {some} positions each, this run {most} of {last}: give a source row for each, or "
                 "one for all, and as many positions."
             )
         row, nth = (at if size > 1 else at * 0 for at, size in ((row, rows), (nth, some)))
-        basis = self.basis.to(v)
-        source = self.source.to(v.device)
-        return self.scale * ((source[row.to(v.device), nth.to(v.device)].to(v) - v) @ basis.mT @ basis)
+        apart = self.source.to(v.device)[row.to(v.device), nth.to(v.device)].to(v) - v
+        own = apart @ self.basis.to(v).mT @ self.basis.to(v)
+        if self.other is None:
+            return self.scale * own
+        return self.scale * as_far(apart @ self.other.to(v).mT @ self.other.to(v), own)
+
+    @checked
+    def placebo(self, seed: int = 0) -> Interchange:
+        """`change.placebo(seed=1).on(model)`: a control: it moves each vector exactly as far as the interchange does, towards the
+        source in a random subspace of the same rank. What it does too, the distance does, not the subspace.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        rank, d = self.basis.shape
+        drawn = torch.linalg.qr(torch.randn(d, rank, generator=generator, dtype=torch.float64)).Q.mT
+        return replace(self, other=drawn.to(self.basis).contiguous())
 
     # -- on disk -------------------------------------------------------------------------------------------------
 
@@ -108,7 +122,8 @@ class Interchange:
             pos = list(pos)
         said = {"frame": self.frame.to_dict(), "pos": pos, "scale": self.scale, "facts": dict(self.facts)}
         said["by_row"] = isinstance(self.pos, Tensor)
-        return write_saved(path, "interchange", {"basis": self.basis, "source": self.source}, said)
+        tensors = {"basis": self.basis, "source": self.source} | ({} if self.other is None else {"other": self.other})
+        return write_saved(path, "interchange", tensors, said)
 
     @staticmethod
     def load(path: str | Path) -> Interchange:
@@ -124,4 +139,6 @@ class Interchange:
         pos = slice(*pos["slice"]) if isinstance(pos, dict) else pos
         by_row = fields.get("by_row", "true or false", lambda v: isinstance(v, bool))
         pos = torch.tensor(pos) if by_row else pos
-        return Interchange(frame_of(fields), basis, source, pos, float(scale), dict(fields.fields("facts")))
+        return Interchange(
+            frame_of(fields), basis, source, pos, float(scale), dict(fields.fields("facts")), tensors.get("other")
+        )

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformer_lens.tools.analysis import NormMatchedPlacebo, SubspaceInterchange
 
 import gatedlens as gl
 from gatedlens import subspaces
@@ -150,6 +151,19 @@ def test_it_saves_and_loads_and_adds_up(tmp_path):
         found = model(base)
     with gl.ablation.zero("blocks.1.hook_mixer_out").on(model):
         assert torch.allclose(found, run(model, base, change), **CLOSE)
+
+
+def test_a_placebo_goes_as_far_as_transformer_lens_has_it(tmp_path):
+    model = gl.HookedMamba2.tiny(seed=0, dtype=torch.float64)
+    base, source = example(model, seed=1), example(model, seed=2)
+    change = subspaces.random(model, NAME, 3).interchange(model, source, 3)
+    other = Interchange.load(change.placebo(seed=1).save(tmp_path / "placebo.safetensors"))
+    want, seen = NormMatchedPlacebo(SubspaceInterchange(change.basis.mT), other.other.mT), []
+    for hooks in ([], other.hooks(model)):
+        with model.hooks([*hooks, (NAME, lambda x, hook: seen.append(x[:, 3].detach().clone()))]), torch.no_grad():
+            model(base)
+    assert torch.allclose(seen[1], want(seen[0], change.source[:, 0, 0]), **CLOSE)
+    assert "placebo of" in repr(other)
 
 
 def test_ablation_removes_its_component_alone(model):
