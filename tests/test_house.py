@@ -32,7 +32,7 @@ FLOORS = (
     {"loading", "runs"},
     {
         "ablation", "knockout", "states", "tracing", "lens", "patching", "circuits", "attribution", "store", "steering",
-        "profiles", "tasks", "data", "layers", "inspection",
+        "profiles", "tasks", "data", "layers", "inspection", "dictionaries",
         "verification",
     },
     {"evaluation", "amplify"},  # which build on attribution, tasks and data
