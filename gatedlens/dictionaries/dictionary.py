@@ -219,7 +219,7 @@ class Dictionary(nn.Module):
         return x, zero, one
 
     def written(self, change: Float[Tensor, "... feature"], x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-        """`dictionary.written(f_new - f, x)`: by how much the reconstruction changes with the features; exactly 0 where they do not."""
+        """`dictionary.written(f_new - f, x)`: the change of the reconstruction with the features; exactly 0 where they do not."""
         out = change @ self.W_dec
         if self.normalise != "none" and self.kind == "sae":
             out = out * self._normalised(x.to(self.W_enc.dtype))[2]

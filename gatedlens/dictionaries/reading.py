@@ -84,11 +84,11 @@ class Reading:
             dims.remove(axis)
         return x.permute([dims.index(dim) for dim in (*self.lead, *self.vector)])
 
-    def take(self, x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    def take(self, x: Shaped[Tensor, ...]) -> Shaped[Tensor, ...]:
         """`reading.take(x)`: the vectors at this point, [*lead, width]."""
         return self._parts(x).flatten(len(self.lead))
 
-    def put(self, x: Shaped[Tensor, "..."], vectors: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    def put(self, x: Shaped[Tensor, ...], vectors: Shaped[Tensor, ...]) -> Shaped[Tensor, ...]:
         """`reading.put(x, vectors)`: a copy of x with the vectors in place of its own."""
         if not self.index and self.dims == (*self.lead, *self.vector):  # nothing but a flattening
             return vectors.reshape(x.shape)

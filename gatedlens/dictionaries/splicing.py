@@ -15,8 +15,8 @@ which is r' + e', written so that what nobody edits is the very y that was there
 as it was when a feature is edited; without it (gl.ablation.zero("...hook_error")) the dictionary stands alone.
 
 A dictionary that writes before it has read all (a crosscoder over layers) needs a first run, without it, that it reads; the run
-with it then writes the first run's activations, changed by what its features changed: effects of one layer's edit on a later one are
-in the features already.
+with it then writes the activations of the first, changed by what its features changed: what one edit does to a later layer is
+in its features already.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from gatedlens.dictionaries.reading import Reading
 from gatedlens.errors import InputError, PointError
 from gatedlens.model.base import HookedModel
 from gatedlens.model.hookpoint import HookPoint
-from gatedlens.options import checked
 
 __all__ = ["Spliced", "splice"]
 
@@ -68,8 +67,8 @@ def splice(model: HookedModel, dictionaries: Given) -> Iterator[list[Spliced]]:
     `.reconstructions`, `.errors` are their names.
 
     Hooks act in the order in which they are put on: one that was on the point before edits what the dictionary reads.
-    PointError for a point that the model lacks, and for one that a dictionary is at already; InputError for a dictionary of another
-    width, point or model. Source: the error term: Marks et al. 2024, arXiv 2403.19647.
+    PointError for a point that the model lacks, and for one that a dictionary is at already; InputError for a dictionary of
+    another width, point or model. Source: the error term: Marks et al. 2024, arXiv 2403.19647.
     """
     made = [Spliced.of(model, dictionary) for dictionary in _listed(model, dictionaries)]
     taken = set(model.names.points)
