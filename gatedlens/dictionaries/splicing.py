@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,7 +39,11 @@ from gatedlens.model.hookpoint import HookPoint
 
 __all__ = ["Spliced", "splice"]
 
-Given = Dictionary | Sequence[Dictionary] | Mapping[str, Dictionary]
+# What `splice` takes; for editors: what is none gets the errors of the functions below.
+if TYPE_CHECKING:
+    Given: TypeAlias = Dictionary | Sequence[Dictionary] | Mapping[str, Dictionary]
+else:
+    Given = Any
 
 
 @dataclass(frozen=True)
