@@ -3,10 +3,10 @@
     found = gl.dictionaries.measure(model, sae, tokens)                 # the loss of the next token
     found = gl.dictionaries.measure(model, sae, prompts, metric=gl.metrics.cross_entropy(answers))
     found.recovered, found.explained, found.l0, found.dead
-    found.rates.plot()                                                  # a Result [feature]: at what share of positions each fires
+    found.rates.plot()                                                 # a Result [feature]: at what share of positions each fires
 
-With m the metric of the model as it is, of the reconstruction in place of what is written (the error ablated), of zeros there, and
-of the mean over all positions there:
+With m the metric of the model as it is, of the reconstruction in place of what is written (the error ablated), of zeros
+there, and of the mean over all positions there:
 
     recovered = (m_zero - m_reconstructed) / (m_zero - m_model)          over_mean: m_mean in place of m_zero
     explained = 1 - sum |y - reconstruction|^2 / sum |y - mean y|^2
@@ -92,15 +92,17 @@ def measure(
 ) -> Quality:
     """`gl.dictionaries.measure(model, sae, tokens)`: a Quality: loss recovered, variance explained, l0, dead features.
 
-    input: texts, ids [row, pos], a pair (ids, mask), images. metric: logits -> one number a row, of which less is better; None for
-    the loss of the next token, which a language model alone has. batch_size: how many rows run together; a metric is called
+    input: texts, ids [row, pos], a pair (ids, mask), images. metric: logits -> one number a row, of which less is better; None
+    for the loss of the next token, which a language model alone has. batch_size: how many rows run together; a metric is called
     with the logits of all of them.
 
     InputError for a dictionary that does not fit, and without a metric where there is no loss. Source: loss recovered: Bricken et
     al. 2023.
     """
     if metric is None and not isinstance(model, HookedLanguageModel):
-        raise InputError(f"{model.cfg.model_name} has no loss of the next token: give a metric, logits -> one number a row.")
+        raise InputError(
+            f"{model.cfg.model_name} has no loss of the next token: give a metric, logits -> one number a row."
+        )
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size}: give at least 1.")
     parts = list(_parts(inputs.ready(model, input), batch_size))

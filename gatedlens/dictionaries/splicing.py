@@ -197,7 +197,10 @@ class Spliced:
     def within_a_block(self) -> bool:
         """Whether all that it reads and writes is in one block: a run that begins at a later one, or in the midst of the
         positions, needs nothing of what went before."""
-        blocks = {one.name.split(".")[1] if one.name.startswith("blocks.") else one.name for one in (*self.reads, *self.writes)}
+        blocks = {
+            one.name.split(".")[1] if one.name.startswith("blocks.") else one.name
+            for one in (*self.reads, *self.writes)
+        }
         return len(blocks) == 1 and not self.ahead
 
     def hooks(self) -> list[tuple[str, Callable[..., Any]]]:

@@ -47,7 +47,9 @@ def feature(kind, p, j):
 def test_features_are_the_equation_of_each_activation(kind):
     d, x = of(activations()[kind], centred=True), draw(2)(2, 4, D)
     p = (x - d.b_dec) @ d.W_enc + d.b_enc
-    expected = torch.tensor([[feature(kind, one, j) for j in range(F)] for one in p.reshape(-1, F)], dtype=p.dtype).view_as(p)
+    expected = torch.tensor(
+        [[feature(kind, one, j) for j in range(F)] for one in p.reshape(-1, F)], dtype=p.dtype
+    ).view_as(p)
     torch.testing.assert_close(d.encode(x), expected, atol=1e-12, rtol=0)
     torch.testing.assert_close(d(x), expected @ d.W_dec + d.b_dec, atol=1e-12, rtol=0)
     slope, rest = d.activation.held(d.sums(x))

@@ -1,4 +1,4 @@
-"""Splicing: the forward is what it was until something is edited, and then what the equation says; every tool takes the points."""
+"""Splicing: the forward is what it was until something is edited, and then what the equation says."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_a_transcoder_and_one_with_a_skip(mamba2, pair):
             assert torch.equal(mamba2(x), base)
             with gl.ablation.zero(one.errors[0]).on(mamba2):
                 alone = mamba2(x)
-        put = mamba2.run_with_hooks(x, fwd_hooks=[(writes, lambda y, hook, d=d: d(cache[reads]))])
+        put = mamba2.run_with_hooks(x, fwd_hooks=[(writes, lambda y, hook, v=d(cache[reads]): v)])
         torch.testing.assert_close(alone, put, atol=1e-10, rtol=0)
     late = made(mamba2, reads, ["blocks.1.hook_mixer_out"])
     resid = mamba2.run_with_cache(x, names_filter="blocks.1.hook_resid_pre")[1]["resid_pre", 1]
@@ -214,7 +214,9 @@ def test_padded_rows_and_generation(mamba2, side):
         alone = mamba2.run_with_cache(tokens, names_filter=one.features)[1][one.features]
         padded = mamba2.run_with_cache(rows, names_filter=one.features, attention_mask=mask)[1][one.features]
         torch.testing.assert_close(padded[mask.bool()], alone[0], atol=1e-10, rtol=1e-10)
-        assert torch.equal(mamba2.generate(tokens, max_new_tokens=3, return_type="tokens", do_sample=False, verbose=False), plain)
+        assert torch.equal(
+            mamba2.generate(tokens, max_new_tokens=3, return_type="tokens", do_sample=False, verbose=False), plain
+        )
 
 
 def test_what_cannot_be_spliced_is_named(mamba2):
@@ -229,7 +231,11 @@ def test_what_cannot_be_spliced_is_named(mamba2):
         (PointError, "did you mean|not a hook point|layers 0 to", d.at("blocks.9.hook_resid_pre")),
         (InputError, "no dictionary", [3]),
         (InputError, "No dictionary was given", []),
-        (PointError, "no axis 'head'", made(mamba2, "blocks.1.mixer.hook_scan", index={"head": 0}).at("blocks.1.hook_resid_pre")),
+        (
+            PointError,
+            "no axis 'head'",
+            made(mamba2, "blocks.1.mixer.hook_scan", index={"head": 0}).at("blocks.1.hook_resid_pre"),
+        ),
     ):
         with pytest.raises(error, match=said), splice(mamba2, given):
             pass
