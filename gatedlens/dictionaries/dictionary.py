@@ -209,7 +209,7 @@ class Dictionary(nn.Module):
         return out if self.W_skip is None else out + x @ self.W_skip
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-        """`dictionary(x)`: the reconstruction, [..., d_out]."""
+        """`dictionary.forward(x)`, `dictionary(x)`: the reconstruction, [..., d_out]."""
         return self.reconstruct(self.encode(x), x)
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

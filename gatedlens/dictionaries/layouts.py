@@ -31,6 +31,7 @@ from gatedlens.options import checked
 __all__ = ["load"]
 
 Tensors = dict[str, Tensor]
+Scale = int | float | None
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Layout:
 
     tool: str
     holds: tuple[str, ...]
-    read: Callable[[Path, float | None], tuple[Tensors, dict[str, Any]]]
+    read: Callable[[Path, Scale], tuple[Tensors, dict[str, Any]]]
 
     def is_in(self, folder: Path) -> bool:
         """Whether a folder is laid down so."""
@@ -77,7 +78,7 @@ def load(
     raise CheckpointError(f"{path} holds no dictionary ({kinds}).{more}")
 
 
-def _made(layout: Layout, folder: Path, point: str | None, out_point: str | None, scale: float | None) -> Dictionary:
+def _made(layout: Layout, folder: Path, point: str | None, out_point: str | None, scale: Scale) -> Dictionary:
     tensors, options = layout.read(folder, scale)
     options["point"] = point or options["point"]
     options["out_point"] = out_point or options.get("out_point")
@@ -144,7 +145,7 @@ MAKES: dict[str, Callable[[Tensors, Mapping[str, Any]], Activation]] = {
 }
 
 
-def _sae_lens(folder: Path, scale: float | None) -> tuple[Tensors, dict[str, Any]]:
+def _sae_lens(folder: Path, scale: Scale) -> tuple[Tensors, dict[str, Any]]:
     fields = _fields(folder, "SAELens")
     cfg = {OLD.get(name, name): value for name, value in fields.data.items()}
     cfg = {**cfg, **(cfg.get("metadata") or {})}  # from version 6 on what was said of the model lies there
@@ -183,7 +184,7 @@ def _sae_lens(folder: Path, scale: float | None) -> tuple[Tensors, dict[str, Any
     return weights, options
 
 
-def _normalised(folder: Path, cfg: Mapping[str, Any], scale: float | None, weights: Tensors) -> str:
+def _normalised(folder: Path, cfg: Mapping[str, Any], scale: Scale, weights: Tensors) -> str:
     said = cfg.get("normalize_activations")
     if said not in NORMALISED:
         raise CheckpointError(
@@ -227,7 +228,7 @@ def _module_out(point: str | None) -> str | None:
 # -- sparsify -------------------------------------------------------------------------------------------------------
 
 
-def _sparsify(folder: Path, scale: float | None) -> tuple[Tensors, dict[str, Any]]:
+def _sparsify(folder: Path, scale: Scale) -> tuple[Tensors, dict[str, Any]]:
     fields = _fields(folder, "sparsify")
     cfg, (held, _) = fields.data, read_tensors(folder / "sae.safetensors")
     said = cfg.get("activation", "topk")
@@ -268,7 +269,7 @@ def _of_module(name: str) -> tuple[str | None, str | None]:
 # -- Gemma Scope ----------------------------------------------------------------------------------------------------
 
 
-def _gemma_scope(folder: Path, scale: float | None) -> tuple[Tensors, dict[str, Any]]:
+def _gemma_scope(folder: Path, scale: Scale) -> tuple[Tensors, dict[str, Any]]:
     path = folder / "params.npz"
     try:
         with numpy.load(path) as file:

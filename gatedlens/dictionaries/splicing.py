@@ -269,7 +269,7 @@ class Spliced:
     def read_first(
         self, model: HookedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Before a call: the same call without this dictionary, which it reads."""
+        """`spliced.read_first(model, (tokens,), {})`: before a call the same call without this dictionary, which reads it."""
         if self.reading:
             return args, kwargs
         batch, rest = model.prepare(*args, **kwargs)
