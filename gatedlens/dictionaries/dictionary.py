@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -296,7 +296,7 @@ class Dictionary(nn.Module):
             raise CheckpointError(f"{path} is no saved Dictionary: it holds {', '.join(list(tensors)[:5])}.")
         fields = Fields({name: _read(said) for name, said in meta.items()}, "Dictionary", path, CheckpointError)
         said = dict(fields.fields("activation"))
-        kind = ACTIVATIONS.get(said.pop("kind", ""))
+        kind: Callable[..., Activation] | None = ACTIVATIONS.get(said.pop("kind", ""))
         held = {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith("activation.")}
         try:
             if kind is None:

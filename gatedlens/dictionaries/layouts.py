@@ -88,7 +88,7 @@ def _made(layout: Layout, folder: Path, point: str | None, out_point: str | None
     if lacks:
         raise CheckpointError(f"{folder} lacks {', '.join(lacks)}: it holds {', '.join(tensors)}.")
     try:
-        return Dictionary(**tensors, **options)
+        return Dictionary(**{**tensors, **options})
     except InputError as error:
         raise CheckpointError(f"{folder} is no dictionary of {layout.tool}: {error}") from error
 
@@ -114,7 +114,8 @@ TOLD = ("model_name", "dataset_path", "context_size", "prepend_bos", "sae_lens_v
 
 
 def _topk(weights: Tensors, cfg: Mapping[str, Any]) -> Activation:
-    return TopK(cfg.get("k") or (cfg.get("activation_fn_kwargs") or {}).get("k"))
+    k: Any = cfg.get("k") or (cfg.get("activation_fn_kwargs") or {}).get("k")
+    return TopK(k)
 
 
 def _jumprelu(weights: Tensors, cfg: Mapping[str, Any]) -> Activation:
@@ -147,7 +148,7 @@ MAKES: dict[str, Callable[[Tensors, Mapping[str, Any]], Activation]] = {
 
 def _sae_lens(folder: Path, scale: Scale) -> tuple[Tensors, dict[str, Any]]:
     fields = _fields(folder, "SAELens")
-    cfg = {OLD.get(name, name): value for name, value in fields.data.items()}
+    cfg: dict[str, Any] = {OLD.get(name, name): value for name, value in fields.data.items()}
     cfg = {**cfg, **(cfg.get("metadata") or {})}  # from version 6 on what was said of the model lies there
     weights, _ = read_tensors(folder / "sae_weights.safetensors")
     dtype = dtype_of(cfg.get("dtype"), CheckpointError)
@@ -168,7 +169,7 @@ def _sae_lens(folder: Path, scale: Scale) -> tuple[Tensors, dict[str, Any]]:
     _fold(weights, cfg)
     normalise = _normalised(folder, cfg, scale, weights)
     head = cfg.get("hook_head_index")
-    options = {
+    options: dict[str, Any] = {
         "point": cfg.get("hook_name"),
         "out_point": cfg.get("hook_name_out") if transcodes else None,
         "activation": activation,

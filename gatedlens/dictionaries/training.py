@@ -269,7 +269,7 @@ class Run:
         loss.backward()
         self.optimiser.step()
         with torch.no_grad():
-            d.W_dec /= d.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            d.W_dec.div_(d.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
             fired = f > 0
             self._threshold(f.detach())
             self.quiet = torch.where(fired.any(0), 0, self.quiet + 1)
