@@ -148,7 +148,7 @@ MAKES: dict[str, Callable[[Tensors, Mapping[str, Any]], Activation]] = {
 
 def _sae_lens(folder: Path, scale: Scale) -> tuple[Tensors, dict[str, Any]]:
     fields = _fields(folder, "SAELens")
-    cfg: dict[str, Any] = {OLD.get(name, name): value for name, value in fields.data.items()}
+    cfg: dict[str, Any] = {OLD.get(str(name), str(name)): value for name, value in fields.data.items()}
     cfg = {**cfg, **(cfg.get("metadata") or {})}  # from version 6 on what was said of the model lies there
     weights, _ = read_tensors(folder / "sae_weights.safetensors")
     dtype = dtype_of(cfg.get("dtype"), CheckpointError)
