@@ -72,6 +72,9 @@ for value, own, feature in zip("12345678", is_answer, chosen, strict=True):
 assert len(set(chosen)) == 8
 
 # %% [markdown]
+# The one of 5 fires nearly everywhere, and more strongly where 5 is the answer: it is no clean detector. The others are.
+
+# %% [markdown]
 # ## Look at the texts
 #
 # Where does such a feature fire most, of all positions? The page is self-contained: `page().save("features.html")`.
@@ -107,7 +110,9 @@ def steered(features_of, scale):
                     with (cut + add).on(model):
                         said[i, j] = (model(batch.tokens[own])[:, -1].argmax(-1) == values[j]).float().mean()
     labels = {axis: list("12345678") for axis in ("answer", "steered to")}
-    return gl.Result(said, ("answer", "steered to"), labels, f"Steered, {scale} times", "share of prompts that say it")
+    return gl.Result(
+        said, ("answer", "steered to"), labels, f"Steered, at {scale} times the size", "share of prompts that say it"
+    )
 
 
 once, twice = steered(chosen, 1), steered(chosen, 2)

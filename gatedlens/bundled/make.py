@@ -355,9 +355,9 @@ def make_dictionary(recipe: DictionaryRecipe, out: Path, verbose: bool = True) -
     return found.facts
 
 
-def dictionary_metric(model: HookedModel, dictionary: Dictionary) -> dict[str, float]:
-    """What `measure` says of it on 1,024 fresh prompts, the metric the cross entropy of the answer."""
-    batch = recall(1024, seed=7)
+def dictionary_metric(model: HookedModel, dictionary: Dictionary, prompts: int = 1024) -> dict[str, float]:
+    """What `measure` says of it on fresh prompts, the metric the cross entropy of the answer."""
+    batch = recall(prompts, seed=7)
     found = measure(model, dictionary, batch.tokens, cross_entropy(batch.answers), batch_size=256)
     return {name: round(value, 6) for name, value in found.to_dict().items()}
 
