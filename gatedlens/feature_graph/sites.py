@@ -1,0 +1,147 @@
+"""Sites: points whose value is put together anew from the nodes of a feature graph, and nothing passes by them.
+
+    value[pos] = sum of activation * write + error + bias + W_skip^T x
+    p = read . x[pos] + offset          activation = slope p + rest
+
+What is written at a point, and how it is told:
+
+    by a dictionary    its active features are nodes; what they and b_dec leave over is the error node of a position
+    by a mixer         one node a position, along what it wrote, w: read = write = w / |w|, activation |w|, and no error
+    by what no matrix stands for (an MLP, experts)          the error node of a position is all that it writes
+
+x is what the run had at the point that is read, flat, [pos d_in]. With the scale of a norm in `read`, and what is on and what is
+not in `slope` and `rest`, all of it is linear. n nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gatedlens.dictionaries import Dictionary
+from gatedlens.errors import InputError
+from gatedlens.feature_graph.node import FEATURE, MIXER
+from gatedlens.recurrence.scanning import at_least_float32
+
+
+BEFORE = " before"  # behind the name of a point that a site reads before it writes there
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What n targets read at a point (before its own site writes there, where its name says so): p = read . x[pos] + offset,
+    and the p that the run had."""
+
+    point: str
+    pos: Int[Tensor, " n"]
+    read: Float[Tensor, "n d_in"]
+    offset: Float[Tensor, " n"]
+    p: Float[Tensor, " n"]
+
+    def of(self, x: Float[Tensor, "pos d_in"]) -> Float[Tensor, " n"]:
+        """`reads.of(x)`: p for other activations."""
+        return (x[self.pos] * self.read).sum(-1) + self.offset
+
+    def some(self, chosen: Int[Tensor, " kept"]) -> Reads:
+        """`reads.some(chosen)`: some of them, by their numbers."""
+        return Reads(self.point, *(part[chosen] for part in (self.pos, self.read, self.offset, self.p)))
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The n nodes that write at a site, the error nodes aside: what they read, and `write` [n d_out] of an activation of 1."""
+
+    reads: Reads
+    feature: Int[Tensor, " n"]
+    activation: Float[Tensor, " n"]
+    slope: Float[Tensor, " n"]
+    write: Float[Tensor, "n d_out"]
+
+    def __len__(self) -> int:
+        return len(self.activation)
+
+    def spread(self, amounts: Float[Tensor, " n"], length: int) -> Float[Tensor, "pos d_out"]:
+        """`nodes.spread(amounts, length)`: what they write at each of `length` positions with these activations."""
+        total = self.write.new_zeros(length, self.write.shape[1])
+        return total.index_add(0, self.reads.pos, amounts.unsqueeze(-1) * self.write)
+
+    def some(self, chosen: Int[Tensor, " kept"]) -> Nodes:
+        """`nodes.some(chosen)`: some of them, by their numbers."""
+        parts = (self.feature, self.activation, self.slope, self.write)
+        return Nodes(self.reads.some(chosen), *(part[chosen] for part in parts))
+
+
+@dataclass(frozen=True)
+class Site:
+    """A point where nodes write: see the head of this file. `leaf` [pos d_out] is what the run had there, W_skip's part aside."""
+
+    point: str
+    layer: int
+    kind: str
+    leaf: Float[Tensor, "pos d_out"]
+    nodes: Nodes | None = None
+    bias: Float[Tensor, "pos d_out"] | None = None
+    skip: Float[Tensor, "d_in d_out"] | None = None
+    dictionary: Dictionary | None = None
+
+    @property
+    def error(self) -> Float[Tensor, "pos d_out"] | None:
+        """`site.error`: what its nodes and its bias leave over; None where nothing can be left."""
+        if self.kind == MIXER:
+            return None
+        left = self.leaf if self.nodes is None else self.leaf - self.nodes.spread(self.nodes.activation, len(self.leaf))
+        return left if self.bias is None else left - self.bias
+
+    def some(self, chosen: Int[Tensor, " kept"]) -> Site:
+        """`site.some(chosen)`: with some of its nodes; what the others write is in its error then."""
+        return self if self.nodes is None else replace(self, nodes=self.nodes.some(chosen))
+
+
+def of_dictionary(
+    dictionary: Dictionary,
+    point: str,
+    out_point: str,
+    layer: int,
+    x: Float[Tensor, "pos d_in"],
+    y: Float[Tensor, "pos d_out"],
+) -> Site:
+    """`of_dictionary(sae, "blocks.1.hook_mlp_in", "blocks.1.hook_mlp_out", 1, x, y)`: its site, x and y what the run had at the
+    points that it reads and writes."""
+    x, y = at_least_float32(x), at_least_float32(y)
+    for what, width, given in (("reads", dictionary.d_in, x), ("writes", dictionary.d_out, y)):
+        if width != given.shape[1]:
+            at = point if what == "reads" else out_point
+            raise InputError(f"The dictionary {what} {width} numbers at {at}, where the model has {given.shape[1]}.")
+    W_enc, b_enc, W_dec, b_dec = (
+        getattr(dictionary, name).detach().to(x) for name in ("W_enc", "b_enc", "W_dec", "b_dec")
+    )
+    n, _, scale = dictionary._normalised(x)
+    centre = b_dec if dictionary.centred else torch.zeros_like(x[0])
+    scale = scale.expand(len(x), 1)
+    sums = (n - centre) @ W_enc + b_enc
+    features, (slope, _) = dictionary.activation(sums), dictionary.activation.held(sums)
+    at = features.nonzero(as_tuple=True)
+    pos, feature = at
+    directions = W_enc.T[feature]
+    # of x less its mean is what the direction less its mean is of x
+    read = directions - directions.mean(-1, keepdim=True) if dictionary.normalise == "layer_norm" else directions
+    offset = b_enc[feature] - directions @ centre
+    own = point + BEFORE if point == out_point else point
+    reads = Reads(own, pos, read / scale[pos], offset, sums[at])
+    nodes = Nodes(reads, feature, features[at], slope.expand_as(sums)[at], W_dec[feature] * scale[pos])
+    skip = None if dictionary.W_skip is None else dictionary.W_skip.detach().to(x)
+    leaf = y if skip is None else y - x @ skip
+    return Site(out_point, layer, FEATURE, leaf, nodes, b_dec * scale, skip, dictionary)
+
+
+def of_mixer(point: str, layer: int, y: Float[Tensor, "pos d_model"]) -> Site:
+    """`of_mixer("blocks.1.hook_mixer_out", 1, y)`: the site of a mixer whose writes y are nodes; a write of 0 is none."""
+    y = at_least_float32(y)
+    size = y.norm(dim=-1)
+    pos = size.nonzero().squeeze(-1)
+    along, size = y[pos] / size[pos].unsqueeze(-1), size[pos]
+    reads = Reads(point + BEFORE, pos, along, torch.zeros_like(size), size)
+    return Site(point, layer, MIXER, y, Nodes(reads, torch.zeros_like(pos), size, torch.ones_like(size), along))
