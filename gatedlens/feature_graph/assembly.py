@@ -44,7 +44,7 @@ def graph_of(
     kept = torch.ones(size, dtype=torch.bool, device=rows.device)
     words = tuple(frozen.words(tokens))
     return FeatureGraph(
-        nodes, adjacency, values, slopes, probability, tokens, words, kept, adjacency != 0, facts, frozen
+        nodes, adjacency, values, slopes, probability, tokens, words, kept, adjacency != 0, facts, frozen, logits
     )
 
 

@@ -27,9 +27,12 @@ from torch import Tensor
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.feature_graph import influence
 from gatedlens.feature_graph.frozen import FrozenRun
+from gatedlens.feature_graph.intervening import Intervened, intervened, predicted
+from gatedlens.feature_graph.logits import Logits
 from gatedlens.feature_graph.node import BIAS, ERROR, FEATURE, KINDS, LOGIT, MIXER, TARGETS, TOKEN, Node
 from gatedlens.markup import card, picture, table
 from gatedlens.options import checked
+from gatedlens.result.result import Result
 from gatedlens.result.rounding import figures
 
 # What a node is called by. For editors and type checkers: whoever passes something else gets the error of `node`.
@@ -70,7 +73,8 @@ class FeatureGraph:
     kept: Bool[Tensor, " n"]
     joined: Bool[Tensor, "n n"]
     facts: Mapping[str, Any] = field(default_factory=dict)
-    frozen: FrozenRun | None = None  # of a graph that was loaded there is none
+    frozen: FrozenRun | None = None  # of a graph that was loaded there is no run
+    logits: Logits | None = None
 
     # -- what is in it -------------------------------------------------------------------------------------------
 
@@ -107,7 +111,8 @@ class FeatureGraph:
             if kept and node.kind == kind and at in (None, node.pos)
         ]
 
-    def _are(self, *kinds: str) -> Bool[Tensor, " n"]:
+    def are(self, *kinds: str) -> Bool[Tensor, " n"]:
+        """`graph.are("token", "error")`: which nodes are of some kinds."""
         return torch.tensor([node.kind in kinds for node in self.nodes], device=self.adjacency.device)
 
     def __len__(self) -> int:
@@ -167,7 +172,7 @@ class FeatureGraph:
 
     def check(self) -> Check:
         """`graph.check()`: how far the targets are from the sums of their edges, errors and the bias among them, at most."""
-        targets = self._are(*TARGETS)
+        targets = self.are(*TARGETS)
         rows = self.adjacency[targets]
         off = (rows.sum(1) - self.values[targets]).abs()
         return Check(float(off.max()), float((off / rows.abs().sum(1).clamp(min=torch.finfo(off.dtype).tiny)).max()))
@@ -178,7 +183,7 @@ class FeatureGraph:
 
     @property
     def _unbiased(self) -> Float[Tensor, "n n"]:
-        return self.adjacency.masked_fill(self._are(BIAS), 0)
+        return self.adjacency.masked_fill(self.are(BIAS), 0)
 
     @cached_property
     def influence(self) -> Float[Tensor, " n"]:
@@ -189,13 +194,13 @@ class FeatureGraph:
     def replacement(self) -> float:
         """`graph.replacement`: of what ends in tokens and errors the share that ends in tokens, circuit-tracer's replacement
         score; of the whole graph, whatever is pruned."""
-        return influence.replacement(self.influence, self._are(TOKEN), self._are(ERROR))
+        return influence.replacement(self.influence, self.are(TOKEN), self.are(ERROR))
 
     @property
     def completeness(self) -> float:
         """`graph.completeness`: the share of edges that come from no error, by the influence of their targets, circuit-tracer's
         completeness score; of the whole graph, whatever is pruned."""
-        return influence.completeness(self._shares, self.influence, self.probability, self._are(ERROR))
+        return influence.completeness(self._shares, self.influence, self.probability, self.are(ERROR))
 
     @checked
     def prune(self, nodes: float = 0.8, edges: float = 0.98) -> FeatureGraph:
@@ -207,7 +212,7 @@ class FeatureGraph:
         for name, share in (("nodes", nodes), ("edges", edges)):
             if not 0 <= share <= 1:
                 raise InputError(f"prune({name}={share}): a share, from 0 to 1.")
-        stay, fed = self._are(TOKEN, LOGIT), self._are(FEATURE, MIXER)
+        stay, fed = self.are(TOKEN, LOGIT), self.are(FEATURE, MIXER)
         kept, joined = influence.pruned(self._unbiased, self.probability, nodes, edges, stay, fed)
         scores = influence.of_edges(self._shares, self.probability)
         there = self._unbiased != 0
@@ -216,12 +221,28 @@ class FeatureGraph:
             return float(some.sum() / of.sum().clamp(min=1e-30))
 
         said = {
-            "nodes": share(kept.double(), (~self._are(BIAS)).double()),
+            "nodes": share(kept.double(), (~self.are(BIAS)).double()),
             "edges": share(joined.double(), there.double()),
             "influence of nodes": share(self.influence[kept], self.influence),
             "influence of edges": share(scores[joined], scores),
         }
         return replace(self, kept=kept, joined=joined, facts={**self.facts, "kept": said})
+
+    # -- what it says of interventions ---------------------------------------------------------------------------
+
+    def predict(self, clamped: Mapping[Called, float], through: Iterable[Called] | None = None) -> Result:
+        """`graph.predict({"1_12_7": 0.0})`: what each logit changes by, by the edges alone, a Result [logit]; see `intervene`."""
+        return predicted(self, clamped, through)
+
+    def intervene(self, clamped: Mapping[Called, float], through: Iterable[Called] | None = None) -> Intervened:
+        """`graph.intervene({"1_12_7": 0.0}, through=["2_3_9"])`: nodes clamped at activations: what each logit changes by, by the
+        edges, in a frozen run (the same to rounding) and in the model; `.gap` is what the graph does not know.
+
+        clamped: by node the activation; of a token or an error the share of what it writes that stays. through: the features and
+        mixers' writes that respond (None: all of the graph; []: none, so that direct edges alone count). Edges between these
+        count whether they are pruned or not. InputError for a node that is none, or cannot be clamped, or does not respond.
+        """
+        return intervened(self, clamped, through)
 
     # -- what it shows -------------------------------------------------------------------------------------------
 

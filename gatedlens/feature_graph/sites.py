@@ -95,6 +95,14 @@ class Site:
         left = self.leaf if self.nodes is None else self.leaf - self.nodes.spread(self.nodes.activation, len(self.leaf))
         return left if self.bias is None else left - self.bias
 
+    def now(self, x: Float[Tensor, "pos d_in"]) -> Float[Tensor, " n"]:
+        """`site.now(x)`: the activations of its nodes for another x, each on or off as it is then."""
+        assert self.nodes is not None
+        if self.dictionary is None:
+            return self.nodes.reads.of(x)
+        features = self.dictionary.encode(x)
+        return features[self.nodes.reads.pos, self.nodes.feature].to(x)
+
     def some(self, chosen: Int[Tensor, " kept"]) -> Site:
         """`site.some(chosen)`: with some of its nodes; what the others write is in its error then."""
         return self if self.nodes is None else replace(self, nodes=self.nodes.some(chosen))
