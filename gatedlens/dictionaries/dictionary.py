@@ -3,7 +3,7 @@
     n = normalised(x) [- b_dec, where it is centred]
     f = activation(n W_enc + b_enc)                      # dictionary.encode(x)              [..., feature]
     x_hat = f W_dec + b_dec                              # dictionary.decode(f)              [..., d_out]
-    y_hat = unnormalised(x_hat) + x W_skip               # dictionary.reconstruct(f, x), dictionary(x)
+    y_hat = unnormalised(x_hat) [+ x W_skip]              # dictionary.reconstruct(f, x), dictionary(x)
 
 `point` is what it reads, `out_point` what it writes: the same (a sparse autoencoder), another (a transcoder), or several of each,
 laid side by side in the order of their names (a crosscoder): x is [..., d_in], d_in the sum of their widths.
@@ -18,6 +18,7 @@ one head's values, read at every head (features [batch pos head feature]), index
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ from gatedlens.dictionaries.activation import ACTIVATIONS, Activation, ReLU
 from gatedlens.errors import CheckpointError, InputError, did_you_mean
 from gatedlens.files import Fields, read_tensors, to_json
 from gatedlens.markup import card, table
+from gatedlens.options import checked
 
 __all__ = ["Dictionary"]
 
@@ -46,8 +48,8 @@ class Dictionary(nn.Module):
     W_enc [d_in feature], b_enc [feature], W_dec [feature d_out], b_dec [d_out], W_skip [d_in d_out] or None; a bias that is left
     out is 0. point: the name that it reads, or several, with their widths in `d_ins`; out_point: what it writes, else `point`,
     with `d_outs`. centred: b_dec is taken off before it is read. normalise: "layer_norm" takes the mean off x and divides by the
-    standard deviation, "constant_norm" scales x to the length sqrt(d_in); either is undone behind. axes, index: see
-    above. facts: what a header tells of it, model and seed say.
+    standard deviation, "constant_norm" scales x to the length sqrt(d_in); an autoencoder undoes either behind its decoder. axes,
+    index: see above. facts: what a header tells of it, model and seed say.
 
     Its parameters ask for no gradient until it is trained. InputError for weights that do not fit one another.
     Source: Bricken et al. 2023 (Towards monosemanticity); transcoders: Dunefsky et al. 2024, arXiv 2406.11944; crosscoders:
@@ -195,7 +197,7 @@ class Dictionary(nn.Module):
         """
         out = self.decode(features)
         x = x.to(self.W_enc.dtype)
-        if self.normalise != "none":
+        if self.normalise != "none" and self.kind == "sae":  # a transcoder's output has a mean and a length of its own
             _, mean, scale = self._normalised(x)
             out = out * scale + mean
         return out if self.W_skip is None else out + x @ self.W_skip
@@ -215,6 +217,45 @@ class Dictionary(nn.Module):
             scale = x.norm(dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
             return x / scale, zero, scale
         return x, zero, one
+
+    def written(self, change: Float[Tensor, "... feature"], x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        """`dictionary.written(f_new - f, x)`: the change of the reconstruction with the features; exactly 0 where they do not."""
+        out = change @ self.W_dec
+        if self.normalise != "none" and self.kind == "sae":
+            out = out * self._normalised(x.to(self.W_enc.dtype))[2]
+        return out
+
+    @checked
+    def at(
+        self,
+        point: str | Sequence[str] | None = None,
+        out_point: str | Sequence[str] | None = None,
+        model: str | None = None,
+    ) -> Dictionary:
+        """`dictionary.at("blocks.5.hook_resid_pre", model="mine")`: the same weights, said to be of another point or model.
+
+        What is None stays; an autoencoder stays one. Without model the new one is said to be of none.
+        """
+        reads = self.points if point is None else point
+        writes = (None if self.kind == "sae" else self.out_points) if out_point is None else out_point
+        facts = {name: said for name, said in self.facts.items() if name != "model"}
+        return Dictionary(
+            self.W_enc,
+            self.W_dec,
+            self.b_enc,
+            self.b_dec,
+            self.W_skip,
+            point=reads,
+            out_point=writes,
+            activation=copy.deepcopy(self.activation),
+            centred=self.centred,
+            normalise=self.normalise,
+            axes=self.axes,
+            index=self.index,
+            d_ins=self.d_ins,
+            d_outs=self.d_outs,
+            facts=facts if model is None else {**facts, "model": model},
+        )
 
     # -- on disk -------------------------------------------------------------------------------------------------
 
