@@ -40,6 +40,7 @@ def graph_of(
         "layers": frozen.model.cfg.n_layers,
         "dictionaries": [repr(one.dictionary) for one in frozen.places.dictionaries],
         "counted with errors": on - first,
+        "points": [site.point for site in frozen.sites],
     }
     kept = torch.ones(size, dtype=torch.bool, device=rows.device)
     words = tuple(frozen.words(tokens))

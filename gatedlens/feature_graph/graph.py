@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
@@ -26,12 +27,19 @@ from torch import Tensor
 
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.feature_graph import influence
+from gatedlens.feature_graph.circuit_tracer import circuit_tracer
+from gatedlens.feature_graph.drawing import draw
 from gatedlens.feature_graph.frozen import FrozenRun
 from gatedlens.feature_graph.intervening import Intervened, intervened, predicted
 from gatedlens.feature_graph.logits import Logits
 from gatedlens.feature_graph.node import BIAS, ERROR, FEATURE, KINDS, LOGIT, MIXER, TARGETS, TOKEN, Node
+from gatedlens.feature_graph.page import page_of
+from gatedlens.feature_graph.saving import read, write
+from gatedlens.files import write_json
+from gatedlens.foreign import Axes, Figure
 from gatedlens.markup import card, picture, table
 from gatedlens.options import checked
+from gatedlens.plot.coloured_text import Html
 from gatedlens.result.result import Result
 from gatedlens.result.rounding import figures
 
@@ -226,7 +234,7 @@ class FeatureGraph:
             "influence of nodes": share(self.influence[kept], self.influence),
             "influence of edges": share(scores[joined], scores),
         }
-        return replace(self, kept=kept, joined=joined, facts={**self.facts, "kept": said})
+        return replace(self, kept=kept, joined=joined, facts={**self.facts, "pruned": {"nodes": nodes, "edges": edges}, "kept": said})
 
     # -- what it says of interventions ---------------------------------------------------------------------------
 
@@ -243,6 +251,42 @@ class FeatureGraph:
         count whether they are pruned or not. InputError for a node that is none, or cannot be clamped, or does not respond.
         """
         return intervened(self, clamped, through)
+
+    # -- as something else ---------------------------------------------------------------------------------------
+
+    def plot(self, ax: Axes | None = None) -> Figure:
+        """`graph.prune().plot()`: a matplotlib Figure: positions from left to right, what runs later above; red edges add, blue
+        ones take away. Of many edges the strongest."""
+        return draw(self, ax)
+
+    def page(self) -> Html:
+        """`graph.prune().page().save("graph.html")`: a self-contained page on which a click on a node shows its edges."""
+        return page_of(self)
+
+    @checked
+    def to_circuit_tracer(self, slug: str = "graph") -> dict[str, Any]:
+        """`graph.prune().to_circuit_tracer("recall")`: the JSON of circuit-tracer's and Neuronpedia's pages, as a dict."""
+        return circuit_tracer(self, slug)
+
+    @checked
+    def save(self, path: str | Path) -> Path:
+        """`graph.save("graph.safetensors")`: all of it but the run, what `load` reads; `.json`: circuit-tracer's JSON; `.html`: the
+        page. Returns the path; InputError for another ending."""
+        path = Path(path)
+        if path.suffix == ".json":
+            return write_json(path, self.to_circuit_tracer(path.stem))
+        if path.suffix == ".html":
+            return self.page().save(path)
+        if path.suffix != ".safetensors":
+            raise InputError(f"save({str(path)!r}): a graph is written as .safetensors, .json or .html, not {path.suffix!r}.")
+        return write(self, path)
+
+    @staticmethod
+    @checked
+    def load(path: str | Path) -> FeatureGraph:
+        """`FeatureGraph.load("graph.safetensors")`: what `save` wrote: it predicts, and has no run to intervene in.
+        CheckpointError for a file that holds none."""
+        return FeatureGraph(**read(path))
 
     # -- what it shows -------------------------------------------------------------------------------------------
 

@@ -1,0 +1,57 @@
+"""Drawing: the picture of a feature graph. Red edges add, blue ones take away; a circle is a feature, a diamond an error."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gatedlens.feature_graph.layout import Layout
+from gatedlens.feature_graph.node import ERROR, LOGIT, MIXER, TOKEN
+from gatedlens.foreign import Axes, Figure
+from gatedlens.plot.drawing import label, label_axis, plain, wrapped
+from gatedlens.plot.sheet import WIDEST, room, sheet
+
+if TYPE_CHECKING:
+    from gatedlens.feature_graph.graph import FeatureGraph
+else:  # that file imports this one
+    FeatureGraph = Any
+
+RED, BLUE, GREY = "#d62828", "#1d4ed8", "#555555"
+MARKERS = {ERROR: "D", TOKEN: "s", LOGIT: "s", MIXER: "h"}
+NAMED = 40  # nodes besides tokens, up to which each has its name
+FAINT = 0.02  # of the strongest edge: what is weaker is as faint
+
+
+def draw(graph: FeatureGraph, ax: Axes | None = None) -> Figure:
+    """`graph.plot()`: the Figure (that of `ax` if given)."""
+    laid = Layout.of(graph)
+    width = room(int(laid.width) + 1, 0.42, 6.0, WIDEST)
+    if ax is None:
+        ax = sheet(width, 1.0 * len(laid.rows) + 1.2)
+    most = max((abs(edge.weight) for edge in laid.edges), default=1.0) or 1.0
+    for edge in reversed(laid.edges):
+        (x, y), (to_x, to_y) = laid.places[edge.source], laid.places[edge.target]
+        share = max(abs(edge.weight) / most, FAINT)
+        colour = RED if edge.weight > 0 else BLUE
+        ax.plot([x, to_x], [y, to_y], color=colour, linewidth=0.4 + 2.6 * share, alpha=0.25 + 0.65 * share, zorder=1)
+    for node in laid.nodes:
+        x, y = laid.places[node.id]
+        ax.scatter([x], [y], marker=MARKERS.get(node.kind, "o"), s=46, facecolor="white", edgecolor=GREY, zorder=2)
+    between = [node for node in laid.nodes if node.kind != TOKEN]
+    for node in between if len(between) <= NAMED else [node for node in between if node.kind == LOGIT]:
+        x, y = laid.places[node.id]
+        name = label(node.said.removeprefix("logit of ").strip("'")) if node.kind == LOGIT else f"{node.rank}"
+        plain(ax.annotate(name, (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=7, zorder=3))
+    ax.set_ylim(-0.5, len(laid.rows) - 0.4)
+    ax.set_xlim(-0.8, laid.width - 0.2)
+    ax.set_yticks(range(len(laid.rows)), laid.rows, parse_math=False, usetex=False, fontsize=8)
+    label_axis(ax, "x", graph.words)
+    names = [text.get_text() for text in ax.get_xticklabels()]
+    at = [laid.columns[int(place)] for place in ax.get_xticks()]
+    ax.set_xticks(at, names, parse_math=False, usetex=False, fontsize=8)
+    for side in ("top", "right", "left"):
+        ax.spines[side].set_visible(False)
+    shown = "" if not laid.left_out else f", the {len(laid.edges)} strongest edges"
+    said = f"Feature graph of {graph.facts.get('model', '')}: replacement {graph.replacement:.2f}, completeness {graph.completeness:.2f}"
+    plain(ax.set_title(wrapped(f"{said}{shown} (red adds, blue takes away; diamonds are errors)", int(width * 12)), fontsize=10))
+    drawn: Any = ax.figure  # a figure, unless `ax` stands in a part of one
+    return drawn
