@@ -64,8 +64,10 @@ def attribute(
     if not -length <= pos < length:
         raise InputError(f"pos={pos} is out of range: the prompt has {length} positions.")
     of_mixers = not dictionaries if mixers is None else mixers
-    frozen = FrozenRun.of(model, tokens, dictionaries, of_mixers, position_ids)
-    wanted = Logits.of(frozen, logits, int(pos) % length)
+    end = int(pos) % length + 1  # what comes behind is read by nothing
+    documents = None if position_ids is None else position_ids[:, :end]
+    frozen = FrozenRun.of(model, tokens[:, :end], dictionaries, of_mixers, documents)
+    wanted = Logits.of(frozen, logits, end - 1)
     edges = Edges(frozen, batch_size)
     chosen, rows = edges.of_all(wanted, max_nodes, progress)
     return graph_of(frozen, wanted, chosen, rows.detach())

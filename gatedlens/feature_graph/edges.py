@@ -78,11 +78,13 @@ class Edges:
         waiting = torch.ones(total, dtype=torch.bool)
         with tqdm(total=wanted, disable=not progress, desc="feature graph", unit="node") as bar:
             some = mixers.nonzero().squeeze(1) if wanted < total else torch.arange(total)
-            while len(some):
+            while True:
                 rows |= self._rows_of(some)
                 waiting[some] = False
                 bar.update(len(some))
                 left = wanted - int((~waiting).sum())
+                if not left:
+                    break
                 some = self._next(rows, waiting, logits, min(left, 4 * self.rows))
         chosen = (~waiting).nonzero().squeeze(1)
         order = [*chosen.tolist(), *range(total, total + len(logits.ids))]

@@ -87,7 +87,7 @@ function table(where, edges, end) {
 function show(id) {
   const node = nodes.get(id);
   marks.forEach((mark, name) => mark.classList.toggle('gl-on', name === id));
-  lines.forEach(one => one.line.setAttribute('opacity', one.source === id || one.target === id ? 1 : one.faint / 3));
+  lines.forEach(one => one.line.setAttribute('opacity', one.source === id || one.target === id ? 1 : Math.max(.2, one.faint / 2)));
   document.getElementById('gl-name').textContent = `${id}: ${node.said}` +
     (node.activation === null ? '' : `, ${node.kind === 'logit' ? 'logit' : 'activation'} ${node.activation.toPrecision(4)}`) +
     `, influence ${node.influence.toPrecision(3)}`;

@@ -1,0 +1,54 @@
+"""The graph of a recall answer holds what is known of it: the value's token, and where content is mixed with the token before it,
+the key's, reach the answer's logit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gatedlens as gl
+from gatedlens.dictionaries import TopK
+from gatedlens.dictionaries.training import train
+from gatedlens.feature_graph import attribute
+
+BEHIND_THEIR_KEY = ("mamba", "mamba2", "rwkv", "rwkv7")  # a conv or a token shift writes the key into the value's content
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "rwkv", "rwkv7", "gdn", "hybrid"])
+def test_the_value_and_its_key_reach_the_answer(name):
+    model, batch = gl.from_pretrained(f"gatedlens/{name}-recall", device="cpu"), gl.tasks.recall(3, seed=0)
+    for row in range(3):
+        answer, value, key = int(batch.answers[row]), int(batch.answer_pos[row]), int(batch.key_pos[row])
+        graph = attribute(model, batch.tokens[row : row + 1], logits=[answer], progress=False)
+        assert graph.check().relative < 1e-5
+        small, effect = graph.prune(), {}
+        for node in graph.of("token"):
+            effect[node.pos] = abs(float(graph.predict({node: 0.0}).values[0]))
+        logit = small.of("logit")[0]
+        first = sorted(effect, key=lambda pos: -effect[pos])
+        assert small.reaches(small.of("token", value)[0], logit) and value in first[:2]
+        if name in BEHIND_THEIR_KEY:
+            assert small.reaches(small.of("token", key)[0], logit)
+
+
+@pytest.mark.slow
+def test_trained_features_tell_the_mechanism():
+    """Mamba: the tokens of the pair make a feature at the value, which makes features of the last token's mixer, which make the
+    answer; and clamping it takes the answer away, in the graph and in truth."""
+    model, batch = gl.from_pretrained("gatedlens/mamba-recall", device="cpu"), gl.tasks.recall(256, seed=1)
+    points = ["blocks.0.hook_resid_post", "blocks.1.mixer.hook_gated"]
+    with torch.no_grad():
+        _, cache = model.run_with_cache(batch.tokens, names_filter=points)
+    saes = [train(cache[point], point, 128, TopK(8), steps=400, batch_size=512, progress=False) for point in points]
+    asked = gl.tasks.recall(4, seed=0)
+    for row in range(4):
+        value, key = int(asked.answer_pos[row]), int(asked.key_pos[row])
+        graph = attribute(model, asked.tokens[row : row + 1], saes, logits=[int(asked.answers[row])], progress=False)
+        assert graph.replacement > 0.5 and graph.completeness > 0.8
+        small = graph.prune(0.6, 0.9)
+        logit = small.of("logit")[0]
+        stored = max(small.of("feature", value), key=lambda node: float(graph.influence[graph.place(node)]))
+        assert stored.point == points[0] and small.reaches(stored, logit)
+        assert any(edge.source == graph.of("token", key)[0].id for edge in graph.into(stored)[:3])
+        done = graph.intervene({stored: 0.0})
+        assert float(done.predicted.values) < -3 and float(done.true.values) < -3 and done.rounding < 1e-4
