@@ -435,9 +435,11 @@ def _by_its_class(source: str, dtype: torch.dtype | None, **options: Any) -> nn.
     """What transformers loads; CheckpointError unless the files held exactly what the model has."""
     from transformers import AutoModelForCausalLM
 
+    # With peft installed transformers looks for an adapter too, and asks the hub for it unless it is told so once more.
+    adapters = {name: options[name] for name in ("cache_dir", "local_files_only") if name in options}
     with reading(source, "cannot be loaded"), _quiet() if Path(source).is_dir() else nullcontext():
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or "auto", output_loading_info=True, **options
+            source, dtype=dtype or "auto", output_loading_info=True, adapter_kwargs=adapters, **options
         )
     fit.check(source, info["missing_keys"], info["unexpected_keys"], info.get("mismatched_keys", ()))
     return model

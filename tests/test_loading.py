@@ -106,7 +106,9 @@ def test_golden_weights_load_from_a_folder(tmp_path):
 
 
 def test_a_hub_name_is_looked_up_in_the_hubs_cache(tmp_path, monkeypatch):
-    """The hub's folder layout, offline: models--org--name/snapshots/<commit>."""
+    """The hub's folder layout, offline: models--org--name/snapshots/<commit>. The hub is asked for nothing."""
+    asked = "huggingface_hub.file_download.get_hf_file_metadata"
+    monkeypatch.setattr(asked, lambda url, **how: pytest.fail(f"the hub was asked for {url}"))
     commit = "0" * 40
     root = tmp_path / "models--some--mamba"
     hf_model().save_pretrained(root / "snapshots" / commit)

@@ -8,6 +8,13 @@
 
 from gatedlens.dictionaries.activation import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from gatedlens.dictionaries.dictionary import Dictionary
+from gatedlens.dictionaries.example import Example, Examples, examples
+from gatedlens.dictionaries.layouts import load
+from gatedlens.dictionaries.measuring import Quality, measure
 from gatedlens.dictionaries.splicing import Spliced, splice
+from gatedlens.dictionaries.training import train
 
-__all__ = ["Activation", "BatchTopK", "Dictionary", "Gated", "JumpReLU", "ReLU", "Spliced", "TopK", "splice"]
+__all__ = [
+    "Activation", "BatchTopK", "Dictionary", "Example", "Examples", "Gated", "JumpReLU", "Quality", "ReLU", "Spliced", "TopK",
+    "examples", "load", "measure", "splice", "train",
+]  # fmt: skip

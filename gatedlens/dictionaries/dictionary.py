@@ -23,7 +23,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from jaxtyping import Float
 from safetensors.torch import save_file
@@ -37,7 +37,14 @@ from gatedlens.options import checked
 
 __all__ = ["Dictionary"]
 
-Normalise = Literal["none", "layer_norm", "constant_norm"]
+NORMALISE = ("none", "layer_norm", "constant_norm")
+# For editors: what is none of these gets an error that says more.
+if TYPE_CHECKING:
+    Normalise: TypeAlias = Literal["none", "layer_norm", "constant_norm"]
+    Function: TypeAlias = Activation | None
+    Weight: TypeAlias = Tensor
+else:
+    Normalise = Function = Weight = Any
 EPS = 1e-5  # of layer_norm, as SAELens has it: added to the standard deviation
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip")
 
@@ -72,7 +79,7 @@ class Dictionary(nn.Module):
         *,
         point: str | Sequence[str],
         out_point: str | Sequence[str] | None = None,
-        activation: Activation | None = None,
+        activation: Function = None,
         centred: bool = False,
         normalise: Normalise = "none",
         axes: Sequence[str] | None = None,
@@ -97,10 +104,9 @@ class Dictionary(nn.Module):
                 f"{', '.join(kind.__name__ for kind in ACTIVATIONS.values())}."
             )
         self.activation.check(self.n_features)
-        if normalise not in get_args(Normalise):
+        if normalise not in NORMALISE:
             raise InputError(
-                f"normalise={normalise!r}: it is one of {', '.join(get_args(Normalise))}."
-                f"{did_you_mean(normalise, get_args(Normalise))}"
+                f"normalise={normalise!r}: it is one of {', '.join(NORMALISE)}.{did_you_mean(normalise, NORMALISE)}"
             )
         if centred and self.d_in != self.d_out:
             raise InputError(

@@ -5,8 +5,8 @@
     gl.dictionaries.load("layer_20/width_16k/average_l0_71")  # Gemma Scope: params.npz
     gl.dictionaries.load("gated.safetensors")                 # what Dictionary.save wrote
 
-A Layout reads a folder as weights by our names and the options of a `Dictionary`. What is said there is folded into the weights where
-it can be: a scale of what is read, a scale of the features, decoder rows of length 1.
+A Layout reads a folder as weights by our names and the options of a `Dictionary`. What is said there is folded into the weights
+where it can be: a scale of what is read, a scale of the features, decoder rows of length 1.
 """
 
 from __future__ import annotations
@@ -102,7 +102,11 @@ def _fields(folder: Path, tool: str) -> Fields:
 
 # -- SAELens --------------------------------------------------------------------------------------------------------
 
-OLD = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}  # 1 to 5
+OLD = {
+    "hook_point": "hook_name",
+    "hook_point_head_index": "hook_head_index",
+    "activation_fn_str": "activation_fn",
+}  # 1 to 5
 NORMALISED: dict[Any, str] = {None: "none", False: "none", "none": "none", "layer_norm": "layer_norm"}
 NORMALISED |= {"constant_norm_rescale": "constant_norm", True: "scaled", "expected_average_only_in": "scaled"}
 TOLD = ("model_name", "dataset_path", "context_size", "prepend_bos", "sae_lens_version")
@@ -214,7 +218,7 @@ def _facts(cfg: Mapping[str, Any], tool: str) -> dict[str, Any]:
 
 
 def _module_out(point: str | None) -> str | None:
-    """What a transcoder of a part of a layer writes, where its folder does not say: blocks.3.ln2.hook_normalized -> hook_mlp_out."""
+    """What a transcoder of a part of a layer writes, where its folder does not say: the output of that part."""
     layer = re.match(r"(blocks\.\d+\.)", point or "")
     part = "mixer" if point and re.search(r"mixer|ln1", point) else "mlp"
     return f"{layer[1]}hook_{part}_out" if layer else None

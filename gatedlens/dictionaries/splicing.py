@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -35,11 +35,15 @@ from gatedlens.dictionaries.dictionary import Dictionary
 from gatedlens.dictionaries.reading import Reading
 from gatedlens.errors import InputError, PointError
 from gatedlens.model.base import HookedModel
-from gatedlens.model.hookpoint import HookPoint
+from gatedlens.model.hookpoint import ByPosition, HookPoint
 
 __all__ = ["Spliced", "splice"]
 
-Given = Dictionary | Sequence[Dictionary] | Mapping[str, Dictionary]
+# What `splice` takes; for editors: what is none gets the errors of the functions below.
+if TYPE_CHECKING:
+    Given: TypeAlias = Dictionary | Sequence[Dictionary] | Mapping[str, Dictionary]
+else:
+    Given = Any
 
 
 @dataclass(frozen=True)
@@ -189,11 +193,22 @@ class Spliced:
 
     # -- in a forward --------------------------------------------------------------------------------------------
 
+    @property
+    def within_a_block(self) -> bool:
+        """Whether all that it reads and writes is in one block: a run that begins at a later one, or in the midst of the
+        positions, needs nothing of what went before."""
+        blocks = {
+            one.name.split(".")[1] if one.name.startswith("blocks.") else one.name
+            for one in (*self.reads, *self.writes)
+        }
+        return len(blocks) == 1 and not self.ahead
+
     def hooks(self) -> list[tuple[str, Callable[..., Any]]]:
         """`spliced.hooks()`: [(name, hook)] at the points that it reads and writes, in the order in which they act."""
-        found: list[tuple[str, Callable[..., Any]]] = [(one.name, self._reader(one)) for one in self.reads]
+        kind = _ByPosition if self.within_a_block else _Hook
+        found: list[tuple[str, Callable[..., Any]]] = [(one.name, kind(self._reader(one))) for one in self.reads]
         for at, one in enumerate(self.writes):
-            found.append((one.name, self._writer(at, one)))
+            found.append((one.name, kind(self._writer(at, one))))
         return found
 
     def _reader(self, one: Reading) -> Callable[..., None]:
@@ -272,6 +287,20 @@ class Spliced:
             self._encode(self.seen)
         self.run = self.model.running
         return self.first[name]
+
+
+class _Hook:
+    """A hook of a dictionary; what it does."""
+
+    def __init__(self, does: Callable[..., Any]):
+        self.does = does
+
+    def __call__(self, tensor: Tensor, hook: Any) -> Any:
+        return self.does(tensor, hook)
+
+
+class _ByPosition(_Hook, ByPosition):
+    """One that does to each position what it does to it alone: sweeps may run many cells in one batch."""
 
 
 # -- the model's names while dictionaries are spliced ---------------------------------------------------------------

@@ -10,8 +10,8 @@ at the end. With x, y an entry, f = encode(x), r = y - reconstruct(f, x):
 
     loss = mean |r|^2 / mean |y - mean y|^2  +  l1 * mean sum f / d_out  +  aux * mean |r - r_dead|^2 / mean |r|^2
 
-decoder rows have length 1 throughout. l1 is for a ReLU. r_dead is what the d_in / 2 strongest of the dead features would decode to
-(Gao et al. 2024, arXiv 2406.04093, A.2): it brings them back.
+decoder rows have length 1 throughout. l1 is for a ReLU. r_dead is what the d_in / 2 strongest of the dead features would decode
+to (Gao et al. 2024, arXiv 2406.04093, A.2): it brings them back.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
@@ -91,8 +90,8 @@ def train(
     data: a store that holds `point` (and `out_point`), a tensor [..., d_in] of entries, or {point: tensor}. point: what it reads,
     several of them for a crosscoder; out_point: what it writes, None for the same. activation: TopK, BatchTopK, or a ReLU with an
     `l1`. Adam, `lr` falling to 0 over the last fifth. aux: the weight of what brings features back that have not fired for
-    `dead_after` steps; skip: with a W_skip from what is read to what is written. checkpoint: a file from which an interrupted call
-    goes on. Of one seed, on one machine, the numbers are the same, gone on with or not. facts: what the header says besides.
+    `dead_after` steps; skip: with a W_skip from what is read to what is written. checkpoint: a file from which an interrupted
+    call goes on. Of one seed, on one machine, the numbers are the same, gone on with or not. facts: what the header says besides.
 
     `facts["training"]` holds the options, and of the last tenth of the steps the variance explained, the features that fire at an
     entry (l0) and the share of dead ones. `gl.dictionaries.measure` says what the model makes of it.
@@ -103,7 +102,9 @@ def train(
     chosen = TopK(min(32, n_features)) if activation is None else activation
     if not isinstance(chosen, TRAINED):
         names = ", ".join(one.__name__ for one in TRAINED)
-        raise InputError(f"activation={chosen!r} is not trained here: {names} are. A BatchTopK is a JumpReLU afterwards.")
+        raise InputError(
+            f"activation={chosen!r} is not trained here: {names} are. A BatchTopK is a JumpReLU afterwards."
+        )
     if isinstance(chosen, ReLU) and l1 <= 0:
         raise InputError("A ReLU of l1=0 has nothing that makes it sparse: give l1=1e-1, say, or TopK(32).")
     for name, value in (("n_features", n_features), ("steps", steps), ("batch_size", batch_size)):
@@ -156,7 +157,10 @@ class Entries:
     def pair(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """x [entry d_in] and y [entry d_out]."""
         held = self.gather(numbers)
-        flat = {name: tensor.flatten(1).to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in held.items()}
+        flat = {
+            name: tensor.flatten(1).to(torch.promote_types(tensor.dtype, torch.float32))
+            for name, tensor in held.items()
+        }
         x = torch.cat([flat[name] for name in self.points], dim=1)
         same = self.points == self.out_points
         return x, x if same else torch.cat([flat[name] for name in self.out_points], dim=1)
@@ -209,7 +213,9 @@ class Run:
             raise InputError(f"The entries of {', '.join(self.entries.points)} are all zero, or not finite.")
         self.variance = float(centred.square().sum(1).mean()) * self.scales[1] ** 2
         if self.variance == 0:
-            raise InputError(f"The entries of {', '.join(self.entries.out_points)} are all the same: there is nothing to learn.")
+            raise InputError(
+                f"The entries of {', '.join(self.entries.out_points)} are all the same: there is nothing to learn."
+            )
         same = self.entries.points == self.entries.out_points
         decoder = torch.randn(o.n_features, y.shape[1], generator=generator, dtype=y.dtype)
         decoder /= decoder.norm(dim=1, keepdim=True)
@@ -284,7 +290,9 @@ class Run:
         if isinstance(self.activation, BatchTopK) and bool((f > 0).any()):
             least = f[f > 0].min()
             first = self.step == 0
-            self.activation.threshold = (least if first else 0.99 * self.activation.threshold + 0.01 * least).to(f.dtype)
+            self.activation.threshold = (least if first else 0.99 * self.activation.threshold + 0.01 * least).to(
+                f.dtype
+            )
 
     def _sum(self, more: Mapping[str, float]) -> None:
         self.sums = {name: self.sums.get(name, 0.0) + value for name, value in more.items()}
@@ -317,20 +325,27 @@ class Run:
 
     def _identity(self) -> str:
         said = {**asdict(self.options), "activation": self.activation.said(), "entries": self.entries.n}
-        return to_json({**said, "points": self.entries.points, "out": self.entries.out_points, "data": self.entries.digest()})
+        return to_json(
+            {**said, "points": self.entries.points, "out": self.entries.out_points, "data": self.entries.digest()}
+        )
 
     def _save(self, path: Path) -> None:
         tensors = {f"dictionary.{name}": t.detach() for name, t in self.dictionary.state_dict().items()}
         for number, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{number}.{name}": torch.as_tensor(value) for name, value in state.items()}
-        meta = {"gatedlens": "training", "identity": self._identity(), "step": str(self.step), "sums": to_json(self.sums)}
+        meta = {
+            "gatedlens": "training",
+            "identity": self._identity(),
+            "step": str(self.step),
+            "sums": to_json(self.sums),
+        }
         write_whole(path, save({**{name: t.contiguous() for name, t in tensors.items()}, "quiet": self.quiet}, meta))
 
     def _go_on(self, path: Path) -> None:
         tensors, meta = read_tensors(path)
         if meta.get("gatedlens") != "training" or meta["identity"] != self._identity():
             raise InputError(
-                f"{path} is the checkpoint of another training (other options, or other entries): give another file, or remove it."
+                f"{path} is the checkpoint of another training (other options, or other entries): give another file."
             )
         own = {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith("dictionary.")}
         with torch.no_grad():
@@ -357,7 +372,7 @@ class Run:
             "dead": float((self.quiet >= self.options.dead_after).float().mean()),
         }
         own = {} if self.entries.model is None else {"model": self.entries.model}
-        found = Dictionary(
+        return Dictionary(
             d.W_enc * s_in,
             d.W_dec / s_out,
             d.b_enc,
@@ -371,4 +386,3 @@ class Run:
             d_outs=d.d_outs,
             facts={**own, **facts, "training": training},
         )
-        return found

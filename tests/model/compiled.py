@@ -1,11 +1,14 @@
 """What test_compile.py runs in a process of its own, where no type checker is wrapped around the functions to compile.
 
-python -m tests.model.compiled block mamba | model mamba | default mamba
-"""
+    python -m tests.model.compiled          # then a question a line: block mamba, model mamba, default mamba
+
+answers each with a line: "fine", or what was raised as one JSON string."""
 
 from __future__ import annotations
 
+import json
 import sys
+import traceback
 
 import torch
 from torch._dynamo.backends.registry import lookup_backend
@@ -74,8 +77,17 @@ def default(model):
         assert relative(torch.compile(model)(example(model)), model(example(model))) < 1e-12
 
 
+def answer(what, name):
+    torch._dynamo.reset()
+    check = {"block": block, "model": model, "default": default}[what]
+    try:
+        check(architectures()[name].tiny(seed=0, dtype=torch.float64))
+    except Exception:
+        return json.dumps(traceback.format_exc())
+    return "fine"
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    what, name = sys.argv[1:]
-    {"block": block, "model": model, "default": default}[what](architectures()[name].tiny(seed=0, dtype=torch.float64))
-    print("fine")
+    for line in sys.stdin:
+        print(answer(*line.split()), flush=True)
