@@ -115,7 +115,9 @@ def _of_ends(frozen: FrozenRun, logits: Logits) -> Iterator[Node]:
     yield Node("E_-1_0", BIAS, -1, 0, -1, "", 1.0, "biases")
     size = frozen.logits.shape[-1]
     for i, ((token, other), said) in enumerate(zip(logits.ids, logits.said, strict=True)):
-        number = token if other is None else size + i  # no token's: circuit-tracer counts such targets behind the vocabulary
+        number = (
+            token if other is None else size + i
+        )  # no token's: circuit-tracer counts such targets behind the vocabulary
         pos, value = int(logits.reads.pos[i]), float(logits.reads.p[i])
         yield Node(f"{layers + 1}_{number}_{pos}", LOGIT, layers, pos, number, "", value, f"logit of {said!r}")
 

@@ -1,8 +1,8 @@
 """Attributing: from a prompt to its feature graph.
 
-    sae = gl.dictionaries.Dictionary.load("gated.safetensors")
-    graph = gl.feature_graph.attribute(model, "B 4 dog F 1 ? F", [sae], logits="1")
-    graph.check()                                    # every target is the sum of what comes in, bias and errors included
+sae = gl.dictionaries.Dictionary.load("gated.safetensors")
+graph = gl.feature_graph.attribute(model, "B 4 dog F 1 ? F", [sae], logits="1")
+graph.check()                                    # every target is the sum of what comes in, bias and errors included
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from gatedlens.dictionaries import Dictionary
 from gatedlens.errors import InputError
+from gatedlens.feature_graph.assembly import graph_of
 from gatedlens.feature_graph.edges import Edges
 from gatedlens.feature_graph.frozen import FrozenRun
-from gatedlens.feature_graph.assembly import graph_of
 from gatedlens.feature_graph.graph import FeatureGraph
 from gatedlens.feature_graph.logits import Asked, Logits
 from gatedlens.model.batch import Input
@@ -58,7 +58,9 @@ def attribute(
             raise InputError(f"{name}={number}: give at least 1.")
     for one in dictionaries:
         if not isinstance(one, Dictionary):
-            raise InputError(f"dictionaries holds {one!r:.80}: give dictionaries, gl.dictionaries.Dictionary.load(path) say.")
+            raise InputError(
+                f"dictionaries holds {one!r:.80}: give dictionaries, gl.dictionaries.Dictionary.load(path) say."
+            )
     tokens, position_ids = _one_row(model, input, options)
     length = tokens.shape[1]
     if not -length <= pos < length:
@@ -78,7 +80,9 @@ def _one_row(model: HookedLanguageModel, input: Input, options: dict[str, Any]) 
     documents = options.pop("position_ids", None)
     batch, _ = model.prepare(input, **options)
     if batch.is_resid or len(batch.value) != 1:
-        raise InputError(f"A feature graph is of one prompt; this input has {len(batch.value)} rows: make a graph of each.")
+        raise InputError(
+            f"A feature graph is of one prompt; this input has {len(batch.value)} rows: make a graph of each."
+        )
     real = torch.ones_like(batch.value[0], dtype=torch.bool) if batch.mask is None else batch.mask[0].bool()
     if documents is None:
         return batch.value[:, real], None

@@ -2,7 +2,7 @@
 
     {"metadata": {...}, "qParams": {...}, "nodes": [{"node_id": "1_12_7", ...}], "links": [{"source", "target", "weight"}]}
 
-By the models of safety-research/circuit-tracer, `frontend/graph_models.py`, schema 1. `influence` is the share of the nodes' whole
+By the models of safety-research/circuit-tracer, `frontend/graph_models.py`, schema 1. `influence` is the share of the whole
 influence that is reached with a node, from the most influential on. A mixer's write is told as a feature; the bias, which theirs
 lack, is a node of type "bias" where a graph is not pruned.
 """

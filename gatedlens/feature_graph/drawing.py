@@ -51,7 +51,12 @@ def draw(graph: FeatureGraph, ax: Axes | None = None) -> Figure:
     for side in ("top", "right", "left"):
         ax.spines[side].set_visible(False)
     shown = "" if not laid.left_out else f", the {len(laid.edges)} strongest edges"
-    said = f"Feature graph of {graph.facts.get('model', '')}: replacement {graph.replacement:.2f}, completeness {graph.completeness:.2f}"
-    plain(ax.set_title(wrapped(f"{said}{shown} (red adds, blue takes away; diamonds are errors)", int(width * 12)), fontsize=10))
+    scores = f"replacement {graph.replacement:.2f}, completeness {graph.completeness:.2f}"
+    said = f"Feature graph of {graph.facts.get('model', '')}: {scores}"
+    plain(
+        ax.set_title(
+            wrapped(f"{said}{shown} (red adds, blue takes away; diamonds are errors)", int(width * 12)), fontsize=10
+        )
+    )
     drawn: Any = ax.figure  # a figure, unless `ax` stands in a part of one
     return drawn

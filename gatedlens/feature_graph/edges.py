@@ -62,17 +62,22 @@ class Edges:
             for (name, leaf), g in zip(self.leaves.items(), found, strict=True)
         }
         by_nodes = [
-            (back[point][:, nodes.reads.pos] * nodes.write).sum(-1) * nodes.activation for point, nodes in self.with_nodes
+            (back[point][:, nodes.reads.pos] * nodes.write).sum(-1) * nodes.activation
+            for point, nodes in self.with_nodes
         ]
         by_errors = [(back[site.point] * site.error).sum(-1) for site in self.sites if site.error is not None]
         by_tokens = (back[self.frozen.places.entrance] * self.frozen.embedded).sum(-1)
         bias = reads.of(self.biases[reads.point][0]).unsqueeze(1)
         return torch.cat([*by_nodes, *by_errors, by_tokens, bias], dim=1)
 
-    def of_all(self, logits: Logits, most: int, progress: bool) -> tuple[Int[Tensor, " kept"], Float[Tensor, "target n"]]:
+    def of_all(
+        self, logits: Logits, most: int, progress: bool
+    ) -> tuple[Int[Tensor, " kept"], Float[Tensor, "target n"]]:
         """`chosen, rows = edges.of_all(logits, 4096, True)`: which nodes are kept, every mixer's and at most so many features, by
         their numbers; and the edges into them and, behind them, into the logits. The sources are all nodes."""
-        mixers = torch.tensor([site.kind == MIXER for site in self.sites for _ in range(len(site.nodes or ()))], dtype=torch.bool)
+        mixers = torch.tensor(
+            [site.kind == MIXER for site in self.sites for _ in range(len(site.nodes or ()))], dtype=torch.bool
+        )
         total, wanted = len(mixers), min(len(mixers), most + int(mixers.sum()))
         rows = {total + i: row for i, row in enumerate(self._batched(logits.reads))}
         waiting = torch.ones(total, dtype=torch.bool)

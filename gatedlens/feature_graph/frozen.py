@@ -179,7 +179,10 @@ def _sites(places: Places, cache: ActivationCache) -> list[Site]:
     def value(point: str) -> Tensor:
         return cache[point][0].flatten(1)
 
-    found = [of_dictionary(one.dictionary, one.point, one.out_point, one.layer, value(one.point), value(one.out_point)) for one in places.dictionaries]
+    found = [
+        of_dictionary(one.dictionary, one.point, one.out_point, one.layer, value(one.point), value(one.out_point))
+        for one in places.dictionaries
+    ]
     found += [of_mixer(point, layer, value(point)) for point, layer in places.mixers.items()]
     found += [Site(point, layer, ERROR, at_least_float32(value(point))) for point, layer in places.whole.items()]
     return sorted(found, key=lambda site: places.order[site.point])

@@ -96,8 +96,8 @@ class FeatureGraph:
         if name not in self._places:
             near = [one.id for one in self.nodes if one.kind in TARGETS]
             raise InputError(
-                f"{called!r:.80} is no node of this graph; it has {', '.join(near[-4:])}, ... (`graph.nodes`); a feature that was not "
-                f"on is none.{did_you_mean(str(name), self._places)}"
+                f"{called!r:.80} is no node of this graph; it has {', '.join(near[-4:])}, ... (`graph.nodes`); a feature that "
+                f"was not on is none.{did_you_mean(str(name), self._places)}"
             )
         return self._places[name]
 
@@ -108,7 +108,9 @@ class FeatureGraph:
     def of(self, kind: str, pos: int | None = None) -> list[Node]:
         """`graph.of("feature", pos=7)`: the nodes of a kind that are in the graph, at a position (None: anywhere)."""
         if kind not in KINDS:
-            raise InputError(f"kind={kind!r}: it is one of {', '.join(map(repr, KINDS))}.{did_you_mean(str(kind), KINDS)}")
+            raise InputError(
+                f"kind={kind!r}: it is one of {', '.join(map(repr, KINDS))}.{did_you_mean(str(kind), KINDS)}"
+            )
         length = len(self.tokens)
         if pos is not None and not -length <= pos < length:
             raise InputError(f"pos={pos} is out of range: the prompt has {length} positions.")
@@ -163,7 +165,9 @@ class FeatureGraph:
     def _target(self, called: Called) -> int:
         place = self.place(called)
         if self.nodes[place].kind not in TARGETS:
-            raise InputError(f"{self.nodes[place]} is no target: edges come into features, mixers' writes and logits alone.")
+            raise InputError(
+                f"{self.nodes[place]} is no target: edges come into features, mixers' writes and logits alone."
+            )
         return place
 
     def reaches(self, source: Called, target: Called) -> bool:
@@ -217,24 +221,20 @@ class FeatureGraph:
 
         facts["kept"]: the share of nodes and edges, and of their influence, that is kept. InputError for a share outside 0 to 1.
         """
-        for name, share in (("nodes", nodes), ("edges", edges)):
-            if not 0 <= share <= 1:
-                raise InputError(f"prune({name}={share}): a share, from 0 to 1.")
+        for name, asked in (("nodes", nodes), ("edges", edges)):
+            if not 0 <= asked <= 1:
+                raise InputError(f"prune({name}={asked}): a share, from 0 to 1.")
         stay, fed = self.are(TOKEN, LOGIT), self.are(FEATURE, MIXER)
         kept, joined = influence.pruned(self._unbiased, self.probability, nodes, edges, stay, fed)
-        scores = influence.of_edges(self._shares, self.probability)
-        there = self._unbiased != 0
-
-        def share(some: Tensor, of: Tensor) -> float:
-            return float(some.sum() / of.sum().clamp(min=1e-30))
-
+        of_edges, there = influence.of_edges(self._shares, self.probability), (self._unbiased != 0).double()
         said = {
-            "nodes": share(kept.double(), (~self.are(BIAS)).double()),
-            "edges": share(joined.double(), there.double()),
-            "influence of nodes": share(self.influence[kept], self.influence),
-            "influence of edges": share(scores[joined], scores),
+            "nodes": _share(kept.double(), (~self.are(BIAS)).double()),
+            "edges": _share(joined.double(), there),
+            "influence of nodes": _share(self.influence * kept, self.influence),
+            "influence of edges": _share(of_edges * joined, of_edges),
         }
-        return replace(self, kept=kept, joined=joined, facts={**self.facts, "pruned": {"nodes": nodes, "edges": edges}, "kept": said})
+        facts = {**self.facts, "pruned": {"nodes": nodes, "edges": edges}, "kept": said}
+        return replace(self, kept=kept, joined=joined, facts=facts)
 
     # -- what it says of interventions ---------------------------------------------------------------------------
 
@@ -270,15 +270,17 @@ class FeatureGraph:
 
     @checked
     def save(self, path: str | Path) -> Path:
-        """`graph.save("graph.safetensors")`: all of it but the run, what `load` reads; `.json`: circuit-tracer's JSON; `.html`: the
-        page. Returns the path; InputError for another ending."""
+        """`graph.save("graph.safetensors")`: all of it but the run, what `load` reads; `.json`: circuit-tracer's JSON; `.html`:
+        the page. Returns the path; InputError for another ending."""
         path = Path(path)
         if path.suffix == ".json":
             return write_json(path, self.to_circuit_tracer(path.stem))
         if path.suffix == ".html":
             return self.page().save(path)
         if path.suffix != ".safetensors":
-            raise InputError(f"save({str(path)!r}): a graph is written as .safetensors, .json or .html, not {path.suffix!r}.")
+            raise InputError(
+                f"save({str(path)!r}): a graph is written as .safetensors, .json or .html, not {path.suffix!r}."
+            )
         return write(self, path)
 
     @staticmethod
@@ -299,7 +301,15 @@ class FeatureGraph:
         )
 
     def _repr_html_(self) -> str:
-        facts = {"nodes": len(self), "edges": int(self.joined.sum())}
+        facts: dict[str, object] = {"nodes": len(self), "edges": int(self.joined.sum())}
         facts |= {"replacement": round(self.replacement, 3), "completeness": round(self.completeness, 3)}
         rows = [(str(self.node(e.source)), str(self.node(e.target)), e.weight) for e in self.edges[:12]]
-        return card(repr(self).partition(":")[0] + ")", facts, table(["source", "target", "adds"], rows), picture(self.plot))
+        return card(
+            repr(self).partition(":")[0] + ")", facts, table(["source", "target", "adds"], rows), picture(self.plot)
+        )
+
+
+def _share(some: Float[Tensor, ...], of: Float[Tensor, ...]) -> float:
+    """The sum of some as a share of that of all; 1 of nothing."""
+    total = float(of.sum())
+    return float(some.sum()) / total if total > 0 else 1.0

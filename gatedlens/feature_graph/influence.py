@@ -36,7 +36,7 @@ def of_edges(a: Float[Tensor, "n n"], w: Float[Tensor, " n"]) -> Float[Tensor, "
     return a * (of_nodes(a, w) + w).unsqueeze(1)
 
 
-def least(scores: Float[Tensor, "..."], share: float) -> float:
+def least(scores: Float[Tensor, ...], share: float) -> float:
     """`least(scores, 0.8)`: the score from which on the largest make up this share of the sum; 0 of none."""
     ordered = scores.flatten().sort(descending=True).values
     total = ordered.sum()

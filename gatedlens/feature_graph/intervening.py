@@ -84,7 +84,8 @@ def intervened(graph: FeatureGraph, clamped: Mapping[Called, float], through: It
     said = {graph.nodes[place].id: value for place, value in plan.clamped.items()}
     with torch.no_grad():
         frozen, true = plan.in_frozen_run(), plan.in_the_model()
-    results = (_result(graph, values, what) for values, what in ((plan.predicted(), "graph"), (frozen, "frozen run"), (true, "model")))
+    found = {"graph": plan.predicted(), "frozen run": frozen, "model": true}
+    results = (_result(graph, values, what) for what, values in found.items())
     return Intervened(said, tuple(names), *results)
 
 
@@ -115,7 +116,9 @@ class Plan:
         for called, value in clamped.items():
             node = graph.node(called)
             if node.kind in (LOGIT, BIAS):
-                raise InputError(f"{node}: features, mixers' writes, errors and tokens are clamped; a {node.kind} is not.")
+                raise InputError(
+                    f"{node}: features, mixers' writes, errors and tokens are clamped; a {node.kind} is not."
+                )
             if not is_number(value):
                 raise InputError(f"{node} is clamped at {value!r:.80}: give a number.")
             found[graph.place(called)] = float(value)

@@ -1,7 +1,7 @@
 """Layout: where the nodes of a feature graph stand in a picture: positions from left to right, what runs later above.
 
-    laid = Layout.of(graph)
-    laid.rows, laid.columns, laid.places["1_12_7"]     # ["tokens", "1.mixer.gated", "logits"], where each position is, (x, y)
+laid = Layout.of(graph)
+laid.rows, laid.columns, laid.places["1_12_7"]     # ["tokens", "1.mixer.gated", "logits"], where each position is, (x, y)
 """
 
 from __future__ import annotations

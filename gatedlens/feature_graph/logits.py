@@ -95,8 +95,8 @@ def _token(frozen: FrozenRun, one: Any, size: int) -> int:
         raise InputError(f"logits={one!r:.80}: a target is a logit: a token's text or id, or a pair of two.")
     if not 0 <= int(token) < size:
         raise InputError(
-            f"logits={one!r}: {frozen.model.cfg.model_name} has the logits 0 to {size - 1}; a feature is no target of its own, its "
-            "edges come with the graph."
+            f"logits={one!r}: {frozen.model.cfg.model_name} has the logits 0 to {size - 1}; a feature is no target of its own, "
+            "its edges come with the graph."
         )
     return int(token)
 

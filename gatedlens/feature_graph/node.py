@@ -21,8 +21,8 @@ TARGETS = (FEATURE, MIXER, LOGIT)  # what has edges that come in
 
 @dataclass(frozen=True)
 class Node:
-    """`graph.node("1_12_7")`. point: where it writes ("" for a logit); number: which feature of its own dictionary it is, or which
-    token; activation: how strongly it is on (of an error, a token and the bias 1; of a logit the logit); said: in words."""
+    """`graph.node("1_12_7")`. point: where it writes ("" for a logit); number: which feature of its own dictionary it is, or
+    which token; activation: how strongly it is on (of an error, a token and the bias 1; of a logit the logit); said: in words."""
 
     id: str
     kind: str

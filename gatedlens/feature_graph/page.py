@@ -87,7 +87,8 @@ function table(where, edges, end) {
 function show(id) {
   const node = nodes.get(id);
   marks.forEach((mark, name) => mark.classList.toggle('gl-on', name === id));
-  lines.forEach(one => one.line.setAttribute('opacity', one.source === id || one.target === id ? 1 : Math.max(.2, one.faint / 2)));
+  const its = one => one.source === id || one.target === id;
+  lines.forEach(one => one.line.setAttribute('opacity', its(one) ? 1 : Math.max(.2, one.faint / 2)));
   document.getElementById('gl-name').textContent = `${id}: ${node.said}` +
     (node.activation === null ? '' : `, ${node.kind === 'logit' ? 'logit' : 'activation'} ${node.activation.toPrecision(4)}`) +
     `, influence ${node.influence.toPrecision(3)}`;
@@ -127,14 +128,19 @@ def page_of(graph: FeatureGraph) -> Html:
     title = f"Feature graph of {graph.facts.get('model', '')}"
     kept = graph.facts.get("kept")
     facts = [f"replacement {graph.replacement:.3f}, completeness {graph.completeness:.3f}"]
-    facts += [] if kept is None else [f"kept: {kept['influence of nodes']:.0%} of the influence of nodes, {kept['influence of edges']:.0%} of that of edges"]
-    facts += [f"{laid.left_out} weaker edges are not shown"] if laid.left_out else []
+    if kept is not None:
+        of_nodes, of_edges = kept["influence of nodes"], kept["influence of edges"]
+        facts.append(f"kept: {of_nodes:.0%} of the influence of nodes, {of_edges:.0%} of that of edges")
+    if laid.left_out:
+        facts.append(f"{laid.left_out} weaker edges are not shown")
     body = (
         f"<style>{STYLE}</style><h1 style='font-size:1.4em'>{html.escape(title)}</h1>"
-        f"<p>{html.escape('; '.join(facts))}. Click a node (or move to it with Tab, and Enter): red edges add to what it is made of, "
-        "blue ones take away. Circles are features, diamonds errors, squares tokens and logits.</p>"
-        "<div class='gl-graph'><svg id='gl-svg' role='img' aria-label='the graph'></svg></div><h2 id='gl-name' style='font-size:1.1em'></h2>"
-        "<div class='gl-two'><div><b>comes in</b><table id='gl-into'></table></div><div><b>goes out</b><table id='gl-out'></table></div></div>"
+        f"<p>{html.escape('; '.join(facts))}. Click a node (or move to it with Tab, and Enter): red edges add to what it is made "
+        "of, blue ones take away. Circles are features, diamonds errors, squares tokens and logits.</p>"
+        "<div class='gl-graph'><svg id='gl-svg' role='img' aria-label='the graph'></svg></div>"
+        "<h2 id='gl-name' style='font-size:1.1em'></h2>"
+        "<div class='gl-two'><div><b>comes in</b><table id='gl-into'></table></div>"
+        "<div><b>goes out</b><table id='gl-out'></table></div></div>"
         f"<script type='application/json' id='gl-data'>{in_page(data)}</script><script>{SCRIPT}</script>"
     )
     return Html(body, title)

@@ -1,8 +1,8 @@
 """Places: where the nodes of a feature graph may stand in a model, and where dictionaries are put in it.
 
-A dictionary reads and writes on the way that a frozen run carries: the residual stream, what a branch reads of it and what it adds
-to it, the norm between, and at both ends of a mixer's A x + r, its content x and its output o. Between x and o the frozen run is
-one operator, and what stands there (conv, u, scan, y) is made of the content and of what is held at once; a dictionary there
+A dictionary reads and writes on the way that a frozen run carries: the residual stream, what a branch reads of it and what it
+adds to it, the norm between, and both ends of a mixer's A x + r, its content x and its output o. Between x and o the frozen run
+is one operator, and what stands there (conv, u, scan, y) is made of the content and of what is held at once; a dictionary there
 would be passed by. So the features of a mixer are best those of an autoencoder at o (`hook_gated` and the like): they are on or
 off behind the token mixing, which stays an edge, exact, from position to position. A transcoder from a mixer's input to its
 output works position by position: what came from other tokens would all be its error.
@@ -53,12 +53,16 @@ class Places:
         rules, order = Rules.of(model, "none"), {name: i for i, name in enumerate(model.names.points)}
         flows = tuple(flow for flow in rules.flows if flow.place in model.blocks[flow.layer].mixing.values())
         ends = {end for flow in flows for end in (*_contents(flow), flow.output)}
-        way = sorted({*ends, *(name for i, block in enumerate(model.blocks) for name in _way(block, i))}, key=order.get)
+        way = sorted(
+            {*ends, *(name for i, block in enumerate(model.blocks) for name in _way(block, i))}, key=order.__getitem__
+        )
         placed = tuple(_placed(model, one, way, order) for one in dictionaries)
         written = [one.out_point for one in placed]
         twice = [name for name in written if written.count(name) > 1]
         if twice:
-            raise InputError(f"Two dictionaries write {twice[0]}: what is there can be told by the features of one alone.")
+            raise InputError(
+                f"Two dictionaries write {twice[0]}: what is there can be told by the features of one alone."
+            )
         every = [(f"blocks.{i}.hook_{name}_out", i) for i, block in enumerate(model.blocks) for name in block.mixing]
         nodes = {point: i for point, i in every if mixers and point not in written}
         whole = {point: i for i, block in enumerate(model.blocks) for point in _whole(block, i) if point not in written}
@@ -122,8 +126,8 @@ def _placed(model: HookedLanguageModel, one: Dictionary, way: Sequence[str], ord
             layer = [other for other in way if other.startswith(name.partition(".hook")[0].rpartition(".")[0])]
             near = layer or [other for other in way if other.split(".")[:2] == name.split(".")[:2]] or way
             raise InputError(
-                f"The dictionary of {asked!r}: a frozen run does not carry this point, it lies inside of what is one operator, or "
-                f"is held; put it at {', '.join(near[:12])}.{did_you_mean(name, way)}"
+                f"The dictionary of {asked!r}: a frozen run does not carry this point, it lies inside of what is one operator, "
+                f"or is held; put it at {', '.join(near[:12])}.{did_you_mean(name, way)}"
             )
     point, out_point = ends
     if order[point] > order[out_point]:

@@ -46,10 +46,17 @@ def read(path: str | Path) -> dict[str, Any]:
     nodes = found.get(
         "nodes",
         f"{len(tensors['values'])} nodes",
-        lambda v: isinstance(v, list)
-        and len(v) == len(tensors["values"])
-        and all(isinstance(one, dict) and set(one) == names and one["kind"] in KINDS for one in v),
+        lambda v: (
+            isinstance(v, list)
+            and len(v) == len(tensors["values"])
+            and all(isinstance(one, dict) and set(one) == names and one["kind"] in KINDS for one in v)
+        ),
     )
     words = found.get("words", "a list of texts", lambda v: isinstance(v, list) and all(isinstance(w, str) for w in v))
     given = {name: tensors[name] for name in TENSORS}
-    return {"nodes": tuple(Node(**one) for one in nodes), "words": tuple(words), "facts": found.fields("facts"), **given}
+    return {
+        "nodes": tuple(Node(**one) for one in nodes),
+        "words": tuple(words),
+        "facts": found.fields("facts"),
+        **given,
+    }

@@ -26,7 +26,6 @@ from gatedlens.errors import InputError
 from gatedlens.feature_graph.node import FEATURE, MIXER
 from gatedlens.recurrence.scanning import at_least_float32
 
-
 BEFORE = " before"  # behind the name of a point that a site reads before it writes there
 
 

@@ -24,7 +24,7 @@ def random_dictionary(model, tokens, point, out_point=None, n=12, seed=0, skip=F
 
 
 def three(model, tokens):
-    """An autoencoder of the stream, one of a mixer's output with a norm of its own, and a transcoder of a branch with a W_skip."""
+    """An autoencoder of the stream, one of a mixer's output with a norm of its own, and a transcoder with a W_skip."""
     last = model.cfg.n_layers - 1
     return [
         random_dictionary(model, tokens, "blocks.0.hook_resid_post", activation=TopK(3)),

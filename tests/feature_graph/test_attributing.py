@@ -38,7 +38,9 @@ def test_every_target_is_the_sum_of_its_edges(lm):
     assert graph.check().absolute < 1e-10
     wanted = [float(logits[3]), float(logits[1] - logits[2])]
     for one in (without, graph):
-        assert torch.allclose(torch.tensor([one.value(node) for node in one.of("logit")]).double(), torch.tensor(wanted).double())
+        assert torch.allclose(
+            torch.tensor([one.value(node) for node in one.of("logit")]).double(), torch.tensor(wanted).double()
+        )
     with torch.no_grad():
         _, cache = lm.run_with_cache(tokens, names_filter=[one.point for one in dictionaries])
     for one in dictionaries:
@@ -68,7 +70,7 @@ def test_in_float32_it_holds_to_1e_5(recall_model):
 
 @torch.no_grad()
 def test_an_edge_by_hand(mamba):
-    """Feature -> feature and feature -> logit through the last layer of a Mamba: norms by their scales, the mixer by its matrix."""
+    """Feature -> feature and feature -> logit through the last layer: norms by their scales, the mixer by its matrix."""
     tokens, w = example(mamba)[:1], mamba.wrapped
     last = mamba.cfg.n_layers - 1
     sae = random_dictionary(mamba, tokens, f"blocks.{last}.hook_resid_pre", activation=JumpReLU(0.05))
@@ -124,7 +126,9 @@ def test_mixers_are_nodes_where_there_are_no_dictionaries(mamba):
     graph = graph_of(mamba, tokens)
     assert len(graph.of("mixer")) == mamba.cfg.n_layers * tokens.shape[1] and not graph.of("error")
     write = mamba.run_with_cache(tokens)[1]["blocks.1.hook_mixer_out"][0]
-    assert all(abs(node.activation - float(write[node.pos].norm())) < 1e-12 for node in graph.of("mixer") if node.layer == 1)
+    assert all(
+        abs(node.activation - float(write[node.pos].norm())) < 1e-12 for node in graph.of("mixer") if node.layer == 1
+    )
     through = graph_of(mamba, tokens, mixers=False)
     assert not through.of("mixer") and through.check().absolute < 1e-10
 
@@ -180,21 +184,22 @@ def refused(model, said, dictionaries=(), **options):
 
 
 def test_dictionaries_that_do_not_fit_are_refused(mamba):
-    tokens = example(mamba)[:1]
-    post, d = random_dictionary(mamba, tokens, "blocks.0.hook_resid_post"), mamba.cfg.d_model
+    tokens, d = example(mamba)[:1], mamba.cfg.d_model
+    here, there, inside = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post", "blocks.0.mixer.hook_u"
+    post = random_dictionary(mamba, tokens, here)
 
-    def narrow(point, out_point=None, **options):
-        return Dictionary(torch.ones(d - 1, 4), torch.ones(4, d - 1), point=point, out_point=out_point, **options)
+    def ones(d_in, point, out_point=None, **options):
+        d_out = options.pop("d_out", d_in)
+        return Dictionary(torch.ones(d_in, 4), torch.ones(4, d_out), point=point, out_point=out_point, **options)
 
-    refused(mamba, f"reads {d - 1} numbers at blocks.0.hook_resid_post, where the model has {d}", [narrow("blocks.0.hook_resid_post")])
-    refused(mamba, "Two dictionaries write blocks.0.hook_resid_post", [post, post])
-    refused(mamba, "does not carry this point.*blocks.0.mixer.hook_gated", [random_dictionary(mamba, tokens, "blocks.0.mixer.hook_u")])
-    refused(mamba, "comes before", [narrow("blocks.1.hook_resid_post", "blocks.0.hook_resid_post")])
-    several = Dictionary(torch.ones(2 * d, 4), torch.ones(4, d), point=["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"], out_point="blocks.1.hook_resid_post", d_ins=[d, d])
-    refused(mamba, "one point, whole", [several])
-    refused(mamba, "of a part", [Dictionary(torch.ones(4, 4), torch.ones(4, 4), point="blocks.0.mixer.hook_gated", axes=("channel",))])
+    refused(mamba, f"reads {d - 1} numbers at {here}, where the model has {d}", [ones(d - 1, here)])
+    refused(mamba, f"Two dictionaries write {here}", [post, post])
+    refused(mamba, "does not carry this point.*mixer.hook_gated", [random_dictionary(mamba, tokens, inside)])
+    refused(mamba, "comes before", [ones(d, there, here)])
+    refused(mamba, "one point, whole", [ones(2 * d, [here, there], there, d_ins=[d, d], d_out=d)])
+    refused(mamba, "of a part", [ones(4, "blocks.0.mixer.hook_gated", axes=("channel",))])
     with pytest.raises(gl.PointError, match="hook_resid_psot"):
-        graph_of(mamba, tokens, [narrow("blocks.0.hook_resid_psot")])
+        graph_of(mamba, tokens, [ones(d, "blocks.0.hook_resid_psot")])
 
 
 def test_targets_and_inputs_that_are_none_are_refused(mamba):
@@ -211,7 +216,10 @@ def test_targets_and_inputs_that_are_none_are_refused(mamba):
 def test_topk_holds_which_are_on(mamba):
     """A path through a TopK: of the features that are on, each by its own sum."""
     tokens = example(mamba)[:1]
-    dictionaries = [random_dictionary(mamba, tokens, f"blocks.{layer}.hook_resid_post", activation=TopK(2), seed=layer) for layer in (0, 1)]
+    dictionaries = [
+        random_dictionary(mamba, tokens, f"blocks.{layer}.hook_resid_post", activation=TopK(2), seed=layer)
+        for layer in (0, 1)
+    ]
     graph = graph_of(mamba, tokens, dictionaries)
     first = next(node for node in graph.of("feature") if node.layer == 0 and graph.out_of(node))
     target = next(graph.node(edge.target) for edge in graph.out_of(first) if graph.node(edge.target).kind == "feature")

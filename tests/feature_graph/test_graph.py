@@ -110,7 +110,9 @@ def test_the_json_is_circuit_tracers(graph, tmp_path):
     assert all(fits(node, NODE) for node in data["nodes"])
     assert all(fits(link, {"source": str, "target": str, "weight": float}) for link in data["links"])
     ids = [node["node_id"] for node in data["nodes"]]
-    assert len(set(ids)) == len(ids) and {link[end] for link in data["links"] for end in ("source", "target")} <= set(ids)
+    assert len(set(ids)) == len(ids) and {link[end] for link in data["links"] for end in ("source", "target")} <= set(
+        ids
+    )
     assert {node["feature_type"] for node in data["nodes"]} <= TYPES
     assert sum(node["is_target_logit"] for node in data["nodes"]) == 1
     for node in data["nodes"]:
@@ -126,7 +128,9 @@ def test_the_json_is_circuit_tracers(graph, tmp_path):
 
 def test_the_page_needs_no_network(graph, tmp_path):
     page = graph.prune(0.9, 0.95).save(tmp_path / "graph.html").read_text()
-    links = set(re.findall(r"https?://[^\s'\"<)]+", page)) - {"http://www.w3.org/2000/svg"}  # a name space, never fetched
+    links = set(re.findall(r"https?://[^\s'\"<)]+", page)) - {
+        "http://www.w3.org/2000/svg"
+    }  # a name space, never fetched
     assert not links and "<svg" in page and "src=" not in page
     data = json.loads(re.search(r"id='gl-data'>(.*?)</script>", page, re.DOTALL)[1])
     names = {node["id"] for node in data["nodes"]}

@@ -11,7 +11,12 @@ from gatedlens.dictionaries import TopK
 from gatedlens.dictionaries.training import train
 from gatedlens.feature_graph import attribute
 
-BEHIND_THEIR_KEY = ("mamba", "mamba2", "rwkv", "rwkv7")  # a conv or a token shift writes the key into the value's content
+BEHIND_THEIR_KEY = (
+    "mamba",
+    "mamba2",
+    "rwkv",
+    "rwkv7",
+)  # a conv or a token shift writes the key into the value's content
 
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2", "rwkv", "rwkv7", "gdn", "hybrid"])
@@ -50,5 +55,5 @@ def test_trained_features_tell_the_mechanism():
         assert stored and all(small.reaches(node, logit) for node in stored)
         made_of = {edge.source for node in stored for edge in graph.into(node)[:4]}
         assert graph.of("token", key)[0].id in made_of and graph.of("token", value)[0].id in made_of
-        done = graph.intervene({node: 0.0 for node in stored})
+        done = graph.intervene(dict.fromkeys(stored, 0.0))
         assert float(done.predicted.values) < -3 and float(done.true.values) < -1 and done.rounding < 1e-4
