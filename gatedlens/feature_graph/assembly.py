@@ -27,8 +27,7 @@ def graph_of(
     nodes = (*_of_sites(frozen), *_of_errors(frozen), *_of_ends(frozen, logits))
     size, first, last = len(nodes), len(chosen), len(nodes) - len(logits.ids)
     targets = [*range(first), *range(last, size)]
-    adjacency = rows.new_zeros(size, size)
-    adjacency[torch.tensor(targets, device=rows.device), :last] = edges
+    adjacency = torch.cat([edges, rows.new_zeros(len(rows), len(logits.ids))], 1)  # no logit adds to anything
     with_nodes = [site.nodes for site in frozen.sites if site.nodes is not None]
     values, slopes, probability = (rows.new_full((size,), given) for given in (1.0, 0.0, 0.0))
     values[targets] = torch.cat([*(one.reads.p for one in with_nodes), logits.reads.p]).to(rows)

@@ -99,12 +99,9 @@ class Edges:
         """The most influential of the nodes that wait, as far as the rows that are known tell."""
         total, known = len(waiting), sorted(rows)
         found = torch.stack([rows[number] for number in known])
-        size = total + len(logits.ids)
-        a = found.new_zeros(size, size)
-        a[known, :total] = influence.shares(found[:, :-1])[:, :total]
-        w = found.new_zeros(size)
-        w[total:] = logits.probability
-        score = influence.of_nodes(a, w)[:total].cpu().masked_fill(~waiting, -1)
+        a = torch.cat([influence.shares(found[:, :-1])[:, :total], found.new_zeros(len(known), len(logits.ids))], 1)
+        w = torch.cat([found.new_zeros(total), logits.probability.to(found)])
+        score = influence.of_nodes(a, torch.tensor(known, device=a.device), w)[:total].cpu().masked_fill(~waiting, -1)
         return score.argsort(descending=True, stable=True)[:count].sort().values
 
     def _rows_of(self, some: Int[Tensor, " some"]) -> dict[int, Float[Tensor, " n"]]:

@@ -9,8 +9,8 @@
     small.plot(); small.page().save("graph.html"); small.save("graph.safetensors")
     small.to_circuit_tracer("recall")               # the JSON of circuit-tracer's pages
 
-`adjacency` [target, source] is what a source adds to p, the sum that the target's activation is made of, or to a logit; `values`
-[node] are these sums. n nodes.
+`adjacency` [target, n] is what each of the n nodes adds to p, the sum that a target's activation is made of, or to a logit;
+`values` [n] are these sums (of what is no target 1). Targets are features, mixers' writes and logits, in the order of the nodes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from gatedlens.feature_graph.drawing import draw
 from gatedlens.feature_graph.frozen import FrozenRun
 from gatedlens.feature_graph.intervening import Intervened, intervened, predicted
 from gatedlens.feature_graph.logits import Logits
-from gatedlens.feature_graph.node import BIAS, ERROR, FEATURE, KINDS, LOGIT, MIXER, TARGETS, TOKEN, Node
+from gatedlens.feature_graph.node import BIAS, ERROR, KINDS, LOGIT, TARGETS, TOKEN, Node
 from gatedlens.feature_graph.page import page_of
 from gatedlens.feature_graph.saving import read, write
 from gatedlens.files import write_json
@@ -72,14 +72,14 @@ class FeatureGraph:
     of the logits, 0 elsewhere; kept, joined: which nodes and edges are in it, after pruning."""
 
     nodes: tuple[Node, ...]
-    adjacency: Float[Tensor, "n n"]
+    adjacency: Float[Tensor, "target n"]
     values: Float[Tensor, " n"]
     slopes: Float[Tensor, " n"]
     probability: Float[Tensor, " n"]
     tokens: Int[Tensor, " pos"]
     words: tuple[str, ...]
     kept: Bool[Tensor, " n"]
-    joined: Bool[Tensor, "n n"]
+    joined: Bool[Tensor, "target n"]
     facts: Mapping[str, Any] = field(default_factory=dict)
     frozen: FrozenRun | None = None  # of a graph that was loaded there is no run
     logits: Logits | None = None
@@ -125,6 +125,11 @@ class FeatureGraph:
         """`graph.are("token", "error")`: which nodes are of some kinds."""
         return torch.tensor([node.kind in kinds for node in self.nodes], device=self.adjacency.device)
 
+    @cached_property
+    def targets(self) -> Int[Tensor, " target"]:
+        """`graph.targets`: [target], the numbers of the nodes that edges come into, row by row of `adjacency`."""
+        return self.are(*TARGETS).nonzero().squeeze(1)
+
     def __len__(self) -> int:
         return int(self.kept.sum())
 
@@ -133,9 +138,9 @@ class FeatureGraph:
         """`graph.edges`: its edges, the strongest first."""
         return self._edges(self.joined)
 
-    def _edges(self, mask: Bool[Tensor, "n n"]) -> list[Edge]:
-        targets, sources = (mask & (self.adjacency != 0)).nonzero(as_tuple=True)
-        weights = self.adjacency[targets, sources]
+    def _edges(self, mask: Bool[Tensor, "target n"]) -> list[Edge]:
+        rows, sources = (mask & (self.adjacency != 0)).nonzero(as_tuple=True)
+        weights, targets = self.adjacency[rows, sources], self.targets[rows]
         order = figures(weights.abs()).argsort(descending=True, stable=True)
         return [
             Edge(self.nodes[s].id, self.nodes[t].id, w)
@@ -146,10 +151,8 @@ class FeatureGraph:
         """`graph.into("3_17_20")`: the edges that come into a node, the strongest first; they sum to `graph.value(target)` before
         any is pruned. InputError for a node that is no target.
         """
-        place = self._target(target)
-        mask = torch.zeros_like(self.joined)
-        mask[place] = self.joined[place]
-        return self._edges(mask)
+        row = self.targets == self._target(target)
+        return self._edges(self.joined & row.unsqueeze(1))
 
     def out_of(self, source: Called) -> list[Edge]:
         """`graph.out_of("E_21_7")`: the edges that go out of a node, the strongest first."""
@@ -177,30 +180,30 @@ class FeatureGraph:
         new[start] = True
         while bool(new.any()):
             seen |= new
-            new = self.joined[:, new].any(1) & ~seen
+            reached, new = self.joined[:, new].any(1), torch.zeros_like(new)
+            new[self.targets] = reached & ~seen[self.targets]
         return bool(seen[end])
 
     # -- how exact, how much -------------------------------------------------------------------------------------
 
     def check(self) -> Check:
         """`graph.check()`: how far the targets are from the sums of their edges, errors and the bias among them, at most."""
-        targets = self.are(*TARGETS)
-        rows = self.adjacency[targets]
-        off = (rows.sum(1) - self.values[targets]).abs()
-        return Check(float(off.max()), float((off / rows.abs().sum(1).clamp(min=torch.finfo(off.dtype).tiny)).max()))
+        size = self.adjacency.abs().sum(1).clamp(min=torch.finfo(self.adjacency.dtype).tiny)
+        off = (self.adjacency.sum(1) - self.values[self.targets]).abs()
+        return Check(float(off.max()), float((off / size).max()))
 
     @cached_property
-    def _shares(self) -> Float[Tensor, "n n"]:
+    def _shares(self) -> Float[Tensor, "target n"]:
         return influence.shares(self._unbiased)
 
     @property
-    def _unbiased(self) -> Float[Tensor, "n n"]:
+    def _unbiased(self) -> Float[Tensor, "target n"]:
         return self.adjacency.masked_fill(self.are(BIAS), 0)
 
     @cached_property
     def influence(self) -> Float[Tensor, " n"]:
         """`graph.influence`: [node], how much of what reaches the logits, by their probabilities, comes through each node."""
-        return influence.of_nodes(self._shares, self.probability)
+        return influence.of_nodes(self._shares, self.targets, self.probability)
 
     @property
     def replacement(self) -> float:
@@ -212,7 +215,7 @@ class FeatureGraph:
     def completeness(self) -> float:
         """`graph.completeness`: the share of edges that come from no error, by the influence of their targets, circuit-tracer's
         completeness score; of the whole graph, whatever is pruned."""
-        return influence.completeness(self._shares, self.influence, self.probability, self.are(ERROR))
+        return influence.completeness(self._shares, self.targets, self.influence, self.probability, self.are(ERROR))
 
     @checked
     def prune(self, nodes: float = 0.8, edges: float = 0.98) -> FeatureGraph:
@@ -224,9 +227,9 @@ class FeatureGraph:
         for name, asked in (("nodes", nodes), ("edges", edges)):
             if not 0 <= asked <= 1:
                 raise InputError(f"prune({name}={asked}): a share, from 0 to 1.")
-        stay, fed = self.are(TOKEN, LOGIT), self.are(FEATURE, MIXER)
-        kept, joined = influence.pruned(self._unbiased, self.probability, nodes, edges, stay, fed)
-        of_edges, there = influence.of_edges(self._shares, self.probability), (self._unbiased != 0).double()
+        at, w, stay = self.targets, self.probability, self.are(TOKEN, LOGIT)
+        kept, joined = influence.pruned(self._unbiased, at, w, nodes, edges, stay)
+        of_edges, there = influence.of_edges(self._shares, at, w), (self._unbiased != 0).double()
         said = {
             "nodes": _share(kept.double(), (~self.are(BIAS)).double()),
             "edges": _share(joined.double(), there),

@@ -4,36 +4,39 @@
     node influence    w (a + a^2 + a^3 + ...), w [node]: the probabilities of the logits, 0 elsewhere
     edge influence    a[t, s] (w + node influence)[t]
 
-Ameisen et al. 2025 (Circuit tracing), as circuit-tracer computes it. n nodes; every row and column is a node.
+Ameisen et al. 2025 (Circuit tracing), as circuit-tracer computes it. Sources are all n nodes; targets are some of them, and `at`
+says which: most nodes, the errors and tokens, are made of nothing.
 """
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-def shares(edges: Float[Tensor, "target source"]) -> Float[Tensor, "target source"]:
+def shares(edges: Float[Tensor, "target n"]) -> Float[Tensor, "target n"]:
     """`shares(A)`: each edge as a share of all that come in, without signs; a node that none comes into has none."""
     size = edges.abs()
     total = size.sum(1, keepdim=True)
     return torch.where(total > 0, size / total, 0)
 
 
-def of_nodes(a: Float[Tensor, "n n"], w: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """`of_nodes(shares(A), w)`: the influence of each node. No node reaches itself, so the sum ends."""
-    step = w @ a
+def of_nodes(a: Float[Tensor, "target n"], at: Int[Tensor, " target"], w: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """`of_nodes(shares(A), at, w)`: the influence of each node. No node reaches itself, so the sum ends."""
+    step = w[at] @ a
     total = step.clone()
-    while bool(step.any()):
-        step = step @ a
+    while bool(step[at].any()):
+        step = step[at] @ a
         total = total + step
     return total
 
 
-def of_edges(a: Float[Tensor, "n n"], w: Float[Tensor, " n"]) -> Float[Tensor, "n n"]:
-    """`of_edges(shares(A), w)`: the influence of each edge."""
-    return a * (of_nodes(a, w) + w).unsqueeze(1)
+def of_edges(
+    a: Float[Tensor, "target n"], at: Int[Tensor, " target"], w: Float[Tensor, " n"]
+) -> Float[Tensor, "target n"]:
+    """`of_edges(shares(A), at, w)`: the influence of each edge."""
+    return a * (of_nodes(a, at, w) + w)[at].unsqueeze(1)
 
 
 def least(scores: Float[Tensor, ...], share: float) -> float:
@@ -56,30 +59,30 @@ def cumulative(scores: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
 
 
 def pruned(
-    edges: Float[Tensor, "n n"],
+    edges: Float[Tensor, "target n"],
+    at: Int[Tensor, " target"],
     w: Float[Tensor, " n"],
     nodes: float,
     among: float,
     stay: Bool[Tensor, " n"],
-    fed: Bool[Tensor, " n"],
-) -> tuple[Bool[Tensor, " n"], Bool[Tensor, "n n"]]:
-    """`kept, joined = pruned(A, w, 0.8, 0.98, stay, fed)`: the nodes that make up 0.8 of the influence of all nodes, and of the
+) -> tuple[Bool[Tensor, " n"], Bool[Tensor, "target n"]]:
+    """`kept, joined = pruned(A, at, w, 0.8, 0.98, stay)`: the nodes that make up 0.8 of the influence of all nodes, and of the
     edges between them those that make up 0.98.
 
-    stay: the nodes that are kept whatever they do (tokens, logits); fed: those that are nothing without an edge that comes in.
-    What is left without an edge that goes out, or of `fed` without one that comes in, goes too.
+    stay: the nodes that are kept whatever they do (tokens, logits). What is left without an edge that goes out, and a target
+    without one that comes in, goes too.
     """
-    influence = of_nodes(shares(edges), w)
+    influence = of_nodes(shares(edges), at, w)
     kept = (influence >= least(influence, nodes)) & (influence > 0) | stay
-    between = edges * kept.unsqueeze(1) * kept
-    scores = of_edges(shares(between), w)
+    between = edges * kept[at].unsqueeze(1) * kept
+    scores = of_edges(shares(between), at, w)
     joined = (scores >= least(scores, among)) & (scores > 0)
     before = None
     while before is None or bool((before != kept).any()):
         before = kept.clone()
         kept &= stay | joined.any(0)
-        kept &= stay | ~fed | joined.any(1)
-        joined &= kept.unsqueeze(1) & kept
+        kept[at] &= stay[at] | joined.any(1)
+        joined &= kept[at].unsqueeze(1) & kept
     return kept, joined
 
 
@@ -90,9 +93,13 @@ def replacement(influence: Float[Tensor, " n"], tokens: Bool[Tensor, " n"], erro
 
 
 def completeness(
-    a: Float[Tensor, "n n"], influence: Float[Tensor, " n"], w: Float[Tensor, " n"], errors: Bool[Tensor, " n"]
+    a: Float[Tensor, "target n"],
+    at: Int[Tensor, " target"],
+    influence: Float[Tensor, " n"],
+    w: Float[Tensor, " n"],
+    errors: Bool[Tensor, " n"],
 ) -> float:
-    """`completeness(a, influence, w, errors)`: the share of the edges that come from no error, a mean over nodes by what they
-    give to the logits."""
+    """`completeness(a, at, influence, w, errors)`: the share of the edges that come from no error, a mean over nodes by what
+    they give to the logits."""
     given = influence + w
-    return float(((1 - a[:, errors].sum(1)) * given).sum() / given.sum())
+    return 1 - float((a[:, errors].sum(1) * given[at]).sum() / given.sum())

@@ -142,14 +142,14 @@ class Plan:
         share = torch.zeros_like(active)
         for place, value in self.clamped.items():
             share[place] = value / active[place] - 1
-        slope = torch.where(self.free, graph.slopes / active, 0)
+        at, slope = graph.targets, torch.where(self.free, graph.slopes / active, 0)
         change = graph.adjacency @ share
         for _ in graph.nodes:  # no path is longer than there are nodes; it ends when nothing changes any more
-            after = graph.adjacency @ (share + slope * change)
+            after = graph.adjacency @ share.index_add(0, at, slope[at] * change)
             if torch.equal(after, change):
                 break
             change = after
-        return change[graph.are(LOGIT)]
+        return change[graph.are(LOGIT)[at]]
 
     # -- in runs -------------------------------------------------------------------------------------------------
 
