@@ -51,7 +51,7 @@ def attribute(
     influential are kept, the others are counted with the errors. batch_size: targets a backward pass. options: the forward's.
 
     InputError for several rows, a token that is none, and for dictionaries that do not fit: see `places.py`.
-    Dunefsky et al. 2024 (arXiv 2406.11944); Ameisen et al. 2025 (Circuit tracing); through the scan: docs/features.md.
+    Dunefsky et al. 2024 (arXiv 2406.11944); Ameisen et al. 2025 (Circuit tracing); through the scan: docs/feature-graphs.md.
     """
     for name, number in (("batch_size", batch_size), ("max_nodes", max_nodes)):
         if number < 1:
