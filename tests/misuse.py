@@ -28,6 +28,7 @@ class Given:
         self.tokens = gl.tasks.recall(2, seed=0).tokens
         self.logits, self.cache = self.model.run_with_cache(self.tokens, names_filter="*")
         self.attention = gl.implicit_attention(self.cache, layer=0)
+        self.graph = gl.feature_graph.attribute(self.model, self.tokens[:1], progress=False)
 
     def under(self, intervention: Any) -> Any:
         return self.model.run_with_hooks(self.tokens, fwd_hooks=intervention.hooks(self.model))
@@ -96,6 +97,20 @@ CALLS: dict[str, dict[str, Callable[[Given, Any], Any]]] = {
         "pos": lambda g, x: gl.steering.vector(g.model, g.tokens, g.tokens, "blocks.0.hook_resid_post", pos=x),
         "name": lambda g, x: gl.steering.vector(g.model, g.tokens, g.tokens, x),
     },
+    "feature graph": {
+        **options(
+            "dictionaries logits pos mixers max_nodes batch_size attention_mask position_ids",
+            lambda g, **option: gl.feature_graph.attribute(g.model, g.tokens[:1], **option, progress=False),
+        ),
+        "input": lambda g, x: gl.feature_graph.attribute(g.model, x, progress=False),
+        **{
+            name: lambda g, x, name=name: getattr(g.graph, name)(x)
+            for name in ("of", "into", "out_of", "value", "node", "prune", "predict", "intervene", "to_circuit_tracer")
+        },
+        "clamped": lambda g, x: g.graph.predict({g.graph.of("token")[0]: x}),
+        "through": lambda g, x: g.graph.predict({g.graph.of("token")[0]: 0.0}, through=x),
+        "load": lambda g, x: gl.feature_graph.FeatureGraph.load(x),
+    },
     "analyses": {
         "logit_attribution": lambda g, x: gl.lens.logit_attribution(g.model, g.tokens, x),
         "subject": lambda g, x: gl.tracing.causal_trace(
@@ -131,6 +146,7 @@ CALLS: dict[str, dict[str, Callable[[Given, Any], Any]]] = {
             "perturbation": lambda m, x: gl.evaluation.perturbation(m, x, torch.zeros(2, 3)),
             "evaluate": lambda m, x: gl.evaluation.evaluate(m, "recall", ["lrp"], limit=1, progress=False),
             "harvest": lambda m, x: gl.store.estimate(m, x, "hook_embed"),
+            "feature_graph": lambda m, x: gl.feature_graph.attribute(m, x[:1], progress=False),
         }.items()
     },
     "loading": {

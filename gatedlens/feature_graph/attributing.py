@@ -22,7 +22,7 @@ from gatedlens.feature_graph.graph import FeatureGraph
 from gatedlens.feature_graph.logits import Asked, Logits
 from gatedlens.model.batch import Input
 from gatedlens.model.language import OF_INPUT, HookedLanguageModel
-from gatedlens.options import checked, taking
+from gatedlens.options import checked, taking, tensor_of
 
 
 @taking(HookedLanguageModel.forward, only=OF_INPUT)
@@ -86,7 +86,7 @@ def _one_row(model: HookedLanguageModel, input: Input, options: dict[str, Any]) 
     real = torch.ones_like(batch.value[0], dtype=torch.bool) if batch.mask is None else batch.mask[0].bool()
     if documents is None:
         return batch.value[:, real], None
-    ids = torch.as_tensor(documents)
+    ids = tensor_of(documents, "position_ids")
     if ids.numel() != len(real):
         raise InputError(f"position_ids has shape {list(ids.shape)}; the prompt has {len(real)} positions.")
     return batch.value[:, real], ids.reshape(1, -1).to(batch.value.device)[:, real]

@@ -93,7 +93,7 @@ class FeatureGraph:
     def place(self, called: Called) -> int:
         """`graph.place("1_12_7")`: the number of a node, in the graph or pruned from it; InputError for what is none."""
         name = called.id if isinstance(called, Node) else called
-        if name not in self._places:
+        if not isinstance(name, str) or name not in self._places:
             near = [one.id for one in self.nodes if one.kind in TARGETS]
             raise InputError(
                 f"{called!r:.80} is no node of this graph; it has {', '.join(near[-4:])}, ... (`graph.nodes`); a feature that "

@@ -29,7 +29,7 @@ from gatedlens.errors import InputError
 from gatedlens.feature_graph.node import BIAS, ERROR, FEATURE, LOGIT, MIXER, TOKEN
 from gatedlens.feature_graph.sites import BEFORE, Site
 from gatedlens.markup import card, table
-from gatedlens.options import is_number
+from gatedlens.options import is_many, is_number
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.result import Result
 
@@ -125,8 +125,8 @@ class Plan:
         free = torch.zeros_like(graph.kept)
         if through is None:
             free |= graph.kept & graph.are(FEATURE, MIXER)
-        elif isinstance(through, str):
-            raise InputError(f"through={through!r}: give a list of nodes.")
+        elif isinstance(through, str) or not is_many(through):
+            raise InputError(f"through={through!r:.80}: give a list of nodes.")
         else:
             for called in through:
                 if graph.node(called).kind not in (FEATURE, MIXER):

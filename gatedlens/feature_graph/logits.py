@@ -23,7 +23,7 @@ from gatedlens.attribution.relevance_rules import NORMED, ratio
 from gatedlens.errors import InputError
 from gatedlens.feature_graph.frozen import FrozenRun
 from gatedlens.feature_graph.sites import Reads
-from gatedlens.options import is_whole
+from gatedlens.options import is_many, is_whole
 from gatedlens.recurrence.scanning import at_least_float32
 
 MOST, LIKELY = 10, 0.95
@@ -78,7 +78,11 @@ def _likely(p: Float[Tensor, " d_vocab"]) -> list[tuple[int, int | None]]:
 
 
 def _listed(asked: Any) -> list[Any]:
-    return [asked] if isinstance(asked, str | tuple) or is_whole(asked) else list(asked)
+    if isinstance(asked, str | tuple) or is_whole(asked):
+        return [asked]
+    if not is_many(asked):
+        raise InputError(f"logits={asked!r:.80}: a target is a logit: a token's text or id, a list, or a pair of two.")
+    return list(asked)
 
 
 def _pair(frozen: FrozenRun, one: Any, size: int) -> tuple[int, int | None]:
