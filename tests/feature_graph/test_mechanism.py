@@ -36,16 +36,15 @@ def test_the_value_and_its_key_reach_the_answer(name):
             assert small.reaches(small.of("token", key)[0], logit)
 
 
-@pytest.mark.slow
 def test_trained_features_tell_the_mechanism():
     """Mamba: the tokens of the pair make features at the value, which make the answer through the last mixer; and clamping them
     takes the answer away, in the graph and in truth."""
-    model, batch = gl.from_pretrained("gatedlens/mamba-recall", device="cpu"), gl.tasks.recall(512, seed=1)
+    model, batch = gl.from_pretrained("gatedlens/mamba-recall", device="cpu"), gl.tasks.recall(256, seed=1)
     point = "blocks.0.hook_resid_post"
     with torch.no_grad():
         _, cache = model.run_with_cache(batch.tokens, names_filter=point)
-    sae = train(cache[point], point, 256, TopK(4), steps=300, batch_size=512, progress=False)
-    asked = gl.tasks.recall(3, seed=0)
+    sae = train(cache[point], point, 128, TopK(4), steps=150, batch_size=128, lr=1e-2, progress=False)
+    asked = gl.tasks.recall(6, seed=0)
     for row in range(3):
         value, key = int(asked.answer_pos[row]), int(asked.key_pos[row])
         graph = attribute(model, asked.tokens[row : row + 1], [sae], logits=[int(asked.answers[row])], progress=False)
