@@ -20,8 +20,7 @@ demo: $(STAMP)  ## the main job on bundled models: prints, a picture and a page 
 	$(BIN)/gatedlens compare --out out
 
 test: $(STAMP)  ## every test, the slow ones last
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 # The orders of scores hang on the methods: the architectures of the papers show it, and Mamba-2.
 test-cpu: $(STAMP)  ## what computes scores and orders once more, without the processor's own vector instructions

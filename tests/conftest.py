@@ -50,11 +50,11 @@ ROOT = Path(__file__).parent.parent
 
 # -- how many cases of a test an architecture runs --------------------------------------------------------------------
 
-# The papers' architectures and Mamba-2 run every case of every test. Each other one runs every test, too; of a test's further
-# cases (methods, points, sides of padding, ...) it runs a share, another than the next architecture's, so that together they
-# run all. `pytest --cases all` runs all of all, `--cases papers` leaves the other architectures out.
+# Every architecture runs every test. Of a test's many cases (methods, points, sides of padding, ...) it runs a share, another
+# than the next architecture's, so that together they run all: the papers' architectures and Mamba-2 one case in two, each
+# other one in four. `pytest --cases all` runs all of all, `--cases papers` all of the papers' alone.
 PAPERS = ("griffin", "mamba", "mamba2", "rwkv", "vim")
-SHARE = 4
+SHARE = {**dict.fromkeys(EVERY, 4), **dict.fromkeys(PAPERS, 2)}
 
 
 def pytest_addoption(parser):
@@ -65,24 +65,21 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     cases_of = config.getoption("--cases")
-    if cases_of == "all":
-        return
-    turns = [name for name in EVERY if name not in PAPERS]
-    kept, dealt, cases = [], [], {}
+    turns, cases, dealt = list(EVERY), {}, set()
     for item in items:
         name = architecture_of(item)
-        if name not in turns:
-            kept.append(item)
-            continue
-        mine = cases.setdefault((item.module.__name__, item.function.__name__, name), [])
-        mine.append(item)
+        if name in EVERY:
+            cases.setdefault((item.module.__name__, item.function.__name__, name), []).append(item)
     for (*_, name), mine in cases.items():
-        for number, item in enumerate(mine):
-            runs = cases_of == "dealt" and (number + turns.index(name)) % min(SHARE, len(mine)) == 0
-            (kept if runs else dealt).append(item)
-    order = {item: number for number, item in enumerate(items)}
-    items[:] = sorted(kept, key=order.__getitem__)
-    config.hook.pytest_deselected(items=dealt)
+        if cases_of == "dealt":
+            step = min(SHARE[name], len(mine))
+            dealt.update(item for number, item in enumerate(mine) if (number + turns.index(name)) % step)
+        elif cases_of == "papers" and name not in PAPERS:
+            dealt.update(mine)
+    config.hook.pytest_deselected(items=[item for item in items if item in dealt])
+    items[:] = sorted(
+        (item for item in items if item not in dealt), key=lambda item: item.get_closest_marker("slow") is not None
+    )
 
 
 def architecture_of(item):

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 import gatedlens as gl
 
 GOLDEN = Path(__file__).parent / "golden"
+
+# A test of all points is three tests of a third each, so that architectures can deal them out (tests/conftest.py).
+in_parts = pytest.mark.parametrize("part", [slice(k, None, 3) for k in range(3)], ids=lambda part: f"{part.start} of 3")
 
 
 def example(model, batch: int = 2, pos: int = 7, seed: int = 0):

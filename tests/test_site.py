@@ -50,7 +50,7 @@ def test_links_become_those_of_the_site():
     assert turned("[a](docs/code.md#which)", "README.md") == "[a](code.md#which)"
     assert turned("[a](../docs/code.md)", "hooks/mamba.md") == "[a](../code.md)"
     assert turned("![a](docs/seven-architectures.png)", "README.md") == "![a](seven-architectures.png)"
-    assert turned("[a](../gatedlens/loading.py)", "docs/code.md").endswith("/blob/main/gatedlens/loading.py)")
+    assert turned("[a](../gatedlens/files.py)", "docs/code.md").endswith("/blob/main/gatedlens/files.py)")
     for same in ("[a](https://arxiv.org)", "[a](#here)", "`[a](../tutorials/1-first-look.py)`", "x[0](y)"):
         assert turned(same, "docs/names.md") == same
 

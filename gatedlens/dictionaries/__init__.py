@@ -13,8 +13,11 @@ from gatedlens.dictionaries.layouts import load
 from gatedlens.dictionaries.measuring import Quality, measure
 from gatedlens.dictionaries.splicing import Spliced, splice
 from gatedlens.dictionaries.training import train
+from gatedlens.dictionaries.write_atom import WriteAtom
 
+# fmt: off
 __all__ = [
     "Activation", "BatchTopK", "Dictionary", "Example", "Examples", "Gated", "JumpReLU", "Quality", "ReLU", "Spliced", "TopK",
-    "examples", "load", "measure", "splice", "train",
-]  # fmt: skip
+    "WriteAtom", "examples", "load", "measure", "splice", "train",
+]
+# fmt: on

@@ -43,7 +43,7 @@ class Activation(nn.Module):
         return slope, torch.zeros_like(slope)
 
     def forward(self, p: Float[Tensor, "... feature"]) -> Float[Tensor, "... feature"]:
-        """`activation(p)`: the features, [..., feature]."""
+        """`activation.forward(p)`, `activation(p)`: the features, [..., feature]."""
         raise NotImplementedError
 
     def said(self) -> dict[str, object]:
@@ -51,6 +51,7 @@ class Activation(nn.Module):
         return {"kind": self.kind, **{name: getattr(self, name) for name in self.numbers}}
 
     def extra_repr(self) -> str:
+        """`activation.extra_repr()`: "k=32": what torch puts into its repr."""
         return ", ".join(f"{name}={getattr(self, name)}" for name in self.numbers)
 
     def check(self, width: int) -> None:

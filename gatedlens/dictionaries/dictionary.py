@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -209,7 +209,7 @@ class Dictionary(nn.Module):
         return out if self.W_skip is None else out + x @ self.W_skip
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-        """`dictionary(x)`: the reconstruction, [..., d_out]."""
+        """`dictionary.forward(x)`, `dictionary(x)`: the reconstruction, [..., d_out]."""
         return self.reconstruct(self.encode(x), x)
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -296,7 +296,7 @@ class Dictionary(nn.Module):
             raise CheckpointError(f"{path} is no saved Dictionary: it holds {', '.join(list(tensors)[:5])}.")
         fields = Fields({name: _read(said) for name, said in meta.items()}, "Dictionary", path, CheckpointError)
         said = dict(fields.fields("activation"))
-        kind = ACTIVATIONS.get(said.pop("kind", ""))
+        kind: Callable[..., Activation] | None = ACTIVATIONS.get(said.pop("kind", ""))
         held = {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith("activation.")}
         try:
             if kind is None:

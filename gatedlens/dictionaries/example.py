@@ -307,11 +307,11 @@ def _where_it_fires(
     all_bars = torch.zeros(len(top), BARS, dtype=torch.long)
     all_bars[list(chosen)] = bars
     firing = {}
-    for at, feature in enumerate(chosen):
+    for at, which in enumerate(chosen):
         mine = sums.keys[:, 0] == at
         tokens, total, count = sums.keys[mine, 1], sums.total[mine], sums.count[mine]
         most = total.argsort(dim=0, descending=True, stable=True)[:SHOWN].tolist()
-        firing[feature] = tuple((inputs.word(model, int(tokens[i])), float(total[i] / count[i])) for i in most)
+        firing[which] = tuple((inputs.word(model, int(tokens[i])), float(total[i] / count[i])) for i in most)
     return all_bars, firing
 
 

@@ -31,6 +31,7 @@ from gatedlens.options import checked
 __all__ = ["load"]
 
 Tensors = dict[str, Tensor]
+Scale = int | float | None
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Layout:
 
     tool: str
     holds: tuple[str, ...]
-    read: Callable[[Path, float | None], tuple[Tensors, dict[str, Any]]]
+    read: Callable[[Path, Scale], tuple[Tensors, dict[str, Any]]]
 
     def is_in(self, folder: Path) -> bool:
         """Whether a folder is laid down so."""
@@ -77,7 +78,7 @@ def load(
     raise CheckpointError(f"{path} holds no dictionary ({kinds}).{more}")
 
 
-def _made(layout: Layout, folder: Path, point: str | None, out_point: str | None, scale: float | None) -> Dictionary:
+def _made(layout: Layout, folder: Path, point: str | None, out_point: str | None, scale: Scale) -> Dictionary:
     tensors, options = layout.read(folder, scale)
     options["point"] = point or options["point"]
     options["out_point"] = out_point or options.get("out_point")
@@ -87,7 +88,7 @@ def _made(layout: Layout, folder: Path, point: str | None, out_point: str | None
     if lacks:
         raise CheckpointError(f"{folder} lacks {', '.join(lacks)}: it holds {', '.join(tensors)}.")
     try:
-        return Dictionary(**tensors, **options)
+        return Dictionary(**{**tensors, **options})
     except InputError as error:
         raise CheckpointError(f"{folder} is no dictionary of {layout.tool}: {error}") from error
 
@@ -113,7 +114,8 @@ TOLD = ("model_name", "dataset_path", "context_size", "prepend_bos", "sae_lens_v
 
 
 def _topk(weights: Tensors, cfg: Mapping[str, Any]) -> Activation:
-    return TopK(cfg.get("k") or (cfg.get("activation_fn_kwargs") or {}).get("k"))
+    k: Any = cfg.get("k") or (cfg.get("activation_fn_kwargs") or {}).get("k")
+    return TopK(k)
 
 
 def _jumprelu(weights: Tensors, cfg: Mapping[str, Any]) -> Activation:
@@ -144,9 +146,9 @@ MAKES: dict[str, Callable[[Tensors, Mapping[str, Any]], Activation]] = {
 }
 
 
-def _sae_lens(folder: Path, scale: float | None) -> tuple[Tensors, dict[str, Any]]:
+def _sae_lens(folder: Path, scale: Scale) -> tuple[Tensors, dict[str, Any]]:
     fields = _fields(folder, "SAELens")
-    cfg = {OLD.get(name, name): value for name, value in fields.data.items()}
+    cfg: dict[str, Any] = {OLD.get(str(name), str(name)): value for name, value in fields.data.items()}
     cfg = {**cfg, **(cfg.get("metadata") or {})}  # from version 6 on what was said of the model lies there
     weights, _ = read_tensors(folder / "sae_weights.safetensors")
     dtype = dtype_of(cfg.get("dtype"), CheckpointError)
@@ -167,7 +169,7 @@ def _sae_lens(folder: Path, scale: float | None) -> tuple[Tensors, dict[str, Any
     _fold(weights, cfg)
     normalise = _normalised(folder, cfg, scale, weights)
     head = cfg.get("hook_head_index")
-    options = {
+    options: dict[str, Any] = {
         "point": cfg.get("hook_name"),
         "out_point": cfg.get("hook_name_out") if transcodes else None,
         "activation": activation,
@@ -183,7 +185,7 @@ def _sae_lens(folder: Path, scale: float | None) -> tuple[Tensors, dict[str, Any
     return weights, options
 
 
-def _normalised(folder: Path, cfg: Mapping[str, Any], scale: float | None, weights: Tensors) -> str:
+def _normalised(folder: Path, cfg: Mapping[str, Any], scale: Scale, weights: Tensors) -> str:
     said = cfg.get("normalize_activations")
     if said not in NORMALISED:
         raise CheckpointError(
@@ -227,7 +229,7 @@ def _module_out(point: str | None) -> str | None:
 # -- sparsify -------------------------------------------------------------------------------------------------------
 
 
-def _sparsify(folder: Path, scale: float | None) -> tuple[Tensors, dict[str, Any]]:
+def _sparsify(folder: Path, scale: Scale) -> tuple[Tensors, dict[str, Any]]:
     fields = _fields(folder, "sparsify")
     cfg, (held, _) = fields.data, read_tensors(folder / "sae.safetensors")
     said = cfg.get("activation", "topk")
@@ -268,7 +270,7 @@ def _of_module(name: str) -> tuple[str | None, str | None]:
 # -- Gemma Scope ----------------------------------------------------------------------------------------------------
 
 
-def _gemma_scope(folder: Path, scale: float | None) -> tuple[Tensors, dict[str, Any]]:
+def _gemma_scope(folder: Path, scale: Scale) -> tuple[Tensors, dict[str, Any]]:
     path = folder / "params.npz"
     try:
         with numpy.load(path) as file:

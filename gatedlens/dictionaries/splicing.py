@@ -176,7 +176,10 @@ class Spliced:
         x = " ".join(name.rpartition(".")[2].removeprefix("hook_") for name in self.dictionary.points)
         source = f"a {self.dictionary.kind} of {', '.join(self.dictionary.points)}"
         wide = (("feature", self.dictionary.n_features),)
-        rows = {self.features: (f"{lead} feature", f"encode({x})", wide)}
+
+        rows: dict[str, tuple[str, str, tuple[tuple[str, int], ...]]] = {
+            self.features: (f"{lead} feature", f"encode({x})", wide)
+        }
         for one, width, r, e in zip(
             self.writes, self.dictionary.d_outs, self.reconstructions, self.errors, strict=True
         ):
@@ -269,7 +272,7 @@ class Spliced:
     def read_first(
         self, model: HookedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Before a call: the same call without this dictionary, which it reads."""
+        """`spliced.read_first(model, (tokens,), {})`: before a call the same call without this dictionary, which reads it."""
         if self.reading:
             return args, kwargs
         batch, rest = model.prepare(*args, **kwargs)

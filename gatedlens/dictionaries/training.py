@@ -99,6 +99,9 @@ def train(
     PointError for a point that the data lack; InputError for entries that do not fit, an activation that is not trained, a
     checkpoint of another training.
     """
+    for name, value in (("n_features", n_features), ("steps", steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise InputError(f"{name}={value}: it is at least 1.")
     chosen = TopK(min(32, n_features)) if activation is None else activation
     if not isinstance(chosen, TRAINED):
         names = ", ".join(one.__name__ for one in TRAINED)
@@ -107,9 +110,6 @@ def train(
         )
     if isinstance(chosen, ReLU) and l1 <= 0:
         raise InputError("A ReLU of l1=0 has nothing that makes it sparse: give l1=1e-1, say, or TopK(32).")
-    for name, value in (("n_features", n_features), ("steps", steps), ("batch_size", batch_size)):
-        if value < 1:
-            raise InputError(f"{name}={value}: it is at least 1.")
     points = (point,) if isinstance(point, str) else tuple(point)
     out_points = points if out_point is None else (out_point,) if isinstance(out_point, str) else tuple(out_point)
     entries = Entries.of(data, points, out_points)
@@ -269,7 +269,7 @@ class Run:
         loss.backward()
         self.optimiser.step()
         with torch.no_grad():
-            d.W_dec /= d.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            d.W_dec.div_(d.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
             fired = f > 0
             self._threshold(f.detach())
             self.quiet = torch.where(fired.any(0), 0, self.quiet + 1)

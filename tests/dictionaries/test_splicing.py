@@ -19,6 +19,11 @@ def same(x, hook):
     return x * 1
 
 
+def constant(value):
+    """A hook that puts a value in place of whatever is there."""
+    return lambda x, hook: value
+
+
 @pytest.mark.parametrize("where", WHERE)
 @torch.no_grad()
 def test_nothing_changes_until_a_feature_is_edited(lm, where):
@@ -141,7 +146,7 @@ def test_a_transcoder_and_one_with_a_skip(mamba2, pair):
             assert torch.equal(mamba2(x), base)
             with gl.ablation.zero(one.errors[0]).on(mamba2):
                 alone = mamba2(x)
-        put = mamba2.run_with_hooks(x, fwd_hooks=[(writes, lambda y, hook, v=d(cache[reads]): v)])
+        put = mamba2.run_with_hooks(x, fwd_hooks=[(writes, constant(d(cache[reads])))])
         torch.testing.assert_close(alone, put, atol=1e-10, rtol=0)
     late = made(mamba2, reads, ["blocks.1.hook_mixer_out"])
     resid = mamba2.run_with_cache(x, names_filter="blocks.1.hook_resid_pre")[1]["resid_pre", 1]

@@ -278,6 +278,29 @@ def experts(out, c, m, read: torch.Tensor) -> None:
     out["mlp.hook_experts"] = torch.stack([post[:, :, e] @ down.T for e, down in enumerate(m.down_proj)], 2)
 
 
+def experts_by_groups(out, c, m, cfg) -> None:
+    """Experts and a shared one: of the groups whose two best experts are best together, the best; the choice has a correction,
+    the weight has none."""
+    read, total = c("ln2.hook_out"), cfg.n_experts
+    out["mlp.hook_router"] = read @ m.gate.weight.T
+    shares = torch.sigmoid(c("mlp.hook_router"))
+    weights, size = torch.zeros_like(shares), total // cfg.n_expert_groups
+    for b in range(shares.shape[0]):
+        for t in range(shares.shape[1]):
+            choice = (shares[b, t] + m.gate.e_score_correction_bias).tolist()
+            best = {g: sum(sorted(choice[g * size : (g + 1) * size])[-2:]) for g in range(cfg.n_expert_groups)}
+            kept = sorted(best, key=lambda g: -best[g])[: cfg.n_groups_per_token]
+            some = [e for e in range(total) if e // size in kept]
+            best_of_them = sorted(some, key=lambda e: -choice[e])[: cfg.n_experts_per_token]
+            whole = sum(shares[b, t, e] for e in best_of_them) if cfg.normalised_weights else 1
+            for e in best_of_them:
+                weights[b, t, e] = cfg.weights_scale * shares[b, t, e] / whole
+    out["mlp.hook_expert_weights"] = weights
+    experts(out, c, m.experts, read)
+    gated_mlp(out, c, m.shared_experts, read, place="mlp.shared")
+    out["hook_mlp_out"] = of_experts(c) + linear(c("mlp.shared.hook_post"), m.shared_experts.down_proj)
+
+
 def of_experts(c) -> torch.Tensor:
     """The sum over experts."""
     return (c("mlp.hook_expert_weights")[..., None] * c("mlp.hook_experts")).sum(2)

@@ -11,12 +11,12 @@ import gatedlens as gl
 from gatedlens.hooks.bailing_hybrid import ROWS, HookedBailingHybrid
 from tests.conftest import EVERY
 from tests.helpers import relative
-from tests.hooks import battery, test_kimi_linear
-from tests.hooks.literal import convolved, delta_rule, linear, mlp, norm_rows, normed_and_gated
+from tests.hooks import battery
+from tests.hooks.literal import convolved, delta_rule, experts_by_groups, linear, mlp, norm_rows, normed_and_gated
 
 pytestmark = pytest.mark.skipif("bailing_hybrid" not in EVERY, reason="this transformers has no Bailing hybrid")
 
-TOKENS = test_kimi_linear.TOKENS
+TOKENS = torch.randint(40, (2, 11), generator=torch.Generator().manual_seed(0))
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 1e4,
@@ -71,7 +71,7 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     if kind.channels == "MLP":
         mlp(out, c, w.mlp, c("ln2.hook_out"))
     else:
-        test_kimi_linear.experts(out, c, w.mlp, model.cfg)
+        experts_by_groups(out, c, w.mlp, model.cfg)
     out["hook_resid_post"] = c("hook_resid_mid") + c("hook_mlp_out")
     return out
 

@@ -10,7 +10,7 @@ from gatedlens.hooks.kimi_linear import ROWS, HookedKimiLinear
 from tests.conftest import EVERY
 from tests.helpers import relative
 from tests.hooks import battery
-from tests.hooks.literal import convolved, delta_rule, linear, mlp, norm_rows, normed_and_gated, silu
+from tests.hooks.literal import convolved, delta_rule, experts_by_groups, linear, mlp, norm_rows, normed_and_gated
 
 pytestmark = pytest.mark.skipif("kimi_linear" not in EVERY, reason="this transformers has no Kimi Linear")
 
@@ -62,7 +62,7 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     if kind.channels == "MLP":
         mlp(out, c, w.mlp, c("ln2.hook_out"))
     else:
-        experts(out, c, w.mlp, model.cfg)
+        experts_by_groups(out, c, w.mlp, model.cfg)
     out["hook_resid_post"] = c("hook_resid_mid") + c("hook_mlp_out")
     return out
 
@@ -110,35 +110,6 @@ def attention(out, c, m, cfg) -> None:
     out["attn.hook_pattern"] = c("attn.hook_attn_scores").softmax(-1)
     out["attn.hook_z"] = torch.einsum("bhij,bjhv->bihv", c("attn.hook_pattern"), c("attn.hook_v"))
     out["hook_mixer_out"] = linear(c("attn.hook_z").flatten(2), m.o_proj)
-
-
-def experts(out, c, m, cfg) -> None:
-    read, width, total = c("ln2.hook_out"), cfg.d_expert, cfg.n_experts
-    out["mlp.hook_router"] = read @ m.gate.weight.T
-    shares = torch.sigmoid(c("mlp.hook_router"))
-    weights, size = torch.zeros_like(shares), total // cfg.n_expert_groups
-    for b in range(shares.shape[0]):
-        for t in range(shares.shape[1]):
-            choice = (shares[b, t] + m.gate.e_score_correction_bias).tolist()
-            best = {g: sum(sorted(choice[g * size : (g + 1) * size])[-2:]) for g in range(cfg.n_expert_groups)}
-            kept = sorted(best, key=lambda g: -best[g])[: cfg.n_groups_per_token]
-            some = [e for e in range(total) if e // size in kept]
-            chosen = sorted(some, key=lambda e: -choice[e])[: cfg.n_experts_per_token]
-            whole = sum(shares[b, t, e] for e in chosen) if cfg.normalised_weights else 1
-            for e in chosen:
-                weights[b, t, e] = cfg.weights_scale * shares[b, t, e] / whole
-    out["mlp.hook_expert_weights"] = weights
-    up, down = m.experts.gate_up_proj, m.experts.down_proj
-    out["mlp.experts.hook_pre"] = torch.stack([read @ up[e, :width].T for e in range(total)], 2)
-    out["mlp.experts.hook_pre_linear"] = torch.stack([read @ up[e, width:].T for e in range(total)], 2)
-    out["mlp.experts.hook_post"] = silu(c("mlp.experts.hook_pre")) * c("mlp.experts.hook_pre_linear")
-    out["mlp.hook_experts"] = torch.stack([c("mlp.experts.hook_post")[:, :, e] @ down[e].T for e in range(total)], 2)
-    shared = m.shared_experts
-    out["mlp.shared.hook_pre"] = read @ shared.gate_proj.weight.T
-    out["mlp.shared.hook_pre_linear"] = read @ shared.up_proj.weight.T
-    out["mlp.shared.hook_post"] = silu(c("mlp.shared.hook_pre")) * c("mlp.shared.hook_pre_linear")
-    of_all = (c("mlp.hook_expert_weights")[..., None] * c("mlp.hook_experts")).sum(2)
-    out["hook_mlp_out"] = of_all + c("mlp.shared.hook_post") @ shared.down_proj.weight.T
 
 
 def test_every_row_is_its_equation(model):

@@ -10,7 +10,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import gatedlens as gl
 from gatedlens.hooks.mamba import HookedMamba
-from tests.helpers import earlier, example, relative
+from tests.helpers import earlier, example, in_parts, relative
 
 
 def mixer_points(model, leaf: str) -> list[str]:
@@ -112,10 +112,11 @@ def continued(model) -> dict:
 
 
 @torch.no_grad()
-def test_returned_and_in_place_edits_are_the_same_and_reach_the_output(model):
+@in_parts
+def test_returned_and_in_place_edits_are_the_same_and_reach_the_output(model, part):
     input, options = example(model), continued(model)
     clean = model(input, **options)
-    for name in every_point(model):
+    for name in every_point(model)[part]:
 
         def returned(x, hook):
             return x * 0.7 + 0.05
@@ -130,12 +131,13 @@ def test_returned_and_in_place_edits_are_the_same_and_reach_the_output(model):
     assert torch.equal(model(input, **options), clean)
 
 
-def test_gradients_of_edits_are_exact_at_every_point(model):
+@in_parts
+def test_gradients_of_edits_are_exact_at_every_point(model, part):
     """d output / d (an edit along a random direction) by autograd equals central differences, in place and returned."""
     input = example(model)
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(model(input).shape, generator=generator, dtype=torch.float64)
-    for name in every_point(model):
+    for name in every_point(model)[part]:
         directions = {}
 
         def push(size, returned, name=name, directions=directions):

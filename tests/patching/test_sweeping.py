@@ -11,7 +11,7 @@ from gatedlens.model.hookpoint import Saver
 from gatedlens.result.result import Result
 from gatedlens.runs.baseline import Baseline
 from gatedlens.runs.engine import Effort, Sizes
-from tests.helpers import example, padded
+from tests.helpers import example, in_parts, padded
 
 QUIET = {"progress": False}
 
@@ -56,10 +56,11 @@ def everywhere(model):
     return [n for n in early + names if "pos" in model.names[n].dims]
 
 
-def test_every_point_by_position_is_one_forward_a_cell(model):
+@in_parts
+def test_every_point_by_position_is_one_forward_a_cell(model, part):
     """Wherever runs start and whatever shares a batch; every point's cells share batches with the others'."""
     clean, corrupted = pair(model, 1, pos=6)
-    cache, names, places = caches(model, clean), everywhere(model), (0, 4)
+    cache, names, places = caches(model, clean), everywhere(model)[part], (0, 4)
     want = [[by_hand(model, corrupted, cache, name, pos=pos) for pos in places] for name in names]
     for max_bytes in (None, 20_000):
         found = patching.sweep(model, corrupted, cache, metric, names, ["pos"], max_bytes=max_bytes, **QUIET)

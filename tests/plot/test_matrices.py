@@ -8,7 +8,7 @@ import torch
 
 import gatedlens as gl
 from gatedlens.plot.page import attention_page
-from tests.helpers import example
+from tests.helpers import example, in_parts
 
 matplotlib.use("agg")
 TOKENS = ["<bos>", " a", "\n", "<b>", "&"]
@@ -315,7 +315,8 @@ def test_a_batch_of_rows_asks_for_one():
         gl.plot.heatmap(A)
 
 
-def test_views_carry_their_own_label(stack):
+@in_parts
+def test_views_carry_their_own_label(stack, part):
     A = stack[0]
     direction = torch.ones(A.model.cfg.d_model)
     views = {
@@ -329,7 +330,7 @@ def test_views_carry_their_own_label(stack):
         "norm of the contribution": [A.contributions().norms()],
         "contribution along the direction": [A.contributions().along(direction)],
     }
-    for label, several in views.items():
+    for label, several in list(views.items())[part]:
         for view in several:
             for one in (view, view[0], view[0].detach().float().cpu(), next(iter(view))):
                 assert one_line(gl.plot.heatmap(one).axes[1].get_ylabel()) == label
