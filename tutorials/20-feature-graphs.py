@@ -122,7 +122,8 @@ assert abs(float(plain.predict({plain.of("token", key)[0]: 0.0}).values)) < 1
 # %% [markdown]
 # ## To look at, and to hand on
 #
-# A page of its own, on which a click on a node shows its edges; circuit-tracer's JSON, for its pages; and all of it, to load again.
+# A page of its own, on which a click on a node shows its edges; circuit-tracer's JSON, for its pages; and all of it, to load
+# again.
 
 # %%
 folder = Path(tempfile.mkdtemp())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gatedlens.feature_graph.layout import Layout
-from gatedlens.feature_graph.node import ERROR, LOGIT, MIXER, TOKEN
+from gatedlens.feature_graph.node import ERROR, KINDS, LOGIT, MIXER, TOKEN
 from gatedlens.foreign import Axes, Figure
 from gatedlens.plot.drawing import label, label_axis, plain, wrapped
 from gatedlens.plot.sheet import WIDEST, room, sheet
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 else:  # that file imports this one
     FeatureGraph = Any
 
-RED, BLUE, GREY = "#d62828", "#1d4ed8", "#555555"
+RED, BLUE, GREY = (0.84, 0.16, 0.16), (0.11, 0.31, 0.85), "#555555"
 MARKERS = {ERROR: "D", TOKEN: "s", LOGIT: "s", MIXER: "h"}
 NAMED = 40  # nodes besides tokens, up to which each has its name
 FAINT = 0.02  # of the strongest edge: what is weaker is as faint
@@ -27,17 +27,29 @@ def draw(graph: FeatureGraph, ax: Axes | None = None) -> Figure:
     width = room(int(laid.width) + 1, 0.42, 6.0, WIDEST)
     if ax is None:
         ax = sheet(width, 1.0 * len(laid.rows) + 1.2)
+    from matplotlib.collections import LineCollection
+
     most = max((abs(edge.weight) for edge in laid.edges), default=1.0) or 1.0
-    for edge in reversed(laid.edges):
-        (x, y), (to_x, to_y) = laid.places[edge.source], laid.places[edge.target]
-        share = max(abs(edge.weight) / most, FAINT)
-        colour = RED if edge.weight > 0 else BLUE
-        ax.plot([x, to_x], [y, to_y], color=colour, linewidth=0.4 + 2.6 * share, alpha=0.25 + 0.65 * share, zorder=1)
-    for node in laid.nodes:
-        x, y = laid.places[node.id]
-        ax.scatter([x], [y], marker=MARKERS.get(node.kind, "o"), s=46, facecolor="white", edgecolor=GREY, zorder=2)
+    shares = [max(abs(edge.weight) / most, FAINT) for edge in laid.edges]
+    ax.add_collection(
+        LineCollection(
+            [[laid.places[edge.source], laid.places[edge.target]] for edge in laid.edges],
+            colors=[
+                (*(RED if edge.weight > 0 else BLUE), 0.25 + 0.65 * share)
+                for edge, share in zip(laid.edges, shares, strict=True)
+            ],
+            linewidths=[0.4 + 2.6 * share for share in shares],
+            zorder=1,
+        )
+    )
+    for kind in KINDS:
+        at = [laid.places[node.id] for node in laid.nodes if node.kind == kind]
+        if at:
+            x, y = zip(*at, strict=True)
+            ax.scatter(x, y, marker=MARKERS.get(kind, "o"), s=46, facecolor="white", edgecolor=GREY, zorder=2)
     between = [node for node in laid.nodes if node.kind != TOKEN]
-    for node in between if len(between) <= NAMED else [node for node in between if node.kind == LOGIT]:
+    named = between if len(between) <= NAMED else [node for node in between if node.kind == LOGIT]
+    for node in named:
         x, y = laid.places[node.id]
         name = label(node.said.removeprefix("logit of ").strip("'")) if node.kind == LOGIT else f"{node.rank}"
         plain(ax.annotate(name, (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=7, zorder=3))

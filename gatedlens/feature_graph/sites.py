@@ -125,9 +125,10 @@ def of_dictionary(
     W_enc, b_enc, W_dec, b_dec = (
         getattr(dictionary, name).detach().to(x) for name in ("W_enc", "b_enc", "W_dec", "b_dec")
     )
-    n, _, scale = dictionary._normalised(x)
+    n, _, scale = dictionary.normalised(x)
     centre = b_dec if dictionary.centred else torch.zeros_like(x[0])
     scale = scale.expand(len(x), 1)
+    back = scale if dictionary.kind == "sae" else torch.ones_like(scale)  # what is undone behind the decoder
     sums = (n - centre) @ W_enc + b_enc
     features, (slope, _) = dictionary.activation(sums), dictionary.activation.held(sums)
     at = features.nonzero(as_tuple=True)
@@ -138,10 +139,10 @@ def of_dictionary(
     offset = b_enc[feature] - directions @ centre
     own = point + BEFORE if point == out_point else point
     reads = Reads(own, pos, read / scale[pos], offset, sums[at])
-    nodes = Nodes(reads, feature, features[at], slope.expand_as(sums)[at], W_dec[feature] * scale[pos])
+    nodes = Nodes(reads, feature, features[at], slope.expand_as(sums)[at], W_dec[feature] * back[pos])
     skip = None if dictionary.W_skip is None else dictionary.W_skip.detach().to(x)
     leaf = y if skip is None else y - x @ skip
-    return Site(out_point, layer, FEATURE, leaf, nodes, b_dec * scale, skip, dictionary)
+    return Site(out_point, layer, FEATURE, leaf, nodes, b_dec * back, skip, dictionary)
 
 
 def of_mixer(point: str, layer: int, y: Float[Tensor, "pos d_model"]) -> Site:

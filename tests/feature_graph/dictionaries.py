@@ -32,6 +32,11 @@ def three(model, tokens):
             model, tokens, model.blocks[1].writers[-1].output_name, seed=1, centred=True, normalise="layer_norm"
         ),
         random_dictionary(
-            model, tokens, f"blocks.{last}.hook_resid_pre", f"blocks.{last}.hook_resid_post", seed=2, skip=True
+            model,
+            tokens,
+            f"blocks.{last}.hook_resid_pre",
+            f"blocks.{last}.hook_resid_post",
+            seed=2,
+            skip=True,
         ),
     ]
