@@ -29,6 +29,9 @@ class Given:
         self.logits, self.cache = self.model.run_with_cache(self.tokens, names_filter="*")
         self.attention = gl.implicit_attention(self.cache, layer=0)
         self.graph = gl.feature_graph.attribute(self.model, self.tokens[:1], progress=False)
+        width = self.model.cfg.d_model
+        self.dictionary = gl.dictionaries.Dictionary(torch.ones(width, 4), torch.ones(4, width), point="hook_embed")
+        self.atom = gl.dictionaries.WriteAtom.of(self.cache, layer=0, pos=1)
 
     def under(self, intervention: Any) -> Any:
         return self.model.run_with_hooks(self.tokens, fwd_hooks=intervention.hooks(self.model))
@@ -92,6 +95,43 @@ CALLS: dict[str, dict[str, Callable[[Given, Any], Any]]] = {
         "clean": lambda g, x: gl.patching.sweep(
             g.model, g.tokens, x, METRIC, "blocks.0.hook_resid_pre", progress=False
         ),
+    },
+    "dictionaries": {
+        **options(
+            "activation normalise axes index centred point out_point",
+            lambda g, **option: gl.dictionaries.Dictionary(
+                torch.ones(3, 4), torch.ones(4, 3), **{"point": "hook_embed", **option}
+            ),
+        ),
+        "k": lambda g, x: gl.dictionaries.TopK(x),
+        "load": lambda g, x: gl.dictionaries.load(x) if not isinstance(x, str) else None,
+        "splice": lambda g, x: gl.dictionaries.splice(g.model, x).__enter__(),
+    },
+    "dictionary": {
+        **options(
+            "n_features activation out_point steps batch_size lr l1 aux dead_after skip seed",
+            lambda g, **option: gl.dictionaries.train(
+                torch.randn(8, 3), "hook_embed", **{"n_features": 4, "steps": 1, "progress": False, **option}
+            ),
+        ),
+        **options(
+            "metric batch_size", lambda g, **option: gl.dictionaries.measure(g.model, g.dictionary, g.tokens, **option)
+        ),
+        **options(
+            "features n around",
+            lambda g, **option: gl.dictionaries.examples(g.model, g.dictionary, g.tokens, **option),
+        ),
+        "at": lambda g, x: g.dictionary.at(point=x),
+        "page": lambda g, x: gl.dictionaries.examples(g.model, g.dictionary, g.tokens, [0]).page(x),
+    },
+    "write atom": {
+        **options(
+            "layer pos head row",
+            lambda g, **option: gl.dictionaries.WriteAtom.of(g.cache, **{"layer": 0, "pos": 1, **option}),
+        ),
+        **options("pos at amount", lambda g, **option: g.atom.scan(g.cache, **{"pos": 1, **option})),
+        "removed": lambda g, x: g.under(g.atom.removed(x)),
+        "substituted": lambda g, x: g.atom.substituted(x),
     },
     "steering": {
         "pos": lambda g, x: gl.steering.vector(g.model, g.tokens, g.tokens, "blocks.0.hook_resid_post", pos=x),

@@ -33,7 +33,7 @@ from gatedlens.dictionaries.activation import ACTIVATIONS, Activation, ReLU
 from gatedlens.errors import CheckpointError, InputError, did_you_mean
 from gatedlens.files import Fields, read_tensors, to_json
 from gatedlens.markup import card, table
-from gatedlens.options import checked
+from gatedlens.options import checked, is_many, is_whole
 
 __all__ = ["Dictionary"]
 
@@ -42,9 +42,9 @@ NORMALISE = ("none", "layer_norm", "constant_norm")
 if TYPE_CHECKING:
     Normalise: TypeAlias = Literal["none", "layer_norm", "constant_norm"]
     Function: TypeAlias = Activation | None
-    Weight: TypeAlias = Tensor
+    Names: TypeAlias = str | Sequence[str]
 else:
-    Normalise = Function = Weight = Any
+    Normalise = Function = Names = Any
 EPS = 1e-5  # of layer_norm, as SAELens has it: added to the standard deviation
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip")
 
@@ -69,6 +69,7 @@ class Dictionary(nn.Module):
     b_dec: nn.Parameter
     W_skip: nn.Parameter | None
 
+    @checked
     def __init__(
         self,
         W_enc: Float[Tensor, "d_in feature"],
@@ -77,8 +78,8 @@ class Dictionary(nn.Module):
         b_dec: Float[Tensor, " d_out"] | None = None,
         W_skip: Float[Tensor, "d_in d_out"] | None = None,
         *,
-        point: str | Sequence[str],
-        out_point: str | Sequence[str] | None = None,
+        point: Names,
+        out_point: Names | None = None,
         activation: Function = None,
         centred: bool = False,
         normalise: Normalise = "none",
@@ -93,8 +94,8 @@ class Dictionary(nn.Module):
         full = _fitting(given)
         for name, tensor in full.items():
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
-        self.points = _names("point", point)
-        self.out_points = self.points if out_point is None else _names("out_point", out_point)
+        self.points = names_of("point", point)
+        self.out_points = self.points if out_point is None else names_of("out_point", out_point)
         self.d_ins = _widths("d_ins", self.d_in, d_ins, self.points)
         self.d_outs = _widths("d_outs", self.d_out, d_outs, self.out_points)
         self.activation = ReLU() if activation is None else activation
@@ -120,6 +121,10 @@ class Dictionary(nn.Module):
         self.centred, self.normalise = centred, normalise
         self.axes = None if axes is None else tuple(axes)
         self.index = dict(index or {})
+        if not all(isinstance(axis, str) for axis in self.axes or ()) or self.axes == ():
+            raise InputError(f"axes={axes!r:.80}: name axes of the point, ('value',) say; None: all of them.")
+        if not all(isinstance(axis, str) and is_whole(at) for axis, at in self.index.items()):
+            raise InputError(f"index={index!r:.80}: a number of an axis, {{'head': 2}} say.")
         self.facts = dict(facts or {})
         self.eval()
 
@@ -234,8 +239,8 @@ class Dictionary(nn.Module):
     @checked
     def at(
         self,
-        point: str | Sequence[str] | None = None,
-        out_point: str | Sequence[str] | None = None,
+        point: Names | None = None,
+        out_point: Names | None = None,
         model: str | None = None,
     ) -> Dictionary:
         """`dictionary.at("blocks.5.hook_resid_pre", model="mine")`: the same weights, said to be of another point or model.
@@ -326,8 +331,9 @@ def _read(said: str) -> Any:
         return said
 
 
-def _names(option: str, given: str | Sequence[str]) -> tuple[str, ...]:
-    names = (given,) if isinstance(given, str) else tuple(given)
+def names_of(option: str, given: Names) -> tuple[str, ...]:
+    """`names_of("point", "hook_embed")`: one name or several, as a tuple; InputError for what is none."""
+    names: tuple[Any, ...] = (given,) if isinstance(given, str) or not is_many(given) else tuple(given)
     if not names or not all(isinstance(name, str) and name for name in names):
         raise InputError(f"{option}={given!r:.80}: name a hook point, 'blocks.3.hook_resid_pre' say, or several.")
     if len(set(names)) < len(names):

@@ -30,7 +30,7 @@ from gatedlens.markup import BORDER, number
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Batch, Input
 from gatedlens.model.language import HookedLanguageModel
-from gatedlens.options import checked
+from gatedlens.options import checked, is_whole
 from gatedlens.plot.coloured_text import Html, legend, style
 from gatedlens.plot.drawing import label
 from gatedlens.runs import inputs
@@ -193,11 +193,11 @@ def examples(
         if value < least:
             raise InputError(f"{name}={value}: it is at least {least}.")
     one = Spliced.of(model, dictionary)
-    chosen = list(range(dictionary.n_features)) if features is None else [int(feature) for feature in features]
+    chosen = list(range(dictionary.n_features)) if features is None else list(features)
     for feature in chosen:
-        if not 0 <= feature < dictionary.n_features:
+        if not is_whole(feature) or not 0 <= feature < dictionary.n_features:
             raise InputError(
-                f"feature {feature}: the dictionary has {dictionary.n_features}, 0 to {dictionary.n_features - 1}."
+                f"feature {feature!r:.40}: the dictionary has {dictionary.n_features}, 0 to {dictionary.n_features - 1}."
             )
     samples = Samples(model, one, source)
     best, rates, top = _strongest(samples, dictionary, n)

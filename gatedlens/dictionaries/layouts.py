@@ -4,6 +4,7 @@
     gl.dictionaries.load("saes/layers.3.mlp")                 # sparsify: cfg.json, sae.safetensors
     gl.dictionaries.load("layer_20/width_16k/average_l0_71")  # Gemma Scope: params.npz
     gl.dictionaries.load("gated.safetensors")                 # what Dictionary.save wrote
+    gl.dictionaries.load("gatedlens/mamba2-recall")           # bundled: that of a bundled model
 
 A Layout reads a folder as weights by our names and the options of a `Dictionary`. What is said there is folded into the weights
 where it can be: a scale of what is read, a scale of the features, decoder rows of length 1.
@@ -25,6 +26,7 @@ from gatedlens.dictionaries.activation import Activation, Gated, JumpReLU, ReLU,
 from gatedlens.dictionaries.dictionary import Dictionary
 from gatedlens.errors import CheckpointError, InputError, did_you_mean
 from gatedlens.files import Fields, read_json, read_tensors
+from gatedlens.loading import BUNDLED
 from gatedlens.model.config import dtype_of
 from gatedlens.options import checked
 
@@ -62,7 +64,7 @@ def load(
     `scale` is needed. Formats: SAELens 1 to 6 (standard, topk, batchtopk, jumprelu, gated, transcoders and skip transcoders);
     EleutherAI's sparsify (topk; transcoders); Gemma Scope (Lieberum et al. 2024, arXiv 2408.05147).
     """
-    path = Path(path).expanduser()
+    path = _bundled(str(path)) or Path(path).expanduser()
     if path.is_file() and path.suffix == ".safetensors" and path.name not in _FILES:
         found = Dictionary.load(path)
         return found if point is None and out_point is None else found.at(point, out_point, found.facts.get("model"))
@@ -76,6 +78,18 @@ def load(
     more = f" Of the {len(inside)} dictionaries below it name one: {', '.join(inside[:5])}." if inside else ""
     kinds = "; ".join(f"{one.tool}: {' and '.join(one.holds)}" for one in LAYOUTS)
     raise CheckpointError(f"{path} holds no dictionary ({kinds}).{more}")
+
+
+def _bundled(name: str) -> Path | None:
+    """The file of a bundled model's dictionary; None for what is no bundled name. CheckpointError where it has none."""
+    if not name.startswith("gatedlens/") or Path(name).exists():
+        return None
+    have = {
+        f"gatedlens/{path.parent.parent.name}": path for path in sorted(BUNDLED.glob("*/dictionaries/*.safetensors"))
+    }
+    if name not in have:
+        raise CheckpointError(f"There is no bundled dictionary of {name}; there are those of {', '.join(have)}.")
+    return have[name]
 
 
 def _made(layout: Layout, folder: Path, point: str | None, out_point: str | None, scale: Scale) -> Dictionary:

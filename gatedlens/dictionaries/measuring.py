@@ -88,7 +88,11 @@ def _share(low: float, here: float, high: float) -> float:
 @checked
 @torch.no_grad()
 def measure(
-    model: HookedModel, dictionary: Dictionary, input: Input, metric: Metric | None = None, batch_size: int = 32
+    model: HookedModel,
+    dictionary: Dictionary,
+    input: Input,
+    metric: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int = 32,
 ) -> Quality:
     """`gl.dictionaries.measure(model, sae, tokens)`: a Quality: loss recovered, variance explained, l0, dead features.
 

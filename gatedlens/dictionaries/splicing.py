@@ -21,6 +21,7 @@ in its features already.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from gatedlens.dictionaries.reading import Reading
 from gatedlens.errors import InputError, PointError
 from gatedlens.model.base import HookedModel
 from gatedlens.model.hookpoint import ByPosition, HookPoint
+from gatedlens.options import is_many
 
 __all__ = ["Spliced", "splice"]
 
@@ -104,7 +106,8 @@ def _listed(model: HookedModel, given: Given) -> list[Dictionary]:
                     f"{name}: this dictionary reads {', '.join(one.points)}. To use it here all the same, say so: "
                     f"dictionary.at({name!r})."
                 )
-    listed = list(given.values() if isinstance(given, Mapping) else [given] if isinstance(given, Dictionary) else given)
+    some: Any = given.values() if isinstance(given, Mapping) else given
+    listed: list[Any] = [some] if isinstance(some, Dictionary) or not is_many(some) else list(some)
     for one in listed:
         if not isinstance(one, Dictionary):
             raise InputError(f"{one!r:.80} is no dictionary: gl.dictionaries.load(folder) reads one.")
@@ -234,6 +237,8 @@ class Spliced:
                 f"{self.dictionary!r} reads {', '.join(missing)}, which did not fire in this call: begin it at an earlier layer."
             )
         x = torch.cat([seen[one.name] for one in self.reads], dim=-1) if len(self.reads) > 1 else seen[self.last_read]
+        if x.device != self.dictionary.W_enc.device:  # a copy where the model is; the user's stays where it was
+            self.dictionary = copy.deepcopy(self.dictionary).to(x.device)
         f = self.dictionary.encode(x)
         # A name of its own for what the hooks get: what they leave differs from f in the graph even where the numbers are f's.
         self.held = x, f, self.points[self.features](f.view_as(f))

@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gatedlens.dictionaries.activation import Activation, BatchTopK, ReLU, TopK
-from gatedlens.dictionaries.dictionary import Dictionary
+from gatedlens.dictionaries.dictionary import Dictionary, Function, Names, names_of
 from gatedlens.errors import InputError, PointError
 from gatedlens.files import read_tensors, to_json, write_whole
 from gatedlens.options import checked
@@ -68,16 +68,16 @@ class Options:
 @checked
 def train(
     data: Data,
-    point: str | Sequence[str],
+    point: Names,
     n_features: int,
-    activation: Activation | None = None,
-    out_point: str | Sequence[str] | None = None,
+    activation: Function = None,
+    out_point: Names | None = None,
     *,
     steps: int = 2000,
     batch_size: int = 1024,
-    lr: float = 1e-3,
-    l1: float = 0.0,
-    aux: float = 1 / 32,
+    lr: int | float = 1e-3,
+    l1: int | float = 0.0,
+    aux: int | float = 1 / 32,
     dead_after: int = 200,
     skip: bool = False,
     seed: int = 0,
@@ -102,6 +102,9 @@ def train(
     for name, value in (("n_features", n_features), ("steps", steps), ("batch_size", batch_size)):
         if value < 1:
             raise InputError(f"{name}={value}: it is at least 1.")
+    for name, number in (("lr", lr), ("l1", l1), ("aux", aux)):
+        if not 0 <= number < float("inf"):
+            raise InputError(f"{name}={number}: it is 0 or more.")
     chosen = TopK(min(32, n_features)) if activation is None else activation
     if not isinstance(chosen, TRAINED):
         names = ", ".join(one.__name__ for one in TRAINED)
@@ -110,8 +113,8 @@ def train(
         )
     if isinstance(chosen, ReLU) and l1 <= 0:
         raise InputError("A ReLU of l1=0 has nothing that makes it sparse: give l1=1e-1, say, or TopK(32).")
-    points = (point,) if isinstance(point, str) else tuple(point)
-    out_points = points if out_point is None else (out_point,) if isinstance(out_point, str) else tuple(out_point)
+    points = names_of("point", point)
+    out_points = points if out_point is None else names_of("out_point", out_point)
     entries = Entries.of(data, points, out_points)
     options = Options(n_features, steps, batch_size, float(lr), float(l1), float(aux), dead_after, skip, seed)
     run = Run(entries, options, chosen)

@@ -23,7 +23,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -45,6 +45,12 @@ from gatedlens.recurrence.factors import Factors
 from gatedlens.recurrence.operator import branch_of
 
 __all__ = ["WriteAtom"]
+
+# For editors: what is none gets an error that says more.
+if TYPE_CHECKING:
+    Atom: TypeAlias = "WriteAtom"
+else:
+    Atom = Any
 
 WRITE = "hook_write"
 
@@ -102,6 +108,8 @@ class WriteAtom:
         batch = cache[point]
         mask = cache.mask
         real = torch.ones(batch.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+        if not -len(real) <= row < len(real):
+            raise InputError(f"row={row}: this cache has {len(real)} rows.")
         places = real[row].nonzero().flatten()
         if not -len(places) <= pos < len(places):
             raise InputError(f"pos={pos}: row {row} has {len(places)} positions.")
@@ -168,12 +176,14 @@ class WriteAtom:
         return self._edit(lambda x, point: -_times(self._part(x, point), self._matrix(x, point)), pos)
 
     @checked
-    def substituted(self, other: WriteAtom, pos: Positions = None) -> Intervention:
+    def substituted(self, other: Atom, pos: Positions = None) -> Intervention:
         """`with atom.substituted(other, pos=4).on(model): ...`: as much of another atom as the writes hold of this one, in its
         place.
 
         InputError for an atom of another point.
         """
+        if not isinstance(other, WriteAtom):
+            raise InputError(f"{other!r:.80} is no atom: WriteAtom.of(cache, layer, pos, head) is one.")
         if other.point != self.point:
             raise InputError(f"{other!r} is of another point than {self!r}: it cannot stand in its place.")
         return self._edit(
