@@ -84,7 +84,7 @@ def _of_sites(frozen: FrozenRun) -> Iterator[Node]:
         if site.nodes is None:
             continue
         first = before.get(site.layer, 0)
-        before[site.layer] = first + (1 if site.dictionary is None else site.dictionary.n_features)
+        before[site.layer] = first + site.names
         parts = (site.nodes.reads.pos, site.nodes.feature, site.nodes.activation)
         for pos, number, activation in zip(*(part.tolist() for part in parts), strict=True):
             what = f" feature {number}" if site.kind == FEATURE else ""

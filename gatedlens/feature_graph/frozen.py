@@ -26,6 +26,7 @@ from gatedlens.attention.in_progress import underway
 from gatedlens.attention.layer import ImplicitAttention
 from gatedlens.attribution.relevance_rules import Flow
 from gatedlens.dictionaries import Dictionary
+from gatedlens.dictionaries.reading import Reading
 from gatedlens.feature_graph.node import ERROR
 from gatedlens.feature_graph.places import Places
 from gatedlens.feature_graph.sites import BEFORE, Site, of_dictionary, of_mixer
@@ -180,12 +181,28 @@ def _sites(places: Places, cache: ActivationCache) -> list[Site]:
         return cache[point][0].flatten(1)
 
     found = [
-        of_dictionary(one.dictionary, one.point, one.out_point, one.layer, value(one.point), value(one.out_point))
+        of_dictionary(
+            one.dictionary,
+            one.point,
+            one.out_point,
+            one.layer,
+            value(one.point),
+            value(one.out_point),
+            _parts(one.reading, cache[one.point]),
+            _parts(one.writing, cache[one.out_point]),
+        )
         for one in places.dictionaries
     ]
     found += [of_mixer(point, layer, value(point)) for point, layer in places.mixers.items()]
     found += [Site(point, layer, ERROR, at_least_float32(value(point))) for point, layer in places.whole.items()]
     return sorted(found, key=lambda site: places.order[site.point])
+
+
+def _parts(reading: Reading, x: Tensor) -> Int[Tensor, "part width"]:
+    """Which numbers of a point, flat, a dictionary takes as one vector."""
+    one = x[:1, :1]
+    taken = reading.take(torch.arange(one.numel(), device=x.device).reshape(one.shape))
+    return taken.reshape(-1, taken.shape[-1])
 
 
 def _content(cache: ActivationCache, flow: Flow) -> tuple[str, ...]:

@@ -7,8 +7,8 @@
     bias       what is written whatever is read, all of it together        "E_-1_0"
     logit      a logit, or the difference of two                           "3_17_20": of a model of 2 layers, token id 17
 
-The names are circuit-tracer's. Of several dictionaries of a layer the features are counted on, in the order in which they write
-(and so are their errors: -1, -2, ...).
+The names are circuit-tracer's. Of several dictionaries of a layer, and of the heads of one that reads each by itself, features
+are counted on, in the order in which they write (and so are the errors of dictionaries: -1, -2, ...).
 """
 
 from __future__ import annotations

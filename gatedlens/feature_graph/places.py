@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from gatedlens.attribution.relevance_rules import NORMED, Flow, Rules
 from gatedlens.dictionaries import Dictionary
+from gatedlens.dictionaries.reading import Reading
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.model.block import Block, Way
 from gatedlens.model.language import HookedLanguageModel
@@ -30,6 +31,8 @@ class Placed:
     point: str
     out_point: str
     layer: int
+    reading: Reading
+    writing: Reading
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Places:
 
     @staticmethod
     def of(model: HookedLanguageModel, dictionaries: Sequence[Dictionary], mixers: bool) -> Places:
-        """InputError for a dictionary of several points, or of part of one, or off the way, and for two that write one point."""
+        """InputError for a dictionary of several points, or off the way, and for two that write one point."""
         rules, order = Rules.of(model, "none"), {name: i for i, name in enumerate(model.names.points)}
         flows = tuple(flow for flow in rules.flows if flow.place in model.blocks[flow.layer].mixing.values())
         ends = {end for flow in flows for end in (*_contents(flow), flow.output)}
@@ -115,10 +118,9 @@ def _whole(block: Block, layer: int) -> list[str]:
 
 
 def _placed(model: HookedLanguageModel, one: Dictionary, way: Sequence[str], order: Mapping[str, int]) -> Placed:
-    if one.kind == "crosscoder" or one.axes or one.index:
+    if one.kind == "crosscoder":
         raise InputError(
-            f"{one!r}: a feature graph takes dictionaries that read one point, whole, and write one; this one is of several "
-            "points, or of a part of one."
+            f"{one!r}: a feature graph takes dictionaries that read one point and write one; this one is of several."
         )
     ends = [model.names.find(name).name for name in (one.point, one.out_point)]
     for asked, name in zip((one.point, one.out_point), ends, strict=True):
@@ -132,4 +134,5 @@ def _placed(model: HookedLanguageModel, one: Dictionary, way: Sequence[str], ord
     point, out_point = ends
     if order[point] > order[out_point]:
         raise InputError(f"{one!r} writes {out_point}, which comes before {point}, which it reads.")
-    return Placed(one, point, out_point, int(out_point.split(".")[1]))
+    reading, writing = (Reading.of(model, name, one.axes, one.index) for name in ends)
+    return Placed(one, point, out_point, int(out_point.split(".")[1]), reading, writing)

@@ -85,6 +85,14 @@ class Site:
     bias: Float[Tensor, "pos d_out"] | None = None
     skip: Float[Tensor, "d_in d_out"] | None = None
     dictionary: Dictionary | None = None
+    parts: Int[Tensor, "part width"] | None = (
+        None  # the numbers that a dictionary reads as one vector, in each of its parts
+    )
+
+    @property
+    def names(self) -> int:
+        """`site.names`: how many nodes it could have at a position: the features of all parts of a dictionary."""
+        return 1 if self.dictionary is None or self.parts is None else self.dictionary.n_features * len(self.parts)
 
     @property
     def error(self) -> Float[Tensor, "pos d_out"] | None:
@@ -97,9 +105,9 @@ class Site:
     def now(self, x: Float[Tensor, "pos d_in"]) -> Float[Tensor, " n"]:
         """`site.now(x)`: the activations of its nodes for another x, each on or off as it is then."""
         assert self.nodes is not None
-        if self.dictionary is None:
+        if self.dictionary is None or self.parts is None:
             return self.nodes.reads.of(x)
-        features = self.dictionary.encode(x)
+        features = self.dictionary.encode(x[:, self.parts]).flatten(1)
         return features[self.nodes.reads.pos, self.nodes.feature].to(x)
 
     def some(self, chosen: Int[Tensor, " kept"]) -> Site:
@@ -114,35 +122,57 @@ def of_dictionary(
     layer: int,
     x: Float[Tensor, "pos d_in"],
     y: Float[Tensor, "pos d_out"],
+    read: Int[Tensor, "part width"],
+    written: Int[Tensor, "part out_width"],
 ) -> Site:
-    """`of_dictionary(sae, "blocks.1.hook_mlp_in", "blocks.1.hook_mlp_out", 1, x, y)`: its site, x and y what the run had at the
-    points that it reads and writes."""
+    """`of_dictionary(sae, "blocks.1.hook_mlp_in", "blocks.1.hook_mlp_out", 1, x, y, read, written)`: its site.
+
+    x, y: what the run had at the points that it reads and writes; read, written: which of these numbers make one vector, a part
+    (one of all; of a dictionary of heads one a head). Its features are counted on from part to part.
+    """
     x, y = at_least_float32(x), at_least_float32(y)
-    for what, width, given in (("reads", dictionary.d_in, x), ("writes", dictionary.d_out, y)):
-        if width != given.shape[1]:
-            at = point if what == "reads" else out_point
-            raise InputError(f"The dictionary {what} {width} numbers at {at}, where the model has {given.shape[1]}.")
+    ends = (("reads", dictionary.d_in, read, point), ("writes", dictionary.d_out, written, out_point))
+    for what, width, of, where in ends:
+        if width != of.shape[1]:
+            raise InputError(f"The dictionary {what} {width} numbers at {where}, where the model has {of.shape[1]}.")
     W_enc, b_enc, W_dec, b_dec = (
         getattr(dictionary, name).detach().to(x) for name in ("W_enc", "b_enc", "W_dec", "b_dec")
     )
-    n, _, scale = dictionary.normalised(x)
-    centre = b_dec if dictionary.centred else torch.zeros_like(x[0])
-    scale = scale.expand(len(x), 1)
+    n, _, scale = dictionary.normalised(x[:, read])
+    centre = b_dec if dictionary.centred else n.new_zeros(dictionary.d_in)
+    scale = scale.expand(*n.shape[:2], 1)
     back = scale if dictionary.kind == "sae" else torch.ones_like(scale)  # what is undone behind the decoder
     sums = (n - centre) @ W_enc + b_enc
     features, (slope, _) = dictionary.activation(sums), dictionary.activation.held(sums)
     at = features.nonzero(as_tuple=True)
-    pos, feature = at
+    pos, part, feature = at
     directions = W_enc.T[feature]
     # of x less its mean is what the direction less its mean is of x
-    read = directions - directions.mean(-1, keepdim=True) if dictionary.normalise == "layer_norm" else directions
-    offset = b_enc[feature] - directions @ centre
-    own = point + BEFORE if point == out_point else point
-    reads = Reads(own, pos, read / scale[pos], offset, sums[at])
-    nodes = Nodes(reads, feature, features[at], slope.expand_as(sums)[at], W_dec[feature] * back[pos])
-    skip = None if dictionary.W_skip is None else dictionary.W_skip.detach().to(x)
+    own = directions - directions.mean(-1, keepdim=True) if dictionary.normalise == "layer_norm" else directions
+    reads = Reads(
+        point + BEFORE if point == out_point else point,
+        pos,
+        _laid(own / scale[pos, part], read[part], x.shape[1]),
+        b_enc[feature] - directions @ centre,
+        sums[at],
+    )
+    write = _laid(W_dec[feature] * back[pos, part], written[part], y.shape[1])
+    number = part * dictionary.n_features + feature
+    nodes = Nodes(reads, number, features[at], slope.expand_as(sums)[at], write)
+    bias = _laid((b_dec * back).flatten(1), written.flatten().expand(len(y), -1), y.shape[1])
+    skip = None if dictionary.W_skip is None else x.new_zeros(x.shape[1], y.shape[1])
+    if skip is not None and dictionary.W_skip is not None:
+        for rows, columns in zip(read, written, strict=True):
+            skip[rows.unsqueeze(1), columns] = dictionary.W_skip.detach().to(x)
     leaf = y if skip is None else y - x @ skip
-    return Site(out_point, layer, FEATURE, leaf, nodes, b_dec * back, skip, dictionary)
+    return Site(out_point, layer, FEATURE, leaf, nodes, bias, skip, dictionary, read)
+
+
+def _laid(
+    values: Float[Tensor, "n width"], places: Int[Tensor, "n width"], width: int
+) -> Float[Tensor, "n all_of_them"]:
+    """Vectors with each number where it stands in all that a point holds, 0 elsewhere."""
+    return values.new_zeros(len(values), width).scatter(1, places, values)
 
 
 def of_mixer(point: str, layer: int, y: Float[Tensor, "pos d_model"]) -> Site:

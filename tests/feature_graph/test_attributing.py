@@ -196,8 +196,7 @@ def test_dictionaries_that_do_not_fit_are_refused(mamba):
     refused(mamba, f"Two dictionaries write {here}", [post, post])
     refused(mamba, "does not carry this point.*mixer.hook_gated", [random_dictionary(mamba, tokens, inside)])
     refused(mamba, "comes before", [ones(d, there, here)])
-    refused(mamba, "one point, whole", [ones(2 * d, [here, there], there, d_ins=[d, d], d_out=d)])
-    refused(mamba, "of a part", [ones(4, "blocks.0.mixer.hook_gated", axes=("channel",))])
+    refused(mamba, "this one is of several", [ones(2 * d, [here, there], there, d_ins=[d, d], d_out=d)])
     with pytest.raises(gl.PointError, match="hook_resid_psot"):
         graph_of(mamba, tokens, [ones(d, "blocks.0.hook_resid_psot")])
 
@@ -211,6 +210,28 @@ def test_targets_and_inputs_that_are_none_are_refused(mamba):
     refused(mamba, "pos=99 is out of range", pos=99)
     refused(mamba, "batch_size=0", batch_size=0)
     refused(mamba, "max_nodes=-1", max_nodes=-1)
+
+
+@pytest.mark.parametrize("options", [{"axes": ("value",)}, {"index": {"head": 1}}])
+def test_a_dictionary_of_heads_reads_each_by_itself(options):
+    """Of every head, or of one: features head by head, each made of its own head alone, and all else in the errors."""
+    model = gl.HookedMamba2.tiny(seed=0, dtype=torch.float64)
+    tokens, point = example(model)[:1], "blocks.1.mixer.hook_gated"
+    heads, width = model.cfg.sizes["head"], model.cfg.sizes["value"]
+    draw = torch.Generator().manual_seed(0)
+    W = torch.randn(2, width, 6, generator=draw, dtype=torch.float64)
+    sae = Dictionary(W[0], W[1].T.contiguous(), b_dec=W[0, :, 0], point=point, activation=TopK(2), **options)
+    graph = graph_of(model, tokens, [random_dictionary(model, tokens, "blocks.0.hook_resid_post"), sae])
+    assert graph.check().absolute < 1e-10
+    with torch.no_grad():
+        x = model.run_with_cache(tokens, names_filter=point)[1][point][0].unflatten(-1, (heads, width))
+    features = sae.encode(x if "axes" in options else x[:, 1:2]).flatten(1)
+    nodes = [node for node in graph.of("feature") if node.point == point]
+    assert len(nodes) == int((features > 0).sum()) > 0
+    assert all(abs(node.activation - float(features[node.pos, node.number])) < 1e-12 for node in nodes)
+    assert graph.intervene({nodes[0]: 0.0, nodes[-1]: 3.0}).rounding < 1e-12
+    clamped = graph.intervene({nodes[-1]: nodes[-1].activation})
+    assert clamped.true.values.abs().max() < 1e-12
 
 
 def test_topk_holds_which_are_on(mamba):
