@@ -43,11 +43,9 @@ def draw(graph: FeatureGraph, ax: Axes | None = None) -> Figure:
         )
     )
     for kind in KINDS:
-        at = [laid.places[node.id] for node in laid.nodes if node.kind == kind]
-        if at:
-            ax.scatter(
-                *zip(*at, strict=True), marker=MARKERS.get(kind, "o"), s=46, facecolor="white", edgecolor=GREY, zorder=2
-            )
+        spots = [laid.places[node.id] for node in laid.nodes if node.kind == kind]
+        across, up = [x for x, _ in spots], [y for _, y in spots]
+        ax.scatter(across, up, marker=MARKERS.get(kind, "o"), s=46, facecolor="white", edgecolor=GREY, zorder=2)
     between = [node for node in laid.nodes if node.kind != TOKEN]
     named = between if len(between) <= NAMED else [node for node in between if node.kind == LOGIT]
     for node in named:
