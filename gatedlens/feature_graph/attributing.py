@@ -56,6 +56,10 @@ def attribute(
     for name, number in (("batch_size", batch_size), ("max_nodes", max_nodes)):
         if number < 1:
             raise InputError(f"{name}={number}: give at least 1.")
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "A feature graph needs gradients, and torch.inference_mode forbids them: torch.no_grad is fine."
+        )
     for one in dictionaries:
         if not isinstance(one, Dictionary):
             raise InputError(

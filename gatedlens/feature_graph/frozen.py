@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gatedlens.attention.in_progress import underway
+from gatedlens.attention.in_progress import underway, verify
 from gatedlens.attention.layer import ImplicitAttention
 from gatedlens.attribution.relevance_rules import Flow
 from gatedlens.dictionaries import Dictionary
@@ -78,13 +78,17 @@ class FrozenRun:
     ) -> FrozenRun:
         """`FrozenRun.of(model, tokens, dictionaries, mixers=True)`: of one prompt. mixers: their writes are nodes.
 
-        InputError for a dictionary that does not fit: see `places.py`.
+        InputError for a dictionary that does not fit: see `places.py`; and where a mixer's output is not its A x + r, for another
+        hook edits inside.
         """
         places = Places.of(model, dictionaries, mixers)
         options: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
         with torch.no_grad():
             logits, cache = model.run_with_cache(tokens, names_filter=list(places.noted), **options)
-        return FrozenRun(model, tokens, options, cache, logits, places, tuple(_sites(places, cache)))
+        frozen = FrozenRun(model, tokens, options, cache, logits, places, tuple(_sites(places, cache)))
+        for one in frozen.operators(1):
+            verify(one.attention, one.attention.output(), cache[one.flow.output], "a feature graph")
+        return frozen
 
     def words(self, tokens: Int[Tensor, " n"]) -> list[str]:
         """`frozen.words(tokens)`: tokens as text; their ids where the model has no tokenizer."""

@@ -138,10 +138,17 @@ class FeatureGraph:
         """`graph.edges`: its edges, the strongest first."""
         return self._edges(self.joined)
 
-    def _edges(self, mask: Bool[Tensor, "target n"]) -> list[Edge]:
+    @checked
+    def top(self, n: int) -> list[Edge]:
+        """`graph.top(20)`: the `n` strongest edges."""
+        if n < 0:
+            raise InputError(f"top({n}): give how many edges, a whole number.")
+        return self._edges(self.joined, n)
+
+    def _edges(self, mask: Bool[Tensor, "target n"], most: int | None = None) -> list[Edge]:
         rows, sources = (mask & (self.adjacency != 0)).nonzero(as_tuple=True)
         weights, targets = self.adjacency[rows, sources], self.targets[rows]
-        order = figures(weights.abs()).argsort(descending=True, stable=True)
+        order = figures(weights.abs()).argsort(descending=True, stable=True)[:most]
         return [
             Edge(self.nodes[s].id, self.nodes[t].id, w)
             for s, t, w in zip(sources[order].tolist(), targets[order].tolist(), weights[order].tolist(), strict=True)
@@ -306,7 +313,7 @@ class FeatureGraph:
     def _repr_html_(self) -> str:
         facts: dict[str, object] = {"nodes": len(self), "edges": int(self.joined.sum())}
         facts |= {"replacement": round(self.replacement, 3), "completeness": round(self.completeness, 3)}
-        rows = [(str(self.node(e.source)), str(self.node(e.target)), e.weight) for e in self.edges[:12]]
+        rows = [(str(self.node(e.source)), str(self.node(e.target)), e.weight) for e in self.top(12)]
         return card(
             repr(self).partition(":")[0] + ")", facts, table(["source", "target", "adds"], rows), picture(self.plot)
         )

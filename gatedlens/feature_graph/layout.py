@@ -36,8 +36,7 @@ class Layout:
     @staticmethod
     def of(graph: FeatureGraph) -> Layout:
         """`Layout.of(graph)`: of the nodes that edges join, tokens and logits."""
-        every = graph.edges
-        edges = tuple(every[:MOST_EDGES])
+        edges = tuple(graph.top(MOST_EDGES))
         joined = {name for edge in edges for name in (edge.source, edge.target)}
         nodes = tuple(
             node
@@ -61,7 +60,7 @@ class Layout:
             for (row, pos), some in cells.items()
             for i, node in enumerate(some)
         }
-        return Layout(rows, tuple(columns[1:]), start, places, nodes, edges, len(every) - len(edges))
+        return Layout(rows, tuple(columns[1:]), start, places, nodes, edges, int(graph.joined.sum()) - len(edges))
 
 
 def _row(node: Node, order: list[str]) -> int:

@@ -172,6 +172,8 @@ def test_a_graph_is_made_without_gradients_of_the_callers_and_leaves_no_hook(mam
     with torch.no_grad():
         graph_of(mamba, tokens, three(mamba, tokens))
     refused(mamba, "has 3 parts", logits=[(1, 2, 3)])
+    with torch.inference_mode():
+        refused(mamba, "torch.inference_mode forbids them")
     assert not mamba.list_hooks() and all(p.grad is None for p in mamba.wrapped.parameters())
 
 
@@ -199,6 +201,16 @@ def test_dictionaries_that_do_not_fit_are_refused(mamba):
     refused(mamba, "this one is of several", [ones(2 * d, [here, there], there, d_ins=[d, d], d_out=d)])
     with pytest.raises(gl.PointError, match="hook_resid_psot"):
         graph_of(mamba, tokens, [ones(d, "blocks.0.hook_resid_psot")])
+
+
+def test_an_edit_inside_a_recurrence_is_refused_and_one_of_the_stream_is_held(mamba):
+    tokens = example(mamba)[:1]
+    with gl.ablation.zero("blocks.0.mixer.hook_scan").on(mamba):
+        refused(mamba, "another hook edits inside its recurrence.*a feature graph", tokens=tokens)
+    with gl.ablation.zero("blocks.1.hook_mixer_in", pos=2).on(mamba):
+        graph = graph_of(mamba, tokens, three(mamba, tokens))
+        assert graph.check().absolute < 1e-10
+        assert abs(graph.value(graph.of("logit")[0]) - float(mamba(tokens)[0, -1, 3].detach())) < 1e-12
 
 
 def test_targets_and_inputs_that_are_none_are_refused(mamba):

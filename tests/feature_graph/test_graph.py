@@ -43,7 +43,7 @@ def test_nodes_and_edges_are_found_by_name(graph):
     assert [abs(edge.weight) for edge in into] == sorted((abs(edge.weight) for edge in into), reverse=True)
     token = graph.of("token", pos=-1)[0]
     assert all(edge.source == token.id for edge in graph.out_of(token)) and token.pos == 6
-    assert len(graph.edges) == int((graph.adjacency != 0).sum())
+    assert len(graph.edges) == int((graph.adjacency != 0).sum()) and graph.top(5) == graph.edges[:5]
     assert graph.reaches(graph.of("token", 0)[0], logit) and not graph.reaches(logit, token)
     assert len({node.id for node in graph.nodes}) == len(graph.nodes)
 
