@@ -21,11 +21,14 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from gatedlens.errors import InputError
-from gatedlens.recurrence.autocast import exact
+from gatedlens.recurrence import doubling
+from gatedlens.recurrence.autocast import exact, is_on
+from gatedlens.recurrence.channels import vectors
 from gatedlens.recurrence.chunk_secant import Forward, Laid, backward, forward
 from gatedlens.recurrence.chunks import chunk_size, inside, laid_out
 from gatedlens.recurrence.delta_states import states_of_delta_rule
 from gatedlens.recurrence.scanning import linear_scan, readout, scan
+from gatedlens.secant import channel_scan
 from gatedlens.secant.contrast import Call, Contrast, Rule
 from gatedlens.secant.products import mean_of
 
@@ -33,9 +36,11 @@ BLOCK = 1 << 18  # numbers of a block's states, of one run
 SHORTEST = 8  # positions
 BY_KEY = 16  # positions of a chunk where keys decay each at its own pace: pairs of positions cost most there
 
-Body = Callable[
-    [Sequence[Any], Tensor], tuple[Tensor, Tensor]
-]  # of some positions of every sequence, and the state before
+# Of some positions of every sequence, and the state before.
+Body = Callable[[Sequence[Any], Tensor], tuple[Tensor, Tensor]]
+# (of the start, of each sequence) by those positions of this run and of the one before (None: the same), the starts of both, and
+# what the scan and the last state get.
+Flow = Callable[[Any, Any, tuple[Tensor, Tensor], Tensor, Tensor], tuple[Tensor, list[Any]]]
 
 
 def _arguments(call: Call) -> tuple[Any, ...]:
@@ -156,11 +161,10 @@ def every_state_of_delta_rule(call: Call) -> Contrast:
 # -- blocks -----------------------------------------------------------------------------------------------------------
 
 
-class Block(NamedTuple):
+class Blocked(NamedTuple):
     """What the backward of a recurrence needs beside its live tensors: see `by_blocks`."""
 
-    body: Body
-    rules: Mapping[str, Rule]
+    flow: Flow
     parts: list[slice]
     now: list[Tensor]  # the sequences of this run
     before: list[Tensor | None]  # those of the run before; None where they are the same in both
@@ -171,39 +175,66 @@ class Blocks(Function):
     """(scan, last) of one run with the gradient of the rule, made block by block from the end."""
 
     @staticmethod
-    def forward(ctx: Any, block: Block, out: Tensor, last: Tensor, start: Tensor, *live: Tensor) -> Any:
-        ctx.block = block
+    def forward(ctx: Any, held: Blocked, out: Tensor, last: Tensor, start: Tensor, *live: Tensor) -> Any:
+        ctx.held = held
         return out.view_as(out), last.view_as(last)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        block, live = ctx.block, ctx.block.now
-        moving = [i for i, before in enumerate(block.before) if before is not None]
-        into: list[Any] = [torch.empty_like(x) if i in moving else None for i, x in enumerate(live)]
+        held: Blocked = ctx.held
+        into: list[Any] = [
+            None if before is None else torch.empty_like(now) for now, before in zip(held.now, held.before, strict=True)
+        ]
         of_scan, of_state = grads
-        for part, starts in zip(reversed(block.parts), reversed(block.starts), strict=True):
-            with torch.enable_grad():
-                leaves = [live[i][:, part].detach().requires_grad_() for i in moving]
-                state = starts[0].detach().requires_grad_()
-                given: list[Any] = [x[:, part] for x in live]
-                for i, leaf in zip(moving, leaves, strict=True):
-                    given[i] = Contrast.of(leaf, (block.before[i][:, part],), block.rules)
-                with torch._C._EnableTorchFunction():
-                    outs = block.body(given, Contrast.of(state, (starts[1],), block.rules))
-                found = torch.autograd.grad(
-                    outs, [state, *leaves], (of_scan[:, part], of_state), materialize_grads=True, allow_unused=True
-                )
-            of_state = found[0]
-            for i, piece in zip(moving, found[1:], strict=True):
-                into[i][:, part] = piece
+        for part, starts in zip(reversed(held.parts), reversed(held.starts), strict=True):
+            now, before = ([None if x is None else x[:, part] for x in some] for some in (held.now, held.before))
+            of_state, found = held.flow(now, before, starts, of_scan[:, part], of_state)
+            for whole, piece in zip(into, found, strict=True):
+                if whole is not None:
+                    whole[:, part] = piece
         return None, None, None, of_state, *into
 
 
+def by_rules(body: Body, rules: Mapping[str, Rule]) -> Flow:
+    """The flow through a block of what `body` says in torch's operations, each of which has a rule."""
+
+    def flow(now: Any, before: Any, starts: Any, of_scan: Tensor, of_state: Tensor) -> tuple[Tensor, list[Any]]:
+        moving = [i for i, one in enumerate(before) if one is not None]
+        with torch.enable_grad():
+            leaves = [now[i].detach().requires_grad_() for i in moving]
+            state = starts[0].detach().requires_grad_()
+            given = list(now)
+            for i, leaf in zip(moving, leaves, strict=True):
+                given[i] = Contrast.of(leaf, (before[i],), rules)
+            with torch._C._EnableTorchFunction():
+                outs = body(given, Contrast.of(state, (starts[1],), rules))
+            of_start, *pieces = torch.autograd.grad(
+                outs, [state, *leaves], (of_scan, of_state), materialize_grads=True, allow_unused=True
+            )
+        found: list[Any] = [None] * len(now)
+        for i, piece in zip(moving, pieces, strict=True):
+            found[i] = piece
+        return of_start, found
+
+    return flow
+
+
+def by_hand(rate: Tensor) -> Flow:
+    """The flow through a block of Mamba's scan: `channel_scan.py`."""
+
+    def flow(now: Any, before: Any, starts: Any, of_scan: Tensor, of_state: Tensor) -> tuple[Tensor, list[Any]]:
+        then = [one if other is None else other for one, other in zip(now, before, strict=True)]
+        of_start, found = channel_scan.of_block(now, then, rate, starts, of_scan, of_state)
+        return of_start, [*found, *(None for _ in now[4:])]
+
+    return flow
+
+
 def by_blocks(
-    call: Call, run_plain: Body, body: Body, sequences: Sequence[Any], initial: Any
+    call: Call, run_plain: Body, flow: Flow, sequences: Sequence[Any], initial: Any
 ) -> tuple[Contrast, Contrast]:
-    """(scan, last state) of a recurrence: `run_plain` computes the values of some positions, `body` says in operations that have
-    rules what they are."""
+    """(scan, last state) of a recurrence: `run_plain` computes the values of some positions, `flow` takes what they get of what
+    comes from behind to what the sequences and the start get."""
     number, size = call.number, initial.numel()
     length = sequences[0].shape[1]
     step = max(SHORTEST, BLOCK // max(size, 1))
@@ -227,8 +258,8 @@ def by_blocks(
             x[run - 1].detach() if isinstance(s, Contrast) else None for s, x in zip(sequences, each, strict=True)
         ]
         now = [x[run].detach() for x in each]
-        block = Block(body, call.rules, parts, now, before, list(zip(starts[run], starts[run - 1], strict=True)))
-        found = Blocks.apply(block, outs[run], lasts[run], begins[run], *(x[run] for x in each))
+        held = Blocked(flow, parts, now, before, list(zip(starts[run], starts[run - 1], strict=True)))
+        found = Blocks.apply(held, outs[run], lasts[run], begins[run], *(x[run] for x in each))
         scans.append(found[0])
         ends.append(found[1])
     return call.together(scans), call.together(ends)
@@ -251,7 +282,11 @@ def of_steps(call: Call) -> tuple[Contrast, Contrast]:
         states = linear_scan(decay, write, state)
         return readout(states, read), states[:, -1]
 
-    return by_blocks(call, run_plain, body, list(sequences), initial)
+    # Fresh documents begin at one place in both runs; on accelerators positions run side by side, which the hand does not.
+    plain = terms is vectors and not any(isinstance(x, Contrast) for x in sequences[4:])
+    hand = plain and not doubling.pays(initial) and not is_on(initial)
+    flow = by_hand(*constants) if hand else by_rules(body, call.rules)
+    return by_blocks(call, run_plain, flow, list(sequences), initial)
 
 
 # -- heads with matrix states -------------------------------------------------------------------------------------------

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from gatedlens.recurrence import Terms, chunked
-from gatedlens.recurrence.channels import ChannelTerms
+from gatedlens.recurrence.channels import ChannelTerms, vectors
 from gatedlens.recurrence.literal import literal_scan
 from gatedlens.recurrence.prior_matrix import prior_chunked
-from gatedlens.recurrence.scanning import linear_scan, scan
-from gatedlens.secant import RULES, Contrast
+from gatedlens.recurrence.scanning import linear_scan, readout, scan
+from gatedlens.secant import RULES, Contrast, scans
 
 BATCH, LENGTH, HEADS, VALUE, KEY = 2, 21, 4, 3, 5
 
@@ -216,3 +216,36 @@ def test_channels_are_the_rule_word_for_word(vectors, monkeypatch):
         gap == 0, decay[0] * (rate if vectors else 1), (decay[0] - decay[1]) / torch.where(gap == 0, 1.0, gap)
     )
     assert torch.allclose(grads["log_decay"], (worth * before * slope).sum(-1), atol=1e-10)
+
+
+@pytest.mark.parametrize("near", [0.0, 1e-9, 1e-5, 1.0], ids="apart by {}".format)
+@pytest.mark.parametrize("moving", ["log value key read", "log", "value read"])
+def test_by_hand_a_block_of_channels_is_what_the_rules_of_operations_make_it(moving, near):
+    """With a document that begins in it, and a worth of the last state."""
+    g = torch.Generator().manual_seed(7)
+
+    def new(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    names, channels, states = ["log", "value", "key", "read"], 3, 5
+    rate = -new(channels, states).abs()
+    now = [new(BATCH, LENGTH, channels).abs(), new(BATCH, LENGTH, channels), new(BATCH, LENGTH, states)]
+    now = [*now, new(BATCH, LENGTH, states), (torch.arange(LENGTH) == 4).double().expand(BATCH, -1).unsqueeze(-1)]
+    before = [
+        x * (1 + near * new(*x.shape).abs()) if name in moving else None for name, x in zip(names, now, strict=False)
+    ]
+    before.append(None)
+    starts = tuple(new(BATCH, channels, states) for _ in range(2))
+    worths = new(BATCH, LENGTH, channels), new(BATCH, channels, states)
+
+    def body(given, state):
+        decay, write, read = vectors(*given, rate)
+        every = linear_scan(decay, write, state)
+        return readout(every, read), every[:, -1]
+
+    want = scans.by_rules(body, RULES)(now, before, starts, *worths)
+    of_start, found = scans.by_hand(rate)(now, before, starts, *worths)
+    assert torch.allclose(of_start, want[0], rtol=1e-12, atol=1e-13)
+    for name, one, other in zip(names, found, want[1], strict=False):
+        if name in moving.split():
+            assert torch.allclose(one, other, rtol=1e-9, atol=1e-10), name
