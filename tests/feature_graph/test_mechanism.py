@@ -56,3 +56,25 @@ def test_trained_features_tell_the_mechanism():
         assert graph.of("token", key)[0].id in made_of and graph.of("token", value)[0].id in made_of
         done = graph.intervene(dict.fromkeys(stored, 0.0))
         assert float(done.predicted.values) < -3 and float(done.true.values) < -1 and done.rounding < 1e-4
+
+
+@pytest.mark.slow
+def test_transcoders_of_griffins_mlps_show_the_way():
+    """Griffin's first mixer stands before an MLP, whose errors hide what reached it; with transcoders the value shows."""
+    model, batch = gl.from_pretrained("gatedlens/griffin-recall", device="cpu"), gl.tasks.recall(256, seed=1)
+    ends = [(f"blocks.{layer}.ln2.hook_out", f"blocks.{layer}.hook_mlp_out") for layer in range(3)]
+    with torch.no_grad():
+        _, cache = model.run_with_cache(batch.tokens, names_filter=[name for pair in ends for name in pair])
+    options = {"steps": 200, "batch_size": 256, "lr": 6e-3, "progress": False}
+    found = [
+        train({name: cache[name] for name in pair}, pair[0], 256, TopK(4), out_point=pair[1], **options)
+        for pair in ends
+    ]
+    asked = gl.tasks.recall(4, seed=0)
+    for row in range(4):
+        tokens, answer = asked.tokens[row : row + 1], int(asked.answers[row])
+        without = attribute(model, tokens, logits=[answer], progress=False)
+        graph = attribute(model, tokens, found, logits=[answer], progress=False)
+        assert graph.check().relative < 1e-5 and graph.replacement > without.replacement + 0.2
+        small = graph.prune()
+        assert small.reaches(small.of("token", int(asked.answer_pos[row]))[0], small.of("logit")[0])
