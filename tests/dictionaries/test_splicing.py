@@ -98,13 +98,13 @@ def test_gradients_are_the_models_own(mamba2, pair):
 
 def test_every_tool_takes_the_points(mamba2, pair):
     clean, corrupted = pair
-    d = made(mamba2, "blocks.1.mixer.hook_gated", activation=TopK(4))
+    d = made(mamba2, "blocks.1.mixer.hook_gated", n=5, activation=TopK(4))
     with splice(mamba2, {"blocks.1.mixer.hook_gated": d}) as (one,), torch.no_grad():
         name = one.features
         _, cache = mamba2.run_with_cache(clean, names_filter=name)
         base = mamba2(corrupted)
         swept = gl.patching.sweep(mamba2, corrupted, cache, metric, name, ("pos", "feature"), progress=False)
-        assert swept.values.shape == (6, 11)
+        assert swept.values.shape == (6, 5)
         f = cache[name]
 
         def put(x, hook):
@@ -122,12 +122,12 @@ def test_every_tool_takes_the_points(mamba2, pair):
         torch.testing.assert_close(ablated, want, atol=1e-10, rtol=0)
         assert torch.equal(ablated[:, :-1], base[:, :-1])
         steer = gl.steering.vector(mamba2, clean, corrupted, name)
-        assert steer.vector.shape == (11,)
+        assert steer.vector.shape == (5,)
         table = str(mamba2.hook_table(1))
         assert "sae.hook_features" in table.replace("\n", "")
     with splice(mamba2, d) as (one,):
         found = gl.circuits.attribution_patch(mamba2, clean, corrupted, metric, one.features, keep=("pos", "feature"))
-        assert found.values.squeeze(0).shape == (6, 11)
+        assert found.values.squeeze(0).shape == (6, 5)
         # the last layer's features reach the logits through one norm alone: small steps agree with the run
         assert torch.sign(found.values.flatten()[found.values.abs().argmax()]) == torch.sign(
             (swept.values - metric(base).mean()).flatten()[found.values.abs().argmax()]

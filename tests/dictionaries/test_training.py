@@ -11,7 +11,7 @@ from gatedlens.errors import InputError, PointError
 from tests.dictionaries.making import draw, made
 
 AT, OUT = "blocks.0.hook_resid_pre", "blocks.0.hook_mixer_out"
-FAST = {"steps": 400, "batch_size": 256, "lr": 5e-3, "progress": False}
+FAST = {"steps": 300, "batch_size": 256, "lr": 5e-3, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,15 @@ def test_a_transcoder_finds_a_linear_map_by_its_skip(planted):
     y = x @ draw()(8, 5).float()
     d = train({AT: x, OUT: y}, AT, 8, TopK(1), out_point=OUT, skip=True, **FAST)
     assert d.kind == "transcoder" and d.facts["training"]["explained"] > 0.95
+
+
+def test_a_crosscoder_reads_and_writes_its_points_side_by_side(planted):
+    x, points = planted[1], ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
+    d = train({points[0]: x, points[1]: -2 * x}, points, 16, TopK(2), **FAST)
+    assert (d.kind, d.points, d.d_ins, d.d_outs) == ("crosscoder", tuple(points), (8, 8), (8, 8))
+    first, second = d.W_dec.split(8, 1)
+    alike = torch.nn.functional.cosine_similarity(first, -second, dim=1)[d.encode(torch.cat([x, -2 * x], 1)).any(0)]
+    assert float(alike.min()) > 0.9 and d.facts["training"]["explained"] > 0.8
 
 
 def test_what_cannot_be_trained_is_named(planted):
