@@ -269,6 +269,7 @@ CALLS: dict[str, dict[str, Callable[[Given, Any], Any]]] = {
             "perturbation": lambda m, x: gl.evaluation.perturbation(m, x, torch.zeros(2, 3)),
             "evaluate": lambda m, x: gl.evaluation.evaluate(m, "recall", ["lrp"], limit=1, progress=False),
             "harvest": lambda m, x: gl.store.estimate(m, x, "hook_embed"),
+            "feature_graph": lambda m, x: gl.feature_graph.attribute(m, x[:1], progress=False),
         }.items()
     },
     "loading": {
