@@ -145,7 +145,7 @@ CALLS: dict[str, dict[str, Callable[[Given, Any], Any]]] = {
         "input": lambda g, x: gl.feature_graph.attribute(g.model, x, progress=False),
         **{
             name: lambda g, x, name=name: getattr(g.graph, name)(x)
-            for name in ("of", "into", "out_of", "value", "node", "prune", "predict", "intervene", "to_circuit_tracer", "top")
+            for name in "of into out_of value node prune predict intervene to_circuit_tracer top".split()
         },
         "clamped": lambda g, x: g.graph.predict({g.graph.of("token")[0]: x}),
         "through": lambda g, x: g.graph.predict({g.graph.of("token")[0]: 0.0}, through=x),
