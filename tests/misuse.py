@@ -17,6 +17,7 @@ WRONG = (
     None, True, -1, 0, 99, 1.5, float("nan"), "x", "", [], [None], {}, object(), torch.tensor(3.5), numpy.array(3.5), (1, 2, 3),
 )  # fmt: skip
 METRIC = gl.metrics.logit_difference(1, 2)
+OF_A_GRAPH = ("of", "into", "out_of", "value", "node", "prune", "predict", "intervene", "to_circuit_tracer", "top")
 
 
 class Given:
@@ -143,10 +144,7 @@ CALLS: dict[str, dict[str, Callable[[Given, Any], Any]]] = {
             lambda g, **option: gl.feature_graph.attribute(g.model, g.tokens[:1], **option, progress=False),
         ),
         "input": lambda g, x: gl.feature_graph.attribute(g.model, x, progress=False),
-        **{
-            name: lambda g, x, name=name: getattr(g.graph, name)(x)
-            for name in "of into out_of value node prune predict intervene to_circuit_tracer top".split()
-        },
+        **{name: lambda g, x, name=name: getattr(g.graph, name)(x) for name in OF_A_GRAPH},
         "clamped": lambda g, x: g.graph.predict({g.graph.of("token")[0]: x}),
         "through": lambda g, x: g.graph.predict({g.graph.of("token")[0]: 0.0}, through=x),
         "load": lambda g, x: gl.feature_graph.FeatureGraph.load(x),
