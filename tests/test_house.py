@@ -31,9 +31,8 @@ FLOORS = (
     {"plot", "metrics"},
     {"loading", "runs"},
     {
-        "ablation", "knockout", "states", "tracing", "lens", "patching", "circuits", "attribution", "store", "steering",
-        "profiles", "tasks", "data", "layers", "inspection", "dictionaries",
-        "verification",
+        "ablation", "comparing", "knockout", "states", "tracing", "lens", "patching", "dictionaries", "subspaces", "probes",
+        "circuits", "attribution", "store", "steering", "profiles", "tasks", "data", "layers", "inspection", "verification",
     },
     {"evaluation", "amplify", "feature_graph"},  # which build on attribution, dictionaries, tasks and data
     {"__main__", "cli", "compat", "catalogue", "bundled", "bridge", "circuitsvis", "gatedlens"},
