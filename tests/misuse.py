@@ -17,6 +17,7 @@ WRONG = (
     None, True, -1, 0, 99, 1.5, float("nan"), "x", "", [], [None], {}, object(), torch.tensor(3.5), numpy.array(3.5), (1, 2, 3),
 )  # fmt: skip
 METRIC = gl.metrics.logit_difference(1, 2)
+OF_A_GRAPH = ("of", "into", "out_of", "value", "node", "prune", "predict", "intervene", "to_circuit_tracer", "top")
 
 
 class Given:
@@ -28,6 +29,7 @@ class Given:
         self.tokens = gl.tasks.recall(2, seed=0).tokens
         self.logits, self.cache = self.model.run_with_cache(self.tokens, names_filter="*")
         self.attention = gl.implicit_attention(self.cache, layer=0)
+        self.graph = gl.feature_graph.attribute(self.model, self.tokens[:1], progress=False)
         self.probe = gl.probes.fit(self.cache, self.tokens, "hook_embed", None, "ridge", held_out=0.5)
 
     def under(self, intervention: Any) -> Any:
@@ -157,6 +159,17 @@ CALLS: dict[str, dict[str, Callable[[Given, Any], Any]]] = {
     "steering": {
         "pos": lambda g, x: gl.steering.vector(g.model, g.tokens, g.tokens, "blocks.0.hook_resid_post", pos=x),
         "name": lambda g, x: gl.steering.vector(g.model, g.tokens, g.tokens, x),
+    },
+    "feature graph": {
+        **options(
+            "dictionaries logits pos mixers max_nodes batch_size attention_mask position_ids",
+            lambda g, **option: gl.feature_graph.attribute(g.model, g.tokens[:1], **option, progress=False),
+        ),
+        "input": lambda g, x: gl.feature_graph.attribute(g.model, x, progress=False),
+        **{name: lambda g, x, name=name: getattr(g.graph, name)(x) for name in OF_A_GRAPH},
+        "clamped": lambda g, x: g.graph.predict({g.graph.of("token")[0]: x}),
+        "through": lambda g, x: g.graph.predict({g.graph.of("token")[0]: 0.0}, through=x),
+        "load": lambda g, x: gl.feature_graph.FeatureGraph.load(x),
     },
     "subspaces": {
         **options(

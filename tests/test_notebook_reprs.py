@@ -58,7 +58,8 @@ def test_values_of_analyses_show_themselves(recalled, tmp_path):
         cache, found, circuit, circuit.top(2), every, means, vector, lens, lens.rank("1"), path, stack, stack[0], profile,
         gl.attribution.lrp(model, clean[:1]), gl.profiles.rewrite(cache, layer=0), gl.profiles.of_layer(stack[0]),
     ]  # fmt: skip
-    values += [gl.inspect(model), gl.verify(model)]
+    graph = gl.feature_graph.attribute(model, clean[:1], progress=False).prune()
+    values += [gl.inspect(model), gl.verify(model), graph, graph.intervene({graph.of("token")[0]: 0.0})]
     for value in values:
         held(value)
     assert "<img" in found._repr_html_() and "<img" in circuit._repr_html_() and "<img" in stack._repr_html_()

@@ -51,6 +51,7 @@ class Logits:
         model, all_of_them = frozen.model, at_least_float32(frozen.logits[0, pos])
         p = all_of_them.softmax(-1)
         ids = _likely(p) if asked is None else [_pair(frozen, one, len(p)) for one in _listed(asked)]
+        ids = list(dict.fromkeys(ids))  # one that is named twice is one node
         if not ids:
             raise InputError("logits=[]: name a token, several, or a pair of two whose difference is meant.")
         wide = frozen.value(NORMED)

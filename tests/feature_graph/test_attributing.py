@@ -160,6 +160,7 @@ def test_packed_documents_do_not_meet(mamba):
 
 def test_the_most_likely_tokens_are_explained_by_default(mamba):
     tokens = example(mamba)[:1]
+    assert len(graph_of(mamba, tokens, logits=[3, 3, (1, 2), (1, 2)]).of("logit")) == 2
     graph = graph_of(mamba, tokens, logits=None)
     p = mamba(tokens)[0, -1].softmax(-1)
     nodes = graph.of("logit")
