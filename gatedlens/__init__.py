@@ -20,8 +20,9 @@ from gatedlens.version import __version__
 
 # What knows torch is loaded when first asked for. Checkers read the imports, Python the table of the same names (but modules).
 if TYPE_CHECKING:
-    from gatedlens import ablation, amplify, attribution, circuits, data, dictionaries, evaluation, fused, knockout, layers
-    from gatedlens import lens, metrics, patching, plot, profiles, states, steering, store, tasks, tracing
+    from gatedlens import ablation, amplify, attribution, circuits, comparing, data, dictionaries, evaluation, feature_graph
+    from gatedlens import fused, knockout, layers, lens, metrics, patching, plot, probes, profiles, states, steering, store
+    from gatedlens import subspaces, tasks, tracing
     from gatedlens.address import Alias, HookTable, Point, View
     from gatedlens.attention import AttentionStack, Contributions, ImplicitAttention, implicit_attention
     from gatedlens.hooks import (
@@ -56,9 +57,9 @@ __all__ = [
     "HookedModel", "HookedOlmoHybrid", "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7", "HookedViM",
     "HookedVisionModel", "HookedZamba", "ImplicitAttention", "InputError", "Inspection", "Point", "PointError", "RecurrentState",
     "Result", "Results", "StoreError", "TooLargeError", "Verification", "View", "__version__", "ablation", "amplify",
-    "attribution", "bundled_models", "circuits", "data", "dictionaries", "evaluation", "from_pretrained", "fused",
-    "implicit_attention", "inspect", "knockout", "layers", "lens", "metrics", "patching", "plot", "profiles", "register",
-    "states", "steering", "store", "tasks", "tracing", "verify", "wrap",
+    "attribution", "bundled_models", "circuits", "comparing", "data", "dictionaries", "evaluation", "feature_graph",
+    "from_pretrained", "fused", "implicit_attention", "inspect", "knockout", "layers", "lens", "metrics", "patching", "plot",
+    "probes", "profiles", "register", "states", "steering", "store", "subspaces", "tasks", "tracing", "verify", "wrap",
 ]
 # isort: on
 # fmt: on

@@ -28,12 +28,17 @@ class Given:
         self.tokens = gl.tasks.recall(2, seed=0).tokens
         self.logits, self.cache = self.model.run_with_cache(self.tokens, names_filter="*")
         self.attention = gl.implicit_attention(self.cache, layer=0)
-        width = self.model.cfg.d_model
-        self.dictionary = gl.dictionaries.Dictionary(torch.ones(width, 4), torch.ones(4, width), point="hook_embed")
-        self.atom = gl.dictionaries.WriteAtom.of(self.cache, layer=0, pos=1)
+        self.probe = gl.probes.fit(self.cache, self.tokens, "hook_embed", None, "ridge", held_out=0.5)
 
     def under(self, intervention: Any) -> Any:
         return self.model.run_with_hooks(self.tokens, fwd_hooks=intervention.hooks(self.model))
+
+    def grafted(self, **option: Any) -> Any:
+        with gl.comparing.graft(self.model, **option).on(self.model):
+            return self.model(self.tokens)
+
+    def top(self, model: Any) -> gl.Result:
+        return gl.lens.logit_lens(model, self.cache).top()
 
 
 def options(names: str, call: Callable[..., Any]) -> dict[str, Callable[[Given, Any], Any]]:
@@ -81,6 +86,23 @@ CALLS: dict[str, dict[str, Callable[[Given, Any], Any]]] = {
     "knockout": {
         "src": lambda g, x: g.under(gl.knockout.cut(x, -1)),
         "layers": lambda g, x: g.under(gl.knockout.cut(0, -1, layers=x)),
+    },
+    "optimise": options(
+        "metric start layers parts lr seed checkpoint",
+        lambda g, **option: gl.states.optimise(
+            g.model, g.tokens, **{"metric": METRIC, "steps": 1, "progress": False, **option}
+        ),
+    ),
+    "comparing": {
+        **options("layers parts share", lambda g, **option: g.grafted(**option)),
+        "other": lambda g, x: gl.comparing.graft(x).on(g.model).__enter__(),
+        "align": lambda g, x: gl.comparing.side_by_side(g.top, {"a": g.model, "b": g.model}, align=x),
+        "analysis": lambda g, x: gl.comparing.side_by_side(x, {"a": g.model, "b": g.model}),
+        "models": lambda g, x: gl.comparing.side_by_side(g.top, x),
+        "sweep metric": lambda g, x: gl.comparing.graft_sweep(g.model, g.model, g.tokens, x, progress=False),
+        "of": lambda g, x: gl.comparing.difference(
+            gl.comparing.side_by_side(g.top, {"a": g.model, "b": g.model}), x, "a"
+        ),
     },
     "states": {"pos": lambda g, x: g.under(gl.states.patch(g.cache, pos=x))},
     "sweep": {
@@ -136,8 +158,77 @@ CALLS: dict[str, dict[str, Callable[[Given, Any], Any]]] = {
         "pos": lambda g, x: gl.steering.vector(g.model, g.tokens, g.tokens, "blocks.0.hook_resid_post", pos=x),
         "name": lambda g, x: gl.steering.vector(g.model, g.tokens, g.tokens, x),
     },
+    "subspaces": {
+        **options(
+            "rank pos source_pos axes epochs batch_size lr seed results read head",
+            lambda g, **option: (
+                gl.subspaces.das(
+                    g.model, g.tokens, g.tokens, [1, 2], "hook_embed", **{"epochs": 0, "progress": False, **option}
+                )
+                if option.get("epochs") != 99
+                else None
+            ),
+        ),
+        "name": lambda g, x: gl.subspaces.random(g.model, x),
+        "answers": lambda g, x: gl.subspaces.das(
+            g.model, g.tokens, g.tokens, x, "hook_embed", epochs=0, progress=False
+        ),
+        "labels": lambda g, x: gl.subspaces.lda(g.model, g.tokens, x, "hook_embed"),
+        "directions": lambda g, x: gl.subspaces.spanned(g.model, "hook_embed", x),
+        "interchange": lambda g, x: g.under(
+            gl.subspaces.random(g.model, "hook_embed").interchange(g.model, g.tokens, x)
+        ),
+        "ablate": lambda g, x: g.under(gl.subspaces.random(g.model, "hook_embed").ablate(x)),
+        "scored": lambda g, x: gl.subspaces.score(g.model, x, g.tokens, g.tokens, [1, 2], progress=False),
+    },
+    "subspaces' sweep": options(
+        "names pos rank fit axes controls untrained held_out read epochs folder",
+        lambda g, **option: gl.subspaces.sweep(
+            g.model, g.tokens, g.tokens, [1, 2], **{"names": "hook_embed", "fit": "pca", "progress": False, **option}
+        ),
+    ),
+    "probes": {
+        **options(
+            "name pos kind axes penalty held_out seed channel",
+            lambda g, **option: gl.probes.fit(
+                g.cache, g.tokens, **{"name": "hook_embed", "pos": None, "held_out": 0.5, **option}
+            ),
+        ),
+        "labels": lambda g, x: gl.probes.fit(g.cache, x, "hook_embed", None),
+        "source": lambda g, x: gl.probes.fit(x, g.tokens, "hook_embed"),
+        "names": lambda g, x: gl.probes.sweep(g.cache, g.tokens, x, None, "ridge", held_out=0.5, progress=False),
+        "by": lambda g, x: gl.probes.sweep(
+            g.cache, g.tokens, "hook_embed", None, "ridge", x, held_out=0.5, progress=False
+        ),
+        "ablate": lambda g, x: g.under(g.probe.ablate(x)),
+        "of": lambda g, x: g.under(g.probe.ablate(labels=g.tokens, of=x)),
+        "along": lambda g, x: g.under(g.probe.ablate(along=x)),
+        "to": lambda g, x: g.under(g.probe.ablate(to=x)),
+        "mean": lambda g, x: g.under(g.probe.remove_mean(x)),
+        "matched": lambda g, x: gl.probes.matched_rows(x, 1),
+        "predict": lambda g, x: g.probe.predict(x),
+        "test": lambda g, x: g.probe.test(x, g.tokens),
+    },
     "analyses": {
         "logit_attribution": lambda g, x: gl.lens.logit_attribution(g.model, g.tokens, x),
+        **options(
+            "layers skip_first skip_last dim_batch checkpoint",
+            lambda g, **option: gl.lens.jacobian_lens(
+                g.model, g.tokens[:1], progress=False, **{"skip_first": 18, "dim_batch": 64, **option}
+            ),
+        ),
+        **options(
+            "steps lr seed",
+            lambda g, **option: gl.lens.tuned_lens(
+                g.model, g.tokens, progress=False, **{"steps": 1, **{k: 1 if v == 99 else v for k, v in option.items()}}
+            ),
+        ),
+        **{
+            f"state lens {name}": call
+            for name, call in options(
+                "pos layers scan channel", lambda g, **option: gl.lens.state_lens(g.model, g.tokens, g.tokens, **option)
+            ).items()
+        },
         "subject": lambda g, x: gl.tracing.causal_trace(
             g.model, g.tokens, METRIC, subject=x, samples=1, positions=[-1], progress=False
         ),
@@ -152,6 +243,10 @@ CALLS: dict[str, dict[str, Callable[[Given, Any], Any]]] = {
         name: lambda g, x, call=call: call(x if x is not True else torch.nn.Linear(2, 2), g.tokens)
         for name, call in {
             "logit_lens": gl.lens.logit_lens,
+            "jacobian_lens": lambda m, x: gl.lens.jacobian_lens(m, x, progress=False),
+            "relevance_lens": lambda m, x: gl.lens.relevance_lens(m, x, progress=False),
+            "tuned_lens": lambda m, x: gl.lens.tuned_lens(m, x, steps=1, progress=False),
+            "state_lens": lambda m, x: gl.lens.state_lens(m, x, x),
             "logit_attribution": lambda m, x: gl.lens.logit_attribution(m, x, 1),
             "token_attribution": lambda m, x: gl.lens.token_attribution(m, x, 1),
             "implicit_attention": gl.implicit_attention,
@@ -165,12 +260,16 @@ CALLS: dict[str, dict[str, Callable[[Given, Any], Any]]] = {
             "path_patch": lambda m, x: gl.circuits.path_patch(m, x, x, METRIC, "embed", "logits"),
             "attribution_patch": lambda m, x: gl.circuits.attribution_patch(m, x, x, METRIC, "hook_embed"),
             "vector": lambda m, x: gl.steering.vector(m, x, x, "hook_embed"),
+            "das": lambda m, x: gl.subspaces.das(m, x, x, [1, 2], "hook_embed", epochs=0, progress=False),
+            "pca": lambda m, x: gl.subspaces.pca(m, x, "hook_embed"),
+            "untrained": lambda m, x: gl.probes.untrained(m),
             "slowest": lambda m, x: gl.ablation.slowest(m, 0.5, [x], progress=False),
             "means": lambda m, x: gl.ablation.means(m, [x], "hook_embed", progress=False),
             "splice": lambda m, x: gl.states.splice(m, x, x),
             "perturbation": lambda m, x: gl.evaluation.perturbation(m, x, torch.zeros(2, 3)),
             "evaluate": lambda m, x: gl.evaluation.evaluate(m, "recall", ["lrp"], limit=1, progress=False),
             "harvest": lambda m, x: gl.store.estimate(m, x, "hook_embed"),
+            "feature_graph": lambda m, x: gl.feature_graph.attribute(m, x[:1], progress=False),
         }.items()
     },
     "loading": {

@@ -19,9 +19,9 @@ from gatedlens.attribution.by_perturbation import occlusion, random
 from gatedlens.attribution.by_relevance import lrp
 from gatedlens.attribution.by_secant import mix, relevance_at, secant, secant_by_head, secant_by_layer
 from gatedlens.attribution.question import Question
-from gatedlens.attribution.relevance_rules import Rules
 from gatedlens.attribution.scores import Attribution
 from gatedlens.errors import InputError, did_you_mean
+from gatedlens.runs.relevance_rules import Rules
 
 Method = Callable[..., Attribution]
 METHODS: dict[str, Method] = {

@@ -20,13 +20,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from gatedlens.attribution.question import Question
-from gatedlens.attribution.relevance_rules import Rules
 from gatedlens.attribution.scores import Attribution
 from gatedlens.attribution.target import Asked
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
 from gatedlens.options import checked
 from gatedlens.result.rounding import total
+from gatedlens.runs.relevance_rules import Rules
 
 
 @checked

@@ -274,12 +274,21 @@ def attention(
 @click.option("--answer", help="a token whose probability and rank are told, and drawn")
 @POSITION
 @click.option("--top", type=int, default=3, show_default=True, help="how many tokens a layer")
+@click.option("--fitted", metavar="FILE", help="a saved J-, R- or tuned lens of the model, to read by")
 @OUT
-def lens(source: Source, text: str | None, answer: str | None, position: int | None, top: int, out: str) -> Answer:
-    """The logit lens: what each layer would predict, if it were the last."""
+def lens(
+    source: Source,
+    text: str | None,
+    answer: str | None,
+    position: int | None,
+    top: int,
+    fitted: str | None,
+    out: str,
+) -> Answer:
+    """The logit lens: what each layer would predict, if it were the last; or a lens that was fitted."""
     from gatedlens.cli.lens import lens as run
 
-    return run(source, text, answer, position, top, out)
+    return run(source, text, answer, position, top, fitted, out)
 
 
 @command("dla", DLA)

@@ -12,20 +12,23 @@ from gatedlens.cli.demo import default_text
 from gatedlens.cli.outfolder import out_folder, written
 from gatedlens.cli.source import Source
 from gatedlens.errors import InputError
-from gatedlens.lens import logit_lens
+from gatedlens.lens import FittedLens, logit_lens
 from gatedlens.runs.inputs import word
 
 
 def lens(
     source: Source, text: str | None = None, answer: str | None = None, position: int | None = None, top: int = 3,
-    out: str = "out",
+    fitted: str | None = None, out: str = "out",
 ) -> Answer:  # fmt: skip
-    """The `top` likeliest tokens after each layer at `position` (None: the last), and the rank of `answer`, if one is given."""
+    """The `top` likeliest tokens after each layer at `position` (None: the last), and the rank of `answer`, if one is given.
+
+    fitted: the file of a FittedLens to read by; None: the logit lens.
+    """
     if top < 1:
         raise InputError(f"--top {top}: give how many tokens, 1 or more.")
     model = source.open_language("lens")
     text = default_text(source.name) if text is None else text
-    found = logit_lens(model, text)
+    found = logit_lens(model, text) if fitted is None else FittedLens.load(fitted).read(model, text)
     tokens = model.to_str_tokens(text)
     place = len(tokens) - 1 if position is None else position
     if not -len(tokens) <= place < len(tokens):
@@ -51,6 +54,7 @@ def lens(
     return Answer(
         {
             "model": source.name,
+            "lens": found.called,
             "text": text,
             "position": place,
             "token": tokens[place],

@@ -187,7 +187,7 @@ class Dictionary(nn.Module):
             raise InputError(
                 f"These activations are {x.shape[-1]} wide; the dictionary of {', '.join(self.points)} reads {self.d_in}."
             )
-        n = self._normalised(x.to(self.W_enc.dtype))[0]
+        n = self.normalised(x.to(self.W_enc.dtype))[0]
         if self.centred:
             n = n - self.b_dec
         return n @ self.W_enc + self.b_enc
@@ -209,7 +209,7 @@ class Dictionary(nn.Module):
         out = self.decode(features)
         x = x.to(self.W_enc.dtype)
         if self.normalise != "none" and self.kind == "sae":  # a transcoder's output has a mean and a length of its own
-            _, mean, scale = self._normalised(x)
+            _, mean, scale = self.normalised(x)
             out = out * scale + mean
         return out if self.W_skip is None else out + x @ self.W_skip
 
@@ -217,8 +217,8 @@ class Dictionary(nn.Module):
         """`dictionary.forward(x)`, `dictionary(x)`: the reconstruction, [..., d_out]."""
         return self.reconstruct(self.encode(x), x)
 
-    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """n, mean and scale, with x = n * scale + mean."""
+    def normalised(self, x: Float[Tensor, "... d_in"]) -> tuple[Tensor, Tensor, Tensor]:
+        """`n, mean, scale = dictionary.normalised(x)`: what is encoded, with x = n * scale + mean."""
         zero, one = x.new_zeros(()), x.new_ones(())
         if self.normalise == "layer_norm":
             mean = x.mean(-1, keepdim=True)
@@ -233,7 +233,7 @@ class Dictionary(nn.Module):
         """`dictionary.written(f_new - f, x)`: the change of the reconstruction with the features; exactly 0 where they do not."""
         out = change @ self.W_dec
         if self.normalise != "none" and self.kind == "sae":
-            out = out * self._normalised(x.to(self.W_enc.dtype))[2]
+            out = out * self.normalised(x.to(self.W_enc.dtype))[2]
         return out
 
     @checked

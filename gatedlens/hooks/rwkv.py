@@ -332,7 +332,7 @@ class HookedRWKV(NormedStream):
     aliases = ALIASES
     has_positions = True
     carried: ClassVar = {
-        **{name: Carried("scan", "batch channel") for name in Carry._fields},
+        **{name: Carried("scan", "batch channel", divides=name != "num") for name in Carry._fields},
         "shift": Carried("shift", "batch tail d_model"),
         "mlp_shift": Carried("mlp_shift", "batch tail d_model"),
     }

@@ -2,8 +2,9 @@
 
     lens = gl.lens.logit_lens(model, "The cat sat on the mat"); lens.plot()
 
-A soft cap counts where the model has one, so the last layer's logits are the model's. A Vision Mamba reads classes off the class
-token only; here they are read off every patch.
+Every other lens gives one too, of the streams that it has carried on to the last layer: `carried` tells by what. A soft cap
+counts where the model has one, so the last layer's logits are the model's. A Vision Mamba reads classes off the class token only;
+here they are read off every patch.
 """
 
 from __future__ import annotations
@@ -50,20 +51,26 @@ def logit_lens(model: HookedModel | ActivationCache, input: Input | ActivationCa
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LogitLens:
-    """The residual streams of one run, `resid` from the embedding on, layer by layer, read as logits."""
+    """The residual streams of one run, `resid` from the embedding on, layer by layer, read as logits.
+
+    depths: what they are called where they are not all of them. carried: the lens that carried them on to the last layer.
+    """
 
     model: Any
     batch: Batch
     resid: tuple[Float[Tensor, "batch pos d_model"], ...]
+    depths: tuple[int | str, ...] | None = None
+    carried: str = ""
 
     def __repr__(self) -> str:
         rows, length = self.resid[0].shape[:2]
-        return f"LogitLens({self.model.cfg.model_name}, {rows} rows, {len(self.resid)} depths x {length} positions)"
+        by = f" by a {self.carried}" if self.carried else ""
+        return f"LogitLens({self.model.cfg.model_name}{by}, {rows} rows, {len(self.resid)} depths x {length} positions)"
 
     @property
     def layers(self) -> list[Any]:
         """What the depths are called: "embed", then each layer's number."""
-        return [EMBED, *range(self.model.cfg.n_layers)]
+        return [EMBED, *range(self.model.cfg.n_layers)] if self.depths is None else list(self.depths)
 
     @checked
     @torch.no_grad()
@@ -77,12 +84,13 @@ class LogitLens:
         return found
 
     def _depth(self, layer: int | str) -> int:
-        if isinstance(layer, str) and layer == EMBED:
-            return 0
-        n = self.model.cfg.n_layers
-        if not is_whole(layer) or not -n <= int(layer) < n:
-            raise InputError(f"layer={layer!r}: {self.model.cfg.model_name} has layers 0 to {n - 1}, and 'embed'.")
-        return int(layer) % n + 1
+        n, known = self.model.cfg.n_layers, self.layers
+        found = int(layer) % n if is_whole(layer) and -n <= int(layer) < n else layer
+        if found not in known or isinstance(found, bool):
+            if self.depths is None:
+                raise InputError(f"layer={layer!r}: {self.model.cfg.model_name} has layers 0 to {n - 1}, and 'embed'.")
+            raise InputError(f"layer={layer!r}: this {self.carried} reads {', '.join(map(str, known))}.")
+        return known.index(found)
 
     # -- one row, layer by real position ------------------------------------------------------------------------------
 
@@ -104,6 +112,21 @@ class LogitLens:
         title = f"rank of {inputs.word(self.model, chosen)!r}"
         found = self._result(row, title, lambda p: (p > p[:, chosen, None]).sum(-1).to(p.dtype))
         return replace(found, value="rank (0: the likeliest)", facts={**found.facts, "scale": "log"})
+
+    @checked
+    @torch.no_grad()
+    def divergence(self, row: int = 0) -> Result:
+        """`lens.divergence()`: a Result [layer, pos], KL(the model's prediction || the depth's) in nats."""
+        real = self._real(row)
+        own = self._predicted()[row].double().log_softmax(-1)
+        each = [(own.exp() * (own - self.logits(layer)[row].double().log_softmax(-1))).sum(-1) for layer in self.layers]
+        labels = {"layer": self.layers, "pos": inputs.labels(self.model, self.batch, row)}
+        title = f"{self.called}: divergence from the model's prediction"
+        return Result(torch.stack(each).cpu()[:, real], ("layer", "pos"), labels, title, "KL (nats)", self._facts(row))
+
+    def _predicted(self) -> Float[Tensor, "batch pos d_vocab"]:
+        """What the last layer says; every lens leaves that as it is."""
+        return self.logits(-1)
 
     @checked
     def words(self, row: int = 0) -> list[list[str]]:
@@ -136,7 +159,15 @@ class LogitLens:
     def _repr_html_(self) -> str:
         rows, length = self.resid[0].shape[:2]
         facts = {"rows": rows, "depths": len(self.resid), "positions": length}
-        return card(f"LogitLens: {self.model.cfg.model_name}", facts, picture(self.plot))
+        return card(f"{self.called}: {self.model.cfg.model_name}", facts, picture(self.plot))
+
+    @property
+    def called(self) -> str:
+        """What it is called in titles: "Logit lens", or the lens that carried the streams on."""
+        return self.carried or "Logit lens"
+
+    def _facts(self, row: int) -> dict[str, Any]:
+        return {"model": self.model.cfg.model_name, "row": row}
 
     def _real(self, row: int) -> Bool[Tensor, " pos"]:
         rows, length = self.resid[0].shape[:2]
@@ -157,5 +188,5 @@ class LogitLens:
         real = self._real(row)
         values = torch.stack([read(self.logits(layer)[row].softmax(-1)).cpu() for layer in self.layers])
         labels = {"layer": self.layers, "pos": inputs.labels(self.model, self.batch, row)}
-        facts = {"model": self.model.cfg.model_name, "row": row}
-        return Result(values[:, real], ("layer", "pos"), labels, f"Logit lens: {title}", title.split(" of ")[0], facts)
+        said = f"{self.called}: {title}"
+        return Result(values[:, real], ("layer", "pos"), labels, said, title.split(" of ")[0], self._facts(row))

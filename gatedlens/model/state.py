@@ -26,10 +26,13 @@ from gatedlens.files import read_tensors
 
 
 class Carried(NamedTuple):
-    """What a tensor of the state is: the `part` of its layer's memory (empty: it belongs to no layer alone), and its axes."""
+    """What a tensor of the state is: the `part` of its layer's memory (empty: it belongs to no layer alone), and its axes.
+
+    divides: whether another one is divided by it, so that it must stay positive (or says how large both are)."""
 
     part: str
     axes: str
+    divides: bool = False
 
 
 CARRIED = {"scan": Carried("scan", "batch channel state"), "conv": Carried("conv", "batch tail channel")}

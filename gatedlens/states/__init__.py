@@ -5,6 +5,7 @@
     a, b = gl.states.swap(model, a, b, layers=3)
     logits = gl.states.read_through(model, "Ishmael went to sea.", reader, at=4, layers=2)
     model.generate(prompt, state=state)                                      # run B from A's state
+    trained = gl.states.optimise(model, prompts, metric)                     # the initial state that makes the model do a task
 
 A recurrence forgets all that its state does not hold: whoever sets the state at t sets what positions after t know of the past,
 
@@ -14,10 +15,12 @@ What a model remembers between two calls is a RecurrentState; its `parts` are th
 "conv" or "shift" (the tail of the short window), "window" (of an attention layer), ...
 """
 
+from gatedlens.states.optimising import optimise
 from gatedlens.states.surgery import patch, read_through, splice, swap
+from gatedlens.states.trained_state import TrainedState
 
 # fmt: off
 __all__ = [
-    "patch", "read_through", "splice", "swap",
+    "TrainedState", "optimise", "patch", "read_through", "splice", "swap",
 ]
 # fmt: on

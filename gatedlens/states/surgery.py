@@ -92,7 +92,7 @@ def splice(
         raise InputError(
             f"The source state holds {source.batch_size} rows and the other {into.batch_size}: use .rows([...])."
         )
-    chosen = _keys(into, model, layers, parts)
+    chosen = layered_keys(into, model, layers, parts)
     layered = {key for key in into if _carried(model, key).part}
     if set(chosen) == layered and not index:
         return source.clone()
@@ -155,7 +155,7 @@ def _check_kind(into: Any, source: Any, model: HookedModel) -> None:
             )
 
 
-def _keys(
+def layered_keys(
     state: RecurrentState, model: HookedModel, layers: Layers, parts: str | Sequence[str] | None
 ) -> dict[str, Carried]:
     """The tensors that are meant; a layer that was named must have one."""

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 import gatedlens as gl
 from gatedlens import attribution
 from gatedlens.attribution import Rules
-from gatedlens.attribution.relevance_rules import GATES
 from gatedlens.hooks.mamba import HookedMamba
 from gatedlens.model.hookpoint import Capture
+from gatedlens.runs.relevance_rules import GATES
 from tests.helpers import example, padded, relative
 
 CONSTANTS = ("bias", "pos_embed", "cls_token")  # what parameters that are added to activations are named

@@ -51,6 +51,15 @@ def test_lens(asked, model):
     assert asked("lens", RECALL, "--text", TEXT, "--position", "2")[0]["token"] == "3"
 
 
+def test_a_fitted_lens(asked, model, tmp_path):
+    fitted = gl.lens.jacobian_lens(model, TEXT, skip_first=1, dim_batch=64, progress=False)
+    path = fitted.save(tmp_path / "j.safetensors")
+    found, _ = asked("lens", RECALL, "--text", TEXT, "--fitted", str(path))
+    assert found["lens"] == "J-lens"
+    words = fitted.read(model, TEXT).words()
+    assert [one["top"][0][0] for one in found["layers"]] == [word[-1] for word in words]
+
+
 def test_dla_sums_to_the_logit(asked, model):
     whole = model(TEXT)[0, -1].detach()
     right, wrong = model.to_single_token("3"), model.to_single_token("7")

@@ -277,7 +277,13 @@ WRONG = {
         ["--image", "whole.png", "--text", "x"],
     ],
     "compare": [],
-    "lens": [["--position", "99"], ["--top", "0"], ["--answer", "3 5"], ["--model", VIM]],
+    "lens": [
+        ["--position", "99"],
+        ["--fitted", "no.safetensors"],
+        ["--top", "0"],
+        ["--answer", "3 5"],
+        ["--model", VIM],
+    ],
     "dla": [["--by", "tokne"], ["--by", "head"], ["--position", "-99"], ["--answer", ""], ["--wrong", "3 5"]],
     "attribute": [["--method", "lpr"], ["--method", "lrp:x"], ["--answer", "3 5"], ["--image", "whole.png"]],
     "ablate": [

@@ -218,3 +218,26 @@ def test_transformer_lens_s_jacobian_lens_is_the_mean_jacobian(pair):
     rows = torch.autograd.functional.jacobian(last, stream)[:, 0]  # d_model pos d_model
     want = rows[:, list(real)].mean(1)
     assert relative(lens.jacobians[0].double(), want) < 1e-6
+
+
+def test_our_jacobian_lens_is_transformer_lens_s(pair):
+    """Matrices, lens vectors and readouts, on our models and on the bridge's; theirs are float32."""
+    from transformer_lens.tools.analysis import JacobianLens
+
+    bridge, ours = pair
+    if ours.cfg.architecture == "mamba":
+        pytest.skip("two architectures are enough, and this one is the widest")
+    text = "Call me Ishmael."
+    theirs = JacobianLens.fit(
+        bridge, [text], corpus="a line", skip_first_positions=3, dim_batch=64, show_progress=False
+    )
+    tokens = bridge.to_tokens(text)
+    read = theirs.readout(bridge, text, return_full_logits=True)
+    for model in (ours, bridge.gated):
+        found = gl.lens.jacobian_lens(model, tokens, skip_first=3, dim_batch=64, progress=False)
+        assert found.layers == ["embed", *theirs.source_layers]
+        for layer in theirs.source_layers:
+            assert relative(found.weights[layer], theirs.jacobians[layer].double()) < 1e-6
+            vector = theirs.lens_vectors(bridge, 5, layer)[0].double()
+            assert relative(found.direction(model, 5, layer), vector) < 1e-6
+            assert relative(found.read(model, tokens).logits(layer)[0], read.lens_logits[layer].double()) < 1e-5
