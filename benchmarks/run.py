@@ -168,6 +168,15 @@ def secant() -> Iterator[Line]:
         yield Line(what, peaks["ours"], peaks["theirs"], "MiB", 1.3)
 
 
+def features() -> Iterator[Line]:
+    for name, seconds in fresh("benchmarks.features", "speed").items():
+        what = f"Feature graph: a target, over one forward + backward, {name}"
+        yield Line(what, seconds["ours"], seconds["theirs"], "s", 20.0)
+    short, long = (fresh("benchmarks.features", "memory", length) for length in ("512", "2048"))
+    what = "Feature graph of 64 features: peak memory, pos 2048 over 4 times that of pos 512"
+    yield Line(what, long, 4 * short, "MiB", 1.0)
+
+
 def imports() -> Iterator[Line]:
     lines = {
         "import": "import gatedlens, over import transformer_lens (limit 0.3 s)",
@@ -194,7 +203,7 @@ def table(lines: list[Line]) -> str:
 
 
 def main() -> None:
-    parts = (mamba, language, hybrids, products, heads, attention, patching, circuits, secant, store, imports)
+    parts = (mamba, language, hybrids, products, heads, attention, patching, circuits, features, secant, store, imports)
     lines = [line for part in parts for line in part()]
     print(table(lines))
     machine = {"machine": platform.machine(), "python": platform.python_version(), "threads": 1}

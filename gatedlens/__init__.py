@@ -20,8 +20,9 @@ from gatedlens.version import __version__
 
 # What knows torch is loaded when first asked for. Checkers read the imports, Python the table of the same names (but modules).
 if TYPE_CHECKING:
-    from gatedlens import ablation, amplify, attribution, circuits, comparing, data, evaluation, fused, knockout, layers, lens
-    from gatedlens import metrics, patching, plot, profiles, states, steering, store, tasks, tracing
+    from gatedlens import ablation, amplify, attribution, circuits, comparing, data, dictionaries, evaluation, feature_graph
+    from gatedlens import fused, knockout, layers, lens, metrics, patching, plot, probes, profiles, states, steering, store
+    from gatedlens import subspaces, tasks, tracing
     from gatedlens.address import Alias, HookTable, Point, View
     from gatedlens.attention import AttentionStack, Contributions, ImplicitAttention, implicit_attention
     from gatedlens.hooks import (
@@ -50,15 +51,15 @@ else:
     })
 
 __all__ = [
-    "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError",
-    "HookPoint", "HookTable", "HookedBailingHybrid", "HookedConfig", "HookedFLA", "HookedGriffin", "HookedJamba",
-    "HookedKimiLinear", "HookedLFM2", "HookedLanguageModel", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid",
-    "HookedMambaSsmHybrid", "HookedModel", "HookedOlmoHybrid", "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7",
-    "HookedViM", "HookedVisionModel", "HookedZamba", "ImplicitAttention", "InputError", "Inspection", "Point", "PointError",
-    "RecurrentState", "Result", "Results", "StoreError", "TooLargeError", "Verification", "View", "__version__", "ablation",
-    "amplify", "attribution", "bundled_models", "circuits", "comparing", "data", "evaluation", "from_pretrained", "fused",
-    "implicit_attention", "inspect", "knockout", "layers", "lens", "metrics", "patching", "plot", "profiles", "register",
-    "states", "steering", "store", "tasks", "tracing", "verify", "wrap",
+    "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError", "HookPoint",
+    "HookTable", "HookedBailingHybrid", "HookedConfig", "HookedFLA", "HookedGriffin", "HookedJamba", "HookedKimiLinear",
+    "HookedLFM2", "HookedLanguageModel", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid", "HookedMambaSsmHybrid",
+    "HookedModel", "HookedOlmoHybrid", "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7", "HookedViM",
+    "HookedVisionModel", "HookedZamba", "ImplicitAttention", "InputError", "Inspection", "Point", "PointError", "RecurrentState",
+    "Result", "Results", "StoreError", "TooLargeError", "Verification", "View", "__version__", "ablation", "amplify",
+    "attribution", "bundled_models", "circuits", "comparing", "data", "dictionaries", "evaluation", "feature_graph",
+    "from_pretrained", "fused", "implicit_attention", "inspect", "knockout", "layers", "lens", "metrics", "patching", "plot",
+    "probes", "profiles", "register", "states", "steering", "store", "subspaces", "tasks", "tracing", "verify", "wrap",
 ]
 # isort: on
 # fmt: on

@@ -28,6 +28,7 @@ class Given:
         self.tokens = gl.tasks.recall(2, seed=0).tokens
         self.logits, self.cache = self.model.run_with_cache(self.tokens, names_filter="*")
         self.attention = gl.implicit_attention(self.cache, layer=0)
+        self.probe = gl.probes.fit(self.cache, self.tokens, "hook_embed", None, "ridge", held_out=0.5)
 
     def under(self, intervention: Any) -> Any:
         return self.model.run_with_hooks(self.tokens, fwd_hooks=intervention.hooks(self.model))
@@ -116,9 +117,97 @@ CALLS: dict[str, dict[str, Callable[[Given, Any], Any]]] = {
             g.model, g.tokens, x, METRIC, "blocks.0.hook_resid_pre", progress=False
         ),
     },
+    "dictionaries": {
+        **options(
+            "activation normalise axes index centred point out_point",
+            lambda g, **option: gl.dictionaries.Dictionary(
+                torch.ones(3, 4), torch.ones(4, 3), **{"point": "hook_embed", **option}
+            ),
+        ),
+        "k": lambda g, x: gl.dictionaries.TopK(x),
+        "load": lambda g, x: gl.dictionaries.load(x) if not isinstance(x, str) else None,
+        "splice": lambda g, x: gl.dictionaries.splice(g.model, x).__enter__(),
+    },
+    "dictionary": {
+        **options(
+            "n_features activation out_point steps batch_size lr l1 aux dead_after skip seed",
+            lambda g, **option: gl.dictionaries.train(
+                torch.randn(8, 3), "hook_embed", **{"n_features": 4, "steps": 1, "progress": False, **option}
+            ),
+        ),
+        **options(
+            "metric batch_size", lambda g, **option: gl.dictionaries.measure(g.model, g.dictionary, g.tokens, **option)
+        ),
+        **options(
+            "features n around",
+            lambda g, **option: gl.dictionaries.examples(g.model, g.dictionary, g.tokens, **option),
+        ),
+        "at": lambda g, x: g.dictionary.at(point=x),
+        "page": lambda g, x: gl.dictionaries.examples(g.model, g.dictionary, g.tokens, [0]).page(x),
+    },
+    "write atom": {
+        **options(
+            "layer pos head row",
+            lambda g, **option: gl.dictionaries.WriteAtom.of(g.cache, **{"layer": 0, "pos": 1, **option}),
+        ),
+        **options("pos at amount", lambda g, **option: g.atom.scan(g.cache, **{"pos": 1, **option})),
+        "removed": lambda g, x: g.under(g.atom.removed(x)),
+        "substituted": lambda g, x: g.atom.substituted(x),
+    },
     "steering": {
         "pos": lambda g, x: gl.steering.vector(g.model, g.tokens, g.tokens, "blocks.0.hook_resid_post", pos=x),
         "name": lambda g, x: gl.steering.vector(g.model, g.tokens, g.tokens, x),
+    },
+    "subspaces": {
+        **options(
+            "rank pos source_pos axes epochs batch_size lr seed results read head",
+            lambda g, **option: (
+                gl.subspaces.das(
+                    g.model, g.tokens, g.tokens, [1, 2], "hook_embed", **{"epochs": 0, "progress": False, **option}
+                )
+                if option.get("epochs") != 99
+                else None
+            ),
+        ),
+        "name": lambda g, x: gl.subspaces.random(g.model, x),
+        "answers": lambda g, x: gl.subspaces.das(
+            g.model, g.tokens, g.tokens, x, "hook_embed", epochs=0, progress=False
+        ),
+        "labels": lambda g, x: gl.subspaces.lda(g.model, g.tokens, x, "hook_embed"),
+        "directions": lambda g, x: gl.subspaces.spanned(g.model, "hook_embed", x),
+        "interchange": lambda g, x: g.under(
+            gl.subspaces.random(g.model, "hook_embed").interchange(g.model, g.tokens, x)
+        ),
+        "ablate": lambda g, x: g.under(gl.subspaces.random(g.model, "hook_embed").ablate(x)),
+        "scored": lambda g, x: gl.subspaces.score(g.model, x, g.tokens, g.tokens, [1, 2], progress=False),
+    },
+    "subspaces' sweep": options(
+        "names pos rank fit axes controls untrained held_out read epochs folder",
+        lambda g, **option: gl.subspaces.sweep(
+            g.model, g.tokens, g.tokens, [1, 2], **{"names": "hook_embed", "fit": "pca", "progress": False, **option}
+        ),
+    ),
+    "probes": {
+        **options(
+            "name pos kind axes penalty held_out seed channel",
+            lambda g, **option: gl.probes.fit(
+                g.cache, g.tokens, **{"name": "hook_embed", "pos": None, "held_out": 0.5, **option}
+            ),
+        ),
+        "labels": lambda g, x: gl.probes.fit(g.cache, x, "hook_embed", None),
+        "source": lambda g, x: gl.probes.fit(x, g.tokens, "hook_embed"),
+        "names": lambda g, x: gl.probes.sweep(g.cache, g.tokens, x, None, "ridge", held_out=0.5, progress=False),
+        "by": lambda g, x: gl.probes.sweep(
+            g.cache, g.tokens, "hook_embed", None, "ridge", x, held_out=0.5, progress=False
+        ),
+        "ablate": lambda g, x: g.under(g.probe.ablate(x)),
+        "of": lambda g, x: g.under(g.probe.ablate(labels=g.tokens, of=x)),
+        "along": lambda g, x: g.under(g.probe.ablate(along=x)),
+        "to": lambda g, x: g.under(g.probe.ablate(to=x)),
+        "mean": lambda g, x: g.under(g.probe.remove_mean(x)),
+        "matched": lambda g, x: gl.probes.matched_rows(x, 1),
+        "predict": lambda g, x: g.probe.predict(x),
+        "test": lambda g, x: g.probe.test(x, g.tokens),
     },
     "analyses": {
         "logit_attribution": lambda g, x: gl.lens.logit_attribution(g.model, g.tokens, x),
@@ -171,12 +260,16 @@ CALLS: dict[str, dict[str, Callable[[Given, Any], Any]]] = {
             "path_patch": lambda m, x: gl.circuits.path_patch(m, x, x, METRIC, "embed", "logits"),
             "attribution_patch": lambda m, x: gl.circuits.attribution_patch(m, x, x, METRIC, "hook_embed"),
             "vector": lambda m, x: gl.steering.vector(m, x, x, "hook_embed"),
+            "das": lambda m, x: gl.subspaces.das(m, x, x, [1, 2], "hook_embed", epochs=0, progress=False),
+            "pca": lambda m, x: gl.subspaces.pca(m, x, "hook_embed"),
+            "untrained": lambda m, x: gl.probes.untrained(m),
             "slowest": lambda m, x: gl.ablation.slowest(m, 0.5, [x], progress=False),
             "means": lambda m, x: gl.ablation.means(m, [x], "hook_embed", progress=False),
             "splice": lambda m, x: gl.states.splice(m, x, x),
             "perturbation": lambda m, x: gl.evaluation.perturbation(m, x, torch.zeros(2, 3)),
             "evaluate": lambda m, x: gl.evaluation.evaluate(m, "recall", ["lrp"], limit=1, progress=False),
             "harvest": lambda m, x: gl.store.estimate(m, x, "hook_embed"),
+            "feature_graph": lambda m, x: gl.feature_graph.attribute(m, x[:1], progress=False),
         }.items()
     },
     "loading": {

@@ -122,3 +122,14 @@ def test_rewritten_prompts_are_what_they_say():
     assert later == 1 and 4 < batch.old_pos.float().mean() < 12
     first = batch.pair_pos[:, 0] == batch.answer_pos  # either of the two may come first
     assert 0.4 < first.float().mean() < 0.6
+
+
+def test_the_bundled_dictionary_is_the_recorded_one():
+    (recipe,) = make.DICTIONARIES
+    name = f"gatedlens/{recipe.model}"
+    found, model = gl.dictionaries.load(name), gl.from_pretrained(name, device="cpu")
+    assert (found.point, found.n_features, found.activation.k) == (recipe.point, recipe.n_features, recipe.k)
+    now, then = make.dictionary_metric(model, found, 256), found.facts["measured"]
+    assert abs(now["explained"] - then["explained"]) < 5e-3 and now["recovered"] > 0.999 and then["recovered"] > 0.999
+    with pytest.raises(gl.CheckpointError, match="There is no bundled dictionary of gatedlens/mamba-recall"):
+        gl.dictionaries.load("gatedlens/mamba-recall")

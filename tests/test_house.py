@@ -31,11 +31,10 @@ FLOORS = (
     {"plot", "metrics"},
     {"loading", "runs"},
     {
-        "ablation", "comparing", "knockout", "states", "tracing", "lens", "patching", "circuits", "attribution", "store",
-        "steering", "profiles", "tasks", "data", "layers", "inspection",
-        "verification",
+        "ablation", "comparing", "knockout", "states", "tracing", "lens", "patching", "dictionaries", "subspaces", "probes",
+        "circuits", "attribution", "store", "steering", "profiles", "tasks", "data", "layers", "inspection", "verification",
     },
-    {"evaluation", "amplify"},  # which build on attribution, tasks and data
+    {"evaluation", "amplify", "feature_graph"},  # which build on attribution, dictionaries, tasks and data
     {"__main__", "cli", "compat", "catalogue", "bundled", "bridge", "circuitsvis", "gatedlens"},
 )  # fmt: skip
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -130,8 +130,8 @@ def navigation() -> list[Any]:
         {"Start": ["start.md", "loading.md", "questions.md", "command-line.md", {"Coming from other libraries": "ecosystem.md"}]},
         {
             "Guides": [
-                "names.md", "attention.md", "mechanism.md", "lenses.md", "explain.md", "secant.md", "states.md",
-                "comparing.md", "store.md", "vision.md", "speed.md",
+                "names.md", "attention.md", "mechanism.md", "states.md", "explain.md", "secant.md", "lenses.md", "subspaces.md",
+                "dictionaries.md", "feature-graphs.md", "comparing.md", "store.md", "vision.md", "speed.md",
             ]
         },
         {"Hook points": ["hooks/index.md", *points]},

@@ -1,4 +1,4 @@
-"""Train the bundled models: `python -m gatedlens.bundled.make mamba-recall` (or `all`).
+"""Train the bundled models: `python -m gatedlens.bundled.make mamba-recall` (or `all`); `mamba2-recall-sae`: a dictionary of one.
 
 Each recipe says which model, which task, how long; the folder it writes is in transformers' hub layout (config.json,
 model.safetensors, tokenizer.json) with `training.json` beside it: recipe, seed, final metric, seconds.
@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from gatedlens.data import digits, text
-from gatedlens.loading import BUNDLED, wrap
+from gatedlens.dictionaries import Dictionary, TopK, measure
+from gatedlens.dictionaries import train as train_dictionary
+from gatedlens.loading import BUNDLED, from_pretrained, wrap
+from gatedlens.metrics import cross_entropy
 from gatedlens.model.base import HookedModel
 from gatedlens.tasks import VOCABULARY, Recall, recall, rewritten_recall
 
@@ -151,6 +154,23 @@ RECIPES = (
     Recipe("griffin-moby", griffin(80, 240), "moby", steps=1600, batch=16, context=160, lr=5e-3),
     Recipe("rwkv-moby", rwkv(80, 3, 240), "moby", steps=1600, batch=16, context=160, lr=5e-3),
 )
+
+
+@dataclass(frozen=True)
+class DictionaryRecipe:
+    """A sparse autoencoder of a bundled recall model, trained on what its point holds of so many prompts of both kinds."""
+
+    name: str
+    model: str
+    point: str
+    n_features: int
+    k: int
+    steps: int
+    prompts: int = 4096
+    seed: int = 0
+
+
+DICTIONARIES = (DictionaryRecipe("mamba2-recall-sae", "mamba2-recall", "blocks.1.hook_resid_pre", 128, 8, steps=6000),)
 
 
 # -- tasks ----------------------------------------------------------------------------------------------------------
@@ -311,9 +331,40 @@ def train(recipe: Recipe, out: Path, verbose: bool = True) -> dict[str, Any]:
     return report
 
 
+@torch.no_grad()
+def prompts_at(model: HookedModel, point: str, n: int, seed: int) -> Tensor:
+    """What a point holds of `n` prompts of recall and `n` of rewritten recall."""
+    held = []
+    for task in (recall, rewritten_recall):
+        parts = task(n, seed=1_000_000 * (seed + 1)).tokens.split(512)
+        held += [model.run_with_cache(part, names_filter=point)[1][point] for part in parts]
+    return torch.cat(held)
+
+
+def make_dictionary(recipe: DictionaryRecipe, out: Path, verbose: bool = True) -> dict[str, Any]:
+    """Train one dictionary, write it into its model's folder, and return what its header says."""
+    model = from_pretrained(f"gatedlens/{recipe.model}", device="cpu")
+    x = prompts_at(model, recipe.point, recipe.prompts, recipe.seed)
+    options: dict[str, Any] = {"steps": recipe.steps, "seed": recipe.seed, "progress": verbose, "lr": 2e-3}
+    facts = {"model": f"gatedlens/{recipe.model}", "torch": torch.__version__.partition("+")[0]}
+    found = train_dictionary(x, recipe.point, recipe.n_features, TopK(recipe.k), facts=facts, **options)
+    found.facts["measured"] = dictionary_metric(model, found)
+    folder = out / recipe.model / "dictionaries"
+    folder.mkdir(parents=True, exist_ok=True)
+    found.save(folder / f"{recipe.point}.safetensors")
+    return found.facts
+
+
+def dictionary_metric(model: HookedModel, dictionary: Dictionary, prompts: int = 1024) -> dict[str, float]:
+    """What `measure` says of it on fresh prompts, the metric the cross entropy of the answer."""
+    batch = recall(prompts, seed=7)
+    found = measure(model, dictionary, batch.tokens, cross_entropy(batch.answers), batch_size=256)
+    return {name: round(value, 6) for name, value in found.to_dict().items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=[r.name for r in RECIPES] + ["all"])
+    parser.add_argument("name", choices=[r.name for r in (*RECIPES, *DICTIONARIES)] + ["all"])
     parser.add_argument("--out", type=Path, default=BUNDLED)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokenizer", action="store_true", help="write the tokenizer alone; the weights stay")
@@ -324,6 +375,9 @@ def main() -> None:
             save_tokenizer(recipe, args.out / recipe.name)
         elif args.name in (recipe.name, "all"):
             print(json.dumps(train(recipe, args.out)))
+    for dictionary in DICTIONARIES:
+        if args.name in (dictionary.name, "all") and not args.tokenizer:
+            print(json.dumps(make_dictionary(dictionary, args.out)))
 
 
 if __name__ == "__main__":

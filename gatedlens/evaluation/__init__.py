@@ -7,11 +7,10 @@
     found = gl.evaluation.evaluate(model, "digits", ["lrp", "rollout"], out="out")       # a data set, methods by name
     print(found.table())
 
-Protocols: `protocol.py`; data sets that are read: `opening.py`; intervals: `bootstrap.py`. On the command line:
+Protocols: `protocol.py`; data sets that are read: `opening.py`; intervals: `result/bootstrap.py`. On the command line:
 `gatedlens evaluate --model gatedlens/vim-digits --data digits --out out`.
 """
 
-from gatedlens.evaluation.bootstrap import Estimate, estimate
 from gatedlens.evaluation.curves import Curve
 from gatedlens.evaluation.data.opening import open_samples
 from gatedlens.evaluation.data.sample import Listed, Prompt, Sample, Samples
@@ -33,6 +32,7 @@ from gatedlens.evaluation.report_page import report
 from gatedlens.evaluation.result import Evaluation
 from gatedlens.evaluation.run import Explainer, evaluate, explainer
 from gatedlens.evaluation.table import ScoreTable
+from gatedlens.result.bootstrap import Estimate, estimate
 
 __all__ = [
     "MEASURES",

@@ -21,8 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.errors import InputError
-from gatedlens.evaluation.bootstrap import Estimate, estimate
 from gatedlens.foreign import Axes, Figure
+from gatedlens.result.bootstrap import Estimate, estimate
 from gatedlens.result.result import Result
 
 AXES = ("sample", "share")

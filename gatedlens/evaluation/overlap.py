@@ -29,8 +29,8 @@ from torch import Tensor
 
 from gatedlens.attribution import Attribution
 from gatedlens.errors import InputError
-from gatedlens.evaluation.bootstrap import Estimate, estimate
 from gatedlens.evaluation.case import Scores, numbers_of, scaled
+from gatedlens.result.bootstrap import Estimate, estimate
 from gatedlens.result.rounding import STEP
 
 VOID = -1

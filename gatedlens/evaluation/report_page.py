@@ -20,7 +20,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatedlens.evaluation.bootstrap import Estimate
 from gatedlens.evaluation.item import Item
 from gatedlens.evaluation.protocol import PROTOCOLS
 from gatedlens.evaluation.result import MEASURED, Evaluation
@@ -28,6 +27,7 @@ from gatedlens.model.base import HookedModel
 from gatedlens.options import checked
 from gatedlens.plot.coloured_text import Html, text
 from gatedlens.plot.pixels import visible
+from gatedlens.result.bootstrap import Estimate
 
 # -- charts and small pictures ----------------------------------------------------------------------------------------
 

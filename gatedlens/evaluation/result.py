@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from gatedlens.errors import InputError, did_you_mean
-from gatedlens.evaluation.bootstrap import Estimate, estimate
 from gatedlens.evaluation.curves import Curve
 from gatedlens.evaluation.data.sample import Samples
 from gatedlens.evaluation.overlap import Segmentation
 from gatedlens.evaluation.protocol import PROTOCOLS, as_curve, difference
 from gatedlens.evaluation.records import Records
 from gatedlens.evaluation.table import ScoreTable, nan_as_none
+from gatedlens.result.bootstrap import Estimate, estimate
 
 MEASURED = {"positive": ("accuracy", "probability"), "negative": ("accuracy", "probability"), "activation": ("probability",),
             "pruning": ("squared_error",), "deletion": ("probability",), "insertion": ("probability",)}  # fmt: skip

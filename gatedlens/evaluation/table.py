@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from gatedlens.errors import InputError, did_you_mean
-from gatedlens.evaluation.bootstrap import Estimate
 from gatedlens.foreign import DataFrame, Table
+from gatedlens.result.bootstrap import Estimate
 
 
 class ScoreTable:

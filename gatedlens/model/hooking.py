@@ -85,7 +85,7 @@ class Hooking(transformer_lens.HookedRootModule):
         """`model.is_hooked()`: whether a hook that may edit is on any point now: what a run does may then depend on its
         rows and positions.
         """
-        return any(point.hooked() and not point.only_saved() for point in self.hook_dict.values())
+        return any(point.hooked() and not point.only_by_position() for point in self.hook_dict.values())
 
     @contextmanager
     def hooks(

@@ -50,6 +50,13 @@ class Capture:
         self.values[hook.name] = tensor
 
 
+class ByPosition:
+    """A hook that does to each position of each row what it does to it alone, whatever else is in the batch."""
+
+    def __call__(self, tensor: Tensor, hook: Any) -> Tensor | None:
+        raise NotImplementedError
+
+
 def _torch_hooks_everywhere() -> bool:
     """Whether torch has hooks that hear every module (torch.nn.modules.module.register_module_..._hook)."""
     return bool(
@@ -210,9 +217,17 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
         TransformerLens has handles
         means that somebody registered one with torch directly.
         """
+        return self._only(Saver)
+
+    def only_by_position(self) -> bool:
+        """`point.only_by_position()`: whether what its listeners do depends on no other row and position."""
+        return self._only((Saver, ByPosition))
+
+    def _only(self, kinds: type | tuple[type, ...]) -> bool:
+        """Whether every listener is a hook of these kinds."""
         return (
             len(self._forward_hooks) == len(self.fwd_hooks)
-            and all(isinstance(handle.user_hook, Saver) for handle in self.fwd_hooks)
+            and all(isinstance(handle.user_hook, kinds) for handle in self.fwd_hooks)
             and not (NNSIGHT in self.__dict__ and self._traced())
             and not self._forward_pre_hooks
             and not _torch_hooks_everywhere()

@@ -100,7 +100,7 @@ class Held:
                 "channel to channel: with them it mixes channels, and no matrix a channel says that."
             )
         beside = tuple(one.made(torch.zeros_like(o)) for one in self.beside)
-        return Factors(x=self.centred(self.x, 2), o=o, beside=beside, **self.factors)
+        return Factors(x=self.centred(self.x, 2), o=o, beside=beside, groups=self.groups, **self.factors)
 
     def times(self, name: str, factor: Tensor) -> None:
         """Multiply a factor into one that may be there already."""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gatedlens.recurrence.channels import ChannelTerms
 from gatedlens.recurrence.decay_blocks import DiagonalTile, Halving, Pieces, Scratch, scaled_by_power, scratch_for
+from gatedlens.recurrence.head_matrix import HeadScan
 from gatedlens.recurrence.matrix import ScanMatrix
 from gatedlens.recurrence.scanning import scan
 from gatedlens.recurrence.terms import Terms
@@ -93,6 +94,10 @@ class DecayScan(ScanMatrix):
         fresh = None if self.document is None and self.kept is None else self.fresh()
         key, read = self.key.unsqueeze(2), self.read.unsqueeze(2)
         return Terms(steps.unsqueeze(-1), key, read, self.amount, rate=self.rate, fresh=fresh)
+
+    def rewritten(self, key: Float[Tensor, "group key"]) -> ScanMatrix:
+        """Of the same recurrence, of heads."""
+        return HeadScan.of(self.recurrence(), 1).rewritten(key)
 
     def apply(
         self, u: Float[Tensor, "batch pos channel"], start: Float[Tensor, "batch channel state"] | None = None

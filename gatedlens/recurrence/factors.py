@@ -45,6 +45,7 @@ class Factors:
     scale: float = 1.0  # this branch's share of the layer's output
     rest: Float[Tensor, "batch pos channel"] | None = None
     beside: tuple[Factors, ...] = ()
+    groups: int | None = None  # of channels, whose mean a norm behind takes from x, and from all that is read
 
     def select(self, channels: list[int]) -> Factors:
         """The factors of some channels."""

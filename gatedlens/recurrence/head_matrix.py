@@ -58,6 +58,11 @@ class HeadScan(ScanMatrix):
         """The terms of all heads, whichever channels it is asked for."""
         return self.terms
 
+    def rewritten(self, key: Float[Tensor, "group key"]) -> HeadScan:
+        """The scan of terms whose every step writes a 1 at this key."""
+        every = key.to(self.terms.key).expand(*self.terms.key.shape[:2], -1, -1)
+        return replace(self, terms=self.terms._replace(key=every, amount=None).even())
+
     def undecayed(self, own: Bool[Tensor, "batch pos"]) -> HeadScan:
         """The decay of a step of `own` is put off to the next: rows of `own` lack it; it is meant for these rows alone.
 

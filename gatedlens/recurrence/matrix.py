@@ -69,6 +69,13 @@ class ScanMatrix(ABC):
         is none, or where the state is no sum of decaying writes."""
         return None
 
+    def rewritten(self, key: Float[Tensor, "group key"]) -> ScanMatrix:
+        """`scan.rewritten(key).seen(i)`: the scan that finds of each source what it would find of a 1 written at this key, one
+        for each group of heads. InputError where the state is no sum of decaying writes."""
+        raise InputError(
+            "The state of this layer is no sum of writes that decay, so what is found of one is not known without a run."
+        )
+
     def mean_log_decay(self, real: Float[Tensor, "batch pos one"]) -> Float[Tensor, "batch head #key"] | None:
         """The logarithm of the decay, resets aside, averaged over the positions `real` (1, else 0), in float64; None: none."""
         terms = self.recurrence()

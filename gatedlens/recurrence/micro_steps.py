@@ -72,6 +72,10 @@ class StepScan(ScanMatrix):
         """The terms over (pos step)."""
         return self.long.terms
 
+    def rewritten(self, key: Float[Tensor, "group key"]) -> StepScan:
+        """Of what is written behind all steps of a position."""
+        return replace(self, long=self.long.rewritten(key), step=self.steps - 1)
+
     def select(self, channels: Tensor | slice | list[int]) -> StepScan:
         """The scan of some channels."""
         return replace(self, long=self.long.select(channels))

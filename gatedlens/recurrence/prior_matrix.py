@@ -73,6 +73,10 @@ class PriorScan(ScanMatrix):
     def length(self) -> int:
         return self.late.length - 1
 
+    def rewritten(self, key: Float[Tensor, "group key"]) -> PriorScan:
+        """Of the delayed terms."""
+        return replace(self, late=self.late.rewritten(key))
+
     def select(self, channels: Tensor | slice | list[int]) -> PriorScan:
         """The scan of some channels."""
         return replace(self, late=self.late.select(channels))

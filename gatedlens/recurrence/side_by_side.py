@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from gatedlens.recurrence.head_matrix import HeadScan
 from gatedlens.recurrence.matrix import ScanMatrix
 from gatedlens.recurrence.terms import Terms
 
@@ -113,6 +114,11 @@ class SideBySide(ScanMatrix):
     def _weighted(self, left: Tensor, right: Tensor, taps: Tensor) -> list[tuple[ScanMatrix, tuple[Tensor, ...]]]:
         given = zip(self._apart(left, 2), self._apart(right, 2), self._apart(taps, 0), strict=True)
         return list(zip(self.parts, given, strict=True))
+
+    def rewritten(self, key: Float[Tensor, "group key"]) -> ScanMatrix:
+        """Of the recurrence of all channels, each a head."""
+        terms = self.recurrence()
+        return super().rewritten(key) if terms is None else HeadScan.of(terms, 1).rewritten(key)
 
     def recurrence(self) -> Terms | None:
         """The recurrence of all channels, each a head with its own key and read."""

@@ -97,7 +97,7 @@ class Clean:
     def _fitting(self, name: str, value: Tensor) -> Tensor:
         point, corrupted = self.model.names.points[name], self.corrupted
         sizes = {**self.model.cfg.sizes, "batch": corrupted.rows, "pos": corrupted.length, "key_pos": corrupted.length}
-        wanted = [sizes[dim] for dim in point.dims]
+        wanted = list(point.shape(sizes))
         if list(value.shape) == wanted:
             return self.padding.by_number(value, point.dims)
         whose = ""

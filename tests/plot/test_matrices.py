@@ -258,8 +258,8 @@ def test_what_is_no_number_is_no_trouble(odd, tmp_path):
 
 
 def test_the_reports_pictures_and_curves_take_what_is_no_number():
-    from gatedlens.evaluation.bootstrap import Estimate
     from gatedlens.evaluation.report_page import curves, heat, png
+    from gatedlens.result.bootstrap import Estimate
 
     scores = torch.tensor([[1.0, torch.nan], [-torch.inf, -2.0]])
     shown = heat(scores)

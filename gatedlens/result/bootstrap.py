@@ -1,6 +1,6 @@
 """Estimate: a number over samples with its confidence interval, by the bootstrap.
 
-    value, low, high = estimate(curve.areas)                  # the mean over samples, 95 %
+    value, low, high = estimate(rows)                          # the mean over samples, 95 %
     estimate(counts, lambda mean: mean[..., 0] / mean[..., 1])     # a ratio of sums: pixels right over pixels
 
 Samples are drawn anew with replacement `RESAMPLES` times from a seed, and the percentiles of what comes out are the

@@ -1,0 +1,62 @@
+"""Saving: a feature graph as safetensors, whose header tells its nodes and facts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save
+
+from gatedlens.errors import CheckpointError
+from gatedlens.feature_graph.node import KINDS, Node
+from gatedlens.files import Fields, read_tensors, to_json, write_whole
+
+if TYPE_CHECKING:
+    from gatedlens.feature_graph.graph import FeatureGraph
+else:  # that file imports this one
+    FeatureGraph = Any
+
+KIND = "feature_graph"
+TENSORS = ("adjacency", "values", "slopes", "probability", "tokens", "kept", "joined")
+
+
+def write(graph: FeatureGraph, path: Path) -> Path:
+    """`write(graph, path)`: all of it but the run; the file is replaced whole, or not at all."""
+    tensors = {name: getattr(graph, name).detach().cpu().contiguous() for name in TENSORS}
+    said = {"nodes": [asdict(node) for node in graph.nodes], "words": graph.words, "facts": dict(graph.facts)}
+    meta = {"gatedlens": KIND, **{name: to_json(value) for name, value in said.items()}}
+    write_whole(path, save(tensors, meta))
+    return path
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """`read(path)`: the fields of a graph; CheckpointError for a file that holds none."""
+    tensors, meta = read_tensors(path)
+    missing = [name for name in TENSORS if name not in tensors]
+    if meta.get("gatedlens") != KIND or missing:
+        raise CheckpointError(f"{path} is no saved feature graph: it holds {', '.join(list(tensors)[:5])}.")
+    try:
+        data = {name: json.loads(meta[name]) for name in ("nodes", "words", "facts")}
+    except (KeyError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no saved feature graph: its header is damaged ({error}).") from error
+    found = Fields(data, "feature graph", path, CheckpointError)
+    names = {one.name for one in fields(Node)}
+    nodes = found.get(
+        "nodes",
+        f"{len(tensors['values'])} nodes",
+        lambda v: (
+            isinstance(v, list)
+            and len(v) == len(tensors["values"])
+            and all(isinstance(one, dict) and set(one) == names and one["kind"] in KINDS for one in v)
+        ),
+    )
+    words = found.get("words", "a list of texts", lambda v: isinstance(v, list) and all(isinstance(w, str) for w in v))
+    given = {name: tensors[name] for name in TENSORS}
+    return {
+        "nodes": tuple(Node(**one) for one in nodes),
+        "words": tuple(words),
+        "facts": found.fields("facts"),
+        **given,
+    }
