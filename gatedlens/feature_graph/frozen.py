@@ -24,7 +24,6 @@ from torch import Tensor
 
 from gatedlens.attention.in_progress import underway, verify
 from gatedlens.attention.layer import ImplicitAttention
-from gatedlens.attribution.relevance_rules import Flow
 from gatedlens.dictionaries import Dictionary
 from gatedlens.dictionaries.reading import Reading
 from gatedlens.feature_graph.node import ERROR
@@ -34,6 +33,7 @@ from gatedlens.model.cache import ActivationCache
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.scanning import at_least_float32
+from gatedlens.runs.relevance_rules import Flow
 
 Hooks = list[tuple[str, Callable[..., Any]]]
 

@@ -24,7 +24,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from gatedlens.attribution.relevance_rules import NORMED
 from gatedlens.errors import InputError
 from gatedlens.feature_graph.node import BIAS, ERROR, FEATURE, LOGIT, MIXER, TOKEN
 from gatedlens.feature_graph.sites import BEFORE, Site
@@ -32,6 +31,7 @@ from gatedlens.markup import card, table
 from gatedlens.options import is_many, is_number
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.result import Result
+from gatedlens.runs.relevance_rules import NORMED
 
 if TYPE_CHECKING:
     from gatedlens.feature_graph.graph import Called, FeatureGraph

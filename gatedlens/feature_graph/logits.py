@@ -19,12 +19,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatedlens.attribution.relevance_rules import NORMED, ratio
 from gatedlens.errors import InputError
 from gatedlens.feature_graph.frozen import FrozenRun
 from gatedlens.feature_graph.sites import Reads
 from gatedlens.options import is_many, is_whole
 from gatedlens.recurrence.scanning import at_least_float32
+from gatedlens.runs.relevance_rules import NORMED, ratio
 
 MOST, LIKELY = 10, 0.95
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gatedlens.attribution.relevance_rules import NORMED, Flow, Rules
 from gatedlens.dictionaries import Dictionary
 from gatedlens.dictionaries.reading import Reading
 from gatedlens.errors import InputError, did_you_mean
 from gatedlens.model.block import Block, Way
 from gatedlens.model.language import HookedLanguageModel
+from gatedlens.runs.relevance_rules import NORMED, Flow, Rules
 
 ENTRANCE = "blocks.0.hook_resid_pre"
 
