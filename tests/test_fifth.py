@@ -53,9 +53,11 @@ from tests.model import test_run as test_documents
 from tests.model.test_turns import impatient  # noqa: F401  a fixture
 from tests.model.test_watch import own, speaking  # noqa: F401  fixtures
 from tests.patching import test_sweeping as test_patching
+from tests.probes import test_probes
 from tests.recurrence import test_transforms
 from tests.states import test_optimising, test_surgery
 from tests.store import test_harvest, test_reductions
+from tests.subspaces import test_interchange
 from tests.test_amplify import speaker  # noqa: F401  a fixture
 from tests.tracing import test_trace
 
@@ -113,6 +115,8 @@ GENERAL = [
     test_steering,
     test_trace,
     test_patching,
+    test_probes,
+    test_interchange,
     test_transformer_lens,
     test_harvest,
     test_reductions,
