@@ -37,6 +37,8 @@ from tests.attribution import (
 )
 from tests.circuits import test_attribution_patching, test_circuit, test_edge_scores, test_graph, test_path_patching
 from tests.circuits.test_circuit import circuit  # noqa: F401  a fixture
+from tests.comparing import test_grafting
+from tests.comparing.test_grafting import another  # noqa: F401  a fixture
 from tests.compat import test_circuitsvis, test_transformer_lens
 from tests.compat.test_transformer_lens import tuned, tuned_model  # noqa: F401  fixtures
 from tests.conftest import EVERY
@@ -44,15 +46,18 @@ from tests.evaluation import test_protocol, test_run
 from tests.helpers import example, relative
 from tests.knockout import test_sweeping as test_knockout
 from tests.knockout.test_sweeping import kind  # noqa: F401  a fixture
-from tests.lens import test_early_logits, test_logit_shares
+from tests.lens import test_early_logits, test_fitted_lens, test_logit_shares, test_state_readout
+from tests.lens.test_state_readout import clean_lm  # noqa: F401  a fixture
 from tests.model import test_base, test_cache, test_hookpoint, test_language
 from tests.model import test_run as test_documents
 from tests.model.test_turns import impatient  # noqa: F401  a fixture
 from tests.model.test_watch import own, speaking  # noqa: F401  fixtures
 from tests.patching import test_sweeping as test_patching
+from tests.probes import test_probes
 from tests.recurrence import test_transforms
-from tests.states import test_surgery
+from tests.states import test_optimising, test_surgery
 from tests.store import test_harvest, test_reductions
+from tests.subspaces import test_interchange
 from tests.test_amplify import speaker  # noqa: F401  a fixture
 from tests.tracing import test_trace
 
@@ -92,6 +97,10 @@ GENERAL = [
     test_knockout,
     test_language,
     test_early_logits,
+    test_fitted_lens,
+    test_state_readout,
+    test_grafting,
+    test_optimising,
     test_logit_shares,
     test_metrics,
     test_layer,
@@ -106,6 +115,8 @@ GENERAL = [
     test_steering,
     test_trace,
     test_patching,
+    test_probes,
+    test_interchange,
     test_transformer_lens,
     test_harvest,
     test_reductions,

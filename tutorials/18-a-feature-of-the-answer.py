@@ -100,15 +100,16 @@ def steered(features_of, scale):
     """How often the model says each value when its feature is put in; a Result [answer, wanted]."""
     said = torch.full((8, 8), float("nan"))
     with gl.dictionaries.splice(model, sae) as (spliced,):
-        for i, own in enumerate(is_answer):
-            for j in range(8):
+        cut = gl.ablation.zero(spliced.features, feature=features_of, pos=-1)
+        for j in range(8):
+            put = torch.zeros(sae.n_features)
+            put[features_of[j]] = scale * size[j]
+            add = gl.ablation.edit(spliced.features, lambda f, point, put=put: f + put, pos=-1)
+            with (cut + add).on(model):
+                says = model(batch.tokens)[:, -1].argmax(-1) == values[j]
+            for i, own in enumerate(is_answer):
                 if i != j:
-                    put = torch.zeros(sae.n_features)
-                    put[features_of[j]] = scale * size[j]
-                    cut = gl.ablation.zero(spliced.features, feature=features_of, pos=-1)
-                    add = gl.ablation.edit(spliced.features, lambda f, point, put=put: f + put, pos=-1)
-                    with (cut + add).on(model):
-                        said[i, j] = (model(batch.tokens[own])[:, -1].argmax(-1) == values[j]).float().mean()
+                    said[i, j] = says[own].float().mean()
     labels = {axis: list("12345678") for axis in ("answer", "steered to")}
     return gl.Result(
         said, ("answer", "steered to"), labels, f"Steered, at {scale} times the size", "share of prompts that say it"

@@ -111,7 +111,7 @@ def graft(
     """`with gl.comparing.graft(base, layers=3, parts="mixer").on(tuned): ...`: the base's weights in the fine-tune's layer 3.
 
     layers: None for all of them. parts: "mixer", "mlp", "ln1", ... as they stand in a block (None: all); or "embed", "ln_final",
-    "unembed", of the model as a whole, with `layers` left out. share: how far it goes, 1 all the way.
+    "unembed", "outside", of the model as a whole, with `layers` left out. share: how far it goes, 1 all the way.
 
     Where it is put on a model: InputError for one that is built in another way, and for a layer or a part that it lacks.
     """
@@ -201,7 +201,14 @@ def _every_part(model: HookedModel) -> list[str]:
 
 
 def ends_of(model: HookedModel) -> dict[str, list[nn.Parameter]]:
-    """The parameters before and behind the layers; a tied embedding is the unembedding too."""
+    """The parameters before and behind the layers; a tied embedding is the unembedding too.
+
+    "outside": what is none of them and in no layer: an image's positions, numbers that all layers share.
+    """
     modules = {"ln_final": model.ln_final.weights, **{name: one for name, (one, _) in model.ends().items()}}
     words = {"embedding": "embed", "unembedding": "unembed"}
-    return {words.get(name, name): list(one.parameters()) for name, one in modules.items()}
+    found = {words.get(name, name): list(one.parameters()) for name, one in modules.items()}
+    known = {id(one) for block in model.blocks for one in block.weights.parameters()}
+    known |= {id(one) for part in found.values() for one in part}
+    outside = [one for one in model.wrapped.parameters() if id(one) not in known]
+    return {**found, "outside": outside} if outside else found

@@ -197,6 +197,16 @@ class Spliced:
             for name, (axes, said, own) in rows.items()
         }
 
+    def unheard(self) -> bool:
+        """`spliced.unheard()`: whether nobody listens at any of its points: then it has nothing to do."""
+        return all(point.at_rest() for point in self.points.values())
+
+    def forget(self) -> None:
+        """`spliced.forget()`: let go of what it holds of the last call, and of the hooks at its points."""
+        self.run, self.seen, self.held, self.first = None, {}, None, None
+        for point in self.points.values():
+            point.remove_hooks("both", including_permanent=True)
+
     # -- in a forward --------------------------------------------------------------------------------------------
 
     @property
@@ -219,7 +229,7 @@ class Spliced:
 
     def _reader(self, one: Reading) -> Callable[..., None]:
         def read(x: Tensor, hook: HookPoint) -> None:
-            if self.ahead and not self.reading:  # it has read the first run
+            if self.unheard() or (self.ahead and not self.reading):  # ahead: it has read the first run
                 return
             if self.run is not self.model.running:
                 self.run, self.seen, self.held = self.model.running, {}, None
@@ -249,6 +259,8 @@ class Spliced:
         r_point, e_point = self.points[self.reconstructions[at]], self.points[self.errors[at]]
 
         def write(y: Tensor, hook: HookPoint) -> Tensor | None:
+            if self.unheard():
+                return None
             if self.reading:
                 assert self.first is not None
                 self.first[one.name] = y.clone()
@@ -278,7 +290,7 @@ class Spliced:
         self, model: HookedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """`spliced.read_first(model, (tokens,), {})`: before a call the same call without this dictionary, which reads it."""
-        if self.reading:
+        if self.reading or self.unheard():
             return args, kwargs
         batch, rest = model.prepare(*args, **kwargs)
         self.reading, self.first, self.seen, self.held = True, {}, {}, None
@@ -335,7 +347,7 @@ def _add(model: HookedModel, made: Sequence[Spliced]) -> None:
 
 def _remove(model: HookedModel, made: Sequence[Spliced]) -> None:
     gone = {name for one in made for name in one.rows}
-    for name in gone:
-        model.hook_dict[name].remove_hooks("both", including_permanent=True)
+    for one in made:
+        one.forget()
     model.hook_dict = {name: point for name, point in model.hook_dict.items() if name not in gone}
     model.names = _renamed(model, {name: row for name, row in model.names.points.items() if name not in gone})

@@ -152,8 +152,9 @@ def test_a_transcoder_and_one_with_a_skip(mamba2, pair):
     resid = mamba2.run_with_cache(x, names_filter="blocks.1.hook_resid_pre")[1]["resid_pre", 1]
     with splice(mamba2, late), torch.no_grad():
         assert torch.equal(mamba2(x), base)
+        assert torch.equal(mamba2(resid, start_at_layer=1), base)  # nobody listens: it has nothing to do
         with pytest.raises(InputError, match="ln1.hook_out, which it reads, did not fire"):
-            mamba2(resid, start_at_layer=1)
+            mamba2.run_with_cache(resid, start_at_layer=1, names_filter="*.hook_error")
 
 
 def test_a_crosscoder_over_layers(mamba2, pair):

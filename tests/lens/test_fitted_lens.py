@@ -93,30 +93,30 @@ def test_an_identity_is_the_logit_lens(model):
 
 
 @pytest.fixture(scope="module")
-def tuned(recall_model):
+def of_recall(recall_model):
     return lens.tuned_lens(
         recall_model, [gl.tasks.recall(8, seed=s).tokens for s in range(4)], steps=24, lr=3e-3, **QUIET
     )
 
 
-def test_a_tuned_lens_is_nearer_to_the_prediction(recall_model, tuned):
+def test_a_tuned_lens_is_nearer_to_the_prediction(recall_model, of_recall):
     fresh = gl.tasks.recall(4, seed=99).tokens
-    found, plain = tuned.read(recall_model, fresh), lens.logit_lens(recall_model, fresh)
-    for layer in tuned.layers:
+    found, plain = of_recall.read(recall_model, fresh), lens.logit_lens(recall_model, fresh)
+    for layer in of_recall.layers:
         assert found.divergence().at(layer=layer).values.mean() < 0.8 * plain.divergence().at(layer=layer).values.mean()
-    course = lens.losses(tuned)
-    assert course.axes == ("step", "layer") and course["layer"] == tuned.layers and course.size("step") == 24
+    course = lens.losses(of_recall)
+    assert course.axes == ("step", "layer") and course["layer"] == of_recall.layers and course.size("step") == 24
 
 
-def test_a_fit_goes_on_where_it_stopped_and_gives_the_same_numbers(recall_model, tuned, tmp_path):
+def test_a_fit_goes_on_where_it_stopped_and_gives_the_same_numbers(recall_model, of_recall, tmp_path):
     batches = [gl.tasks.recall(8, seed=s).tokens for s in range(4)]
     path = str(tmp_path / "under-way.safetensors")
     options = {"lr": 3e-3, "checkpoint": path, **QUIET}
     lens.tuned_lens(recall_model, batches, steps=10, **options)
     again = lens.tuned_lens(recall_model, batches, steps=24, **options)
-    for layer in tuned.layers:
-        assert torch.equal(again.weights[layer], tuned.weights[layer])
-        assert torch.equal(again.biases[layer], tuned.biases[layer])
+    for layer in of_recall.layers:
+        assert torch.equal(again.weights[layer], of_recall.weights[layer])
+        assert torch.equal(again.biases[layer], of_recall.biases[layer])
     with pytest.raises(gl.InputError, match="is of another fit: its seed is 0 and here it is 1"):
         lens.tuned_lens(recall_model, batches, steps=24, seed=1, **options)
     with pytest.raises(gl.InputError, match="has done 24 steps"):
@@ -143,11 +143,11 @@ def test_a_jacobian_s_fit_goes_on_too(tmp_path):
     assert not model.list_hooks()
 
 
-def test_a_lens_is_saved_and_is_of_one_model(tuned, recall_model, tmp_path):
-    again = lens.FittedLens.load(tuned.save(tmp_path / "lens.safetensors"))
-    assert repr(again) == repr(tuned) == "FittedLens(tuned lens of gatedlens/mamba-recall, depths embed to 0 (2))"
-    assert again.layers == tuned.layers and again.facts == tuned.facts
-    assert all(torch.equal(again.weights[layer], tuned.weights[layer]) for layer in tuned.layers)
+def test_a_lens_is_saved_and_is_of_one_model(of_recall, recall_model, tmp_path):
+    again = lens.FittedLens.load(of_recall.save(tmp_path / "lens.safetensors"))
+    assert repr(again) == repr(of_recall) == "FittedLens(tuned lens of gatedlens/mamba-recall, depths embed to 0 (2))"
+    assert again.layers == of_recall.layers and again.facts == of_recall.facts
+    assert all(torch.equal(again.weights[layer], of_recall.weights[layer]) for layer in of_recall.layers)
     assert "tuned lens" in again._repr_html_()
     other, tokens = gl.from_pretrained("gatedlens/griffin-recall", device="cpu"), gl.tasks.recall(1).tokens
     with pytest.raises(gl.InputError, match="fitted to gatedlens/mamba-recall, and this is gatedlens/griffin-recall"):
