@@ -17,7 +17,6 @@ to (Gao et al. 2024, arXiv 2406.04093, A.2): it brings them back.
 from __future__ import annotations
 
 import copy
-import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,10 +30,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gatedlens.dictionaries.activation import Activation, BatchTopK, ReLU, TopK
-from gatedlens.dictionaries.dictionary import Dictionary, Function, Names, names_of
-from gatedlens.errors import InputError, PointError
-from gatedlens.files import read_tensors, to_json, write_whole
-from gatedlens.options import checked
+from gatedlens.dictionaries.dictionary import Dictionary, Function, Names, names_of, unpacked
+from gatedlens.errors import CheckpointError, InputError, PointError
+from gatedlens.files import Fields, is_number, read_tensors, to_json, write_whole
+from gatedlens.options import checked, is_whole
+from gatedlens.runs.saved import check_tensors
 from gatedlens.runs.stopping import stoppable
 
 if TYPE_CHECKING:  # a word: whatever has `find`, `dataset` and a manifest will do
@@ -185,6 +185,9 @@ def _in_memory(
     lacking = [name for name in names if name not in data]
     if lacking:
         raise PointError(f"{', '.join(lacking)} is not among the tensors: they are of {', '.join(data)}.")
+    for name in names:
+        if data[name].ndim == 0:
+            raise InputError(f"The entries of {name} are one number; they are [..., d_in].")
     flat = {name: data[name].detach().reshape(-1, data[name].shape[-1]) for name in names}
     lengths = {name: len(tensor) for name, tensor in flat.items()}
     if len(set(lengths.values())) > 1 or not min(lengths.values()):
@@ -223,7 +226,9 @@ class Run:
         decoder = torch.randn(o.n_features, y.shape[1], generator=generator, dtype=y.dtype)
         decoder /= decoder.norm(dim=1, keepdim=True)
         random = torch.randn(x.shape[1], o.n_features, generator=generator, dtype=x.dtype)
-        self.activation = copy.deepcopy(self.activation)  # a BatchTopK's threshold moves
+        self.activation = copy.deepcopy(self.activation).to(
+            y.dtype
+        )  # a BatchTopK's threshold moves, and is as exact as y
         self.dictionary = Dictionary(
             decoder.T.contiguous() if same else random / random.norm(dim=0),
             decoder,
@@ -268,6 +273,11 @@ class Run:
         dead = self.quiet >= o.dead_after
         if o.aux and bool(dead.any()):
             loss = loss + o.aux * self._of_the_dead(p, residual.detach(), dead)
+        if not bool(loss.isfinite()):
+            raise InputError(
+                f"The loss of {', '.join(self.entries.points)} is {float(loss)} at step {self.step}: some entries are not finite, or "
+                f"lr={o.lr} is too large."
+            )
         self.optimiser.zero_grad()
         loss.backward()
         self.optimiser.step()
@@ -304,6 +314,8 @@ class Run:
 
     def finished(self, checkpoint: Path | None, progress: bool, facts: dict[str, Any]) -> Dictionary:
         """All steps that are left, and the dictionary of entries as they are."""
+        if checkpoint is not None and (checkpoint.is_dir() or not checkpoint.parent.is_dir()):
+            raise InputError(f"checkpoint={str(checkpoint)!r}: name a file in a folder that there is.")
         if checkpoint is not None and checkpoint.exists():
             self._go_on(checkpoint)
         named = f"Dictionary of {', '.join(self.entries.points)}"
@@ -323,7 +335,7 @@ class Run:
             try:
                 yield
             finally:
-                if checkpoint is not None:
+                if checkpoint is not None and self.step:
                     self._save(checkpoint)
 
     def _identity(self) -> str:
@@ -346,22 +358,28 @@ class Run:
 
     def _go_on(self, path: Path) -> None:
         tensors, meta = read_tensors(path)
-        if meta.get("gatedlens") != "training" or meta["identity"] != self._identity():
+        if meta.get("gatedlens") != "training" or meta.get("identity") != self._identity():
             raise InputError(
                 f"{path} is the checkpoint of another training (other options, or other entries): give another file."
             )
-        own = {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith("dictionary.")}
+        own, moments = self.dictionary.state_dict(), ("exp_avg", "exp_avg_sq")
+        some = list(self.dictionary.parameters())
+        wanted = {f"dictionary.{name}": tensor for name, tensor in own.items()} | {"quiet": self.quiet}
+        wanted |= {f"optimiser.{i}.{word}": one for i, one in enumerate(some) for word in moments}
+        wanted |= {f"optimiser.{i}.step": torch.tensor(0.0) for i in range(len(some))}
+        check_tensors(path, "training", tensors, wanted)
+        far = Fields(
+            {name: unpacked(meta.get(name, "")) for name in ("step", "sums")}, "training", path, CheckpointError
+        )
+        step = far.get("step", "how many steps are done", lambda v: is_whole(v) and v > 0)
+        sums = far.get("sums", "numbers", lambda v: isinstance(v, dict) and all(map(is_number, v.values())))
         with torch.no_grad():
-            for name, tensor in self.dictionary.state_dict().items():
-                tensor.copy_(own[name])
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimiser."):
-                _, number, word = name.split(".")
-                state.setdefault(int(number), {})[word] = tensor
+            for name, tensor in own.items():
+                tensor.copy_(tensors[f"dictionary.{name}"])
+        state = {i: {word: tensors[f"optimiser.{i}.{word}"] for word in (*moments, "step")} for i in range(len(some))}
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
-        self.quiet, self.step, self.sums = tensors["quiet"], int(meta["step"]), json.loads(meta["sums"])
+        self.quiet, self.step, self.sums = tensors["quiet"], step, sums
 
     @torch.no_grad()
     def _unscaled(self, facts: dict[str, Any]) -> Dictionary:

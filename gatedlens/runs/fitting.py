@@ -5,7 +5,7 @@
     which_batch(step, n, seed)                                       # batches in a drawn order, all of them before any twice
 
 A fit is of one model and one set of options: a file of another is refused, and the error names what differs. What was fitted
-is saved as safetensors with a JSON header (`as_file`, `from_file`).
+is saved by `saved.py`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from gatedlens.errors import CheckpointError, InputError
-from gatedlens.files import Fields, read_tensors, write_whole
+from gatedlens.files import Fields, is_number
 from gatedlens.model.base import HookedModel
 from gatedlens.recurrence.autocast import exact
 from gatedlens.result.result import Result
 from gatedlens.runs.fingerprints import fingerprint
+from gatedlens.runs.saved import check_tensors, read_saved, write_saved
 from gatedlens.runs.stopping import Interrupted, stoppable
 
 KIND = "fit under way"
@@ -63,11 +63,12 @@ class Checkpoint:
         if self.path is not None and (self.path.is_dir() or not self.path.parent.is_dir()):
             raise InputError(f"checkpoint={str(path)!r}: name a file in a folder that there is.")
 
-    def take_up(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What an earlier fit of the same question left: its tensors and how far it was; None where there is no file."""
+    def take_up(self, like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Fields] | None:
+        """What an earlier fit of the same question left: its tensors, which are as `like`, and how far it was; None where there
+        is no file. CheckpointError for one that is damaged."""
         if self.path is None or not self.path.exists():
             return None
-        tensors, fields = from_file(self.path, KIND)
+        tensors, fields = read_saved(self.path, KIND)
         said = fields.fields("said")
         for name in dict.fromkeys([*self.said, *said]):
             if said.get(name) != self.said.get(name):
@@ -75,12 +76,13 @@ class Checkpoint:
                     f"checkpoint={str(self.path)!r} is of another fit: its {name} is {said.get(name)!r} and here it is "
                     f"{self.said.get(name)!r}. Give another file, or delete this one."
                 )
-        return tensors, dict(fields.fields("far"))
+        check_tensors(self.path, KIND, tensors, like)
+        return tensors, Fields(fields.fields("far"), KIND, self.path, CheckpointError)
 
     def save(self, tensors: Mapping[str, Tensor], far: Mapping[str, Any]) -> None:
-        """Write it, all or nothing."""
-        if self.path is not None:
-            as_file(self.path, KIND, tensors, {"said": self.said, "far": dict(far)})
+        """Write it, all or nothing; a fit that has not begun leaves no file."""
+        if self.path is not None and any(far.values()):
+            write_saved(self.path, KIND, tensors, {"said": self.said, "far": dict(far)})
             self._written = time.monotonic()
 
     def due(self) -> bool:
@@ -103,26 +105,6 @@ class Checkpoint:
                 self.save(*tensors())
                 raise
         self.save(*tensors())
-
-
-def as_file(path: str | Path, kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
-    """`as_file("lens.safetensors", "lens", tensors, facts)`: safetensors with a JSON header, whole or not at all."""
-    held = {name: one.detach().cpu().contiguous().clone() for name, one in tensors.items()}
-    write_whole(Path(path), to_bytes(held, {"gatedlens": kind, "facts": json.dumps(dict(facts))}))
-    return Path(path)
-
-
-def from_file(path: str | Path, kind: str) -> tuple[dict[str, Tensor], Fields]:
-    """What `as_file` wrote; CheckpointError for a file of another kind, or one that is damaged."""
-    tensors, meta = read_tensors(path)
-    if meta.get("gatedlens") != kind:
-        said = f"is a {meta['gatedlens']} of gatedlens" if "gatedlens" in meta else "is none of gatedlens"
-        raise CheckpointError(f"{path} is no saved {kind}: it {said} and holds {', '.join(list(tensors)[:5])}.")
-    try:
-        facts = json.loads(meta.get("facts", ""))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no saved {kind}: its header is not JSON ({error}).") from error
-    return tensors, Fields(facts, kind, path, CheckpointError)
 
 
 # -- whose fit it is --------------------------------------------------------------------------------------------------
@@ -172,7 +154,7 @@ def descend(
     some = [parameters[name].requires_grad_() for name in names]
     adam = torch.optim.Adam(some, lr=descent.lr)
     losses: list[list[float]] = []
-    earlier = checkpoint.take_up()
+    earlier = checkpoint.take_up(parameters)
     if earlier is not None:
         losses = _resumed(parameters, adam, *earlier)
         if len(losses) > descent.steps:
@@ -209,17 +191,30 @@ def descend(
 
 
 def _resumed(
-    parameters: Mapping[str, Tensor], adam: torch.optim.Adam, tensors: Mapping[str, Tensor], far: Mapping[str, Any]
+    parameters: Mapping[str, Tensor],
+    adam: torch.optim.Adam,
+    tensors: Mapping[str, Tensor],
+    far: Fields,
 ) -> list[list[float]]:
     """Parameters and moments as they were, and the losses until then."""
-    losses: list[list[float]] = list(far["losses"])
+    losses: list[list[float]] = far.get("losses", "the losses of its steps, at least one", _are_losses)
+    words = ("exp_avg", "exp_avg_sq")
+    moments_like = {f"{name}/{word}": one for name, one in parameters.items() for word in words}
+    check_tensors(far.where, KIND, tensors, moments_like)
     with torch.no_grad():
         for name, one in parameters.items():
             one.copy_(tensors[name])
-            if losses:
-                moments = {word: tensors[f"{name}/{word}"].to(one) for word in ("exp_avg", "exp_avg_sq")}
-                adam.state[one] = {"step": torch.tensor(float(len(losses))), **moments}
+            moments = {word: tensors[f"{name}/{word}"].to(one) for word in words}
+            adam.state[one] = {"step": torch.tensor(float(len(losses))), **moments}
     return losses
+
+
+def _are_losses(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(one, list) and one and all(map(is_number, one)) for one in value)
+    )
 
 
 def course(losses: Sequence[Sequence[float]], labels: Sequence[Any], axis: str, title: str, value: str) -> Result:

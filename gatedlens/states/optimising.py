@@ -28,6 +28,7 @@ from gatedlens.options import checked
 from gatedlens.runs import inputs
 from gatedlens.runs.fingerprints import checksum
 from gatedlens.runs.fitting import Checkpoint, Descent, descend, model_said, which_batch
+from gatedlens.runs.identity import Digest
 from gatedlens.states.surgery import layered_keys
 from gatedlens.states.trained_state import TrainedState
 
@@ -155,9 +156,11 @@ def _said(
     """All that decides the numbers, as JSON holds it."""
     total = 0
     for one in given:
-        total = checksum(inputs.ready(model, one, state=state).value, total)
+        total = inputs.checksum(inputs.ready(model, one, state=state), total)
     for tensor in state.tensors.values():
         total = checksum(tensor, total)
     names = sorted({"likelihood of its tokens" if one is None else name_of(one) for one in metrics})
     what = {"metric": ", ".join(names), "tensors": list(keys), "lr": lr, "seed": seed}
+    answers = Digest().add(metrics)  # which tokens a metric asks for; of a function of yours only its name is known
+    what["metric (checksum)"] = f"{answers.data}{answers.tensors}"
     return {**model_said(model), **what, "input and start (checksum)": total}

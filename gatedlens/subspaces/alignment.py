@@ -28,8 +28,8 @@ from tqdm.auto import tqdm
 from gatedlens.address.entries import Index
 from gatedlens.address.names import Name
 from gatedlens.address.positions import Positions
-from gatedlens.errors import InputError
-from gatedlens.files import read_tensors, write_whole
+from gatedlens.errors import CheckpointError, InputError
+from gatedlens.files import is_number, read_tensors, write_whole
 from gatedlens.metrics import Logits, Tokens, at_position
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Batch, Input
@@ -38,10 +38,12 @@ from gatedlens.runs import inputs
 from gatedlens.runs.cells import layer_of
 from gatedlens.runs.fingerprints import fingerprint
 from gatedlens.runs.identity import Digest
+from gatedlens.runs.saved import check_tensors
 from gatedlens.runs.vectors import ROWS, Frame, one_place, rows_of, vectors
 from gatedlens.subspaces.interchange import Interchange
 from gatedlens.subspaces.subspace import Subspace
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 KEPT = 1 << 30  # bytes of the base's residual stream that a fit keeps
 
 
@@ -293,12 +295,20 @@ class Ledger:
                 raise InputError(
                     f"results={str(self.path)!r} is of another fit (another {other}): name another file, or delete it."
                 )
+        wanted = {f"{name}.{i}": one for i, one in enumerate(self.parameters) for name in ("parameter", *MOMENTS)}
+        wanted |= {f"step.{i}": torch.tensor(0.0) for i in range(len(self.parameters))}
+        check_tensors(self.path, "das", tensors, wanted)
         with torch.no_grad():
             for i, parameter in enumerate(self.parameters):
                 parameter.copy_(tensors[f"parameter.{i}"])
-                state = {name: tensors[f"{name}.{i}"].to(parameter.device) for name in ("exp_avg", "exp_avg_sq")}
+                state = {name: tensors[f"{name}.{i}"].to(parameter.device) for name in MOMENTS}
                 self.optimiser.state[parameter] = {"step": tensors[f"step.{i}"], **state}
-        losses: list[float] = json.loads(meta["losses"])
+        try:
+            losses: Any = json.loads(meta.get("losses", ""))
+        except ValueError:
+            losses = None
+        if not isinstance(losses, list) or not losses or not all(map(is_number, losses)):
+            raise CheckpointError(f"{self.path} is no saved das: it does not say the losses of its epochs.")
         return losses
 
     def save(self, losses: list[float]) -> None:
@@ -306,8 +316,6 @@ class Ledger:
         tensors: dict[str, Any] = {}
         for i, parameter in enumerate(self.parameters):
             tensors[f"parameter.{i}"] = parameter.detach()
-            tensors |= {
-                f"{name}.{i}": self.optimiser.state[parameter][name] for name in ("step", "exp_avg", "exp_avg_sq")
-            }
+            tensors |= {f"{name}.{i}": self.optimiser.state[parameter][name] for name in ("step", *MOMENTS)}
         meta = {"gatedlens": "das", "losses": json.dumps(losses), **self.identity}
         write_whole(self.path, save({name: one.cpu().contiguous() for name, one in tensors.items()}, meta))
