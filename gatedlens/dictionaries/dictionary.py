@@ -34,6 +34,7 @@ from gatedlens.errors import CheckpointError, InputError, did_you_mean
 from gatedlens.files import Fields, read_tensors, to_json, write_whole
 from gatedlens.markup import card, table
 from gatedlens.options import checked, is_many, is_whole
+from gatedlens.runs.saved import check_tensors
 
 __all__ = ["Dictionary"]
 
@@ -307,7 +308,7 @@ class Dictionary(nn.Module):
             if kind is None:
                 raise fields.wrong("activation", f"one of {', '.join(ACTIVATIONS)}")
             axes = fields.get("axes", "a list of axes or null", lambda v: v is None or isinstance(v, list))
-            return Dictionary(
+            found = Dictionary(
                 **{name: tensors[name] for name in WEIGHTS if name in tensors},
                 point=fields.words("points"),
                 out_point=fields.words("out_points"),
@@ -322,6 +323,8 @@ class Dictionary(nn.Module):
             )
         except (InputError, TypeError) as error:
             raise CheckpointError(f"{path} is no saved Dictionary: {error}") from error
+        check_tensors(path, "Dictionary", tensors, found.state_dict())
+        return found
 
 
 def unpacked(said: str) -> Any:
