@@ -275,8 +275,8 @@ class Run:
             loss = loss + o.aux * self._of_the_dead(p, residual.detach(), dead)
         if not bool(loss.isfinite()):
             raise InputError(
-                f"The loss of {', '.join(self.entries.points)} is {float(loss.detach())} at step {self.step}: some entries are not "
-                f"finite, or lr={o.lr} is too large."
+                f"The loss of {', '.join(self.entries.points)} is {float(loss.detach())} at step {self.step}: some entries are "
+                f"not finite, or lr={o.lr} is too large."
             )
         self.optimiser.zero_grad()
         loss.backward()
