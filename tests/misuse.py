@@ -33,9 +33,6 @@ class Given:
         self.dictionary = gl.dictionaries.Dictionary(torch.ones(width, 4), torch.ones(4, width), point="hook_embed")
         self.atom = gl.dictionaries.WriteAtom.of(self.cache, layer=0, pos=1)
         self.graph = gl.feature_graph.attribute(self.model, self.tokens[:1], progress=False)
-        width = self.model.cfg.d_model
-        self.dictionary = gl.dictionaries.Dictionary(torch.ones(width, 4), torch.ones(4, width), point="hook_embed")
-        self.atom = gl.dictionaries.WriteAtom.of(self.cache, layer=0, pos=1)
         self.probe = gl.probes.fit(self.cache, self.tokens, "hook_embed", None, "ridge", held_out=0.5)
 
     def under(self, intervention: Any) -> Any:
