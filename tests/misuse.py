@@ -3,6 +3,8 @@ that is not ours. In a process of its own: where tests run, beartype refuses wro
 
 from __future__ import annotations
 
+import os
+import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -327,4 +329,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    # A name of a file may be taken at its word: none is written where the command was called.
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        wrong = main()
+        os.chdir("/")
+    raise SystemExit(wrong)
