@@ -35,6 +35,7 @@ from gatedlens.dictionaries.dictionary import Dictionary, Function, Names, names
 from gatedlens.errors import InputError, PointError
 from gatedlens.files import read_tensors, to_json, write_whole
 from gatedlens.options import checked
+from gatedlens.runs.gradients import check_allowed, needed
 from gatedlens.runs.stopping import stoppable
 
 if TYPE_CHECKING:  # a word: whatever has `find`, `dataset` and a manifest will do
@@ -99,6 +100,7 @@ def train(
     PointError for a point that the data lack; InputError for entries that do not fit, an activation that is not trained, a
     checkpoint of another training.
     """
+    check_allowed()
     for name, value in (("n_features", n_features), ("steps", steps), ("batch_size", batch_size)):
         if value < 1:
             raise InputError(f"{name}={value}: it is at least 1.")
@@ -308,7 +310,7 @@ class Run:
             self._go_on(checkpoint)
         named = f"Dictionary of {', '.join(self.entries.points)}"
         bar = tqdm(total=self.options.steps, initial=self.step, desc=named, disable=not progress)
-        with bar, self._kept(checkpoint):
+        with bar, self._kept(checkpoint), needed():
             while self.step < self.options.steps:
                 self.once()
                 bar.update()

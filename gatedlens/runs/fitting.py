@@ -29,6 +29,7 @@ from gatedlens.model.base import HookedModel
 from gatedlens.recurrence.autocast import exact
 from gatedlens.result.result import Result
 from gatedlens.runs.fingerprints import fingerprint
+from gatedlens.runs.gradients import check_allowed, needed
 from gatedlens.runs.stopping import Interrupted, stoppable
 
 KIND = "fit under way"
@@ -168,6 +169,7 @@ def descend(
     loss_at: step -> the losses [some], whose sum is made smaller, with a gradient. Adam divides each entry's gradient by its own
     size, so losses of different parameters do not disturb one another. InputError where a loss is no number any more.
     """
+    check_allowed()
     names = list(parameters)
     some = [parameters[name].requires_grad_() for name in names]
     adam = torch.optim.Adam(some, lr=descent.lr)
@@ -187,7 +189,7 @@ def descend(
         return held, {"losses": losses}
 
     bar = tqdm(total=descent.steps, initial=len(losses), desc=title, disable=not descent.progress, unit="step")
-    with bar, checkpoint.kept(now), torch.inference_mode(False), torch.enable_grad():
+    with bar, checkpoint.kept(now), needed():
         for step in range(len(losses), descent.steps):
             found = loss_at(step)
             told = found.detach().double().reshape(-1).tolist()

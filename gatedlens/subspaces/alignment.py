@@ -37,6 +37,7 @@ from gatedlens.options import checked, tensor_of
 from gatedlens.runs import inputs
 from gatedlens.runs.cells import layer_of
 from gatedlens.runs.fingerprints import fingerprint
+from gatedlens.runs.gradients import check_allowed, needed
 from gatedlens.runs.identity import Digest
 from gatedlens.runs.vectors import ROWS, Frame, one_place, rows_of, vectors
 from gatedlens.subspaces.interchange import Interchange
@@ -147,6 +148,7 @@ class Fit:
         read: Positions,
     ) -> Fit:
         """`Fit.of(model, base, source, answers, frame, pos, source_pos, read)`; errors as of `das`."""
+        check_allowed()
         if model.training:
             raise InputError("The model is in training mode, where dropout may differ from run to run: model.eval().")
         ready, other = inputs.ready(model, base), inputs.ready(model, source)
@@ -167,7 +169,11 @@ class Fit:
         optimiser = torch.optim.Adam(linear.parameters(), lr=training.lr)
         ledger = None if results is None else Ledger(Path(results), self._identity(training), linear, optimiser)
         losses = [] if ledger is None else ledger.take_up()
-        with frozen(model), tqdm(total=training.epochs, initial=len(losses), desc="DAS", disable=not progress) as bar:
+        with (
+            needed(),
+            frozen(model),
+            tqdm(total=training.epochs, initial=len(losses), desc="DAS", disable=not progress) as bar,
+        ):
             for epoch, order in enumerate(training.orders(pairs)):
                 if epoch < len(losses):
                     continue
@@ -198,7 +204,7 @@ class Fit:
         if self.resid is not None:
             part = Batch(self.resid[rows.to(self.resid.device)], part.mask, is_resid=True)
             options = {"start_at_layer": self.start}
-        with torch.enable_grad(), self.model.hooks(change.hooks(self.model)):
+        with self.model.hooks(change.hooks(self.model)):
             logits = self.model(part, **options)
         here = at_position(Logits.of(logits, part.mask), some_of(self.read, rows))
         return F.cross_entropy(here, self.answers[rows.to(self.answers.device)].to(here.device))
