@@ -178,7 +178,7 @@ CALLS: dict[str, dict[str, Callable[[Given, Any], Any]]] = {
     },
     "subspaces": {
         **options(
-            "rank pos source_pos axes epochs batch_size lr seed results read head",
+            "rank pos source_pos axes epochs batch_size lr seed checkpoint read head",
             lambda g, **option: (
                 gl.subspaces.das(
                     g.model, g.tokens, g.tokens, [1, 2], "hook_embed", **{"epochs": 0, "progress": False, **option}

@@ -17,26 +17,22 @@ to (Gao et al. 2024, arXiv 2406.04093, A.2): it brings them back.
 from __future__ import annotations
 
 import copy
-import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from gatedlens.dictionaries.activation import Activation, BatchTopK, ReLU, TopK
 from gatedlens.dictionaries.dictionary import Dictionary, Function, Names, names_of
 from gatedlens.errors import InputError, PointError
-from gatedlens.files import read_tensors, to_json, write_whole
 from gatedlens.options import checked
+from gatedlens.runs.fitting import Checkpoint
 from gatedlens.runs.gradients import check_allowed, needed
-from gatedlens.runs.stopping import stoppable
 
 if TYPE_CHECKING:  # a word: whatever has `find`, `dataset` and a manifest will do
     from gatedlens.store import Store
@@ -47,7 +43,6 @@ else:
 
 __all__ = ["train"]
 
-EVERY = 200  # steps between two checkpoints
 TRAINED = (ReLU, TopK, BatchTopK)
 
 
@@ -306,52 +301,34 @@ class Run:
 
     def finished(self, checkpoint: Path | None, progress: bool, facts: dict[str, Any]) -> Dictionary:
         """All steps that are left, and the dictionary of entries as they are."""
-        if checkpoint is not None and checkpoint.exists():
-            self._go_on(checkpoint)
+        kept = Checkpoint(checkpoint, self._said())
+        earlier = kept.take_up()
+        if earlier is not None:
+            self._go_on(*earlier)
         named = f"Dictionary of {', '.join(self.entries.points)}"
         bar = tqdm(total=self.options.steps, initial=self.step, desc=named, disable=not progress)
-        with bar, self._kept(checkpoint), needed():
+        with bar, kept.kept(self._now), needed():
             while self.step < self.options.steps:
                 self.once()
                 bar.update()
-                if checkpoint is not None and self.step % EVERY == 0:
-                    self._save(checkpoint)
+                if kept.due():
+                    kept.save(*self._now())
         return self._unscaled(facts)
 
-    @contextmanager
-    def _kept(self, checkpoint: Path | None) -> Iterator[None]:
-        """Whatever ends the block, the checkpoint holds the steps that were done."""
-        with stoppable():
-            try:
-                yield
-            finally:
-                if checkpoint is not None:
-                    self._save(checkpoint)
+    def _said(self) -> dict[str, Any]:
+        """All that decides the numbers."""
+        of = {"points": self.entries.points, "out": self.entries.out_points, "entries": self.entries.n}
+        said = {**asdict(self.options), "activation": self.activation.said()}
+        return {**said, **of, "data (checksum)": self.entries.digest()}
 
-    def _identity(self) -> str:
-        said = {**asdict(self.options), "activation": self.activation.said(), "entries": self.entries.n}
-        return to_json(
-            {**said, "points": self.entries.points, "out": self.entries.out_points, "data": self.entries.digest()}
-        )
-
-    def _save(self, path: Path) -> None:
+    def _now(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint holds: weights, Adam's moments, which features are quiet; how far it is."""
         tensors = {f"dictionary.{name}": t.detach() for name, t in self.dictionary.state_dict().items()}
         for number, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{number}.{name}": torch.as_tensor(value) for name, value in state.items()}
-        meta = {
-            "gatedlens": "training",
-            "identity": self._identity(),
-            "step": str(self.step),
-            "sums": to_json(self.sums),
-        }
-        write_whole(path, save({**{name: t.contiguous() for name, t in tensors.items()}, "quiet": self.quiet}, meta))
+        return {**tensors, "quiet": self.quiet}, {"step": self.step, "sums": self.sums}
 
-    def _go_on(self, path: Path) -> None:
-        tensors, meta = read_tensors(path)
-        if meta.get("gatedlens") != "training" or meta["identity"] != self._identity():
-            raise InputError(
-                f"{path} is the checkpoint of another training (other options, or other entries): give another file."
-            )
+    def _go_on(self, tensors: Mapping[str, Tensor], far: Mapping[str, Any]) -> None:
         own = {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith("dictionary.")}
         with torch.no_grad():
             for name, tensor in self.dictionary.state_dict().items():
@@ -363,7 +340,7 @@ class Run:
                 state.setdefault(int(number), {})[word] = tensor
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
-        self.quiet, self.step, self.sums = tensors["quiet"], int(meta["step"]), json.loads(meta["sums"])
+        self.quiet, self.step, self.sums = tensors["quiet"], far["step"], far["sums"]
 
     @torch.no_grad()
     def _unscaled(self, facts: dict[str, Any]) -> Dictionary:

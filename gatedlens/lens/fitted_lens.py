@@ -29,7 +29,8 @@ from gatedlens.model.batch import Input
 from gatedlens.model.cache import ActivationCache
 from gatedlens.options import checked
 from gatedlens.recurrence.autocast import exact
-from gatedlens.runs.fitting import as_file, check_model, from_file, model_said
+from gatedlens.runs.fitting import check_model, model_said
+from gatedlens.runs.saved import read_saved, write_saved
 
 Depth = int | str
 SAVED = "lens"
@@ -157,13 +158,13 @@ class FittedLens:
         """`lens.save("j.safetensors")`: matrices and biases, with a header that names the model; returns the path."""
         tensors = {f"{depth}.weight": one for depth, one in self.weights.items()}
         tensors |= {f"{depth}.bias": one for depth, one in self.biases.items()}
-        return as_file(path, SAVED, tensors, {"kind": self.kind, "depths": self.layers, "facts": dict(self.facts)})
+        return write_saved(path, SAVED, tensors, {"kind": self.kind, "depths": self.layers, "facts": dict(self.facts)})
 
     @staticmethod
     @checked
     def load(path: str | Path) -> FittedLens:
         """`FittedLens.load("j.safetensors")`: what `save` wrote; CheckpointError for any other file."""
-        tensors, fields = from_file(path, SAVED)
+        tensors, fields = read_saved(path, SAVED)
         kind = fields.get("kind", " or ".join(KINDS), lambda value: value in KINDS)
         depths = fields.get("depths", "layers' numbers, or 'embed'", _are_depths)
         lacking = [depth for depth in depths if f"{depth}.weight" not in tensors]

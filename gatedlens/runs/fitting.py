@@ -4,8 +4,7 @@
     losses = descend({"weight": weight}, loss_at, Descent(steps=200, lr=1e-3), kept, "tuned lens")
     which_batch(step, n, seed)                                       # batches in a drawn order, all of them before any twice
 
-A fit is of one model and one set of options: a file of another is refused, and the error names what differs. What was fitted
-is saved as safetensors with a JSON header (`as_file`, `from_file`).
+A fit is of one question, its model and options: a file of another is refused, and the error names what differs.
 """
 
 from __future__ import annotations
@@ -19,17 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gatedlens.errors import CheckpointError, InputError
-from gatedlens.files import Fields, read_tensors, write_whole
+from gatedlens.errors import InputError
 from gatedlens.model.base import HookedModel
 from gatedlens.recurrence.autocast import exact
 from gatedlens.result.result import Result
 from gatedlens.runs.fingerprints import fingerprint
 from gatedlens.runs.gradients import check_allowed, needed
+from gatedlens.runs.saved import read_saved, write_saved
 from gatedlens.runs.stopping import Interrupted, stoppable
 
 KIND = "fit under way"
@@ -68,7 +66,7 @@ class Checkpoint:
         """What an earlier fit of the same question left: its tensors and how far it was; None where there is no file."""
         if self.path is None or not self.path.exists():
             return None
-        tensors, fields = from_file(self.path, KIND)
+        tensors, fields = read_saved(self.path, KIND)
         said = fields.fields("said")
         for name in dict.fromkeys([*self.said, *said]):
             if said.get(name) != self.said.get(name):
@@ -81,7 +79,7 @@ class Checkpoint:
     def save(self, tensors: Mapping[str, Tensor], far: Mapping[str, Any]) -> None:
         """Write it, all or nothing."""
         if self.path is not None:
-            as_file(self.path, KIND, tensors, {"said": self.said, "far": dict(far)})
+            write_saved(self.path, KIND, tensors, {"said": self.said, "far": dict(far)})
             self._written = time.monotonic()
 
     def due(self) -> bool:
@@ -104,26 +102,6 @@ class Checkpoint:
                 self.save(*tensors())
                 raise
         self.save(*tensors())
-
-
-def as_file(path: str | Path, kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
-    """`as_file("lens.safetensors", "lens", tensors, facts)`: safetensors with a JSON header, whole or not at all."""
-    held = {name: one.detach().cpu().contiguous().clone() for name, one in tensors.items()}
-    write_whole(Path(path), to_bytes(held, {"gatedlens": kind, "facts": json.dumps(dict(facts))}))
-    return Path(path)
-
-
-def from_file(path: str | Path, kind: str) -> tuple[dict[str, Tensor], Fields]:
-    """What `as_file` wrote; CheckpointError for a file of another kind, or one that is damaged."""
-    tensors, meta = read_tensors(path)
-    if meta.get("gatedlens") != kind:
-        said = f"is a {meta['gatedlens']} of gatedlens" if "gatedlens" in meta else "is none of gatedlens"
-        raise CheckpointError(f"{path} is no saved {kind}: it {said} and holds {', '.join(list(tensors)[:5])}.")
-    try:
-        facts = json.loads(meta.get("facts", ""))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no saved {kind}: its header is not JSON ({error}).") from error
-    return tensors, Fields(facts, kind, path, CheckpointError)
 
 
 # -- whose fit it is --------------------------------------------------------------------------------------------------

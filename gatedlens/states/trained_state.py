@@ -23,7 +23,8 @@ from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.state import RecurrentState
 from gatedlens.options import checked
 from gatedlens.result.result import Result
-from gatedlens.runs.fitting import as_file, check_model, course, from_file
+from gatedlens.runs.fitting import check_model, course
+from gatedlens.runs.saved import read_saved, write_saved
 
 SAVED = "trained state"
 
@@ -85,13 +86,13 @@ class TrainedState:
     @checked
     def save(self, path: str | Path) -> Path:
         """`trained.save("french.safetensors")`: the state, with a header that names its model; returns the path."""
-        return as_file(path, SAVED, {**self.state.tensors, "seen": self.state.seen}, dict(self.facts))
+        return write_saved(path, SAVED, {**self.state.tensors, "seen": self.state.seen}, dict(self.facts))
 
     @staticmethod
     @checked
     def load(path: str | Path) -> TrainedState:
         """`TrainedState.load("french.safetensors")`: what `save` wrote; CheckpointError for any other file."""
-        tensors, fields = from_file(path, SAVED)
+        tensors, fields = read_saved(path, SAVED)
         seen = tensors.pop("seen", None)
         name, trained = fields.word("model"), fields.words("trained")
         fields.get("losses", "the losses of its training", _are_losses)

@@ -11,9 +11,9 @@ from tests.helpers import example
 POINT, QUIET = "blocks.0.hook_resid_post", {"progress": False}
 METRIC = gl.metrics.logit_difference(1, 2)
 TOOLS = {
-    "dictionary": lambda m, x, cache: gl.dictionaries.train(
-        cache[POINT], POINT, 8, gl.dictionaries.TopK(2), steps=3, batch_size=4, **QUIET
-    ).W_enc,
+    "dictionary": lambda m, x, cache: (
+        gl.dictionaries.train(cache[POINT], POINT, 8, gl.dictionaries.TopK(2), steps=3, batch_size=4, **QUIET).W_enc
+    ),
     "tuned lens": lambda m, x, cache: gl.lens.tuned_lens(m, [x], steps=2, **QUIET).weights[0],
     "J-lens": lambda m, x, cache: gl.lens.jacobian_lens(m, x, skip_first=1, **QUIET).weights[0],
     "R-lens": lambda m, x, cache: gl.lens.relevance_lens(m, x, skip_first=1, **QUIET).weights[0],
