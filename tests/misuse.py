@@ -3,6 +3,8 @@ that is not ours. In a process of its own: where tests run, beartype refuses wro
 
 from __future__ import annotations
 
+import os
+import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -33,9 +35,6 @@ class Given:
         self.dictionary = gl.dictionaries.Dictionary(torch.ones(width, 4), torch.ones(4, width), point="hook_embed")
         self.atom = gl.dictionaries.WriteAtom.of(self.cache, layer=0, pos=1)
         self.graph = gl.feature_graph.attribute(self.model, self.tokens[:1], progress=False)
-        width = self.model.cfg.d_model
-        self.dictionary = gl.dictionaries.Dictionary(torch.ones(width, 4), torch.ones(4, width), point="hook_embed")
-        self.atom = gl.dictionaries.WriteAtom.of(self.cache, layer=0, pos=1)
         self.probe = gl.probes.fit(self.cache, self.tokens, "hook_embed", None, "ridge", held_out=0.5)
 
     def under(self, intervention: Any) -> Any:
@@ -179,7 +178,7 @@ CALLS: dict[str, dict[str, Callable[[Given, Any], Any]]] = {
     },
     "subspaces": {
         **options(
-            "rank pos source_pos axes epochs batch_size lr seed results read head",
+            "rank pos source_pos axes epochs batch_size lr seed checkpoint read head",
             lambda g, **option: (
                 gl.subspaces.das(
                     g.model, g.tokens, g.tokens, [1, 2], "hook_embed", **{"epochs": 0, "progress": False, **option}
@@ -330,4 +329,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    # A name of a file may be taken at its word: none is written where the command was called.
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        wrong = main()
+        os.chdir("/")
+    raise SystemExit(wrong)

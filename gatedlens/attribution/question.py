@@ -32,6 +32,7 @@ from gatedlens.model.hookpoint import Capture
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.rounding import moved
+from gatedlens.runs.gradients import check_allowed
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,7 @@ class Question:
         """
         if not isinstance(model, HookedModel):
             raise InputError(f"An attribution takes a gatedlens model, not {type(model).__name__}: `gl.wrap(model)`.")
-        if torch.is_inference_mode_enabled():
-            raise InputError(
-                "Attributions need gradients, and torch.inference_mode forbids them for good: leave it (torch.no_grad is fine)."
-            )
+        check_allowed()
         batch, _ = model.prepare(input, attention_mask=attention_mask)
         batch = Batch(batch.value.detach().clone(), batch.mask)
         entrance = _entrance(model)

@@ -18,24 +18,22 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from gatedlens.dictionaries.activation import Activation, BatchTopK, ReLU, TopK
-from gatedlens.dictionaries.dictionary import Dictionary, Function, Names, names_of, unpacked
-from gatedlens.errors import CheckpointError, InputError, PointError
-from gatedlens.files import Fields, is_number, read_tensors, to_json, write_whole
+from gatedlens.dictionaries.dictionary import Dictionary, Function, Names, names_of
+from gatedlens.errors import InputError, PointError
+from gatedlens.files import Fields, is_number
 from gatedlens.options import checked, is_whole
-from gatedlens.runs.saved import check_tensors
-from gatedlens.runs.stopping import stoppable
+from gatedlens.runs.fitting import MOMENTS, Checkpoint
+from gatedlens.runs.gradients import check_allowed, needed
 
 if TYPE_CHECKING:  # a word: whatever has `find`, `dataset` and a manifest will do
     from gatedlens.store import Store
@@ -46,7 +44,6 @@ else:
 
 __all__ = ["train"]
 
-EVERY = 200  # steps between two checkpoints
 TRAINED = (ReLU, TopK, BatchTopK)
 
 
@@ -99,6 +96,7 @@ def train(
     PointError for a point that the data lack; InputError for entries that do not fit, an activation that is not trained, a
     checkpoint of another training.
     """
+    check_allowed()
     for name, value in (("n_features", n_features), ("steps", steps), ("batch_size", batch_size)):
         if value < 1:
             raise InputError(f"{name}={value}: it is at least 1.")
@@ -314,72 +312,52 @@ class Run:
 
     def finished(self, checkpoint: Path | None, progress: bool, facts: dict[str, Any]) -> Dictionary:
         """All steps that are left, and the dictionary of entries as they are."""
-        if checkpoint is not None and (checkpoint.is_dir() or not checkpoint.parent.is_dir()):
-            raise InputError(f"checkpoint={str(checkpoint)!r}: name a file in a folder that there is.")
-        if checkpoint is not None and checkpoint.exists():
-            self._go_on(checkpoint)
+        kept = Checkpoint(checkpoint, self._said())
+        some = list(self.dictionary.parameters())
+        like = {f"dictionary.{name}": tensor for name, tensor in self.dictionary.state_dict().items()}
+        like |= {f"optimiser.{i}.{word}": one for i, one in enumerate(some) for word in MOMENTS}
+        like |= {f"optimiser.{i}.step": torch.tensor(0.0) for i in range(len(some))}
+        earlier = kept.take_up({**like, "quiet": self.quiet})
+        if earlier is not None:
+            self._go_on(*earlier)
         named = f"Dictionary of {', '.join(self.entries.points)}"
         bar = tqdm(total=self.options.steps, initial=self.step, desc=named, disable=not progress)
-        with bar, self._kept(checkpoint):
+        with bar, kept.kept(self._now), needed():
             while self.step < self.options.steps:
                 self.once()
                 bar.update()
-                if checkpoint is not None and self.step % EVERY == 0:
-                    self._save(checkpoint)
+                if kept.due():
+                    kept.save(*self._now())
         return self._unscaled(facts)
 
-    @contextmanager
-    def _kept(self, checkpoint: Path | None) -> Iterator[None]:
-        """Whatever ends the block, the checkpoint holds the steps that were done."""
-        with stoppable():
-            try:
-                yield
-            finally:
-                if checkpoint is not None and self.step:
-                    self._save(checkpoint)
+    def _said(self) -> dict[str, Any]:
+        """All that decides the numbers."""
+        of = {"points": self.entries.points, "out": self.entries.out_points, "entries": self.entries.n}
+        said = {**asdict(self.options), "activation": self.activation.said()}
+        return {**said, **of, "data (checksum)": self.entries.digest()}
 
-    def _identity(self) -> str:
-        said = {**asdict(self.options), "activation": self.activation.said(), "entries": self.entries.n}
-        return to_json(
-            {**said, "points": self.entries.points, "out": self.entries.out_points, "data": self.entries.digest()}
-        )
-
-    def _save(self, path: Path) -> None:
+    def _now(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint holds: weights, Adam's moments, which features are quiet; how far it is."""
         tensors = {f"dictionary.{name}": t.detach() for name, t in self.dictionary.state_dict().items()}
         for number, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{number}.{name}": torch.as_tensor(value) for name, value in state.items()}
-        meta = {
-            "gatedlens": "training",
-            "identity": self._identity(),
-            "step": str(self.step),
-            "sums": to_json(self.sums),
-        }
-        write_whole(path, save({**{name: t.contiguous() for name, t in tensors.items()}, "quiet": self.quiet}, meta))
+        return {**tensors, "quiet": self.quiet}, {"step": self.step, "sums": self.sums}
 
-    def _go_on(self, path: Path) -> None:
-        tensors, meta = read_tensors(path)
-        if meta.get("gatedlens") != "training" or meta.get("identity") != self._identity():
-            raise InputError(
-                f"{path} is the checkpoint of another training (other options, or other entries): give another file."
-            )
-        own, moments = self.dictionary.state_dict(), ("exp_avg", "exp_avg_sq")
-        some = list(self.dictionary.parameters())
-        wanted = {f"dictionary.{name}": tensor for name, tensor in own.items()} | {"quiet": self.quiet}
-        wanted |= {f"optimiser.{i}.{word}": one for i, one in enumerate(some) for word in moments}
-        wanted |= {f"optimiser.{i}.step": torch.tensor(0.0) for i in range(len(some))}
-        check_tensors(path, "training", tensors, wanted)
-        far = Fields(
-            {name: unpacked(meta.get(name, "")) for name in ("step", "sums")}, "training", path, CheckpointError
-        )
+    def _go_on(self, tensors: Mapping[str, Tensor], far: Fields) -> None:
         step = far.get("step", "how many steps are done", lambda v: is_whole(v) and v > 0)
         sums = far.get("sums", "numbers", lambda v: isinstance(v, dict) and all(map(is_number, v.values())))
+        own = {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith("dictionary.")}
         with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(tensors[f"dictionary.{name}"])
-        state = {i: {word: tensors[f"optimiser.{i}.{word}"] for word in (*moments, "step")} for i in range(len(some))}
+            for name, tensor in self.dictionary.state_dict().items():
+                tensor.copy_(own[name])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimiser."):
+                _, number, word = name.split(".")
+                state.setdefault(int(number), {})[word] = tensor
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
-        self.quiet, self.step, self.sums = tensors["quiet"], step, sums
+        self.quiet, self.step, self.sums = tensors["quiet"], int(step), dict(sums)
 
     @torch.no_grad()
     def _unscaled(self, facts: dict[str, Any]) -> Dictionary:

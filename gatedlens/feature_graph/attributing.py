@@ -24,6 +24,7 @@ from gatedlens.model.batch import Input
 from gatedlens.model.language import OF_INPUT, HookedLanguageModel
 from gatedlens.options import checked, taking, tensor_of
 from gatedlens.runs import inputs
+from gatedlens.runs.gradients import check_allowed
 
 
 @taking(HookedLanguageModel.forward, only=OF_INPUT)
@@ -57,10 +58,7 @@ def attribute(
     for name, number in (("batch_size", batch_size), ("max_nodes", max_nodes)):
         if number < 1:
             raise InputError(f"{name}={number}: give at least 1.")
-    if torch.is_inference_mode_enabled():
-        raise InputError(
-            "A feature graph needs gradients, and torch.inference_mode forbids them: torch.no_grad is fine."
-        )
+    check_allowed()
     for one in dictionaries:
         if not isinstance(one, Dictionary):
             raise InputError(

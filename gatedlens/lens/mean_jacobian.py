@@ -38,6 +38,7 @@ from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.runs import inputs
 from gatedlens.runs.fitting import Checkpoint, model_said
+from gatedlens.runs.gradients import check_allowed
 from gatedlens.runs.relevance_rules import Rules
 
 Around = Callable[[], AbstractContextManager[Any]]
@@ -101,10 +102,7 @@ def _fitted(
     progress: bool,
 ) -> FittedLens:
     """The mean over all rows of all batches."""
-    if torch.is_inference_mode_enabled():
-        raise InputError(
-            "Gradients are needed and torch.inference_mode is on: leave it for this call (no_grad may stay)."
-        )
+    check_allowed()
     for name, least in (("skip_first", 0), ("skip_last", 0)):
         if said[name] < least:
             raise InputError(f"{name}={said[name]}: a number of positions, 0 or more.")

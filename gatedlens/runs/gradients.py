@@ -11,7 +11,8 @@ needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,16 +68,28 @@ class _Listen(Saver):
         return Passing.apply(tensor, self.anchor, self.listener)
 
 
+def check_allowed() -> None:
+    """`check_allowed()`: InputError under torch.inference_mode, whose tensors never have a gradient."""
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "Gradients are needed, and torch.inference_mode forbids them: leave it for this call (torch.no_grad is fine)."
+        )
+
+
+@contextmanager
+def needed() -> Iterator[None]:
+    """`with needed(): ...`: gradients are on, whatever they were before."""
+    check_allowed()
+    with torch.enable_grad():
+        yield
+
+
 def listen(pair: Pair, metric: Metric, listeners: Mapping[str, Listener], hooks: Sequence[Any] = ()) -> Tensor:
     """One forward of the corrupted input, under `hooks`, and one backward; the metric of that run, [batch].
 
     The metric is summed over rows, and rows do not see each other: each gradient is that of its own row's metric.
     """
-    if torch.is_inference_mode_enabled():
-        raise InputError(
-            "Gradients are needed and torch.inference_mode is on: leave it for this call (no_grad may stay)."
-        )
-    with torch.enable_grad():
+    with needed():
         anchor = torch.zeros((), requires_grad=True, device=pair.corrupted.value.device)
         listening = [(name, _Listen(anchor, listener)) for name, listener in listeners.items()]
         value = per_row(metric, pair.run(pair.corrupted, [*hooks, *listening]))

@@ -9,7 +9,6 @@ TransformerLens's `fit_das`, so that both find the same subspace. Source: Geiger
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,30 +19,26 @@ import numpy
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
-from tqdm.auto import tqdm
 
 from gatedlens.address.entries import Index
 from gatedlens.address.names import Name
 from gatedlens.address.positions import Positions
-from gatedlens.errors import CheckpointError, InputError
-from gatedlens.files import is_number, read_tensors, write_whole
+from gatedlens.errors import InputError
 from gatedlens.metrics import Logits, Tokens, at_position
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Batch, Input
 from gatedlens.options import checked, tensor_of
 from gatedlens.runs import inputs
 from gatedlens.runs.cells import layer_of
-from gatedlens.runs.fingerprints import fingerprint
+from gatedlens.runs.fitting import Checkpoint, Descent, descend, model_said
+from gatedlens.runs.gradients import check_allowed
 from gatedlens.runs.identity import Digest
-from gatedlens.runs.saved import check_tensors
 from gatedlens.runs.vectors import ROWS, Frame, one_place, rows_of, vectors
 from gatedlens.subspaces.interchange import Interchange
 from gatedlens.subspaces.subspace import Subspace
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 KEPT = 1 << 30  # bytes of the base's residual stream that a fit keeps
 
 
@@ -64,7 +59,7 @@ def das(
     batch_size: int = 128,
     lr: float = 1e-2,
     seed: int = 0,
-    results: str | Path | None = None,
+    checkpoint: str | Path | None = None,
     progress: bool = True,
     **index: Index,
 ) -> Subspace:
@@ -76,17 +71,17 @@ def das(
     logits answer.
 
     epochs: passes over the pairs (0: the rotation that training starts from, a control); batch_size: pairs a step; lr:
-    Adam's. seed: of the start and of the order; the same seed gives the same numbers. results: a file that is written after
-    each epoch, and taken up where it ends. `facts["losses"]` is the mean loss of each epoch, in nats.
+    Adam's. seed: of the start and of the order; the same seed gives the same numbers. checkpoint: a file that is written as it
+    goes, from which an interrupted fit (or a longer one) goes on. `facts["losses"]` is the mean loss of each epoch, in nats.
 
     PointError for a point or axis that there is not. InputError for pairs that do not match, a rank that is none, a model in
-    training mode, and a `results` of another fit.
+    training mode, and a checkpoint of another fit.
 
     Source: Geiger et al. 2024 (Finding alignments between interpretable causal variables and distributed neural representations,
     arXiv 2303.02536).
     """
     fit = Fit.of(model, base, source, answers, Frame.of(model, name, axes, index), pos, source_pos, read)
-    return fit.run(Training(rank, epochs, batch_size, float(lr), seed), results, progress)
+    return fit.run(Training(rank, epochs, batch_size, float(lr), seed), checkpoint, progress)
 
 
 @dataclass(frozen=True)
@@ -116,10 +111,11 @@ class Training:
             orthogonal(linear)
         return linear.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
-    def orders(self, pairs: int) -> Iterator[Int[Tensor, " pair"]]:
-        """The order of the pairs in each epoch."""
+    def batches(self, pairs: int) -> list[Int[Tensor, " some"]]:
+        """Which pairs each step reads: in each epoch all of them, in another order."""
         generator = numpy.random.default_rng(self.seed)
-        return (torch.as_tensor(generator.permutation(pairs)) for _ in range(self.epochs))
+        orders = (torch.as_tensor(generator.permutation(pairs)) for _ in range(self.epochs))
+        return [rows for order in orders for rows in order.split(self.batch_size)]
 
 
 @dataclass(frozen=True)
@@ -149,6 +145,7 @@ class Fit:
         read: Positions,
     ) -> Fit:
         """`Fit.of(model, base, source, answers, frame, pos, source_pos, read)`; errors as of `das`."""
+        check_allowed()
         if model.training:
             raise InputError("The model is in training mode, where dropout may differ from run to run: model.eval().")
         ready, other = inputs.ready(model, base), inputs.ready(model, source)
@@ -162,29 +159,21 @@ class Fit:
         start, resid = _beginning(model, ready, frame)
         return Fit(model, ready, found, tokens.to(found.device), frame, pos, read, start, resid)
 
-    def run(self, training: Training, results: str | Path | None, progress: bool) -> Subspace:
+    def run(self, training: Training, checkpoint: str | Path | None, progress: bool) -> Subspace:
         """`fit.run(training, None, True)`: the rotation learned."""
         model, pairs = self.model, len(self.answers)
         linear = training.rotation(self.source.shape[-1], self.source)
-        optimiser = torch.optim.Adam(linear.parameters(), lr=training.lr)
-        ledger = None if results is None else Ledger(Path(results), self._identity(training), linear, optimiser)
-        losses = [] if ledger is None else ledger.take_up()
-        with frozen(model), tqdm(total=training.epochs, initial=len(losses), desc="DAS", disable=not progress) as bar:
-            for epoch, order in enumerate(training.orders(pairs)):
-                if epoch < len(losses):
-                    continue
-                total = 0.0
-                for rows in order.split(training.batch_size):
-                    optimiser.zero_grad()
-                    loss = self._loss(linear, rows)
-                    loss.backward()
-                    optimiser.step()
-                    total += loss.item() * len(rows)
-                losses.append(total / pairs)
-                if ledger is not None:
-                    ledger.save(losses)
-                bar.set_postfix(loss=f"{losses[-1]:.3g}")
-                bar.update()
+        batches, kept = training.batches(pairs), Checkpoint(checkpoint, self._said(training))
+
+        def loss_at(step: int) -> Tensor:
+            return self._loss(linear, batches[step]).reshape(1)
+
+        steps: list[list[float]] = []
+        if batches:
+            descent = Descent(len(batches), training.lr, progress)
+            with frozen(model):
+                steps = descend(dict(linear.named_parameters()), loss_at, descent, kept, "DAS")
+        losses = _by_epoch([one for (one,) in steps], batches, pairs)
         basis = torch.linalg.qr(linear.weight.detach().double()).Q.mT.to(linear.weight)
         facts = {
             "model": model.cfg.model_name, "fit": "das", "losses": losses, "pairs": pairs, "epochs": training.epochs,
@@ -200,17 +189,24 @@ class Fit:
         if self.resid is not None:
             part = Batch(self.resid[rows.to(self.resid.device)], part.mask, is_resid=True)
             options = {"start_at_layer": self.start}
-        with torch.enable_grad(), self.model.hooks(change.hooks(self.model)):
+        with self.model.hooks(change.hooks(self.model)):
             logits = self.model(part, **options)
         here = at_position(Logits.of(logits, part.mask), some_of(self.read, rows))
         return F.cross_entropy(here, self.answers[rows.to(self.answers.device)].to(here.device))
 
-    def _identity(self, training: Training) -> dict[str, str]:
+    def _said(self, training: Training) -> dict[str, Any]:
         """Everything that decides the numbers, but how many epochs."""
         given = Digest().add([self.base.value, self.base.mask, self.source, self.answers, self.pos, self.read])
         said = {"frame": self.frame.to_dict(), "rank": training.rank, "batch_size": training.batch_size}
-        said |= {"lr": training.lr, "seed": training.seed, "given": f"{given.data}{given.tensors}"}
-        return {"model": fingerprint(self.model), "fit": json.dumps(said, sort_keys=True)}
+        said |= {"lr": training.lr, "seed": training.seed, "input (checksum)": f"{given.data}{given.tensors}"}
+        return {**model_said(self.model), **said}
+
+
+def _by_epoch(losses: list[float], batches: Sequence[Tensor], pairs: int) -> list[float]:
+    """The mean loss of each epoch, of each batch by how many pairs it has."""
+    weighed = [loss * len(rows) for loss, rows in zip(losses, batches, strict=True)]
+    each = -(-pairs // len(batches[0])) if batches else 1
+    return [sum(weighed[first : first + each]) / pairs for first in range(0, len(weighed), each)]
 
 
 @torch.no_grad()
@@ -269,53 +265,3 @@ def frozen(model: HookedModel) -> Iterator[None]:
     finally:
         for parameter, before in asked.items():
             parameter.requires_grad_(before)
-
-
-class Ledger:
-    """The file of a fit under way: the rotation, Adam's moments, the losses, and what fit it is."""
-
-    def __init__(self, path: Path, identity: dict[str, str], rotation: nn.Module, optimiser: torch.optim.Optimizer):
-        if path.is_dir() or not path.parent.is_dir():
-            raise InputError(f"results={str(path)!r}: give a file in a folder that there is.")
-        self.path, self.identity, self.rotation, self.optimiser = path, identity, rotation, optimiser
-        self.parameters = list(rotation.parameters())
-
-    def take_up(self) -> list[float]:
-        """The losses of the epochs that the file holds, with the rotation as it then was; InputError for another fit's."""
-        if not self.path.exists():
-            return []
-        tensors, meta = read_tensors(self.path)
-        if meta.get("gatedlens") != "das":
-            raise InputError(
-                f"results={str(self.path)!r} is no fit: it holds {', '.join(list(tensors)[:5])}. Name another file."
-            )
-        for part, said in self.identity.items():
-            if meta.get(part) != said:
-                other = "model" if part == "model" else "input or option"
-                raise InputError(
-                    f"results={str(self.path)!r} is of another fit (another {other}): name another file, or delete it."
-                )
-        wanted = {f"{name}.{i}": one for i, one in enumerate(self.parameters) for name in ("parameter", *MOMENTS)}
-        wanted |= {f"step.{i}": torch.tensor(0.0) for i in range(len(self.parameters))}
-        check_tensors(self.path, "das", tensors, wanted)
-        with torch.no_grad():
-            for i, parameter in enumerate(self.parameters):
-                parameter.copy_(tensors[f"parameter.{i}"])
-                state = {name: tensors[f"{name}.{i}"].to(parameter.device) for name in MOMENTS}
-                self.optimiser.state[parameter] = {"step": tensors[f"step.{i}"], **state}
-        try:
-            losses: Any = json.loads(meta.get("losses", ""))
-        except ValueError:
-            losses = None
-        if not isinstance(losses, list) or not losses or not all(map(is_number, losses)):
-            raise CheckpointError(f"{self.path} is no saved das: it does not say the losses of its epochs.")
-        return losses
-
-    def save(self, losses: list[float]) -> None:
-        """Write all of it, whole or not at all."""
-        tensors: dict[str, Any] = {}
-        for i, parameter in enumerate(self.parameters):
-            tensors[f"parameter.{i}"] = parameter.detach()
-            tensors |= {f"{name}.{i}": self.optimiser.state[parameter][name] for name in ("step", *MOMENTS)}
-        meta = {"gatedlens": "das", "losses": json.dumps(losses), **self.identity}
-        write_whole(self.path, save({name: one.cpu().contiguous() for name, one in tensors.items()}, meta))

@@ -64,9 +64,9 @@ def test_twice_the_same_and_gone_on_with(planted, tmp_path, monkeypatch):
         for name, tensor in whole.state_dict().items():
             assert torch.equal(one.state_dict()[name], tensor), name
         assert one.facts == whole.facts
-    with pytest.raises(InputError, match="another training"):
+    with pytest.raises(InputError, match="of another fit"):
         train(x, AT, 16, checkpoint=path, **{**options, "seed": 1})
-    with pytest.raises(InputError, match="another training"):
+    with pytest.raises(InputError, match="of another fit"):
         train(x + 1, AT, 16, checkpoint=path, **options)
 
 

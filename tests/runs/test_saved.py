@@ -85,7 +85,7 @@ def test_an_interchange_keeps_its_positions(pos, small, tmp_path):
 def test_another_probe_s_classes_are_refused(saved, tmp_path):
     tensors, meta = load_file(saved["probe"]), read_tensors(saved["probe"])[1]
     path = tmp_path / "p.safetensors"
-    save_file(tensors, path, {**meta, "facts": meta["facts"].replace('["a", "b"]', '["a", "b", "c"]')})
+    save_file(tensors, path, {**meta, "said": meta["said"].replace('["a", "b"]', '["a", "b", "c"]')})
     with pytest.raises(gl.errors.CheckpointError, match="classes"):
         gl.probes.Probe.load(path)
 
@@ -94,7 +94,7 @@ FITS = {
     "tuned lens": lambda model, ids, path: gl.lens.tuned_lens(model, ids, steps=2, checkpoint=path, progress=False),
     "J-lens": lambda model, ids, path: gl.lens.jacobian_lens(model, ids, skip_first=1, checkpoint=path, progress=False),
     "DAS": lambda model, ids, path: gl.subspaces.das(
-        model, ids, ids.roll(1, 0), [0, 1], POINT, epochs=1, results=path, progress=False
+        model, ids, ids.roll(1, 0), [0, 1], POINT, epochs=1, checkpoint=path, progress=False
     ),
     "dictionary": lambda model, ids, path: gl.dictionaries.train(
         model.run_with_cache(ids, names_filter=POINT)[1][POINT],

@@ -87,12 +87,12 @@ def test_twice_the_same_and_again_after_a_stop(tmp_path):
     options = {"rank": 2, "seed": 1, "batch_size": 4, "progress": False, "pos": 2}
     whole = subspaces.das(lm, base, source, answers, RESID, epochs=4, **options)
     path = tmp_path / "fit.safetensors"
-    subspaces.das(lm, base, source, answers, RESID, epochs=2, results=path, **options)
-    again = subspaces.das(lm, base, source, answers, RESID, epochs=4, results=path, **options)
+    subspaces.das(lm, base, source, answers, RESID, epochs=2, checkpoint=path, **options)
+    again = subspaces.das(lm, base, source, answers, RESID, epochs=4, checkpoint=path, **options)
     assert torch.equal(again.basis, whole.basis) and again.facts == whole.facts
     assert torch.allclose(again.basis @ again.basis.mT, torch.eye(2, dtype=torch.float64), atol=1e-14)
     with pytest.raises(gl.InputError, match="of another fit"):
-        subspaces.das(lm, base, source, answers.flip(0), RESID, epochs=4, results=path, **options)
+        subspaces.das(lm, base, source, answers.flip(0), RESID, epochs=4, checkpoint=path, **options)
 
 
 def test_padded_pairs_are_fitted_as_they_are_alone():
@@ -178,7 +178,7 @@ def test_errors_name_what_is_wrong(recall_model, tmp_path):
         (lambda: das(*given[:2], [40] * 4), "answers are token ids, 0 to 29"),
         (lambda: das(*given, rank=65), "rank=65: a vector has 64 numbers"),
         (lambda: das(*given, epochs=-1), "epochs=-1: give 0 or more"),
-        (lambda: das(*given, results=tmp_path), "give a file"),
+        (lambda: das(*given, checkpoint=tmp_path), "name a file"),
         (lambda: subspaces.sweep(recall_model, *given, RESID, fit="dsa"), "it is 'das', 'pca'"),
         (lambda: subspaces.sweep(recall_model, *given, ["blocks.0.hook_resid_*"]), "name one point a layer"),
         (
