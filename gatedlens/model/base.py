@@ -493,7 +493,7 @@ class HookedModel(Hooking):
         run = DocumentRun(positions, padding, state, left)
         return run if position_ids is None else run.apart()
 
-    def check_state(self, state: Any, rows: int | None = None) -> None:
+    def check_state(self, state: RecurrentState, rows: int | None = None) -> None:
         """`model.check_state(state)`: InputError for a state of another model, or of another number of rows (None: any)."""
         if not isinstance(state, RecurrentState):
             raise InputError(

@@ -75,9 +75,10 @@ def check_tensors(
             fits = len(axes) == held.ndim and all(
                 sizes.setdefault(axis, size) == size for axis, size in zip(axes, held.shape, strict=True)
             )
-            shape = [sizes.get(axis, axis) for axis in axes]
+            shape = []
         if not fits or held.is_floating_point() != floats:
-            said = f"{'floats' if floats else 'whole numbers'} [{', '.join(map(str, shape))}]"
+            sized = ", ".join(map(str, shape)) if isinstance(like, Tensor) else like
+            said = f"{'floats' if floats else 'whole numbers'} [{sized}]"
             raise CheckpointError(
                 f"{path} is no saved {kind}: its {name} is {held.dtype} {list(held.shape)}; expected {said}."
             )
