@@ -131,6 +131,7 @@ class BatchTopK(Activation):
         return torch.zeros_like(f).flatten().scatter(0, kept, f.flatten()[kept]).view_as(f)
 
     def check(self, width: int) -> None:
+        super().check(width)
         _within(type(self).__name__, self.k, width)
 
 

@@ -26,14 +26,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from jaxtyping import Float
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from gatedlens.dictionaries.activation import ACTIVATIONS, Activation, ReLU
 from gatedlens.errors import CheckpointError, InputError, did_you_mean
-from gatedlens.files import Fields, read_tensors, to_json
+from gatedlens.files import Fields, read_tensors, to_json, write_whole
 from gatedlens.markup import card, table
 from gatedlens.options import checked, is_many, is_whole
+from gatedlens.runs.saved import check_tensors
 
 __all__ = ["Dictionary"]
 
@@ -287,7 +288,7 @@ class Dictionary(nn.Module):
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         meta = {name: said if isinstance(said, str) else to_json(said) for name, said in header.items()}
-        save_file(tensors, str(path), meta)
+        write_whole(Path(path), save({name: tensor.clone() for name, tensor in tensors.items()}, meta))
         return Path(path)
 
     @staticmethod
@@ -299,15 +300,15 @@ class Dictionary(nn.Module):
         tensors, meta = read_tensors(path)
         if meta.get("gatedlens") != "dictionary" or "W_enc" not in tensors or "W_dec" not in tensors:
             raise CheckpointError(f"{path} is no saved Dictionary: it holds {', '.join(list(tensors)[:5])}.")
-        fields = Fields({name: _read(said) for name, said in meta.items()}, "Dictionary", path, CheckpointError)
+        fields = Fields({name: unpacked(said) for name, said in meta.items()}, "Dictionary", path, CheckpointError)
         said = dict(fields.fields("activation"))
-        kind: Callable[..., Activation] | None = ACTIVATIONS.get(said.pop("kind", ""))
+        kind: Callable[..., Activation] | None = ACTIVATIONS.get(str(said.pop("kind", "")))
         held = {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith("activation.")}
         try:
             if kind is None:
                 raise fields.wrong("activation", f"one of {', '.join(ACTIVATIONS)}")
             axes = fields.get("axes", "a list of axes or null", lambda v: v is None or isinstance(v, list))
-            return Dictionary(
+            found = Dictionary(
                 **{name: tensors[name] for name in WEIGHTS if name in tensors},
                 point=fields.words("points"),
                 out_point=fields.words("out_points"),
@@ -322,9 +323,12 @@ class Dictionary(nn.Module):
             )
         except (InputError, TypeError) as error:
             raise CheckpointError(f"{path} is no saved Dictionary: {error}") from error
+        check_tensors(path, "Dictionary", tensors, found.state_dict())
+        return found
 
 
-def _read(said: str) -> Any:
+def unpacked(said: str) -> Any:
+    """`unpacked("[1, 2]")`: what a header's text says in JSON; the text itself where it is none."""
     try:
         return json.loads(said)
     except (ValueError, RecursionError):

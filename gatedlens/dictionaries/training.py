@@ -30,7 +30,8 @@ from tqdm import tqdm
 from gatedlens.dictionaries.activation import Activation, BatchTopK, ReLU, TopK
 from gatedlens.dictionaries.dictionary import Dictionary, Function, Names, names_of
 from gatedlens.errors import InputError, PointError
-from gatedlens.options import checked
+from gatedlens.files import Fields, is_number
+from gatedlens.options import checked, is_whole
 from gatedlens.runs.fitting import Checkpoint
 from gatedlens.runs.gradients import check_allowed, needed
 
@@ -43,6 +44,7 @@ else:
 
 __all__ = ["train"]
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 TRAINED = (ReLU, TopK, BatchTopK)
 
 
@@ -182,6 +184,9 @@ def _in_memory(
     lacking = [name for name in names if name not in data]
     if lacking:
         raise PointError(f"{', '.join(lacking)} is not among the tensors: they are of {', '.join(data)}.")
+    for name in names:
+        if data[name].ndim == 0:
+            raise InputError(f"The entries of {name} are one number; they are [..., d_in].")
     flat = {name: data[name].detach().reshape(-1, data[name].shape[-1]) for name in names}
     lengths = {name: len(tensor) for name, tensor in flat.items()}
     if len(set(lengths.values())) > 1 or not min(lengths.values()):
@@ -220,7 +225,9 @@ class Run:
         decoder = torch.randn(o.n_features, y.shape[1], generator=generator, dtype=y.dtype)
         decoder /= decoder.norm(dim=1, keepdim=True)
         random = torch.randn(x.shape[1], o.n_features, generator=generator, dtype=x.dtype)
-        self.activation = copy.deepcopy(self.activation)  # a BatchTopK's threshold moves
+        self.activation = copy.deepcopy(self.activation).to(
+            y.dtype
+        )  # a BatchTopK's threshold moves, and is as exact as y
         self.dictionary = Dictionary(
             decoder.T.contiguous() if same else random / random.norm(dim=0),
             decoder,
@@ -265,6 +272,11 @@ class Run:
         dead = self.quiet >= o.dead_after
         if o.aux and bool(dead.any()):
             loss = loss + o.aux * self._of_the_dead(p, residual.detach(), dead)
+        if not bool(loss.isfinite()):
+            raise InputError(
+                f"The loss of {', '.join(self.entries.points)} is {float(loss.detach())} at step {self.step}: some entries are "
+                f"not finite, or lr={o.lr} is too large."
+            )
         self.optimiser.zero_grad()
         loss.backward()
         self.optimiser.step()
@@ -302,7 +314,7 @@ class Run:
     def finished(self, checkpoint: Path | None, progress: bool, facts: dict[str, Any]) -> Dictionary:
         """All steps that are left, and the dictionary of entries as they are."""
         kept = Checkpoint(checkpoint, self._said())
-        earlier = kept.take_up()
+        earlier = kept.take_up(self._like())
         if earlier is not None:
             self._go_on(*earlier)
         named = f"Dictionary of {', '.join(self.entries.points)}"
@@ -328,19 +340,24 @@ class Run:
             tensors |= {f"optimiser.{number}.{name}": torch.as_tensor(value) for name, value in state.items()}
         return {**tensors, "quiet": self.quiet}, {"step": self.step, "sums": self.sums}
 
-    def _go_on(self, tensors: Mapping[str, Tensor], far: Mapping[str, Any]) -> None:
-        own = {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith("dictionary.")}
+    def _like(self) -> dict[str, Tensor]:
+        """What such tensors are like."""
+        some = list(self.dictionary.parameters())
+        like = {f"dictionary.{name}": tensor for name, tensor in self.dictionary.state_dict().items()}
+        like |= {f"optimiser.{i}.{word}": one for i, one in enumerate(some) for word in MOMENTS}
+        return {**like, **{f"optimiser.{i}.step": torch.tensor(0.0) for i in range(len(some))}, "quiet": self.quiet}
+
+    def _go_on(self, tensors: Mapping[str, Tensor], far: Fields) -> None:
+        step = far.get("step", "how many steps are done", lambda v: is_whole(v) and v > 0)
+        sums = far.get("sums", "numbers", lambda v: isinstance(v, dict) and all(map(is_number, v.values())))
+        own, some = self.dictionary.state_dict(), list(self.dictionary.parameters())
         with torch.no_grad():
-            for name, tensor in self.dictionary.state_dict().items():
-                tensor.copy_(own[name])
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimiser."):
-                _, number, word = name.split(".")
-                state.setdefault(int(number), {})[word] = tensor
+            for name, tensor in own.items():
+                tensor.copy_(tensors[f"dictionary.{name}"])
+        state = {i: {word: tensors[f"optimiser.{i}.{word}"] for word in (*MOMENTS, "step")} for i in range(len(some))}
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
-        self.quiet, self.step, self.sums = tensors["quiet"], far["step"], far["sums"]
+        self.quiet, self.step, self.sums = tensors["quiet"], step, sums
 
     @torch.no_grad()
     def _unscaled(self, facts: dict[str, Any]) -> Dictionary:

@@ -23,6 +23,7 @@ from gatedlens.feature_graph.logits import Asked, Logits
 from gatedlens.model.batch import Input
 from gatedlens.model.language import OF_INPUT, HookedLanguageModel
 from gatedlens.options import checked, taking, tensor_of
+from gatedlens.runs import inputs
 from gatedlens.runs.gradients import check_allowed
 
 
@@ -80,7 +81,7 @@ def attribute(
 def _one_row(model: HookedLanguageModel, input: Input, options: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """The prompt's tokens without padding, and its position ids."""
     documents = options.pop("position_ids", None)
-    batch, _ = model.prepare(input, **options)
+    batch, _ = inputs.prepared(model, input, **options)
     if batch.is_resid or len(batch.value) != 1:
         raise InputError(
             f"A feature graph is of one prompt; this input has {len(batch.value)} rows: make a graph of each."

@@ -7,11 +7,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import save
 
 from gatedlens.errors import CheckpointError
 from gatedlens.feature_graph.node import KINDS, Node
 from gatedlens.files import Fields, read_tensors, to_json, write_whole
+from gatedlens.runs.saved import check_tensors
 
 if TYPE_CHECKING:
     from gatedlens.feature_graph.graph import FeatureGraph
@@ -19,6 +21,7 @@ else:  # that file imports this one
     FeatureGraph = Any
 
 KIND = "feature_graph"
+AXES = {"adjacency": "target n", "values": "n", "slopes": "n", "probability": "n"}
 TENSORS = ("adjacency", "values", "slopes", "probability", "tokens", "kept", "joined")
 
 
@@ -37,6 +40,16 @@ def read(path: str | Path) -> dict[str, Any]:
     missing = [name for name in TENSORS if name not in tensors]
     if meta.get("gatedlens") != KIND or missing:
         raise CheckpointError(f"{path} is no saved feature graph: it holds {', '.join(list(tensors)[:5])}.")
+    check_tensors(path, "feature graph", tensors, AXES)
+    sizes = [list(tensors[name].shape) for name in ("values", "adjacency")]
+    alike = {"kept": sizes[0], "joined": sizes[1]}
+    for name, size in alike.items():
+        if list(tensors[name].shape) != size or tensors[name].dtype != torch.bool:
+            raise CheckpointError(
+                f"{path} is no saved feature graph: its {name} is {tensors[name].dtype}, not truths {size}."
+            )
+    if tensors["tokens"].ndim != 1 or tensors["tokens"].is_floating_point():
+        raise CheckpointError(f"{path} is no saved feature graph: its tokens are {list(tensors['tokens'].shape)}.")
     try:
         data = {name: json.loads(meta[name]) for name in ("nodes", "words", "facts")}
     except (KeyError, ValueError, RecursionError) as error:

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.address.layers import layers_of
-from gatedlens.errors import CheckpointError, InputError
+from gatedlens.errors import InputError
 from gatedlens.lens.early_logits import EMBED, LogitLens, logit_lens
 from gatedlens.markup import card, table
 from gatedlens.model.base import HookedModel
@@ -30,7 +30,7 @@ from gatedlens.model.cache import ActivationCache
 from gatedlens.options import checked
 from gatedlens.recurrence.autocast import exact
 from gatedlens.runs.fitting import check_model, model_said
-from gatedlens.runs.saved import read_saved, write_saved
+from gatedlens.runs.saved import check_tensors, read_saved, write_saved
 
 Depth = int | str
 SAVED = "lens"
@@ -105,6 +105,8 @@ class FittedLens:
     def carry(self, resid: Float[Tensor, "*any d_model"], layer: int | str) -> Float[Tensor, "*any d_model"]:
         """`lens.carry(resid, 3)`: W_3 resid + b_3, in the stream's own dtype."""
         weight = self._at(layer).to(resid.device)
+        if resid.shape[-1:] != weight.shape[1:]:
+            raise InputError(f"This stream is {list(resid.shape)}; the {self.kind} carries vectors of {len(weight)}.")
         with exact(resid):
             out = resid.to(weight.dtype) @ weight.T
         bias = self.biases.get(layer)
@@ -167,15 +169,11 @@ class FittedLens:
         tensors, fields = read_saved(path, SAVED)
         kind = fields.get("kind", " or ".join(KINDS), lambda value: value in KINDS)
         depths = fields.get("depths", "layers' numbers, or 'embed'", _are_depths)
-        lacking = [depth for depth in depths if f"{depth}.weight" not in tensors]
-        if lacking:
-            raise CheckpointError(f"{path} is no saved {SAVED}: it holds no {lacking[0]}.weight.")
+        affine = kind == "tuned lens"
+        wanted = {f"{depth}.weight": "d_model d_model" for depth in depths}
+        check_tensors(path, SAVED, tensors, wanted | ({f"{d}.bias": "d_model" for d in depths} if affine else {}))
         weights = {depth: tensors[f"{depth}.weight"] for depth in depths}
-        width = len(weights[depths[0]])
-        for name, one in tensors.items():
-            if list(one.shape) != [width, width][: 1 + name.endswith(".weight")] or not one.is_floating_point():
-                raise CheckpointError(f"{path} is no saved {SAVED}: {name} is {one.dtype} {list(one.shape)}.")
-        biases = {depth: tensors[f"{depth}.bias"] for depth in depths if f"{depth}.bias" in tensors}
+        biases = {depth: tensors[f"{depth}.bias"] for depth in depths} if affine else {}
         return FittedLens(kind, weights, biases, dict(fields.fields("facts")))
 
 

@@ -33,11 +33,10 @@ from gatedlens.lens.fitted_lens import Depth, FittedLens, depths_of, stream_at
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Batch, Input
 from gatedlens.model.hookpoint import Capture
-from gatedlens.options import checked
+from gatedlens.options import checked, is_whole
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.runs import inputs
-from gatedlens.runs.fingerprints import checksum
 from gatedlens.runs.fitting import Checkpoint, model_said
 from gatedlens.runs.gradients import check_allowed
 from gatedlens.runs.relevance_rules import Rules
@@ -121,7 +120,7 @@ def _fitted(
     with kept.kept(now):
         for number, one in enumerate(tqdm(given, disable=not progress, desc=f"fitting a {said['kind']}", unit="batch")):
             batch = inputs.ready(model, one)
-            own = checksum(batch.value) if batch.mask is None else checksum(batch.mask, checksum(batch.value))
+            own = inputs.checksum(batch)
             if number < done:
                 if seen[number] != own:
                     raise InputError(
@@ -146,11 +145,15 @@ def _fitted(
 
 def _begun(model: HookedModel, depths: list[Depth], kept: Checkpoint) -> tuple[dict[Depth, Tensor], list[int], int]:
     """The sums so far, the checksums of the batches that are in them, and of how many rows they are."""
-    earlier, d = kept.take_up(), model.cfg.d_model
+    d = model.cfg.d_model
+    sums = {depth: torch.zeros(d, d, dtype=torch.float64) for depth in depths}
+    earlier = kept.take_up({str(depth): one for depth, one in sums.items()})
     if earlier is None:
-        return {depth: torch.zeros(d, d, dtype=torch.float64) for depth in depths}, [], 0
+        return sums, [], 0
     tensors, far = earlier
-    return {depth: tensors[str(depth)] for depth in depths}, list(far["seen"]), int(far["rows"])
+    seen = far.get("seen", "checksums", lambda v: isinstance(v, list) and bool(v) and all(map(is_whole, v)))
+    rows = far.get("rows", "how many rows they are", lambda v: is_whole(v) and v > 0)
+    return {depth: tensors[str(depth)] for depth in depths}, list(seen), int(rows)
 
 
 def _valid(model: HookedModel, batch: Batch, first: int, last: int) -> Bool[Tensor, "batch pos"]:

@@ -211,6 +211,7 @@ class At(Saver):
 def _states(model: HookedModel, source: Source, pos: Positions, readouts: list[Readout]) -> dict[str, Tensor]:
     """The state of each scan, [batch, ...]."""
     if isinstance(source, RecurrentState):
+        model.check_state(source)
         return {one.state: one.mixer.state_of(source) for one in readouts}
     if isinstance(source, ActivationCache):
         lacking = [one.state for one in readouts if one.state not in source.cache_dict]

@@ -27,7 +27,6 @@ from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.result import Result
 from gatedlens.runs import inputs
-from gatedlens.runs.fingerprints import checksum
 from gatedlens.runs.fitting import Checkpoint, Descent, course, descend, model_said, which_batch
 
 
@@ -63,7 +62,7 @@ def tuned_lens(
         parameters[f"{depth}.bias"] = torch.zeros(d, dtype=wide, device=like.device)
     total = 0
     for one in given:
-        total = checksum(inputs.ready(model, one).value, total)
+        total = inputs.checksum(inputs.ready(model, one), total)
     how = {"lr": lr, "seed": seed, "batches": len(given)}
     kept = Checkpoint(checkpoint, {**model_said(model), **how, "depths": depths, "input (checksum)": total})
 

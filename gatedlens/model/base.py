@@ -479,7 +479,7 @@ class HookedModel(Hooking):
         self.follow()
         rows, length = batch.value.shape[0], self.positions(batch)
         if state is not None:
-            self._check_state(state, rows)
+            self.check_state(state, rows)
         padding = Padding.of(batch.mask)
         if position_ids is None:
             place = torch.arange(length, device=batch.value.device).expand(rows, length)
@@ -493,7 +493,8 @@ class HookedModel(Hooking):
         run = DocumentRun(positions, padding, state, left)
         return run if position_ids is None else run.apart()
 
-    def _check_state(self, state: Any, rows: int) -> None:
+    def check_state(self, state: Any, rows: int | None = None) -> None:
+        """`model.check_state(state)`: InputError for a state of another model, or of another number of rows (None: any)."""
         if not isinstance(state, RecurrentState):
             raise InputError(
                 f"state is {type(state).__name__}; it must be a RecurrentState, as return_state=True gives."
@@ -504,7 +505,18 @@ class HookedModel(Hooking):
                 f"The state is that of a model with {max(layers) + 1} layers ({state.model_name or 'unnamed'}); "
                 f"{self.cfg.model_name} has {self.cfg.n_layers}."
             )
-        if state.batch_size != rows:
+        carried = self.carried
+        for key, tensor in state.tensors.items():
+            own = carried.get(key.rpartition(".")[2])
+            axes = [] if own is None else own.axes.split()[: tensor.ndim]
+            sizes = [self.cfg.sizes.get(axis, size) for axis, size in zip(axes, tensor.shape, strict=False)]
+            if sizes != list(tensor.shape):
+                has = "carries no such thing" if own is None else f"has [{', '.join(axes)}] of {sizes} there"
+                raise InputError(
+                    f"The state is that of another model ({state.model_name or 'unnamed'}): its {key} is "
+                    f"{list(tensor.shape)}, and {self.cfg.model_name} {has}."
+                )
+        if rows is not None and state.batch_size != rows:
             raise InputError(
                 f"The state holds {state.batch_size} rows and the input {rows}: `state.rows([...])` repeats or picks rows."
             )

@@ -54,8 +54,8 @@ class Recipe:
             raise InputError(
                 f"kind={self.kind!r}: it is {', '.join(map(repr, KINDS))}.{did_you_mean(self.kind, KINDS)}"
             )
-        if not self.penalty > 0:
-            raise InputError(f"penalty={self.penalty}: it is more than 0.")
+        if not 0 < self.penalty < float("inf"):
+            raise InputError(f"penalty={self.penalty}: it is more than 0, and finite.")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed={self.seed}: give 0 to {2**32 - 1}.")
         if not 0 < self.held_out < 1:
@@ -66,6 +66,11 @@ class Recipe:
     def fit(self, x: Float[Tensor, "entry d"], y: Int[Tensor, " entry"] | Float[Tensor, " entry"]) -> Linear:
         """`recipe.fit(x, y)`: the map; y whole numbers from 0 on are classes."""
         wide = x.double()
+        if not bool(wide.isfinite().all()):
+            off = int((~wide.isfinite()).any(1).sum())
+            raise InputError(
+                f"{off} of {len(wide)} vectors hold numbers that are not finite: no probe is fitted to them."
+            )
         mean, scale = wide.mean(0), wide.std(0, correction=0)
         scale = torch.where(scale > 1e-12 * (1 + mean.abs()), scale, 1.0)
         model = self._estimator(not y.is_floating_point())

@@ -31,7 +31,7 @@ from gatedlens.probes.fitting import Linear, held_out_score, predicted
 from gatedlens.probes.samples import Labels, Samples, Source, labelled
 from gatedlens.result.result import Result
 from gatedlens.runs.movement import Movement, as_far
-from gatedlens.runs.saved import frame_of, read_saved, write_saved
+from gatedlens.runs.saved import check_tensors, frame_of, read_saved, write_saved
 from gatedlens.runs.vectors import Frame, each_label
 
 if TYPE_CHECKING:
@@ -265,8 +265,18 @@ class Probe:
     @staticmethod
     def load(path: str | Path) -> Probe:
         """`Probe.load("probe.safetensors")`: what `save` wrote. CheckpointError for a file that holds none."""
-        tensors, fields = read_saved(path, "probe", ("weight", "bias", "mean", "means"))
-        classes = fields.get("classes", "a list, or null", lambda v: v is None or isinstance(v, list))
+        wanted = {"weight": "out d", "bias": "out", "mean": "d", "means": "group d"}
+        tensors, fields = read_saved(path, "probe", wanted)
+        if "other" in tensors:
+            check_tensors(path, "probe", tensors, {"mean": "d", "other": "rank d"})
+        (out, _), groups = tensors["weight"].shape, len(tensors["means"])
+        expected = f"a list of {groups} classes, of which its {out} rows tell (null: a regression's, of one)"
+        sizes = {(1, None): 1, (1, 2): 2, (out, out): out}
+        classes = fields.get(
+            "classes",
+            expected,
+            lambda v: (v is None or isinstance(v, list)) and sizes.get((out, None if v is None else len(v))) == groups,
+        )
         pos = fields.get("pos", "a position, or null", lambda v: v is None or is_whole(v))
         linear = Linear(tensors["weight"], tensors["bias"])
         return Probe(

@@ -4,7 +4,8 @@
     losses = descend({"weight": weight}, loss_at, Descent(steps=200, lr=1e-3), kept, "tuned lens")
     which_batch(step, n, seed)                                       # batches in a drawn order, all of them before any twice
 
-A fit is of one question, its model and options: a file of another is refused, and the error names what differs.
+A fit is of one question, its model and options: a file of another is refused, and the error names what differs. What was fitted
+is saved by `saved.py`.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gatedlens.errors import InputError
+from gatedlens.errors import CheckpointError, InputError
+from gatedlens.files import Fields, is_number
 from gatedlens.model.base import HookedModel
 from gatedlens.recurrence.autocast import exact
 from gatedlens.result.result import Result
 from gatedlens.runs.fingerprints import fingerprint
 from gatedlens.runs.gradients import check_allowed, needed
-from gatedlens.runs.saved import read_saved, write_saved
+from gatedlens.runs.saved import check_tensors, read_saved, write_saved
 from gatedlens.runs.stopping import Interrupted, stoppable
 
 KIND = "fit under way"
@@ -62,8 +64,9 @@ class Checkpoint:
         if self.path is not None and (self.path.is_dir() or not self.path.parent.is_dir()):
             raise InputError(f"checkpoint={str(path)!r}: name a file in a folder that there is.")
 
-    def take_up(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What an earlier fit of the same question left: its tensors and how far it was; None where there is no file."""
+    def take_up(self, like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Fields] | None:
+        """What an earlier fit of the same question left: its tensors, which are as `like`, and how far it was; None where there
+        is no file. CheckpointError for one that is damaged."""
         if self.path is None or not self.path.exists():
             return None
         tensors, fields = read_saved(self.path, KIND)
@@ -74,11 +77,12 @@ class Checkpoint:
                     f"checkpoint={str(self.path)!r} is of another fit: its {name} is {said.get(name)!r} and here it is "
                     f"{self.said.get(name)!r}. Give another file, or delete this one."
                 )
-        return tensors, dict(fields.fields("far"))
+        check_tensors(self.path, KIND, tensors, like)
+        return tensors, Fields(fields.fields("far"), KIND, self.path, CheckpointError)
 
     def save(self, tensors: Mapping[str, Tensor], far: Mapping[str, Any]) -> None:
-        """Write it, all or nothing."""
-        if self.path is not None:
+        """Write it, all or nothing; a fit that has not begun leaves no file."""
+        if self.path is not None and any(far.values()):
             write_saved(self.path, KIND, tensors, {"said": self.said, "far": dict(far)})
             self._written = time.monotonic()
 
@@ -152,7 +156,7 @@ def descend(
     some = [parameters[name].requires_grad_() for name in names]
     adam = torch.optim.Adam(some, lr=descent.lr)
     losses: list[list[float]] = []
-    earlier = checkpoint.take_up()
+    earlier = checkpoint.take_up(parameters)
     if earlier is not None:
         losses = _resumed(parameters, adam, *earlier)
         if len(losses) > descent.steps:
@@ -189,17 +193,30 @@ def descend(
 
 
 def _resumed(
-    parameters: Mapping[str, Tensor], adam: torch.optim.Adam, tensors: Mapping[str, Tensor], far: Mapping[str, Any]
+    parameters: Mapping[str, Tensor],
+    adam: torch.optim.Adam,
+    tensors: Mapping[str, Tensor],
+    far: Fields,
 ) -> list[list[float]]:
     """Parameters and moments as they were, and the losses until then."""
-    losses: list[list[float]] = list(far["losses"])
+    losses: list[list[float]] = far.get("losses", "the losses of its steps, at least one", _are_losses)
+    words = ("exp_avg", "exp_avg_sq")
+    moments_like = {f"{name}/{word}": one for name, one in parameters.items() for word in words}
+    check_tensors(far.where, KIND, tensors, moments_like)
     with torch.no_grad():
         for name, one in parameters.items():
             one.copy_(tensors[name])
-            if losses:
-                moments = {word: tensors[f"{name}/{word}"].to(one) for word in ("exp_avg", "exp_avg_sq")}
-                adam.state[one] = {"step": torch.tensor(float(len(losses))), **moments}
+            moments = {word: tensors[f"{name}/{word}"].to(one) for word in words}
+            adam.state[one] = {"step": torch.tensor(float(len(losses))), **moments}
     return losses
+
+
+def _are_losses(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(one, list) and one and all(map(is_number, one)) for one in value)
+    )
 
 
 def course(losses: Sequence[Sequence[float]], labels: Sequence[Any], axis: str, title: str, value: str) -> Result:

@@ -19,6 +19,7 @@ from gatedlens.errors import InputError
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Batch, Input
 from gatedlens.model.cache import ActivationCache
+from gatedlens.runs import fingerprints
 
 
 def ready(model: HookedModel, input: Input, **options: Any) -> Batch:
@@ -51,6 +52,12 @@ def cached(model: HookedModel, input: Input | ActivationCache, names: Sequence[s
     if input.tokens is None:
         return input, Batch(input["resid_pre", 0], input.mask, is_resid=True)
     return input, Batch(input.tokens, input.mask)
+
+
+def checksum(batch: Batch, total: int = 0) -> int:
+    """crc32 of what is run, and of where it is real; `total` is that of what came before."""
+    total = fingerprints.checksum(batch.value, total)
+    return total if batch.mask is None else fingerprints.checksum(batch.mask, total)
 
 
 def real(model: HookedModel, batch: Batch) -> Bool[Tensor, "batch pos"]:

@@ -1,19 +1,19 @@
 """Saved: what was fitted, in one file: tensors as safetensors, all else as JSON in its header.
 
     write_saved(path, "subspace", {"basis": basis}, {"frame": frame.to_dict(), "facts": facts})
-    tensors, fields = read_saved(path, "subspace", ("basis",)); frame = frame_of(fields)
+    tensors, fields = read_saved(path, "subspace", {"basis": "rank d"}); frame = frame_of(fields)
 
-CheckpointError for a file that is none, naming the file, the field and what was expected.
+CheckpointError for a file that is none, naming the file, the tensor or field and what was expected.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save as to_bytes
+from safetensors.torch import save
 from torch import Tensor
 
 from gatedlens.errors import CheckpointError, InputError
@@ -23,36 +23,64 @@ from gatedlens.runs.vectors import Frame
 
 
 def write_saved(path: str | Path, kind: str, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> Path:
-    """`write_saved(path, "subspace", {"basis": basis}, said)`, whole or not at all; InputError for what JSON cannot hold."""
+    """`write_saved(path, "subspace", {"basis": basis}, said)`: the file, whole or not at all; returns the path.
+
+    InputError, and nothing is written, for what JSON cannot hold.
+    """
     try:
-        header = json.dumps(said)
+        header = json.dumps(dict(said))
     except (TypeError, ValueError) as error:
         raise InputError(f"{path} is not written: JSON cannot hold what is known of this {kind} ({error}).") from error
     held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_whole(Path(path), to_bytes(held, {"gatedlens": kind, "said": header}))
+    write_whole(Path(path), save(held, {"gatedlens": kind, "facts": header}))
     return Path(path)
 
 
-def read_saved(path: str | Path, kind: str, names: Sequence[str] = ()) -> tuple[dict[str, Tensor], Fields]:
-    """`read_saved(path, "subspace", ("basis",))`: the tensors, and the JSON of the header, of a saved `kind`.
+def read_saved(
+    path: str | Path, kind: str, wanted: Mapping[str, str | Tensor] | None = None
+) -> tuple[dict[str, Tensor], Fields]:
+    """`read_saved(path, "subspace", {"basis": "rank d"})`: the tensors, and the JSON of the header, of a saved `kind`.
 
-    CheckpointError for a file of another kind, one that is damaged, and one that lacks one of `names` or holds no floats there.
+    wanted: as of `check_tensors`.
     """
     tensors, meta = read_tensors(path)
-    holds = f"it holds {', '.join(list(tensors)[:5]) or 'nothing'}"
     if meta.get("gatedlens") != kind:
-        said = f"it is a {meta['gatedlens']} of gatedlens" if "gatedlens" in meta else "it is none of gatedlens"
-        raise CheckpointError(f"{path} is no saved {kind}: {said}, and {holds}.")
-    for name in names:
-        if name not in tensors:
-            raise CheckpointError(f"{path} is no saved {kind}: it lacks {name}, and {holds}.")
-        if not tensors[name].is_floating_point():
-            raise CheckpointError(f"{path} is no saved {kind}: its {name} holds {tensors[name].dtype}.")
+        other = f"is a {meta['gatedlens']} of gatedlens" if "gatedlens" in meta else "is none of gatedlens"
+        raise CheckpointError(f"{path} is no saved {kind}: it {other} and holds {', '.join(list(tensors)[:5])}.")
     try:
-        header = json.loads(meta.get("said", ""))
+        said = json.loads(meta.get("facts", ""))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no saved {kind}: its header is not JSON ({error}).") from error
-    return tensors, Fields(header, kind, path, CheckpointError)
+    check_tensors(path, kind, tensors, wanted or {})
+    return tensors, Fields(said, kind, path, CheckpointError)
+
+
+def check_tensors(
+    path: str | Path, kind: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, str | Tensor]
+) -> None:
+    """`check_tensors(path, "probe", tensors, {"weight": "out d", "mean": "d"})`: that a file holds what it should.
+
+    wanted: by name the axes of floats, one word of one size throughout, or a tensor that it is like. CheckpointError otherwise.
+    """
+    sizes: dict[str, int] = {}
+    for name, like in wanted.items():
+        held = tensors.get(name)
+        if held is None:
+            raise CheckpointError(f"{path} is no saved {kind}: it lacks {name} and holds {', '.join([*tensors][:5])}.")
+        if isinstance(like, Tensor):
+            shape = list(map(str, like.shape))
+            fits, floats = held.shape == like.shape, like.is_floating_point()
+        else:
+            axes, floats = like.split(), True
+            fits = len(axes) == held.ndim and all(
+                sizes.setdefault(axis, size) == size for axis, size in zip(axes, held.shape, strict=True)
+            )
+            shape = [str(sizes.get(axis, axis)) for axis in axes]
+        if not fits or held.is_floating_point() != floats:
+            said = f"{'floats' if floats else 'whole numbers'} [{', '.join(shape)}]"
+            raise CheckpointError(
+                f"{path} is no saved {kind}: its {name} is {held.dtype} {list(held.shape)}; expected {said}."
+            )
 
 
 def frame_of(fields: Fields) -> Frame:

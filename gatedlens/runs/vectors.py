@@ -214,7 +214,7 @@ def each_label(labels: Any, what: str = "labels") -> list[Any]:
     if isinstance(labels, Tensor | numpy.ndarray):
         found = labels.reshape(-1).tolist()
     elif is_many(labels) and not isinstance(labels, str | Mapping):
-        found = list(labels)
+        found = [one.item() if isinstance(one, Tensor | numpy.generic) and one.ndim == 0 else one for one in labels]
     else:
         found = None
     if found is None or getattr(labels, "ndim", 1) == 0:

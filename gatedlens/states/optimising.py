@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gatedlens.address.layers import Layers
 from gatedlens.errors import InputError
-from gatedlens.metrics import Logits, Metric, measure, name_of
+from gatedlens.metrics import AtPosition, Logits, Metric, measure, name_of
 from gatedlens.model.batch import Input
 from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.path import PathMixer
@@ -28,6 +28,7 @@ from gatedlens.options import checked
 from gatedlens.runs import inputs
 from gatedlens.runs.fingerprints import checksum
 from gatedlens.runs.fitting import Checkpoint, Descent, descend, model_said, which_batch
+from gatedlens.runs.identity import Digest
 from gatedlens.states.surgery import layered_keys
 from gatedlens.states.trained_state import TrainedState
 
@@ -101,6 +102,7 @@ def _begun(model: HookedLanguageModel, start: Start) -> RecurrentState:
     given: RecurrentState = (
         start if isinstance(start, RecurrentState) else model(start, return_type=None, return_state=True)[1]
     )
+    model.check_state(given)
     if given.batch_size != 1:
         raise InputError(
             f"start holds {given.batch_size} rows: a trained state is one for all rows. Take start.rows([0])."
@@ -155,9 +157,11 @@ def _said(
     """All that decides the numbers, as JSON holds it."""
     total = 0
     for one in given:
-        total = checksum(inputs.ready(model, one, state=state).value, total)
+        total = inputs.checksum(inputs.ready(model, one, state=state), total)
     for tensor in state.tensors.values():
         total = checksum(tensor, total)
     names = sorted({"likelihood of its tokens" if one is None else name_of(one) for one in metrics})
     what = {"metric": ", ".join(names), "tensors": list(keys), "lr": lr, "seed": seed}
+    ours = [one for one in metrics if isinstance(one, AtPosition)]  # of a function of yours only its name is known
+    what["metric (checksum)"] = Digest().add(ours).code
     return {**model_said(model), **what, "input and start (checksum)": total}

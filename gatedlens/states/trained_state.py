@@ -9,6 +9,7 @@ trained.save("french.safetensors"); gl.states.TrainedState.load("french.safetens
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class TrainedState:
     def rows(self, model: HookedLanguageModel, rows: int = 1) -> RecurrentState:
         """`trained.rows(model, 4)`: it as a RecurrentState for so many rows. InputError for another model than its own."""
         check_model(model, self.facts, SAVED)
+        model.check_state(self.state)
         if rows < 1:
             raise InputError(f"rows={rows}: give at least 1.")
         return self.state.to(model.W_U.device).rows([0] * rows)
@@ -97,6 +99,9 @@ class TrainedState:
         name, trained = fields.word("model"), fields.words("trained")
         fields.get("losses", "the losses of its training", _are_losses)
         lacking = [key for key in trained if key not in tensors]
+        strange = [key for key in tensors if not re.fullmatch(r"blocks\.\d+\.\w+", key)]
+        if strange:
+            raise CheckpointError(f"{path} is no saved {SAVED}: {strange[0]} is no tensor of a state.")
         if seen is None or seen.dtype != torch.int64 or list(seen.shape) != [1] or lacking:
             raise CheckpointError(
                 f"{path} is no saved {SAVED}: it lacks {lacking[0] if lacking else 'seen, int64 [1]'}."

@@ -22,13 +22,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.address.positions import Positions
-from gatedlens.errors import CheckpointError, InputError
+from gatedlens.errors import InputError
+from gatedlens.files import is_number
 from gatedlens.markup import card
 from gatedlens.model.base import HookedModel
 from gatedlens.model.intervention import Intervention
-from gatedlens.options import checked
+from gatedlens.options import checked, is_whole
 from gatedlens.runs.movement import Movement, as_far
-from gatedlens.runs.saved import frame_of, read_saved, write_saved
+from gatedlens.runs.saved import check_tensors, frame_of, read_saved, write_saved
 from gatedlens.runs.vectors import Frame
 
 
@@ -128,17 +129,29 @@ class Interchange:
     @staticmethod
     def load(path: str | Path) -> Interchange:
         """`Interchange.load("change.safetensors")`: what `save` wrote. CheckpointError for a file that holds none."""
-        tensors, fields = read_saved(path, "interchange", ("basis", "source"))
-        source, basis = tensors["source"], tensors["basis"]
-        if source.ndim != 4 or basis.ndim != 2 or source.shape[-1] != basis.shape[-1]:
-            raise CheckpointError(
-                f"{path} is no saved interchange: its basis is {list(basis.shape)}, its source {list(source.shape)}."
-            )
-        scale = fields.get("scale", "a number", lambda v: isinstance(v, int | float))
-        pos = fields.get("pos", "positions", lambda v: v is None or isinstance(v, int | str | list | dict))
-        pos = slice(*pos["slice"]) if isinstance(pos, dict) else pos
+        tensors, fields = read_saved(path, "interchange", {"basis": "rank d", "source": "batch some other d"})
+        other = tensors.get("other")
+        if other is not None:
+            check_tensors(path, "interchange", tensors, {"other": tensors["basis"]})
+        scale = fields.get("scale", "a number", is_number)
         by_row = fields.get("by_row", "true or false", lambda v: isinstance(v, bool))
-        pos = torch.tensor(pos) if by_row else pos
-        return Interchange(
-            frame_of(fields), basis, source, pos, float(scale), dict(fields.fields("facts")), tensors.get("other")
-        )
+        pos = fields.get("pos", "positions", _are_rows if by_row else _are_positions)
+        pos = torch.tensor(pos) if by_row else slice(*pos["slice"]) if isinstance(pos, dict) else pos
+        facts = dict(fields.fields("facts"))
+        return Interchange(frame_of(fields), tensors["basis"], tensors["source"], pos, float(scale), facts, other)
+
+
+def _are_positions(value: Any) -> bool:
+    """Whether JSON says positions that `save` writes, but a tensor's."""
+    if isinstance(value, dict):
+        ends = value.get("slice")
+        return isinstance(ends, list) and len(ends) == 3 and all(one is None or is_whole(one) for one in ends)
+    return value is None or is_whole(value) or isinstance(value, str | list)
+
+
+def _are_rows(value: Any) -> bool:
+    """Whether JSON says a tensor of positions, or of truths, of one or two axes (or one number)."""
+    numbers = value if isinstance(value, list) else [value]
+    if numbers and all(isinstance(one, list) for one in numbers):
+        return len({len(one) for one in numbers}) == 1 and all(map(_are_rows, numbers))
+    return bool(numbers) and all(is_whole(one) or isinstance(one, bool) for one in numbers)

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gatedlens.address.positions import Positions
-from gatedlens.errors import InputError
+from gatedlens.errors import CheckpointError, InputError
 from gatedlens.markup import card
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
@@ -194,9 +194,12 @@ class Subspace:
     @staticmethod
     def load(path: str | Path) -> Subspace:
         """`Subspace.load("s.safetensors")`: what `save` wrote. CheckpointError for a file that holds none."""
-        tensors, fields = read_saved(path, "subspace", ("basis",))
+        tensors, fields = read_saved(path, "subspace", {"basis": "rank d"})
         pos = fields.get("pos", "a position, or null", lambda v: v is None or is_whole(v))
-        return Subspace(frame_of(fields), tensors["basis"], pos, dict(fields.fields("facts")))
+        try:
+            return Subspace(frame_of(fields), tensors["basis"], pos, dict(fields.fields("facts")))
+        except InputError as error:
+            raise CheckpointError(f"{path} is no saved subspace: {error}") from error
 
 
 def orthonormal(rows: Float[Tensor, "some d"], least: float = 1e-9) -> Float[Tensor, "rank d"]:
@@ -205,6 +208,8 @@ def orthonormal(rows: Float[Tensor, "some d"], least: float = 1e-9) -> Float[Ten
     """
     if len(rows) == 0:
         return rows
+    if not bool(rows.isfinite().all()):
+        raise InputError(f"These vectors {list(rows.shape)} hold numbers that are not finite: they span nothing.")
     _, sizes, directions = torch.linalg.svd(rows.double(), full_matrices=False)
     return directions[sizes > least * sizes[0].clamp(min=torch.finfo(sizes.dtype).tiny)].to(rows)
 
