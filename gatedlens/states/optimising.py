@@ -162,6 +162,13 @@ def _said(
         total = checksum(tensor, total)
     names = sorted({"likelihood of its tokens" if one is None else name_of(one) for one in metrics})
     what = {"metric": ", ".join(names), "tensors": list(keys), "lr": lr, "seed": seed}
-    ours = [one for one in metrics if isinstance(one, AtPosition)]  # of a function of yours only its name is known
-    what["metric (checksum)"] = Digest().add(ours).code
+    held = Digest().add([_asked(one) for one in metrics])
+    what["metric (checksum)"] = f"{held.data}{held.tensors}"
     return {**model_said(model), **what, "input and start (checksum)": total}
+
+
+def _asked(metric: Callable[..., Any] | None) -> list[Any]:
+    """What a metric of ours asks for: its positions, and the tokens that its function holds; of yours only the name is known."""
+    if not isinstance(metric, AtPosition):
+        return []
+    return [metric.reads, *(cell.cell_contents for cell in getattr(metric.of, "__closure__", None) or ())]
