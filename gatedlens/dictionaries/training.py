@@ -32,7 +32,7 @@ from gatedlens.dictionaries.dictionary import Dictionary, Function, Names, names
 from gatedlens.errors import InputError, PointError
 from gatedlens.files import Fields, is_number
 from gatedlens.options import checked, is_whole
-from gatedlens.runs.fitting import Checkpoint
+from gatedlens.runs.fitting import MOMENTS, Checkpoint
 from gatedlens.runs.gradients import check_allowed, needed
 
 if TYPE_CHECKING:  # a word: whatever has `find`, `dataset` and a manifest will do
@@ -44,7 +44,6 @@ else:
 
 __all__ = ["train"]
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 TRAINED = (ReLU, TopK, BatchTopK)
 
 
@@ -314,7 +313,11 @@ class Run:
     def finished(self, checkpoint: Path | None, progress: bool, facts: dict[str, Any]) -> Dictionary:
         """All steps that are left, and the dictionary of entries as they are."""
         kept = Checkpoint(checkpoint, self._said())
-        earlier = kept.take_up(self._like())
+        some = list(self.dictionary.parameters())
+        like = {f"dictionary.{name}": tensor for name, tensor in self.dictionary.state_dict().items()}
+        like |= {f"optimiser.{i}.{word}": one for i, one in enumerate(some) for word in MOMENTS}
+        like |= {f"optimiser.{i}.step": torch.tensor(0.0) for i in range(len(some))}
+        earlier = kept.take_up({**like, "quiet": self.quiet})
         if earlier is not None:
             self._go_on(*earlier)
         named = f"Dictionary of {', '.join(self.entries.points)}"
@@ -340,24 +343,21 @@ class Run:
             tensors |= {f"optimiser.{number}.{name}": torch.as_tensor(value) for name, value in state.items()}
         return {**tensors, "quiet": self.quiet}, {"step": self.step, "sums": self.sums}
 
-    def _like(self) -> dict[str, Tensor]:
-        """What such tensors are like."""
-        some = list(self.dictionary.parameters())
-        like = {f"dictionary.{name}": tensor for name, tensor in self.dictionary.state_dict().items()}
-        like |= {f"optimiser.{i}.{word}": one for i, one in enumerate(some) for word in MOMENTS}
-        return {**like, **{f"optimiser.{i}.step": torch.tensor(0.0) for i in range(len(some))}, "quiet": self.quiet}
-
     def _go_on(self, tensors: Mapping[str, Tensor], far: Fields) -> None:
         step = far.get("step", "how many steps are done", lambda v: is_whole(v) and v > 0)
         sums = far.get("sums", "numbers", lambda v: isinstance(v, dict) and all(map(is_number, v.values())))
-        own, some = self.dictionary.state_dict(), list(self.dictionary.parameters())
+        own = {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith("dictionary.")}
         with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(tensors[f"dictionary.{name}"])
-        state = {i: {word: tensors[f"optimiser.{i}.{word}"] for word in (*MOMENTS, "step")} for i in range(len(some))}
+            for name, tensor in self.dictionary.state_dict().items():
+                tensor.copy_(own[name])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimiser."):
+                _, number, word = name.split(".")
+                state.setdefault(int(number), {})[word] = tensor
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
-        self.quiet, self.step, self.sums = tensors["quiet"], step, sums
+        self.quiet, self.step, self.sums = tensors["quiet"], int(step), dict(sums)
 
     @torch.no_grad()
     def _unscaled(self, facts: dict[str, Any]) -> Dictionary:

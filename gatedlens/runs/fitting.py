@@ -4,8 +4,7 @@
     losses = descend({"weight": weight}, loss_at, Descent(steps=200, lr=1e-3), kept, "tuned lens")
     which_batch(step, n, seed)                                       # batches in a drawn order, all of them before any twice
 
-A fit is of one question, its model and options: a file of another is refused, and the error names what differs. What was fitted
-is saved by `saved.py`.
+A fit is of one question, its model and options: a file of another is refused, and the error names what differs.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gatedlens.errors import CheckpointError, InputError
+from gatedlens.errors import InputError
 from gatedlens.files import Fields, is_number
 from gatedlens.model.base import HookedModel
 from gatedlens.recurrence.autocast import exact
@@ -33,6 +32,7 @@ from gatedlens.runs.saved import check_tensors, read_saved, write_saved
 from gatedlens.runs.stopping import Interrupted, stoppable
 
 KIND = "fit under way"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 EVERY = 30.0  # seconds between two writings of a file
 
 
@@ -78,7 +78,7 @@ class Checkpoint:
                     f"{self.said.get(name)!r}. Give another file, or delete this one."
                 )
         check_tensors(self.path, KIND, tensors, like)
-        return tensors, Fields(fields.fields("far"), KIND, self.path, CheckpointError)
+        return tensors, Fields(fields.fields("far"), KIND, self.path, fields.error)
 
     def save(self, tensors: Mapping[str, Tensor], far: Mapping[str, Any]) -> None:
         """Write it, all or nothing; a fit that has not begun leaves no file."""
@@ -156,7 +156,8 @@ def descend(
     some = [parameters[name].requires_grad_() for name in names]
     adam = torch.optim.Adam(some, lr=descent.lr)
     losses: list[list[float]] = []
-    earlier = checkpoint.take_up(parameters)
+    like = {f"{name}/{word}": one for name, one in parameters.items() for word in MOMENTS}
+    earlier = checkpoint.take_up({**parameters, **like})
     if earlier is not None:
         losses = _resumed(parameters, adam, *earlier)
         if len(losses) > descent.steps:
@@ -167,7 +168,7 @@ def descend(
     def now() -> tuple[dict[str, Tensor], dict[str, Any]]:
         held: dict[str, Tensor] = dict(parameters)
         for name, one in zip(names, some, strict=True):
-            held |= {f"{name}/{word}": adam.state[one][word] for word in ("exp_avg", "exp_avg_sq") if adam.state[one]}
+            held |= {f"{name}/{word}": adam.state[one][word] for word in MOMENTS if adam.state[one]}
         return held, {"losses": losses}
 
     bar = tqdm(total=descent.steps, initial=len(losses), desc=title, disable=not descent.progress, unit="step")
@@ -193,20 +194,14 @@ def descend(
 
 
 def _resumed(
-    parameters: Mapping[str, Tensor],
-    adam: torch.optim.Adam,
-    tensors: Mapping[str, Tensor],
-    far: Fields,
+    parameters: Mapping[str, Tensor], adam: torch.optim.Adam, tensors: Mapping[str, Tensor], far: Fields
 ) -> list[list[float]]:
     """Parameters and moments as they were, and the losses until then."""
     losses: list[list[float]] = far.get("losses", "the losses of its steps, at least one", _are_losses)
-    words = ("exp_avg", "exp_avg_sq")
-    moments_like = {f"{name}/{word}": one for name, one in parameters.items() for word in words}
-    check_tensors(far.where, KIND, tensors, moments_like)
     with torch.no_grad():
         for name, one in parameters.items():
             one.copy_(tensors[name])
-            moments = {word: tensors[f"{name}/{word}"].to(one) for word in words}
+            moments = {word: tensors[f"{name}/{word}"].to(one) for word in MOMENTS}
             adam.state[one] = {"step": torch.tensor(float(len(losses))), **moments}
     return losses
 

@@ -32,7 +32,7 @@ def write_saved(path: str | Path, kind: str, tensors: Mapping[str, Tensor], said
     except (TypeError, ValueError) as error:
         raise InputError(f"{path} is not written: JSON cannot hold what is known of this {kind} ({error}).") from error
     held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_whole(Path(path), save(held, {"gatedlens": kind, "facts": header}))
+    write_whole(Path(path), save(held, {"gatedlens": kind, "said": header}))
     return Path(path)
 
 
@@ -45,10 +45,11 @@ def read_saved(
     """
     tensors, meta = read_tensors(path)
     if meta.get("gatedlens") != kind:
-        other = f"is a {meta['gatedlens']} of gatedlens" if "gatedlens" in meta else "is none of gatedlens"
-        raise CheckpointError(f"{path} is no saved {kind}: it {other} and holds {', '.join(list(tensors)[:5])}.")
+        said = f"it is a {meta['gatedlens']} of gatedlens" if "gatedlens" in meta else "it is none of gatedlens"
+        holds = ", ".join(list(tensors)[:5]) or "nothing"
+        raise CheckpointError(f"{path} is no saved {kind}: {said}, and it holds {holds}.")
     try:
-        said = json.loads(meta.get("facts", ""))
+        said = json.loads(meta.get("said", ""))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no saved {kind}: its header is not JSON ({error}).") from error
     check_tensors(path, kind, tensors, wanted or {})

@@ -39,7 +39,6 @@ from gatedlens.runs.vectors import ROWS, Frame, one_place, rows_of, vectors
 from gatedlens.subspaces.interchange import Interchange
 from gatedlens.subspaces.subspace import Subspace
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 KEPT = 1 << 30  # bytes of the base's residual stream that a fit keeps
 
 

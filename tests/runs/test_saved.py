@@ -85,7 +85,7 @@ def test_an_interchange_keeps_its_positions(pos, small, tmp_path):
 def test_another_probe_s_classes_are_refused(saved, tmp_path):
     tensors, meta = load_file(saved["probe"]), read_tensors(saved["probe"])[1]
     path = tmp_path / "p.safetensors"
-    save_file(tensors, path, {**meta, "facts": meta["facts"].replace('["a", "b"]', '["a", "b", "c"]')})
+    save_file(tensors, path, {**meta, "said": meta["said"].replace('["a", "b"]', '["a", "b", "c"]')})
     with pytest.raises(gl.errors.CheckpointError, match="classes"):
         gl.probes.Probe.load(path)
 
