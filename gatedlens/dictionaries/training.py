@@ -32,11 +32,7 @@ from gatedlens.dictionaries.dictionary import Dictionary, Function, Names, names
 from gatedlens.errors import InputError, PointError
 from gatedlens.files import Fields, is_number
 from gatedlens.options import checked, is_whole
-<<<<<<< HEAD
-from gatedlens.runs.fitting import Checkpoint
-=======
 from gatedlens.runs.fitting import MOMENTS, Checkpoint
->>>>>>> attack
 from gatedlens.runs.gradients import check_allowed, needed
 
 if TYPE_CHECKING:  # a word: whatever has `find`, `dataset` and a manifest will do
@@ -48,7 +44,6 @@ else:
 
 __all__ = ["train"]
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 TRAINED = (ReLU, TopK, BatchTopK)
 
 
@@ -318,15 +313,11 @@ class Run:
     def finished(self, checkpoint: Path | None, progress: bool, facts: dict[str, Any]) -> Dictionary:
         """All steps that are left, and the dictionary of entries as they are."""
         kept = Checkpoint(checkpoint, self._said())
-<<<<<<< HEAD
-        earlier = kept.take_up(self._like())
-=======
         some = list(self.dictionary.parameters())
         like = {f"dictionary.{name}": tensor for name, tensor in self.dictionary.state_dict().items()}
         like |= {f"optimiser.{i}.{word}": one for i, one in enumerate(some) for word in MOMENTS}
         like |= {f"optimiser.{i}.step": torch.tensor(0.0) for i in range(len(some))}
         earlier = kept.take_up({**like, "quiet": self.quiet})
->>>>>>> attack
         if earlier is not None:
             self._go_on(*earlier)
         named = f"Dictionary of {', '.join(self.entries.points)}"
@@ -352,26 +343,6 @@ class Run:
             tensors |= {f"optimiser.{number}.{name}": torch.as_tensor(value) for name, value in state.items()}
         return {**tensors, "quiet": self.quiet}, {"step": self.step, "sums": self.sums}
 
-<<<<<<< HEAD
-    def _like(self) -> dict[str, Tensor]:
-        """What such tensors are like."""
-        some = list(self.dictionary.parameters())
-        like = {f"dictionary.{name}": tensor for name, tensor in self.dictionary.state_dict().items()}
-        like |= {f"optimiser.{i}.{word}": one for i, one in enumerate(some) for word in MOMENTS}
-        return {**like, **{f"optimiser.{i}.step": torch.tensor(0.0) for i in range(len(some))}, "quiet": self.quiet}
-
-    def _go_on(self, tensors: Mapping[str, Tensor], far: Fields) -> None:
-        step = far.get("step", "how many steps are done", lambda v: is_whole(v) and v > 0)
-        sums = far.get("sums", "numbers", lambda v: isinstance(v, dict) and all(map(is_number, v.values())))
-        own, some = self.dictionary.state_dict(), list(self.dictionary.parameters())
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(tensors[f"dictionary.{name}"])
-        state = {i: {word: tensors[f"optimiser.{i}.{word}"] for word in (*MOMENTS, "step")} for i in range(len(some))}
-        groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
-        self.quiet, self.step, self.sums = tensors["quiet"], step, sums
-=======
     def _go_on(self, tensors: Mapping[str, Tensor], far: Fields) -> None:
         step = far.get("step", "how many steps are done", lambda v: is_whole(v) and v > 0)
         sums = far.get("sums", "numbers", lambda v: isinstance(v, dict) and all(map(is_number, v.values())))
@@ -387,7 +358,6 @@ class Run:
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
         self.quiet, self.step, self.sums = tensors["quiet"], int(step), dict(sums)
->>>>>>> attack
 
     @torch.no_grad()
     def _unscaled(self, facts: dict[str, Any]) -> Dictionary:

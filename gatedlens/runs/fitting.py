@@ -4,12 +4,7 @@
     losses = descend({"weight": weight}, loss_at, Descent(steps=200, lr=1e-3), kept, "tuned lens")
     which_batch(step, n, seed)                                       # batches in a drawn order, all of them before any twice
 
-<<<<<<< HEAD
-A fit is of one question, its model and options: a file of another is refused, and the error names what differs. What was fitted
-is saved by `saved.py`.
-=======
 A fit is of one question, its model and options: a file of another is refused, and the error names what differs.
->>>>>>> attack
 """
 
 from __future__ import annotations
@@ -26,11 +21,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-<<<<<<< HEAD
-from gatedlens.errors import CheckpointError, InputError
-=======
 from gatedlens.errors import InputError
->>>>>>> attack
 from gatedlens.files import Fields, is_number
 from gatedlens.model.base import HookedModel
 from gatedlens.recurrence.autocast import exact

@@ -32,11 +32,7 @@ def write_saved(path: str | Path, kind: str, tensors: Mapping[str, Tensor], said
     except (TypeError, ValueError) as error:
         raise InputError(f"{path} is not written: JSON cannot hold what is known of this {kind} ({error}).") from error
     held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-<<<<<<< HEAD
-    write_whole(Path(path), save(held, {"gatedlens": kind, "facts": header}))
-=======
     write_whole(Path(path), save(held, {"gatedlens": kind, "said": header}))
->>>>>>> attack
     return Path(path)
 
 
@@ -49,14 +45,9 @@ def read_saved(
     """
     tensors, meta = read_tensors(path)
     if meta.get("gatedlens") != kind:
-<<<<<<< HEAD
-        other = f"is a {meta['gatedlens']} of gatedlens" if "gatedlens" in meta else "is none of gatedlens"
-        raise CheckpointError(f"{path} is no saved {kind}: it {other} and holds {', '.join(list(tensors)[:5])}.")
-=======
         said = f"it is a {meta['gatedlens']} of gatedlens" if "gatedlens" in meta else "it is none of gatedlens"
         holds = ", ".join(list(tensors)[:5]) or "nothing"
         raise CheckpointError(f"{path} is no saved {kind}: {said}, and it holds {holds}.")
->>>>>>> attack
     try:
         said = json.loads(meta.get("said", ""))
     except (ValueError, RecursionError) as error:
@@ -78,16 +69,16 @@ def check_tensors(
         if held is None:
             raise CheckpointError(f"{path} is no saved {kind}: it lacks {name} and holds {', '.join([*tensors][:5])}.")
         if isinstance(like, Tensor):
-            shape = list(map(str, like.shape))
-            fits, floats = held.shape == like.shape, like.is_floating_point()
+            shape, fits, floats = list(like.shape), held.shape == like.shape, like.is_floating_point()
         else:
             axes, floats = like.split(), True
             fits = len(axes) == held.ndim and all(
                 sizes.setdefault(axis, size) == size for axis, size in zip(axes, held.shape, strict=True)
             )
-            shape = [str(sizes.get(axis, axis)) for axis in axes]
+            shape = []
         if not fits or held.is_floating_point() != floats:
-            said = f"{'floats' if floats else 'whole numbers'} [{', '.join(shape)}]"
+            sized = ", ".join(map(str, shape)) if isinstance(like, Tensor) else like
+            said = f"{'floats' if floats else 'whole numbers'} [{sized}]"
             raise CheckpointError(
                 f"{path} is no saved {kind}: its {name} is {held.dtype} {list(held.shape)}; expected {said}."
             )
