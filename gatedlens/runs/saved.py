@@ -69,16 +69,16 @@ def check_tensors(
         if held is None:
             raise CheckpointError(f"{path} is no saved {kind}: it lacks {name} and holds {', '.join([*tensors][:5])}.")
         if isinstance(like, Tensor):
-            shape, fits, floats = list(like.shape), held.shape == like.shape, like.is_floating_point()
+            shape = list(map(str, like.shape))
+            fits, floats = held.shape == like.shape, like.is_floating_point()
         else:
             axes, floats = like.split(), True
             fits = len(axes) == held.ndim and all(
                 sizes.setdefault(axis, size) == size for axis, size in zip(axes, held.shape, strict=True)
             )
-            shape = []
+            shape = [str(sizes.get(axis, axis)) for axis in axes]
         if not fits or held.is_floating_point() != floats:
-            sized = ", ".join(map(str, shape)) if isinstance(like, Tensor) else like
-            said = f"{'floats' if floats else 'whole numbers'} [{sized}]"
+            said = f"{'floats' if floats else 'whole numbers'} [{', '.join(shape)}]"
             raise CheckpointError(
                 f"{path} is no saved {kind}: its {name} is {held.dtype} {list(held.shape)}; expected {said}."
             )
