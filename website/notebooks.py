@@ -3,6 +3,7 @@
     python -m website.notebooks               # writes tutorials/*.ipynb from tutorials/*.py          (make notebooks)
     python -m website.notebooks --check       # fails if one is stale
     python -m website.notebooks --run         # runs those that have changed, for their outputs       (make docs, the tests)
+    python -m website.notebooks --run 7-      # tutorial 7 alone
 
 A notebook in the repository carries no output. Outputs lie in out/notebooks, each with a digest of what made them: of the
 tutorial and of the package. A cell that installs the package is for Colab and is passed over here.
@@ -160,13 +161,16 @@ def main(asked: Iterable[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a notebook is stale")
     parser.add_argument("--run", action="store_true", help="run those that have changed, for their outputs")
+    parser.add_argument(
+        "names", nargs="*", help="tutorials to run, by the beginnings of their names; all when left out"
+    )
     args = parser.parse_args(None if asked is None else list(asked))
     if args.check:
         wrong = stale()
         print(f"stale: {', '.join(wrong)} (run `make notebooks`)" if wrong else "the notebooks are up to date")
         return bool(wrong)
     if args.run:
-        for path in tutorials():
+        for path in (one for one in tutorials() if one.name.startswith(tuple(args.names or [""]))):
             print(f"{'kept' if executed(path) is not None else 'run'}: {path.name}", flush=True)
             run(path)
         return 0
