@@ -1,7 +1,12 @@
-"""Run every benchmark, print the table, and write benchmarks/results.json and the table in benchmarks/README.md."""
+"""Run every benchmark, print the table, and write benchmarks/results.json and the table in benchmarks/README.md.
+
+python -m benchmarks.run                       # all (make bench)
+python -m benchmarks.run secant products       # these parts; the lines of the others stay
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import platform
@@ -202,9 +207,27 @@ def table(lines: list[Line]) -> str:
     return "\n".join(out)
 
 
+PARTS = (mamba, language, hybrids, products, heads, attention, patching, circuits, features, secant, store, imports)
+
+
+def held() -> dict[str, Line]:
+    """The lines of benchmarks/results.json, by what they measure."""
+    told = json.loads((FOLDER / "results.json").read_text())["lines"]
+    return {line["what"]: Line(**{name: value for name, value in line.items() if name != "ratio"}) for line in told}
+
+
 def main() -> None:
-    parts = (mamba, language, hybrids, products, heads, attention, patching, circuits, features, secant, store, imports)
-    lines = [line for part in parts for line in part()]
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = [part.__name__ for part in PARTS]
+    parser.add_argument("parts", nargs="*", help=f"of {names}: those alone; the lines of the others stay")
+    asked = parser.parse_args().parts
+    if not set(asked) <= set(names):
+        parser.error(f"{', '.join(set(asked) - set(names))} is none of {', '.join(names)}")
+    found = held() if asked else {}
+    for part in PARTS:
+        if not asked or part.__name__ in asked:
+            found |= {line.what: line for line in part()}
+    lines = list(found.values())
     print(table(lines))
     machine = {"machine": platform.machine(), "python": platform.python_version(), "threads": 1}
     results = {"machine": machine, "lines": [{**asdict(x), "ratio": x.ratio} for x in lines]}

@@ -17,7 +17,7 @@ else:  # that file imports this one
 
 RED, BLUE, GREY = (0.84, 0.16, 0.16), (0.11, 0.31, 0.85), "#555555"
 MARKERS = {ERROR: "D", TOKEN: "s", LOGIT: "s", MIXER: "h"}
-NAMED = 40  # nodes besides tokens, up to which each has its name
+NAMED = 40  # nodes besides tokens and errors, up to which each has its name
 FAINT = 0.02  # of the strongest edge: what is weaker is as faint
 
 
@@ -46,7 +46,7 @@ def draw(graph: FeatureGraph, ax: Axes | None = None) -> Figure:
         spots = [laid.places[node.id] for node in laid.nodes if node.kind == kind]
         across, up = [x for x, _ in spots], [y for _, y in spots]
         ax.scatter(across, up, marker=MARKERS.get(kind, "o"), s=46, facecolor="white", edgecolor=GREY, zorder=2)
-    between = [node for node in laid.nodes if node.kind != TOKEN]
+    between = [node for node in laid.nodes if node.kind not in (TOKEN, ERROR)]
     named = between if len(between) <= NAMED else [node for node in between if node.kind == LOGIT]
     for node in named:
         x, y = laid.places[node.id]

@@ -32,7 +32,7 @@ from gatedlens.probes.samples import Labels, Samples, Source, labelled
 from gatedlens.result.result import Result
 from gatedlens.runs.movement import Movement, as_far
 from gatedlens.runs.saved import check_tensors, frame_of, read_saved, write_saved
-from gatedlens.runs.vectors import Frame, each_label
+from gatedlens.runs.vectors import Frame, each_label, orthonormal
 
 if TYPE_CHECKING:
     Label: TypeAlias = Hashable
@@ -70,14 +70,14 @@ class Probe:
     def directions(self) -> Float[Tensor, "rank d"]:
         """An orthonormal basis of what it reads along: the span of the weights, of classes less their mean."""
         rows = self.weights.double()
-        return spanned(rows - rows.mean(0) if len(rows) > 1 else rows)
+        return orthonormal(rows - rows.mean(0) if len(rows) > 1 else rows)
 
     @property
     def mean_directions(self) -> Float[Tensor, "rank d"]:
         """An orthonormal basis of what differs between classes on average: the span of their means, less the mean of these."""
         if self.classes is None:
             raise InputError("This probe is a regression: it has no classes whose means span anything.")
-        return spanned(self.means - self.means.mean(0))
+        return orthonormal(self.means - self.means.mean(0))
 
     def __repr__(self) -> str:
         what = "a regression" if self.classes is None else f"{len(self.classes)} classes"
@@ -283,12 +283,6 @@ class Probe:
             frame_of(fields), linear, tensors["mean"], tensors["means"], classes, fields.word("kind"), pos,
             dict(fields.fields("facts")), tensors.get("other"),
         )  # fmt: skip
-
-
-def spanned(rows: Float[Tensor, "some d"]) -> Float[Tensor, "rank d"]:
-    """`spanned(rows)`: an orthonormal basis of the span of some vectors."""
-    _, sizes, basis = torch.linalg.svd(rows, full_matrices=False)
-    return basis[sizes > 1e-9 * sizes[:1].clamp(min=1e-300)]
 
 
 def rows_of_class(labels: Labels, of: Any) -> Bool[Tensor, "*place"]:

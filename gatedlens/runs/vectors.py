@@ -220,3 +220,15 @@ def each_label(labels: Any, what: str = "labels") -> list[Any]:
     if found is None or getattr(labels, "ndim", 1) == 0:
         raise InputError(f"{what}={labels!r:.80}: give a list, or a tensor, with one for each row.")
     return found
+
+
+def orthonormal(rows: Float[Tensor, "some d"], least: float = 1e-9) -> Float[Tensor, "rank d"]:
+    """`orthonormal(rows)`: an orthonormal basis of the span of vectors, [rank, d]; directions below `least` of the largest are
+    left out, so that vectors which depend on one another give fewer rows.
+    """
+    if len(rows) == 0:
+        return rows
+    if not bool(rows.isfinite().all()):
+        raise InputError(f"These vectors {list(rows.shape)} hold numbers that are not finite: they span nothing.")
+    _, sizes, directions = torch.linalg.svd(rows.double(), full_matrices=False)
+    return directions[sizes > least * sizes[0].clamp(min=torch.finfo(sizes.dtype).tiny)].to(rows)

@@ -26,8 +26,8 @@ from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
 from gatedlens.options import checked
 from gatedlens.runs import inputs
-from gatedlens.runs.vectors import Frame, each_label, one_place, vectors
-from gatedlens.subspaces.subspace import Subspace, orthonormal
+from gatedlens.runs.vectors import Frame, each_label, one_place, orthonormal, vectors
+from gatedlens.subspaces.subspace import Subspace
 
 # A label a row. For editors and type checkers: whoever passes something else gets the error of `numbered`.
 if TYPE_CHECKING:

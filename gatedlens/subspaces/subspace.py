@@ -31,7 +31,7 @@ from gatedlens.options import checked, is_whole
 from gatedlens.runs import inputs
 from gatedlens.runs.movement import Movement, check_width
 from gatedlens.runs.saved import frame_of, read_saved, write_saved
-from gatedlens.runs.vectors import Frame, vectors
+from gatedlens.runs.vectors import Frame, orthonormal, vectors
 from gatedlens.subspaces.interchange import Interchange
 
 ALIKE = 1e-4  # how far from orthonormal the rows of a basis may be
@@ -200,18 +200,6 @@ class Subspace:
             return Subspace(frame_of(fields), tensors["basis"], pos, dict(fields.fields("facts")))
         except InputError as error:
             raise CheckpointError(f"{path} is no saved subspace: {error}") from error
-
-
-def orthonormal(rows: Float[Tensor, "some d"], least: float = 1e-9) -> Float[Tensor, "rank d"]:
-    """`orthonormal(rows)`: an orthonormal basis of the span of vectors, [rank, d]; directions below `least` of the largest are
-    left out, so that vectors which depend on one another give fewer rows.
-    """
-    if len(rows) == 0:
-        return rows
-    if not bool(rows.isfinite().all()):
-        raise InputError(f"These vectors {list(rows.shape)} hold numbers that are not finite: they span nothing.")
-    _, sizes, directions = torch.linalg.svd(rows.double(), full_matrices=False)
-    return directions[sizes > least * sizes[0].clamp(min=torch.finfo(sizes.dtype).tiny)].to(rows)
 
 
 def _kept(facts: Mapping[str, Any]) -> dict[str, Any]:
