@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
-from tests import shapes
+import os
+
+# What tests run in processes of their own inherits it: beside the other workers' more threads wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tests import shapes  # noqa: E402
 
 shapes.install()
 
 import copy  # noqa: E402
-import os  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
@@ -19,7 +23,7 @@ import gatedlens as gl  # noqa: E402
 from gatedlens.hooks import architectures  # noqa: E402
 from tests.helpers import example  # noqa: E402
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 settings.register_profile("gatedlens", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("gatedlens")
 
