@@ -8,7 +8,7 @@ import os
 # What tests run in processes of their own inherits it: beside the other workers' more threads wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests import shapes  # noqa: E402
+from tests import shapes
 
 shapes.install()
 
