@@ -19,7 +19,6 @@ value, k key.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +26,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gatedlens.address.layers import layer_of
@@ -35,7 +33,6 @@ from gatedlens.address.point import Point
 from gatedlens.address.positions import Positions
 from gatedlens.attention.layer import ImplicitAttention
 from gatedlens.errors import CheckpointError, InputError, PointError
-from gatedlens.files import Fields, read_tensors, to_json
 from gatedlens.markup import card
 from gatedlens.model.base import HookedModel
 from gatedlens.model.cache import ActivationCache
@@ -43,6 +40,7 @@ from gatedlens.model.intervention import Intervention, edit
 from gatedlens.options import checked, is_number
 from gatedlens.recurrence.factors import Factors
 from gatedlens.recurrence.operator import branch_of
+from gatedlens.runs.saved import read_saved, write_saved
 
 __all__ = ["WriteAtom"]
 
@@ -52,7 +50,7 @@ if TYPE_CHECKING:
 else:
     Atom = Any
 
-WRITE = "hook_write"
+WRITE, SAVED = "hook_write", "WriteAtom"
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,24 +278,18 @@ class WriteAtom:
     def save(self, path: str | Path) -> Path:
         """`atom.save("atom.safetensors")`: value and key as safetensors, all else in the header; returns the path."""
         tensors = {"value": self.value} if self.key is None else {"value": self.value, "key": self.key}
-        said = {"head": self.head, "share": self.share, "facts": dict(self.facts)}
-        meta = {"gatedlens": "write atom", "point": self.point, "said": to_json(said)}
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(path), meta)
-        return Path(path)
+        said = {"point": self.point, "head": self.head, "share": self.share, "facts": dict(self.facts)}
+        return write_saved(path, SAVED, tensors, said)
 
     @staticmethod
     def load(path: str | Path) -> WriteAtom:
         """`WriteAtom.load("atom.safetensors")`: what `save` wrote. CheckpointError for a file that holds none."""
-        tensors, meta = read_tensors(path)
-        if meta.get("gatedlens") != "write atom" or "value" not in tensors:
-            raise CheckpointError(f"{path} is no saved WriteAtom: it holds {', '.join(list(tensors)[:5])}.")
-        try:
-            said = Fields(json.loads(meta.get("said", "")), "WriteAtom", path, CheckpointError)
-        except ValueError as error:
-            raise CheckpointError(f"{path} is no saved WriteAtom: its header is not JSON.") from error
+        tensors, said = read_saved(path, SAVED)
+        if "value" not in tensors:
+            raise CheckpointError(f"{path} is no saved {SAVED}: it holds {', '.join(list(tensors)[:5])}.")
         head = said.get("head", "a number or null", lambda v: v is None or isinstance(v, int))
         share = said.get("share", "a number", lambda v: isinstance(v, float | int))
-        return WriteAtom(meta.get("point", ""), tensors["value"], tensors.get("key"), head, share, said.fields("facts"))
+        return WriteAtom(said.word("point"), tensors["value"], tensors.get("key"), head, share, said.fields("facts"))
 
 
 def _times(amounts: Float[Tensor, "batch pos"], matrix: Tensor) -> Tensor:

@@ -84,6 +84,15 @@ def needed() -> Iterator[None]:
         yield
 
 
+def check_has_one(value: Tensor) -> None:
+    """`check_has_one(metric(logits))`: InputError for a metric without a gradient."""
+    if not value.requires_grad:
+        raise InputError(
+            "The metric has no gradient: it does not depend on the logits, or goes through argmax, a comparison, "
+            "detach() or item(). A logit difference, a log probability or a KL divergence has one."
+        )
+
+
 def listen(pair: Pair, metric: Metric, listeners: Mapping[str, Listener], hooks: Sequence[Any] = ()) -> Tensor:
     """One forward of the corrupted input, under `hooks`, and one backward; the metric of that run, [batch].
 
@@ -93,11 +102,7 @@ def listen(pair: Pair, metric: Metric, listeners: Mapping[str, Listener], hooks:
         anchor = torch.zeros((), requires_grad=True, device=pair.corrupted.value.device)
         listening = [(name, _Listen(anchor, listener)) for name, listener in listeners.items()]
         value = per_row(metric, pair.run(pair.corrupted, [*hooks, *listening]))
-        if not value.requires_grad:
-            raise InputError(
-                "The metric has no gradient: it does not depend on the logits, or goes through argmax, a comparison, "
-                "detach() or item(). A logit difference, a log probability or a KL divergence has one."
-            )
+        check_has_one(value)
         with exact(anchor):
             torch.autograd.grad(value.sum(), anchor, allow_unused=True)
     return value.detach()

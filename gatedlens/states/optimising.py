@@ -28,6 +28,7 @@ from gatedlens.options import checked
 from gatedlens.runs import inputs
 from gatedlens.runs.fingerprints import checksum
 from gatedlens.runs.fitting import Checkpoint, Descent, descend, model_said, which_batch
+from gatedlens.runs.gradients import check_has_one
 from gatedlens.runs.identity import Digest
 from gatedlens.states.surgery import layered_keys
 from gatedlens.states.trained_state import TrainedState
@@ -137,11 +138,7 @@ def _loss(model: HookedLanguageModel, given: Input, metric: Metric | None, state
         loss: Tensor = model(batch, return_type="loss", state=rows)
     else:
         loss = -measure(metric, Logits.of(model(batch, state=rows), batch.mask)).mean()
-    if not loss.requires_grad:
-        raise InputError(
-            "The metric has no gradient: it does not depend on the logits, or goes through argmax, a comparison, "
-            "detach() or item()."
-        )
+    check_has_one(loss)
     return loss
 
 
