@@ -132,13 +132,14 @@ def layer_parameters(
 
 
 class MambaSsm(Layout):
-    """`MambaSsm()`: mamba-ssm's config.json (d_model, n_layer, vocab_size, ssm_cfg, and no model_type), unless it says Mamba2."""
+    """`MambaSsm()`: mamba-ssm's config.json (d_model, n_layer, vocab_size, ssm_cfg, and no model_type), unless it says Mamba2 or
+    Mamba3."""
 
     fields = ORIGINAL_FIELDS
 
     def knows(self, config: Mapping[str, Any]) -> bool:
         ssm = config.get("ssm_cfg")
-        if isinstance(ssm, Mapping) and ssm.get("layer") == "Mamba2":
+        if isinstance(ssm, Mapping) and ssm.get("layer") in ("Mamba2", "Mamba3"):
             return False
         return {"d_model", "n_layer", "vocab_size"} <= set(config)
 

@@ -109,6 +109,13 @@ def has_matrix_states(wrapped: Any) -> bool:
     return isinstance(A_log, Tensor) and A_log.ndim == 1
 
 
+def writes_two_terms(wrapped: Any) -> bool:
+    """Whether the first mixer of a model has a bias of B for each head, B_bias [head, rank, state], as Mamba-3's."""
+    layers = getattr(getattr(wrapped, "backbone", None), "layers", None) or [None]
+    bias = getattr(getattr(layers[0], "mixer", None), "B_bias", None)
+    return isinstance(bias, Tensor) and bias.ndim == 3
+
+
 def is_hybrid(wrapped: Any) -> bool:
     """Whether a stack around Mamba-2 has more than it: attention or MLPs between, or channels beside the heads of a mixer."""
     layers = list(getattr(getattr(wrapped, "backbone", None), "layers", None) or [])

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from gatedlens.hooks.mamba import HookedMamba as HookedMamba
     from gatedlens.hooks.mamba2 import HookedMamba2 as HookedMamba2
     from gatedlens.hooks.mamba2_hybrid import HookedMamba2Hybrid as HookedMamba2Hybrid
+    from gatedlens.hooks.mamba3 import HookedMamba3 as HookedMamba3
     from gatedlens.hooks.mamba_ssm_hybrid import HookedMambaSsmHybrid as HookedMambaSsmHybrid
     from gatedlens.hooks.olmo_hybrid import HookedOlmoHybrid as HookedOlmoHybrid
     from gatedlens.hooks.qwen3_next import HookedQwen3Next as HookedQwen3Next
@@ -48,6 +49,7 @@ else:
         "mamba": ("HookedMamba",),
         "mamba2": ("HookedMamba2",),
         "mamba2_hybrid": ("HookedMamba2Hybrid",),
+        "mamba3": ("HookedMamba3",),
         "mamba_ssm_hybrid": ("HookedMambaSsmHybrid",),
         "olmo_hybrid": ("HookedOlmoHybrid",),
         "qwen3_next": ("HookedQwen3Next",),

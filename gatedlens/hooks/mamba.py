@@ -29,7 +29,7 @@ from gatedlens.compat.names.mamba import ALIASES, VIEWS
 from gatedlens.errors import CheckpointError
 from gatedlens.formats.mamba_ssm import TINY, MambaSsm
 from gatedlens.formats.mamba_ssm import Weights as Weights  # where it was before
-from gatedlens.formats.mamba_stack import MambaStack, StackConfig, has_matrix_states, is_hybrid
+from gatedlens.formats.mamba_stack import MambaStack, StackConfig, has_matrix_states, is_hybrid, writes_two_terms
 from gatedlens.formats.transformers_config import MAMBA
 from gatedlens.model.base import Wrapped
 from gatedlens.model.block import Block, Sub, SubRows, residual_rows
@@ -242,7 +242,7 @@ class HookedMamba(MambaStack):
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        return not has_matrix_states(module) and not is_hybrid(module)
+        return not (has_matrix_states(module) or is_hybrid(module) or writes_two_terms(module))
 
     @classmethod
     def describe(cls, wrapped: Wrapped, model_name: str) -> MambaConfig:
