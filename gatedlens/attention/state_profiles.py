@@ -227,8 +227,9 @@ class StateRun:
             return x.flip(1) if factors.reverse else x
 
         mixer: Any = attention.model.blocks[attention.layer].mixer
-        u, steps = packed("hook_u").unflatten(-1, (terms.heads, -1)), mixer.steps
+        u = packed("hook_u").unflatten(-1, (terms.heads, -1))
         u, begins = u.reshape(len(u), -1, *u.shape[-2:]), packed("hook_reset")
+        terms, u, steps = factors.scan.steps_of(u, mixer.steps)
         begins = at_step(begins, 0, steps)[..., 0] >= 1
         shape = (len(u), *u.shape[2:], terms.key.shape[-1])
         start = u.new_zeros(shape)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import reduce
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,14 @@ from torch import Tensor
 
 from gatedlens.errors import InputError
 from gatedlens.recurrence.terms import Terms
+
+
+class Steps(NamedTuple):
+    """A recurrence as what it was: its terms and the content over (pos step), and how many steps a position takes."""
+
+    terms: Terms
+    u: Float[Tensor, "batch long head value"]
+    count: int
 
 
 class ScanMatrix(ABC):
@@ -68,6 +76,12 @@ class ScanMatrix(ABC):
         """The recurrence that it is the matrix of, a head for each channel where each has a state of its own; None where there
         is none, or where the state is no sum of decaying writes."""
         return None
+
+    def steps_of(self, u: Float[Tensor, "batch long head value"], steps: int) -> Steps | None:
+        """The recurrence of the content `u`, of so many steps a position, whose states are those that the run had; None where
+        there is none."""
+        terms = self.recurrence()
+        return None if terms is None else Steps(terms, u, steps)
 
     def rewritten(self, key: Float[Tensor, "group key"]) -> ScanMatrix:
         """`scan.rewritten(key).seen(i)`: the scan that finds of each source what it would find of a 1 written at this key, one

@@ -93,9 +93,12 @@ class TwoTerms(NamedTuple):
         return torch.einsum("blhvk,blrhk->blrhv", states, self.read)
 
 
-def following(beta: Float[Tensor, "batch pos head"]) -> Float[Tensor, "batch pos head"]:
-    """`following(beta)`: each step's next beta, 0 behind the last; positions packed."""
-    return torch.cat([beta[:, 1:], torch.zeros_like(beta[:, :1])], dim=1)
+def following(
+    beta: Float[Tensor, "batch pos head"], fresh: Float[Tensor, "batch pos one"] | None = None
+) -> Float[Tensor, "batch pos head"]:
+    """`following(beta, fresh)`: each step's next beta, 0 behind the last and before what forgets all; positions packed."""
+    kept = beta if fresh is None else beta * (fresh < 1)
+    return torch.cat([kept[:, 1:], torch.zeros_like(kept[:, :1])], dim=1)
 
 
 def outer(

@@ -138,9 +138,11 @@ RWKV6 = tuple(f"hook_{name}" for name in ("gate", "scale", "bonus", "log_decay",
 GRIFFIN = ("hook_gate", "hook_input_gate", "hook_log_decay", "hook_multiplier", "hook_reset")
 DELTA = ("hook_gate", "hook_q", "hook_k", "hook_beta", "hook_log_decay", "hook_scale")
 # place -> (the input x, the output o, the points held fixed, the (input, output) of SiLUs whose sigmoid is held fixed)
+MAMBA3 = tuple(f"hook_{name}" for name in ("gate", "log_decay", "gamma", "beta", "rot_B", "rot_C"))
 FROZEN = {
     "mamba": {"mixer": ("hook_x", "hook_gated", MAMBA, (("hook_conv", "hook_u"),))},
     "mamba2": {"mixer": ("hook_x", "hook_gated", (*MAMBA, "hook_scale"), (("hook_conv", "hook_u"),))},
+    "mamba3": {"mixer": ("hook_x", "hook_gated", MAMBA3, ())},
     "jamba": {
         "mixer": ("hook_x", "hook_gated", MAMBA, (("hook_conv", "hook_u"),)),
         "attn": ("hook_v", "hook_z", ("hook_pattern",), ()),

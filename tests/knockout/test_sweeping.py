@@ -123,13 +123,19 @@ def test_in_several_layers_each_sees_what_the_cuts_before_it_left(model):
 def literal_scan(model, cache, layer, scan, src, dst):
     """prod(transition) write_src for src before dst, or at it, in the scan's order: the change of hook_state at dst.
 
-    A transition is the decay, less what a delta rule erases.
+    A transition is the decay, less what a delta rule erases. Of Mamba-3 what src brings is in two writes, its own and the next.
     """
     stem = f"blocks.{layer}.mixer.{scan}"
     step = 1 if src <= dst else -1
-    left = cache[f"{stem}hook_write"][:, src].clone()
+    left, later = cache[f"{stem}hook_write"][:, src].clone(), 0
+    if model.cfg.architecture == "mamba3":
+        u, gamma, beta = (cache[f"{stem}hook_{name}"] for name in ("u", "gamma", "beta"))
+        wrote = u[:, src].unflatten(-1, left.shape[1:3]).unsqueeze(-1) * cache[f"{stem}hook_rot_B"][:, src].unsqueeze(
+            -2
+        )
+        left, later = gamma[:, src, :, None, None] * wrote, beta[:, src + 1, :, None, None] * wrote
     for k in range(src + step, dst + step, step):
-        left = kept(cache, stem, left, k)
+        left = kept(cache, stem, left + (later if k == src + 1 else 0), k)
     return left
 
 

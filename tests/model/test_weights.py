@@ -25,6 +25,7 @@ MAPS = {
     "JambaMixer": (*READS, ("u", "B", "B_pre"), ("u", "C", "C_pre"), *WRITES),
     "Mamba2Mixer": MAMBA2,
     "MultipliedMixer": MAMBA2,
+    "Mamba3Mixer": (*MAMBA2, ("in", "A", "A_pre"), ("in", "lambda", "lambda_pre"), ("in", "angle", "angle_pre")),
     "GriffinMixer": (*READS, *WRITES),
     "ViMMixer": (*READS, *WRITES),
     "RwkvMixer": (*OF_RWKV, ("xr", "gate", "gate_pre")),

@@ -6,7 +6,7 @@ b batch, l pos, d d_model, h head, v value (of a head), c channel = (head value)
     dt      = softplus(dt + dt_bias)                             A = min(-f(A), -A_floor), of each token
     turn    = tanh(angle) pi dt                                  summed over the document: the angles that B and C are turned by
     rot_B   = turned(RMSNorm(B) + B_bias)                        rot_C likewise: real arithmetic for a complex state
-    gamma   = sigmoid(lambda) dt                                 beta = (1 - sigmoid(lambda)) dt
+    gamma   = sigmoid(lambda) dt                                 beta = (1 - sigmoid(lambda)) dt (the paper's, but for the decay)
     state_t = exp(dt_t A_t) (state_{t-1} + beta_t u_{t-1} rot_B_{t-1}^T) + gamma_t u_t rot_B_t^T
     y       = state rot_C + D u                                  out = out_proj(y SiLU(z)), or RMSNorm(y) SiLU(z) by heads
 
@@ -108,8 +108,8 @@ class HookedMamba3(MambaStack):
         "o": "gated",
         "gate": "gate, times norm.weight / scale where there is a norm; of a rank mimo_o * gate",
         "scan": "S[i, j] = sum over state of rot_C[i] * rot_B[j] * exp(log_decay[j + 1] + ... + log_decay[i]) * (gamma[j] + "
-        "beta[j + 1]), j <= i, of each head; 0 where a reset lies between, j < reset <= i",
-        "skip": "D - beta[i + 1] * (rot_C[i] . rot_B[i]): what the next step's beta says too early on S's diagonal is taken back",
+        "beta[j + 1]), j < i, of each head; S[i, i] the same without beta; 0 where a reset lies between, j < reset <= i",
+        "skip": "D",
         "act": "1; of a rank mimo_x. MIMO: the sum over ranks that write and ranks that read, D where they are the same",
         "r": "0; with a carried state what its scan state brings, and beta times the write of the step before",
     }

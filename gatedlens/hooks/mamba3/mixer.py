@@ -23,13 +23,15 @@ from gatedlens.model.run import Run
 from gatedlens.model.stages import Gate, GroupNorm, Real
 from gatedlens.model.weights import several
 from gatedlens.parts.activation import wide_silu
-from gatedlens.recurrence.scanning import at_least_float32
+from gatedlens.recurrence.scanning import at_least_float32, linear_scan
 from gatedlens.recurrence.two_terms import TwoTerms, following
 
 PAPER = "Mamba-3, arXiv 2603.15569"
 CODE = "mamba-ssm, modules/mamba3.py"
 RMSNORM = "RMSNorm, arXiv 1910.07467"
 WORDS = ("gate", "in", "B", "C", "dt", "A", "lambda", "angle")  # what in_proj gives, side by side
+
+F_OF_A = "f the softplus; or 1 + A_pre above 0, 1 / (1 - A_pre) below"
 
 _KEYS, _TURNED, _WHOLE = "batch pos group state", "batch pos head state", "batch pos head value state"
 _SCAN_ROWS = (
@@ -52,11 +54,11 @@ ROWS = (
     Point("hook_angle_pre", "batch pos angle", "in_proj(ln1.out), the last angles, the same for all heads", CODE),
     Point("hook_u", "batch pos channel", "x", PAPER),
     Point("hook_dt", "batch pos head", "softplus(dt_pre)", PAPER),
-    Point("hook_A", "batch pos head", "min(-f(A_pre), -A_floor); f(x) is softplus(x), or 1 + x above 0, 1 / (1 - x) below", CODE),
+    Point("hook_A", "batch pos head", f"min(-f(A_pre), -A_floor), {F_OF_A}", CODE),
     Point("hook_log_decay", "batch pos head", "dt * A", PAPER),
     Point("hook_lambda", "batch pos head", "sigmoid(lambda_pre)", PAPER),
     Point("hook_gamma", "batch pos head", "lambda * dt", PAPER),
-    Point("hook_beta", "batch pos head", "(1 - lambda) * dt; the paper's beta is exp(log_decay) times that", PAPER),
+    Point("hook_beta", "batch pos head", "(1 - lambda) * dt", PAPER),
     Point("hook_turn", "batch pos head angle", "tanh(angle_pre) * pi * dt", CODE),
     Point("hook_angle", "batch pos head angle", "sum of turn up to pos, from the document's beginning, modulo 2 pi", PAPER),
     *norm_rows("B_norm", "B_pre", RMSNORM, axes=_KEYS),
@@ -192,8 +194,9 @@ class Mamba3Mixer(PathMixer):
         beta = zero(self.hook_beta(zero((1 - share) * dt)))
         turn = zero(self.hook_turn(zero((torch.tanh(wide["angle"]) * math.pi).unsqueeze(-2) * dt.unsqueeze(-1))))
         angle = zero(self.hook_angle(self.summed(turn, run)))
-        rot_B = zero(self.hook_rot_B(self.turned(self.B_norm(streams["B"]), w.B_bias, angle)))
-        rot_C = zero(self.hook_rot_C(self.turned(self.C_norm(streams["C"]), w.C_bias, angle)))
+        B, C = self.B_norm(streams["B"]), self.C_norm(streams["C"])
+        rot_B = zero(self.hook_rot_B(self.turned(B, w.B_bias, angle)))
+        rot_C = zero(self.hook_rot_C(self.turned(C, w.C_bias, angle)))
         streams |= {"log_decay": log_decay, "gamma": gamma, "beta": beta, "rot_B": rot_B, "rot_C": rot_C}
 
     def rate(self, A_pre: Float[Tensor, "batch pos head"]) -> Float[Tensor, "batch pos head"]:
@@ -204,19 +207,13 @@ class Mamba3Mixer(PathMixer):
 
     def summed(self, turn: Float[Tensor, "batch pos head angle"], run: Run) -> Float[Tensor, "batch pos head angle"]:
         """The angles: the sum of the turns since the document's beginning, summed in float64, modulo 2 pi."""
-        exact = turn.double()
-        total = exact.cumsum(1)
-        start = run.start("angle", self.layer, (len(turn), *turn.shape[2:]), exact).unsqueeze(1)
-        begun = run.resets(turn)
+        exact, begun = turn.double().flatten(2), run.resets(turn)
+        start = run.start("angle", self.layer, (len(turn), *turn.shape[2:]), exact).flatten(1)
         if begun is None:
-            total = total + start
-        else:
-            place = torch.arange(turn.shape[1], device=turn.device)
-            last = (
-                torch.where(begun.squeeze(-1) > 0, place, -1).cummax(1).values[..., None, None]
-            )  # -1: the state's goes on
-            before = (total - exact).gather(1, last.clamp(min=0).expand_as(total))
-            total = total - torch.where(last < 0, -start, before)
+            total = (exact.cumsum(1) + start.unsqueeze(1)).view_as(turn)
+        else:  # no difference of two sums: nothing of one document is in the next, nor in its gradient
+            kept = (1 - begun.to(exact)).expand_as(exact)
+            total = linear_scan(kept, exact, start).view_as(turn)
         angle = (total - 2 * math.pi * torch.floor(total / (2 * math.pi))).to(turn.dtype)
         run.leave("angle", self.layer, angle[:, -1])
         return angle

@@ -16,7 +16,7 @@ from torch import Tensor
 from gatedlens.model.path import Content, Held, PathMixer, Stage, Streams
 from gatedlens.model.run import Run
 from gatedlens.parts.activation import wide_silu
-from gatedlens.recurrence.head_matrix import HeadScan
+from gatedlens.recurrence.folded_matrix import FoldedScan
 from gatedlens.recurrence.scanning import at_least_float32, linear_scan
 from gatedlens.recurrence.two_terms import TwoTerms, following, outer
 
@@ -54,7 +54,8 @@ class TwoTermScan(Stage):
         pad, layer, wide = run.padding, mixer.layer, at_least_float32(content)
         fresh = mixer.resets(run, wide.flatten(2))
         terms: TwoTerms = mixer.terms_of(lambda name: at_least_float32(streams[name]))
-        terms = terms._replace(following=pad.spread(following(pad.pack(terms.beta))), fresh=fresh)
+        behind = following(pad.pack(terms.beta), None if fresh is None else pad.pack(fresh))
+        terms = terms._replace(following=pad.spread(behind), fresh=fresh)
         u = wide.unflatten(-1, (mixer.heads, -1)).reshape(*terms.key.shape[:4], -1)
         before = outer(*(self.tail(mixer, x, name, run) for x, name in ((u, "u"), (terms.key, "rot_B"))))
         own, key = (mixer.shifted(x.flatten(2), run, name).view_as(x) for x, name in ((u, "u"), (terms.key, "rot_B")))
@@ -107,18 +108,19 @@ class TwoTermScan(Stage):
 
     def hold(self, mixer: PathMixer, held: Held) -> None:
         terms: TwoTerms = mixer.terms_of(lambda name: held.read(name, None))
-        terms = terms._replace(fresh=held.fresh)
-        ranks, width = terms.key.shape[2], held.x.shape[2] // mixer.heads
+        terms = terms._replace(following=following(terms.beta, held.fresh), fresh=held.fresh)
+        batch, _, ranks, heads, width = terms.key.shape
         read, write = divmod(held.step, ranks)
-        held.factors["scan"] = HeadScan.of(terms.terms(write, read), width)
-        early = terms.too_early(write, read).repeat_interleave(width, dim=-1)
-        held.factors["skip"] = self.skip(mixer, held.x).to(early) - early if read == write else -early
-        if held.state is not None and write == 0:  # one way to each read brings what the state holds
-            shapes = (terms.key.shape[0], ranks, mixer.heads, width), (terms.key.shape[0], *terms.key.shape[2:])
+        before = [held.x.new_zeros(batch, ranks, heads, size) for size in (held.x.shape[2] // heads, width)]
+        if held.state is not None:
             tails = (held.state[name, mixer.layer].to(held.x) for name in ("u", "rot_B"))
-            before = outer(*(tail.view(shape) for tail, shape in zip(tails, shapes, strict=True)))
-            start = held.state["scan", mixer.layer].to(held.x)
-            held.factors["start"] = terms.begun(start, before).flatten(1, 2)
+            before = [tail.view_as(nothing) for tail, nothing in zip(tails, before, strict=True)]
+            if write == 0:  # one way to each read brings what the state holds
+                start = held.state["scan", mixer.layer].to(held.x)
+                held.factors["start"] = terms.begun(start, outer(*before)).flatten(1, 2)
+        held.factors["scan"] = FoldedScan.of(terms, tuple(before), write, read)
+        if read == write:
+            held.factors["skip"] = self.skip(mixer, held.x).to(held.x)
 
 
 @dataclass(frozen=True)
