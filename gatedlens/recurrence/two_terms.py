@@ -5,13 +5,11 @@
 
 b batch, l pos, r rank (1 but where a step writes several outer products and is read as often: MIMO), h head, v value, k key.
 
-It is the one recurrence, folded: G_t = S_t + beta_{t+1} W_t has one term a step, and what it says too early is taken back.
+It is the one recurrence over (pos step): a position decays, writes by gamma, is read, and writes by the next position's beta,
 
-    G_t    = decay_t G_{t-1} + (gamma_t + beta_{t+1}) W_t                G_0 = S_0 + beta_1 W_0
-    scan_t = G_t read_t - beta_{t+1} W_t read_t                          behind the last step beta is 0: there G is S
+    G_t = S_t + beta_{t+1} W_t          S_t = decay_t G_{t-1} + gamma_t W_t          behind the last step beta is 0: there G is S
 
-So its matrix is that of `Terms`, and a number a position on the diagonal. Ranks are steps of the same recurrence over
-(pos step): all write, the last and those behind it read.
+rank by rank. Its matrix is that of the folded terms, which write both at once, but for its diagonal (folded_matrix.py).
 """
 
 from __future__ import annotations
@@ -54,39 +52,48 @@ class TwoTerms(NamedTuple):
         return self.terms().decays()
 
     def too_early(self, write: int = 0, read: int = 0) -> Float[Tensor, "batch pos head"]:
-        """What a read finds in G of its own position that is not in S: beta_{t+1} (key_t . read_t), of each rank."""
+        """What a read finds in G of its own position that is not in S: beta_{t+1} (key_t . read_t)."""
         return self.following * (self.key[:, :, write] * self.read[:, :, read]).sum(-1)
 
     def begun(
-        self, start: Float[Tensor, "batch head value key"], before: Float[Tensor, "batch head value key"]
+        self,
+        start: Float[Tensor, "batch head value key"],
+        u: Float[Tensor, "batch rank head value"],
+        key: Float[Tensor, "batch rank head key"],
     ) -> Float[Tensor, "batch head value key"]:
-        """G_0 = S_0 + beta_1 W_0, of what `before` wrote; positions packed, so that the first one is real."""
-        return start + self.beta[:, 0, :, None, None] * before
+        """G_0 = S_0 + beta_1 W_0, of u and key of the step before the first; positions packed, so that the first one is real."""
+        return start + outer(self.beta[:, :1, :, None] * u, key)
 
     def scan(
         self, u: Float[Tensor, "batch pos rank head value"], start: Float[Tensor, "batch head value key"]
     ) -> tuple[Float[Tensor, "batch pos rank head value"], Float[Tensor, "batch head value key"]]:
-        """What each position reads, and the last state; by chunks, from the folded state `start`."""
+        """What each position reads, and the last state, from G before the first; by chunks."""
         ranks = u.shape[2]
-        steps, behind = 2 * ranks - 1, (0, 0, 0, 0, 0, ranks - 1)
+        steps, idle = 3 * ranks - 1, ranks - 1  # all ranks write, as many read, all write again
+
+        def twice(x: Tensor) -> Tensor:
+            return torch.cat([F.pad(x, (0, 0, 0, 0, 0, idle)), x], dim=2).flatten(1, 2)
+
+        amounts = [self.gamma] * ranks + [torch.zeros_like(self.gamma)] * idle + [self.following] * ranks
         long = Terms(
             at_step(self.log_decay.unsqueeze(-1), 0, steps),
-            F.pad(self.key, behind).flatten(1, 2),
-            F.pad(self.read, (0, 0, 0, 0, ranks - 1, 0)).flatten(1, 2),
-            amount=self.amount.repeat_interleave(steps, dim=1),
+            twice(self.key),
+            F.pad(self.read, (0, 0, 0, 0, idle, ranks)).flatten(1, 2),
+            amount=torch.stack(amounts, dim=2).flatten(1, 2),
             fresh=None if self.fresh is None else at_step(self.fresh, 0, steps),
         )
-        scan, last = chunked(long, F.pad(u, behind).flatten(1, 2), start)
-        met = torch.einsum("blwhk,blrhk->blrwh", self.key, self.read) * self.following[:, :, None, None]
-        own = torch.einsum("blrwh,blwhv->blrhv", met, u)
-        return scan.unflatten(1, (-1, steps))[:, :, ranks - 1 :] - own, last
+        scan, last = chunked(long, twice(u), start)
+        return scan.unflatten(1, (-1, steps))[:, :, idle : idle + ranks], last
 
     def write(
-        self, own: Float[Tensor, "batch pos head value key"], before: Float[Tensor, "batch pos head value key"]
+        self,
+        own: tuple[Float[Tensor, "batch pos rank head value"], Float[Tensor, "batch pos rank head key"]],
+        before: tuple[Float[Tensor, "batch pos rank head value"], Float[Tensor, "batch pos rank head key"]],
     ) -> Float[Tensor, "batch pos head value key"]:
-        """gamma_t W_t + decay_t beta_t W_{t-1}, of `own` W_t and `before` W_{t-1}."""
-        earlier = (self.decays().squeeze(-1) * self.beta)[..., None, None] * before
-        return self.gamma[..., None, None] * own + earlier
+        """gamma_t W_t + decay_t beta_t W_{t-1}, of (u, key) of each step, and of the one before each."""
+        (u, key), (u_before, key_before) = own, before
+        gamma, beta = (x[:, :, None, :, None] for x in (self.gamma, self.beta))
+        return outer(gamma * u, key) + self.decays().unsqueeze(-1) * outer(beta * u_before, key_before)
 
     def readout(self, states: Float[Tensor, "batch pos head value key"]) -> Float[Tensor, "batch pos rank head value"]:
         """What each position reads off its state."""

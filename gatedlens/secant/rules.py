@@ -57,7 +57,7 @@ ELEMENTWISE = _named(
 ASKED = _named(
     "size dim numel nelement stride is_floating_point is_complex is_contiguous element_size __len__ data_ptr tolist "
     "item __repr__ __format__ __bool__ __float__ eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ isfinite "
-    "isnan isinf any all nonzero argmax argmin argsort allclose equal zeros_like ones_like empty_like full_like "
+    "isnan isinf any all floor nonzero argmax argmin argsort allclose equal zeros_like ones_like empty_like full_like "
     "rand_like randn_like new_zeros new_ones new_full new_empty new_tensor get_device is_conj is_neg numpy "
     "storage_offset __hash__ is_same_size result_type"
 )

@@ -1,4 +1,4 @@
-"""Steps that write the term before them too: the folded scan against the equation, and the matrix of each rank."""
+"""Steps that write the term before them too: the scan against the equation, and the matrix of each rank."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def test_the_scan_its_last_state_and_its_matrices(monkeypatch, ranks, begins):
     following = torch.cat([beta[:, 1:], torch.zeros_like(beta[:, :1])], dim=1)
     key, read, u = normal(B, L, ranks, H, K), normal(B, L, ranks, H, K), normal(B, L, ranks, H, V)
     terms = TwoTerms(log, gamma, beta, following, key, read, fresh)
-    start, before = normal(B, H, V, K), outer(normal(B, ranks, H, V), normal(B, ranks, H, K))
+    start, first = normal(B, H, V, K), (normal(B, ranks, H, V), normal(B, ranks, H, K))
+    before = outer(*first)
 
     def literal(start, before):
         state, scan, states = start, torch.zeros(B, L, ranks, H, V, dtype=torch.float64), []
@@ -43,13 +44,13 @@ def test_the_scan_its_last_state_and_its_matrices(monkeypatch, ranks, begins):
         return scan, torch.stack(states, 1)
 
     want, states = literal(start, before)
-    got, last = terms.scan(u, terms.begun(start, before))
+    got, last = terms.scan(u, terms.begun(start, *first))
     close(got, want)
     close(last, states[:, -1])
     close(terms.readout(states), want)
-    wrote = torch.cat([before.unsqueeze(1), outer(u, key)], dim=1)
+    lagged = (torch.cat([x.unsqueeze(1), y[:, :-1]], dim=1) for x, y in zip(first, (u, key), strict=True))
     kept = terms.decays().unsqueeze(-1) * torch.cat([start.unsqueeze(1), states[:, :-1]], dim=1)
-    close(kept + terms.write(wrote[:, 1:], wrote[:, :-1]), states)
+    close(kept + terms.write((u, key), tuple(lagged)), states)
     want, _ = literal(torch.zeros_like(start), torch.zeros_like(before))
     for r in range(ranks):
         found = 0

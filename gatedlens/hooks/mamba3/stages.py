@@ -7,7 +7,6 @@ h head, v value, c channel = (head value). The rest is in recurrence/two_terms.p
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from jaxtyping import Float
@@ -18,7 +17,7 @@ from gatedlens.model.run import Run
 from gatedlens.parts.activation import wide_silu
 from gatedlens.recurrence.folded_matrix import FoldedScan
 from gatedlens.recurrence.scanning import at_least_float32, linear_scan
-from gatedlens.recurrence.two_terms import TwoTerms, following, outer
+from gatedlens.recurrence.two_terms import TwoTerms, following
 
 
 def by_channel(given: Float[Tensor, "head rank value"]) -> Float[Tensor, "rank channel"]:
@@ -57,10 +56,11 @@ class TwoTermScan(Stage):
         behind = following(pad.pack(terms.beta), None if fresh is None else pad.pack(fresh))
         terms = terms._replace(following=pad.spread(behind), fresh=fresh)
         u = wide.unflatten(-1, (mixer.heads, -1)).reshape(*terms.key.shape[:4], -1)
-        before = outer(*(self.tail(mixer, x, name, run) for x, name in ((u, "u"), (terms.key, "rot_B"))))
-        own, key = (mixer.shifted(x.flatten(2), run, name).view_as(x) for x, name in ((u, "u"), (terms.key, "rot_B")))
-        start = run.start("scan", layer, before.shape, before)
-        scan, last = self.recur(mixer, terms, u, start, before, lambda: outer(own, key), run)
+        own = {"u": u, "rot_B": terms.key}
+        first = [self.tail(mixer, x, name, run) for name, x in own.items()]
+        before = [mixer.shifted(x.flatten(2), run, name).view_as(x) for name, x in own.items()]
+        start = run.start("scan", layer, (len(u), mixer.heads, u.shape[-1], terms.key.shape[-1]), u)
+        scan, last = self.recur(mixer, terms, u, start, first, before, run)
         run.leave("scan", layer, last)
         scan = mixer.fire("scan", scan.flatten(-2).view_as(wide))
         return mixer.fire("y", scan + self.skip(mixer, wide) * wide)
@@ -76,13 +76,13 @@ class TwoTermScan(Stage):
         terms: TwoTerms,
         u: Float[Tensor, "batch pos rank head value"],
         start: Float[Tensor, "batch head value state"],
-        before: Float[Tensor, "batch head value state"],
-        earlier: Callable[[], Float[Tensor, "batch pos head value state"]],
+        first: list[Float[Tensor, "batch rank head _"]],
+        before: list[Float[Tensor, "batch pos rank head _"]],
         run: Run,
     ) -> tuple[Float[Tensor, "batch pos rank head value"], Float[Tensor, "batch head value state"]]:
         """The recurrence with its lazy points, as `Mixer.recur_heads`: nothing inside is a tensor unless somebody listens.
 
-        before: what the step in front of the first one wrote; earlier(): what that in front of each did."""
+        first: u and key of the step in front of the first one; before: those of the step before each."""
         pad, decay, write = run.padding, None, None
         if mixer.hook_state_start.heard():
             start = mixer.hook_state_start(start)
@@ -90,13 +90,12 @@ class TwoTermScan(Stage):
             whole = terms.decays().unsqueeze(-1).expand(*u.shape[:2], *start.shape[1:])
             decay = pad.fill(mixer.hook_decay(whole), 1.0)
         if mixer.hook_write.heard():
-            write = pad.zero(mixer.hook_write(terms.write(outer(u, terms.key), earlier())))
+            write = pad.zero(mixer.hook_write(terms.write((u, terms.key), tuple(before))))
         heard = mixer.hook_state.heard()
         if decay is None and write is None and not heard:
-            first = pad.pack(terms.beta)[:, :1]
-            return terms.scan(u, terms._replace(beta=first).begun(start, before))
+            return terms.scan(u, terms._replace(beta=pad.pack(terms.beta)).begun(start, *first))
         decay = terms.decays().unsqueeze(-1) if decay is None else decay
-        write = terms.write(outer(u, terms.key), earlier()) if write is None else write
+        write = terms.write((u, terms.key), tuple(before)) if write is None else write
         states = linear_scan(decay, write, start)
         return terms.readout(mixer.hook_state(states) if heard else states), states[:, -1]
 
@@ -117,7 +116,7 @@ class TwoTermScan(Stage):
             before = [tail.view_as(nothing) for tail, nothing in zip(tails, before, strict=True)]
             if write == 0:  # one way to each read brings what the state holds
                 start = held.state["scan", mixer.layer].to(held.x)
-                held.factors["start"] = terms.begun(start, outer(*before)).flatten(1, 2)
+                held.factors["start"] = terms.begun(start, *before).flatten(1, 2)
         held.factors["scan"] = FoldedScan.of(terms, tuple(before), write, read)
         if read == write:
             held.factors["skip"] = self.skip(mixer, held.x).to(held.x)
