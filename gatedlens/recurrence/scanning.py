@@ -51,13 +51,12 @@ class ByHand:
         return self.terms(*given)
 
 
-# Numbers in one segment's decay: 768 KiB of float32, so that decay and write stay in the L2 cache.
-SEGMENT_ELEMENTS = 3 << 16
+# Numbers in one segment's decay: 1.5 MiB of float32, so that decay and write stay in the cache.
+SEGMENT_ELEMENTS = 3 << 17
 # The fewest steps that a segment should have. Rows of a large batch are taken in groups that allow it.
 SEGMENT_STEPS = 6
-# With gradients each segment costs some autograd bookkeeping: take longer ones. By hand there is none, but each keeps a state.
+# With gradients found by autograd each segment costs some bookkeeping: take longer ones.
 SEGMENT_ELEMENTS_GRAD = 1 << 20
-SEGMENT_ELEMENTS_BY_HAND = 3 << 17
 
 
 def at_least_float32(x: Shaped[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -277,7 +276,7 @@ class SegmentedScan(Function):
     @staticmethod
     def forward(ctx: Any, terms: StepTerms, n: int, initial: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         sequences, constants = tensors[:n], tensors[n:]
-        cache = SEGMENT_ELEMENTS_BY_HAND if isinstance(terms, ByHand) else SEGMENT_ELEMENTS_GRAD
+        cache = SEGMENT_ELEMENTS if isinstance(terms, ByHand) else SEGMENT_ELEMENTS_GRAD
         slices = _segments(sequences[0].shape[1], initial.numel(), budget(initial, cache))
         scans, starts, state = [], [], initial
         for part in slices:
@@ -396,32 +395,21 @@ def _segmented(
 ) -> tuple[Tensor, Tensor]:
     """Without gradients: one segment's states at a time, of so many rows that they stay in the cache."""
     # A large batch in groups: a segment of all rows would be a position or two long, and leave the cache at each.
-    rows = _rows(initial, SEGMENT_ELEMENTS)
-    if rows >= len(initial):
-        return _in_segments(terms, sequences, constants, initial)
-    groups = range(0, len(initial), rows)
-    parts = [
-        _in_segments(terms, [s[i : i + rows] for s in sequences], constants, initial[i : i + rows]) for i in groups
-    ]
-    return torch.cat([out for out, _ in parts]), torch.cat([last for _, last in parts])
-
-
-def _in_segments(
-    terms: StepTerms, sequences: Sequence[Tensor], constants: Sequence[Tensor], initial: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`scan` of some rows, segment by segment, without gradients."""
-    out, state = None, initial
+    out, lasts, rows = None, [], _rows(initial, SEGMENT_ELEMENTS)
     length = sequences[0].shape[1]
-    for part in _segments(length, initial.numel(), budget(initial, SEGMENT_ELEMENTS)):
-        decay, write, read = terms(*(s[:, part] for s in sequences), *constants)
-        states = _every_state(decay, write, state)
-        y = readout(states, read)
-        if out is None:  # only now its dtype and last axes are known: they are those of `terms`
-            out = y.new_empty(y.shape[0], length, *y.shape[2:])
-        out[:, part] = y
-        state = states[:, -1].clone()
+    for some in (slice(first, first + rows) for first in range(0, max(len(initial), 1), rows)):
+        state = initial[some]
+        for part in _segments(length, state.numel(), budget(initial, SEGMENT_ELEMENTS)):
+            decay, write, read = terms(*(s[some, part] for s in sequences), *constants)
+            states = _every_state(decay, write, state)
+            y = readout(states, read)
+            if out is None:  # only now its dtype and last axes are known: they are those of `terms`
+                out = y.new_empty(len(initial), length, *y.shape[2:])
+            out[some, part] = y
+            state = states[:, -1].clone()
+        lasts.append(state)
     assert out is not None
-    return out, state
+    return out, lasts[0] if len(lasts) == 1 else torch.cat(lasts)
 
 
 def _compiled(
