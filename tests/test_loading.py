@@ -223,7 +223,7 @@ def test_a_pickle_that_carries_code_is_refused(original_folder, capsys):
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2', which gatedlens does not support. Supported are .*Mamba"),
         ({"architecture": "x"}, "a config.json with architecture"),
-        ({"d_model": 16, "n_layer": 2, "vocab_size": 40, "ssm_cfg": {"layer": "Mamba3"}}, "ssm_cfg.layer is 'Mamba3'"),
+        ({"d_model": 16, "n_layer": 2, "vocab_size": 40, "ssm_cfg": {"layer": "Mamba4"}}, "ssm_cfg.layer is 'Mamba4'"),
         ({"d_model": 16, "n_layer": 2, "vocab_size": 40, "ssm_cfg": {"d_stat": 3}}, "asks for d_stat"),
         ({"d_model": 16, "n_layer": 2, "vocab_size": 40, "attn_layer_idx": [1]}, "mixes Mamba with attention"),
         ({"d_model": 16, "n_layer": 2, "vocab_size": 40, "d_intermediate": 64}, "mixes Mamba with attention"),

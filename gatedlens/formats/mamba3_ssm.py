@@ -58,11 +58,13 @@ def activation_of(mixer: Any, ssm: Mapping[str, Any], model_name: str) -> str:
     if "A_activation" in ssm:
         return str(ssm["A_activation"])
     cls = type(mixer)
-    if cls is nn.Module:  # parameters alone
+    if cls.__module__.startswith("torch."):  # parameters alone
         return HEAVY_TAIL
     if "heavy_tail_activation" in vars(sys.modules.get(cls.__module__, nn)):
         return HEAVY_TAIL
-    if cls.__module__.startswith("mamba_ssm.") or (cls.__module__.startswith("fla.") and "_compute_a" in vars(cls)):
+    if cls.__module__.startswith("mamba_ssm.") or (
+        cls.__module__.startswith("fla.") and any("_compute_a" in vars(base) for base in cls.__mro__)
+    ):
         return SOFTPLUS
     raise CheckpointError(
         f"{model_name} has mixers of {cls.__module__}.{cls.__name__}, which do not tell how A is made of what in_proj gives: "

@@ -89,7 +89,7 @@ class Weights(StackWeights):
         ssm = dict(config.get("ssm_cfg") or {})
         kind = ssm.pop("layer", "Mamba1")
         if kind != "Mamba1":
-            raise CheckpointError(f"ssm_cfg.layer is {kind!r}; supported is 'Mamba1'.")
+            raise CheckpointError(f"ssm_cfg.layer is {kind!r}; supported are 'Mamba1', 'Mamba2' and 'Mamba3'.")
         super().__init__(config, layer_parameters, ssm)
 
 

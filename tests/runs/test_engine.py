@@ -248,7 +248,11 @@ def test_clean_runs_that_do_not_fit(lm):
     with pytest.raises(gl.InputError, match="padded in different places"):
         run(short)
     words = {"mamba": {"d_model": 32}, "mamba2": {"d_model": 32}, "rwkv6": {"n_embd": 32}}
-    words |= {"fla": {"hidden_size": 32, "head_dim": 8}, "mamba_ssm_hybrid": {"d_model": 32}}
+    words |= {
+        "fla": {"hidden_size": 32, "head_dim": 8},
+        "mamba3": {"d_model": 32},
+        "mamba_ssm_hybrid": {"d_model": 32},
+    }
     wide = type(lm).tiny(seed=1, dtype=torch.float64, **words.get(lm.cfg.architecture, {"hidden_size": 32}))
     with pytest.raises(gl.InputError, match=rf"has shape \[2, 7, 32\].*It is a cache of {wide.cfg.model_name}"):
         run(caches(wide, clean))

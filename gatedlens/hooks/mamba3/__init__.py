@@ -111,6 +111,7 @@ class HookedMamba3(MambaStack):
         "beta[j + 1]), j < i, of each head; S[i, i] the same without beta; 0 where a reset lies between, j < reset <= i",
         "skip": "D",
         "act": "1; of a rank mimo_x. MIMO: the sum over ranks that write and ranks that read, D where they are the same",
+        "conv": "none: M is the identity",
         "r": "0; with a carried state what its scan state brings, and beta times the write of the step before",
     }
     wraps = ("MambaLMHeadModel", "Mamba3Weights")
