@@ -213,8 +213,9 @@ class StateRun:
         """`StateRun.of(cache, 0, None, "rewrite")`; `what` is who asks, for the errors."""
         attention, number, stem = _scanned(cache, layer, scan, what)
         factors, padding = attention.branches[number], attention.padding
-        terms = None if factors.scan is None else factors.scan.recurrence()
-        if terms is None:
+        scan_matrix = factors.scan
+        terms = None if scan_matrix is None else scan_matrix.recurrence()
+        if scan_matrix is None or terms is None:
             raise InputError(_stateless(what, attention, factors.scan))
         missing = [stem + name for name in ("hook_u", "hook_reset") if stem + name not in cache.cache_dict]
         if missing:
@@ -229,7 +230,7 @@ class StateRun:
         mixer: Any = attention.model.blocks[attention.layer].mixer
         u = packed("hook_u").unflatten(-1, (terms.heads, -1))
         u, begins = u.reshape(len(u), -1, *u.shape[-2:]), packed("hook_reset")
-        terms, u, steps = factors.scan.steps_of(u, mixer.steps)
+        terms, u, steps = scan_matrix.steps_of(terms, u, mixer.steps)
         begins = at_step(begins, 0, steps)[..., 0] >= 1
         shape = (len(u), *u.shape[2:], terms.key.shape[-1])
         start = u.new_zeros(shape)

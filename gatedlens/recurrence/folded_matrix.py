@@ -20,7 +20,7 @@ from gatedlens.recurrence.head_matrix import HeadScan
 from gatedlens.recurrence.matrix import ScanMatrix, Steps
 from gatedlens.recurrence.micro_steps import at_step
 from gatedlens.recurrence.terms import Terms
-from gatedlens.recurrence.two_terms import TwoTerms
+from gatedlens.recurrence.two_terms import TwoTerms, Wrote
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class FoldedScan(ScanMatrix):
     whole: HeadScan
     early: Float[Tensor, "batch pos head"]
     terms: TwoTerms
-    before: tuple[Tensor, Tensor]  # u and key of the step before the first: [b, r, h, v] and [b, r, h, k]
+    before: Wrote  # by the step before the first
 
     @classmethod
-    def of(cls, terms: TwoTerms, before: tuple[Tensor, Tensor], write: int = 0, read: int = 0) -> FoldedScan:
+    def of(cls, terms: TwoTerms, before: Wrote, write: int = 0, read: int = 0) -> FoldedScan:
         """The scan of all channels, of heads that are as wide as what the step before the first wrote."""
-        whole = HeadScan.of(terms.terms(write, read), before[0].shape[-1])
+        whole = HeadScan.of(terms.terms(write, read), before.u.shape[-1])
         return cls(whole, terms.too_early(write, read), terms, before)
 
     @property
@@ -55,16 +55,16 @@ class FoldedScan(ScanMatrix):
         """The folded terms."""
         return self.whole.recurrence()
 
-    def steps_of(self, u: Float[Tensor, "batch long head value"], steps: int) -> Steps:
-        """Twice as many steps: a position writes first what the one before wrote, then its own."""
-        terms, ranks = self.terms, self.terms.key.shape[2]
-        own, count = (u.unflatten(1, (-1, ranks)), terms.key), 2 * ranks
+    def steps_of(self, terms: Terms, u: Float[Tensor, "batch long head value"], steps: int) -> Steps:
+        """Twice as many steps as there are ranks: a position writes first what the one before wrote, then its own."""
+        folded, ranks = self.terms, self.terms.key.shape[2]
+        own, count = Wrote(u.unflatten(1, (-1, ranks)), folded.key), 2 * ranks
         lagged = (torch.cat([first.unsqueeze(1), x[:, :-1]], dim=1) for first, x in zip(self.before, own, strict=True))
         long_u, key = (torch.cat(both, dim=2).flatten(1, 2) for both in zip(lagged, own, strict=True))
-        earlier = terms.decays().squeeze(-1) * terms.beta
-        amount = torch.stack([*[earlier] * ranks, *[terms.gamma] * ranks], dim=2).flatten(1, 2)
-        log, read = at_step(terms.log_decay.unsqueeze(-1), 0, count), at_step(terms.read[:, :, 0], -1, count)
-        fresh = None if terms.fresh is None else at_step(terms.fresh, 0, count)
+        earlier = folded.decays().squeeze(-1) * folded.beta
+        amount = torch.stack([*[earlier] * ranks, *[folded.gamma] * ranks], dim=2).flatten(1, 2)
+        log, read = at_step(folded.log_decay.unsqueeze(-1), 0, count), at_step(folded.read[:, :, 0], -1, count)
+        fresh = None if folded.fresh is None else at_step(folded.fresh, 0, count)
         return Steps(Terms(log, key, read, amount=amount, fresh=fresh), long_u, count)
 
     def rewritten(self, key: Float[Tensor, "group key"]) -> ScanMatrix:

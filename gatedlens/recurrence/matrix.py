@@ -30,7 +30,7 @@ class Steps(NamedTuple):
 
     terms: Terms
     u: Float[Tensor, "batch long head value"]
-    count: int
+    steps: int
 
 
 class ScanMatrix(ABC):
@@ -77,11 +77,10 @@ class ScanMatrix(ABC):
         is none, or where the state is no sum of decaying writes."""
         return None
 
-    def steps_of(self, u: Float[Tensor, "batch long head value"], steps: int) -> Steps | None:
-        """The recurrence of the content `u`, of so many steps a position, whose states are those that the run had; None where
-        there is none."""
-        terms = self.recurrence()
-        return None if terms is None else Steps(terms, u, steps)
+    def steps_of(self, terms: Terms, u: Float[Tensor, "batch long head value"], steps: int) -> Steps:
+        """Its `recurrence()` of the content `u`, of so many steps a position, in the form whose states are those that the run
+        had."""
+        return Steps(terms, u, steps)
 
     def rewritten(self, key: Float[Tensor, "group key"]) -> ScanMatrix:
         """`scan.rewritten(key).seen(i)`: the scan that finds of each source what it would find of a 1 written at this key, one

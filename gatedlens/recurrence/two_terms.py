@@ -26,6 +26,17 @@ from gatedlens.recurrence.micro_steps import at_step
 from gatedlens.recurrence.terms import Terms
 
 
+class Wrote(NamedTuple):
+    """`Wrote(u, key)`: what steps write, W = sum over rank of u key^T; of every position, or of one alone."""
+
+    u: Float[Tensor, "batch *pos rank head value"]
+    key: Float[Tensor, "batch *pos rank head key"]
+
+    def times(self, weight: Float[Tensor, "batch *pos head"]) -> Float[Tensor, "batch *pos head value key"]:
+        """weight W"""
+        return torch.einsum("...rhv,...rhk->...hvk", weight[..., None, :, None] * self.u, self.key)
+
+
 class TwoTerms(NamedTuple):
     """`TwoTerms(dt * A, gamma, beta, following, key, read)`: what an architecture says of such a recurrence; see `Terms`."""
 
@@ -56,13 +67,10 @@ class TwoTerms(NamedTuple):
         return self.following * (self.key[:, :, write] * self.read[:, :, read]).sum(-1)
 
     def begun(
-        self,
-        start: Float[Tensor, "batch head value key"],
-        u: Float[Tensor, "batch rank head value"],
-        key: Float[Tensor, "batch rank head key"],
+        self, start: Float[Tensor, "batch head value key"], before: Wrote
     ) -> Float[Tensor, "batch head value key"]:
-        """G_0 = S_0 + beta_1 W_0, of u and key of the step before the first; positions packed, so that the first one is real."""
-        return start + outer(self.beta[:, :1, :, None] * u, key)
+        """G_0 = S_0 + beta_1 W_0, of what the step before the first wrote; positions packed, so that the first one is real."""
+        return start + before.times(self.beta[:, 0])
 
     def scan(
         self, u: Float[Tensor, "batch pos rank head value"], start: Float[Tensor, "batch head value key"]
@@ -85,15 +93,9 @@ class TwoTerms(NamedTuple):
         scan, last = chunked(long, twice(u), start)
         return scan.unflatten(1, (-1, steps))[:, :, idle : idle + ranks], last
 
-    def write(
-        self,
-        own: tuple[Float[Tensor, "batch pos rank head value"], Float[Tensor, "batch pos rank head key"]],
-        before: tuple[Float[Tensor, "batch pos rank head value"], Float[Tensor, "batch pos rank head key"]],
-    ) -> Float[Tensor, "batch pos head value key"]:
-        """gamma_t W_t + decay_t beta_t W_{t-1}, of (u, key) of each step, and of the one before each."""
-        (u, key), (u_before, key_before) = own, before
-        gamma, beta = (x[:, :, None, :, None] for x in (self.gamma, self.beta))
-        return outer(gamma * u, key) + self.decays().unsqueeze(-1) * outer(beta * u_before, key_before)
+    def write(self, own: Wrote, before: Wrote) -> Float[Tensor, "batch pos head value key"]:
+        """gamma_t W_t + decay_t beta_t W_{t-1}, of what each step wrote, and the one before each."""
+        return own.times(self.gamma) + self.decays().unsqueeze(-1) * before.times(self.beta)
 
     def readout(self, states: Float[Tensor, "batch pos head value key"]) -> Float[Tensor, "batch pos rank head value"]:
         """What each position reads off its state."""
@@ -106,10 +108,3 @@ def following(
     """`following(beta, fresh)`: each step's next beta, 0 behind the last and before what forgets all; positions packed."""
     kept = beta if fresh is None else beta * (fresh < 1)
     return torch.cat([kept[:, 1:], torch.zeros_like(kept[:, :1])], dim=1)
-
-
-def outer(
-    u: Float[Tensor, "*batch rank head value"], key: Float[Tensor, "*batch rank head key"]
-) -> Float[Tensor, "*batch head value key"]:
-    """`outer(u, key)`: W = sum over rank of u key^T."""
-    return torch.einsum("...rhv,...rhk->...hvk", u, key)

@@ -289,6 +289,38 @@ def test_a_reset_forgets_the_write_of_the_step_before_with_the_state():
     assert gl.implicit_attention(cache, layer=1).check().relative < 1e-12
 
 
+@torch.no_grad()
+def test_ranks_are_ways_of_one_matrix_a_channel():
+    """MIMO: the views of the sum of all ways, profiles of the state, a cut of a token, and relevance by secants."""
+    model = tiny("MIMO, MLP")
+    assert gl.verify(model).passed
+    _, state = model(TOKENS[:, :4], return_state=True)
+    for given, tokens in ((None, TOKENS), (state, TOKENS[:, 4:])):
+        _, cache = model.run_with_cache(tokens, state=given, names_filter=lambda name: True)
+        A, S = gl.implicit_attention(cache, layer=1), cache["state", 1]
+        dense = A.dense()
+        assert len(A.branches) == 4 and relative(A.abs_mean(), dense.abs().mean(1)) < 1e-12
+
+        def size(x):
+            return x.flatten(-2).norm(dim=-1)
+
+        found = gl.profiles.rewrite(cache, 1)
+        assert relative(found.relative[:, 1:], size(S[:, 1:] - S[:, :-1]) / size(S[:, :-1])) < 1e-11
+        assert relative(found.written[:, 1:], size(cache["write", 1][:, 1:]) / size(S[:, :-1])) < 3
+        values = torch.linalg.svdvals(S)
+        effective = torch.special.entr(values / values.sum(-1, keepdim=True)).sum(-1).exp()
+        assert relative(gl.profiles.state_rank(cache, 1).effective, effective) < 1e-11
+    clean = model.run_with_cache(TOKENS)[1]
+    with gl.knockout.cut(2, 6, layers=1).on(model):
+        cut = model.run_with_cache(TOKENS)[1]
+    lost = gl.implicit_attention(clean, layer=1).dense()[:, :, 6, 2] * clean["blocks.1.mixer.hook_x"][:, 2]
+    name = "blocks.1.mixer.hook_gated"
+    assert relative(cut[name][:, 6], clean[name][:, 6] - lost) < 1e-12
+    with torch.enable_grad():
+        scores = gl.attribution.secant(model, TOKENS, target=3)
+    assert scores.isfinite().all() and scores.abs().max() > 0
+
+
 def test_a_long_text_keeps_its_angles_in_float32():
     """Angles are summed in float64, and turned by what is left modulo 2 pi."""
     model = tiny(dtype=torch.float32)

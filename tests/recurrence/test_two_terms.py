@@ -7,7 +7,7 @@ import torch
 
 from gatedlens.recurrence import chunks
 from gatedlens.recurrence.literal import literal_matrix
-from gatedlens.recurrence.two_terms import TwoTerms, outer
+from gatedlens.recurrence.two_terms import TwoTerms, Wrote, following
 from tests.recurrence.test_chunks import close
 
 B, L, H, V, K = 2, 7, 2, 3, 4
@@ -25,11 +25,10 @@ def test_the_scan_its_last_state_and_its_matrices(monkeypatch, ranks, begins):
     fresh = torch.zeros(B, L, 1, dtype=torch.float64)
     fresh[:, list(begins)] = 1
     log, gamma, beta = -normal(B, L, H).abs(), normal(B, L, H), normal(B, L, H)
-    following = torch.cat([beta[:, 1:], torch.zeros_like(beta[:, :1])], dim=1)
     key, read, u = normal(B, L, ranks, H, K), normal(B, L, ranks, H, K), normal(B, L, ranks, H, V)
-    terms = TwoTerms(log, gamma, beta, following, key, read, fresh)
-    start, first = normal(B, H, V, K), (normal(B, ranks, H, V), normal(B, ranks, H, K))
-    before = outer(*first)
+    terms = TwoTerms(log, gamma, beta, following(beta, fresh), key, read, fresh)
+    start, first = normal(B, H, V, K), Wrote(normal(B, ranks, H, V), normal(B, ranks, H, K))
+    before = first.times(torch.ones(B, H, dtype=torch.float64))
 
     def literal(start, before):
         state, scan, states = start, torch.zeros(B, L, ranks, H, V, dtype=torch.float64), []
@@ -44,13 +43,13 @@ def test_the_scan_its_last_state_and_its_matrices(monkeypatch, ranks, begins):
         return scan, torch.stack(states, 1)
 
     want, states = literal(start, before)
-    got, last = terms.scan(u, terms.begun(start, *first))
+    got, last = terms.scan(u, terms.begun(start, first))
     close(got, want)
     close(last, states[:, -1])
     close(terms.readout(states), want)
     lagged = (torch.cat([x.unsqueeze(1), y[:, :-1]], dim=1) for x, y in zip(first, (u, key), strict=True))
     kept = terms.decays().unsqueeze(-1) * torch.cat([start.unsqueeze(1), states[:, :-1]], dim=1)
-    close(kept + terms.write((u, key), tuple(lagged)), states)
+    close(kept + terms.write(Wrote(u, key), Wrote(*lagged)), states)
     want, _ = literal(torch.zeros_like(start), torch.zeros_like(before))
     for r in range(ranks):
         found = 0

@@ -17,7 +17,7 @@ from gatedlens.model.run import Run
 from gatedlens.parts.activation import wide_silu
 from gatedlens.recurrence.folded_matrix import FoldedScan
 from gatedlens.recurrence.scanning import at_least_float32, linear_scan
-from gatedlens.recurrence.two_terms import TwoTerms, following
+from gatedlens.recurrence.two_terms import TwoTerms, Wrote, following
 
 
 def by_channel(given: Float[Tensor, "head rank value"]) -> Float[Tensor, "rank channel"]:
@@ -57,8 +57,8 @@ class TwoTermScan(Stage):
         terms = terms._replace(following=pad.spread(behind), fresh=fresh)
         u = wide.unflatten(-1, (mixer.heads, -1)).reshape(*terms.key.shape[:4], -1)
         own = {"u": u, "rot_B": terms.key}
-        first = [self.tail(mixer, x, name, run) for name, x in own.items()]
-        before = [mixer.shifted(x.flatten(2), run, name).view_as(x) for name, x in own.items()]
+        first = Wrote(*(self.tail(mixer, x, name, run) for name, x in own.items()))
+        before = Wrote(*(mixer.shifted(x.flatten(2), run, name).view_as(x) for name, x in own.items()))
         start = run.start("scan", layer, (len(u), mixer.heads, u.shape[-1], terms.key.shape[-1]), u)
         scan, last = self.recur(mixer, terms, u, start, first, before, run)
         run.leave("scan", layer, last)
@@ -76,26 +76,26 @@ class TwoTermScan(Stage):
         terms: TwoTerms,
         u: Float[Tensor, "batch pos rank head value"],
         start: Float[Tensor, "batch head value state"],
-        first: list[Float[Tensor, "batch rank head _"]],
-        before: list[Float[Tensor, "batch pos rank head _"]],
+        first: Wrote,
+        before: Wrote,
         run: Run,
     ) -> tuple[Float[Tensor, "batch pos rank head value"], Float[Tensor, "batch head value state"]]:
         """The recurrence with its lazy points, as `Mixer.recur_heads`: nothing inside is a tensor unless somebody listens.
 
-        first: u and key of the step in front of the first one; before: those of the step before each."""
-        pad, decay, write = run.padding, None, None
+        first: what the step in front of the first one wrote; before: what that in front of each did."""
+        pad, own, decay, write = run.padding, Wrote(u, terms.key), None, None
         if mixer.hook_state_start.heard():
             start = mixer.hook_state_start(start)
         if mixer.hook_decay.heard():
             whole = terms.decays().unsqueeze(-1).expand(*u.shape[:2], *start.shape[1:])
             decay = pad.fill(mixer.hook_decay(whole), 1.0)
         if mixer.hook_write.heard():
-            write = pad.zero(mixer.hook_write(terms.write((u, terms.key), tuple(before))))
+            write = pad.zero(mixer.hook_write(terms.write(own, before)))
         heard = mixer.hook_state.heard()
         if decay is None and write is None and not heard:
-            return terms.scan(u, terms._replace(beta=pad.pack(terms.beta)).begun(start, *first))
+            return terms.scan(u, terms._replace(beta=pad.pack(terms.beta)).begun(start, first))
         decay = terms.decays().unsqueeze(-1) if decay is None else decay
-        write = terms.write((u, terms.key), tuple(before)) if write is None else write
+        write = terms.write(own, before) if write is None else write
         states = linear_scan(decay, write, start)
         return terms.readout(mixer.hook_state(states) if heard else states), states[:, -1]
 
@@ -110,14 +110,14 @@ class TwoTermScan(Stage):
         terms = terms._replace(following=following(terms.beta, held.fresh), fresh=held.fresh)
         batch, _, ranks, heads, width = terms.key.shape
         read, write = divmod(held.step, ranks)
-        before = [held.x.new_zeros(batch, ranks, heads, size) for size in (held.x.shape[2] // heads, width)]
+        before = Wrote(*(held.x.new_zeros(batch, ranks, heads, n) for n in (held.x.shape[2] // heads, width)))
         if held.state is not None:
             tails = (held.state[name, mixer.layer].to(held.x) for name in ("u", "rot_B"))
-            before = [tail.view_as(nothing) for tail, nothing in zip(tails, before, strict=True)]
+            before = Wrote(*(tail.view_as(nothing) for tail, nothing in zip(tails, before, strict=True)))
             if write == 0:  # one way to each read brings what the state holds
                 start = held.state["scan", mixer.layer].to(held.x)
-                held.factors["start"] = terms.begun(start, *before).flatten(1, 2)
-        held.factors["scan"] = FoldedScan.of(terms, tuple(before), write, read)
+                held.factors["start"] = terms.begun(start, before).flatten(1, 2)
+        held.factors["scan"] = FoldedScan.of(terms, before, write, read)
         if read == write:
             held.factors["skip"] = self.skip(mixer, held.x).to(held.x)
 
