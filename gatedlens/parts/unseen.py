@@ -46,7 +46,12 @@ def attend(
 
 
 def _attend(seen: Tensor | None, scale: float, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, keys, values, seen, is_causal=seen is None, scale=scale)
+    # Only where keys and values are equally wide does torch's form on processors hold no pattern: what is narrower is filled up.
+    width, more = values.shape[-1], keys.shape[-1] - values.shape[-1]
+    values = F.pad(values, (0, max(more, 0)))
+    q, keys = (F.pad(x, (0, max(-more, 0))) for x in (q, keys))
+    out = F.scaled_dot_product_attention(q, keys, values, seen, is_causal=seen is None, scale=scale)
+    return out[..., :width]
 
 
 class Attended(Function):

@@ -11,12 +11,12 @@ from gatedlens.parts.unseen import attend
 from tests.helpers import padded, relative
 from tests.hooks.hybrids import HYBRIDS, hybrid
 
-B, L, CARRIED, H, D, V = 2, 5, 3, 2, 4, 3
+B, L, CARRIED, H, D = 2, 5, 3, 2, 4
 
 
-def drawn(carried=0):
+def drawn(carried=0, v=3):
     generator = torch.Generator().manual_seed(0)
-    sizes = ((L, D), (L + carried, D), (L + carried, V))
+    sizes = ((L, D), (L + carried, D), (L + carried, v))
     return [
         torch.randn(B, length, H, width, generator=generator, dtype=torch.float64, requires_grad=True)
         for length, width in sizes
@@ -40,9 +40,10 @@ def some(carried):
 CASES = {"all before": (0, None), "a mask": (0, some(0)), "a mask, carried keys": (CARRIED, some(CARRIED))}
 
 
+@pytest.mark.parametrize("v", [3, 4, 6], ids="values of {} to keys of 4".format)
 @pytest.mark.parametrize("carried, seen", CASES.values(), ids=CASES)
-def test_values_and_gradients_are_the_literal_ones(carried, seen):
-    given = drawn(carried)
+def test_values_and_gradients_are_the_literal_ones(carried, seen, v):
+    given = drawn(carried, v)
     got, want = attend(*given, seen, 0.3), literal(*given, seen, 0.3)
     weights = torch.randn_like(want)
     first = [torch.autograd.grad((out * weights).sum(), given, create_graph=True) for out in (got, want)]
@@ -115,3 +116,23 @@ def test_a_text_whose_scores_no_memory_holds_is_read_all_the_same(monkeypatch):
     assert model(tokens).isfinite().all()
     with pytest.raises(gl.TooLargeError, match="Run the text in parts"):
         model.run_with_cache(tokens, names_filter=lambda name: "hook_pattern" in name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("v", [8, 16])
+def test_no_scores_are_held_on_a_processor(v):
+    """Nor where keys are wider than values, as in latent attention."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor))
+            return out
+
+    q, keys, values = torch.randn(1, 64, 2, 16), torch.randn(1, 64, 2, 16), torch.randn(1, 64, 2, v)
+    with Watch():
+        attend(q, keys, values, None, 0.25)
+    assert max(sizes) < 2 * 64 * 64
