@@ -364,13 +364,23 @@ class MambaLMHeadModel(Mamba3Weights):
     """A class of mamba-ssm's name: what is inside decides which architecture it is."""
 
 
+class Mamba3ForCausalLM(Mamba3Weights):
+    """A class of fla's name, with its names."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.config = FLA
+        self.backbone.embeddings = self.backbone.embedding
+        del self.backbone.embedding
+
+
 def of_code(module: str, **code):
     """mamba-ssm's model, its mixers of a class `Mamba3` of this module, which has `code`."""
     sys.modules[module] = types.ModuleType(module)
     vars(sys.modules[module]).update(code)
     methods = {"_compute_a": None} if module == "fla.layers.mamba3" and code else {}
     cls = type("Mamba3", (nn.Module,), {"__module__": module, **methods})
-    model = MambaLMHeadModel(dict(TINY.config))
+    model = Mamba3ForCausalLM(dict(TINY.config)) if module.startswith("fla.") else MambaLMHeadModel(dict(TINY.config))
     for layer in model.backbone.layers:
         layer.mixer.__class__ = cls
     return model
@@ -397,8 +407,37 @@ def test_a_strangers_mixer_has_to_be_told(monkeypatch, module):
         gl.CheckpointError, match=r"softplus, as in mamba-ssm 2.3.2, or by the heavy tail.*A_activation"
     ):
         gl.wrap(model)
-    model.config = {**model.config, "ssm_cfg": {**SSM, "A_activation": "softplus"}}
+    told = {"A_activation": "softplus"}
+    model.config = {**model.config, **(told if module.startswith("fla.") else {"ssm_cfg": {**SSM, **told}})}
     assert gl.wrap(model).cfg.A_activation == "softplus"
+
+
+FLA = {
+    "model_type": "mamba3", "hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 40, "state_size": 4, "head_dim": 8,
+    "n_groups": 2, "norm_eps": 1e-3,
+}  # fmt: skip
+
+
+def test_a_folder_of_fla_has_to_say_which_release_it_means(tmp_path):
+    ours = HookedMamba3.tiny(
+        dtype=torch.float32, norm_epsilon=1e-3, tie_embeddings=False, ssm_cfg={**SSM, "A_activation": "softplus"}
+    )
+    for layer in ours.wrapped.backbone.layers:
+        layer.mixer.B_norm.eps = layer.mixer.C_norm.eps = 1e-3
+    ours = gl.wrap(ours.wrapped)
+    (tmp_path / "config.json").write_text(json.dumps(FLA))
+    state = {name.replace("embedding.", "embeddings."): x for name, x in ours.wrapped.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(
+        gl.CheckpointError, match=r"in 0.5.2 and later A is made by softplus.*fla 0.5.1 made A a constant"
+    ):
+        gl.from_pretrained(tmp_path, device="cpu")
+    (tmp_path / "config.json").write_text(json.dumps({**FLA, "A_activation": "softplus"}))
+    model = gl.from_pretrained(tmp_path, device="cpu")
+    assert relative(model(TOKENS), ours(TOKENS)) < 1e-6 and model.cfg.A_activation == "softplus"
+    (tmp_path / "config.json").write_text(json.dumps({**FLA, "A_activation": "softplus", "use_bias": True}))
+    with pytest.raises(gl.CheckpointError, match="use_bias"):
+        gl.from_pretrained(tmp_path, device="cpu")
 
 
 def test_mamba_ssms_class_is_told_by_its_mixers():

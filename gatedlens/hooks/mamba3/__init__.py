@@ -14,12 +14,13 @@ MIMO: B and C are of R ranks. A step writes R outer products, of u_r = mimo_x_r 
 what goes to out_proj is sum over r of mimo_o_r y_r SiLU(mimo_z_r z). Pairs of states that are turned are neighbours (SISO), or
 half the states apart (MIMO).
 
-Wraps mamba-ssm's MambaLMHeadModel (by its parameter names) and `Mamba3Weights` of formats/mamba3_ssm.py, which says also which
-release means what by A.
+Wraps mamba-ssm's MambaLMHeadModel and flash-linear-attention's Mamba3ForCausalLM (by their parameter names), and `Mamba3Weights`
+of formats/mamba3_ssm.py, which says also which release means what by A.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ from torch import nn
 from gatedlens.address.point import Point, block_rows
 from gatedlens.compat.names.mamba3 import ALIASES
 from gatedlens.errors import CheckpointError
-from gatedlens.formats.mamba3_ssm import TINY, Mamba3Ssm
+from gatedlens.formats.mamba3_ssm import TINY, Mamba3Ssm, in_mamba_ssms_words
 from gatedlens.formats.mamba_stack import MambaStack, StackConfig, embedding_of, writes_two_terms
 from gatedlens.formats.transformers_config import config_of, norm_eps
 from gatedlens.hooks.mamba3.mixer import AFTER, CODE, RMSNORM, Mamba3Mixer, Mamba3Shape, mixer_rows
@@ -114,7 +115,7 @@ class HookedMamba3(MambaStack):
         "conv": "none: M is the identity",
         "r": "0; with a carried state what its scan state brings, and beta times the write of the step before",
     }
-    wraps = ("MambaLMHeadModel", "Mamba3Weights")
+    wraps = ("MambaLMHeadModel", "Mamba3ForCausalLM", "Mamba3Weights")
     layout = Mamba3Ssm()
     small = TINY
     block_points = tuple({row.name: row for row in (*ROWS["", False], *ROWS["", True])}.values())
@@ -135,7 +136,7 @@ class HookedMamba3(MambaStack):
     @classmethod
     def describe(cls, wrapped: Wrapped, model_name: str) -> Mamba3Config:
         """The cfg of a wrapped model, from the shapes of its parameters and the few numbers that shapes do not tell."""
-        given, layers = config_of(wrapped), wrapped.backbone.layers
+        given, layers = in_mamba_ssms_words(config_of(wrapped)), wrapped.backbone.layers
         fields.check(given, cls.layout.fields, f"{model_name}'s config")
         odd = [number for number, layer in enumerate(layers) if "B_bias" not in layer.mixer._parameters]
         if odd:
@@ -165,7 +166,7 @@ class HookedMamba3(MambaStack):
             d_state=shape.d_state,
             d_conv=0,
             expand=shape.d_inner / weight.shape[1],
-            residual_in_fp32=bool(vars(first).get("residual_in_fp32", given.get("residual_in_fp32", True))),
+            residual_in_fp32=_in_float32(first, given, "model_type" in config_of(wrapped)),
             use_conv_bias=False,
             tie_word_embeddings=wrapped.lm_head.weight is weight,
             n_groups=shape.n_groups,
@@ -190,12 +191,18 @@ class HookedMamba3(MambaStack):
         def norm(weights: Any, ln: str) -> NormOfNarrow:
             return NormOfNarrow(weights, rows_of(ln, rows), cfg.eps, centred=cfg.normalization_type == "LN")
 
-        shape = Mamba3Shape.of(w.mixer, config_of(self.wrapped), cfg.model_name)
+        shape = Mamba3Shape.of(w.mixer, in_mamba_ssms_words(config_of(self.wrapped)), cfg.model_name)
         mixer = Sub("mixer", Mamba3Mixer(w.mixer, rows_of("mixer", rows), layer, shape), norm(w.norm, "ln1"))
         if not cfg.d_mlp:
             return Block(w, rows, mixer)
         mlp = FusedMlp(w.mlp, rows_of("mlp", rows), SILU, up="fc1", down="fc2", gate_first=False)
         return Block(w, rows, mixer, Sub("mlp", mlp, norm(w.norm2, "ln2"), "ln2"))
+
+
+def _in_float32(layer: Any, given: Mapping[str, Any], of_fla: bool) -> bool:
+    """Whether the residual stream stays at least float32; in fla it is rounded to the dtype of the norms behind each mixer."""
+    asked = bool(vars(layer).get("residual_in_fp32", given.get("residual_in_fp32", True)))
+    return asked and (not of_fla or layer.norm.weight.dtype.itemsize >= 4)
 
 
 HOOKED = HookedMamba3
