@@ -265,6 +265,7 @@ class HookedMiniMax(HybridModel):
         "between, j < reset <= i",
         "skip": "none",
         "act": "sigmoid(x): u = act * x",
+        "conv": "none",
         "r": "0; with a carried state what that brings",
         "attention layers": WINDOWED[False].words,
     }
@@ -275,6 +276,7 @@ class HookedMiniMax(HybridModel):
     wraps = ("MiniMaxForCausalLM",)
     hub_types = tuple(FAMILIES)
     hub_fields = FIELDS
+    hub_renames: ClassVar = {".block_sparse_moe.": ".mlp."}
     small = TINY
     block_points = points_of(FAMILIES)
     aliases = ALIASES
