@@ -51,16 +51,15 @@ else:
     })
 
 __all__ = [
-    "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError",
-    "HookPoint", "HookTable", "HookedBailingHybrid", "HookedConfig", "HookedFLA", "HookedGriffin", "HookedJamba",
-    "HookedKimiLinear", "HookedLFM2", "HookedLanguageModel", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid",
-    "HookedMambaSsmHybrid", "HookedMiniMax", "HookedModel", "HookedOlmoHybrid", "HookedQwen3Next", "HookedRWKV", "HookedRWKV6",
-    "HookedRWKV7", "HookedViM", "HookedVisionModel", "HookedZamba", "ImplicitAttention", "InputError", "Inspection", "Point",
-    "PointError", "RecurrentState", "Result", "Results", "StoreError", "TooLargeError", "Verification", "View", "__version__",
-    "ablation", "amplify", "attribution", "bundled_models", "circuits", "comparing", "data", "dictionaries", "evaluation",
-    "feature_graph", "from_pretrained", "fused", "implicit_attention", "inspect", "knockout", "layers", "lens", "metrics",
-    "patching", "plot", "probes", "profiles", "register", "states", "steering", "store", "subspaces", "tasks", "tracing",
-    "verify", "wrap",
+    "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError", "HookPoint",
+    "HookTable", "HookedBailingHybrid", "HookedConfig", "HookedFLA", "HookedGriffin", "HookedJamba", "HookedKimiLinear",
+    "HookedLFM2", "HookedLanguageModel", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid", "HookedMambaSsmHybrid",
+    "HookedMiniMax", "HookedModel", "HookedOlmoHybrid", "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7",
+    "HookedViM", "HookedVisionModel", "HookedZamba", "ImplicitAttention", "InputError", "Inspection", "Point", "PointError",
+    "RecurrentState", "Result", "Results", "StoreError", "TooLargeError", "Verification", "View", "__version__", "ablation",
+    "amplify", "attribution", "bundled_models", "circuits", "comparing", "data", "dictionaries", "evaluation", "feature_graph",
+    "from_pretrained", "fused", "implicit_attention", "inspect", "knockout", "layers", "lens", "metrics", "patching", "plot",
+    "probes", "profiles", "register", "states", "steering", "store", "subspaces", "tasks", "tracing", "verify", "wrap",
 ]
 # isort: on
 # fmt: on

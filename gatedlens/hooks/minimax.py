@@ -167,7 +167,9 @@ def experts(site: Site) -> Experts:
 
 
 def kind_of(layer: Any, config: Any) -> str:
-    return "lightning" if is_lightning(layer) else "attention" if config.sliding_window is None else "windowed attention"
+    return (
+        "lightning" if is_lightning(layer) else "attention" if config.sliding_window is None else "windowed attention"
+    )
 
 
 def told(config: Any) -> Mapping[str, Any]:
@@ -226,7 +228,12 @@ class MiniMaxConfig(HybridConfig):
 
     @property
     def sizes(self) -> dict[str, int]:
-        heads = {"channel": self.n_heads * self.d_head, "head": self.n_heads, "value": self.d_head, "state": self.d_head}
+        heads = {
+            "channel": self.n_heads * self.d_head,
+            "head": self.n_heads,
+            "value": self.d_head,
+            "state": self.d_head,
+        }
         return {**super().sizes, **heads}
 
 

@@ -36,7 +36,9 @@ def from_transformers(
     expected = asked_for(source, where, hub)
     names = {name for name, _ in expected.named_parameters(remove_duplicate=False)}
     prefix = next((p for p in checkpoint.prefixes(held) if any(name.removeprefix(p) in names for name in held)), "")
-    _check_shapes(source, expected, _renamed({name.removeprefix(prefix): shape for name, shape in held.items()}, hooked))
+    _check_shapes(
+        source, expected, _renamed({name.removeprefix(prefix): shape for name, shape in held.items()}, hooked)
+    )
     if prefix:
         hub = {"key_mapping": {f"^{re.escape(prefix)}": ""}, **hub}
     model = _by_its_class(source, dtype, ignore_mismatched_sizes=True, **hub)

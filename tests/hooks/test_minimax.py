@@ -1,5 +1,5 @@
-"""MiniMax: every row against its literal equation, transformers' model, a literal loop of the whole model, the norm of the stream as
-a branch, padding, documents, states, edits, folders."""
+"""MiniMax: every row against its literal equation, transformers' model, a literal loop of the whole model, the norm of the stream
+as a branch, padding, documents, states, edits, folders."""
 
 from __future__ import annotations
 
@@ -375,7 +375,7 @@ def test_a_folder_is_read(tmp_path):
 
 def wide_apart() -> HookedMiniMax:
     """One whose config says all of it, in float32, with a norm behind the scan that is transformers' own."""
-    sizes = {name: value for name, value in HookedMiniMax.small.config.items()}
+    sizes = dict(HookedMiniMax.small.config)
     draws = {"embed_tokens": fresh(1.0), r"experts\.(gate_up|down)_proj": by_last_axis}
     return gl.wrap(Tiny("tiny", lambda config: new_model(**config), sizes, draws).module(1, {}))
 
@@ -394,4 +394,3 @@ def test_slopes_are_those_of_the_checkpoint():
 def test_kinds_are_all_that_stand_in_a_model():
     seen = {kind for variant in VARIANTS for kind in tiny(variant).cfg.kinds}
     assert seen == set(MINIMAX.rows) == set(HookedMiniMax.kinds())
-
