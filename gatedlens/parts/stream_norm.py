@@ -5,6 +5,7 @@
 x is the stream. A model that norms its stream in front of a layer, n = norm(x), and goes on with kept * n + f(n), is two
 parallel branches: this one, and f behind a norm. So the stream stays the sum of what is written into it, and everything that
 rests on that sum holds as it is. What this branch writes takes away what stood there, and puts its normed form in its place.
+With its scale held it is linear in what stood there: `seen_before` goes back through it, as shares of a logit do.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def stream_norm_rows(name: str) -> tuple[Point, ...]:
 
 
 class StreamNorm(Norm):
-    """out = kept * norm(x) - x, the norm's points as everywhere: scale, normalized, out."""
+    """out = kept * norm(x) - x, an RMSNorm with its points as everywhere: scale, normalized, out."""
 
     role = NORM
 
@@ -40,3 +41,10 @@ class StreamNorm(Norm):
         self, x: Float[Tensor, "batch pos d_model"], run: Run
     ) -> Float[Tensor, "batch pos d_model"]:
         return multiplied(super().forward(x), self.kept) - x
+
+    def seen_before(
+        self, direction: Float[Tensor, "batch pos d_model"], scale: Float[Tensor, "batch pos one"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """`norm1.seen_before(u, cache["blocks.0.norm1.hook_scale"])`: with its scale held, u . (the stream behind) is this
+        times the stream before."""
+        return direction * (self.kept * self.gain / scale).to(direction)

@@ -272,6 +272,38 @@ def test_an_edit_reaches_the_mixer_the_stream_or_both():
     assert kinds == ({"recurrent", "experts"}, {"attention", "experts"})
 
 
+@torch.no_grad()
+def test_shares_of_a_logit_are_carried_through_the_norms_of_the_stream():
+    """Each component's share is the slope of the logit along it, every norm's scale held; the norms have none of their own."""
+    model = tiny()
+    logits, cache = model.run_with_cache(TOKENS)
+    found = gl.lens.logit_attribution(model, cache, 3, 1)
+    written = [f"{layer}_{name}_out" for layer in (0, 1) for name in ("mixer", "mlp")]
+    assert found["component"] == ["embed", *written]
+    assert relative(found.values.sum(1), logits[:, -1, 3] - logits[:, -1, 1]) < 1e-12
+    points = ["blocks.0.hook_resid_pre", *(f"blocks.{name[0]}.hook_{name[2:]}" for name in written)]
+    ends = (".hook_scale", "hook_mixer_out", "hook_mlp_out")
+    held = {name: cache[name] for name in model.names.points if name.endswith(ends)}
+    for number, point in enumerate(points):
+
+        def stand(x, hook, point=point):
+            return (
+                2 * x if hook.name == point == points[0] else held.get(hook.name, x) * (2 if hook.name == point else 1)
+            )
+
+        with model.hooks([(name, stand) for name in {*held, point}]):
+            doubled = model(TOKENS)[:, -1]
+        change = (doubled[:, 3] - doubled[:, 1]) - (logits[:, -1, 3] - logits[:, -1, 1])
+        assert relative(found.values[:, number], change) < 1e-10, point
+
+
+def test_a_feature_graph_goes_through_the_norms_of_the_stream():
+    graph = gl.feature_graph.attribute(tiny(), TOKENS[0], logits=[3, 5], progress=False)
+    assert {node.point.rpartition("hook_")[2] for node in graph.of("mixer")} == {"mixer_out"}
+    assert {node.point.rpartition("hook_")[2] for node in graph.of("error")} == {"mlp_out"}
+    assert graph.check().absolute < 1e-10
+
+
 # -- the operator, padding, documents, states -----------------------------------------------------------------------
 
 
