@@ -33,6 +33,7 @@ from gatedlens.model.padding import Padding
 from gatedlens.model.run import DocumentRun
 from gatedlens.model.state import Carried, RecurrentState
 from gatedlens.model.weights import given
+from gatedlens.parts.unseen import attend, unheard
 from gatedlens.recurrence.factors import Factors
 from gatedlens.recurrence.pattern_matrix import PatternScan
 from gatedlens.recurrence.scanning import at_least_float32
@@ -44,6 +45,10 @@ CARRIED_WINDOW = {  # what a layer of attention leaves for the next call
     "values": Carried("window", "batch key_pos kv_head d_head"),
     "key_positions": Carried("window", "batch key_pos"),
 }
+
+# Scores beyond which a call that nobody listens to takes torch's own attention: 16 MiB of float32. Below it a run has the same
+# logits to the last bit whoever listens, above it to rounding.
+MANY = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -375,8 +380,35 @@ class Attention(TokenMixing):
             q, k = self.hook_rot_q(rotate(q, cos, sin)), self.hook_rot_k(rotate(k, cos, sin))
         return q, k, v, gate_pre
 
+    def mix(
+        self,
+        q: Float[Tensor, "batch pos head d_qk"],
+        keys: Float[Tensor, "batch key_pos kv_head d_qk"],
+        values: Float[Tensor, "batch key_pos kv_head d_v"],
+        carried: Int[Tensor, "batch carried"],
+        run: DocumentRun,
+    ) -> Float[Tensor, "batch pos head d_v"]:
+        """softmax(q . k) v over the keys that each query sees: scores and pattern are points, and exist if somebody listens."""
+        groups = q.shape[2] // keys.shape[2]  # so many heads share one key and value head
+        keys, values = (x.repeat_interleave(groups, dim=2) for x in (keys, values))
+        scale = q.shape[-1] ** -0.5 if self.multipliers.scores is None else self.multipliers.scores
+        dropout = vars(self.weights).get("attention_dropout", 0.0) if self.training else 0.0
+        many = len(q) * q.shape[2] * q.shape[1] * keys.shape[1] >= MANY
+        if many and dropout == 0 and unheard(q, keys, values) and self._at_rest():
+            alone = carried.shape[1] == 0 and self.window is None and run.documents is None
+            seen = None if alone and run.padding.mask is None else self.visible(carried, run)
+            return attend(q, keys, values, seen, scale)
+        self._afford(q, keys)
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) * scale
+        scores = self.hook_attn_scores(scores.masked_fill(~self.visible(carried, run), -torch.inf))
+        pattern = self.hook_pattern(at_least_float32(scores).softmax(-1).to(values.dtype))
+        return torch.einsum("bhqk,bkhd->bqhd", F.dropout(pattern, dropout), values)
+
+    def _at_rest(self) -> bool:
+        """Whether nobody listens to scores and pattern."""
+        return self.hook_attn_scores.at_rest() and self.hook_pattern.at_rest()
+
     def forward(self, n: Float[Tensor, "batch pos d_read"], run: DocumentRun) -> Float[Tensor, "batch pos d_model"]:
-        w = self.weights
         q, k, v, gate_pre = self.read(n, run)
         v = run.padding.zero(v)  # 0 * NaN at a masked key would be NaN
         carried = run.start("key_positions", self.layer, (len(n), -1), run.positions)
@@ -388,14 +420,7 @@ class Attention(TokenMixing):
         keys, values = behind("keys", k), behind("values", v)
         self.remember(keys, values, carried, run)
 
-        self._afford(q, keys)
-        groups = q.shape[2] // k.shape[2]  # so many heads share one key and value head
-        scale = q.shape[-1] ** -0.5 if self.multipliers.scores is None else self.multipliers.scores
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, keys.repeat_interleave(groups, dim=2)) * scale
-        scores = self.hook_attn_scores(scores.masked_fill(~self.visible(carried, run), -torch.inf))
-        pattern = self.hook_pattern(at_least_float32(scores).softmax(-1).to(v.dtype))
-        pattern = F.dropout(pattern, vars(w).get("attention_dropout", 0.0), self.training)
-        out = self.hook_z(torch.einsum("bhqk,bkhd->bqhd", pattern, values.repeat_interleave(groups, dim=2)))
+        out = self.hook_z(self.mix(q, keys, values, carried, run))
         if gate_pre is not None:
             gate = self.hook_gate(torch.sigmoid(gate_pre))
             out = self.hook_gated(out * (gate.unsqueeze(-1) if self.kind.gate_of_heads else gate))
