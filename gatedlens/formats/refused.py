@@ -43,9 +43,11 @@ NOT_OPENED = {  # models of transformers, by how their class and model_type begi
     "glm5next": "GLM-5-next keeps several copies of the residual stream (hyper-connections) and chooses by an indexer what it "
     "attends to: gatedlens has no such block. Its linear layers are Kimi's: Kimi Linear and Bailing hybrid are open.",
     "bailingmoe": "Ring- and Ling-linear are their makers' own code, not transformers'. Bailing hybrid (Ling 3) is open.",
+    "minimaxtext": "This is MiniMax's makers' own code, not transformers'. MiniMax in transformers' layout is open: "
+    "MiniMaxAI/MiniMax-Text-01-hf.",
+    "minimaxm1": "This is MiniMax's makers' own code, not transformers'. MiniMax in transformers' layout is open: "
+    "MiniMaxAI/MiniMax-M1-40k-hf.",
     "minimaxm": "This MiniMax is a transformer: it has no recurrence.",
-    "minimax": "MiniMax norms the residual stream itself in front of every sublayer, and adds to what it has normed: gatedlens "
-    "has no such block.",
 }
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from gatedlens.hooks.mamba2_hybrid import HookedMamba2Hybrid as HookedMamba2Hybrid
     from gatedlens.hooks.mamba3 import HookedMamba3 as HookedMamba3
     from gatedlens.hooks.mamba_ssm_hybrid import HookedMambaSsmHybrid as HookedMambaSsmHybrid
+    from gatedlens.hooks.minimax import HookedMiniMax as HookedMiniMax
     from gatedlens.hooks.olmo_hybrid import HookedOlmoHybrid as HookedOlmoHybrid
     from gatedlens.hooks.qwen3_next import HookedQwen3Next as HookedQwen3Next
     from gatedlens.hooks.rwkv import HookedRWKV as HookedRWKV
@@ -51,6 +52,7 @@ else:
         "mamba2_hybrid": ("HookedMamba2Hybrid",),
         "mamba3": ("HookedMamba3",),
         "mamba_ssm_hybrid": ("HookedMambaSsmHybrid",),
+        "minimax": ("HookedMiniMax",),
         "olmo_hybrid": ("HookedOlmoHybrid",),
         "qwen3_next": ("HookedQwen3Next",),
         "rwkv": ("HookedRWKV",),

@@ -46,11 +46,10 @@ def head_attribution(
     reading = Reading.of(model, input, right, wrong, pos, tuple(outputs.values()))
     rows = {}
     for layer, name in outputs.items():
-        along = (
-            reading.direction @ model.blocks[layer].mixer.output_weights()[0].double()
-        )  # seen from the mixer's output
+        here = reading.at(f"{layer}_mixer_out")
+        along = here.direction @ model.blocks[layer].mixer.output_weights()[0].double()  # seen from the mixer's output
         each = _by_head(model, (along * reading.cache[name].double().flatten(2)).sum(1))
-        rows[layer] = torch.cat([each, _of_bias(reading, layer).unsqueeze(1)], dim=1)
+        rows[layer] = torch.cat([each, _of_bias(here, layer).unsqueeze(1)], dim=1)
     return _titled(reading, rows, AXES, {}, TITLE)
 
 
@@ -73,12 +72,12 @@ def head_token_attribution(
     reading = Reading.of(model, input, right, wrong, pos, tuple(inside))
     rows = {}
     for layer, mixer in mixers.items():
-        A = implicit_attention(reading.cache, layer=layer)
-        along = reading.direction @ mixer.output_weights()[0].double()
+        A, here = implicit_attention(reading.cache, layer=layer), reading.at(f"{layer}_mixer_out")
+        along = here.direction @ mixer.output_weights()[0].double()
         rest = (along * A.bias.double()).sum(1)
-        each = _by_head(model, torch.cat([reading.through(A.contributions()), rest.unsqueeze(-1)], dim=-1))
+        each = _by_head(model, torch.cat([here.through(A.contributions()), rest.unsqueeze(-1)], dim=-1))
         bias = torch.zeros_like(each[:, :1])
-        bias[:, 0, -1] = _of_bias(reading, layer)
+        bias[:, 0, -1] = _of_bias(here, layer)
         rows[layer] = torch.cat([each, bias], dim=1)
     numbered = {layer: reading.by_number(row) for layer, row in rows.items()}
     labels = {"src": next(iter(numbered.values()))[1]}
@@ -100,7 +99,11 @@ def _titled(
     reading: Reading, rows: dict[int, Tensor], axes: tuple[str, ...], labels: dict[str, Any], title: str
 ) -> Result:
     """The Result of the layers' rows, in which the bias is the last head; it is left out where it gives nothing."""
-    outputs = {layer: reading.of_stream(reading.cache[f"blocks.{layer}.hook_mixer_out"]) for layer in rows}
+    names = {layer: f"{layer}_mixer_out" for layer in rows}
+    outputs = {
+        layer: reading.at(name).of_stream(reading.cache[f"blocks.{layer}.hook_mixer_out"])
+        for layer, name in names.items()
+    }
     off = max((row.flatten(1).sum(1) - outputs[layer]).abs().max().item() for layer, row in rows.items())
     values, heads = torch.stack(list(rows.values()), dim=1), [*range(reading.model.cfg.sizes["head"]), BIAS]
     if not bool(values[:, :, -1].any()):

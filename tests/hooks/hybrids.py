@@ -16,6 +16,7 @@ HYBRIDS: dict[str, Callable[[], Any]] = {
     "Qwen3-Next": lambda: gl.HookedQwen3Next.tiny(seed=1, dtype=torch.float64),
     "Kimi Linear": lambda: gl.HookedKimiLinear.tiny(seed=1, dtype=torch.float64),
     "OLMo-hybrid": lambda: gl.HookedOlmoHybrid.tiny(seed=1, dtype=torch.float64),
+    "MiniMax": lambda: gl.HookedMiniMax.tiny(seed=1, dtype=torch.float64),
     "Jamba": lambda: gl.HookedJamba.tiny(seed=1, dtype=torch.float64),
     "Zamba": lambda: test_zamba.tiny(),
     "mamba-ssm's": lambda: test_mamba_ssm_hybrid.tiny("channels beside"),
