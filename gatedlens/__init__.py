@@ -43,8 +43,7 @@ else:
         "hooks": (
             "HookedBailingHybrid", "HookedFLA", "HookedGriffin", "HookedJamba", "HookedKimiLinear", "HookedLFM2", "HookedMamba",
             "HookedMamba2", "HookedMamba2Hybrid", "HookedMamba3", "HookedMambaSsmHybrid", "HookedMiniMax", "HookedOlmoHybrid",
-            "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7", "HookedViM", "HookedZamba", "register",
-        ),
+            "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7", "HookedViM", "HookedZamba", "register"),
         "inspection": ("Inspection", "inspect"), "loading": ("bundled_models", "from_pretrained", "wrap"),
         "model": ("ActivationCache", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "RecurrentState"),
         "model.vision": ("HookedVisionModel",), "result": ("Result", "Results"), "verification": ("Verification", "verify"),
