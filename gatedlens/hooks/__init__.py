@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gatedlens.hooks.mamba_ssm_hybrid import HookedMambaSsmHybrid as HookedMambaSsmHybrid
     from gatedlens.hooks.olmo_hybrid import HookedOlmoHybrid as HookedOlmoHybrid
     from gatedlens.hooks.qwen3_next import HookedQwen3Next as HookedQwen3Next
+    from gatedlens.hooks.qwen4_exp import HookedQwen4Exp as HookedQwen4Exp
     from gatedlens.hooks.rwkv import HookedRWKV as HookedRWKV
     from gatedlens.hooks.rwkv6 import HookedRWKV6 as HookedRWKV6
     from gatedlens.hooks.rwkv7 import HookedRWKV7 as HookedRWKV7
@@ -51,6 +52,7 @@ else:
         "mamba_ssm_hybrid": ("HookedMambaSsmHybrid",),
         "olmo_hybrid": ("HookedOlmoHybrid",),
         "qwen3_next": ("HookedQwen3Next",),
+        "qwen4_exp": ("HookedQwen4Exp",),
         "rwkv": ("HookedRWKV",),
         "rwkv6": ("HookedRWKV6",),
         "rwkv7": ("HookedRWKV7",),
