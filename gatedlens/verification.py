@@ -265,7 +265,12 @@ class Trial:
             options = {"state": model(self.batch, return_state=True)[1]}
         kinds = {model.rows_for(layer): layer for layer in reversed(range(model.cfg.n_layers))}
         some = tuple(f"blocks.{layer}." for layer in kinds.values())
-        names = [name for name in model.names.points if not name.startswith("blocks.") or name.startswith(some)]
+        rows_of = model.names.points
+        names = [
+            name
+            for name, row in rows_of.items()
+            if not row.chooses and (not name.startswith("blocks.") or name.startswith(some))
+        ]
         feeds: dict[str, list[str]] = {}
         for rows, layer in kinds.items():
             for source, target in arrows(rows):

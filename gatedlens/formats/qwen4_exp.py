@@ -52,6 +52,7 @@ _LANGUAGE = {  # of the language model
     "heads_per_ngram": SIZE,
     "ngram_vocab_size_base": SIZE,
     "make_ngram_vocab_size_divisible_by": SIZE,
+    "split_ngram_parts": SIZE,
     "seed": INTEGER,
     "tie_word_embeddings": FLAG,
 }

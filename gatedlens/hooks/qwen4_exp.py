@@ -11,7 +11,7 @@ b batch, l pos, k copy, d hidden (the width of a copy, and of what branches read
 
 What a branch writes goes into every copy, and the copies are never mixed: so the stream, all copies side by side, is the plain sum
 of what was written to it, and d_model is its whole width. Wraps transformers' Qwen4ExpForCausalLM, and the language model inside
-Qwen4ExpForConditionalGeneration, whose images are not read. N-gram embeddings (ple_layer_ids) are refused by name.
+Qwen4ExpForConditionalGeneration, whose images are not read. Some layers begin by adding embeddings of n-grams, parts/ngrams.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gatedlens.address.point import Point, block_rows
@@ -32,7 +32,6 @@ from gatedlens.model.base import Wrapped
 from gatedlens.model.block import Block, Sub, SubRows, residual_rows
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import rows_of
-from gatedlens.model.language import HookedLanguageModel
 from gatedlens.model.norm import GemmaNorm, Norm
 from gatedlens.parts.activation import SILU
 from gatedlens.parts.attention import AttentionKind, check_rope
@@ -41,6 +40,7 @@ from gatedlens.parts.delta_net import CARRIED_DELTA
 from gatedlens.parts.experts import EXPERTS_ALONE, Experts, SharedExpert, experts_rows, shared_expert_rows, softmax_top
 from gatedlens.parts.grid_positions import GridModel
 from gatedlens.parts.indexed_attention import CARRIED_INDEX, IndexedAttention, with_index
+from gatedlens.parts.ngrams import CARRIED_NGRAMS, NGrams, ngram_rows
 from gatedlens.parts.positioned import NEXT_POSITION
 
 QWEN = "Qwen4"
@@ -52,9 +52,11 @@ EXPERTS_ROWS = experts_rows(SILU.word, WEIGHTS, shared=shared_expert_rows(SILU.w
 EXPERTS_OUT = f"{EXPERTS_ALONE.replace('expert_weights * experts', 'mlp.expert_weights * mlp.experts')}, + the shared expert"
 
 
-def _rows(place: str, points: tuple[Point, ...], out: str) -> tuple[Point, ...]:
-    """The rows of a block whose mixer stands at `place`."""
+def _rows(place: str, points: tuple[Point, ...], out: str, ngrams: bool = False) -> tuple[Point, ...]:
+    """The rows of a block whose mixer stands at `place`; ngrams: whether it begins with n-gram embeddings."""
+    first = (SubRows("ple", block_rows("ple", ngram_rows("ple_in")), "ple.gated + SiLU(ple.conv)"),) if ngrams else ()
     return residual_rows(
+        *first,
         SubRows(
             "mixer", block_rows(place, points), "inject1.gate * inject1.in, copy by copy", read_rows("ln1", "mixer_in"),
             inject_rows("inject1", out, "ln1"),
@@ -66,9 +68,13 @@ def _rows(place: str, points: tuple[Point, ...], out: str) -> tuple[Point, ...]:
     )  # fmt: skip
 
 
+GATES = {"silu": "", "sigmoid": ", sigmoid gate"}
 ROWS = {
-    "delta net": _rows("mixer", DELTA.rows(*PROJECTED), "out_proj(mixer.gated)"),
-    "delta net, sigmoid gate": _rows("mixer", DELTAS["sigmoid"].rows(*PROJECTED), "out_proj(mixer.gated)"),
+    **{
+        f"{first}delta net{gate}": _rows("mixer", DELTAS[act].rows(*PROJECTED), "out_proj(mixer.gated)", bool(first))
+        for first in ("", "n-grams, ")
+        for act, gate in GATES.items()
+    },
     "attention": _rows("attn", with_index(ATTENTION.rows(f"{QWEN}, gated attention"), NORMED), "o_proj(attn.gated)"),
 }
 
@@ -82,6 +88,7 @@ class Qwen4ExpConfig(HookedConfig):
     n_copies: int
     d_hidden: int
     d_low: int  # the rank of the gates by which the copies are read
+    d_ngram: int  # of the n-gram embeddings of a layer that has them
     n_value_heads: int
     n_key_heads: int
     d_state: int  # numbers of a key head
@@ -99,7 +106,7 @@ class Qwen4ExpConfig(HookedConfig):
 
     @property
     def sizes(self) -> dict[str, int]:
-        copies = {"copy": self.n_copies, "hidden": self.d_hidden, "low": self.d_low, "axis": 3}
+        copies = {"copy": self.n_copies, "hidden": self.d_hidden, "low": self.d_low, "d_ngram": self.d_ngram, "axis": 3}
         heads = {"channel": self.d_inner, "head": self.n_value_heads, "value": self.d_inner // self.n_value_heads}
         keys = {"group": self.n_key_heads, "state": self.d_state, "tap": self.d_conv}
         attention = {"q_head": self.n_heads, "kv_head": self.n_key_value_heads, "d_head": self.d_head}
@@ -111,8 +118,8 @@ class Qwen4ExpConfig(HookedConfig):
 class HookedQwen4Exp(GridModel):
     """`HookedQwen4Exp(Qwen4ExpForCausalLM(...))`, or better `gl.wrap(...)`: Qwen4's language model opened up.
 
-    The residual stream holds n_copies copies side by side, d_model = n_copies * d_hidden numbers; `hook_embed`, what a branch
-    reads (`ln1.hook_out`) and puts out (`inject1.hook_in`), and what the unembedding reads are d_hidden wide. Heads (axis `head`)
+    The residual stream holds n_copies copies side by side, d_model = n_copies * d_hidden numbers; what a branch reads
+    (`ln1.hook_out`) and puts out (`inject1.hook_in`), and what the unembedding reads are d_hidden wide. Heads (axis `head`)
     are those of the delta nets' values; the attention's are `q_head`. Padding on either side or inside a row, and documents packed
     in a row, are as if each row stood alone.
 
@@ -130,7 +137,7 @@ class HookedQwen4Exp(GridModel):
             "d_expert": 512, "d_shared": 512,
         },
     )  # fmt: skip
-    first_points = (Point("hook_embed", "batch pos hidden", "embedding[token]", "the embedding"),)
+    first_points = (Point("hook_embed", "batch pos d_model", "embedding[token], in every copy", "the embedding"),)
     recurrence: ClassVar = DELTA.recurrence
     attention_words: ClassVar = {**DELTA.words, "attention layers": ATTENTION.words}
     wraps = ("Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration")
@@ -142,7 +149,7 @@ class HookedQwen4Exp(GridModel):
     )  # of all kinds; see rows_for
     final_points = read_rows("ln_final", "blocks.-1.hook_resid_post")
     aliases = ALIASES
-    carried: ClassVar = {**CARRIED_DELTA, **CARRIED_INDEX, **NEXT_POSITION}
+    carried: ClassVar = {**CARRIED_DELTA, **CARRIED_INDEX, **CARRIED_NGRAMS, **NEXT_POSITION}
     cfg: Qwen4ExpConfig
 
     @classmethod
@@ -155,11 +162,6 @@ class HookedQwen4Exp(GridModel):
             raise CheckpointError(f"{model_name} has no layers.")
         if config.hidden_act not in ("silu", "swish"):
             raise CheckpointError(f"{model_name} has hidden_act={config.hidden_act!r}; supported is 'silu'.")
-        if config.ple_layer_ids:
-            raise CheckpointError(
-                f"{model_name} has ple_layer_ids={list(config.ple_layer_ids)}: layers that add hashed embeddings of n-grams "
-                "(Per-Layer Embedding) are not supported."
-            )
         check_rope(model.rotary_emb, model_name)
         weight, experts = model.embed_tokens.weight, layers[0].mlp
         return Qwen4ExpConfig(
@@ -181,6 +183,7 @@ class HookedQwen4Exp(GridModel):
             n_copies=config.hc_count,
             d_hidden=weight.shape[1],
             d_low=config.hc_lowrank,
+            d_ngram=config.ple_embed_dim if config.ple_layer_ids else 0,
             n_value_heads=config.linear_num_value_heads,
             n_key_heads=config.linear_num_key_heads,
             d_state=config.linear_key_head_dim,
@@ -216,10 +219,12 @@ class HookedQwen4Exp(GridModel):
         routing = softmax_top(cfg.n_experts_per_token, cfg.normalised_weights)
         experts = Experts(w.mlp, of_mlp, SILU, routing, shared=shared)
         mlp = Sub("mlp", experts, reads["2"], ln="ln2", after=writes["2"], after_ln="inject2")
+        ngrams = w._modules.get("ple")
+        first = () if ngrams is None else (Sub("ple", NGrams(ngrams, rows_of("ple", rows), layer, cfg.eps)),)
         if "linear_attn" in w._modules:
             kind = DELTAS[w.linear_attn.norm.activation]
             mixer = MixerSideBySide(w.linear_attn, rows_of("mixer", rows), layer, kind, cfg.sizes, cfg.eps)
-            return Block(w, rows, Sub("mixer", mixer, reads["1"], after=writes["1"], after_ln="inject1"), mlp)
+            return Block(w, rows, *first, Sub("mixer", mixer, reads["1"], after=writes["1"], after_ln="inject1"), mlp)
         points, heads = rows_of("attn", rows), w.self_attn
         norms = (
             GemmaNorm(heads.q_norm, rows_of("q_norm", points), cfg.eps),
@@ -229,14 +234,24 @@ class HookedQwen4Exp(GridModel):
         return Block(w, rows, Sub("mixer", attn, reads["1"], place="attn", after=writes["1"], after_ln="inject1"), mlp)
 
     @property
+    def hands_on(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The embeddings of n-grams, which are made of the tokens."""
+        return tuple(f"blocks.{i}.ple.hook_embed" for i, kind in enumerate(self.cfg.kinds) if kind.startswith("n-grams"))
+
+    @property
     def sections(self) -> Any:
         return text_model(self.wrapped).rotary_emb.mrope_section
 
     def make_final_norm(self, rows: tuple[Point, ...]) -> Norm:
         return CopyRead(text_model(self.wrapped).hyper_connection_mixer, rows, self.cfg.eps, self.cfg.n_copies)
 
-    def stream(self, embedded: Float[Tensor, "batch pos hidden"]) -> Float[Tensor, "batch pos d_model"]:
-        return embedded.repeat(1, 1, self.cfg.n_copies)
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        """The embedding as it enters the residual stream, in every copy."""
+        return self.embedding.weight.repeat(1, self.cfg.n_copies)
+
+    def embed(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        return super().embed(tokens).repeat(1, 1, self.cfg.n_copies)
 
     @property
     def embedding(self) -> Any:
@@ -251,8 +266,8 @@ def kind_of(layer: Wrapped) -> str:
     """What a wrapped layer is."""
     if "self_attn" in layer._modules:
         return "attention"
-    sigmoid = layer.linear_attn.norm.activation == "sigmoid"
-    return "delta net, sigmoid gate" if sigmoid else "delta net"
+    first = "" if layer._modules.get("ple") is None else "n-grams, "
+    return f"{first}delta net{GATES[layer.linear_attn.norm.activation]}"
 
 
 HOOKED = HookedQwen4Exp

@@ -272,9 +272,10 @@ class HookedLanguageModel(ReadsText, HookedModel):
                     raise InputError(
                         f"tokens have shape {list(tokens.shape)}; the stream is {list(batch.value.shape[:2])}."
                     )
+                run.tokens = tokens
                 resid = self.through_blocks(batch.value, run, start_at_layer, stop_at_layer)
             else:
-                tokens = batch.value
+                tokens = run.tokens = batch.value
                 resid = self.stream(self.hook_embed(self.there(self.embedding, self.embed, tokens)))
                 resid = self.through_blocks(resid, run, None, stop_at_layer)
             out = (

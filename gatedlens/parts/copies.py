@@ -55,21 +55,23 @@ def inject_rows(part: str, reads: str, norm: str) -> tuple[Point, ...]:
 
 
 class CopyRead(Norm):
-    """out = mean over copies of gate * (1 + w) * x / scale, the gate made of all copies. `weights` is the wrapped gated residual.
+    """out = mean over copies of gate * (1 + w) * x / scale, the gate made of all copies.
 
-    copies: how many there are.
+    weights: the wrapped norm of the copies, and `mixing` what it stands in, with the matrices of the gate; copies: how many there
+    are.
     """
 
     torch_norms = ()
     held_points: ClassVar[tuple[str, ...]] = ("hook_scale", "hook_gate")
 
-    def __init__(self, weights: Any, rows: tuple[Point, ...], eps: float, copies: int):
-        super().__init__(weights, rows, eps)
+    def __init__(self, mixing: Any, rows: tuple[Point, ...], eps: float, copies: int):
+        super().__init__(mixing.hc_norm, rows, eps)
+        self.__dict__["mixing"] = mixing  # of the wrapped model, as `weights` is
         self.copies = copies
 
     @property
     def gain(self) -> Float[Tensor, " d_model"]:
-        return 1 + at_least_float32(self.weights.hc_norm.weight)
+        return 1 + at_least_float32(self.weights.weight)
 
     @property
     def gain_behind(self) -> None:
@@ -80,7 +82,7 @@ class CopyRead(Norm):
 
     def read(self, x: Float[Tensor, "... d_model"]) -> tuple[Float[Tensor, "... hidden"], Float[Tensor, "... d_model"]]:
         """`n, wide = part.read(x)`: what the branch reads, and the normed copies that it is made of."""
-        w, copies = self.weights, self._copies(at_least_float32(x))
+        w, copies = self.mixing, self._copies(at_least_float32(x))
         scale = self.hook_scale((copies.pow(2).mean(-1) + self.eps).sqrt())
         normalized = self.hook_normalized((copies / scale.unsqueeze(-1)).flatten(-2))
         wide = self.hook_wide((normalized * self.gain).to(x.dtype))

@@ -16,6 +16,7 @@ The state carries the raw index_k and their positions. Attention of Qwen4, in tr
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ CARRIED_INDEX = {  # what such an attention leaves for the next call
 def index_rows(normed: str, reads: str = "ln1.out") -> tuple[Point, ...]:
     """`index_rows("(1 + w) * normalized")`: the points of the indexer, which fire before the scores of the attention."""
     queries = "batch pos index_head d_index"
-    return (
+    rows = (
         Point("hook_index_q", queries, f"index_qk_proj({reads}), all but the last head", QSA),
         Point("hook_index_k", "batch pos d_index", f"index_qk_proj({reads}), the last head", QSA),
         *norm_rows("index_q_norm", "index_q", RMSNORM, normed, queries),
@@ -51,14 +52,16 @@ def index_rows(normed: str, reads: str = "ln1.out") -> tuple[Point, ...]:
         Point(
             "hook_index_scores", "batch pos key_pos",
             "sum over index_head of relu(index_rot_q . key) / sqrt(d_index.size), one number a block of keys (that of its first "
-            "one counts), key: the mean of its index_k, normed, turned; inf behind the last complete block, -inf where unseen",
+            "one counts), key: the mean of its index_k, normed, turned; 0 behind the last complete block, and where unseen",
             QSA, True,
         ),
         Point(
             "hook_chosen", "batch pos key_pos",
-            "1 where index_scores are among the budget's best blocks, or inf; else 0: then attn_scores are -inf", QSA, True,
+            "1 where index_scores are among the budget's best blocks, and behind the last complete one; else 0: then attn_scores "
+            "are -inf", QSA, True,
         ),
     )  # fmt: skip
+    return tuple(replace(row, chooses=True) for row in rows)
 
 
 def with_index(rows: tuple[Point, ...], normed: str) -> tuple[Point, ...]:
@@ -129,7 +132,7 @@ class IndexedAttention(GridAttention):
                 scores = self._scores(q, keys, positions, blocks)
                 if heard:
                     of_keys = scores.gather(2, by_key.expand(-1, q.shape[1], -1))
-                    of_keys = of_keys.masked_fill(~inside, torch.inf).masked_fill(~visible[:, 0], -torch.inf)
+                    of_keys = of_keys.masked_fill(~(inside & visible[:, 0]), 0)
                     scores = self.hook_index_scores(of_keys).gather(2, blocks.tokens[:, None, :, 0].expand_as(scores))
                 chosen = ~inside | _best(scores.detach(), blocks, best).gather(2, by_key.expand_as(inside))
         if self.hook_chosen.heard():

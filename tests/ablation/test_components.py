@@ -103,6 +103,7 @@ def first_layer(model, cache):
             "bailing_hybrid": "o_norm",
             "olmo_hybrid": "o_norm",
             "qwen3_next": "norm",
+            "qwen4_exp": "norm",
         }
         mixer = model.blocks[0].mixer
         heads, norm = y.unflatten(-1, (mixer.heads, -1)), getattr(mixer.weights, named[model.cfg.architecture])

@@ -175,6 +175,10 @@ FROZEN = {
         "mixer": ("hook_x", "hook_gated", DELTA, (("hook_conv", "hook_u"),)),
         "attn": ("hook_v", "hook_gated", ("hook_pattern", "hook_gate"), ()),
     },
+    "qwen4_exp": {
+        "mixer": ("hook_x", "hook_gated", DELTA, (("hook_conv", "hook_u"),)),
+        "attn": ("hook_v", "hook_gated", ("hook_pattern", "hook_gate"), ()),
+    },
     "rwkv": {"mixer": ("hook_x", "hook_gated", ("hook_gate", "hook_k"), ())},
     "rwkv6": {"mixer": ("hook_x", "hook_gated", RWKV6, ())},
     "rwkv7": {"mixer": ("hook_x", "hook_gated", RWKV7, ())},

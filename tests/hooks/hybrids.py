@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 import gatedlens as gl
-from tests.hooks import test_mamba2_hybrid, test_mamba_ssm_hybrid, test_olmo_hybrid, test_zamba
+from tests.hooks import test_mamba2_hybrid, test_mamba_ssm_hybrid, test_olmo_hybrid, test_qwen4_exp, test_zamba
 
 HYBRIDS: dict[str, Callable[[], Any]] = {
     "Griffin": lambda: gl.HookedGriffin.tiny(seed=1, dtype=torch.float64),
     "Qwen3-Next": lambda: gl.HookedQwen3Next.tiny(seed=1, dtype=torch.float64),
+    "Qwen4": lambda: test_qwen4_exp.tiny(),
     "Kimi Linear": lambda: gl.HookedKimiLinear.tiny(seed=1, dtype=torch.float64),
     "OLMo-hybrid": lambda: test_olmo_hybrid.tiny("biases"),
     "Jamba": lambda: gl.HookedJamba.tiny(seed=1, dtype=torch.float64),

@@ -22,12 +22,20 @@ pytestmark = pytest.mark.skipif("qwen4_exp" not in EVERY, reason="this transform
 
 TOKENS = torch.randint(40, (2, 11), generator=torch.Generator().manual_seed(0))
 CHOOSING = {"indexer_budget": 4, "rms_norm_eps": 1e-6}  # two of up to five blocks of two
+NGRAMS = {  # the token 0 ends a text
+    "ple_layer_ids": [1], "eos_token_id": 0, "ngram_vocab_size_base": 20, "heads_per_ngram": 2, "ple_embed_dim": 8,
+    "ple_conv_kernel_size": 2, "make_ngram_vocab_size_divisible_by": 4, "split_ngram_parts": 4,
+}  # fmt: skip
 VARIANTS = {
     "chooses": CHOOSING,
-    "three copies, one block": {"hc_count": 3, "indexer_budget": 3, "indexer_compress_ratio": 3, "num_experts": 3},
-    "biases, a sigmoid gate": {
+    "three copies, one block, n-grams": {
+        "hc_count": 3, "indexer_budget": 3, "indexer_compress_ratio": 3, "num_experts": 3, **NGRAMS,
+    },
+    "biases, a sigmoid gate, n-grams later": {
         "attention_bias": True, "output_gate_type": "sigmoid", "linear_num_key_heads": 4, "indexer_budget": 2,
-        "layer_types": ["indexed_attention", "linear_attention"], "norm_topk_prob": False, "num_experts": 3,
+        "layer_types": ["indexed_attention", "linear_attention", "linear_attention"], "num_hidden_layers": 3,
+        "norm_topk_prob": False, "num_experts": 3, **NGRAMS, "ple_layer_ids": [3], "ngram_size": 2, "heads_per_ngram": 4,
+        "ple_conv_kernel_size": 4,
     },
 }  # fmt: skip
 ROPE = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.75, "mrope_section": [1, 1, 1]}
@@ -84,8 +92,15 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
     if layer > 0:
         out["hook_resid_pre"] = cache["resid_post", layer - 1]
     else:
-        out["hook_resid_pre"] = torch.cat([cache["hook_embed"]] * cfg.n_copies, dim=-1)
-    out["hook_mixer_in"] = c("hook_resid_pre")
+        embedded = model.wrapped.model.embed_tokens.weight[TOKENS]
+        assert torch.equal(cache["hook_embed"], torch.cat([embedded] * cfg.n_copies, dim=-1))
+        out["hook_resid_pre"] = cache["hook_embed"]
+    stream = "hook_resid_pre"
+    if w.ple is not None:
+        ngrams(out, c, w.ple, cfg)
+        stream = "hook_resid_mid1"
+    later = "hook_resid_mid" if w.ple is None else "hook_resid_mid2"
+    out["hook_mixer_in"] = c(stream)
     read(out, c, "ln1", c("hook_mixer_in"), w.attn_hyper_connection, cfg)
     if "delta net" in cfg.kinds[layer]:
         delta_net(out, c, w, cfg)
@@ -93,13 +108,55 @@ def literal(cache, model, layer: int) -> dict[str, torch.Tensor]:
         indexer(out, c, w.self_attn.indexer, cfg)
         attention(out, c, w, cfg, share=2, attended=c("attn.hook_chosen") != 0)
     inject(out, c, "mixer", "inject1", "ln1", w.attn_hyper_connection, cfg)
-    out["hook_resid_mid"] = c("hook_resid_pre") + c("hook_mixer_out")
-    out["hook_mlp_in"] = c("hook_resid_mid")
+    out[later] = c(stream) + c("hook_mixer_out")
+    out["hook_mlp_in"] = c(later)
     read(out, c, "ln2", c("hook_mlp_in"), w.mlp_hyper_connection, cfg)
     experts(out, c, w.mlp, cfg)
     inject(out, c, "mlp", "inject2", "ln2", w.mlp_hyper_connection, cfg)
-    out["hook_resid_post"] = c("hook_resid_mid") + c("hook_mlp_out")
+    out["hook_resid_post"] = c(later) + c("hook_mlp_out")
     return out
+
+
+def ngrams(out, c, w, cfg) -> None:
+    """The n-grams of each position, token by token: none goes across an end of text (0), and what is missing counts as one."""
+    table, K, D = w.ple_embedding, cfg.n_copies, cfg.d_hidden
+    batch, length = TOKENS.shape
+    out["hook_ple_in"] = c("hook_resid_pre")
+    embed = torch.zeros(batch, length, cfg.d_ngram, dtype=torch.float64)
+    for b in range(batch):
+        for t in range(length):
+            seen = [int(TOKENS[b, t])]
+            for s in range(1, table.ngram_size):
+                ended = t - s < 0 or 0 in TOKENS[b, t - s : t].tolist()
+                seen.append(0 if ended else int(TOKENS[b, t - s]))
+            rows = []
+            for head, size in enumerate(table.head_vocab_sizes):
+                mixed = 0
+                for token, by in zip(seen[: 2 + head // table.heads_per_ngram], table.layer_multipliers.tolist(), strict=False):
+                    mixed ^= token * by
+                rows.append(table.ngram_embedding.weight[mixed % size + table.head_offsets[head]])
+            embed[b, t] = torch.cat(rows)
+    out["ple.hook_embed"] = embed
+
+    def normed(x, norm):
+        return (1 + norm.weight) * torch.cat([copy / rms(copy, cfg.eps) for copy in x.split(D, dim=-1)], dim=-1)
+
+    out["ple.hook_value"] = c("ple.hook_embed") @ w.value_proj.weight.T
+    out["ple.hook_key"] = normed(c("ple.hook_embed") @ w.key_proj.weight.T, w.norm_key)
+    out["ple.hook_query"] = normed(c("hook_ple_in"), w.norm_query)
+    dots = torch.stack([one.sum(-1) for one in (c("ple.hook_key") * c("ple.hook_query")).split(D, dim=-1)], -1) / D**0.5
+    out["ple.hook_gate_pre"] = torch.sign(dots) * dots.abs().clamp(min=1e-6).sqrt()
+    out["ple.hook_gate"] = torch.sigmoid(c("ple.hook_gate_pre"))
+    out["ple.hook_gated"] = torch.cat([c("ple.hook_gate")[..., k, None] * c("ple.hook_value") for k in range(K)], -1)
+    out["ple.hook_normed"] = normed(c("ple.hook_gated"), w.norm_conv)
+    conv, weight, step = torch.zeros_like(c("ple.hook_normed")), w.conv1d.weight[:, 0], w.conv1d.dilation[0]
+    for t in range(length):
+        for tap in range(weight.shape[1]):
+            if t - step * tap >= 0:
+                conv[:, t] += weight[:, -1 - tap] * c("ple.hook_normed")[:, t - step * tap]
+    out["ple.hook_conv"] = conv
+    out["hook_ple_out"] = c("ple.hook_gated") + silu(c("ple.hook_conv"))
+    out["hook_resid_mid1"] = c("hook_resid_pre") + c("hook_ple_out")
 
 
 def read(out, c, part, x, w, cfg) -> None:
@@ -129,7 +186,7 @@ def indexer(out, c, m, cfg) -> None:
     batch, length = TOKENS.shape
     frequencies = frequencies_of(cfg.d_head // 2)
     out["attn.hook_index_rot_q"] = turned(c("attn.index_q_norm.hook_out"), range(length), frequencies)
-    scores = torch.full((batch, length, length), -torch.inf, dtype=torch.float64)
+    scores = torch.zeros(batch, length, length, dtype=torch.float64)
     chosen = torch.zeros_like(scores)
     for b in range(batch):
         for i in range(length):
@@ -144,7 +201,6 @@ def indexer(out, c, m, cfg) -> None:
                 scores[b, i, block] = sum(dots) / D**0.5
                 found.append(c("attn.hook_index_scores")[b, i, block[0]])
             behind = seen[len(blocks) * R :]
-            scores[b, i, behind] = torch.inf
             kept = torch.stack(found).topk(min(m.block_topk, len(found))).indices.tolist() if found else []
             chosen[b, i, behind + [j for k in kept for j in blocks[k]]] = 1
     out["attn.hook_index_scores"], out["attn.hook_chosen"] = scores, chosen
@@ -157,7 +213,8 @@ def test_every_row_is_its_equation(model):
 @pytest.mark.parametrize("layer", [pytest.param(0, marks=pytest.mark.slow), 1], ids=["delta net", "attention"])
 def test_after_an_edit_every_row_downstream_is_its_equation(layer):
     """An edit of the indexer's may leave the choice as it is."""
-    battery.edits_reach_every_row(tiny(), literal, layer, TOKENS, may_be_vain=("index",))
+    model = tiny(**NGRAMS) if layer == 0 else tiny()
+    battery.edits_reach_every_row(model, literal, layer, TOKENS, may_be_vain=("index",))
 
 
 # -- transformers ---------------------------------------------------------------------------------------------------
@@ -165,7 +222,7 @@ def test_after_an_edit_every_row_downstream_is_its_equation(layer):
 
 @torch.no_grad()
 def test_logits_are_transformers(model):
-    tokens = torch.randint(40, (2, 90), generator=torch.Generator().manual_seed(4))  # more than a chunk
+    tokens = torch.randint(8, (2, 90), generator=torch.Generator().manual_seed(4))  # more than a chunk; some end a text
     assert relative(model(tokens), theirs(model, tokens)) < 1e-10
     _, cache = model.run_with_cache(tokens, names_filter="*.hook_chosen")
     (layer,) = [layer for layer, kind in enumerate(model.cfg.kinds) if kind == "attention"]
@@ -180,14 +237,14 @@ def test_equal_scores_are_told_apart_as_transformers_does():
         (indexer,) = [layer.self_attn.indexer for layer in model.wrapped.model.layers if "self_attn" in layer._modules]
         indexer.index_qk_proj.weight.data[:12].mul_(torch.tensor([share if share else 0.0, 0.0]).repeat_interleave(6)[:, None])
         scores = model.run_with_cache(tokens, names_filter="*.hook_index_scores")[1]["index_scores", 1]
-        assert (scores == 0).float().mean() > 0.1
+        assert (scores[:, -1, :148] == 0).float().mean() > 0.1
         assert relative(model(tokens), theirs(model, tokens)) < 1e-10
         model = tiny()
 
 
 def test_gradients_are_transformers():
     """No gradient goes through a choice: an indexer gets none."""
-    ours = tiny(dtype=torch.float32)
+    ours = tiny(dtype=torch.float32, **NGRAMS)
     weight = torch.randn(*TOKENS.shape, 40, generator=torch.Generator().manual_seed(1))
     params = dict(ours.wrapped.named_parameters())
     found = torch.autograd.grad((ours(TOKENS) * weight).sum(), list(params.values()), allow_unused=True)
@@ -210,7 +267,7 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is():
 @torch.no_grad()
 @pytest.mark.parametrize("images", [False, True], ids=["", "with images"])
 def test_a_folder_is_read(images, tmp_path):
-    given = of_images(torch.float32) if images else tiny(dtype=torch.float32)
+    given = of_images(torch.float32) if images else tiny(dtype=torch.float32, **NGRAMS)
     given.wrapped.save_pretrained(tmp_path)
     model = gl.from_pretrained(tmp_path, device="cpu")
     assert isinstance(model, HookedQwen4Exp) and type(model.wrapped).__name__.endswith("ForCausalLM")
@@ -251,7 +308,7 @@ def test_positions_of_three_axes_are_transformers_at_every_split():
 
 @torch.no_grad()
 def test_of_a_padded_batch_each_row_is_transformers_of_the_row_alone():
-    model, rows = tiny(), [TOKENS[0], TOKENS[1, :5]]
+    model, rows = tiny(**NGRAMS), [TOKENS[0], TOKENS[1, :5]]
     for side in ("left", "right"):
         given, mask = padded(rows, side)
         logits = model(given, attention_mask=mask)
@@ -269,7 +326,7 @@ def test_the_implicit_attention_reconstructs_every_layer(model):
 @torch.no_grad()
 def test_the_stream_is_the_sum_of_what_tokens_and_heads_write(model):
     _, cache = model.run_with_cache(TOKENS)
-    for layer in range(2):
+    for layer in range(model.cfg.n_layers):
         F, written = gl.implicit_attention(cache, layer=layer).contributions(), cache["mixer_out", layer]
         assert relative(F.output(), written) < 1e-12
         assert relative(F.row(-1).sum(1) + F.remainder()[:, -1], written[:, -1]) < 1e-12
@@ -346,6 +403,30 @@ def test_who_listens_to_the_indexer_changes_nothing_and_an_edit_of_the_choice_is
     assert relative(logits, tiny(indexer_budget=128)(TOKENS)) < 1e-14
 
 
+@torch.no_grad()
+def test_ngrams_read_the_tokens_beside_the_stream():
+    model = tiny(**{**NGRAMS, "ple_layer_ids": [1, 3]}, num_hidden_layers=3, layer_types=["linear_attention", "indexed_attention", "linear_attention"])
+    logits, cache = model.run_with_cache(TOKENS)
+    for start in (0, 2):
+        stream = cache["resid_pre", start]
+        for told in ({"tokens": TOKENS}, {"earlier": cache}):
+            assert relative(model(stream, start_at_layer=start, **told), logits) < 1e-14
+        with pytest.raises(gl.InputError, match=rf"reads blocks.{start}.ple.hook_embed beside the residual stream"):
+            model(stream, start_at_layer=start)
+    with pytest.raises(gl.InputError, match="reads tokens beside the stream: give tokens="):
+        model(cache["resid_pre", 0], start_at_layer=0, earlier=cache, return_state=True)
+    corrupted = (TOKENS + 3) % 40  # a sweep goes on from streams
+    found = gl.patching.get_act_patch_resid_pre(model, corrupted, cache, lambda x: x[:, -1, 3], progress=False)
+    with model.hooks([("blocks.2.hook_resid_pre", lambda x, hook: put(x, cache["resid_pre", 2], 9))]):
+        assert relative(found[2, 9], model(corrupted)[:, -1, 3].mean()) < 1e-12
+
+
+def put(x, value, pos):
+    x = x.clone()
+    x[:, pos] = value[:, pos]
+    return x
+
+
 # -- kinds, refusals ------------------------------------------------------------------------------------------------
 
 
@@ -355,8 +436,5 @@ def test_kinds_are_all_that_stand_in_a_model():
 
 
 def test_what_it_cannot_run_is_told_by_name():
-    ple = {"ple_layer_ids": [1], "eos_token_id": 0, "ngram_vocab_size_base": 50, "heads_per_ngram": 2, "ple_embed_dim": 8}
-    with pytest.raises(gl.CheckpointError, match=r"ple_layer_ids=\[1\]: layers that add hashed embeddings of n-grams"):
-        HookedQwen4Exp.tiny(**ple)
     with pytest.raises(gl.CheckpointError, match="'gelu'"):
         HookedQwen4Exp.tiny(hidden_act="gelu", output_gate_type="silu")
