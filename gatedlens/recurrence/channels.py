@@ -16,20 +16,16 @@ b batch, l pos, c channel, g group, n state.
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import Function
 
-from gatedlens.recurrence.autocast import is_on
-from gatedlens.recurrence.scanning import StepTerms
+from gatedlens.recurrence import channel_block
+from gatedlens.recurrence.scanning import ByHand, StepTerms
 from gatedlens.recurrence.terms import Terms
-from gatedlens.recurrence.transforms import forward_mode, gradients, has_old_axis, overridden, transformed
-
-LOG2_E = 1 / math.log(2)
+from gatedlens.recurrence.transforms import overridden, transformed
 
 
 class Steps(NamedTuple):
@@ -99,7 +95,7 @@ class ChannelTerms(NamedTuple):
         )
 
 
-def vectors(
+def _vectors(
     log: Float[Tensor, "... channel"],
     value: Float[Tensor, "... channel"],
     key: Float[Tensor, "... state"],
@@ -112,60 +108,12 @@ def vectors(
     """
     *fresh, rate = fresh_and_rate
     plain = transformed() or torch.compiler.is_compiling() or overridden(log, value, key, *fresh)
-    raised = _raised if plain else Raised.apply
+    raised = channel_block.raised if plain or not torch.is_grad_enabled() else channel_block.Raised.apply
     decay, write = raised(log, value, key, rate, *fresh)
     return decay.mT, write.mT, read
 
 
-def _raised(log: Tensor, value: Tensor, key: Tensor, rate: Tensor, *fresh: Tensor) -> tuple[Tensor, Tensor]:
-    """decay and write [b, l, n, c], in torch's own operations."""
-    # 2^(x log2 e) is e^x: on processors the power of 2 takes a third of the time.
-    exp2 = torch.exp2 if forward_mode() else torch.exp2_  # a second tensor of this size costs more than the power
-    decay = exp2(log.unsqueeze(-2) * (rate * LOG2_E).mT)
-    if fresh:
-        decay = decay * (1 - fresh[0]).unsqueeze(-1)
-    return decay, value.unsqueeze(-2) * key.unsqueeze(-1)
-
-
-class Raised(Function):
-    """decay, write = Raised.apply(log, value, key, rate, *fresh), differentiable any number of times.
-
-    Its backward is by products of matrices and running sums, so that each large tensor is read once:
-
-        G = d decay * decay        d log = sum_n G rate        d rate = sum_t G log
-        d value = sum_n (d write) key        d key = sum_c (d write) value
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *given: Tensor) -> tuple[Tensor, Tensor]:
-        decay, write = _raised(*given)
-        ctx.save_for_backward(*given, decay)
-        return decay, write
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        *given, decay = ctx.saved_tensors
-        if (
-            any(ctx.needs_input_grad[4:])
-            or torch.is_grad_enabled()
-            or transformed()
-            or has_old_axis(*grads)
-            or is_on(decay)
-        ):
-            return gradients(_raised, tuple(given), grads)
-        log, value, key, rate, *fresh = given
-        along, write = grads[0] * decay, grads[1]
-        d_log = torch.zeros_like(along.select(-2, 0))
-        for one, of_state in zip(along.unbind(-2), rate.unbind(-1), strict=True):
-            d_log.addcmul_(one, of_state)
-        d_rate = torch.zeros_like(along[0, 0]) if ctx.needs_input_grad[3] else None
-        if d_rate is not None:
-            for one, of_step in zip(along.flatten(0, 1), log.flatten(0, 1), strict=True):
-                d_rate.addcmul_(one, of_step)
-        d_value = torch.matmul(key.to(write.dtype).unsqueeze(-2), write).squeeze(-2)
-        d_key = torch.matmul(write, value.to(write.dtype).unsqueeze(-1)).squeeze(-1)
-        # autograd gives each the dtype of its input.
-        return d_log, d_value, d_key, None if d_rate is None else d_rate.mT, *(None for _ in fresh)
+vectors = ByHand(_vectors, channel_block.gradients_of)
 
 
 def vectors_of_groups(

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,12 +33,29 @@ from gatedlens.recurrence.autocast import is_on
 from gatedlens.recurrence.transforms import forward_mode, gradients, has_old_axis, overridden, transformed
 
 StepTerms = Callable[..., tuple[Tensor, Tensor, Tensor | None]]  # of any slice of positions: decay, write, read
+# The gradients of a block's start, and of what is needed of its sequences and constants, from those of its scan and last state.
+BlockGradients = Callable[
+    [Sequence[Tensor], Sequence[bool], Tensor, Tensor, Tensor], tuple[Tensor, list[Tensor | None]]
+]
 
-# Numbers in one segment's decay: 768 KiB of float32, so that decay and write stay in the L2 cache.
-SEGMENT_ELEMENTS = 3 << 16
+
+@dataclass(frozen=True)
+class ByHand:
+    """`vectors = ByHand(terms, gradients_of)`: terms whose gradient over a block of positions somebody wrote; other terms' are
+    found by autograd."""
+
+    terms: StepTerms
+    gradients_of: BlockGradients
+
+    def __call__(self, *given: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.terms(*given)
+
+
+# Numbers in one segment's decay: 1.5 MiB of float32, so that decay and write stay in the cache.
+SEGMENT_ELEMENTS = 3 << 17
 # The fewest steps that a segment should have. Rows of a large batch are taken in groups that allow it.
 SEGMENT_STEPS = 6
-# With gradients each segment costs some autograd bookkeeping: take longer ones.
+# With gradients found by autograd each segment costs some bookkeeping: take longer ones.
 SEGMENT_ELEMENTS_GRAD = 1 << 20
 
 
@@ -45,7 +64,7 @@ def at_least_float32(x: Shaped[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _scan_in_place(decay: Tensor, states: Tensor, state: Tensor | None) -> Tensor:
+def scan_in_place(decay: Tensor, states: Tensor, state: Tensor | None) -> Tensor:
     """Turn writes into states, in place: states[:, t] <- decay[:, t] * states[:, t-1] + states[:, t]."""
     # A loop over positions, vectorised over batch, channel and state: each step is one fused multiply-add on numbers that are
     # in the cache already. A parallel scan would do more arithmetic, twice as much at the least.
@@ -57,10 +76,18 @@ def _scan_in_place(decay: Tensor, states: Tensor, state: Tensor | None) -> Tenso
     return states
 
 
+def scan_back_in_place(decay: Tensor, grad: Tensor) -> Tensor:
+    """Turn the gradients of states into those of writes, in place: grad[:, t] += decay[:, t+1] * grad[:, t+1], from the end."""
+    steps, decays = grad.unbind(1), decay.unbind(1)
+    for t in range(len(steps) - 2, -1, -1):
+        torch.addcmul(steps[t], decays[t + 1], steps[t + 1], out=steps[t])
+    return grad
+
+
 def _every_state(decay: Tensor, write: Tensor, state: Tensor) -> Tensor:
     """Every state, by the way that the device likes. `write` may be overwritten."""
     if not doubling.pays(write):
-        return _scan_in_place(decay, write, state)
+        return scan_in_place(decay, write, state)
     out = torch.empty_like(write)
     for part in _segments(write.shape[1], write[:, 0].numel(), doubling.ELEMENTS):
         out[:, part] = doubling.doubled(decay[:, part], write[:, part], state)
@@ -185,13 +212,11 @@ def _scan_backward_here(decay: Tensor, initial: Tensor, states: Tensor, grad: Te
     """The same where nobody differentiates it again, in the place of `grad`: a loop from the end, and no copy turned round."""
     if doubling.pays(decay):
         return _scan_backward(linear_scan, decay, initial, states, grad)
-    steps, decays = grad.unbind(1), decay.unbind(1)
-    for t in range(len(steps) - 2, -1, -1):
-        torch.addcmul(steps[t], decays[t + 1], steps[t + 1], out=steps[t])
+    scan_back_in_place(decay, grad)
     along = torch.empty_like(grad)
     torch.mul(grad[:, 1:], states[:, :-1], out=along[:, 1:])
     torch.mul(grad[:, 0], initial, out=along[:, 0])
-    return along, grad, decays[0] * steps[0]
+    return along, grad, decay[:, 0] * grad[:, 0]
 
 
 def readout(states: Float[Tensor, ...], read: Float[Tensor, "... state"] | None) -> Float[Tensor, ...]:
@@ -251,7 +276,8 @@ class SegmentedScan(Function):
     @staticmethod
     def forward(ctx: Any, terms: StepTerms, n: int, initial: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         sequences, constants = tensors[:n], tensors[n:]
-        slices = _segments(sequences[0].shape[1], initial.numel(), budget(initial, SEGMENT_ELEMENTS_GRAD))
+        cache = SEGMENT_ELEMENTS if isinstance(terms, ByHand) else SEGMENT_ELEMENTS_GRAD
+        slices = _segments(sequences[0].shape[1], initial.numel(), budget(initial, cache))
         scans, starts, state = [], [], initial
         for part in slices:
             starts.append(state)
@@ -277,6 +303,9 @@ class SegmentedScan(Function):
             return None, None, *gradients(run, (starts[0], *tensors), grads)
         grad_scan, grad_state = grads
         needed = ctx.needs_input_grad[3:]
+        terms = ctx.terms
+        by_hand = isinstance(terms, ByHand) and not doubling.pays(grad_state) and not is_on(grad_state)
+        gradients_of = terms.gradients_of if by_hand else partial(_gradients_of, terms)
         # Each segment writes its part of one tensor, so that no second copy of a whole sequence is ever there.
         given: list[Any] = [
             (torch.empty_like if i < ctx.n else torch.zeros_like)(t) if need else None
@@ -284,29 +313,41 @@ class SegmentedScan(Function):
         ]
         for part, start in zip(reversed(ctx.slices), reversed(starts), strict=True):
             # The segment is computed again from its start: its states are needed now, and were not kept.
-            with torch.enable_grad():
-                live = [(t[:, part] if i < ctx.n else t).detach() for i, t in enumerate(tensors)]
-                wanted = [i for i, need in enumerate(needed) if need]
-                for i in wanted:
-                    live[i].requires_grad_()
-                decay, write, read = ctx.terms(*live)
-            states = _every_state(decay.detach(), write.detach(), start)
-            grad, grad_read = _readout_backward(states, read, grad_scan[:, part])
-            grad[:, -1] += grad_state
-            grad_decay, grad_write, grad_state = _scan_backward_here(decay.detach(), start, states, grad)
-            ways = [(decay, grad_decay), (write, grad_write), (read, grad_read)]
-            ways = [(out, flow) for out, flow in ways if out is not None and out.requires_grad]
-            if not wanted:  # the start alone has a gradient
-                continue
-            found = torch.autograd.grad(
-                [out for out, _ in ways], [live[i] for i in wanted], [flow for _, flow in ways], materialize_grads=True
-            )
-            for i, piece in zip(wanted, found, strict=True):
+            here = [t[:, part] if i < ctx.n else t for i, t in enumerate(tensors)]
+            grad_state, found = gradients_of(here, needed, start, grad_scan[:, part], grad_state)
+            for i, piece in enumerate(found):
+                if piece is None:
+                    continue
                 if i < ctx.n:
                     given[i][:, part] = piece
                 else:
                     given[i] += piece
         return None, None, grad_state, *given
+
+
+def _gradients_of(
+    terms: StepTerms,
+    given: Sequence[Tensor],
+    needed: Sequence[bool],
+    start: Tensor,
+    of_scan: Tensor,
+    of_state: Tensor,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The gradients of a block's start, and of what is needed of its sequences and constants, whatever its terms are."""
+    with torch.enable_grad():
+        live = [t.detach().requires_grad_(need) for t, need in zip(given, needed, strict=True)]
+        decay, write, read = terms(*live)
+    states = _every_state(decay.detach(), write.detach(), start)
+    grad, of_read = _readout_backward(states, read, of_scan)
+    grad[:, -1] += of_state
+    of_decay, of_write, of_start = _scan_backward_here(decay.detach(), start, states, grad)
+    ways = [(decay, of_decay), (write, of_write), (read, of_read)]
+    wanted = [t for t in live if t.requires_grad]
+    if not wanted:  # the start alone has a gradient
+        return of_start, [None for _ in live]
+    outs, flows = zip(*((out, flow) for out, flow in ways if out is not None and out.requires_grad), strict=True)
+    found = iter(torch.autograd.grad(outs, wanted, flows, materialize_grads=True))
+    return of_start, [next(found) if need else None for need in needed]
 
 
 def scan(
@@ -328,8 +369,25 @@ def scan(
     if transformed():
         return _whole_scan(terms, sequences, constants, initial)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return SegmentedScan.apply(terms, len(sequences), initial, *sequences, *constants)
+        return _with_gradients(terms, sequences, constants, initial)
     return _segmented(terms, sequences, constants, initial)
+
+
+def _with_gradients(
+    terms: StepTerms, sequences: Sequence[Tensor], constants: Sequence[Tensor], initial: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A large batch in groups of rows: each segment's state is kept, and segments of few positions would be many."""
+    rows = _rows(initial, SEGMENT_ELEMENTS_GRAD)
+    if rows >= len(initial):
+        return SegmentedScan.apply(terms, len(sequences), initial, *sequences, *constants)
+    split = zip(*(one.split(rows) for one in (initial, *sequences)), strict=True)
+    parts = [SegmentedScan.apply(terms, len(sequences), start, *some, *constants) for start, *some in split]
+    return torch.cat([out for out, _ in parts]), torch.cat([last for _, last in parts])
+
+
+def _rows(initial: Tensor, cache: int) -> int:
+    """How many rows to take together, so that a segment has SEGMENT_STEPS at least."""
+    return max(1, budget(initial, cache) // (SEGMENT_STEPS * max(initial[0].numel(), 1)))
 
 
 def _segmented(
@@ -337,32 +395,21 @@ def _segmented(
 ) -> tuple[Tensor, Tensor]:
     """Without gradients: one segment's states at a time, of so many rows that they stay in the cache."""
     # A large batch in groups: a segment of all rows would be a position or two long, and leave the cache at each.
-    rows = max(1, budget(initial, SEGMENT_ELEMENTS) // (SEGMENT_STEPS * max(initial[0].numel(), 1)))
-    if rows >= len(initial):
-        return _in_segments(terms, sequences, constants, initial)
-    groups = range(0, len(initial), rows)
-    parts = [
-        _in_segments(terms, [s[i : i + rows] for s in sequences], constants, initial[i : i + rows]) for i in groups
-    ]
-    return torch.cat([out for out, _ in parts]), torch.cat([last for _, last in parts])
-
-
-def _in_segments(
-    terms: StepTerms, sequences: Sequence[Tensor], constants: Sequence[Tensor], initial: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`scan` of some rows, segment by segment, without gradients."""
-    out, state = None, initial
+    out, lasts, rows = None, [], _rows(initial, SEGMENT_ELEMENTS)
     length = sequences[0].shape[1]
-    for part in _segments(length, initial.numel(), budget(initial, SEGMENT_ELEMENTS)):
-        decay, write, read = terms(*(s[:, part] for s in sequences), *constants)
-        states = _every_state(decay, write, state)
-        y = readout(states, read)
-        if out is None:  # only now its dtype and last axes are known: they are those of `terms`
-            out = y.new_empty(y.shape[0], length, *y.shape[2:])
-        out[:, part] = y
-        state = states[:, -1].clone()
+    for some in (slice(first, first + rows) for first in range(0, max(len(initial), 1), rows)):
+        state = initial[some]
+        for part in _segments(length, state.numel(), budget(initial, SEGMENT_ELEMENTS)):
+            decay, write, read = terms(*(s[some, part] for s in sequences), *constants)
+            states = _every_state(decay, write, state)
+            y = readout(states, read)
+            if out is None:  # only now its dtype and last axes are known: they are those of `terms`
+                out = y.new_empty(len(initial), length, *y.shape[2:])
+            out[some, part] = y
+            state = states[:, -1].clone()
+        lasts.append(state)
     assert out is not None
-    return out, state
+    return out, lasts[0] if len(lasts) == 1 else torch.cat(lasts)
 
 
 def _compiled(
@@ -374,7 +421,8 @@ def _compiled(
         out, last = _whole_scan(terms, sequences, constants, initial)
         return out, last.clone()
     # An operator takes tensors, numbers and text, but no function: `terms` goes by name.
-    return _scan(f"{terms.__module__}:{terms.__name__}", initial, list(sequences), list(constants))
+    named = terms.terms if isinstance(terms, ByHand) else terms
+    return _scan(f"{named.__module__}:{named.__name__}", initial, list(sequences), list(constants))
 
 
 @torch.library.custom_op(

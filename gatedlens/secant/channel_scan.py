@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatedlens.recurrence.channels import _raised
-from gatedlens.recurrence.scanning import _scan_in_place
+from gatedlens.recurrence.channel_block import along_channels, of_log, raised
+from gatedlens.recurrence.scanning import scan_back_in_place, scan_in_place
 
 
 def of_block(
@@ -42,29 +42,24 @@ def of_block(
     middle = decay.add_(decay0).div_(2)
     h.add_(h0).div_(2)
     of_scan = of_scan.to(h.dtype)
-    of_read = torch.matmul(h, of_scan.unsqueeze(-1)).squeeze(-1)
+    of_read = along_channels(h, of_scan)
 
     g = of_scan.unsqueeze(-2) * ((read + read0) / 2).to(h.dtype).unsqueeze(-1)
     g[:, -1] += of_state.mT
-    steps, decays = g.unbind(1), middle.unbind(1)
-    for t in range(len(steps) - 2, -1, -1):
-        torch.addcmul(steps[t], decays[t + 1], steps[t + 1], out=steps[t])
+    scan_back_in_place(middle, g)
 
     slope[:, 1:].mul_(g[:, 1:]).mul_(h[:, :-1])
     slope[:, 0].mul_(g[:, 0]).mul_((start + start0).mT / 2)
-    of_log = torch.zeros_like(slope.select(-2, 0))
-    for one, of_state_of in zip(slope.unbind(-2), rate.unbind(-1), strict=True):
-        of_log.addcmul_(one, of_state_of)
     of_value = torch.matmul(((key + key0) / 2).to(h.dtype).unsqueeze(-2), g).squeeze(-2)
-    of_key = torch.matmul(g, ((value + value0) / 2).to(h.dtype).unsqueeze(-1)).squeeze(-1)
-    return (decays[0] * steps[0]).mT, [of_log, of_value, of_key, of_read]
+    of_key = along_channels(g, (value + value0) / 2)
+    return (middle[:, 0] * g[:, 0]).mT, [of_log(slope, rate), of_value, of_key, of_read]
 
 
 def _states(given: Sequence[Tensor], rate: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(decay, every state, start) of a run."""
     log, value, key, _, *fresh = given
-    decay, write = _raised(log, value, key, rate, *fresh)
-    return decay, _scan_in_place(decay, write, start.mT), start
+    decay, write = raised(log, value, key, rate, *fresh)
+    return decay, scan_in_place(decay, write, start.mT), start
 
 
 def _slope(decay: Tensor, decay0: Tensor, apart_in_log: Tensor, rate: Tensor) -> Any:

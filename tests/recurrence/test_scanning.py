@@ -60,6 +60,35 @@ def test_values_and_gradients_are_those_of_the_literal_loop(segments, length):
         assert torch.allclose(x, y, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("fresh", [False, True], ids=["", "with a reset"])
+@pytest.mark.parametrize("asked", ["all", "log", "value", "key", "read", "rate", "start", "fresh"])
+def test_the_gradient_by_hand_is_that_of_the_literal_loop(segments, asked, fresh):
+    """`vectors` knows its own; an input that asks for none gets none."""
+    (dt, B, C, u), A, initial = inputs(17, batch=3, grad=False)
+    reset = torch.zeros(3, 17, 1, dtype=torch.float64)
+    if fresh:
+        reset[:, 6], reset[0, 9] = 1.0, 0.25
+    named = {"log": dt, "value": u, "key": B, "read": C, "rate": A, "start": initial}
+    named |= {"fresh": reset} if fresh else {}
+    leaves = [x.requires_grad_() for name, x in named.items() if asked in ("all", name)]
+    if not leaves:
+        pytest.skip("no reset to ask for")
+    state, ys = initial, []
+    for t in range(17):
+        decay = torch.exp(dt[:, t, :, None] * A) * (1 - reset[:, t, :, None])
+        state = decay * state + u[:, t, :, None] * B[:, t, None]
+        ys.append((state * C[:, t, None]).sum(-1))
+    want = torch.stack(ys, 1), state
+    got = scan(vectors, (dt, u, B, C, *((reset,) if fresh else ())), (A,), initial)
+    weights = [torch.randn_like(x) for x in want]
+    a, b = (
+        torch.autograd.grad(sum((x * w).sum() for x, w in zip(out, weights, strict=True)), leaves)
+        for out in (got, want)
+    )
+    for x, y in zip((*got, *a), (*want, *b), strict=True):
+        assert torch.allclose(x, y, rtol=1e-12, atol=1e-13)
+
+
 def test_gradients_twice(segments):
     sequences, A, initial = inputs(6)
     leaves = (*sequences, A, initial)
