@@ -56,8 +56,8 @@ __all__ = [
     "HookedLFM2", "HookedLanguageModel", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid", "HookedMambaSsmHybrid",
     "HookedModel", "HookedOlmoHybrid", "HookedQwen3Next", "HookedQwen4Exp", "HookedRWKV", "HookedRWKV6", "HookedRWKV7",
     "HookedViM", "HookedVisionModel", "HookedZamba", "ImplicitAttention", "InputError", "Inspection", "Point", "PointError",
-    "RecurrentState", "Result", "Results", "StoreError", "TooLargeError", "Verification", "View", "__version__", "ablation", "amplify",
-    "attribution", "bundled_models", "circuits", "comparing", "data", "dictionaries", "evaluation", "feature_graph",
+    "RecurrentState", "Result", "Results", "StoreError", "TooLargeError", "Verification", "View", "__version__", "ablation",
+    "amplify", "attribution", "bundled_models", "circuits", "comparing", "data", "dictionaries", "evaluation", "feature_graph",
     "from_pretrained", "fused", "implicit_attention", "inspect", "knockout", "layers", "lens", "metrics", "patching", "plot",
     "probes", "profiles", "register", "states", "steering", "store", "subspaces", "tasks", "tracing", "verify", "wrap",
 ]

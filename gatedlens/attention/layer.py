@@ -112,9 +112,13 @@ class ImplicitAttention:
         block, place = self.model.blocks[self.layer], self.mixer.place
         if self.by is None and block.held(place):
             lacking = ", ".join(f"blocks.{self.layer}.{name}" for name in block.held(place))
-            raise PointError(f"What layer {self.layer} writes to the stream needs points that the cache lacks: {lacking}.")
+            raise PointError(
+                f"What layer {self.layer} writes to the stream needs points that the cache lacks: {lacking}."
+            )
         whole: Writing = block.writing(place, self.by)
-        return whole if self.channels is None else replace(whole, weight=whole.weight[:, list(self.channels)], bias=None)
+        return (
+            whole if self.channels is None else replace(whole, weight=whole.weight[:, list(self.channels)], bias=None)
+        )
 
     # -- which factors -------------------------------------------------------------------------------------------
 

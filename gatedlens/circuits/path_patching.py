@@ -23,8 +23,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gatedlens.address.positions import Positions, mask_of
-from gatedlens.circuits.head_contents import differences
 from gatedlens.circuits.graph import Graph, Node
+from gatedlens.circuits.head_contents import differences
 from gatedlens.errors import InputError
 from gatedlens.metrics import Metric
 from gatedlens.model.base import HookedModel

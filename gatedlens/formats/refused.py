@@ -39,7 +39,8 @@ NAMESAKES = {  # classes of other packages, and what to do with them
 
 NOT_OPENED = {  # models of transformers, by how their class and model_type begin, and why they are refused
     "glm5next": "GLM-5-next keeps several copies of the residual stream that it mixes among themselves (hyper-connections), so "
-    "the stream is no sum of what is written to it, and chooses by an indexer what it attends to: gatedlens has no such block. Its linear layers are Kimi's: Kimi Linear and Bailing hybrid are open.",
+    "the stream is no sum of what is written to it, and chooses by an indexer what it attends to: gatedlens has no such block. "
+    "Its linear layers are Kimi's: Kimi Linear and Bailing hybrid are open. So is Qwen4, whose copies are not mixed.",
     "bailingmoe": "Ring- and Ling-linear are their makers' own code, not transformers'. Bailing hybrid (Ling 3) is open.",
     "minimaxm": "This MiniMax is a transformer: it has no recurrence.",
     "minimax": "MiniMax norms the residual stream itself in front of every sublayer, and adds to what it has normed: gatedlens "

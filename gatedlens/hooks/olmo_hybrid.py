@@ -9,7 +9,8 @@ b batch, l pos, d d_model, h head (of values), g group (a key head).
     attention          q and k normed over all heads together, rotary if the config says so
 
 The scale of the norm behind an attention is held where it is asked what the attention writes into the stream (contributions,
-heads): W z + b of its o_proj, times the norm's gain, divided by the scale of each position. Wraps transformers' OlmoHybridForCausalLM.
+heads): W z + b of its o_proj, times the norm's gain, divided by the scale of each position. Wraps transformers'
+OlmoHybridForCausalLM.
 """
 
 from __future__ import annotations
@@ -124,7 +125,13 @@ def _behind(rotary: bool) -> tuple[Branch, Branch]:
     kind, mlp_rows = ATTENDS[rotary], gated_mlp_rows(SILU.word, reads="mlp_in")
     return (
         Branch(
-            "mixer", kind.rows(PAPER, "mixer_in"), "o_proj(attn.z)", attention, "self_attn", None, place="attn",
+            "mixer",
+            kind.rows(PAPER, "mixer_in"),
+            "o_proj(attn.z)",
+            attention,
+            "self_attn",
+            None,
+            place="attn",
             after="post_attention_layernorm",
         ),
         Branch("mlp", mlp_rows, "down_proj(mlp.post)", mlp, "mlp", None, "ln2", after="post_feedforward_layernorm"),

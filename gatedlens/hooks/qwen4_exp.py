@@ -9,9 +9,9 @@ b batch, l pos, k copy, d hidden (the width of a copy, and of what branches read
                  parts/indexed_attention.py
     channel mix  experts and a shared expert
 
-What a branch writes goes into every copy, and the copies are never mixed: so the stream, all copies side by side, is the plain sum
-of what was written to it, and d_model is its whole width. Wraps transformers' Qwen4ExpForCausalLM, and the language model inside
-Qwen4ExpForConditionalGeneration, whose images are not read. Some layers begin by adding embeddings of n-grams, parts/ngrams.py.
+What a branch writes goes into every copy, and the copies are never mixed: so the stream, all copies side by side, is the plain
+sum of what was written to it, and d_model is its whole width. Wraps transformers' Qwen4ExpForCausalLM, and the language model
+inside Qwen4ExpForConditionalGeneration, whose images are not read. Some layers begin by adding embeddings of n-grams, parts/ngrams.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gatedlens.address.point import Point, block_rows
 from gatedlens.compat.names.qwen3_next import ALIASES
 from gatedlens.errors import CheckpointError
 from gatedlens.formats.qwen4_exp import FIELDS, TINY
-from gatedlens.hooks.qwen3_next import BLOCK, DELTA, MIXER_ROWS, WEIGHTS, MixerSideBySide, text_model
+from gatedlens.hooks.qwen3_next import DELTA, MIXER_ROWS, WEIGHTS, MixerSideBySide, text_model
 from gatedlens.model import fields
 from gatedlens.model.base import Wrapped
 from gatedlens.model.block import Block, Sub, SubRows, residual_rows
@@ -49,7 +49,9 @@ DELTAS = {"silu": DELTA, "sigmoid": replace(DELTA, gate="sigmoid")}  # by the ac
 ATTENTION = AttentionKind(gated=True, normed=NORMED, head="q_head")
 PROJECTED = MIXER_ROWS[: next(i for i, row in enumerate(MIXER_ROWS) if row.name == "hook_q_conv_taps")]
 EXPERTS_ROWS = experts_rows(SILU.word, WEIGHTS, shared=shared_expert_rows(SILU.word), out="hidden")
-EXPERTS_OUT = f"{EXPERTS_ALONE.replace('expert_weights * experts', 'mlp.expert_weights * mlp.experts')}, + the shared expert"
+EXPERTS_OUT = (
+    f"{EXPERTS_ALONE.replace('expert_weights * experts', 'mlp.expert_weights * mlp.experts')}, + the shared expert"
+)
 
 
 def _rows(place: str, points: tuple[Point, ...], out: str, ngrams: bool = False) -> tuple[Point, ...]:
@@ -81,8 +83,8 @@ ROWS = {
 
 @dataclass(kw_only=True)
 class Qwen4ExpConfig(HookedConfig):
-    """cfg of Qwen4. d_model is the width of the stream, n_copies of d_hidden; n_heads and d_head are the attention's, those of its
-    indexer n_index_heads and d_index; `kinds`: what each layer is."""
+    """cfg of Qwen4. d_model is the width of the stream, n_copies of d_hidden; n_heads and d_head are the attention's, those of
+    its indexer n_index_heads and d_index; `kinds`: what each layer is."""
 
     kinds: tuple[str, ...]
     n_copies: int
@@ -120,21 +122,23 @@ class HookedQwen4Exp(GridModel):
 
     The residual stream holds n_copies copies side by side, d_model = n_copies * d_hidden numbers; what a branch reads
     (`ln1.hook_out`) and puts out (`inject1.hook_in`), and what the unembedding reads are d_hidden wide. Heads (axis `head`)
-    are those of the delta nets' values; the attention's are `q_head`. Padding on either side or inside a row, and documents packed
-    in a row, are as if each row stood alone.
+    are those of the delta nets' values; the attention's are `q_head`. Padding on either side or inside a row, and documents
+    packed in a row, are as if each row stood alone.
 
     Positions of images: `model(embeds.repeat(1, 1, model.cfg.n_copies), start_at_layer=0, position_ids=[3, batch, pos])`, as
     transformers' model of images and text makes both; its vision tower stays as it is, and is not opened.
     """
 
     title = "Qwen4"
-    paper = "Qwen4Exp of transformers, with gated delta nets (arXiv 2412.06464) and hyper-connections (arXiv 2409.19606)"
+    paper = (
+        "Qwen4Exp of transformers, with gated delta nets (arXiv 2412.06464) and hyper-connections (arXiv 2409.19606)"
+    )
     reference = (
-        "Qwen4Exp, the config that transformers' class has by itself",
+        "transformers' Qwen4ExpTextConfig as it stands, with 4 heads of 128 in its indexers",
         {
-            "d_model": 8192, "copy": 4, "hidden": 2048, "low": 320, "channel": 4096, "head": 32, "value": 128, "group": 16,
-            "state": 128, "tap": 4, "q_head": 16, "kv_head": 2, "d_head": 256, "index_head": 4, "d_index": 128, "expert": 512,
-            "d_expert": 512, "d_shared": 512,
+            "d_model": 8192, "copy": 4, "hidden": 2048, "low": 320, "d_ngram": 2048, "channel": 4096, "head": 32, "value": 128,
+            "group": 16, "state": 128, "tap": 4, "q_head": 16, "kv_head": 2, "d_head": 256, "index_head": 4, "d_index": 128,
+            "expert": 512, "d_expert": 512, "d_shared": 512,
         },
     )  # fmt: skip
     first_points = (Point("hook_embed", "batch pos d_model", "embedding[token], in every copy", "the embedding"),)
@@ -236,7 +240,9 @@ class HookedQwen4Exp(GridModel):
     @property
     def hands_on(self) -> tuple[str, ...]:  # type: ignore[override]
         """The embeddings of n-grams, which are made of the tokens."""
-        return tuple(f"blocks.{i}.ple.hook_embed" for i, kind in enumerate(self.cfg.kinds) if kind.startswith("n-grams"))
+        return tuple(
+            f"blocks.{i}.ple.hook_embed" for i, kind in enumerate(self.cfg.kinds) if kind.startswith("n-grams")
+        )
 
     @property
     def sections(self) -> Any:

@@ -20,7 +20,9 @@ from gatedlens.model.checkpoint import reading
 from gatedlens.weights import AsRead
 
 log = logging.getLogger("gatedlens")
-ONE_OF_MANY = re.compile(r".*\.(experts\.(?=\d+\.)|ngram_embedding\.(?=shard_\d+\.))")  # tensors that are one in the model
+ONE_OF_MANY = re.compile(
+    r".*\.(experts\.(?=\d+\.)|ngram_embedding\.(?=shard_\d+\.))"
+)  # tensors that are one in the model
 PART = re.compile(r"(model\.)?[a-z_]+(\.\d+)?")  # of a model, of a tensor's name: mtp, model.visual, model.layers.42
 
 
@@ -115,7 +117,7 @@ def _check_shapes(source: str, expected: nn.Module, held: Mapping[str, Any]) -> 
     mismatched = fit.misshapen(wanted, held)
     asked, there = sum(p.numel() for p in expected.parameters()), sum(shape.numel() for shape in held.values())
     if mismatched or asked > there:
-        # Files hold experts one by one, and large tables in parts, where the model has one: neither is missing, neither left over.
+        # Files hold experts one by one, and large tables in parts, where the model has one: none is missing or left over.
         apart = {name: found[0] for name in held if (found := ONE_OF_MANY.match(name))}
         missing = {name for name in fit.missing(expected, held) if f"{name.rpartition('.')[0]}." not in apart.values()}
         fit.check(source, missing, set(held) - set(wanted) - set(apart), mismatched)

@@ -104,7 +104,10 @@ class Block(Part):
         mixing = [sub for sub in every if isinstance(sub.part, TokenMixing) and sub.name != "mlp"]
         self.mixing = {sub.name: sub.place or sub.name for sub in mixing}
         # What stands in it, as `gl.layers.where(kind=...)` asks for it.
-        own = {sub.part.role if sub in mixing or sub.part.role == EXPERTS else MLP for sub in every}
+        kinds = [
+            (sub, sub.part.role) for sub in every if sub.part.role
+        ]  # one without stands beside them (n-gram embeddings)
+        own = {role if sub in mixing or role == EXPERTS else MLP for sub, role in kinds}
         self.kinds = frozenset(own.union(*(one.kinds for one in inner)))
 
     @property

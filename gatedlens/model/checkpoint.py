@@ -119,8 +119,8 @@ class Files:
     weight_map: Mapping[str, str]
 
     def shapes(self, numbers: Sequence[str] = ()) -> dict[str, torch.Size]:
-        """The shape of each tensor, from the headers where the format has them. numbers: how the names of those end that are whole
-        numbers; any other tensor that is no weight is refused."""
+        """The shape of each tensor, from the headers where the format has them. numbers: how the names of those end that are
+        whole numbers; any other tensor that is no weight is refused."""
         return self._merged({path: _shapes(path, tuple(numbers)) for path in self.paths})
 
     def names(self) -> dict[str, Path]:

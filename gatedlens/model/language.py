@@ -397,13 +397,13 @@ class HookedLanguageModel(ReadsText, HookedModel):
         attention_bias), whose part is another at each position: `cache.get_full_resid_decomposition()` has it as "bias".
         """
         total = torch.zeros(self.cfg.d_model, device=self.W_U.device)
-        blocks = self.blocks[: layer + int(mlp_input)]
-        for block, mixer in ((block, mixer) for block in blocks for mixer in block.writers):
+        for mixer in (mixer for block in self.blocks[: layer + int(mlp_input)] for mixer in block.writers):
             _, bias = mixer.output_weights()
-            if bias is not None and block.held(mixer.place):
+            held = self.blocks[mixer.layer].held(mixer.place)
+            if bias is not None and held:
                 raise InputError(
-                    f"accumulated_bias({layer}): behind the bias of layer {mixer.layer} stands {block.held(mixer.place)[0]}, so "
-                    "what it adds is no constant. It is in what the mixer writes, `contributions().remainder()`."
+                    f"accumulated_bias({layer}): behind the bias of layer {mixer.layer} stands {held[0]}, so what it adds is no "
+                    "constant. It is in what the mixer writes, `contributions().remainder()`."
                 )
             total = total if bias is None else total + bias
         return total

@@ -51,7 +51,7 @@ class Norm(Behind):
         return self.gain
 
     def scaled(self, x: Float[Tensor, "... d_model"], cached: Callable[[str], Tensor]) -> Float[Tensor, "... d_out"]:
-        """`norm.scaled(x, cached)`: what it makes of x with its points held (`held_points`, read by `cached`), without the gain."""
+        """`norm.scaled(x, cached)`: what it makes of x with its `held_points` held, read by `cached`; without the gain."""
         x = x - x.mean(-1, keepdim=True) if self.centred else x
         return x / cached("hook_scale").to(x)
 
@@ -61,9 +61,11 @@ class Norm(Behind):
         return x * self.gain.to(x)
 
     def held(self, cached: Callable[[str], Tensor]) -> Float[Tensor, "*batch pos one"]:
-        """`norm.held(cached)`: 1 / scale, by which it multiplies each position behind a mixer. InputError for one that centres."""
+        """`norm.held(cached)`: 1 / scale, by which it multiplies a position behind a mixer; InputError for one that centres."""
         if self.centred:
-            raise InputError("A norm that centres stands behind a mixer: what each token writes through it is not known.")
+            raise InputError(
+                "A norm that centres stands behind a mixer: what each token writes through it is not known."
+            )
         return 1 / at_least_float32(cached("hook_scale"))
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:

@@ -178,7 +178,11 @@ class ResidualCache(transformer_lens.ActivationCache):
         """As TransformerLens's: what components become behind the norm of a layer, its scale held (recompute_ln: computed anew,
         behind the final one). Where a norm does more (Qwen4's mixes copies of the stream), all of that is held, its gain in it.
         """
-        name = "ln_final" if layer in (None, -1, self.model.cfg.n_layers) else f"blocks.{layer}.{'ln2' if mlp_input else 'ln1'}"
+        name = (
+            "ln_final"
+            if layer in (None, -1, self.model.cfg.n_layers)
+            else f"blocks.{layer}.{'ln2' if mlp_input else 'ln1'}"
+        )
         norm = self.model.get_submodule(name) if f"{name}.hook_scale" in self.model.names.points else None
         if not isinstance(norm, Norm) or norm.gain_behind is not None:
             return super().apply_ln_to_stack(

@@ -42,14 +42,18 @@ class Writing:
             projected = wide.to(weight.dtype) @ weight.T
         return self.spread(projected if self.bias is None else projected + self.bias.to(projected))
 
-    def spread(self, x: Float[Tensor, "batch *place d_out"], by: Tensor | None = None) -> Float[Tensor, "batch *place wide"]:
+    def spread(
+        self, x: Float[Tensor, "batch *place d_out"], by: Tensor | None = None
+    ) -> Float[Tensor, "batch *place wide"]:
         """`writing.spread(x)`: what is projected as it is written, of every position; by [batch *place copy]: of some."""
         given = self.by if by is None else by
         if given is None:
             return x
         return (given.to(x).unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)
 
-    def at(self, place: Int[Tensor, " batch"], x: Float[Tensor, "batch *some d_out"]) -> Float[Tensor, "batch *some wide"]:
+    def at(
+        self, place: Int[Tensor, " batch"], x: Float[Tensor, "batch *some d_out"]
+    ) -> Float[Tensor, "batch *some wide"]:
         """`writing.at(place, x)`: the same of x at a place of each row, whatever axes stand between."""
         if self.by is None:
             return x

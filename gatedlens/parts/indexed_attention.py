@@ -119,28 +119,25 @@ class IndexedAttention(GridAttention):
         run: DocumentRun,
     ) -> Bool[Tensor, "batch 1 pos key_pos"]:
         """Of the keys that a query may see those that it attends to."""
-        ratio, best = self.weights.indexer.compress_ratio, self.weights.indexer.block_topk
-        heard, chosen = self.hook_index_scores.heard(), None
-        whole = keys.shape[1] // ratio <= best  # no block can be left out
-        if not whole or heard or self.hook_chosen.heard():
-            blocks = self._blocks(carried, run, ratio)
-            by_key = blocks.of_key.unsqueeze(1)
+        best, chosen = self.weights.indexer.block_topk, None
+        heard = self.hook_index_scores.heard()
+        if heard or keys.shape[1] // self.weights.indexer.compress_ratio > best:  # else no block can be left out
+            blocks = self._blocks(carried, run, self.weights.indexer.compress_ratio)
+            scores, by_key = self._scores(q, keys, positions, blocks), blocks.of_key.unsqueeze(1)
             # What stands in complete blocks at each query; keys behind them are attended to anyway.
-            inside = blocks.rank.unsqueeze(1) // ratio < blocks.complete.unsqueeze(2)
-            chosen = torch.ones_like(inside)
-            if not whole or heard:
-                scores = self._scores(q, keys, positions, blocks)
-                if heard:
-                    of_keys = scores.gather(2, by_key.expand(-1, q.shape[1], -1))
-                    of_keys = of_keys.masked_fill(~(inside & visible[:, 0]), 0)
-                    scores = self.hook_index_scores(of_keys).gather(2, blocks.tokens[:, None, :, 0].expand_as(scores))
-                chosen = ~inside | _best(scores.detach(), blocks, best).gather(2, by_key.expand_as(inside))
+            inside = blocks.rank.unsqueeze(1) // blocks.tokens.shape[2] < blocks.complete.unsqueeze(2)
+            by_key = by_key.expand_as(inside)
+            if heard:
+                of_keys = scores.gather(2, by_key).masked_fill(~(inside & visible[:, 0]), 0)
+                scores = self.hook_index_scores(of_keys).gather(2, blocks.tokens[:, None, :, 0].expand_as(scores))
+            chosen = ~inside | _best(scores.detach(), blocks, best).gather(2, by_key)
         if self.hook_chosen.heard():
-            marked = self.hook_chosen((chosen & visible[:, 0]).to(q.dtype))
-            chosen = marked != 0
+            marked = visible[:, 0] if chosen is None else visible[:, 0] & chosen
+            chosen = self.hook_chosen(marked.to(q.dtype)) != 0
         if chosen is None:
             return visible
-        return visible & (chosen | ~run.real.unsqueeze(2)).unsqueeze(1)  # a position of padding sees itself, as everywhere
+        # A position of padding sees itself, as everywhere.
+        return visible & (chosen | ~run.real.unsqueeze(2)).unsqueeze(1)
 
     def _blocks(self, carried: Int[Tensor, "batch carried"], run: DocumentRun, ratio: int) -> Blocks:
         """How keys stand in blocks: of real tokens, counted from where their document begins."""

@@ -15,7 +15,7 @@ Qwen4ExpTextPLELayer; hashed n-grams: Engram, arXiv 2601.07372.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -47,16 +47,22 @@ def ngram_rows(reads: str) -> tuple[Point, ...]:
         Point("hook_value", "batch pos hidden", "value_proj(embed)", PLE),
         Point("hook_key", wide, "(1 + w) * RMSNorm(key_proj(embed)), copy by copy", RMSNORM),
         Point("hook_query", wide, f"(1 + w) * RMSNorm({reads}), copy by copy", RMSNORM),
-        Point("hook_gate_pre", copies, f"sign(s) * sqrt(max(|s|, {SMALLEST})), s = key . query / sqrt(hidden.size)", PLE),
+        Point(
+            "hook_gate_pre", copies, f"sign(s) * sqrt(max(|s|, {SMALLEST})), s = key . query / sqrt(hidden.size)", PLE
+        ),
         Point("hook_gate", copies, "sigmoid(gate_pre)", PLE),
         Point("hook_gated", wide, "gate * value, copy by copy", PLE),
         Point("hook_normed", wide, "(1 + w) * RMSNorm(gated), copy by copy", RMSNORM),
-        Point("hook_conv", wide, "sum over tap of conv1d.weight[tap] * normed[pos - dilation * (tap.size - 1 - tap)]", PLE),
+        Point(
+            "hook_conv", wide, "sum over tap of conv1d.weight[tap] * normed[pos - dilation * (tap.size - 1 - tap)]", PLE
+        ),
     )
 
 
 class NGrams(Part):
     """out = gated + SiLU(conv(RMSNorm(gated))); `weights` is the wrapped PLE layer."""
+
+    role: ClassVar[str] = ""  # none of a layer's kinds: it stands beside what the layer is
 
     def __init__(self, weights: Any, rows: tuple[Point, ...], layer: int, eps: float):
         super().__init__(weights, rows)
@@ -103,7 +109,9 @@ class NGrams(Part):
         table = self.weights.ple_embedding
         if run.tokens is None:
             if run.left is not None:
-                raise InputError(f"Block {self.layer} reads tokens beside the stream: give tokens=... to go on from its state.")
+                raise InputError(
+                    f"Block {self.layer} reads tokens beside the stream: give tokens=... to go on from its state."
+                )
             return run.handed_on(self.embed_name, self.layer, x)
         found = F.embedding(self.hashes(run.tokens, run), table.ngram_embedding.weight.to(x.device))
         return found.flatten(-2)

@@ -86,7 +86,9 @@ def attention(out, c, w, model) -> None:
     m, n, config = w.self_attn, c("hook_mixer_in"), model.wrapped.config
     H, G, D = config.num_attention_heads, config.num_key_value_heads, m.head_dim
     for name, heads, projection in (("q", H, m.q_proj), ("k", G, m.k_proj), ("v", G, m.v_proj)):
-        out[f"attn.hook_{name}"] = torch.nn.functional.linear(n, projection.weight, projection.bias).unflatten(-1, (heads, D))
+        out[f"attn.hook_{name}"] = torch.nn.functional.linear(n, projection.weight, projection.bias).unflatten(
+            -1, (heads, D)
+        )
     names = {}
     for name, norm in (("q", m.q_norm), ("k", m.k_norm)):
         x = c(f"attn.hook_{name}")

@@ -1,4 +1,4 @@
-"""Qwen4: every row against its literal equation, transformers' models, the indexer's choice, padding, documents, states, edits."""
+"""Qwen4: every row against its literal equation, transformers' models, what an indexer chooses, padding, documents, states."""
 
 from __future__ import annotations
 
@@ -132,7 +132,9 @@ def ngrams(out, c, w, cfg) -> None:
             rows = []
             for head, size in enumerate(table.head_vocab_sizes):
                 mixed = 0
-                for token, by in zip(seen[: 2 + head // table.heads_per_ngram], table.layer_multipliers.tolist(), strict=False):
+                for token, by in zip(
+                    seen[: 2 + head // table.heads_per_ngram], table.layer_multipliers.tolist(), strict=False
+                ):
                     mixed ^= token * by
                 rows.append(table.ngram_embedding.weight[mixed % size + table.head_offsets[head]])
             embed[b, t] = torch.cat(rows)
@@ -226,16 +228,21 @@ def test_logits_are_transformers(model):
     assert relative(model(tokens), theirs(model, tokens)) < 1e-10
     _, cache = model.run_with_cache(tokens, names_filter="*.hook_chosen")
     (layer,) = [layer for layer, kind in enumerate(model.cfg.kinds) if kind == "attention"]
-    assert cache["chosen", layer].sum(-1).max() == model.wrapped.config.indexer_budget + model.wrapped.config.indexer_compress_ratio - 1
+    assert (
+        cache["chosen", layer].sum(-1).max()
+        == model.wrapped.config.indexer_budget + model.wrapped.config.indexer_compress_ratio - 1
+    )
 
 
 @torch.no_grad()
 def test_equal_scores_are_told_apart_as_transformers_does():
-    """A head that no key answers scores 0: of such blocks torch's topk takes which it will, so it is asked as transformers does."""
+    """Blocks that no head answers score 0: of these torch's topk takes which it will, so it is asked as transformers does."""
     model, tokens = tiny(), torch.randint(40, (2, 150), generator=torch.Generator().manual_seed(4))
     for share in (0.0, -1.0):  # all scores 0; those of one head alone, so that half of them are
         (indexer,) = [layer.self_attn.indexer for layer in model.wrapped.model.layers if "self_attn" in layer._modules]
-        indexer.index_qk_proj.weight.data[:12].mul_(torch.tensor([share if share else 0.0, 0.0]).repeat_interleave(6)[:, None])
+        indexer.index_qk_proj.weight.data[:12].mul_(
+            torch.tensor([share if share else 0.0, 0.0]).repeat_interleave(6)[:, None]
+        )
         scores = model.run_with_cache(tokens, names_filter="*.hook_index_scores")[1]["index_scores", 1]
         assert (scores[:, -1, :148] == 0).float().mean() > 0.1
         assert relative(model(tokens), theirs(model, tokens)) < 1e-10
@@ -282,6 +289,25 @@ def test_a_folder_is_read(images, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(gl.CheckpointError, match="hc_count"):
         gl.from_pretrained(tmp_path, device="cpu")
+
+
+def test_a_config_says_what_a_large_model_takes(tmp_path):
+    from transformers import Qwen4ExpForCausalLM, Qwen4ExpTextConfig
+
+    index = {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 256,
+        "indexer_budget": 2048,
+        "indexer_compress_ratio": 16,
+    }
+    config = Qwen4ExpTextConfig(num_hidden_layers=8, **index, **{**NGRAMS, "ple_layer_ids": [2]})
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Qwen4ExpForCausalLM(config).parameters())
+    found = gl.inspect(tmp_path, tokens=2048, dtype="bfloat16")
+    assert found.parameters == parameters and found.d_model == 4 * 2048 and len(found.layers) == 8
+    assert list(found.layers[1::2]) == ["recurrent, experts", "attention, experts"] * 2
 
 
 WHERE = torch.tensor(  # a token of text, a picture of 2 x 2, more text; and another
@@ -335,7 +361,9 @@ def test_the_stream_is_the_sum_of_what_tokens_and_heads_write(model):
         assert relative(blocks.sum(2) + F.remainder(), written) < 1e-12
         direction = torch.linspace(-1, 1, model.cfg.d_model, dtype=torch.float64)
         assert relative(F.along(direction), blocks @ direction) < 1e-12
-        assert relative(F.through(torch.tensor([7, 7]), direction.expand(2, -1)).sum(1), blocks[:, 7] @ direction) < 1e-12
+        assert (
+            relative(F.through(torch.tensor([7, 7]), direction.expand(2, -1)).sum(1), blocks[:, 7] @ direction) < 1e-12
+        )
     parts = cache.get_full_resid_decomposition(expand_neurons=False)
     assert relative(parts.sum(0), cache["resid_post", -1]) < 1e-12
     shares = cache.logit_attrs(cache.decompose_resid(), tokens=3)
@@ -352,7 +380,10 @@ def test_edges_from_heads_sum_to_that_of_their_mixer():
     given = (model, clean, corrupted, metric)
     for by_head, whole in (
         (gl.circuits.eap_heads(*given), gl.circuits.eap(*given)),
-        (gl.circuits.eap_ig_heads(*given, steps=2, progress=False), gl.circuits.eap_ig(*given, steps=2, progress=False)),
+        (
+            gl.circuits.eap_ig_heads(*given, steps=2, progress=False),
+            gl.circuits.eap_ig(*given, steps=2, progress=False),
+        ),
     ):
         want = whole.scores.at(sender=f"{layer}.mixer").values
         assert torch.allclose(by_head.at(layer=layer).values.sum(0), want, rtol=0, atol=1e-10, equal_nan=True)
@@ -399,13 +430,19 @@ def test_who_listens_to_the_indexer_changes_nothing_and_an_edit_of_the_choice_is
     with model.hooks([("blocks.1.attn.hook_chosen", lambda x, hook: torch.ones_like(x))]):
         logits, cache = model.run_with_cache(TOKENS, names_filter="*.hook_pattern")
     assert relative(logits, plain) > 1e-4
-    assert (cache["pattern", 1].tril() > 0).sum() == 2 * 3 * 66, "every key before a query is attended to, and none behind it"
+    assert (cache["pattern", 1].tril() > 0).sum() == 2 * 3 * 66, (
+        "every key before a query is attended to, and none behind it"
+    )
     assert relative(logits, tiny(indexer_budget=128)(TOKENS)) < 1e-14
 
 
 @torch.no_grad()
 def test_ngrams_read_the_tokens_beside_the_stream():
-    model = tiny(**{**NGRAMS, "ple_layer_ids": [1, 3]}, num_hidden_layers=3, layer_types=["linear_attention", "indexed_attention", "linear_attention"])
+    model = tiny(
+        **{**NGRAMS, "ple_layer_ids": [1, 3]},
+        num_hidden_layers=3,
+        layer_types=["linear_attention", "indexed_attention", "linear_attention"],
+    )
     logits, cache = model.run_with_cache(TOKENS)
     for start in (0, 2):
         stream = cache["resid_pre", start]
