@@ -11,7 +11,8 @@ b batch, l pos, k copy, d hidden (the width of a copy, and of what branches read
 
 What a branch writes goes into every copy, and the copies are never mixed: so the stream, all copies side by side, is the plain
 sum of what was written to it, and d_model is its whole width. Wraps transformers' Qwen4ExpForCausalLM, and the language model
-inside Qwen4ExpForConditionalGeneration, whose images are not read. Some layers begin by adding embeddings of n-grams, parts/ngrams.py.
+inside Qwen4ExpForConditionalGeneration, whose images are not read. Some layers begin by adding embeddings of n-grams,
+parts/ngrams.py.
 """
 
 from __future__ import annotations

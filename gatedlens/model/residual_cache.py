@@ -199,6 +199,16 @@ class ResidualCache(transformer_lens.ActivationCache):
             return torch.stack([norm(one) for one in stack])
         return norm.scaled(stack, cached)
 
+    def logit_lens(self, **options: Any) -> Any:
+        """As TransformerLens's; it reads vectors of d_model, so a final norm that makes narrower ones of it is refused."""
+        if self.model.ln_final.gain_behind is None:
+            raise InputError(
+                f"cache.logit_lens() reads vectors of d_model numbers, and the unembedding of {self.model.cfg.model_name} reads "
+                f"{len(self.model.W_U)} of {self.model.cfg.d_model}: gl.lens.logit_lens(model, text) reads the stream at every "
+                "layer."
+            )
+        return super().logit_lens(**options)
+
     def _get_cached_ln_scale(self, layer: int | None, mlp_input: bool, *given: Any, **options: Any) -> Tensor:
         """As TransformerLens's; a layer that reads the stream as it is (OLMo-hybrid's attention is normed behind) says so."""
         norm = "ln2" if mlp_input else "ln1"
