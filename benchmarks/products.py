@@ -35,11 +35,30 @@ class Noted(TorchDispatchMode):
         self.found: list[list[tuple[tuple[int, ...], tuple[int, ...]]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in OPERATORS:
+        name = func.overloadpacket.__name__
+        if name.startswith("_scaled_dot_product"):
+            self.note_attention(name.endswith("backward"), args)
+        if name in OPERATORS:
             pair = [x for x in args if isinstance(x, torch.Tensor)][-2:]
             if pair[0].ndim >= 2 and pair[1].ndim >= 2:
-                self.found.append([(tuple(x.shape), tuple(x.stride())) for x in pair])
+                self.note(*pair)
         return func(*args, **(kwargs or {}))
+
+    def note(self, *pair: torch.Tensor) -> None:
+        self.found.append([(tuple(x.shape), tuple(x.stride())) for x in pair])
+
+    def note_attention(self, backward: bool, args: Any) -> None:
+        """torch's own attention: q k^T and P v; for a gradient g, g v^T, P^T g, dS k and dS^T q. What a backward computes once
+        more does not count."""
+        if backward:
+            g, q, k, v = args[:4]
+            pattern = torch.empty(*q.shape[:3], k.shape[2], device="meta")
+            for pair in ((g, v.mT), (pattern.mT, g), (pattern, k), (pattern.mT, q)):
+                self.note(*pair)
+        elif torch._C._current_graph_task_id() == -1:  # not inside a backward
+            q, k, v = args[:3]
+            self.note(q, k.mT)
+            self.note(torch.empty(*q.shape[:3], k.shape[2], device="meta"), v)
 
 
 def alone(noted: Noted) -> Callable[[], None]:

@@ -1,6 +1,7 @@
 """The parts that stand beside a recurrence in a layer, each once, for every architecture that has them.
 
     attention.py    softmax attention: grouped heads, a window or none, rotary, norms of q and k, a gate
+    unseen.py       the same where nobody looks at scores and pattern: they are never held
     glu.py          channel mixers: gated (up times an activation), and plain
     experts.py      a mixture of experts: router, weights, every expert's output, the shared expert
     activation.py   activations by the names that configs give them, with their words in equations

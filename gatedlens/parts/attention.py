@@ -32,6 +32,7 @@ from gatedlens.model.padding import Padding
 from gatedlens.model.run import DocumentRun
 from gatedlens.model.state import Carried, RecurrentState
 from gatedlens.model.weights import given
+from gatedlens.parts.unseen import attend, unheard
 from gatedlens.recurrence.factors import Factors
 from gatedlens.recurrence.pattern_matrix import PatternScan
 from gatedlens.recurrence.scanning import at_least_float32
@@ -43,6 +44,10 @@ CARRIED_WINDOW = {  # what a layer of attention leaves for the next call
     "values": Carried("window", "batch key_pos kv_head d_head"),
     "key_positions": Carried("window", "batch key_pos"),
 }
+
+# Scores beyond which a call that nobody listens to takes torch's own attention: 16 MiB of float32. Below it a run has the same
+# logits to the last bit whoever listens, above it to rounding.
+MANY = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -330,10 +335,12 @@ class Attention(TokenMixing):
         kept: Mapping[str, Shaped[Tensor, "batch key_pos ..."]],
         carried: Int[Tensor, "batch carried"],
         run: DocumentRun,
-    ) -> Bool[Tensor, "batch 1 pos key_pos"]:
-        """Which keys each query attends to: those that it may see. What is kept of the keys is left for the next call."""
+    ) -> Bool[Tensor, "batch 1 pos key_pos"] | None:
+        """Which keys each query attends to: those that it may see; None: all that are not ahead of it. What is kept of the keys
+        is left for the next call."""
         self.remember(kept, carried, run)
-        return self.visible(carried, run)
+        alone = carried.shape[1] == 0 and self.window is None and run.documents is None and run.padding.mask is None
+        return None if alone else self.visible(carried, run)
 
     def remember(
         self,
@@ -383,23 +390,45 @@ class Attention(TokenMixing):
             q, k = self.hook_rot_q(rotate(q, cos, sin)), self.hook_rot_k(rotate(k, cos, sin))
         return q, k, v, gate_pre
 
+    def mix(
+        self,
+        q: Float[Tensor, "batch pos head d_qk"],
+        keys: Float[Tensor, "batch key_pos kv_head d_qk"],
+        values: Float[Tensor, "batch key_pos kv_head d_v"],
+        seen: Bool[Tensor, "batch 1 pos key_pos"] | None,
+    ) -> Float[Tensor, "batch pos head d_v"]:
+        """softmax(q . k) v over the keys that each query sees: scores and pattern are points, and exist if somebody listens."""
+        groups = q.shape[2] // keys.shape[2]  # so many heads share one key and value head
+        keys, values = (x.repeat_interleave(groups, dim=2) for x in (keys, values))
+        scale = q.shape[-1] ** -0.5 if self.multipliers.scores is None else self.multipliers.scores
+        dropout = vars(self.weights).get("attention_dropout", 0.0) if self.training else 0.0
+        many = len(q) * q.shape[2] * q.shape[1] * keys.shape[1] >= MANY
+        if many and dropout == 0 and unheard(q, keys, values) and self._at_rest():
+            return attend(q, keys, values, seen, scale)
+        self._afford(q, keys)
+        if seen is None:
+            seen = (
+                torch.ones(q.shape[1], keys.shape[1], dtype=torch.bool, device=q.device)
+                .tril()
+                .expand(len(q), 1, -1, -1)
+            )
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) * scale
+        scores = self.hook_attn_scores(scores.masked_fill(~seen, -torch.inf))
+        pattern = self.hook_pattern(at_least_float32(scores).softmax(-1).to(values.dtype))
+        return torch.einsum("bhqk,bkhd->bqhd", F.dropout(pattern, dropout), values)
+
+    def _at_rest(self) -> bool:
+        """Whether nobody listens to scores and pattern."""
+        return self.hook_attn_scores.at_rest() and self.hook_pattern.at_rest()
+
     def forward(self, n: Float[Tensor, "batch pos d_read"], run: DocumentRun) -> Float[Tensor, "batch pos d_model"]:
-        w = self.weights
         q, k, v, gate_pre = self.read(n, run)
         v = run.padding.zero(v)  # 0 * NaN at a masked key would be NaN
         carried = run.start("key_positions", self.layer, (len(n), -1), run.positions)
 
         keys, values = self.behind("keys", k, carried, run), self.behind("values", v, carried, run)
         seen = self.seen(n, {"keys": keys, "values": values}, carried, run)
-
-        self._afford(q, keys)
-        groups = q.shape[2] // k.shape[2]  # so many heads share one key and value head
-        scale = q.shape[-1] ** -0.5 if self.multipliers.scores is None else self.multipliers.scores
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, keys.repeat_interleave(groups, dim=2)) * scale
-        scores = self.hook_attn_scores(scores.masked_fill(~seen, -torch.inf))
-        pattern = self.hook_pattern(at_least_float32(scores).softmax(-1).to(v.dtype))
-        pattern = F.dropout(pattern, vars(w).get("attention_dropout", 0.0), self.training)
-        out = self.hook_z(torch.einsum("bhqk,bkhd->bqhd", pattern, values.repeat_interleave(groups, dim=2)))
+        out = self.hook_z(self.mix(q, keys, values, seen))
         if gate_pre is not None:
             gate = self.hook_gate(torch.sigmoid(gate_pre))
             out = self.hook_gated(out * (gate.unsqueeze(-1) if self.kind.gate_of_heads else gate))

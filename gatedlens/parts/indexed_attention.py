@@ -95,7 +95,7 @@ class IndexedAttention(GridAttention):
         kept: Mapping[str, Shaped[Tensor, "batch key_pos ..."]],
         carried: Int[Tensor, "batch carried"],
         run: DocumentRun,
-    ) -> Bool[Tensor, "batch 1 pos key_pos"]:
+    ) -> Bool[Tensor, "batch 1 pos key_pos"] | None:
         indexer = self.weights.indexer
         both = F.linear(n, indexer.index_qk_proj.weight).unflatten(-1, (-1, indexer.index_head_dim))
         q, k = both.split([indexer.index_n_heads, indexer.index_kv_heads], dim=2)
@@ -106,36 +106,38 @@ class IndexedAttention(GridAttention):
         axes = (run.positions.expand(AXES, -1, -1) if run.axes is None else run.axes).permute(1, 2, 0)
         keys = self.behind("index_keys", run.padding.zero(k), carried, run)
         positions = self.behind("index_positions", axes, carried, run)
-        visible = super().seen(n, {**kept, "index_keys": keys, "index_positions": positions}, carried, run)
-        return self._chosen(q, keys, positions, visible, carried, run)
+        seen = super().seen(n, {**kept, "index_keys": keys, "index_positions": positions}, carried, run)
+        return self._chosen(q, keys, positions, seen, carried, run)
 
     def _chosen(
         self,
         q: Float[Tensor, "batch pos index_head d_index"],
         keys: Float[Tensor, "batch key_pos d_index"],
         positions: Int[Tensor, "batch key_pos axis"],
-        visible: Bool[Tensor, "batch 1 pos key_pos"],
+        seen: Bool[Tensor, "batch 1 pos key_pos"] | None,
         carried: Int[Tensor, "batch carried"],
         run: DocumentRun,
-    ) -> Bool[Tensor, "batch 1 pos key_pos"]:
-        """Of the keys that a query may see those that it attends to."""
-        best, chosen = self.weights.indexer.block_topk, None
-        heard = self.hook_index_scores.heard()
-        if heard or keys.shape[1] // self.weights.indexer.compress_ratio > best:  # else no block can be left out
-            blocks = self._blocks(carried, run, self.weights.indexer.compress_ratio)
+    ) -> Bool[Tensor, "batch 1 pos key_pos"] | None:
+        """Of the keys that a query may see those that it attends to; None: all that are not ahead of it."""
+        ratio, best = self.weights.indexer.compress_ratio, self.weights.indexer.block_topk
+        heard, visible, chosen = self.hook_index_scores.heard(), seen, None
+        if heard or keys.shape[1] // ratio > best:  # else no block can be left out
+            visible = self.visible(carried, run) if seen is None else seen
+            blocks = self._blocks(carried, run, ratio)
             scores, by_key = self._scores(q, keys, positions, blocks), blocks.of_key.unsqueeze(1)
             # What stands in complete blocks at each query; keys behind them are attended to anyway.
-            inside = blocks.rank.unsqueeze(1) // blocks.tokens.shape[2] < blocks.complete.unsqueeze(2)
+            inside = blocks.rank.unsqueeze(1) // ratio < blocks.complete.unsqueeze(2)
             by_key = by_key.expand_as(inside)
             if heard:
                 of_keys = scores.gather(2, by_key).masked_fill(~(inside & visible[:, 0]), 0)
                 scores = self.hook_index_scores(of_keys).gather(2, blocks.tokens[:, None, :, 0].expand_as(scores))
             chosen = ~inside | _best(scores.detach(), blocks, best).gather(2, by_key)
         if self.hook_chosen.heard():
+            visible = self.visible(carried, run) if visible is None else visible
             marked = visible[:, 0] if chosen is None else visible[:, 0] & chosen
             chosen = self.hook_chosen(marked.to(q.dtype)) != 0
-        if chosen is None:
-            return visible
+        if visible is None or chosen is None:
+            return seen
         # A position of padding sees itself, as everywhere.
         return visible & (chosen | ~run.real.unsqueeze(2)).unsqueeze(1)
 

@@ -44,6 +44,7 @@ from gatedlens.recurrence.chunk import (
 from gatedlens.recurrence.chunks import _apart as _side_by_side
 from gatedlens.recurrence.chunks import _forward, _laid_back, _spans, cut
 from gatedlens.recurrence.halving import _apart, _below
+from gatedlens.recurrence.matrix_vector import times
 from gatedlens.recurrence.scanning import linear_scan
 
 SIDE_BY_SIDE = 1 << 18  # numbers of the largest tensor of chunks side by side
@@ -255,17 +256,16 @@ def _of_one_decay(
         for u, source in zip(inner, own.sources, strict=True)
     ]
     together = middle.between.mT @ _plus(pairs)  # sum over i >= t of E'(i, t) W[i, j]
-    rows = of_heads(own._summed(out * (read @ state))).unsqueeze(-1)
-    seen = middle.between.mT @ rows
+    seen = times(middle.between.mT, of_heads(own._summed(out * (read @ state))))
     if y is not None:
         probe = middle.given.probe
         assert probe is not None
         strict = [-(y @ u.mT) * (probe @ source.mT) for u, source in zip(inner, own.sources, strict=True)]
         together = together + middle.before.mT @ _plus(strict)
-        seen = seen - middle.before.mT @ (y * (probe @ state)).sum(-1, keepdim=True)
+        seen = seen - times(middle.before.mT, (y * (probe @ state)).sum(-1))
     late = _plus([own._summed(u * (source @ ahead)) for u, source in zip(inner, own.sources, strict=True)])
-    left = earlier @ of_heads(late).unsqueeze(-1)
-    found = (together * earlier).sum(-1) + since * seen.squeeze(-1) + until * (left.squeeze(-1) + since * whole)
+    left = times(earlier, of_heads(late))
+    found = (together * earlier).sum(-1) + since * seen + until * (left + since * whole)
     return found.unflatten(1, (-1, share)).mT
 
 

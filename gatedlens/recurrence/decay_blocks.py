@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from gatedlens.recurrence.matrix_vector import times
 from gatedlens.recurrence.transforms import transformed
 
 TILE = 4  # positions: a smaller tile means more levels of blocks, a larger one more pairs that are taken by themselves
@@ -289,7 +290,7 @@ class Pieces:
             for m in range(i + 1):
                 pair = self.read[:, :, i] * self.key[:, :, m]
                 # sum_n decay read key; on the diagonal there is no decay.
-                weight = pair.sum(-1, keepdim=True) if m == i else (within[i, m] @ pair.unsqueeze(-1)).squeeze(-1)
+                weight = pair.sum(-1, keepdim=True) if m == i else times(within[i, m], pair)
                 yield DiagonalTile(i, m, weight * self.left[:, :, i] * self.right[:, :, m])
 
     def _rows(self, within: dict[tuple[int, int], Tensor]) -> Float[Tensor, "batch pos channel state"]:

@@ -25,6 +25,7 @@ from gatedlens.recurrence.channels import ChannelTerms
 from gatedlens.recurrence.decay_blocks import DiagonalTile, Halving, Pieces, Scratch, scaled_by_power, scratch_for
 from gatedlens.recurrence.head_matrix import HeadScan
 from gatedlens.recurrence.matrix import ScanMatrix
+from gatedlens.recurrence.matrix_vector import times
 from gatedlens.recurrence.scanning import scan
 from gatedlens.recurrence.terms import Terms
 from gatedlens.recurrence.transforms import anywhere
@@ -154,7 +155,7 @@ class DecayScan(ScanMatrix):
             decay = scratch.exp(
                 scratch.multiply(decay, ago.unsqueeze(-1), self.rate), torch.finfo(self.rate.dtype).tiny ** 0.8
             )
-            pieces.append(torch.matmul(decay, (read * self.key[:, part]).unsqueeze(-1)).squeeze(-1))
+            pieces.append(times(decay, read * self.key[:, part]))
         weight = torch.cat(pieces, dim=1) * self.amount[:, :reach] * visible.unsqueeze(-1)
         if self.kept is not None:
             left = ((self.kept[batch, i].unsqueeze(1) - self.kept[:, :reach]) * visible).exp()

@@ -23,6 +23,7 @@ from gatedlens.recurrence import doubling
 from gatedlens.recurrence.chunk import solve
 from gatedlens.recurrence.halving import climb
 from gatedlens.recurrence.literal import march
+from gatedlens.recurrence.matrix_vector import times
 from gatedlens.recurrence.scanning import linear_scan
 from gatedlens.recurrence.transforms import overridden
 
@@ -77,7 +78,7 @@ def _in_chunks(
     square = climb(decay.transpose(1, 2), [ahead.transpose(1, 2)], [erase.transpose(1, 2)])
     T = F.pad(square.matrices[0][0][..., :-1, :], (0, 0, 1, 0))
     rows = torch.cat([probe[:, :1].transpose(1, 2), square.rows[0][..., :-1, :]], dim=2)  # p: [(b n), h, C, k]
-    seen = (F.pad(free[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)) @ probe.unsqueeze(-1)).squeeze(-1).transpose(1, 2)
+    seen = times(F.pad(free[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)), probe).transpose(1, 2)
     width = seen.shape[-1]
     X, Y = solve(T, torch.cat([seen, rows], dim=-1)).split([width, rows.shape[-1]], dim=-1)
     late = square.sources[0]

@@ -30,6 +30,7 @@ from torch.overrides import handle_torch_function
 from gatedlens.errors import InputError
 from gatedlens.recurrence import doubling
 from gatedlens.recurrence.autocast import is_on
+from gatedlens.recurrence.matrix_vector import times
 from gatedlens.recurrence.transforms import forward_mode, gradients, has_old_axis, overridden, transformed
 
 StepTerms = Callable[..., tuple[Tensor, Tensor, Tensor | None]]  # of any slice of positions: decay, write, read
@@ -229,10 +230,7 @@ def readout(states: Float[Tensor, ...], read: Float[Tensor, "... state"] | None)
     apart = read.ndim == states.ndim
     if apart or is_on(states):  # autocast leaves products and sums as they are, in backward too
         return (states * (read if apart else read.unsqueeze(-2)).to(states.dtype)).sum(-1)
-    # A product of matrices, either way: which one depends on whether states or channels lie innermost in memory.
-    if states.stride(-1) == 1:
-        return torch.matmul(states, read.to(states.dtype).unsqueeze(-1)).squeeze(-1)
-    return torch.matmul(read.to(states.dtype).unsqueeze(-2), states.mT).squeeze(-2)  # channels lie innermost
+    return times(states, read.to(states.dtype))
 
 
 def _readout_backward(states: Tensor, read: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -244,7 +242,7 @@ def _readout_backward(states: Tensor, read: Tensor | None, grad: Tensor) -> tupl
     of_states = (grad.unsqueeze(-2) * read.to(states.dtype).unsqueeze(-1)).mT
     if is_on(states):
         return of_states, (grad.unsqueeze(-1) * states).sum(-2).to(read.dtype)
-    return of_states, torch.matmul(grad.unsqueeze(-2), states).squeeze(-2).to(read.dtype)
+    return of_states, times(states.mT, grad).to(read.dtype)
 
 
 def _whole_scan(

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatedlens.recurrence.channel_block import along_channels, of_log, raised
+from gatedlens.recurrence.channel_block import of_log, raised
+from gatedlens.recurrence.matrix_vector import times
 from gatedlens.recurrence.scanning import scan_back_in_place, scan_in_place
 
 
@@ -42,7 +43,7 @@ def of_block(
     middle = decay.add_(decay0).div_(2)
     h.add_(h0).div_(2)
     of_scan = of_scan.to(h.dtype)
-    of_read = along_channels(h, of_scan)
+    of_read = times(h, of_scan)
 
     g = of_scan.unsqueeze(-2) * ((read + read0) / 2).to(h.dtype).unsqueeze(-1)
     g[:, -1] += of_state.mT
@@ -50,8 +51,8 @@ def of_block(
 
     slope[:, 1:].mul_(g[:, 1:]).mul_(h[:, :-1])
     slope[:, 0].mul_(g[:, 0]).mul_((start + start0).mT / 2)
-    of_value = torch.matmul(((key + key0) / 2).to(h.dtype).unsqueeze(-2), g).squeeze(-2)
-    of_key = along_channels(g, (value + value0) / 2)
+    of_value = times(g.mT, ((key + key0) / 2).to(h.dtype))
+    of_key = times(g, ((value + value0) / 2).to(h.dtype))
     return (middle[:, 0] * g[:, 0]).mT, [of_log(slope, rate), of_value, of_key, of_read]
 
 
