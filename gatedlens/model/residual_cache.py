@@ -23,6 +23,7 @@ from gatedlens.address.key import Key
 from gatedlens.address.layers import layer_of
 from gatedlens.address.point import Found
 from gatedlens.errors import InputError, PointError
+from gatedlens.model.batch import Option
 from gatedlens.model.by_head import head_outputs, writing_of
 from gatedlens.model.keeping import SliceLike
 from gatedlens.model.norm import Norm
@@ -175,8 +176,10 @@ class ResidualCache(transformer_lens.ActivationCache):
         has_batch_dim: bool = True,
         recompute_ln: bool = False,
     ) -> Float[Tensor, "component ..."]:
-        """As TransformerLens's: what components become behind the norm of a layer, its scale held (recompute_ln: computed anew,
-        behind the final one). Where a norm does more (Qwen4's mixes copies of the stream), all of that is held, its gain in it.
+        """`cache.apply_ln_to_stack(parts)`: as TransformerLens's, what components become behind the norm of a layer, its
+        scale held (recompute_ln: computed anew, behind the final one).
+
+        Where a norm does more (Qwen4's reads several copies of the stream), all of that is held, its gain with it.
         """
         name = (
             "ln_final"
@@ -199,8 +202,9 @@ class ResidualCache(transformer_lens.ActivationCache):
             return torch.stack([norm(one) for one in stack])
         return norm.scaled(stack, cached)
 
-    def logit_lens(self, **options: Any) -> Any:
-        """As TransformerLens's; it reads vectors of d_model, so a final norm that makes narrower ones of it is refused."""
+    def logit_lens(self, **options: Option) -> object:
+        """`cache.logit_lens(positions=None)`: TransformerLens's. It reads vectors of d_model, so a final norm that makes
+        narrower ones of it is refused."""
         if self.model.ln_final.gain_behind is None:
             raise InputError(
                 f"cache.logit_lens() reads vectors of d_model numbers, and the unembedding of {self.model.cfg.model_name} reads "
