@@ -212,7 +212,8 @@ def test_every_row_is_its_equation(model):
     battery.rows_are_their_equations(model, literal, TOKENS)
 
 
-@pytest.mark.parametrize("layer", [pytest.param(0, marks=pytest.mark.slow), 1], ids=["delta net", "attention"])
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", [0, 1], ids=["delta net", "attention"])
 def test_after_an_edit_every_row_downstream_is_its_equation(layer):
     """An edit of the indexer's may leave the choice as it is."""
     model = tiny(**NGRAMS) if layer == 0 else tiny()
