@@ -40,6 +40,12 @@ def to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(_finite(value), indent=indent, allow_nan=False, default=str)
 
 
+def in_json(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`in_json(facts)`: what `to_json` makes of fields by name, read back: what it says as a text is a text."""
+    found: dict[str, Any] = json.loads(to_json(fields))
+    return found
+
+
 def in_page(value: Any) -> str:
     """`in_page(value)`: JSON for a script element of a page, where nothing but `<` can begin what ends it, or a comment."""
     return to_json(value).replace("<", "\\u003c")

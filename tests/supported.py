@@ -54,6 +54,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "Kimi Linear": of_class(gl.HookedKimiLinear),
     "Bailing hybrid (Ling 3)": of_class(gl.HookedBailingHybrid),
     "OLMo-hybrid": of_class(gl.HookedOlmoHybrid),
+    "MiniMax": of_class(gl.HookedMiniMax),
     "Bamba": lambda: test_mamba2_hybrid.tiny("Bamba"),
     "Granite-4-H": lambda: test_mamba2_hybrid.tiny("Granite"),
     "Falcon-H1": lambda: test_mamba2_hybrid.tiny("Falcon-H1"),

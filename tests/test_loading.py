@@ -408,21 +408,15 @@ def test_what_is_no_name(name):
         gl.from_pretrained(name, local_files_only=True)
 
 
-def test_a_model_whose_stream_is_normed_is_refused_by_name(tmp_path):
-    from transformers import MiniMaxConfig, MiniMaxForCausalLM
-
-    sizes = {
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "vocab_size": 40,
-        "intermediate_size": 8,
-        "num_attention_heads": 4,
-    }
-    config = MiniMaxConfig(**sizes, num_key_value_heads=4, num_local_experts=2)
-    with pytest.raises(
-        gl.CheckpointError, match="does not know MiniMaxForCausalLM. MiniMax norms the residual stream itself"
-    ):
-        gl.wrap(MiniMaxForCausalLM(config))
-    config.save_pretrained(tmp_path)
-    with pytest.raises(gl.CheckpointError, match="'minimax', which gatedlens does not support. MiniMax norms"):
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        ("minimax_m2", "which gatedlens does not support. This MiniMax is a transformer"),
+        ("minimax_m1", "which gatedlens does not support. This is MiniMax's makers' own code.*MiniMax-M1-40k-hf"),
+        ("minimax_text_01", "which gatedlens does not support. This is MiniMax's makers' own code.*Text-01-hf"),
+    ],
+)
+def test_namesakes_of_minimax_are_refused_by_name(tmp_path, kind, match):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "hidden_size": 16}))
+    with pytest.raises(gl.CheckpointError, match=f"'{kind}', {match}"):
         gl.from_pretrained(str(tmp_path), device="cpu")

@@ -8,7 +8,9 @@
 
 from gatedlens.dictionaries.activation import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from gatedlens.dictionaries.dictionary import Dictionary
-from gatedlens.dictionaries.example import Example, Examples, examples
+from gatedlens.dictionaries.example import Example
+from gatedlens.dictionaries.finding import examples
+from gatedlens.dictionaries.found_examples import Examples
 from gatedlens.dictionaries.layouts import load
 from gatedlens.dictionaries.measuring import Quality, measure
 from gatedlens.dictionaries.splicing import Spliced, splice

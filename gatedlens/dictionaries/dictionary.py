@@ -19,22 +19,20 @@ one head's values, read at every head (features [batch pos head feature]), index
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from jaxtyping import Float
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from gatedlens.dictionaries.activation import ACTIVATIONS, Activation, ReLU
 from gatedlens.errors import CheckpointError, InputError, did_you_mean
-from gatedlens.files import Fields, read_tensors, to_json, write_whole
+from gatedlens.files import in_json
 from gatedlens.markup import card, table
 from gatedlens.options import checked, is_many, is_whole
-from gatedlens.runs.saved import check_tensors
+from gatedlens.runs.saved import check_tensors, read_saved, write_saved
 
 __all__ = ["Dictionary"]
 
@@ -47,6 +45,7 @@ if TYPE_CHECKING:
 else:
     Normalise = Function = Names = Any
 EPS = 1e-5  # of layer_norm, as SAELens has it: added to the standard deviation
+SAVED = "dictionary"
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip")
 
 
@@ -273,8 +272,7 @@ class Dictionary(nn.Module):
 
     def save(self, path: str | Path) -> Path:
         """`dictionary.save("gated.safetensors")`: weights as safetensors, with a header that says all else; returns the path."""
-        header = {
-            "gatedlens": "dictionary",
+        said = {
             "points": self.points,
             "out_points": self.out_points,
             "d_ins": self.d_ins,
@@ -286,10 +284,7 @@ class Dictionary(nn.Module):
             "index": self.index,
             "facts": self.facts,
         }
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        meta = {name: said if isinstance(said, str) else to_json(said) for name, said in header.items()}
-        write_whole(Path(path), save({name: tensor.clone() for name, tensor in tensors.items()}, meta))
-        return Path(path)
+        return write_saved(path, SAVED, self.state_dict(), in_json(said))
 
     @staticmethod
     def load(path: str | Path) -> Dictionary:
@@ -297,10 +292,7 @@ class Dictionary(nn.Module):
 
         `gl.dictionaries.load` reads other tools' folders.
         """
-        tensors, meta = read_tensors(path)
-        if meta.get("gatedlens") != "dictionary" or "W_enc" not in tensors or "W_dec" not in tensors:
-            raise CheckpointError(f"{path} is no saved Dictionary: it holds {', '.join(list(tensors)[:5])}.")
-        fields = Fields({name: unpacked(said) for name, said in meta.items()}, "Dictionary", path, CheckpointError)
+        tensors, fields = read_saved(path, SAVED, {"W_enc": "d_in feature", "W_dec": "feature d_out"})
         said = dict(fields.fields("activation"))
         kind: Callable[..., Activation] | None = ACTIVATIONS.get(str(said.pop("kind", "")))
         held = {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith("activation.")}
@@ -322,17 +314,9 @@ class Dictionary(nn.Module):
                 facts=fields.fields("facts"),
             )
         except (InputError, TypeError) as error:
-            raise CheckpointError(f"{path} is no saved Dictionary: {error}") from error
-        check_tensors(path, "Dictionary", tensors, found.state_dict())
+            raise CheckpointError(f"{path} is no saved {SAVED}: {error}") from error
+        check_tensors(path, SAVED, tensors, found.state_dict())
         return found
-
-
-def unpacked(said: str) -> Any:
-    """`unpacked("[1, 2]")`: what a header's text says in JSON; the text itself where it is none."""
-    try:
-        return json.loads(said)
-    except (ValueError, RecursionError):
-        return said
 
 
 def names_of(option: str, given: Names) -> tuple[str, ...]:

@@ -99,21 +99,24 @@ def _way(block: Block, layer: int) -> list[str]:
     stem = f"blocks.{layer}."
     names = [f"{stem}hook_resid_pre", *(f"{stem}{point}" for point in block.stream)]
     for way in (way for group in block.groups for way in group):
-        names += [f"{stem}{way.out}", *_through(way, stem)]
+        names += [f"{stem}{way.out}", *_through(way, stem, block)]
     for one in block.inner:
         names += [f"{stem}{one.name}.hook_read", f"{stem}{one.name}.hook_out"]
     return names
 
 
-def _through(way: Way, stem: str) -> list[str]:
+def _through(way: Way, stem: str, block: Block) -> list[str]:
     """What a branch reads of the stream: the copy of it, and what its norm makes of that."""
     copy, *norms = way.before
+    norms += [way.place] if way.place in block.norming.values() else []
     return [f"{stem}{copy}", *(f"{stem}{norm}.hook_{end}" for norm in norms for end in ("normalized", "out"))]
 
 
 def _whole(block: Block, layer: int) -> list[str]:
-    """What branches write that no matrix stands for."""
-    ways = [way.out for group in block.groups for way in group if way.place not in block.mixing.values()]
+    """What branches write that no matrix stands for: all but mixers, and norms of the stream, which are linear with their scale
+    held."""
+    linear = {*block.mixing.values(), *block.norming.values()}
+    ways = [way.out for group in block.groups for way in group if way.place not in linear]
     return [f"blocks.{layer}.{name}" for name in (*ways, *(f"{one.name}.hook_out" for one in block.inner))]
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save
 
 from gatedlens.errors import CheckpointError
 from gatedlens.feature_graph.node import KINDS, Node
-from gatedlens.files import Fields, read_tensors, to_json, write_whole
-from gatedlens.runs.saved import check_tensors
+from gatedlens.files import in_json
+from gatedlens.runs.saved import read_saved, write_saved
 
 if TYPE_CHECKING:
     from gatedlens.feature_graph.graph import FeatureGraph
@@ -27,20 +25,17 @@ TENSORS = ("adjacency", "values", "slopes", "probability", "tokens", "kept", "jo
 
 def write(graph: FeatureGraph, path: Path) -> Path:
     """`write(graph, path)`: all of it but the run; the file is replaced whole, or not at all."""
-    tensors = {name: getattr(graph, name).detach().cpu().contiguous() for name in TENSORS}
+    tensors = {name: getattr(graph, name) for name in TENSORS}
     said = {"nodes": [asdict(node) for node in graph.nodes], "words": graph.words, "facts": dict(graph.facts)}
-    meta = {"gatedlens": KIND, **{name: to_json(value) for name, value in said.items()}}
-    write_whole(path, save(tensors, meta))
-    return path
+    return write_saved(path, KIND, tensors, in_json(said))
 
 
 def read(path: str | Path) -> dict[str, Any]:
     """`read(path)`: the fields of a graph; CheckpointError for a file that holds none."""
-    tensors, meta = read_tensors(path)
+    tensors, found = read_saved(path, KIND, AXES)
     missing = [name for name in TENSORS if name not in tensors]
-    if meta.get("gatedlens") != KIND or missing:
-        raise CheckpointError(f"{path} is no saved feature graph: it holds {', '.join(list(tensors)[:5])}.")
-    check_tensors(path, "feature graph", tensors, AXES)
+    if missing:
+        raise CheckpointError(f"{path} is no saved feature graph: it lacks {', '.join(missing)}.")
     sizes = [list(tensors[name].shape) for name in ("values", "adjacency")]
     alike = {"kept": sizes[0], "joined": sizes[1]}
     for name, size in alike.items():
@@ -50,11 +45,6 @@ def read(path: str | Path) -> dict[str, Any]:
             )
     if tensors["tokens"].ndim != 1 or tensors["tokens"].is_floating_point():
         raise CheckpointError(f"{path} is no saved feature graph: its tokens are {list(tensors['tokens'].shape)}.")
-    try:
-        data = {name: json.loads(meta[name]) for name in ("nodes", "words", "facts")}
-    except (KeyError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no saved feature graph: its header is damaged ({error}).") from error
-    found = Fields(data, "feature graph", path, CheckpointError)
     names = {one.name for one in fields(Node)}
     nodes = found.get(
         "nodes",

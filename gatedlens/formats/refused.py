@@ -42,9 +42,11 @@ NOT_OPENED = {  # models of transformers, by how their class and model_type begi
     "the stream is no sum of what is written to it, and chooses by an indexer what it attends to: gatedlens has no such block. "
     "Its linear layers are Kimi's: Kimi Linear and Bailing hybrid are open. So is Qwen4, whose copies are not mixed.",
     "bailingmoe": "Ring- and Ling-linear are their makers' own code, not transformers'. Bailing hybrid (Ling 3) is open.",
+    "minimaxtext": "This is MiniMax's makers' own code, not transformers'. MiniMax in transformers' layout is open: "
+    "MiniMaxAI/MiniMax-Text-01-hf.",
+    "minimaxm1": "This is MiniMax's makers' own code, not transformers'. MiniMax in transformers' layout is open: "
+    "MiniMaxAI/MiniMax-M1-40k-hf.",
     "minimaxm": "This MiniMax is a transformer: it has no recurrence.",
-    "minimax": "MiniMax norms the residual stream itself in front of every sublayer, and adds to what it has normed: gatedlens "
-    "has no such block.",
 }
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gatedlens.hooks.mamba2 import HookedMamba2 as HookedMamba2
     from gatedlens.hooks.mamba2_hybrid import HookedMamba2Hybrid as HookedMamba2Hybrid
     from gatedlens.hooks.mamba_ssm_hybrid import HookedMambaSsmHybrid as HookedMambaSsmHybrid
+    from gatedlens.hooks.minimax import HookedMiniMax as HookedMiniMax
     from gatedlens.hooks.olmo_hybrid import HookedOlmoHybrid as HookedOlmoHybrid
     from gatedlens.hooks.qwen3_next import HookedQwen3Next as HookedQwen3Next
     from gatedlens.hooks.qwen4_exp import HookedQwen4Exp as HookedQwen4Exp
@@ -50,6 +51,7 @@ else:
         "mamba2": ("HookedMamba2",),
         "mamba2_hybrid": ("HookedMamba2Hybrid",),
         "mamba_ssm_hybrid": ("HookedMambaSsmHybrid",),
+        "minimax": ("HookedMiniMax",),
         "olmo_hybrid": ("HookedOlmoHybrid",),
         "qwen3_next": ("HookedQwen3Next",),
         "qwen4_exp": ("HookedQwen4Exp",),

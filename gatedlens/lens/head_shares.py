@@ -49,10 +49,10 @@ def head_attribution(
     reading = Reading.of(model, input, right, wrong, pos, (*outputs.values(), *held))
     rows = {}
     for layer, name in outputs.items():
-        writing = writing_of(model, layer, reading.cache.__getitem__)
-        seen = writing.seen(reading.direction)  # from the mixer's output
+        here, writing = reading.at(f"{layer}_mixer_out"), writing_of(model, layer, reading.cache.__getitem__)
+        seen = writing.seen(here.direction)  # from the mixer's output
         each = _by_head(model, (seen * writing.contents(reading.cache[name].double())).sum((1, 2)))
-        rows[layer] = torch.cat([each, _of_bias(reading, writing).unsqueeze(1)], dim=1)
+        rows[layer] = torch.cat([each, _of_bias(here, writing).unsqueeze(1)], dim=1)
     return _titled(reading, rows, AXES, {}, TITLE)
 
 
@@ -73,11 +73,12 @@ def head_token_attribution(
     reading = Reading.of(model, input, right, wrong, pos, tuple(inside))
     rows = {}
     for layer in mixers:
-        A, writing = implicit_attention(reading.cache, layer=layer), writing_of(model, layer, reading.cache.__getitem__)
-        rest = (writing.seen(reading.direction) * writing.contents(A.bias.double())).sum((1, 2))
-        each = _by_head(model, torch.cat([reading.through(A.contributions()), rest.unsqueeze(-1)], dim=-1))
+        A, here = implicit_attention(reading.cache, layer=layer), reading.at(f"{layer}_mixer_out")
+        writing = writing_of(model, layer, reading.cache.__getitem__)
+        rest = (writing.seen(here.direction) * writing.contents(A.bias.double())).sum((1, 2))
+        each = _by_head(model, torch.cat([here.through(A.contributions()), rest.unsqueeze(-1)], dim=-1))
         bias = torch.zeros_like(each[:, :1])
-        bias[:, 0, -1] = _of_bias(reading, writing)
+        bias[:, 0, -1] = _of_bias(here, writing)
         rows[layer] = torch.cat([each, bias], dim=1)
     numbered = {layer: reading.by_number(row) for layer, row in rows.items()}
     labels = {"src": next(iter(numbered.values()))[1]}
@@ -98,7 +99,11 @@ def _titled(
     reading: Reading, rows: dict[int, Tensor], axes: tuple[str, ...], labels: dict[str, Any], title: str
 ) -> Result:
     """The Result of the layers' rows, in which the bias is the last head; it is left out where it gives nothing."""
-    outputs = {layer: reading.of_stream(reading.cache[f"blocks.{layer}.hook_mixer_out"]) for layer in rows}
+    names = {layer: f"{layer}_mixer_out" for layer in rows}
+    outputs = {
+        layer: reading.at(name).of_stream(reading.cache[f"blocks.{layer}.hook_mixer_out"])
+        for layer, name in names.items()
+    }
     off = max((row.flatten(1).sum(1) - outputs[layer]).abs().max().item() for layer, row in rows.items())
     values, heads = torch.stack(list(rows.values()), dim=1), [*range(reading.model.cfg.sizes["head"]), BIAS]
     if not bool(values[:, :, -1].any()):

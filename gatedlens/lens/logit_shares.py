@@ -10,13 +10,16 @@
 
 u the column of W_U of `right` (minus that of `wrong`). The final norm's scale is held at what it was, which makes the norm
 linear: centring where it centres, weight, bias. F are the contributions of the implicit attention (`contributions.py`).
+Where a model norms the stream itself (MiniMax), those norms are held in the same way: each component is carried through the ones
+behind it, and they have no share of their own. (`cache.logit_attrs(cache.decompose_resid(), token)` shares it out without that:
+most of what a layer writes is then taken away by the norm behind it.)
 A soft cap is not linear: with one, what is decomposed is the logit before it. Elhage et al. 2021; nostalgebraist 2020.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,7 +57,7 @@ def logit_attribution(
     of the final norm and the unembedding stand as components of their own where there are any.
     """
     reading = Reading.of(model, input, right, wrong, pos, ())
-    parts = {label: reading.of_stream(value) for label, value in reading.streams()} | reading.biases
+    parts = {label: reading.at(label).of_stream(value) for label, value in reading.streams()} | reading.biases
     values = torch.stack(list(parts.values()), dim=1)
     return reading.result(values, ("batch", "component"), {"component": list(parts)})
 
@@ -77,7 +80,8 @@ def token_attribution(
     for label, value in reading.streams():
         layer, _, kind = label.partition("_")
         place = model.blocks[int(layer)].mixing.get(kind.removesuffix("_out")) if kind else None
-        rows[label] = reading.in_place(value) if place is None else reading.of_mixer(int(layer), place)
+        here = reading.at(label)
+        rows[label] = here.in_place(value) if place is None else here.of_mixer(int(layer), place)
     for label, bias in reading.biases.items():
         rows[label] = torch.cat([bias.new_zeros(len(bias), reading.length), bias.unsqueeze(1)], dim=1)
     values, names = reading.by_number(torch.stack(list(rows.values()), dim=1))
@@ -86,7 +90,10 @@ def token_attribution(
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """One logit (or difference) a row, read linearly off the last residual stream of `cache`: direction . resid + biases."""
+    """One logit (or difference) a row, read linearly off the last residual stream of `cache`: direction . resid + biases.
+
+    directions: the same off the stream where a component is written, by its name; none where no norm of the stream lies between.
+    """
 
     model: Any
     cache: ActivationCache
@@ -95,6 +102,7 @@ class Reading:
     biases: dict[str, Tensor]
     logit: Float[Tensor, " batch"]
     facts: dict[str, Any]
+    directions: dict[str, Tensor]
 
     @staticmethod
     def of(
@@ -103,7 +111,7 @@ class Reading:
         """The reading of an input (run once) or of a cache; `inside` are more points that are needed."""
         last_block = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
         streams = ("blocks.0.hook_resid_pre", "blocks.*.hook_*_out", last_block, *held_at_last(model))
-        cache, batch = inputs.cached(model, input, (*streams, *inside))
+        cache, batch = inputs.cached(model, input, (*streams, *_scales(model), *inside))
         last = cache["resid_post", -1].double()
         u = _columns(model, right, len(last), "right")
         b_u = _biases(model, right, len(last))
@@ -119,17 +127,22 @@ class Reading:
         facts |= {} if wrong is None else {"wrong": _said(wrong)}
         facts |= {} if model.cfg.logits_soft_cap is None else {"before_soft_cap": model.cfg.logits_soft_cap}
         biases = {label: value for label, value in biases.items() if bool((value != 0).any())}
-        return Reading(model, cache, batch, direction, biases, logit, facts)
+        return Reading(model, cache, batch, direction, biases, logit, facts, _where_written(model, cache, direction))
+
+    def at(self, label: str) -> Reading:
+        """The same, read where a component is written."""
+        return replace(self, direction=self.directions.get(label, self.direction))
 
     @property
     def length(self) -> int:
         return self.direction.shape[1]
 
     def streams(self) -> Iterator[tuple[str, Float[Tensor, "batch pos d_model"]]]:
-        """What was written into the residual stream, by the names of `cache.decompose_resid`."""
+        """What was written into the residual stream, by the names of `cache.decompose_resid`; norms of the stream aside."""
         yield "embed", self.cache["resid_pre", 0]
         for layer in range(self.model.cfg.n_layers):
-            for kind in (kind for group in self.model.names.branches(layer) for kind in group):
+            norming = self.model.blocks[layer].norming
+            for kind in (kind for group in self.model.names.branches(layer) for kind in group if kind not in norming):
                 yield f"{layer}_{kind}_out", self.cache[f"blocks.{layer}.hook_{kind}_out"]
 
     @checked
@@ -180,6 +193,29 @@ class Reading:
         what = "logit" if "wrong" not in self.facts else "logit difference"
         what += ", before the soft cap" if "before_soft_cap" in self.facts else ""
         return Result(values, axes, labels, title, what, {**self.facts, "error": error})
+
+
+def _scales(model: HookedModel) -> list[str]:
+    """The scales of the norms of the stream itself."""
+    every = ((layer, place) for layer, block in enumerate(model.blocks) for place in block.norming.values())
+    return [f"blocks.{layer}.{place}.hook_scale" for layer, place in every]
+
+
+def _where_written(
+    model: HookedModel, cache: ActivationCache, direction: Float[Tensor, "batch pos d_model"]
+) -> dict[str, Tensor]:
+    """By component, what reads the same number off the stream in which it is written: the direction, gone back through the norms
+    of the stream that lie between, their scales held. Nothing where there are none."""
+    found: dict[str, Tensor] = {}
+    for layer in reversed(range(model.cfg.n_layers if _scales(model) else 0)):
+        block = model.blocks[layer]
+        for group in reversed(model.names.branches(layer)):
+            found |= {f"{layer}_{kind}_out": direction for kind in group}
+            for place in (block.norming[kind] for kind in group if kind in block.norming):
+                scale = cache[f"blocks.{layer}.{place}.hook_scale"]
+                direction = getattr(block, place).seen_before(direction, scale).detach()
+            found["embed"] = direction
+    return found
 
 
 def _through_norm(

@@ -62,6 +62,11 @@ class Readout:
         """The full name of its state's point."""
         return f"{self.stem}{STATE}"
 
+    @property
+    def component(self) -> str:
+        """What `logit_attribution` calls what its mixer writes."""
+        return f"{self.layer}_{self.written.rpartition('hook_')[2]}"
+
 
 @checked
 @torch.no_grad()
@@ -123,7 +128,9 @@ class StateLens(LogitLens):
         its components `0_mixer_out`, ... at: where the logit is read (the last real position). Errors as there.
         """
         reading = Reading.of(self.model, self.cache, right, wrong, at, ())
-        values = torch.stack([reading.of_stream(said) for said in self.resid], dim=1)
+        here = {one.layer: reading.at(one.component) for one in self.readouts}
+        said = zip(self.layers, self.resid, strict=True)
+        values = torch.stack([here[layer].of_stream(written) for layer, written in said], dim=1)
         off = 0.0
         return reading.titled(values, ("batch", "layer"), {"layer": self.layers}, "State lens: share of a logit", off)
 
@@ -139,7 +146,7 @@ class StateLens(LogitLens):
             raise InputError(f"Layer {mine[0].layer} reads {len(mine)} states: choose one by scan='fwd' or 'bwd'.")
         (readout,) = mine
         with torch.no_grad():
-            reading = Reading.of(self.model, self.cache, right, wrong, at, ())
+            reading = Reading.of(self.model, self.cache, right, wrong, at, ()).at(readout.component)
             total = reading.of_stream(self.resid[self._depth(layer)])
         state = self.states[readout.state].detach().clone().requires_grad_()
         with torch.enable_grad():

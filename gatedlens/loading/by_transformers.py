@@ -38,12 +38,25 @@ def from_transformers(
     held = files.shapes([name for name, tensor in expected.state_dict().items() if not tensor.is_floating_point()])
     names = {name for name, _ in expected.named_parameters(remove_duplicate=False)}
     prefix = next((p for p in checkpoint.prefixes(held) if any(name.removeprefix(p) in names for name in held)), "")
-    _check_shapes(source, expected, {name.removeprefix(prefix): shape for name, shape in held.items()})
+    _check_shapes(
+        source, expected, _renamed({name.removeprefix(prefix): shape for name, shape in held.items()}, hooked)
+    )
     if prefix:
         hub = {"key_mapping": {f"^{re.escape(prefix)}": ""}, **hub}
     model = _by_its_class(source, dtype, ignore_mismatched_sizes=True, **hub)
     _say_unread(source, held, model)
     return model
+
+
+def _renamed(held: Mapping[str, Any], hooked: Any) -> dict[str, Any]:
+    """By the names that the module has for them."""
+
+    def name(given: str) -> str:
+        for theirs, ours in hooked.hub_renames.items():
+            given = given.replace(theirs, ours)
+        return given
+
+    return {name(given): shape for given, shape in held.items()}
 
 
 def asked_for(source: str, where: Any, hub: Mapping[str, Any]) -> nn.Module:

@@ -72,6 +72,7 @@ class HookedModel(Hooking):
     wraps: ClassVar[tuple[str, ...]] = ()  # class names that `gl.wrap` hands to this architecture
     hub_types: ClassVar[tuple[str, ...]] = ()  # model_type in a config.json of transformers
     hub_fields: ClassVar[Mapping[str, Field]] = {}  # what the keys of such a config.json may hold
+    hub_renames: ClassVar[Mapping[str, str]] = {}  # in the names of such a checkpoint's tensors: theirs -> the module's
     small: ClassVar[Tiny | None] = None  # the model that `tiny` makes
     layout: ClassVar[Layout] = Layout()  # of an original checkpoint, which transformers does not read
     block_points: ClassVar[tuple[Point, ...]] = ()

@@ -20,7 +20,7 @@ from torch import Tensor
 from gatedlens.address.point import Point
 from gatedlens.errors import InputError
 from gatedlens.model.behind import Behind
-from gatedlens.model.hookpoint import EXPERTS, MLP, Part
+from gatedlens.model.hookpoint import EXPERTS, MLP, NORM, Part
 from gatedlens.model.mixer import TokenMixing
 from gatedlens.model.norm import Norm
 from gatedlens.model.run import Run
@@ -104,10 +104,9 @@ class Block(Part):
         mixing = [sub for sub in every if isinstance(sub.part, TokenMixing) and sub.name != "mlp"]
         self.mixing = {sub.name: sub.place or sub.name for sub in mixing}
         # What stands in it, as `gl.layers.where(kind=...)` asks for it.
-        kinds = [
-            (sub, sub.part.role) for sub in every if sub.part.role
-        ]  # one without stands beside them (n-gram embeddings)
-        own = {role if sub in mixing or role == EXPERTS else MLP for sub, role in kinds}
+        # What has no role stands beside them (n-gram embeddings).
+        told, self.norming = (EXPERTS, NORM, ""), {s.name: s.place or s.name for s in every if s.part.role == NORM}
+        own = {sub.part.role if sub in mixing or sub.part.role in told else MLP for sub in every} - {NORM, ""}
         self.kinds = frozenset(own.union(*(one.kinds for one in inner)))
 
     @property

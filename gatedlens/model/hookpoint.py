@@ -246,6 +246,7 @@ class HookPoint(transformer_lens.hook_points.HookPoint):
 
 
 RECURRENT, ATTENTION, CONV, MLP, EXPERTS = "recurrent", "attention", "conv", "mlp", "experts"  # what stands in a layer
+NORM = "norm"  # what norms the residual stream itself: no kind of layer, it mixes neither tokens nor channels
 
 
 class Part(NamedWeights, torch.nn.Module):

@@ -11,6 +11,7 @@ What TransformerLens computes for neurons says what there is instead. Activation
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import torch
@@ -62,8 +63,9 @@ class ResidualCache(transformer_lens.ActivationCache):
 
         The residual stream before `layer` (None, -1: the last one) as a sum of what was written into it.
 
-        Components: `embed`, then each block's `{l}_mixer_out` (and `{l}_mlp_out` where it has one). `mode` "attn"
-        keeps the mixers, "mlp" the channel mixers. They sum to `resid_pre` of the layer.
+        Components: `embed`, then each block's `{l}_mixer_out` (and `{l}_mlp_out` where it has one, and `{l}_norm1_out` where
+        the stream itself is normed). `mode` "attn" keeps the mixers, "mlp" the channel mixers. They sum to `resid_pre` of the
+        layer.
         """
         layer = self._boundary(layer)
         if mlp_input:
@@ -73,9 +75,10 @@ class ResidualCache(transformer_lens.ActivationCache):
         if mode not in ("all", "attn", "mlp"):
             raise InputError(f"mode={mode!r}: it is 'all', 'attn' (the mixers) or 'mlp'.")
         for block in range(layer + 1 if mlp_input else layer):
-            kinds = [kind for group in self.model.names.branches(block) for kind in group]
-            kinds = kinds if block < layer else kinds[: kinds.index("mlp")]
-            kinds = [kind for kind in kinds if mode == "all" or (mode == "mlp") == (kind == "mlp")]
+            groups = self.model.names.branches(block)
+            groups = groups if block < layer else tuple(takewhile(lambda group: "mlp" not in group, groups))
+            some = {"attn": self.model.blocks[block].mixing, "mlp": ("mlp",)}.get(mode)
+            kinds = [kind for group in groups for kind in group if some is None or kind in some]
             wanted += [(f"{block}_{kind}_out", f"blocks.{block}.hook_{kind}_out") for kind in kinds]
         stream = slice_.apply(self["resid_pre", 0], dim=-2)
         parts = stream.new_zeros(len(wanted), *stream.shape)

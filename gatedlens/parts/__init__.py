@@ -8,6 +8,7 @@
     glu.py          channel mixers: gated (up times an activation), and plain
     experts.py      a mixture of experts: router, weights, every expert's output, the shared expert
     activation.py   activations by the names that configs give them, with their words in equations
+    stream_norm.py  a norm of the residual stream itself, as a branch
     positioned.py   a language model that counts positions through its states, as rotary attention needs it
 
 A part gives its rows (axes, equations, source) as data, and knows no architecture.

@@ -44,16 +44,26 @@ def read_saved(
     wanted: as of `check_tensors`.
     """
     tensors, meta = read_tensors(path)
+    word = kind.replace("_", " ")
     if meta.get("gatedlens") != kind:
         said = f"it is a {meta['gatedlens']} of gatedlens" if "gatedlens" in meta else "it is none of gatedlens"
         holds = ", ".join(list(tensors)[:5]) or "nothing"
-        raise CheckpointError(f"{path} is no saved {kind}: {said}, and it holds {holds}.")
+        raise CheckpointError(f"{path} is no saved {word}: {said}, and it holds {holds}.")
     try:
-        said = json.loads(meta.get("said", ""))
+        # Older dictionaries and feature graphs have each field in the header by itself.
+        known: Any = json.loads(meta["said"]) if "said" in meta else {key: _unpacked(one) for key, one in meta.items()}
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no saved {kind}: its header is not JSON ({error}).") from error
-    check_tensors(path, kind, tensors, wanted or {})
-    return tensors, Fields(said, kind, path, CheckpointError)
+        raise CheckpointError(f"{path} is no saved {word}: its header is not JSON ({error}).") from error
+    check_tensors(path, word, tensors, wanted or {})
+    return tensors, Fields(known, word, path, CheckpointError)
+
+
+def _unpacked(text: str) -> Any:
+    """What a field of an older header says, in JSON; the text itself where it is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def check_tensors(

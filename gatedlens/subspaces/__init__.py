@@ -15,8 +15,9 @@ from gatedlens.runs.untrained import untrained
 from gatedlens.subspaces.alignment import das
 from gatedlens.subspaces.fixed import lda, mean_difference, pca, random, spanned
 from gatedlens.subspaces.interchange import Interchange
+from gatedlens.subspaces.scoring import score
 from gatedlens.subspaces.subspace import Subspace
-from gatedlens.subspaces.sweeping import score, sweep
+from gatedlens.subspaces.sweeping import sweep
 
 # fmt: off
 __all__ = [

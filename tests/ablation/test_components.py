@@ -101,12 +101,13 @@ def first_layer(model, cache):
             "fla": "o_norm",
             "kimi_linear": "o_norm",
             "bailing_hybrid": "o_norm",
+            "minimax": "norm",
             "olmo_hybrid": "o_norm",
             "qwen3_next": "norm",
             "qwen4_exp": "norm",
         }
-        mixer = model.blocks[0].mixer
-        heads, norm = y.unflatten(-1, (mixer.heads, -1)), getattr(mixer.weights, named[model.cfg.architecture])
+        norm = getattr(model.blocks[0].mixer.weights, named[model.cfg.architecture])
+        heads = y.unflatten(-1, (-1, len(norm.weight)))  # of all heads together where its weight is as long
         return (norm.weight * heads / (heads.pow(2).mean(-1, keepdim=True) + eps_of(norm, 1e-6)).sqrt()).flatten(-2)
 
     def multiplied(stem, scan):

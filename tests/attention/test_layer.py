@@ -150,6 +150,10 @@ FROZEN = {
         "attn": ("hook_v", "hook_z", ("hook_pattern",), ()),
     },
     "zamba": {"mixer": ("hook_x", "hook_gated", MAMBA, (("hook_conv", "hook_u"),))},
+    "minimax": {
+        "mixer": ("hook_x", "hook_gated", DELTA, (("hook_x", "hook_u"),)),
+        "attn": ("hook_v", "hook_z", ("hook_pattern",), ()),
+    },
     "mamba_ssm_hybrid": {
         "mixer": ("hook_x", "hook_gated", (*MAMBA, "hook_scale"), (("hook_conv", "hook_u"),)),
         "attn": ("hook_v", "hook_z", ("hook_pattern",), ()),

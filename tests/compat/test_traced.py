@@ -85,7 +85,7 @@ def test_every_point_can_be_skipped(traced):
 def test_a_block_can_be_skipped(traced):
     model = traced._module
     input, layer = example(model), skippable(model)
-    outs = [f"blocks.{layer}.hook_mixer_out", *mlp_outs(model, layer)]
+    outs = written(model, layer)
     want = model.run_with_hooks(input, fwd_hooks=[(name, zero) for name in outs])
     with traced.trace(input):
         traced.blocks[layer].skip(traced.blocks[layer].input)
@@ -102,8 +102,9 @@ def zero(x, hook):
     return torch.zeros_like(x)
 
 
-def mlp_outs(model, layer):
-    return [name for name in (f"blocks.{layer}.hook_mlp_out",) if name in model.names]
+def written(model, layer):
+    """What a block adds to the stream."""
+    return [f"blocks.{layer}.hook_{name}_out" for group in model.names.branches(layer) for name in group]
 
 
 def test_gradients_at_every_point(traced):
@@ -348,7 +349,7 @@ def test_a_list_of_texts_is_padded_on_the_left():
 def test_a_block_skipped_in_every_step_of_a_generation_needs_no_memory(lm):
     model = type(lm).tiny(seed=0, dtype=torch.float64)
     input, layer = example(model, 1), skippable(model)
-    outs = [f"blocks.{layer}.hook_mixer_out", *mlp_outs(model, layer)]
+    outs = written(model, layer)
     with model.hooks([(name, zero) for name in outs]):
         want = model.generate(input, max_new_tokens=3, do_sample=False, verbose=False)
     traced = model.nnsight()

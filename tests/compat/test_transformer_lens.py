@@ -149,6 +149,7 @@ def test_decompose_resid_sums_to_the_stream_at_every_boundary(tuned_model):
                 cache.decompose_resid(layer=layer, mlp_input=True)
     parts, labels = cache.decompose_resid(return_labels=True)
     kinds = ("mixer", "mlp") if has_mlp(model) else ("mixer",)
+    kinds = ("norm1", "mixer", "norm2", "mlp") if model.cfg.architecture == "minimax" else kinds
     assert labels == ["embed", *(f"{layer}_{kind}_out" for layer in range(model.cfg.n_layers) for kind in kinds)]
     assert relative(parts.sum(0), cache["resid_post", -1]) < 1e-12
     assert torch.equal(parts[1:], torch.stack([cache[label[2:], int(label[0])] for label in labels[1:]]))

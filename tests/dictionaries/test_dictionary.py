@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from jaxtyping import TypeCheckError
@@ -9,6 +11,7 @@ from safetensors.torch import save_file
 
 from gatedlens.dictionaries import BatchTopK, Dictionary, Gated, JumpReLU, ReLU, TopK
 from gatedlens.errors import CheckpointError, InputError
+from gatedlens.files import read_tensors
 from tests.dictionaries.making import draw
 
 D, F = 5, 9
@@ -123,8 +126,22 @@ def test_what_does_not_fit_is_named(tmp_path):
         with pytest.raises(InputError, match=said):
             make()
     save_file({"vector": r(3)}, tmp_path / "v.safetensors", {"gatedlens": "steering"})
-    with pytest.raises(CheckpointError, match="no saved Dictionary"):
+    with pytest.raises(CheckpointError, match="no saved dictionary: it is a steering of gatedlens"):
         Dictionary.load(tmp_path / "v.safetensors")
     save_file({"W_enc": r(3, 4), "W_dec": r(4, 3)}, tmp_path / "w.safetensors", {"gatedlens": "dictionary"})
     with pytest.raises(CheckpointError, match="activation"):
         Dictionary.load(tmp_path / "w.safetensors")
+
+
+def test_a_file_whose_header_tells_each_field_by_itself_is_read(tmp_path):
+    """As dictionaries were saved first, the bundled one among them."""
+    d, r = of(facts={"model": "m"}), draw()
+    d.save(tmp_path / "new.safetensors")
+    tensors, meta = read_tensors(tmp_path / "new.safetensors")
+    said = json.loads(meta["said"])
+    older = {name: one if isinstance(one, str) else json.dumps(one) for name, one in said.items()}
+    save_file(tensors, tmp_path / "old.safetensors", {"gatedlens": "dictionary", **older})
+    x = r(2, 5)
+    for name in ("new", "old"):
+        again = Dictionary.load(tmp_path / f"{name}.safetensors")
+        assert torch.equal(again(x), d(x)) and (again.facts, again.points) == (d.facts, d.points)

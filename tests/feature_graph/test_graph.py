@@ -7,9 +7,11 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import gatedlens as gl
 from gatedlens.feature_graph import FeatureGraph, attribute
+from gatedlens.files import read_tensors
 from gatedlens.hooks.mamba import HookedMamba
 from tests.feature_graph.dictionaries import three
 from tests.helpers import example
@@ -86,13 +88,18 @@ def test_a_graph_is_saved_whole_and_predicts_as_it_did(graph, tmp_path):
         again.intervene({node: 0.0})
     with pytest.raises(gl.CheckpointError, match="no saved feature graph"):
         gl.feature_graph.FeatureGraph.load(_other(tmp_path))
+    tensors, meta = read_tensors(tmp_path / "graph.safetensors")
+    older = {name: json.dumps(one) for name, one in json.loads(meta["said"]).items()}  # as graphs were saved first
+    save_file(tensors, tmp_path / "old.safetensors", {"gatedlens": "feature_graph", **older})
+    assert FeatureGraph.load(tmp_path / "old.safetensors").nodes == small.nodes
+    save_file(tensors, tmp_path / "old.safetensors", {"gatedlens": "feature_graph", **older, "words": "["})
+    with pytest.raises(gl.CheckpointError, match="its field 'words' is"):
+        FeatureGraph.load(tmp_path / "old.safetensors")
     with pytest.raises(gl.InputError, match=r"written as .safetensors, .json or .html, not '.pt'"):
         graph.save(tmp_path / "graph.pt")
 
 
 def _other(folder):
-    from safetensors.torch import save_file
-
     save_file({"a": torch.zeros(2)}, str(folder / "other.safetensors"))
     return folder / "other.safetensors"
 

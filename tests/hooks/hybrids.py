@@ -17,6 +17,7 @@ HYBRIDS: dict[str, Callable[[], Any]] = {
     "Qwen4": lambda: test_qwen4_exp.tiny(),
     "Kimi Linear": lambda: gl.HookedKimiLinear.tiny(seed=1, dtype=torch.float64),
     "OLMo-hybrid": lambda: test_olmo_hybrid.tiny("biases"),
+    "MiniMax": lambda: gl.HookedMiniMax.tiny(seed=1, dtype=torch.float64),
     "Jamba": lambda: gl.HookedJamba.tiny(seed=1, dtype=torch.float64),
     "Zamba": lambda: test_zamba.tiny(),
     "mamba-ssm's": lambda: test_mamba_ssm_hybrid.tiny("channels beside"),

@@ -57,6 +57,21 @@ def literal(model, cache, row, at, values):
     return values / scale * weight @ (model.W_U[:, RIGHT[row]] - model.W_U[:, WRONG])
 
 
+def carrier(model, cache, name):
+    """What a component is multiplied by on its way to the end, by the norms of the stream behind it with their scales held."""
+    total = torch.ones_like(cache["resid_pre", 0])
+    if model.cfg.architecture != "minimax":
+        return total
+    layer, _, leaf = name.partition("_")
+    behind = [(i, one) for i in range(model.cfg.n_layers) for one in ("norm1", "norm2")]
+    if name != "embed":  # one beside a norm is written behind it
+        behind = behind[2 * int(layer) + 1 + (leaf == "mlp_out") :]
+    for i, one in behind:
+        norm = getattr(model.blocks[i], one)
+        total = total * norm.kept * norm.weights.weight / cache[f"blocks.{i}.{one}.hook_scale"]
+    return total
+
+
 @torch.no_grad()
 def test_each_part_by_its_definition(model):
     x = example(model)
@@ -72,15 +87,19 @@ def test_each_part_by_its_definition(model):
             continue
         layer, _, leaf = name.partition("_")
         value = cache["resid_pre", 0] if name == "embed" else cache[leaf, int(layer)]
+        carried = carrier(model, cache, name)
         for row in range(2):
-            want = literal(model, cache, row, at, value[row, at])
+            want = literal(model, cache, row, at, carried[row, at] * value[row, at])
             assert torch.allclose(components.at(batch=row, component=name).values, want, **CLOSE), name
             got = sources.at(batch=row, component=name).values
             if leaf == "mixer_out":
                 given = gl.implicit_attention(cache, layer=int(layer)).contributions()
                 vectors = torch.cat(list(given.blocks()), 1)
-                assert torch.allclose(got[:-1], literal(model, cache, row, at, vectors[row, at]), **CLOSE)
-                assert torch.allclose(got[-1], literal(model, cache, row, at, given.remainder()[row, at]), **CLOSE)
+                assert torch.allclose(
+                    got[:-1], literal(model, cache, row, at, carried[row, at] * vectors[row, at]), **CLOSE
+                )
+                rest = literal(model, cache, row, at, carried[row, at] * given.remainder()[row, at])
+                assert torch.allclose(got[-1], rest, **CLOSE)
             else:
                 assert torch.allclose(got[at], want, **CLOSE) and (got != 0).sum() == 1
 

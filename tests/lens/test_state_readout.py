@@ -60,7 +60,7 @@ def test_what_the_states_give_to_a_logit_adds_up(lm, clean_lm):
     for layer, rest, readout in zip(found.layers, found.rest, found.readouts, strict=True):
         name = readout.written.rpartition("hook_")[2]
         want = components.at(component=f"{layer}_{name}").values
-        assert same(given.at(layer=layer).values + reading.of_stream(rest), want)
+        assert same(given.at(layer=layer).values + reading.at(f"{layer}_{name}").of_stream(rest), want)
     if lm.cfg.architecture == "rwkv":
         with pytest.raises(gl.InputError, match="not linear in its state"):
             found.shares(3, 5, at=here)

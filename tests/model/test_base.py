@@ -173,7 +173,9 @@ def test_mixer_in_reaches_the_mixer_only(model):
     _, clean = model.run_with_cache(input)
     assert torch.equal(cache["resid_pre", 0], clean["resid_pre", 0])
     moved = cache["blocks.0.hook_resid_mid" if "blocks.0.hook_resid_mid" in model.names else "blocks.0.hook_resid_post"]
-    assert torch.allclose(moved, clean["resid_pre", 0] + cache["mixer_out", 0])
+    beside = [f"blocks.0.hook_{name}_out" for name in model.names.branches(0)[0] if name != "mixer"]
+    rest = sum((clean[name] for name in beside), clean["resid_pre", 0])
+    assert torch.allclose(moved, rest + cache["mixer_out", 0])
     assert not torch.allclose(cache["mixer_out", 0], clean["mixer_out", 0])
 
 
