@@ -42,10 +42,8 @@ else:
         "attention": ("AttentionStack", "Contributions", "ImplicitAttention", "implicit_attention"),
         "hooks": (
             "HookedBailingHybrid", "HookedFLA", "HookedGriffin", "HookedJamba", "HookedKimiLinear", "HookedLFM2", "HookedMamba",
-            "HookedMamba2", "HookedMamba2Hybrid", "HookedMambaSsmHybrid", "HookedMiniMax", "HookedOlmoHybrid",
-            "HookedQwen3Next", "HookedQwen4Exp", "HookedRWKV", "HookedRWKV6", "HookedRWKV7", "HookedViM", "HookedZamba",
-            "register",
-        ),
+            "HookedMamba2", "HookedMamba2Hybrid", "HookedMambaSsmHybrid", "HookedMiniMax", "HookedOlmoHybrid", "HookedQwen3Next",
+            "HookedQwen4Exp", "HookedRWKV", "HookedRWKV6", "HookedRWKV7", "HookedViM", "HookedZamba", "register"),
         "inspection": ("Inspection", "inspect"), "loading": ("bundled_models", "from_pretrained", "wrap"),
         "model": ("ActivationCache", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "RecurrentState"),
         "model.vision": ("HookedVisionModel",), "result": ("Result", "Results"), "verification": ("Verification", "verify"),
