@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from gatedlens.attention import AttentionStack, Contributions, ImplicitAttention, implicit_attention
     from gatedlens.hooks import (
         HookedBailingHybrid, HookedFLA, HookedGriffin, HookedJamba, HookedKimiLinear, HookedLFM2, HookedMamba, HookedMamba2,
-        HookedMamba2Hybrid, HookedMamba3, HookedMambaSsmHybrid, HookedMiniMax, HookedOlmoHybrid, HookedQwen3Next, HookedRWKV,
-        HookedRWKV6, HookedRWKV7, HookedViM, HookedZamba, register,
+        HookedMamba2Hybrid, HookedMamba3, HookedMambaSsmHybrid, HookedMiniMax, HookedOlmoHybrid, HookedQwen3Next, HookedQwen4Exp,
+        HookedRWKV, HookedRWKV6, HookedRWKV7, HookedViM, HookedZamba, register,
     )
     from gatedlens.inspection import Inspection, inspect
     from gatedlens.loading import bundled_models, from_pretrained, wrap
@@ -43,8 +43,8 @@ else:
         "hooks": (
             "HookedBailingHybrid", "HookedFLA", "HookedGriffin", "HookedJamba", "HookedKimiLinear", "HookedLFM2", "HookedMamba",
             "HookedMamba2", "HookedMamba2Hybrid", "HookedMamba3", "HookedMambaSsmHybrid", "HookedMiniMax", "HookedOlmoHybrid",
-            "HookedQwen3Next", "HookedRWKV", "HookedRWKV6", "HookedRWKV7", "HookedViM", "HookedZamba", "register"),
-        "inspection": ("Inspection", "inspect"), "loading": ("bundled_models", "from_pretrained", "wrap"),
+            "HookedQwen3Next", "HookedQwen4Exp", "HookedRWKV", "HookedRWKV6", "HookedRWKV7", "HookedViM", "HookedZamba",
+            "register"), "inspection": ("Inspection", "inspect"), "loading": ("bundled_models", "from_pretrained", "wrap"),
         "model": ("ActivationCache", "HookPoint", "HookedConfig", "HookedLanguageModel", "HookedModel", "RecurrentState"),
         "model.vision": ("HookedVisionModel",), "result": ("Result", "Results"), "verification": ("Verification", "verify"),
     })
@@ -53,13 +53,13 @@ __all__ = [
     "ActivationCache", "Alias", "AttentionStack", "CheckpointError", "Contributions", "GatedlensError", "HookError", "HookPoint",
     "HookTable", "HookedBailingHybrid", "HookedConfig", "HookedFLA", "HookedGriffin", "HookedJamba", "HookedKimiLinear",
     "HookedLFM2", "HookedLanguageModel", "HookedMamba", "HookedMamba2", "HookedMamba2Hybrid", "HookedMamba3",
-    "HookedMambaSsmHybrid", "HookedMiniMax", "HookedModel", "HookedOlmoHybrid", "HookedQwen3Next", "HookedRWKV", "HookedRWKV6",
-    "HookedRWKV7", "HookedViM", "HookedVisionModel", "HookedZamba", "ImplicitAttention", "InputError", "Inspection", "Point",
-    "PointError", "RecurrentState", "Result", "Results", "StoreError", "TooLargeError", "Verification", "View", "__version__",
-    "ablation", "amplify", "attribution", "bundled_models", "circuits", "comparing", "data", "dictionaries", "evaluation",
-    "feature_graph", "from_pretrained", "fused", "implicit_attention", "inspect", "knockout", "layers", "lens", "metrics",
-    "patching", "plot", "probes", "profiles", "register", "states", "steering", "store", "subspaces", "tasks", "tracing",
-    "verify", "wrap",
+    "HookedMambaSsmHybrid", "HookedMiniMax", "HookedModel", "HookedOlmoHybrid", "HookedQwen3Next", "HookedQwen4Exp",
+    "HookedRWKV", "HookedRWKV6", "HookedRWKV7", "HookedViM", "HookedVisionModel", "HookedZamba", "ImplicitAttention",
+    "InputError", "Inspection", "Point", "PointError", "RecurrentState", "Result", "Results", "StoreError", "TooLargeError",
+    "Verification", "View", "__version__", "ablation", "amplify", "attribution", "bundled_models", "circuits", "comparing",
+    "data", "dictionaries", "evaluation", "feature_graph", "from_pretrained", "fused", "implicit_attention", "inspect",
+    "knockout", "layers", "lens", "metrics", "patching", "plot", "probes", "profiles", "register", "states", "steering", "store",
+    "subspaces", "tasks", "tracing", "verify", "wrap",
 ]
 # isort: on
 # fmt: on

@@ -265,12 +265,13 @@ class Trial:
             options = {"state": model(self.batch, return_state=True)[1]}
         kinds = {model.rows_for(layer): layer for layer in reversed(range(model.cfg.n_layers))}
         some = tuple(f"blocks.{layer}." for layer in kinds.values())
-        names = [name for name in model.names.points if not name.startswith("blocks.") or name.startswith(some)]
+        every = [name for name in model.names.points if not name.startswith("blocks.") or name.startswith(some)]
+        names = [name for name in every if not model.names.points[name].chooses]
         feeds: dict[str, list[str]] = {}
         for rows, layer in kinds.items():
             for source, target in arrows(rows):
                 feeds.setdefault(f"blocks.{layer}.{source}", []).append(f"blocks.{layer}.{target}")
-        plain, before = model.run_with_cache(self.batch, names_filter=[*names, "hook_logits"], **options)
+        plain, before = model.run_with_cache(self.batch, names_filter=[*every, "hook_logits"], **options)
         idle, still = [], []
         for name in names:
             generator = torch.Generator().manual_seed(0)

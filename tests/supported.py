@@ -23,6 +23,7 @@ from tests.hooks import (
     test_mamba3,
     test_mamba_ssm_hybrid,
     test_qwen3_next,
+    test_qwen4_exp,
     test_zamba,
 )
 
@@ -52,6 +53,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "Qwen3-Next": lambda: test_qwen3_next.tiny("next"),
     "Qwen3.5": lambda: test_qwen3_next.tiny("3.5"),
     "Qwen3.5-MoE": lambda: test_qwen3_next.tiny("3.5, experts, with images"),
+    "Qwen4": lambda: test_qwen4_exp.tiny(),
     "Kimi Linear": of_class(gl.HookedKimiLinear),
     "Bailing hybrid (Ling 3)": of_class(gl.HookedBailingHybrid),
     "OLMo-hybrid": of_class(gl.HookedOlmoHybrid),

@@ -27,7 +27,8 @@ class Point:
 
     `name` is relative to its block, or to the model for what stands outside the blocks. `axes` begins with batch.
     `equation` is written in the leaf names of other rows (without `hook_`) and of the module's weights. A lazy point
-    builds its tensor only when somebody listens.
+    builds its tensor only when somebody listens. One that `chooses` says no more than which tokens are looked at: no
+    gradient goes through it, and an edit may leave the choice as it was.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Point:
     equation: str
     source: str
     lazy: bool = False
+    chooses: bool = False
 
     @property
     def leaf(self) -> str:

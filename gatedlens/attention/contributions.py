@@ -11,7 +11,8 @@
 
     F[i, j] = W (A[:, i, j] * x[j, :])          sum over j of F[i, j] + W r_i + b = the layer's output at i
 
-A, x and r are the implicit attention's, W and b those of the layer's output projection. A factor that was left out of
+A, x and r are the implicit attention's, W and b those of the layer's output projection; what stands behind that projection is
+held, numbers of each position i (`model/writing.py`), and multiplies F[i], W r_i and b. A factor that was left out of
 A (`without`, `only`) is left out of F. Nothing of size [channel, pos, pos] is built; `norms` goes block by block.
 """
 
@@ -30,6 +31,7 @@ from tqdm.auto import tqdm
 from gatedlens.address.positions import Positions
 from gatedlens.attention.limits import AT_ONCE, DENSE_LIMIT
 from gatedlens.errors import InputError
+from gatedlens.model.writing import Writing
 from gatedlens.options import checked
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.factors import NAMES, Factors
@@ -60,7 +62,7 @@ class Contributions:
 
     def __repr__(self) -> str:
         batch, length, _ = self.attention.shape
-        return f"Contributions({self.attention!r} -> batch {batch}, dst {length}, src {length}, d_model {len(self.weight)})"
+        return f"Contributions({self.attention!r} -> batch {batch}, dst {length}, src {length}, d_model {self.writing.width})"
 
     @checked
     def legend(self, axes: str, shape: Sequence[int]) -> Legend | None:
@@ -72,13 +74,13 @@ class Contributions:
     @property
     def weight(self) -> Float[Tensor, "d_model channel"]:
         """W of the output projection."""
-        return self._projection[0].to(self.attention.dtype)
+        return self.writing.weight.to(self.attention.dtype)
 
     @property
-    def _projection(self) -> tuple[Tensor, Tensor | None]:
-        found: tuple[Tensor, Tensor | None] = self.attention.mixer.output_weights()
-        some = self.attention.channels
-        return found if some is None else (found[0][:, list(some)], None)  # the bias is no channel's
+    def writing(self) -> Writing:
+        """How what the channels hold gets into the residual stream."""
+        found: Writing = self.attention.writing
+        return found
 
     def _branches(self) -> Iterator[tuple[ImplicitAttention, Float[Tensor, "batch pos channel"]]]:
         """Each summand of A with its own x in the tokens' order (an edit may give Vision Mamba's directions two)."""
@@ -86,7 +88,7 @@ class Contributions:
             x = factors.x.flip(1) if factors.reverse else factors.x
             yield replace(self.attention, branches=(factors,)), self.attention.padding.spread(x)
 
-    def _write(self, values: Iterable[Float[Tensor, "batch pos channel"]]) -> Float[Tensor, "batch pos d_model"]:
+    def _project(self, values: Iterable[Float[Tensor, "batch pos channel"]]) -> Float[Tensor, "batch pos d_out"]:
         """W times the sum of what each branch gives."""
         with exact(self.weight):
             return torch.stack(list(values)).sum(0) @ self.weight.T
@@ -102,7 +104,8 @@ class Contributions:
     @checked
     def at(self, place: Int[Tensor, " batch"]) -> Float[Tensor, "batch src d_model"]:
         """`c.at(place)`: [batch, src, d_model], F[i, :] of a place of each row in the input."""
-        return self._write(rearrange(A.at(place), "b c j -> b j c") * x for A, x in self._branches())
+        given = self._project(rearrange(A.at(place), "b c j -> b j c") * x for A, x in self._branches())
+        return self.writing.at(place, given)
 
     @checked
     def through(
@@ -112,32 +115,41 @@ class Contributions:
         place of it, channel by channel: (W^T direction)[c] A[c][i, j] x[j, c]. Summed over channels it is
         `c.at(place) @ direction`.
         """
-        with exact(self.weight):
-            weights = direction.to(self.weight) @ self.weight
+        weights = self._seen(place, direction)
         given = torch.stack([A.at(place) * rearrange(x, "b j c -> b c j") for A, x in self._branches()]).sum(0)
         return weights.unsqueeze(-1) * given
+
+    def _seen(
+        self, place: Int[Tensor, " batch"], direction: Float[Tensor, "batch d_model"]
+    ) -> Float[Tensor, "batch channel"]:
+        """W^T of a direction of each row, as what is written at a place of it sees it."""
+        writing, rows = self.writing, torch.arange(len(place), device=place.device)
+        seen = writing.seen(direction.to(self.attention.dtype))
+        return seen.squeeze(1) if writing.by is None else (seen * writing.by[rows, place].to(seen).unsqueeze(-1)).sum(1)
 
     def column(self, j: Positions) -> Float[Tensor, "batch dst d_model"]:
         """`c.column(0)`: [batch, dst, d_model], F[:, j]: what position j writes at every place; j as in `row`."""
         place = self.attention.place(j, "column")
         rows = torch.arange(len(place), device=place.device)
-        return self._write(
-            rearrange(A.T.at(place), "b c i -> b i c") * x[rows, place].unsqueeze(1) for A, x in self._branches()
+        return self.writing.spread(
+            self._project(
+                rearrange(A.T.at(place), "b c i -> b i c") * x[rows, place].unsqueeze(1) for A, x in self._branches()
+            )
         )
 
     def remainder(self) -> Float[Tensor, "batch pos d_model"]:
         """`c.remainder()`: [batch, pos, d_model], W r + b: what no token of this call brings: biases, and the state that
         the call went on from.
         """
-        rest = self._write([self.attention.bias])
-        bias = self._projection[1] if self.back is None else None
-        return rest if bias is None else rest + bias.to(rest.dtype)
+        rest, writing = self._project([self.attention.bias]), self.writing
+        bias = writing.bias if self.back is None else None
+        return writing.spread(rest if bias is None else rest + bias.to(rest.dtype))
 
     def output(self) -> Float[Tensor, "batch pos d_model"]:
         """`c.output()`: [batch, pos, d_model], the sum of it all, linear in pos: with all factors, the layer's
         `hook_mixer_out`.
         """
-        return self._write(A @ x for A, x in self._branches()) + self.remainder()
+        return self.writing.spread(self._project(A @ x for A, x in self._branches())) + self.remainder()
 
     # -- all pairs -----------------------------------------------------------------------------------------------
 
@@ -162,7 +174,8 @@ class Contributions:
 
     def _blocks(self, progress: bool) -> Iterator[Float[Tensor, "batch rows src d_model"]]:
         batch, length, channels = self.attention.shape
-        rows = max(1, BLOCK_ELEMENTS // (batch * length * len(self.weight)))
+        writing = self.writing
+        rows = max(1, BLOCK_ELEMENTS // (batch * length * writing.width))
         width = max(1, BLOCK_ELEMENTS // (batch * length * length))
         for start in tqdm(range(0, length, rows), disable=not progress, desc="contributions", unit="block"):
             total = self.weight.new_zeros(batch, min(rows, length - start), length, len(self.weight))
@@ -173,7 +186,8 @@ class Contributions:
                     part = rearrange(part, "b c i j -> b i j c") * x[:, None, :, some]
                     with exact(part):
                         total = total + part @ self.weight[:, some].T
-            yield total
+            held = None if writing.by is None else writing.by[:, start : start + rows].unsqueeze(2)
+            yield writing.spread(total, held)
 
     @checked
     @labelled("contribution along the direction", "batch dst src")
@@ -185,18 +199,22 @@ class Contributions:
         With p = W^T direction it is sum over c of p[c] A[c][i, j] x[j, c]: a weighted mean of channels with x folded
         into the activation behind each tap, so it costs as much as one `mean()` a tap.
         """
-        d_model = len(self.weight)
+        writing, d_model = self.writing, self.writing.width
         if tuple(direction.shape) != (d_model,):
             raise InputError(f"along() takes a direction of [d_model] = [{d_model}]; this is {list(direction.shape)}.")
         self.attention.afford("contributions().along()", AT_ONCE + 2, max_bytes, INSTEAD)
-        with exact(self.weight):
-            weights = self.weight.T @ direction.to(self.weight)
+        seen = writing.seen(direction.to(self.weight).unsqueeze(0))[0]
         parts = tuple(name for name in NAMES if name in (*self.attention.parts, "act", "conv"))
 
         def through(back: int) -> Tensor:
             own = self.tap(back).attention
             folded = tuple(_folded(factors, own.parts) for factors in own.branches)
-            return replace(own, branches=folded, parts=parts).weighted(weights, max_bytes=None)
+            whole = replace(own, branches=folded, parts=parts)
+            each = [whole.weighted(weights, max_bytes=None) for weights in seen]
+            if writing.by is None:
+                return each[0]
+            held = writing.by.to(each[0]).unsqueeze(2)  # of a destination, in each copy
+            return torch.stack([one * held[..., copy] for copy, one in enumerate(each)]).sum(0)
 
         return sum(through(back) for back in (range(self.n_taps) if self.back is None else [self.back]))  # type: ignore[return-value]
 

@@ -27,6 +27,7 @@ from gatedlens.model.cache import ActivationCache
 from gatedlens.model.memory import afford
 from gatedlens.model.mixer import TokenMixing
 from gatedlens.model.padding import Padding
+from gatedlens.model.writing import Writing
 from gatedlens.options import checked, tensor_of
 from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.factors import NAMES, Factors
@@ -65,6 +66,7 @@ class ImplicitAttention:
     transposed: bool = False
     channels: tuple[int, ...] | None = None
     which: str | None = None
+    by: Tensor | None = None  # what the mixer's output is multiplied by on its way to the stream: see `Writing`
 
     @classmethod
     def of(cls, cache: ActivationCache, layer: int, place: str | None = None) -> ImplicitAttention:
@@ -81,21 +83,42 @@ class ImplicitAttention:
             raise InputError("This cache was made with remove_batch_dim=True; implicit attention needs the batch axis.")
         if cache.sliced:
             raise InputError("This cache keeps only some positions (pos_slice); implicit attention needs all of them.")
-        mixer = model.blocks[index].mixer_at(place)
-        missing = [name for name in points_of(mixer, index) if name not in cache.cache_dict]
+        block = model.blocks[index]
+        mixer = block.mixer_at(place)
+        stem = f"blocks.{index}.{mixer.place}."
+        missing = [name for name in (stem + one for one in mixer.attention_points) if name not in cache.cache_dict]
         if missing:
             raise PointError(
                 f"Implicit attention of layer {index} needs points that this cache lacks: {', '.join(missing)}."
             )
-        stem, padding = f"blocks.{index}.{mixer.place}.", replace(Padding.of(cache.mask), documents=cache.documents)
+        padding = replace(Padding.of(cache.mask), documents=cache.documents)
+        there = all(f"blocks.{index}.{name}" in cache.cache_dict for name in block.held(mixer.place))
         with exact(cache[stem + mixer.attention_points[0]]):
             branches = mixer.branches(lambda name: cache[stem + name], padding, cache.state)
-        return cls(branches, padding, model, index, cache.tokens, which=place)
+            by = block.held_by(mixer.place, lambda name: cache[f"blocks.{index}.{name}"]) if there else None
+        return cls(branches, padding, model, index, cache.tokens, which=place, by=by)
 
     @property
     def mixer(self) -> TokenMixing:
         """What it is the operator of."""
         return self.model.blocks[self.layer].mixer_at(self.which)
+
+    @property
+    def writing(self) -> Writing:
+        """What its mixer writes to the stream, of these channels (the bias is no channel's).
+
+        PointError where the cache that it was made from lacks what stands between the two.
+        """
+        block, place = self.model.blocks[self.layer], self.mixer.place
+        if self.by is None and block.held(place):
+            lacking = ", ".join(f"blocks.{self.layer}.{name}" for name in block.held(place))
+            raise PointError(
+                f"What layer {self.layer} writes to the stream needs points that the cache lacks: {lacking}."
+            )
+        whole: Writing = block.writing(place, self.by)
+        return (
+            whole if self.channels is None else replace(whole, weight=whole.weight[:, list(self.channels)], bias=None)
+        )
 
     # -- which factors -------------------------------------------------------------------------------------------
 
@@ -482,9 +505,10 @@ def words_of(model: Any, tokens: Tensor | None, row: int, length: int) -> list[s
     return list(model.to_str_tokens(tokens[row]))
 
 
-def points_of(mixer: Any, layer: int) -> list[str]:
-    """The full names of the points that the attention of a layer is derived from."""
-    return [f"blocks.{layer}.{mixer.place}.{name}" for name in mixer.attention_points]
+def points_of(block: Any, mixer: Any) -> list[str]:
+    """The full names of the points that the attention of a mixer of a block is derived from, and what it writes to the stream."""
+    inside = [f"{mixer.place}.{name}" for name in mixer.attention_points]
+    return [f"blocks.{mixer.layer}.{name}" for name in (*inside, *block.held(mixer.place))]
 
 
 def _keep(x: Tensor) -> Tensor:

@@ -439,7 +439,7 @@ def implicit_attention(
     alone = layer is not None
     chosen = (model.blocks[layer_of(model, layer)].mixer_at(place),) if alone else mixers_of(model, layers)
     if not given:
-        needed = [name for mixer in chosen for name in points_of(mixer, mixer.layer)]
+        needed = [name for mixer in chosen for name in points_of(model.blocks[mixer.layer], mixer)]
         last = max(mixer.layer for mixer in chosen)
         with torch.no_grad():
             _, source = model.run_with_cache(input, names_filter=needed, stop_at_layer=last + 1, **options)

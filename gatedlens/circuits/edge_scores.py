@@ -153,7 +153,11 @@ class Scores:
 
     def at_once(self, metric: Metric) -> Float[Tensor, "sender ..."]:
         """The scores by the gradient of the corrupted run, whose own values are taken off the store on the way."""
-        return self.of(lambda listeners: listen(self.pair, metric, listeners, subtracting(self.store)))
+        return self.of(lambda listeners: listen(self.pair, metric, listeners, self.subtracting()))
+
+    def subtracting(self) -> list[tuple[str, Any]]:
+        """Hooks under which a run of the corrupted input turns the store into differences."""
+        return list(subtracting(self.store))
 
     def of(self, backward: Callable[[dict[str, Listener]], Any]) -> Float[Tensor, "sender ..."]:
         """The scores of the pass that `backward(listeners)` makes; 0 where there is no edge."""

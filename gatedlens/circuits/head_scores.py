@@ -5,8 +5,9 @@
 
     score(h -> r) = (o_h clean - o_h corrupted) . (W_h^T d metric / d input of r)
 
-o_h a head's part of the mixer's output point, W_h its columns of the output projection: summed over a layer's heads it is the
-score of the edge mixer -> r (`edge_scores.py`), for the projection's bias is the same in both runs. It approximates
+o_h a head's part of the mixer's output point, W_h its columns of the output projection (what stands behind it, numbers of each
+position, is in o_h, of either run): summed over a layer's heads it is the
+score of the edge mixer -> r (`edge_scores.py`), for the projection's bias is no head's. It approximates
 `path_patch_heads`, which is exact.
 """
 
@@ -21,13 +22,13 @@ from torch import Tensor
 
 from gatedlens.circuits.edge_scores import Scores, integrated
 from gatedlens.circuits.graph import Graph, Node
+from gatedlens.circuits.head_contents import Contents, differences, in_clean, subtracting
 from gatedlens.metrics import Metric
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
 from gatedlens.model.by_head import with_heads
 from gatedlens.model.language import OF_INPUT, HookedLanguageModel
 from gatedlens.options import checked, taking
-from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.scanning import at_least_float32
 from gatedlens.result.result import Result
 from gatedlens.runs.engine import Earlier, Effort
@@ -46,8 +47,7 @@ def eap_heads(model: HookedModel, clean: Input, corrupted: Input, metric: Metric
     Layers without heads are not on the axis. Options and errors as in `eap`; PointError for a model without heads.
     """
     pair, graph = Pair.of(model, clean, corrupted, options), Graph.of(model)
-    _, store = pair.cached(pair.clean, with_heads(model).values())
-    scores = HeadScores(pair, graph, store)
+    scores = HeadScores(pair, graph, in_clean(pair, with_heads(model)))
     return scores.result(scores.at_once(metric), metric, "EAP by head", {})
 
 
@@ -68,14 +68,21 @@ def eap_ig_heads(
     The rest, and the errors, are those of `eap_ig`; PointError for a model without heads.
     """
     pair, graph = Pair.of(model, clean, corrupted, options), Graph.of(model)
-    scores = HeadScores(pair, graph, pair.differences(with_heads(model).values()))
+    scores = HeadScores(pair, graph, differences(pair, with_heads(model)))
     title, effort = "EAP-IG by head", Effort(results, progress=progress)
     found = integrated(scores, metric, steps, AXES, scores.labels, title, effort)
     return scores.result(found, metric, title, {"steps": steps})
 
 
 class HeadScores(Scores):
-    """As `Scores`, each head of a mixer a sender: `store` holds the mixers' output points."""
+    """As `Scores`, each head of a mixer a sender: `store` holds what their layers' heads hold (`head_contents.py`)."""
+
+    def __init__(self, pair: Pair, graph: Graph, contents: Contents):
+        super().__init__(pair, graph, {})
+        self.contents = contents
+
+    def subtracting(self) -> list[tuple[str, Any]]:
+        return subtracting(self.pair.model, self.contents)
 
     @property
     def senders(self) -> dict[int, Node]:
@@ -97,12 +104,9 @@ class HeadScores(Scores):
         column, (_, heads, _) = self.graph.place(receiver) - 1, self.shape
         for row, (layer, sender) in enumerate(self.senders.items()):
             if sender in senders:
-                mixer = self.pair.model.blocks[layer].mixer
-                with exact(gradient):
-                    along = gradient @ mixer.output_weights()[0].to(
-                        gradient
-                    )  # the gradient, seen from the mixer's output
-                product = at_least_float32(self.store[mixer.output_name]).flatten(2) * along
+                block = self.pair.model.blocks[layer]
+                seen = block.writing(block.mixer.place, None).seen(gradient)  # from the mixer's output
+                product = (at_least_float32(self.contents[layer]) * seen).sum(2)
                 found[row, :, column] = product.unflatten(2, (heads, -1)).sum((1, 3)).mean(0).to(found)
 
     def result(

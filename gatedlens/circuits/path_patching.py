@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gatedlens.address.positions import Positions, mask_of
 from gatedlens.circuits.graph import Graph, Node
+from gatedlens.circuits.head_contents import differences
 from gatedlens.errors import InputError
 from gatedlens.metrics import Metric
 from gatedlens.model.base import HookedModel
@@ -147,9 +148,10 @@ def path_patch_heads(
     layers = list(outputs)
     paths = Paths(Pair.of(model, clean, corrupted, options), metric, [mixers[layer] for layer in layers], chosen)
     heads, cells = model.cfg.sizes["head"], []
-    found = paths.pair.differences(outputs[layer] for layer in layers)
+    found = differences(paths.pair, layers)
     for row, layer in enumerate(layers):
-        written = model.blocks[layer].mixer.written_by_heads(found.pop(outputs[layer]), heads)
+        block = model.blocks[layer]
+        written = block.writing(block.mixer.place, None).of_heads(found.pop(layer), heads)
         cells += [
             paths.putting((row, head), mixers[layer], written[..., head, :], chosen, pos) for head in range(heads)
         ]

@@ -177,7 +177,7 @@ def _written(
     if place.vector != ("d_model",) or len(one.writes) > 1:
         return {}
     rows = one.dictionary.W_dec[list(chosen)].to(model.W_U)
-    logits = (rows * model.ln_final.gain.to(rows)) @ model.W_U
+    logits = model.ln_final.directions(rows) @ model.W_U
     logits = logits - logits.mean(-1, keepdim=True)
     k = min(LISTED, logits.shape[-1] // 2)
     said = {}

@@ -220,8 +220,8 @@ class WriteAtom:
             each = scan.unflatten(1, (factors.groups, -1))
             scan = (each - each.mean(-1, keepdim=True)).flatten(1)
         gated = branch_of(factors).gate[rows, place] * scan
-        weight = attention.mixer.output_weights()[0]
-        return gated @ weight.to(gated).T
+        writing = attention.writing
+        return writing.at(attention.place(at, "at"), gated @ writing.weight.to(gated).T)
 
     @checked
     def logits(
@@ -237,9 +237,9 @@ class WriteAtom:
         place = attention.place(at, "at")
         rows = torch.arange(len(added), device=added.device)
         norm = model.ln_final
-        added = added - added.mean(-1, keepdim=True) if norm.centred else added
-        scale = cache["ln_final.hook_scale"][rows, place].to(added)
-        return (added / scale * norm.gain.to(added)) @ model.W_U.to(added)
+        scaled = norm.scaled(added, lambda name: cache[f"ln_final.{name}"][rows, place])
+        gain = norm.gain_behind
+        return (scaled if gain is None else scaled * gain.to(added)) @ model.W_U.to(added)
 
     def _layer(self, model: HookedModel) -> int:
         name = model.names.find(self.point).name

@@ -2,7 +2,7 @@
 open.
 
     options = heard({"fold_ln": False, "revision": "main"})        # {"revision": "main"}; fold_ln=True is an error
-    why_not_opened("qwen4_exp")                                     # a sentence, or an empty text
+    why_not_opened("glm5_next")                                     # a sentence, or an empty text
 """
 
 from __future__ import annotations
@@ -38,10 +38,9 @@ NAMESAKES = {  # classes of other packages, and what to do with them
 }
 
 NOT_OPENED = {  # models of transformers, by how their class and model_type begin, and why they are refused
-    "qwen4exp": "Qwen4Exp keeps several copies of the residual stream (hyper-connections), chooses by an indexer what it attends "
-    "to, and adds embeddings in every layer: gatedlens has no such block. Qwen3-Next and Qwen3.5 are open.",
-    "glm5next": "GLM-5-next keeps several copies of the residual stream (hyper-connections) and chooses by an indexer what it "
-    "attends to: gatedlens has no such block. Its linear layers are Kimi's: Kimi Linear and Bailing hybrid are open.",
+    "glm5next": "GLM-5-next keeps several copies of the residual stream that it mixes among themselves (hyper-connections), so "
+    "the stream is no sum of what is written to it, and chooses by an indexer what it attends to: gatedlens has no such block. "
+    "Its linear layers are Kimi's: Kimi Linear and Bailing hybrid are open. So is Qwen4, whose copies are not mixed.",
     "bailingmoe": "Ring- and Ling-linear are their makers' own code, not transformers'. Bailing hybrid (Ling 3) is open.",
     "minimaxtext": "This is MiniMax's makers' own code, not transformers'. MiniMax in transformers' layout is open: "
     "MiniMaxAI/MiniMax-Text-01-hf.",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from gatedlens.hooks.minimax import HookedMiniMax as HookedMiniMax
     from gatedlens.hooks.olmo_hybrid import HookedOlmoHybrid as HookedOlmoHybrid
     from gatedlens.hooks.qwen3_next import HookedQwen3Next as HookedQwen3Next
+    from gatedlens.hooks.qwen4_exp import HookedQwen4Exp as HookedQwen4Exp
     from gatedlens.hooks.rwkv import HookedRWKV as HookedRWKV
     from gatedlens.hooks.rwkv6 import HookedRWKV6 as HookedRWKV6
     from gatedlens.hooks.rwkv7 import HookedRWKV7 as HookedRWKV7
@@ -55,6 +56,7 @@ else:
         "minimax": ("HookedMiniMax",),
         "olmo_hybrid": ("HookedOlmoHybrid",),
         "qwen3_next": ("HookedQwen3Next",),
+        "qwen4_exp": ("HookedQwen4Exp",),
         "rwkv": ("HookedRWKV",),
         "rwkv6": ("HookedRWKV6",),
         "rwkv7": ("HookedRWKV7",),

@@ -8,8 +8,9 @@ b batch, l pos, d d_model, h head (of values), g group (a key head).
                        beta = 2 sigmoid(beta_pre): above 1 a step turns round what it finds (linear_allow_neg_eigval)
     attention          q and k normed over all heads together, rotary if the config says so
 
-The scale of the norm behind an attention is held in the implicit attention as a gate is, so an attention layer's operator and
-contributions are what it writes into the stream. Wraps transformers' OlmoHybridForCausalLM.
+The scale of the norm behind an attention is held where it is asked what the attention writes into the stream (contributions,
+heads): W z + b of its o_proj, times the norm's gain, divided by the scale of each position. Wraps transformers'
+OlmoHybridForCausalLM.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from torch import Tensor
 
 from gatedlens.address.point import Point
 from gatedlens.compat.names.qwen3_next import ALIASES
-from gatedlens.errors import CheckpointError
 from gatedlens.formats.olmo_hybrid import FIELDS, TINY
 from gatedlens.model.base import Wrapped
 from gatedlens.model.hookpoint import rows_of
@@ -45,9 +45,7 @@ DELTA = DeltaKind(
 )
 DELTAS = {doubled: replace(DELTA, doubled=doubled) for doubled in (True, False)}
 ATTENDS = {
-    rotary: AttentionKind(
-        rotary=rotary, normed="w * normalized", head="q_head", together=True, after="post_attention_layernorm"
-    )
+    rotary: AttentionKind(rotary=rotary, normed="w * normalized", head="q_head", together=True)
     for rotary in (True, False)
 }
 PROJECTED = (
@@ -86,9 +84,8 @@ def attention(site: Site) -> Attention:
         NormOfHeads(getattr(w, name), rows_of(name, site.rows), site.config.rms_norm_eps)
         for name in ("q_norm", "k_norm")
     )
-    after = site.wrapped.model.layers[site.layer].post_attention_layernorm
     kind = ATTENDS[rotary is not None]
-    return Attention(w, site.rows, site.layer, kind, w.head_dim, None, rotary, (norms[0], norms[1]), after=after)
+    return Attention(w, site.rows, site.layer, kind, w.head_dim, None, rotary, (norms[0], norms[1]))
 
 
 def mlp(site: Site) -> GatedMlp:
@@ -127,7 +124,16 @@ def _before(doubled: bool) -> tuple[Branch, Branch]:
 def _behind(rotary: bool) -> tuple[Branch, Branch]:
     kind, mlp_rows = ATTENDS[rotary], gated_mlp_rows(SILU.word, reads="mlp_in")
     return (
-        Branch("mixer", kind.rows(PAPER, "mixer_in"), kind.out, attention, "self_attn", None, place="attn"),
+        Branch(
+            "mixer",
+            kind.rows(PAPER, "mixer_in"),
+            "o_proj(attn.z)",
+            attention,
+            "self_attn",
+            None,
+            place="attn",
+            after="post_attention_layernorm",
+        ),
         Branch("mlp", mlp_rows, "down_proj(mlp.post)", mlp, "mlp", None, "ln2", after="post_feedforward_layernorm"),
     )
 
@@ -195,12 +201,7 @@ class HookedOlmoHybrid(HybridModel):
 
     @classmethod
     def sizes_of_mixers(cls, wrapped: Wrapped, model_name: str) -> dict[str, Any]:
-        """`HookedOlmoHybrid.sizes_of_mixers(wrapped, "mine")`: those of its delta nets; CheckpointError for a bias where none is
-        known."""
-        if wrapped.config.attention_bias:
-            raise CheckpointError(
-                f"{model_name} has attention_bias=True: a bias in front of the norm behind an attention is not supported."
-            )
+        """`HookedOlmoHybrid.sizes_of_mixers(wrapped, "mine")`: those of its delta nets."""
         return {"of_delta_nets": sizes_of(wrapped.config)}
 
 

@@ -18,11 +18,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatedlens.address.positions import Positions
+from gatedlens.attention.layer import points_of
 from gatedlens.attention.stack import implicit_attention
 from gatedlens.lens.logit_shares import Reading, Tokens
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Input
-from gatedlens.model.by_head import with_heads
+from gatedlens.model.by_head import held_of, with_heads, writing_of
+from gatedlens.model.writing import Writing
 from gatedlens.options import checked
 from gatedlens.result.result import Result
 
@@ -43,13 +45,14 @@ def head_attribution(
     `logit_attribution`; PointError for a model without heads.
     """
     outputs = with_heads(model)
-    reading = Reading.of(model, input, right, wrong, pos, tuple(outputs.values()))
+    held = [name for layer in outputs for name in held_of(model, layer)]
+    reading = Reading.of(model, input, right, wrong, pos, (*outputs.values(), *held))
     rows = {}
     for layer, name in outputs.items():
-        here = reading.at(f"{layer}_mixer_out")
-        along = here.direction @ model.blocks[layer].mixer.output_weights()[0].double()  # seen from the mixer's output
-        each = _by_head(model, (along * reading.cache[name].double().flatten(2)).sum(1))
-        rows[layer] = torch.cat([each, _of_bias(here, layer).unsqueeze(1)], dim=1)
+        here, writing = reading.at(f"{layer}_mixer_out"), writing_of(model, layer, reading.cache.__getitem__)
+        seen = writing.seen(here.direction)  # from the mixer's output
+        each = _by_head(model, (seen * writing.contents(reading.cache[name].double())).sum((1, 2)))
+        rows[layer] = torch.cat([each, _of_bias(here, writing).unsqueeze(1)], dim=1)
     return _titled(reading, rows, AXES, {}, TITLE)
 
 
@@ -66,18 +69,16 @@ def head_token_attribution(
     """
     outputs = with_heads(model)
     mixers = {layer: model.blocks[layer].mixer for layer in outputs}
-    inside = [
-        f"blocks.{layer}.{mixer.place}.{name}" for layer, mixer in mixers.items() for name in mixer.attention_points
-    ]
+    inside = [name for layer, mixer in mixers.items() for name in points_of(model.blocks[layer], mixer)]
     reading = Reading.of(model, input, right, wrong, pos, tuple(inside))
     rows = {}
-    for layer, mixer in mixers.items():
+    for layer in mixers:
         A, here = implicit_attention(reading.cache, layer=layer), reading.at(f"{layer}_mixer_out")
-        along = here.direction @ mixer.output_weights()[0].double()
-        rest = (along * A.bias.double()).sum(1)
+        writing = writing_of(model, layer, reading.cache.__getitem__)
+        rest = (writing.seen(here.direction) * writing.contents(A.bias.double())).sum((1, 2))
         each = _by_head(model, torch.cat([here.through(A.contributions()), rest.unsqueeze(-1)], dim=-1))
         bias = torch.zeros_like(each[:, :1])
-        bias[:, 0, -1] = _of_bias(here, layer)
+        bias[:, 0, -1] = _of_bias(here, writing)
         rows[layer] = torch.cat([each, bias], dim=1)
     numbered = {layer: reading.by_number(row) for layer, row in rows.items()}
     labels = {"src": next(iter(numbered.values()))[1]}
@@ -89,10 +90,9 @@ def _by_head(model: HookedModel, x: Float[Tensor, "batch channel *rest"]) -> Flo
     return x.unflatten(1, (model.cfg.sizes["head"], -1)).sum(2)
 
 
-def _of_bias(reading: Reading, layer: int) -> Float[Tensor, " batch"]:
+def _of_bias(reading: Reading, writing: Writing) -> Float[Tensor, " batch"]:
     """What the bias of a layer's output projection gives to the logit, which is no head's; 0 where there is none."""
-    bias = reading.model.blocks[layer].mixer.output_weights()[1]
-    return torch.zeros_like(reading.logit) if bias is None else (reading.direction @ bias.double()).sum(1)
+    return (reading.direction * writing.of_bias(reading.direction)).sum((1, 2))
 
 
 def _titled(

@@ -18,7 +18,7 @@ A soft cap is not linear: with one, what is decomposed is the logit before it. E
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from gatedlens.address.positions import Positions, listed, one_a_row
 from gatedlens.attention.contributions import Contributions
+from gatedlens.attention.layer import points_of
 from gatedlens.attention.stack import implicit_attention
 from gatedlens.errors import InputError
 from gatedlens.model.base import HookedModel
@@ -40,7 +41,6 @@ from gatedlens.result.result import Result
 from gatedlens.runs import inputs
 
 Tokens = int | str | Sequence[int] | Sequence[str] | Tensor
-SCALE = "ln_final.hook_scale"
 REMAINDER = "remainder"
 
 
@@ -74,8 +74,7 @@ def token_attribution(
     A mixer's output is split by its implicit attention; the embedding and the channel mixers write where they stand; the
     biases, and what a mixer adds by biases and a carried state, are the remainder. Options as in `logit_attribution`.
     """
-    mixers = [mixer for block in model.blocks for mixer in block.writers]
-    inside = tuple(f"blocks.{mixer.layer}.{mixer.place}.{name}" for mixer in mixers for name in mixer.attention_points)
+    inside = tuple(name for block in model.blocks for mixer in block.writers for name in points_of(block, mixer))
     reading = Reading.of(model, input, right, wrong, pos, inside)
     rows = {}
     for label, value in reading.streams():
@@ -111,7 +110,7 @@ class Reading:
     ) -> Reading:
         """The reading of an input (run once) or of a cache; `inside` are more points that are needed."""
         last_block = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
-        streams = ("blocks.0.hook_resid_pre", "blocks.*.hook_*_out", last_block, SCALE)
+        streams = ("blocks.0.hook_resid_pre", "blocks.*.hook_*_out", last_block, *held_at_last(model))
         cache, batch = inputs.cached(model, input, (*streams, *_scales(model), *inside))
         last = cache["resid_post", -1].double()
         u = _columns(model, right, len(last), "right")
@@ -121,7 +120,7 @@ class Reading:
             b_u = b_u - _biases(model, wrong, len(last))
         looks, where = _looks(model, batch, pos)
         u = looks.unsqueeze(-1) * u.unsqueeze(1)
-        direction, norm_bias = _through_norm(model, last, cache[SCALE], u)
+        direction, norm_bias = _through_norm(model, last, {name: cache[name] for name in held_at_last(model)}, u)
         biases = {"ln_final_bias": norm_bias, "unembedding_bias": b_u}
         logit = (direction * last).sum((1, 2)) + norm_bias + b_u
         facts = {"model": model.cfg.model_name, "right": _said(right), "pos": where, "logit": logit.tolist()}
@@ -220,17 +219,26 @@ def _where_written(
 
 
 def _through_norm(
-    model: HookedModel, last: Tensor, scale: Tensor, u: Tensor
+    model: HookedModel, last: Tensor, held: Mapping[str, Tensor], u: Tensor
 ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, " batch"]]:
-    """(direction, bias): u . ln_final(x) = direction . x + bias, with the norm's scale held. Every norm is then linear."""
+    """(direction, bias): u . ln_final(x) = direction . x + bias, with the norm's points held. Every norm is then linear."""
     with torch.inference_mode(False), torch.enable_grad():
-        u, held = u.clone(), scale.clone()  # tensors of an inference mode outside take no part in gradients
-        with model.hooks([(SCALE, lambda own, hook: held.to(own))]):
+        u = u.clone()  # tensors of an inference mode outside take no part in gradients
+        with model.hooks([(name, _standing(value.clone())) for name, value in held.items()]):
             x = torch.zeros(last.shape, dtype=last.dtype, device=last.device, requires_grad=True)
             read = (model.ln_final(x).double() * u).sum((1, 2))
         with exact(x):
             (direction,) = torch.autograd.grad(read.sum(), x)
     return direction, read.detach()
+
+
+def held_at_last(model: HookedModel) -> tuple[str, ...]:
+    """`held_at_last(model)`: the points with which the final norm is linear: its scale, and what else it weighs by."""
+    return tuple(f"ln_final.{name}" for name in model.ln_final.held_points)
+
+
+def _standing(value: Tensor) -> Callable[..., Tensor]:
+    return lambda own, hook: value.to(own)
 
 
 def _looks(model: HookedModel, batch: Batch, pos: Positions) -> tuple[Float[Tensor, "batch pos"], Any]:

@@ -29,7 +29,7 @@ from gatedlens.address.layers import Layers, layers_of, scans_of
 from gatedlens.address.positions import Positions, one_a_row
 from gatedlens.errors import InputError, PointError
 from gatedlens.lens.early_logits import LogitLens
-from gatedlens.lens.logit_shares import SCALE, Reading, Tokens
+from gatedlens.lens.logit_shares import Reading, Tokens, held_at_last
 from gatedlens.model.base import HookedModel
 from gatedlens.model.batch import Batch, Input
 from gatedlens.model.cache import ActivationCache
@@ -268,7 +268,7 @@ def _held_names(model: HookedModel) -> list[str]:
 
 def _needed(model: HookedModel, readouts: list[Readout]) -> list[str]:
     written = [one.written for one in readouts]
-    return [*dict.fromkeys([*_held_names(model), *written, "blocks.0.hook_resid_pre", SCALE])]
+    return [*dict.fromkeys([*_held_names(model), *written, "blocks.0.hook_resid_pre", *held_at_last(model)])]
 
 
 def _everywhere(state: Tensor) -> Callable[..., Tensor]:

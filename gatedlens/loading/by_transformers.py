@@ -20,7 +20,9 @@ from gatedlens.model.checkpoint import reading
 from gatedlens.weights import AsRead
 
 log = logging.getLogger("gatedlens")
-ONE_EXPERT = re.compile(r".*\.experts\.(?=\d+\.)")
+ONE_OF_MANY = re.compile(
+    r".*\.(experts\.(?=\d+\.)|ngram_embedding\.(?=shard_\d+\.))"
+)  # tensors that are one in the model
 PART = re.compile(r"(model\.)?[a-z_]+(\.\d+)?")  # of a model, of a tensor's name: mtp, model.visual, model.layers.42
 
 
@@ -31,9 +33,9 @@ def from_transformers(
     files = checkpoint.find(source, hub)
     if quantisation.of(config) is not None:
         return _from_quantised(hooked, source, where, config, dtype, hub, files.names())
-    held = files.shapes()
-    fields.check_depth(config, hooked.hub_fields, where, len(held))
+    fields.check_depth(config, hooked.hub_fields, where, len(files.names()))
     expected = asked_for(source, where, hub)
+    held = files.shapes([name for name, tensor in expected.state_dict().items() if not tensor.is_floating_point()])
     names = {name for name, _ in expected.named_parameters(remove_duplicate=False)}
     prefix = next((p for p in checkpoint.prefixes(held) if any(name.removeprefix(p) in names for name in held)), "")
     _check_shapes(
@@ -128,8 +130,8 @@ def _check_shapes(source: str, expected: nn.Module, held: Mapping[str, Any]) -> 
     mismatched = fit.misshapen(wanted, held)
     asked, there = sum(p.numel() for p in expected.parameters()), sum(shape.numel() for shape in held.values())
     if mismatched or asked > there:
-        # Files hold experts one by one, where the model has them stacked: neither is missing, neither left over.
-        apart = {name: found[0] for name in held if (found := ONE_EXPERT.match(name))}
+        # Files hold experts one by one, and large tables in parts, where the model has one: none is missing or left over.
+        apart = {name: found[0] for name in held if (found := ONE_OF_MANY.match(name))}
         missing = {name for name in fit.missing(expected, held) if f"{name.rpartition('.')[0]}." not in apart.values()}
         fit.check(source, missing, set(held) - set(wanted) - set(apart), mismatched)
 

@@ -4,6 +4,7 @@
     language.py    tokens in, logits out                               views.py      other tools' names, served from our points
     vision.py      images in, logits out
     block.py       Block: branches at the residual stream, as data     cache.py      ActivationCache
+    behind.py, writing.py  what a mixer writes, behind its projection
     mixer.py       what mixes tokens; the recurrence with its points   norm.py       norms
     path.py        a mixer as a path of stages                         stages.py     Conv, Scan, Gate ...
     hookpoint.py   one named place                                     state.py      what a layer hands to the next call

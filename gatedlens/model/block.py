@@ -11,6 +11,7 @@ of such a block. b batch, l pos.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jaxtyping import Float
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from gatedlens.address.point import Point
 from gatedlens.errors import InputError
+from gatedlens.model.behind import Behind
 from gatedlens.model.hookpoint import EXPERTS, MLP, NORM, Part
 from gatedlens.model.mixer import TokenMixing
 from gatedlens.model.norm import Norm
 from gatedlens.model.run import Run
+from gatedlens.model.writing import Writing
 
 
 class Sub(NamedTuple):
@@ -29,7 +32,8 @@ class Sub(NamedTuple):
 
     `name` is in its points at the stream, hook_{name}_in and hook_{name}_out; `place` (None: the name) and `ln` are where part
     and norm stand in the block. A part is called with (x, run); norm and after may be None, the identity. What mixes tokens has
-    no `scale` here: it multiplies its output itself, since its `output_weights` say what it writes.
+    no `scale` here: it multiplies its output itself, since its `output_weights` say what it gives; what is `after` it is
+    `Behind`, and `Block.writing` says what is written.
     """
 
     name: str
@@ -37,7 +41,7 @@ class Sub(NamedTuple):
     norm: Norm | None = None
     ln: str = "ln1"
     place: str | None = None
-    after: Norm | None = None
+    after: Behind | None = None
     after_ln: str = "ln1_post"
     scale: float = 1.0
 
@@ -66,12 +70,15 @@ class Way(NamedTuple):
     after: tuple[str, ...]
     out: str
     scale: float
+    kept: str | None = None  # the norm whose normed stream the part behind reads, too
 
     @staticmethod
     def of(sub: Sub) -> Way:
         norm = () if sub.norm is None else (sub.ln,)
         after = () if sub.after is None else (sub.after_ln,)
-        return Way((f"hook_{sub.name}_in", *norm), sub.place or sub.name, after, f"hook_{sub.name}_out", sub.scale)
+        kept = sub.ln if sub.after is not None and sub.after.reads_norm else None
+        before = (f"hook_{sub.name}_in", *norm)
+        return Way(before, sub.place or sub.name, after, f"hook_{sub.name}_out", sub.scale, kept)
 
 
 class Block(Part):
@@ -97,8 +104,9 @@ class Block(Part):
         mixing = [sub for sub in every if isinstance(sub.part, TokenMixing) and sub.name != "mlp"]
         self.mixing = {sub.name: sub.place or sub.name for sub in mixing}
         # What stands in it, as `gl.layers.where(kind=...)` asks for it.
-        told, self.norming = (EXPERTS, NORM), {s.name: s.place or s.name for s in every if s.part.role == NORM}
-        own = {sub.part.role if sub in mixing or sub.part.role in told else MLP for sub in every} - {NORM}
+        # What has no role stands beside them (n-gram embeddings).
+        told, self.norming = (EXPERTS, NORM, ""), {s.name: s.place or s.name for s in every if s.part.role == NORM}
+        own = {sub.part.role if sub in mixing or sub.part.role in told else MLP for sub in every} - {NORM, ""}
         self.kinds = frozenset(own.union(*(one.kinds for one in inner)))
 
     @property
@@ -129,6 +137,32 @@ class Block(Part):
             else next(f"hook_{name}_out" for name, at in self.mixing.items() if at == place)
         )
 
+    def behind(self, place: str) -> tuple[str, Behind] | None:
+        """`block.behind("attn")`: what stands between a mixer and the stream, and where in the block; None: nothing."""
+        way = next((way for group in self.groups for way in group if way.place == place), None)
+        if way is None or not way.after:
+            return None
+        return way.after[0], self._modules[way.after[0]]  # type: ignore[return-value]
+
+    def held(self, place: str) -> tuple[str, ...]:
+        """`block.held("attn")`: the points, relative to the block, that `writing` reads."""
+        found = self.behind(place)
+        return () if found is None else tuple(f"{found[0]}.{name}" for name in found[1].held_points)
+
+    def held_by(self, place: str, cached: Callable[[str], Tensor]) -> Float[Tensor, "*batch pos copy"] | None:
+        """`block.held_by("attn", cached)`: by what each position's output of a mixer is multiplied behind its projection, its
+        points read by `cached`, by their names relative to the block; None: by nothing."""
+        found = self.behind(place)
+        return None if found is None else found[1].held(lambda name: cached(f"{found[0]}.{name}"))
+
+    def writing(self, place: str, by: Float[Tensor, "*batch pos copy"] | None) -> Writing:
+        """`block.writing("attn", block.held_by("attn", cached))`: what a mixer writes to the stream."""
+        (weight, bias), found = self.mixer_at(place).output_weights(), self.behind(place)
+        gain = None if found is None else found[1].gain
+        if gain is not None:
+            weight, bias = gain.unsqueeze(1) * weight, None if bias is None else gain * bias
+        return Writing(weight, bias, by)
+
     def mixer_at(self, place: str | None) -> TokenMixing:
         """`block.mixer_at("attn")`: what mixes tokens under this name (None: the first); InputError for a name that none has."""
         if place is None:
@@ -152,12 +186,15 @@ class Block(Part):
         self, way: Way, resid: Float[Tensor, "batch pos d_model"], run: Run
     ) -> Float[Tensor, "batch pos d_model"]:
         """What one branch adds to the stream."""
-        x = resid
+        x, kept = resid, ()
         for place in way.before:
-            x = getattr(self, place)(x)
+            if place == way.kept:
+                x, *kept = getattr(self, place).read(x)
+            else:
+                x = getattr(self, place)(x)
         x = getattr(self, way.place)(x, run)
         for place in way.after:
-            x = getattr(self, place)(x)
+            x = getattr(self, place)(x, *kept)
         return getattr(self, way.out)(x if way.scale == 1 else x * way.scale)
 
 

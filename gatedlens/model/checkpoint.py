@@ -13,7 +13,7 @@ import json
 import pickle
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -118,9 +118,10 @@ class Files:
     index: Path | None
     weight_map: Mapping[str, str]
 
-    def shapes(self) -> dict[str, torch.Size]:
-        """The shape of each tensor, from the headers where the format has them."""
-        return self._merged({path: _shapes(path) for path in self.paths})
+    def shapes(self, numbers: Sequence[str] = ()) -> dict[str, torch.Size]:
+        """The shape of each tensor, from the headers where the format has them. numbers: how the names of those end that are
+        whole numbers; any other tensor that is no weight is refused."""
+        return self._merged({path: _shapes(path, tuple(numbers)) for path in self.paths})
 
     def names(self) -> dict[str, Path]:
         """In which file each tensor is, of any dtype."""
@@ -205,13 +206,13 @@ def _sizes(path: Path) -> list[tuple[torch.dtype, int]]:
     return [(dtype, shape.numel() * dtype.itemsize) for dtype, shape in known]
 
 
-def _shapes(path: Path) -> dict[str, torch.Size]:
+def _shapes(path: Path, numbers: tuple[str, ...] = ()) -> dict[str, torch.Size]:
     if path.suffix != ".safetensors":
         return {name: tensor.shape for name, tensor in read_tensors(path).items()}
     with reading(path), safe_open(str(path), "pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         for name, part in slices.items():
-            if part.get_dtype() not in STORED:
+            if part.get_dtype() not in STORED and not name.endswith(numbers):
                 raise _no_weight(path, name, part.get_dtype())
         return {name: torch.Size(part.get_shape()) for name, part in slices.items()}
 

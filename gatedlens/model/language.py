@@ -272,9 +272,10 @@ class HookedLanguageModel(ReadsText, HookedModel):
                     raise InputError(
                         f"tokens have shape {list(tokens.shape)}; the stream is {list(batch.value.shape[:2])}."
                     )
+                run.tokens = tokens
                 resid = self.through_blocks(batch.value, run, start_at_layer, stop_at_layer)
             else:
-                tokens = batch.value
+                tokens = run.tokens = batch.value
                 resid = self.stream(self.hook_embed(self.there(self.embedding, self.embed, tokens)))
                 resid = self.through_blocks(resid, run, None, stop_at_layer)
             out = (
@@ -392,11 +393,17 @@ class HookedLanguageModel(ReadsText, HookedModel):
         """`model.accumulated_bias(layer)`: [d_model], the constant that the output biases of all mixers before `layer` add
         to the residual stream.
 
-        Of MLPs without biases; an architecture with others says so.
+        Of MLPs without biases; an architecture with others says so. InputError for one in front of a norm (OLMo-hybrid's with
+        attention_bias), whose part is another at each position: `cache.get_full_resid_decomposition()` has it as "bias".
         """
         total = torch.zeros(self.cfg.d_model, device=self.W_U.device)
-        blocks = self.blocks[: layer + int(mlp_input)]
-        for mixer in (mixer for block in blocks for mixer in block.writers):
+        for mixer in (mixer for block in self.blocks[: layer + int(mlp_input)] for mixer in block.writers):
             _, bias = mixer.output_weights()
+            held = self.blocks[mixer.layer].held(mixer.place)
+            if bias is not None and held:
+                raise InputError(
+                    f"accumulated_bias({layer}): behind the bias of layer {mixer.layer} stands {held[0]}, so what it adds is no "
+                    "constant. It is in what the mixer writes, `contributions().remainder()`."
+                )
             total = total if bias is None else total + bias
         return total

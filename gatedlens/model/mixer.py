@@ -19,7 +19,6 @@ from gatedlens.model.padding import Padding, windows
 from gatedlens.model.run import Run
 from gatedlens.model.state import RecurrentState
 from gatedlens.model.weights import given
-from gatedlens.recurrence.autocast import exact
 from gatedlens.recurrence.chunks import chunked
 from gatedlens.recurrence.convolution import slide
 from gatedlens.recurrence.delta_states import states_of_delta_rule
@@ -60,7 +59,7 @@ class TokenMixing(Part):
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
         """(W, b) of the output projection: the mixer's output is W o + b, o what the implicit attention yields.
 
-        What the output is multiplied by is in both.
+        What the output is multiplied by is in both. What stands behind it in the block is not: see `Block.writing`.
         """
         raise NotImplementedError
 
@@ -68,15 +67,6 @@ class TokenMixing(Part):
     def output_name(self) -> str:
         """The full name of `output_point`: "blocks.0.mixer.hook_gated"."""
         return f"blocks.{self.layer}.{self.place}.{self.output_point}"
-
-    def written_by_heads(self, o: Float[Tensor, "*any"], heads: int) -> Float[Tensor, "... d_model"]:
-        """What each of the `heads` of `output_point` writes into the residual stream, the projection's bias left out:
-        [*batch, pos, head, d_model] of [*batch, pos, channel] or [*batch, pos, head, value]."""
-        weight = self.output_weights()[0].to(o.device)
-        wide = o.flatten(-2) if o.shape[-1] != weight.shape[1] else o
-        with exact(o):
-            each = wide.unflatten(-1, (heads, -1)).to(weight.dtype)
-            return torch.einsum("...hv,dhv->...hd", each, weight.unflatten(1, (heads, -1)))
 
     def branches(
         self, cached: Callable[[str], Tensor], padding: Padding, state: RecurrentState | None

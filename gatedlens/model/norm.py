@@ -8,6 +8,7 @@ reads it at its full width and puts out what the weights are in.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 
 from gatedlens import fused
 from gatedlens.address.point import Point
-from gatedlens.model.hookpoint import Part
+from gatedlens.errors import InputError
+from gatedlens.model.behind import Behind
 from gatedlens.model.watch import NORMS
 from gatedlens.recurrence.scanning import at_least_float32
 
 
-class Norm(Part):
+class Norm(Behind):
     """out = weight * x / scale (+ bias), scale = sqrt(mean(x^2) + eps), computed in at least float32.
 
     RMSNorm or LayerNorm (x centred first), as the wrapped norm's class says, or else `centred`; so with the wrapped norm's
@@ -31,6 +33,7 @@ class Norm(Part):
     """
 
     torch_norms: ClassVar[tuple[type, ...]] = NORMS  # torch's norms that this is the mathematics of
+    held_points: ClassVar[tuple[str, ...]] = ("hook_scale",)  # with these it is linear in what it reads
 
     def __init__(self, weights: Any, rows: tuple[Point, ...], eps: float, centred: bool = False):
         super().__init__(weights, rows)
@@ -41,6 +44,29 @@ class Norm(Part):
     def gain(self) -> Float[Tensor, " d_model"]:
         """What `normalized` is multiplied by."""
         return self.weights.weight
+
+    @property
+    def gain_behind(self) -> Float[Tensor, " d_model"] | None:
+        """By what `scaled` is multiplied to be what the norm puts out, its bias aside; None: by nothing."""
+        return self.gain
+
+    def scaled(self, x: Float[Tensor, "... d_model"], cached: Callable[[str], Tensor]) -> Float[Tensor, "... d_out"]:
+        """`norm.scaled(x, cached)`: what it makes of x with its `held_points` held, read by `cached`; without the gain."""
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        return x / cached("hook_scale").to(x)
+
+    def directions(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_out"]:
+        """`norm.directions(x)`: directions of the stream as what reads the norm sees them, wherever: up to the length, which goes
+        by the position."""
+        return x * self.gain.to(x)
+
+    def held(self, cached: Callable[[str], Tensor]) -> Float[Tensor, "*batch pos one"]:
+        """`norm.held(cached)`: 1 / scale, by which it multiplies a position behind a mixer; InputError for one that centres."""
+        if self.centred:
+            raise InputError(
+                "A norm that centres stands behind a mixer: what each token writes through it is not known."
+            )
+        return 1 / at_least_float32(cached("hook_scale"))
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         if not self.centred and fused.fits(x) and x.dtype == self.weights.weight.dtype and self.at_rest():

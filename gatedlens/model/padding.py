@@ -41,11 +41,11 @@ class Padding:
         order = positions.order(mask)
         return Padding(mask, order, torch.argsort(order, dim=1))
 
-    def zero(self, x: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos ..."]:
+    def zero(self, x: Shaped[Tensor, "batch pos ..."]) -> Shaped[Tensor, "batch pos ..."]:
         """`x` with zeros at masked positions."""
         return x if self.mask is None else self.fill(x, 0.0)
 
-    def fill(self, x: Float[Tensor, "batch pos ..."], value: float) -> Float[Tensor, "batch pos ..."]:
+    def fill(self, x: Shaped[Tensor, "batch pos ..."], value: float) -> Shaped[Tensor, "batch pos ..."]:
         """`x` with `value` at masked positions, whatever stood there (NaN too)."""
         return (
             x if self.mask is None else x.masked_fill(~self.mask.reshape(*self.mask.shape, *[1] * (x.ndim - 2)), value)
@@ -62,8 +62,8 @@ class Padding:
         return self.mask.sum(1)
 
     def behind(
-        self, x: Float[Tensor, "batch pos channel"], tail: Float[Tensor, "batch tail channel"]
-    ) -> Float[Tensor, "batch long channel"]:
+        self, x: Shaped[Tensor, "batch pos channel"], tail: Shaped[Tensor, "batch tail channel"]
+    ) -> Shaped[Tensor, "batch long channel"]:
         """The packed row behind its tail: [b, K-1+l, c]; a window of K ending at K-1+rank is what a position sees."""
         return torch.cat([tail.to(x.dtype), self.pack(x)], dim=1)
 
@@ -84,11 +84,11 @@ class Padding:
         real = torch.arange(x.shape[1], device=x.device) < self.counts(x).unsqueeze(1)
         return real.unsqueeze(-1).to(x.dtype)
 
-    def spread(self, packed: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos ..."]:
+    def spread(self, packed: Shaped[Tensor, "batch pos ..."]) -> Shaped[Tensor, "batch pos ..."]:
         """Back from packed to real positions; zeros at masked ones."""
         return packed if self.rank is None else self.zero(_take(packed, self.rank))
 
-    def tail(self, long: Float[Tensor, "batch long channel"], width: int) -> Float[Tensor, "batch tail channel"]:
+    def tail(self, long: Shaped[Tensor, "batch long channel"], width: int) -> Shaped[Tensor, "batch tail channel"]:
         """The last K-1 real inputs of each row, from `behind`: the tail for the next call."""
         if self.mask is None:
             return long[:, long.shape[1] - (width - 1) :]
@@ -109,6 +109,6 @@ def _permuted(x: Tensor, dims: Sequence[str], index: Tensor | None) -> Tensor:
     return x
 
 
-def windows(long: Float[Tensor, "batch long channel"], width: int) -> Float[Tensor, "batch pos channel tap"]:
+def windows(long: Shaped[Tensor, "batch long channel"], width: int) -> Shaped[Tensor, "batch pos channel tap"]:
     """Every window of `width` over a row from `behind`, oldest tap first."""
     return long.unfold(1, width, 1)

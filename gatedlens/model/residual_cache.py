@@ -24,8 +24,10 @@ from gatedlens.address.key import Key
 from gatedlens.address.layers import layer_of
 from gatedlens.address.point import Found
 from gatedlens.errors import InputError, PointError
-from gatedlens.model.by_head import head_outputs
+from gatedlens.model.batch import Option
+from gatedlens.model.by_head import head_outputs, writing_of
 from gatedlens.model.keeping import SliceLike
+from gatedlens.model.norm import Norm
 
 # Whose logits are meant: a text of one token, an id, ids [batch] or [batch, pos]. For editors and type checkers; whoever passes
 # something else gets the error of the function that reads it.
@@ -164,7 +166,55 @@ class ResidualCache(transformer_lens.ActivationCache):
         a_token_a_row = along.ndim == 2 and scaled.ndim == 4 and has_batch_dim and rows.mode != "int"
         if a_token_a_row and along.shape[0] == scaled.shape[1]:
             along = along.unsqueeze(1)
-        return (scaled * self.model.ln_final.gain * along).sum(-1)
+        gain = self.model.ln_final.gain_behind
+        return ((scaled if gain is None else scaled * gain) * along).sum(-1)
+
+    def apply_ln_to_stack(
+        self,
+        residual_stack: Float[Tensor, "component ..."],
+        layer: int | None = None,
+        mlp_input: bool = False,
+        pos_slice: SliceLike = None,
+        batch_slice: SliceLike = None,
+        has_batch_dim: bool = True,
+        recompute_ln: bool = False,
+    ) -> Float[Tensor, "component ..."]:
+        """`cache.apply_ln_to_stack(parts)`: as TransformerLens's, what components become behind the norm of a layer, its
+        scale held (recompute_ln: computed anew, behind the final one).
+
+        Where a norm does more (Qwen4's reads several copies of the stream), all of that is held, its gain with it.
+        """
+        name = (
+            "ln_final"
+            if layer in (None, -1, self.model.cfg.n_layers)
+            else f"blocks.{layer}.{'ln2' if mlp_input else 'ln1'}"
+        )
+        norm = self.model.get_submodule(name) if f"{name}.hook_scale" in self.model.names.points else None
+        if not isinstance(norm, Norm) or norm.gain_behind is not None:
+            return super().apply_ln_to_stack(
+                residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln
+            )
+        positions, rows = (one if isinstance(one, Slice) else Slice(one) for one in (pos_slice, batch_slice))
+
+        def cached(point: str) -> Tensor:
+            held = positions.apply(self[f"{name}.{point}"], dim=-2)
+            return rows.apply(held, dim=0) if has_batch_dim else held
+
+        stack = rows.apply(residual_stack, dim=1) if has_batch_dim else residual_stack
+        if recompute_ln and name == "ln_final":
+            return torch.stack([norm(one) for one in stack])
+        return norm.scaled(stack, cached)
+
+    def logit_lens(self, **options: Option) -> object:
+        """`cache.logit_lens(positions=None)`: TransformerLens's. It reads vectors of d_model, so a final norm that makes
+        narrower ones of it is refused."""
+        if self.model.ln_final.gain_behind is None:
+            raise InputError(
+                f"cache.logit_lens() reads vectors of d_model numbers, and the unembedding of {self.model.cfg.model_name} reads "
+                f"{len(self.model.W_U)} of {self.model.cfg.d_model}: gl.lens.logit_lens(model, text) reads the stream at every "
+                "layer."
+            )
+        return super().logit_lens(**options)
 
     def _get_cached_ln_scale(self, layer: int | None, mlp_input: bool, *given: Any, **options: Any) -> Tensor:
         """As TransformerLens's; a layer that reads the stream as it is (OLMo-hybrid's attention is normed behind) says so."""
@@ -190,10 +240,10 @@ class ResidualCache(transformer_lens.ActivationCache):
         its output point.
         """
         layer = layer_of(self.model, layer)
-        mixer, name = self.model.blocks[layer].mixer, self._head_outputs().get(layer)
+        block, name = self.model.blocks[layer], self._head_outputs().get(layer)
         if name is None:
-            raise self.model.names.lacking(mixer.output_name, "head", self.model.cfg.sizes)
-        return mixer.written_by_heads(self[name], self.model.cfg.sizes["head"])
+            raise self.model.names.lacking(block.mixer.output_name, "head", self.model.cfg.sizes)
+        return writing_of(self.model, layer, self.__getitem__).by_heads(self[name], self.model.cfg.sizes["head"])
 
     def _head_outputs(self) -> dict[int, str]:
         """The output point of each layer that has heads; a PointError that says so where none has."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from gatedlens.errors import InputError
@@ -28,6 +28,7 @@ class Run:
     left: dict[str, Tensor] | None = None  # None: nobody wants the state
     handed: dict[str, Tensor] = field(default_factory=dict)  # what blocks give later ones beside the stream
     without_gradient: set[str] = field(default_factory=set)  # of these, what was handed on under no_grad
+    tokens: Int[Tensor, "batch pos"] | None = None  # what the call is of; None: a stream whose tokens nobody told
 
     def hand_on(self, name: str, value: Float[Tensor, "batch pos ..."]) -> None:
         """Hand the activation of a point to later blocks of this call, beside the residual stream."""
@@ -85,8 +86,8 @@ class Run:
         return None
 
     def of_last_document(
-        self, long: Float[Tensor, "batch long channel"], width: int
-    ) -> Float[Tensor, "batch long channel"]:
+        self, long: Shaped[Tensor, "batch long channel"], width: int
+    ) -> Shaped[Tensor, "batch long channel"]:
         """A row behind its tail, 0 where it is not of the row's last document: what the next call may see of it."""
         return long
 
@@ -165,8 +166,8 @@ class DocumentRun(Run):
         return (seen == seen[..., -1:]).unsqueeze(2)
 
     def of_last_document(
-        self, long: Float[Tensor, "batch long channel"], width: int
-    ) -> Float[Tensor, "batch long channel"]:
+        self, long: Shaped[Tensor, "batch long channel"], width: int
+    ) -> Shaped[Tensor, "batch long channel"]:
         """As `Run.of_last_document`."""
         return long if self.documents is None else long * (self.behind(width) == self.last).unsqueeze(2)
 

@@ -6,7 +6,7 @@ b batch, l pos, h head (of queries), k key position, W the window, d d_head:
     pattern = softmax(q . k / sqrt(d)) over the last W tokens (all, without a window);   z = pattern v
     out     = o_proj(z sigmoid(gate))             the gate of each head stands behind its query in q_proj
 
-Which of these a layer has, and whether a norm is of all heads together or behind o_proj, is data, `AttentionKind`; numbers that
+Which of these a layer has, and whether a norm is of all heads together, is data, `AttentionKind`; numbers that
 some models multiply in are `Multipliers`. Local attention: Griffin (arXiv 2402.19427), sec. 2.3; rotary embedding: arXiv
 2104.09864; the gate: Qiu et al. 2025, arXiv 2505.06708.
 """
@@ -15,12 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from gatedlens.address.point import Point
@@ -28,7 +27,7 @@ from gatedlens.errors import CheckpointError
 from gatedlens.model.hookpoint import ATTENTION
 from gatedlens.model.memory import SMALL, afford, free
 from gatedlens.model.mixer import TokenMixing, multiplied
-from gatedlens.model.norm import Norm, eps_of, norm_rows
+from gatedlens.model.norm import Norm, norm_rows
 from gatedlens.model.padding import Padding
 from gatedlens.model.run import DocumentRun
 from gatedlens.model.state import Carried, RecurrentState
@@ -59,8 +58,7 @@ class AttentionKind:
     normed: the equation of the norm of q and k, head by head; None: they have none. gated: z is multiplied by a sigmoid. head:
     what the axis of the query heads is called ("head", unless heads of a recurrence stand in the same model). scores, keys: what
     else scores and keys are multiplied by, in words, where `Multipliers` say so. together: q and k are normed over all heads at
-    once. after: the name of a norm of what o_proj puts out. That norm is linear but for its scale, a number a position: it is
-    held in A as a gate is, gain * (W z) / scale = (gain * W) (z / scale).
+    once. gate_of_heads: the gate is a number a head.
     """
 
     windowed: bool = False
@@ -71,7 +69,6 @@ class AttentionKind:
     scores: str = ""
     keys: str = ""
     together: bool = False
-    after: str = ""
     gate_of_heads: bool = False
 
     @property
@@ -81,8 +78,8 @@ class AttentionKind:
 
     @property
     def output(self) -> str:
-        """The point that o_proj reads, or what it reads less the scale of the norm behind it."""
-        return "hook_scaled" if self.after else f"hook_{self.inner}"
+        """The point that o_proj reads."""
+        return f"hook_{self.inner}"
 
     def rows(self, source: str, reads: str = "ln1.out") -> tuple[Point, ...]:
         """`AttentionKind().rows(PAPER)`: the points of such an `Attention`, in firing order."""
@@ -122,22 +119,17 @@ class AttentionKind:
         if self.gated:
             gate = f"batch pos {self.head}" if self.gate_of_heads else q
             rows += [Point("hook_gate", gate, "sigmoid(gate_pre)", source), Point("hook_gated", q, "z * gate", source)]
-        if self.after:
-            rows += [
-                Point("hook_scale", "batch pos one", f"sqrt(mean(o_proj({self.inner})^2) + eps)", RMSNORM),
-                Point("hook_scaled", q, f"{self.inner} / scale", RMSNORM),
-            ]
         return rows
 
     @property
     def out(self) -> str:
         """What such an attention puts out, in words."""
-        return f"{self.after}.weight * o_proj(scaled)" if self.after else f"o_proj({self.inner})"
+        return f"o_proj({self.inner})"
 
     @property
     def words(self) -> str:
         """The implicit attention of such a layer, for the catalogue."""
-        gate = ("gate[i, channel] * " if self.gated else "") + ("1 / scale[i] * " if self.after else "")
+        gate = "gate[i, channel] * " if self.gated else ""
         out = self.output.removeprefix("hook_")
         return (
             f"x = v of each head, A[i, j] = {gate}pattern[i, j] of the channel's head, o = {out}; "
@@ -188,7 +180,7 @@ class Attention(TokenMixing):
     """Causal attention over the last `window` tokens, the own one included, of the same document; None: over all of them.
 
     `rotary` is the module that holds `inv_freq` (and, if it scales cos and sin, `attention_scaling`); None where the kind turns
-    nothing. `norms` are those of q and k, `after` that of what is put out, where it has them.
+    nothing. `norms` are those of q and k, where it has them.
 
     The state carries the last window - 1 `keys` (as the scores read them) and `values`, oldest first, with `key_positions`, -1
     for an empty place; without a window all of them. A call that goes on from a state has them in front: key_pos = carried + pos.
@@ -209,7 +201,6 @@ class Attention(TokenMixing):
         rotary: Any = None,
         norms: tuple[Norm, Norm] | None = None,
         multipliers: Multipliers = Multipliers(),  # noqa: B008  # a constant
-        after: Any = None,
     ):
         super().__init__(weights, rows, layer)
         self.kind = kind
@@ -219,9 +210,8 @@ class Attention(TokenMixing):
         self.__dict__["rotary"] = rotary  # of the wrapped model, as `weights` is
         self.output_point = kind.output
         self.heads_axis = kind.head
-        gates = (*(("hook_gate",) if kind.gated else ()), *(("hook_scale",) if kind.after else ()))
+        gates = ("hook_gate",) if kind.gated else ()
         self.attention_points = ("hook_v", "hook_pattern", *gates, kind.output)
-        self.__dict__["after"] = after  # the wrapped norm behind o_proj
         if norms is not None:
             self.q_norm, self.k_norm = norms
 
@@ -230,13 +220,9 @@ class Attention(TokenMixing):
     ) -> tuple[Factors, ...]:
         """A is the pattern of each channel's head times the gate, x the values, and r what the carried values bring."""
         v, pattern, o = (at_least_float32(cached(name)) for name in ("hook_v", "hook_pattern", self.output_point))
-        gates = [at_least_float32(cached("hook_gate"))] if self.kind.gated else []
-        if self.kind.gate_of_heads:
-            gates = [gate.unsqueeze(-1).expand(o.shape) for gate in gates]
-        gates = [gate.flatten(2) for gate in gates]
-        if self.kind.after:
-            gates.append((1 / at_least_float32(cached("hook_scale"))).expand(*o.shape[:2], o[0, 0].numel()))
-        gate = padding.pack(reduce(torch.mul, gates)) if gates else None
+        gate = at_least_float32(cached("hook_gate")) if self.kind.gated else None
+        if gate is not None:
+            gate = padding.pack((gate.unsqueeze(-1).expand(o.shape) if self.kind.gate_of_heads else gate).flatten(2))
         heads, length = pattern.shape[1], v.shape[1]
         groups, width = heads // v.shape[2], v.shape[3]
 
@@ -255,8 +241,6 @@ class Attention(TokenMixing):
 
     def output_weights(self) -> tuple[Float[Tensor, "d_model channel"], Float[Tensor, " d_model"] | None]:
         out, by = self.o_proj, self.multipliers.output
-        if self.kind.after:  # of an o_proj without a bias
-            return self.after.weight.unsqueeze(1) * multiplied(out.weight, by), None
         return multiplied(out.weight, by), None if out.bias is None else multiplied(out.bias, by)
 
     def named_weights(self) -> dict[str, Tensor]:
@@ -338,8 +322,34 @@ class Attention(TokenMixing):
             f"the {{}} that are free on {q.device}",
         )
 
-    def remember(self, keys: Tensor, values: Tensor, carried: Int[Tensor, "batch carried"], run: DocumentRun) -> None:
-        """Leave the real keys and values of each row, the last window - 1, without those of documents that have ended."""
+    def behind(
+        self, name: str, own: Shaped[Tensor, "batch pos ..."], carried: Int[Tensor, "batch carried"], run: DocumentRun
+    ) -> Shaped[Tensor, "batch key_pos ..."]:
+        """What is kept of each key, by its name in the state: of those that the state carries, then of this call's."""
+        shape = (len(own), carried.shape[1], *own.shape[2:])
+        return torch.cat([run.start(name, self.layer, shape, own), own], dim=1)
+
+    def seen(
+        self,
+        n: Float[Tensor, "batch pos d_read"],
+        kept: Mapping[str, Shaped[Tensor, "batch key_pos ..."]],
+        carried: Int[Tensor, "batch carried"],
+        run: DocumentRun,
+    ) -> Bool[Tensor, "batch 1 pos key_pos"] | None:
+        """Which keys each query attends to: those that it may see; None: all that are not ahead of it. What is kept of the keys
+        is left for the next call."""
+        self.remember(kept, carried, run)
+        alone = carried.shape[1] == 0 and self.window is None and run.documents is None and run.padding.mask is None
+        return None if alone else self.visible(carried, run)
+
+    def remember(
+        self,
+        kept: Mapping[str, Shaped[Tensor, "batch key_pos ..."]],
+        carried: Int[Tensor, "batch carried"],
+        run: DocumentRun,
+    ) -> None:
+        """Leave what is kept of each key, by its name in the state, of the real ones of each row, the last window - 1, without
+        those of documents that have ended."""
         if run.left is None:
             return
         places = torch.cat([carried, run.positions.masked_fill(~run.real, -1)], dim=1)
@@ -351,7 +361,7 @@ class Attention(TokenMixing):
         if self.window is not None:
             order = order[:, max(0, order.shape[1] - (self.window - 1)) :]
         rows = torch.arange(len(order), device=order.device).unsqueeze(1)
-        for name, value in (("keys", keys), ("values", values), ("key_positions", places)):
+        for name, value in {**kept, "key_positions": places}.items():
             run.leave(name, self.layer, value[rows, order])
 
     def read(
@@ -385,8 +395,7 @@ class Attention(TokenMixing):
         q: Float[Tensor, "batch pos head d_qk"],
         keys: Float[Tensor, "batch key_pos kv_head d_qk"],
         values: Float[Tensor, "batch key_pos kv_head d_v"],
-        carried: Int[Tensor, "batch carried"],
-        run: DocumentRun,
+        seen: Bool[Tensor, "batch 1 pos key_pos"] | None,
     ) -> Float[Tensor, "batch pos head d_v"]:
         """softmax(q . k) v over the keys that each query sees: scores and pattern are points, and exist if somebody listens."""
         groups = q.shape[2] // keys.shape[2]  # so many heads share one key and value head
@@ -395,12 +404,16 @@ class Attention(TokenMixing):
         dropout = vars(self.weights).get("attention_dropout", 0.0) if self.training else 0.0
         many = len(q) * q.shape[2] * q.shape[1] * keys.shape[1] >= MANY
         if many and dropout == 0 and unheard(q, keys, values) and self._at_rest():
-            alone = carried.shape[1] == 0 and self.window is None and run.documents is None
-            seen = None if alone and run.padding.mask is None else self.visible(carried, run)
             return attend(q, keys, values, seen, scale)
         self._afford(q, keys)
+        if seen is None:
+            seen = (
+                torch.ones(q.shape[1], keys.shape[1], dtype=torch.bool, device=q.device)
+                .tril()
+                .expand(len(q), 1, -1, -1)
+            )
         scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) * scale
-        scores = self.hook_attn_scores(scores.masked_fill(~self.visible(carried, run), -torch.inf))
+        scores = self.hook_attn_scores(scores.masked_fill(~seen, -torch.inf))
         pattern = self.hook_pattern(at_least_float32(scores).softmax(-1).to(values.dtype))
         return torch.einsum("bhqk,bkhd->bqhd", F.dropout(pattern, dropout), values)
 
@@ -413,21 +426,11 @@ class Attention(TokenMixing):
         v = run.padding.zero(v)  # 0 * NaN at a masked key would be NaN
         carried = run.start("key_positions", self.layer, (len(n), -1), run.positions)
 
-        def behind(name: str, own: Tensor) -> Tensor:
-            shape = (len(n), carried.shape[1], *own.shape[2:])
-            return torch.cat([run.start(name, self.layer, shape, own), own], dim=1)
-
-        keys, values = behind("keys", k), behind("values", v)
-        self.remember(keys, values, carried, run)
-
-        out = self.hook_z(self.mix(q, keys, values, carried, run))
+        keys, values = self.behind("keys", k, carried, run), self.behind("values", v, carried, run)
+        seen = self.seen(n, {"keys": keys, "values": values}, carried, run)
+        out = self.hook_z(self.mix(q, keys, values, seen))
         if gate_pre is not None:
             gate = self.hook_gate(torch.sigmoid(gate_pre))
             out = self.hook_gated(out * (gate.unsqueeze(-1) if self.kind.gate_of_heads else gate))
-        if self.kind.after:
-            put_out = at_least_float32(F.linear(out.flatten(2), self.o_proj.weight))
-            scale = self.hook_scale((put_out.pow(2).mean(-1, keepdim=True) + eps_of(self.after, 0.0)).sqrt())
-            scaled = self.hook_scaled((at_least_float32(out) / scale.unsqueeze(-1)).to(out.dtype))
-            return F.linear(scaled.flatten(2), *self.output_weights())
         last = self.o_proj
         return multiplied(F.linear(out.flatten(2), last.weight, last.bias), self.multipliers.output)

@@ -119,9 +119,11 @@ def experts_rows(
     reads: str = "ln2.out",
     router: str = "gate",
     shared: tuple[Point, ...] = (),
+    out: str = "d_model",
 ) -> tuple[Point, ...]:
     """`experts_rows("SiLU", "softmax over expert of router, the k largest, divided by their sum")`: the points of `Experts`
-    whose routing is `weights` in words; shared: those of the shared expert, if there is one."""
+    whose routing is `weights` in words; shared: those of the shared expert, if there is one; out: the axis of what each expert
+    puts out."""
     each = "batch pos expert d_expert"
     return (
         Point("hook_router", "batch pos expert", f"{router}({reads})", source),
@@ -129,7 +131,7 @@ def experts_rows(
         Point("experts.hook_pre", each, f"gate_up_proj[expert]({reads}), the first half", source, True),
         Point("experts.hook_pre_linear", each, f"gate_up_proj[expert]({reads}), the second half", source, True),
         Point("experts.hook_post", each, f"{act}(pre) * pre_linear", source, True),
-        Point("hook_experts", "batch pos expert d_model", "down_proj[expert](experts.post)", source, True),
+        Point("hook_experts", f"batch pos expert {out}", "down_proj[expert](experts.post)", source, True),
         *block_rows("shared", shared),
     )
 

@@ -32,9 +32,13 @@ class GridAttention(Attention):
     def turning(
         self, run: DocumentRun, like: Tensor
     ) -> tuple[Float[Tensor, "batch pos rotary"], Float[Tensor, "batch pos rotary"]]:
-        if run.axes is None:
-            return super().turning(run, like)
-        turns = [self.angles(positions, like) for positions in run.axes]
+        return super().turning(run, like) if run.axes is None else self.turning_by(run.axes, like)
+
+    def turning_by(
+        self, axes: Int[Tensor, "axis batch pos"], like: Tensor
+    ) -> tuple[Float[Tensor, "batch pos rotary"], Float[Tensor, "batch pos rotary"]]:
+        """cos and sin of positions of three axes."""
+        turns = [self.angles(positions, like) for positions in axes]
         cos, sin = (torch.stack(sides) for sides in zip(*turns, strict=True))  # axis b l (2 pair)
         axis = self.axis_of_pair(cos.shape[-1] // 2).repeat(2).to(cos.device)
         index = axis.expand(1, *cos.shape[1:])

@@ -52,7 +52,7 @@ class Branch(NamedTuple):
 
     out: what it puts out, in words; make: its part; weights, norm: the names of their modules in the wrapped layer (norm None: it
     has none). ln and place: where norm and part stand in our block (None: under the name); scale: what a channel mixer's output
-    is multiplied by; after: the name of the norm of what a channel mixer puts out, {ln}_post in our block.
+    is multiplied by; after: the name of the norm of what the part puts out, {ln}_post in our block.
     """
 
     name: str

@@ -104,6 +104,7 @@ def first_layer(model, cache):
             "minimax": "norm",
             "olmo_hybrid": "o_norm",
             "qwen3_next": "norm",
+            "qwen4_exp": "norm",
         }
         norm = getattr(model.blocks[0].mixer.weights, named[model.cfg.architecture])
         heads = y.unflatten(-1, (-1, len(norm.weight)))  # of all heads together where its weight is as long

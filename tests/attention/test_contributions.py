@@ -32,7 +32,10 @@ def of(cache, variant="all"):
         out = cache[f"blocks.{A.layer}.hook_mixer_out"]
         A = VARIANTS[variant](A)
         F = A.contributions()
-        yield F, torch.einsum("bijc,dc->bijd", by_channel_and_source(A), F.weight), out
+        vectors, by = torch.einsum("bijc,dc->bijd", by_channel_and_source(A), F.weight), A.by
+        if by is not None:  # numbers of each destination, for each copy of the stream
+            vectors = torch.cat([by[:, :, k, None, None] * vectors for k in range(by.shape[2])], dim=-1)
+        yield F, vectors, out
 
 
 @torch.no_grad()
@@ -51,7 +54,7 @@ def test_every_view_is_the_definition(model, case, variant, monkeypatch):
     monkeypatch.setattr(contributions, "BLOCK_ELEMENTS", 3 * 2 * 11 * 24)  # several blocks of rows and of channels
     for F, vectors, _ in of(cached(model, case), variant):
         scale = vectors.abs().max()
-        direction = torch.randn(len(F.weight), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        direction = torch.randn(F.writing.width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         pairs = {
             "along": (F.along(direction), vectors @ direction),
             "norms": (F.norms(), vectors.norm(dim=-1)),
@@ -68,7 +71,7 @@ def test_every_view_is_the_definition(model, case, variant, monkeypatch):
 def test_taps_sum_to_the_whole(model, case):
     for F, vectors, _ in of(cached(model, case)):
         taps = [F.tap(k) for k in range(F.n_taps)]
-        direction = torch.ones(len(F.weight), dtype=torch.float64)
+        direction = torch.ones(F.writing.width, dtype=torch.float64)
         assert relative(sum(tap.along(direction) for tap in taps), vectors @ direction) < 1e-10
         assert relative(sum(tap.row(-1) for tap in taps), at_real(vectors, F.attention.padding.mask, -1, 1)) < 1e-10
         assert relative(sum(tap.output() for tap in taps) + F.remainder(), F.output()) < 1e-10

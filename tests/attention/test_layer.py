@@ -175,9 +175,13 @@ FROZEN = {
     },
     "olmo_hybrid": {
         "mixer": ("hook_x", "hook_gated", DELTA, (("hook_conv", "hook_u"),)),
-        "attn": ("hook_v", "hook_scaled", ("hook_pattern", "hook_scale"), ()),
+        "attn": ("hook_v", "hook_z", ("hook_pattern",), ()),
     },
     "qwen3_next": {
+        "mixer": ("hook_x", "hook_gated", DELTA, (("hook_conv", "hook_u"),)),
+        "attn": ("hook_v", "hook_gated", ("hook_pattern", "hook_gate"), ()),
+    },
+    "qwen4_exp": {
         "mixer": ("hook_x", "hook_gated", DELTA, (("hook_conv", "hook_u"),)),
         "attn": ("hook_v", "hook_gated", ("hook_pattern", "hook_gate"), ()),
     },

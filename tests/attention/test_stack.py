@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import gatedlens as gl
+from gatedlens.attention.layer import points_of
 from gatedlens.attention.stack import AttentionStack
 from gatedlens.hooks.mamba import HookedMamba
 from tests.attention.test_layer import cached
@@ -61,7 +62,7 @@ def test_from_a_model_one_forward_and_only_what_is_needed(model):
         stack = gl.implicit_attention(model, input, layers=[0])
         every = gl.implicit_attention(model, input)
     assert len(runs) == 2 and stack.layers == (0,) and len(every) == model.cfg.n_layers
-    needed = {f"blocks.{i}.{b.mixer.place}.{n}" for i, b in enumerate(model.blocks) for n in b.mixer.attention_points}
+    needed = {name for block in model.blocks for name in points_of(block, block.mixer)}
     assert set(every.cache.cache_dict) == needed
     assert not any(name.startswith("blocks.1") for name in seen[: seen.index("hook_embed", 1)])
     want = gl.implicit_attention(whole).mean(progress=False)  # lazy points that are heard change the rounding

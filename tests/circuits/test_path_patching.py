@@ -126,9 +126,8 @@ def test_what_heads_write_sums_to_what_their_mixer_writes():
     name = "blocks.0.hook_mixer_out"
     good, bad = (fired(model, one, [name, "blocks.0.mixer.hook_gated"]) for one in (clean, corrupted))
     o = good["blocks.0.mixer.hook_gated"] - bad["blocks.0.mixer.hook_gated"]
-    assert torch.allclose(
-        model.blocks[0].mixer.written_by_heads(o, 4).sum(2), good[name] - bad[name], rtol=0, atol=1e-12
-    )
+    written = model.blocks[0].writing("mixer", None).by_heads(o, 4)
+    assert torch.allclose(written.sum(2), good[name] - bad[name], rtol=0, atol=1e-12)
 
 
 def test_heads_that_are_not_there_are_explained():

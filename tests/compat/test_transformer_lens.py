@@ -37,14 +37,43 @@ def tuned_model(hooked):
 
 def norm_bias(model):
     bias = dict(model.ln_final.weights.named_parameters()).get("bias")
-    return model.W_U.new_zeros(model.cfg.d_model) if bias is None else bias
+    return model.W_U.new_zeros(len(model.W_U)) if bias is None else bias
+
+
+def of_copies(model):
+    """Whether its norms read several copies of the stream: they are held whole, their gain with them."""
+    return "copy" in model.cfg.sizes
 
 
 def by_hand(model, x):
     """The final norm, recomputed."""
+    if of_copies(model):
+        w, k = model.ln_final.mixing, model.cfg.n_copies
+        copies = [one / (one.pow(2).mean(-1, keepdim=True) + model.ln_final.eps).sqrt() for one in x.chunk(k, dim=-1)]
+        wide = (1 + w.hc_norm.weight) * torch.cat(copies, dim=-1)
+        low = torch.nn.functional.silu(wide @ w.input_mix_weight_down.weight.T / k)
+        return sum((torch.sigmoid(low @ w.input_mix_weight_up.weight.T) * wide).chunk(k, dim=-1)) / k
     if model.cfg.normalization_type == "LN":
         x = x - x.mean(-1, keepdim=True)
     return model.ln_final.gain * x / (x.pow(2).mean(-1, keepdim=True) + model.ln_final.eps).sqrt() + norm_bias(model)
+
+
+def held(model, cache, name, x):
+    """What the norm of this name makes of x, what it is held by as it was; its gain aside."""
+    scale = cache[f"{name}.hook_scale"]
+    if of_copies(model):
+        copies = [
+            one / s.unsqueeze(-1) for one, s in zip(x.chunk(model.cfg.n_copies, dim=-1), scale.unbind(-1), strict=True)
+        ]
+        gain = 1 + model.get_submodule(name).weights.weight
+        gated = cache[f"{name}.hook_gate"] * gain * torch.cat(copies, dim=-1)
+        return sum(gated.chunk(model.cfg.n_copies, dim=-1)) / model.cfg.n_copies
+    return centred(model, x) / scale
+
+
+def all_of_it(model, cache, name):
+    """What it made of the whole stream."""
+    return cache[f"{name}.hook_out" if of_copies(model) else f"{name}.hook_normalized"]
 
 
 def centred(model, x):
@@ -81,9 +110,8 @@ def test_accumulated_resid(tuned_model):
     assert torch.equal(cache.accumulated_resid(pos_slice=2), torch.stack(want)[:, :, 2])
     assert relative(cache.accumulated_resid(apply_ln=True), by_hand(model, torch.stack(want))) < 1e-12
     layer = 1 if "blocks.1.ln1.hook_scale" in model.names.points else 0
-    scale = cache[f"blocks.{layer}.ln1.hook_scale"]
     at_layer = cache.accumulated_resid(layer=layer, apply_ln=True)
-    assert relative(at_layer, centred(model, torch.stack(want[: layer + 1])) / scale) < 1e-12
+    assert relative(at_layer, held(model, cache, f"blocks.{layer}.ln1", torch.stack(want[: layer + 1]))) < 1e-12
     if has_mlp(model):
         mids = cache.accumulated_resid(incl_mid=True)
         assert len(mids) == 2 * n + 1 and torch.equal(mids[1], cache["resid_mid", 0])
@@ -109,13 +137,13 @@ def test_decompose_resid_sums_to_the_stream_at_every_boundary(tuned_model):
                 cache.decompose_resid(layer=layer, apply_ln=True)
             continue
         normed = cache.decompose_resid(layer=layer, apply_ln=True).sum(0)
-        assert relative(normed, cache[f"blocks.{layer}.ln1.hook_normalized"]) < 1e-12
+        assert relative(normed, all_of_it(model, cache, f"blocks.{layer}.ln1")) < 1e-12
         if has_mlp(model):
             assert (
                 relative(cache.decompose_resid(layer=layer, mlp_input=True).sum(0), cache["resid_mid", layer]) < 1e-12
             )
             normed = cache.decompose_resid(layer=layer, mlp_input=True, apply_ln=True).sum(0)
-            assert relative(normed, cache[f"blocks.{layer}.ln2.hook_normalized"]) < 1e-12
+            assert relative(normed, all_of_it(model, cache, f"blocks.{layer}.ln2")) < 1e-12
         else:
             with pytest.raises(gl.PointError, match="resid_mid"):
                 cache.decompose_resid(layer=layer, mlp_input=True)
@@ -127,7 +155,7 @@ def test_decompose_resid_sums_to_the_stream_at_every_boundary(tuned_model):
     assert torch.equal(parts[1:], torch.stack([cache[label[2:], int(label[0])] for label in labels[1:]]))
     mixers = cache.decompose_resid(mode="attn", incl_embeds=False)
     assert torch.equal(mixers, cache.stack_activation("mixer_out"))
-    assert relative(cache.apply_ln_to_stack(parts).sum(0), cache["ln_final.hook_normalized"]) < 1e-12
+    assert relative(cache.apply_ln_to_stack(parts).sum(0), all_of_it(model, cache, "ln_final")) < 1e-12
 
 
 @torch.no_grad()
@@ -137,7 +165,8 @@ def test_logit_attrs_sum_to_the_logits(tuned_model):
     _, cache = model.run_with_cache(example(model, 2, 5))
     truth, parts = before_the_cap(model, cache), cache.decompose_resid()
     assert relative(cache.logit_attrs(parts, tokens=3).sum(0), truth[..., 3]) < 1e-11
-    share = centred(model, parts[1]) / cache["ln_final.hook_scale"] * model.ln_final.gain @ model.W_U[:, 3]
+    gain = 1 if of_copies(model) else model.ln_final.gain
+    share = held(model, cache, "ln_final", parts[1]) * gain @ model.W_U[:, 3]
     assert relative(cache.logit_attrs(parts, tokens=3)[1], share) < 1e-11
     rows, wrong = torch.tensor([3, 4]), torch.tensor([1, 2])
     want = torch.stack([truth[0, :, 3] - truth[0, :, 1], truth[1, :, 4] - truth[1, :, 2]])
@@ -168,6 +197,10 @@ def test_direct_logit_attribution(tuned):
 def test_logit_lens_is_the_readout_at_every_layer(tuned):
     tokens = example(tuned, 2, 5)
     logits, cache = tuned.run_with_cache(tokens)
+    if of_copies(tuned):
+        with pytest.raises(gl.InputError, match="gl.lens.logit_lens"):
+            cache.logit_lens(positions=None, return_type="logits")
+        return
     lens = cache.logit_lens(positions=None, return_type="logits")
     for row, resid in zip(lens.values, cache.accumulated_resid(), strict=True):
         assert relative(row, tuned.unembed(by_hand(tuned, resid))) < 1e-12

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 import gatedlens as gl
-from tests.hooks import test_mamba2_hybrid, test_mamba_ssm_hybrid, test_zamba
+from tests.hooks import test_mamba2_hybrid, test_mamba_ssm_hybrid, test_olmo_hybrid, test_qwen4_exp, test_zamba
 
 HYBRIDS: dict[str, Callable[[], Any]] = {
     "Griffin": lambda: gl.HookedGriffin.tiny(seed=1, dtype=torch.float64),
     "Qwen3-Next": lambda: gl.HookedQwen3Next.tiny(seed=1, dtype=torch.float64),
+    "Qwen4": lambda: test_qwen4_exp.tiny(),
     "Kimi Linear": lambda: gl.HookedKimiLinear.tiny(seed=1, dtype=torch.float64),
-    "OLMo-hybrid": lambda: gl.HookedOlmoHybrid.tiny(seed=1, dtype=torch.float64),
+    "OLMo-hybrid": lambda: test_olmo_hybrid.tiny("biases"),
     "MiniMax": lambda: gl.HookedMiniMax.tiny(seed=1, dtype=torch.float64),
     "Jamba": lambda: gl.HookedJamba.tiny(seed=1, dtype=torch.float64),
     "Zamba": lambda: test_zamba.tiny(),

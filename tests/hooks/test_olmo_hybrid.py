@@ -22,6 +22,7 @@ VARIANTS = {
     "beta below 1, no positions": {
         "linear_allow_neg_eigval": False, "rope_parameters": {"rope_type": "default", "rope_theta": None}, "rms_norm_eps": 1e-6,
     },
+    "biases": {"attention_bias": True},
     "shared keys, the other way round": {
         "linear_num_key_heads": 2, "layer_types": ["full_attention", "linear_attention"], "num_key_value_heads": 2,
         "linear_conv_kernel_dim": 2,
@@ -30,7 +31,12 @@ VARIANTS = {
 
 
 def tiny(variant: str = "tiny", dtype: torch.dtype = torch.float64) -> HookedOlmoHybrid:
-    return HookedOlmoHybrid.tiny(seed=1, dtype=dtype, **VARIANTS[variant])
+    model = HookedOlmoHybrid.tiny(seed=1, dtype=dtype, **VARIANTS[variant])
+    if variant == "biases":  # transformers makes them 0
+        for name, bias in model.wrapped.named_parameters():
+            if name.endswith("proj.bias"):
+                torch.nn.init.normal_(bias, generator=torch.Generator().manual_seed(len(name)))
+    return model
 
 
 @pytest.fixture(params=VARIANTS)
@@ -80,7 +86,9 @@ def attention(out, c, w, model) -> None:
     m, n, config = w.self_attn, c("hook_mixer_in"), model.wrapped.config
     H, G, D = config.num_attention_heads, config.num_key_value_heads, m.head_dim
     for name, heads, projection in (("q", H, m.q_proj), ("k", G, m.k_proj), ("v", G, m.v_proj)):
-        out[f"attn.hook_{name}"] = (n @ projection.weight.T).unflatten(-1, (heads, D))
+        out[f"attn.hook_{name}"] = torch.nn.functional.linear(n, projection.weight, projection.bias).unflatten(
+            -1, (heads, D)
+        )
     names = {}
     for name, norm in (("q", m.q_norm), ("k", m.k_norm)):
         x = c(f"attn.hook_{name}")
@@ -103,10 +111,9 @@ def attention(out, c, w, model) -> None:
                 z[:, i, h] += c("attn.hook_pattern")[:, h, i, j, None] * c("attn.hook_v")[:, j, g]
     out["attn.hook_attn_scores"], out["attn.hook_z"] = scores, z
     out["attn.hook_pattern"] = c("attn.hook_attn_scores").softmax(-1)
-    out["attn.hook_scale"] = rms(c("attn.hook_z").flatten(2) @ m.o_proj.weight.T, config.rms_norm_eps)
-    out["attn.hook_scaled"] = c("attn.hook_z") / c("attn.hook_scale").unsqueeze(-1)
-    written = c("attn.hook_scaled").flatten(2) @ m.o_proj.weight.T
-    out["hook_mixer_out"] = w.post_attention_layernorm.weight * written
+    put_out = torch.nn.functional.linear(c("attn.hook_z").flatten(2), m.o_proj.weight, m.o_proj.bias)
+    norm_rows(out, c, "ln1_post", put_out, w.post_attention_layernorm.weight, config.rms_norm_eps)
+    out["hook_mixer_out"] = c("ln1_post.hook_out")
 
 
 def turned(x, theta):
@@ -182,19 +189,38 @@ def test_the_implicit_attention_reconstructs_every_layer(model):
 
 @torch.no_grad()
 def test_contributions_are_what_a_layer_normed_behind_writes():
-    """What each token writes stands behind the norm, with its scale held; so do knockouts of an edge."""
-    model = tiny()
+    """What each token writes, and the bias, stands behind the norm, with its scale held; so do knockouts of an edge."""
+    model = tiny("biases")
     cache = model.run_with_cache(TOKENS)[1]
     F = gl.implicit_attention(cache, layer=1).contributions()
-    out, scale = cache["mixer_out", 1], cache["blocks.1.attn.hook_scale"]
+    out, scale = cache["mixer_out", 1], cache["blocks.1.ln1_post.hook_scale"]
+    assert relative(F.output(), out) < 1e-12
     assert relative(F.row(-1).sum(1) + F.remainder()[:, -1], out[:, -1]) < 1e-12
+    assert relative(F.remainder().std(1).max(), F.remainder().abs().max()) < 1, "the bias's part goes by the position"
+    assert relative(torch.cat(list(F.blocks(max_bytes=None)), dim=1)[:, 7], F.row(7)) < 1e-12
+    direction = torch.linspace(-1, 1, 16, dtype=torch.float64)
+    assert relative(F.along(direction)[:, 7], F.row(7) @ direction) < 1e-12
+    through = F.through(torch.tensor([7, 7]), direction.expand(2, -1)).sum(1)
+    assert relative(through, F.row(7) @ direction) < 1e-12
     w, v = model.wrapped.model.layers[1], cache["blocks.1.attn.hook_v"]
     z = cache["blocks.1.attn.hook_pattern"][:, :, 7, 3, None] * v[:, 3]
     written = w.post_attention_layernorm.weight * (z.flatten(1) @ w.self_attn.o_proj.weight.T) / scale[:, 7]
     assert relative(F.row(7)[:, 3], written) < 1e-12
-    with gl.knockout.cut(3, 7, layers=1).on(model):
+    held = ("blocks.1.ln1_post.hook_scale", lambda x, hook: scale)
+    with gl.knockout.cut(3, 7, layers=1).on(model), model.hooks([held]):
         cut = model.run_with_cache(TOKENS)[1]["mixer_out", 1]
     assert relative(out[:, 7] - cut[:, 7], written) < 1e-10
+
+
+@torch.no_grad()
+def test_with_biases_the_stream_is_the_sum_of_its_parts():
+    model = tiny("biases")
+    cache = model.run_with_cache(TOKENS)[1]
+    parts, labels = cache.get_full_resid_decomposition(expand_neurons=False, return_labels=True)
+    assert labels[-1] == "bias" and relative(parts.sum(0), cache["resid_post", -1]) < 1e-12
+    by = gl.lens.token_attribution(model, cache, 3)
+    assert by.facts["error"] < 1e-10 and by.values[:, :, -1].abs().max() > 0.01, "the bias is in what no token brings"
+    assert gl.verify(model, TOKENS).passed
 
 
 @pytest.mark.parametrize("listening", [False, True], ids=["", "inside"])
@@ -249,7 +275,7 @@ def test_kinds_are_all_that_stand_in_a_model():
 
 
 def test_what_it_cannot_run_is_told_by_name():
-    with pytest.raises(gl.CheckpointError, match="attention_bias=True"):
-        HookedOlmoHybrid.tiny(attention_bias=True)
+    with pytest.raises(gl.InputError, match="behind the bias of layer 1 stands ln1_post.hook_scale"):
+        tiny("biases").accumulated_bias(2)
     with pytest.raises(gl.CheckpointError, match="hidden_act='gelu'|'gelu'"):
         HookedOlmoHybrid.tiny(hidden_act="gelu")

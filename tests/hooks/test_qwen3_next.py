@@ -158,15 +158,15 @@ def delta_net(out, c, w, cfg) -> None:
     keys = (cfg.n_key_heads, cfg.d_state)
     convolved(out, c, m.conv1d.weight, [("q_", "q_pre", keys), ("k_", "k_pre", keys), ("", "x", (cfg.d_inner,))])
     delta_rule(out, c, cfg, cfg.n_key_heads, m.A_log)
-    normed_and_gated(out, c, cfg, m.norm.weight, cfg.eps, silu, m.out_proj)
+    gate = torch.sigmoid if vars(m.norm).get("activation") == "sigmoid" else silu
+    normed_and_gated(out, c, cfg, m.norm.weight, cfg.eps, gate, m.out_proj)
 
 
-def attention(out, c, w, cfg) -> None:
+def attention(out, c, w, cfg, share=4, attended=None) -> None:
+    """The first 1 / share of each head is turned; attended [b, i, j]: which keys a query attends to (None: all before it)."""
     m, n = w.self_attn, c("ln1.hook_out")
     batch, length = TOKENS.shape
-    frequencies = [
-        1 / 10000.0 ** (2 * j / (cfg.d_head // 4)) for j in range(cfg.d_head // 8)
-    ]  # of a quarter of the head
+    frequencies = frequencies_of(cfg.d_head // share)
     H, G, D = cfg.n_heads, cfg.n_key_value_heads, cfg.d_head
 
     q, k, v = (linear(n, p) for p in (m.q_proj, m.k_proj, m.v_proj))
@@ -176,16 +176,7 @@ def attention(out, c, w, cfg) -> None:
     out["attn.hook_k"], out["attn.hook_v"] = (x.reshape(batch, length, G, D) for x in (k, v))
     for name, norm in (("q", m.q_norm), ("k", m.k_norm)):
         norm_rows(out, c, f"attn.{name}_norm", c(f"attn.hook_{name}"), 1 + norm.weight, cfg.eps)
-        x = c(f"attn.{name}_norm.hook_out")
-        turned = x.clone()
-        for t in range(length):
-            for j, frequency in enumerate(frequencies):
-                a, b = x[:, t, :, j], x[:, t, :, j + len(frequencies)]
-                angle = torch.tensor(t * frequency, dtype=torch.float64)
-                cos, sin = angle.cos(), angle.sin()
-                turned[:, t, :, j] = a * cos - b * sin
-                turned[:, t, :, j + len(frequencies)] = b * cos + a * sin
-        out[f"attn.hook_rot_{name}"] = turned
+        out[f"attn.hook_rot_{name}"] = turned(c(f"attn.{name}_norm.hook_out"), range(length), frequencies)
     scores = torch.full((batch, H, length, length), -torch.inf, dtype=torch.float64)
     z = torch.zeros(batch, length, H, D, dtype=torch.float64)
     for h in range(H):
@@ -194,6 +185,8 @@ def attention(out, c, w, cfg) -> None:
             for j in range(i + 1):
                 dot = (c("attn.hook_rot_q")[:, i, h] * c("attn.hook_rot_k")[:, j, g]).sum(-1)
                 scores[:, h, i, j] = dot / D**0.5
+                if attended is not None:
+                    scores[:, h, i, j].masked_fill_(~attended[:, i, j], -torch.inf)
             for j in range(length):
                 z[:, i, h] += c("attn.hook_pattern")[:, h, i, j, None] * c("attn.hook_v")[:, j, g]
     out["attn.hook_attn_scores"], out["attn.hook_z"] = scores, z
@@ -201,6 +194,23 @@ def attention(out, c, w, cfg) -> None:
     out["attn.hook_gate"] = torch.sigmoid(c("attn.hook_gate_pre"))
     out["attn.hook_gated"] = c("attn.hook_z") * c("attn.hook_gate")
     out["hook_mixer_out"] = linear(c("attn.hook_gated").flatten(2), m.o_proj)
+
+
+def frequencies_of(turning: int) -> list[float]:
+    """Of so many numbers that are turned, as transformers keeps them, in float32."""
+    return [float(torch.tensor(1 / 10000.0 ** (2 * j / turning), dtype=torch.float32)) for j in range(turning // 2)]
+
+
+def turned(x, positions, frequencies):
+    """Pairs (j, j + so many) of the numbers of x [b, l, ..., d], turned by position * frequency."""
+    out = x.clone()
+    for t, position in enumerate(positions):
+        for j, frequency in enumerate(frequencies):
+            a, b = x[:, t, ..., j], x[:, t, ..., j + len(frequencies)]
+            angle = torch.tensor(position * frequency, dtype=torch.float64)
+            out[:, t, ..., j] = a * angle.cos() - b * angle.sin()
+            out[:, t, ..., j + len(frequencies)] = b * angle.cos() + a * angle.sin()
+    return out
 
 
 def experts(out, c, m, cfg) -> None:
@@ -417,18 +427,15 @@ def test_positions_of_another_shape_are_told():
         tiny()(TOKENS[:, :8], position_ids=WHERE)
 
 
-class Qwen4ExpForCausalLM(torch.nn.Module):
+class Glm5NextForCausalLM(torch.nn.Module):
     """A class of this name: it is refused by it."""
 
 
 def test_what_is_not_supported_is_named(tmp_path):
-    with pytest.raises(gl.CheckpointError, match="does not know Qwen4ExpForCausalLM. Qwen4Exp keeps several copies"):
-        gl.wrap(Qwen4ExpForCausalLM())
+    with pytest.raises(gl.CheckpointError, match="does not know Glm5NextForCausalLM. GLM-5-next keeps several copies"):
+        gl.wrap(Glm5NextForCausalLM())
     (tmp_path / "config.json").write_text('{"model_type": "glm5_next"}')
     with pytest.raises(gl.CheckpointError, match="'glm5_next', which gatedlens does not support. GLM-5-next keeps"):
-        gl.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "qwen4_exp_text"}')
-    with pytest.raises(gl.CheckpointError, match="'qwen4_exp_text', which gatedlens does not support. Qwen4Exp keeps"):
         gl.from_pretrained(tmp_path)
     with pytest.raises(gl.CheckpointError, match="hidden_act='gelu'"):
         HookedQwen3Next.tiny(hidden_act="gelu")

@@ -42,6 +42,14 @@ def test_the_parts_sum_to_the_logit(model, by):
 def literal(model, cache, row, at, values):
     """`values` [..., d_model] at one position, through the final norm with its scale held, by the norm's equation."""
     scale = cache["ln_final.hook_scale"][row, at]
+    if (
+        model.ln_final.__class__.__name__ == "CopyRead"
+    ):  # a mean over copies, each number of each by a gate that is held
+        gate, weight = cache["ln_final.hook_gate"][row, at], 1 + model.ln_final.weights.weight
+        parts = zip((values * gate * weight).split(model.cfg.d_hidden, dim=-1), scale, strict=True)
+        return (
+            sum(copy / s for copy, s in parts) / model.cfg.n_copies @ (model.W_U[:, RIGHT[row]] - model.W_U[:, WRONG])
+        )
     if model.ln_final.__class__.__name__ != "GemmaNorm" and model.ln_final.centred:
         values = values - values.mean(-1, keepdim=True)
     weight = model.ln_final.weights.weight

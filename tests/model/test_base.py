@@ -96,10 +96,11 @@ def test_plain_torch_hooks_of_every_kind_count_as_listeners(model):
 
 
 def every_point(model) -> list[str]:
-    """All points outside the blocks and those of the first block of each kind."""
+    """All points outside the blocks and those of the first block of each kind, but for those that only choose."""
     kinds = {model.rows_for(layer): layer for layer in reversed(range(model.cfg.n_layers))}
     chosen = tuple(f"blocks.{layer}." for layer in kinds.values())
-    return [name for name in model.names if not name.startswith("blocks.") or name.startswith(chosen)]
+    some = [name for name in model.names if not name.startswith("blocks.") or name.startswith(chosen)]
+    return [name for name in some if not model.names.points[name].chooses]
 
 
 def continued(model) -> dict:

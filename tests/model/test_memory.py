@@ -19,7 +19,7 @@ VIEWS = {
     "dense": lambda A, n: A.dense(max_bytes=n),
     "norms": lambda A, n: A.contributions().norms(max_bytes=n),
     "blocks": lambda A, n: list(A.contributions().blocks(max_bytes=n)),
-    "along": lambda A, n: A.contributions().along(torch.ones(len(A.contributions().weight)), max_bytes=n),
+    "along": lambda A, n: A.contributions().along(torch.ones(A.contributions().writing.width), max_bytes=n),
     "profile": lambda A, n: profiles.of_layer(A, max_bytes=n),
     "profiles of channels": lambda A, n: profiles.of_channels(A, max_bytes=n),
 }

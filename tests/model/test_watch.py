@@ -327,10 +327,11 @@ def test_new_words_are_known_once_the_embedding_has_them(speaking, how):
     with pytest.raises(gl.InputError, match="out of range"):
         speaking(new)
     for module, kind in speaking.ends().values():
-        wider = torch.randn(known + 10, speaking.cfg.d_model, dtype=torch.float64)
+        width = module.weight.shape[1]
+        wider = torch.randn(known + 10, width, dtype=torch.float64)
         if how == "module":
             linear = kind is nn.Linear
-            size = (speaking.cfg.d_model, known + 10) if linear else (known + 10, speaking.cfg.d_model)
+            size = (width, known + 10) if linear else (known + 10, width)
             fresh = kind(*size, **({"bias": False} if linear else {}), dtype=torch.float64)
             fresh.weight.copy_(wider)
             put(speaking, module, fresh)
@@ -345,7 +346,8 @@ def test_new_words_are_known_once_the_embedding_has_them(speaking, how):
 
 @torch.no_grad()
 def test_a_head_of_other_outputs_gives_logits_and_no_loss_of_tokens(speaking):
-    put(speaking, speaking.unembedding, nn.Linear(speaking.cfg.d_model, 5, dtype=torch.float64))
+    width = speaking.unembedding.weight.shape[1]
+    put(speaking, speaking.unembedding, nn.Linear(width, 5, dtype=torch.float64))
     tokens = example(speaking)
     for model in (speaking, type(speaking)(speaking.wrapped)):
         logits, cache = model.run_with_cache(tokens)

@@ -23,8 +23,6 @@ KINDS = {
     "gated": AttentionKind(gated=True, rotary=False),
     "all": AttentionKind(windowed=True, normed="(1 + w) * normalized", gated=True),
     "normed over all heads": AttentionKind(normed="w * normalized", together=True),
-    "normed behind": AttentionKind(rotary=False, after="post_norm"),
-    "gated, normed behind": AttentionKind(rotary=False, gated=True, after="post_norm"),
 }
 INV_FREQ = torch.tensor([1.0, 0.1], dtype=torch.float64)  # turns 4 of 6
 
@@ -33,7 +31,7 @@ def made(kind, layer=0):
     torch.manual_seed(0)
     w = nn.Module()
     w.q_proj = nn.Linear(D, (2 if kind.gated else 1) * H * W)
-    w.k_proj, w.v_proj, w.o_proj = nn.Linear(D, KV * W), nn.Linear(D, KV * W), nn.Linear(H * W, D, bias=not kind.after)
+    w.k_proj, w.v_proj, w.o_proj = nn.Linear(D, KV * W), nn.Linear(D, KV * W), nn.Linear(H * W, D)
     w.attention_dropout = 0.0
     rows, norms = kind.rows("this test"), None
     if kind.normed:
@@ -46,10 +44,7 @@ def made(kind, layer=0):
         made_by = NormOfHeads if kind.together else GemmaNorm
         norms = tuple(made_by(getattr(w, name), rows_of(name, rows), 1e-6) for name in ("q_norm", "k_norm"))
     window = 3 if kind.windowed else None
-    after = nn.RMSNorm(D, eps=1e-3).double() if kind.after else None
-    if after is not None:
-        after.weight.data.normal_()
-    return Attention(w.double(), rows, layer, kind, W, window, SimpleNamespace(inv_freq=INV_FREQ), norms, after=after)
+    return Attention(w.double(), rows, layer, kind, W, window, SimpleNamespace(inv_freq=INV_FREQ), norms)
 
 
 def literal(part, n):
@@ -79,8 +74,7 @@ def literal(part, n):
                 out[i, h] = out[i, h] + share * v[j, h // (H // KV)]
     if kind.gated:
         out = out * torch.sigmoid(gate)
-    out = w.o_proj(out.flatten(1))
-    return part.after(out) if kind.after else out
+    return w.o_proj(out.flatten(1))
 
 
 def turned(x):

@@ -246,7 +246,8 @@ def test_the_family_patches_what_it_says(model):
     for word, leaf in FAMILY.items():
         function = getattr(patching, f"get_act_patch_{word}")
         place, _, last = leaf.rpartition(".")
-        names = [n for n in model.names if n.endswith(f".{last}") and n.split(".", 2)[2].startswith(place)]
+        inside = [n for n in model.names if n.startswith("blocks.") and n.endswith(f".{last}")]
+        names = [n for n in inside if n.split(".", 2)[2].startswith(place)]
         if not names:
             with pytest.raises(gl.PointError, match="matches no hook point"):
                 function(model, corrupted, cache, metric, **QUIET)

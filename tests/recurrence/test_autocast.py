@@ -24,7 +24,7 @@ VIEWS = {
     "output": lambda A: A.output(),
     "check": lambda A: torch.tensor(A.check()),
     "norms": lambda A: A.contributions().norms(),
-    "along": lambda A: A.contributions().along(torch.ones(len(A.contributions().weight))),
+    "along": lambda A: A.contributions().along(torch.ones(A.contributions().writing.width)),
     "written": lambda A: A.contributions().output(),
     "remainder": lambda A: A.contributions().remainder(),
 }

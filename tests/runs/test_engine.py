@@ -254,7 +254,9 @@ def test_clean_runs_that_do_not_fit(lm):
         "mamba_ssm_hybrid": {"d_model": 32},
     }
     wide = type(lm).tiny(seed=1, dtype=torch.float64, **words.get(lm.cfg.architecture, {"hidden_size": 32}))
-    with pytest.raises(gl.InputError, match=rf"has shape \[2, 7, 32\].*It is a cache of {wide.cfg.model_name}"):
+    with pytest.raises(
+        gl.InputError, match=rf"has shape \[2, 7, {wide.cfg.d_model}\].*It is a cache of {wide.cfg.model_name}"
+    ):
         run(caches(wide, clean))
     assert not lm.list_hooks()
     lm.train()
