@@ -63,6 +63,7 @@ def hybrids() -> Iterator[Line]:
     titles = {
         "qwen3_next": "Qwen3-Next",
         "kimi_linear": "Kimi Linear",
+        "minimax": "MiniMax",
         "bamba": "Bamba",
         "falcon_h1": "Falcon-H1",
         "jamba": "Jamba",

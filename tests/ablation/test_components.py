@@ -92,7 +92,10 @@ def first_layer(model, cache):
             norm, eps = model.blocks[0].mixer.weights.norm, model.blocks[0].mixer.shape.eps
             groups = o.unflatten(-1, (model.cfg.n_groups, -1))
             o = norm.weight * (groups / (groups.pow(2).mean(-1, keepdim=True) + eps).sqrt()).flatten(-2)
-        return o / len(stems) @ weight.T + (0 if bias is None else bias)
+        o = o / len(stems) @ weight.T + (0 if bias is None else bias)
+        if model.cfg.architecture != "qwen4_exp":
+            return o
+        return (cache["blocks.0.inject1.hook_gate"].unsqueeze(-1) * o.unsqueeze(-2)).flatten(-2)  # into each copy
 
     def before_the_gate(y):
         if "blocks.0.mixer.hook_normed" not in cache.cache_dict:

@@ -45,8 +45,6 @@ def test_registering_is_undone(registered):
         "Qwen3_5MoeForCausalLM",
         "Qwen3_5ForConditionalGeneration",
         "Qwen3_5MoeForConditionalGeneration",
-        "Qwen4ExpForCausalLM",
-        "Qwen4ExpForConditionalGeneration",
         "RWKV7ForCausalLM",
         "BambaForCausalLM",
         "FalconH1ForCausalLM",
