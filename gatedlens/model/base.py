@@ -26,7 +26,7 @@ from gatedlens.address.names import Names
 from gatedlens.address.point import Alias, Point, View
 from gatedlens.address.table import HookTable
 from gatedlens.errors import CheckpointError, InputError
-from gatedlens.model import memory, placement, summary
+from gatedlens.model import placement, summary
 from gatedlens.model.batch import Batch, Input, Output
 from gatedlens.model.block import Block
 from gatedlens.model.config import HookedConfig
@@ -114,7 +114,6 @@ class HookedModel(Hooking):
             self.add_module(row.name, HookPoint(row))
         self._take_mode(wrapped.training)
         self.setup()
-        memory.hold()
         # None: whoever took the wrapped model's modules apart answers for them
         self.watch: Watch | None = Watch(self.as_read.model)
 

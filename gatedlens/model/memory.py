@@ -1,7 +1,6 @@
-"""Memory: what would take too much is refused by name before it is allocated, with what to ask for; what is freed is kept.
+"""Memory: what would take too much is refused by name before it is allocated, with what to ask for instead.
 
 afford("mean() at 30000 positions", size, max_bytes, "Ask for row(i).")      # TooLargeError
-hold()                                                                     # for the next layer, on a processor
 afford("The pattern of layer 2", size, free(device), "Run it in parts.", "the {} that are free on cpu")
 """
 
@@ -20,20 +19,10 @@ try:
 except ImportError:  # there are no such limits on Windows
     resource = None  # type: ignore[assignment]
 
-HELD = 31 * 2**20  # bytes; just under the 32 MiB up to which glibc learns
 SMALL = 256 * 2**20  # bytes; less than this is not worth asking the machine for
 MEMINFO = Path("/proc/meminfo")
 STATM = Path("/proc/self/statm")
 CONTAINER = Path("/sys/fs/cgroup/memory.max")
-
-
-def hold() -> None:
-    """`hold()`: have glibc keep what is freed, up to 64 MiB, for the next layer, and not hand it back to fault it in anew.
-
-    It learns its thresholds from the largest block that was freed, so one block, never touched, is enough. An eighth of a
-    Mamba's forward and a quarter of a sweep's time went into page faults.
-    """
-    torch.empty(HELD, dtype=torch.uint8, device="cpu")
 
 
 def afford(what: str, size: int, limit: int | None, instead: str, than: str = "max_bytes={}") -> None:
