@@ -7,37 +7,18 @@ from typing import Any
 from torch import nn
 
 from gatedlens.formats.qwen3_next import by_last_axis, slow
+from gatedlens.formats.transformers_config import QWEN_LANGUAGE
 from gatedlens.model import fields
-from gatedlens.model.fields import COUNT, EPS, FLAG, INTEGER, SHARE, SIZE, TEXT, THETA, layers_of, listed, one_of, table
+from gatedlens.model.fields import COUNT, INTEGER, SIZE, layers_of, listed, one_of, table
 from gatedlens.model.tiny import Tiny, fresh
 
 KINDS = listed(one_of("linear_attention", "indexed_attention", "full_attention"), low=1)
 _LANGUAGE = {  # of the language model
-    "vocab_size": SIZE,
-    "hidden_size": SIZE,
+    **QWEN_LANGUAGE,
     "num_hidden_layers": layers_of(24),
-    "num_attention_heads": SIZE,
-    "num_key_value_heads": SIZE,
-    "head_dim": SIZE,
-    "hidden_act": TEXT,
     "output_gate_type": one_of("silu", "sigmoid").or_null(),
     "layer_types": KINDS.or_null(),
-    "full_attention_interval": SIZE,
-    "linear_conv_kernel_dim": SIZE,
-    "linear_key_head_dim": SIZE,
-    "linear_value_head_dim": SIZE,
-    "linear_num_key_heads": SIZE,
-    "linear_num_value_heads": SIZE,
-    "rms_norm_eps": EPS,
-    "attention_bias": FLAG,
-    "rope_theta": THETA,
-    "partial_rotary_factor": SHARE,
-    "rope_parameters": table(rope_type=TEXT, rope_theta=THETA, partial_rotary_factor=SHARE).or_null(),
     "num_experts": SIZE,
-    "num_experts_per_tok": SIZE,
-    "norm_topk_prob": FLAG,
-    "moe_intermediate_size": SIZE,
-    "shared_expert_intermediate_size": SIZE,
     "hc_count": SIZE,
     "hc_lowrank": SIZE,
     "indexer_n_heads": SIZE.or_null(),
@@ -54,7 +35,6 @@ _LANGUAGE = {  # of the language model
     "make_ngram_vocab_size_divisible_by": SIZE,
     "split_ngram_parts": SIZE,
     "seed": INTEGER,
-    "tie_word_embeddings": FLAG,
 }
 FIELDS = {
     **fields.TRANSFORMERS,

@@ -104,16 +104,13 @@ RECURRENT_GEMMA = {
     "rope_parameters": table(rope_type=TEXT, rope_theta=THETA, partial_rotary_factor=SHARE).or_null(),
 }
 LAYER_KINDS = listed(one_of("linear_attention", "full_attention"), low=1)
-_QWEN = {  # of the language model
+QWEN_LANGUAGE = {  # of the language models of every Qwen with gated delta nets
     "vocab_size": SIZE,
     "hidden_size": SIZE,
-    "intermediate_size": SIZE.or_null(),
-    "num_hidden_layers": layers_of(11),
     "num_attention_heads": SIZE,
     "num_key_value_heads": SIZE,
     "head_dim": SIZE,
     "hidden_act": TEXT,
-    "layer_types": LAYER_KINDS.or_null(),
     "full_attention_interval": SIZE,
     "linear_conv_kernel_dim": SIZE,
     "linear_key_head_dim": SIZE,
@@ -125,14 +122,20 @@ _QWEN = {  # of the language model
     "rope_theta": THETA,
     "partial_rotary_factor": SHARE,
     "rope_parameters": table(rope_type=TEXT, rope_theta=THETA, partial_rotary_factor=SHARE).or_null(),
-    "decoder_sparse_step": SIZE,
-    "mlp_only_layers": listed(COUNT).or_null(),
-    "num_experts": COUNT,
-    "num_experts_per_tok": COUNT,
+    "num_experts_per_tok": SIZE,
     "norm_topk_prob": FLAG,
     "moe_intermediate_size": SIZE,
     "shared_expert_intermediate_size": SIZE,
     "tie_word_embeddings": FLAG,
+}
+_QWEN = {  # of the language models of Qwen3-Next and Qwen3.5
+    **QWEN_LANGUAGE,
+    "intermediate_size": SIZE.or_null(),
+    "num_hidden_layers": layers_of(11),
+    "layer_types": LAYER_KINDS.or_null(),
+    "decoder_sparse_step": SIZE,
+    "mlp_only_layers": listed(COUNT).or_null(),
+    "num_experts": COUNT,
 }
 QWEN3_NEXT = {
     **fields.TRANSFORMERS,

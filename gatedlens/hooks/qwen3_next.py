@@ -16,6 +16,7 @@ input projections are laid out. What a checkpoint holds for predicting several t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -194,14 +195,8 @@ class HookedQwen3Next(GridModel):
     @classmethod
     def describe(cls, wrapped: Wrapped, model_name: str) -> Qwen3NextConfig:
         """The cfg of a wrapped model, from the shapes of its parameters and the few numbers that shapes do not tell."""
-        fields.check(wrapped.config.to_dict(), cls.hub_fields, f"{model_name}'s config")
-        config, model = wrapped.config.get_text_config(), text_model(wrapped)
+        config, model = checked_language(wrapped, cls.hub_fields, model_name)
         layers = model.layers
-        if len(layers) == 0:
-            raise CheckpointError(f"{model_name} has no layers.")
-        if config.hidden_act not in ("silu", "swish"):
-            raise CheckpointError(f"{model_name} has hidden_act={config.hidden_act!r}; supported is 'silu'.")
-        check_rope(model.rotary_emb, model_name)
         weight, kinds = model.embed_tokens.weight, tuple(map(kind_of, layers))
         mlps = {kind.channels: layer.mlp for kind, layer in zip(kinds, layers, strict=True)}
         experts: dict[str, Any] = {}
@@ -288,6 +283,18 @@ class HookedQwen3Next(GridModel):
     @property
     def unembedding(self) -> Any:
         return self.wrapped.lm_head
+
+
+def checked_language(wrapped: Wrapped, known: Mapping[str, fields.Field], model_name: str) -> tuple[Any, Any]:
+    """(config, model) of the language model of a Qwen; CheckpointError for what is not known."""
+    fields.check(wrapped.config.to_dict(), known, f"{model_name}'s config")
+    config, model = wrapped.config.get_text_config(), text_model(wrapped)
+    if len(model.layers) == 0:
+        raise CheckpointError(f"{model_name} has no layers.")
+    if config.hidden_act not in ("silu", "swish"):
+        raise CheckpointError(f"{model_name} has hidden_act={config.hidden_act!r}; supported is 'silu'.")
+    check_rope(model.rotary_emb, model_name)
+    return config, model
 
 
 def text_model(wrapped: Wrapped) -> Any:

@@ -25,17 +25,15 @@ from torch import Tensor
 
 from gatedlens.address.point import Point, block_rows
 from gatedlens.compat.names.qwen3_next import ALIASES
-from gatedlens.errors import CheckpointError
 from gatedlens.formats.qwen4_exp import FIELDS, TINY
-from gatedlens.hooks.qwen3_next import DELTA, MIXER_ROWS, WEIGHTS, MixerSideBySide, text_model
-from gatedlens.model import fields
+from gatedlens.hooks.qwen3_next import DELTA, MIXER_ROWS, WEIGHTS, MixerSideBySide, checked_language, text_model
 from gatedlens.model.base import Wrapped
 from gatedlens.model.block import Block, Sub, SubRows, residual_rows
 from gatedlens.model.config import HookedConfig
 from gatedlens.model.hookpoint import rows_of
 from gatedlens.model.norm import GemmaNorm, Norm
 from gatedlens.parts.activation import SILU
-from gatedlens.parts.attention import AttentionKind, check_rope
+from gatedlens.parts.attention import AttentionKind
 from gatedlens.parts.copies import CopyRead, Inject, inject_rows, read_rows
 from gatedlens.parts.delta_net import CARRIED_DELTA
 from gatedlens.parts.experts import EXPERTS_ALONE, Experts, SharedExpert, experts_rows, shared_expert_rows, softmax_top
@@ -160,14 +158,8 @@ class HookedQwen4Exp(GridModel):
     @classmethod
     def describe(cls, wrapped: Wrapped, model_name: str) -> Qwen4ExpConfig:
         """The cfg of a wrapped model, from the shapes of its parameters and the few numbers that shapes do not tell."""
-        fields.check(wrapped.config.to_dict(), cls.hub_fields, f"{model_name}'s config")
-        config, model = wrapped.config.get_text_config(), text_model(wrapped)
+        config, model = checked_language(wrapped, cls.hub_fields, model_name)
         layers = model.layers
-        if len(layers) == 0:
-            raise CheckpointError(f"{model_name} has no layers.")
-        if config.hidden_act not in ("silu", "swish"):
-            raise CheckpointError(f"{model_name} has hidden_act={config.hidden_act!r}; supported is 'silu'.")
-        check_rope(model.rotary_emb, model_name)
         weight, experts = model.embed_tokens.weight, layers[0].mlp
         return Qwen4ExpConfig(
             model_name=model_name,

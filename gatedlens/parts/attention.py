@@ -407,11 +407,7 @@ class Attention(TokenMixing):
             return attend(q, keys, values, seen, scale)
         self._afford(q, keys)
         if seen is None:
-            seen = (
-                torch.ones(q.shape[1], keys.shape[1], dtype=torch.bool, device=q.device)
-                .tril()
-                .expand(len(q), 1, -1, -1)
-            )
+            seen = torch.ones(q.shape[1], keys.shape[1], dtype=torch.bool, device=q.device).tril()
         scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) * scale
         scores = self.hook_attn_scores(scores.masked_fill(~seen, -torch.inf))
         pattern = self.hook_pattern(at_least_float32(scores).softmax(-1).to(values.dtype))

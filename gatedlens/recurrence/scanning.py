@@ -274,8 +274,7 @@ class SegmentedScan(Function):
     @staticmethod
     def forward(ctx: Any, terms: StepTerms, n: int, initial: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         sequences, constants = tensors[:n], tensors[n:]
-        cache = SEGMENT_ELEMENTS if isinstance(terms, ByHand) else SEGMENT_ELEMENTS_GRAD
-        slices = _segments(sequences[0].shape[1], initial.numel(), budget(initial, cache))
+        slices = _segments(sequences[0].shape[1], initial.numel(), budget(initial, _cache(terms)))
         scans, starts, state = [], [], initial
         for part in slices:
             starts.append(state)
@@ -375,12 +374,17 @@ def _with_gradients(
     terms: StepTerms, sequences: Sequence[Tensor], constants: Sequence[Tensor], initial: Tensor
 ) -> tuple[Tensor, Tensor]:
     """A large batch in groups of rows: each segment's state is kept, and segments of few positions would be many."""
-    rows = _rows(initial, SEGMENT_ELEMENTS_GRAD)
+    rows = _rows(initial, _cache(terms))
     if rows >= len(initial):
         return SegmentedScan.apply(terms, len(sequences), initial, *sequences, *constants)
     split = zip(*(one.split(rows) for one in (initial, *sequences)), strict=True)
     parts = [SegmentedScan.apply(terms, len(sequences), start, *some, *constants) for start, *some in split]
     return torch.cat([out for out, _ in parts]), torch.cat([last for _, last in parts])
+
+
+def _cache(terms: StepTerms) -> int:
+    """How many numbers a segment's decay has on a processor where gradients are wanted."""
+    return SEGMENT_ELEMENTS if isinstance(terms, ByHand) else SEGMENT_ELEMENTS_GRAD
 
 
 def _rows(initial: Tensor, cache: int) -> int:
